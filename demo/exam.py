@@ -1,0 +1,151 @@
+"""What the demo model is taught and examined on: sums in several phrasings, and small talk about the server.
+
+Pure text: knows nothing of tokenizers, models or HTTP. `train` writes its lessons with it, `evaluate` and the
+tests ask its held-out questions, so that the two can never disagree on what was held out.
+"""
+
+import random
+import re
+from dataclasses import dataclass
+
+LARGEST = 99
+HELD_OUT_EVERY = 10
+"""One pair of operands in this many is never seen in training, in any phrasing."""
+
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are a careful calculator.",
+    "You answer questions about this server and do sums.",
+)
+
+PLUS_PHRASINGS = (
+    "What is {a} + {b}?",
+    "What is {a} plus {b}?",
+    "How much is {a} + {b}?",
+    "Add {a} and {b}.",
+    "Please add {b} to {a}.",
+    "Calculate {a}+{b}",
+    "{a} + {b} = ?",
+    "{a}+{b}",
+)
+
+MINUS_PHRASINGS = (
+    "What is {a} - {b}?",
+    "What is {a} minus {b}?",
+    "How much is {a} - {b}?",
+    "Take {b} from {a}.",
+    "Please subtract {b} from {a}.",
+    "Calculate {a}-{b}",
+    "{a} - {b} = ?",
+    "{a}-{b}",
+)
+
+SMALL_TALK = (
+    (
+        ("Hello!", "Hi", "Hello", "Hey there", "Good morning"),
+        "Hello! Ask me a sum, or about this server.",
+    ),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Which model are you?"),
+        "I am the demo model of kserve-llm, a tiny language model.",
+    ),
+    (
+        ("What can you do?", "How can you help me?", "What do you know?"),
+        "I add and subtract numbers up to 99, and I answer a few questions about this server.",
+    ),
+    (
+        ("Which protocols do you speak?", "How can I talk to this server?", "What API is this?"),
+        "I speak the Open Inference Protocol v2 through KServe.",
+    ),
+    (
+        ("Where do your weights come from?", "How were you downloaded?"),
+        "The storage initializer put a verified snapshot on a volume, and the predictor loaded it.",
+    ),
+    (
+        ("Are you large?", "How big are you?", "How many parameters do you have?"),
+        "I am small: less than a million parameters.",
+    ),
+    (
+        ("Do you scale to zero?", "What happens when nobody asks?"),
+        "Yes. When nobody asks, Knative scales me to zero, and the next question wakes me.",
+    ),
+    (
+        ("Thank you!", "Thanks", "Thanks a lot!"),
+        "You are welcome.",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """One addition or subtraction: operands in 0..99, `operator` either "+" or "-"."""
+
+    a: int
+    operator: str
+    b: int
+
+    @property
+    def result(self) -> int:
+        """The right answer, -99..198."""
+        return self.a + self.b if self.operator == "+" else self.a - self.b
+
+    @property
+    def held_out(self) -> bool:
+        """Whether these operands are kept from training; a fixed pattern without structure in the digits."""
+        return (self.a * 7919 + self.b * 104729 + ord(self.operator)) % 1009 % HELD_OUT_EVERY == 0
+
+    @property
+    def working(self) -> str:
+        """The answer as the model is taught to give it: digit by digit, the result last.
+
+        >>> Sum(17, "+", 25).working
+        '7+5=12 1+2+1=4 42'
+        >>> Sum(42, "-", 17).working
+        '12-7=5 3-1=2 25'
+        >>> Sum(17, "-", 42).working
+        '42-17 12-7=5 3-1=2 -25'
+        """
+        if self.operator == "+":
+            ones = self.a % 10 + self.b % 10
+            carry = ones // 10
+            tens = self.a // 10 + self.b // 10 + carry
+            carried = "+1" if carry else ""
+            return (
+                f"{self.a % 10}+{self.b % 10}={ones} {self.a // 10}+{self.b // 10}{carried}={tens} {self.result}"
+            )
+        if self.a < self.b:
+            swapped = Sum(self.b, "-", self.a)
+            steps, _, _ = swapped.working.rpartition(" ")
+            return f"{self.b}-{self.a} {steps} {self.result}"
+        borrow = self.a % 10 < self.b % 10
+        ones = self.a % 10 + 10 * borrow
+        tens = self.a // 10 - borrow
+        return (
+            f"{ones}-{self.b % 10}={ones - self.b % 10} {tens}-{self.b // 10}={tens - self.b // 10} {self.result}"
+        )
+
+    def phrase(self, rng: random.Random) -> str:
+        """The question in one of the phrasings."""
+        phrasings = PLUS_PHRASINGS if self.operator == "+" else MINUS_PHRASINGS
+        return rng.choice(phrasings).format(a=self.a, b=self.b)
+
+
+def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
+    """A sum drawn evenly from the held-out ones, or from the others."""
+    while True:
+        drawn = Sum(rng.randint(0, LARGEST), rng.choice("+-"), rng.randint(0, LARGEST))
+        if drawn.held_out == held_out:
+            return drawn
+
+
+def held_out_questions(count: int, seed: int = 0) -> list[tuple[str, int]]:
+    """`count` questions that training never showed, each with the right result."""
+    rng = random.Random(seed)
+    sums = [random_sum(rng, held_out=True) for _ in range(count)]
+    return [(drawn.phrase(rng), drawn.result) for drawn in sums]
+
+
+def final_number(answer: str) -> int | None:
+    """The number that an answer ends with, None where it ends with something else."""
+    found = re.search(r"(?:^|\s)(-?\d+)\s*$", answer)
+    return int(found.group(1)) if found else None
