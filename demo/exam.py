@@ -110,9 +110,7 @@ class Sum:
             carry = ones // 10
             tens = self.a // 10 + self.b // 10 + carry
             carried = "+1" if carry else ""
-            return (
-                f"{self.a % 10}+{self.b % 10}={ones} {self.a // 10}+{self.b // 10}{carried}={tens} {self.result}"
-            )
+            return f"{self.a % 10}+{self.b % 10}={ones} {self.a // 10}+{self.b // 10}{carried}={tens} {self.result}"
         if self.a < self.b:
             swapped = Sum(self.b, "-", self.a)
             steps, _, _ = swapped.working.rpartition(" ")
@@ -120,9 +118,7 @@ class Sum:
         borrow = self.a % 10 < self.b % 10
         ones = self.a % 10 + 10 * borrow
         tens = self.a // 10 - borrow
-        return (
-            f"{ones}-{self.b % 10}={ones - self.b % 10} {tens}-{self.b // 10}={tens - self.b // 10} {self.result}"
-        )
+        return f"{ones}-{self.b % 10}={ones - self.b % 10} {tens}-{self.b // 10}={tens - self.b // 10} {self.result}"
 
     def phrase(self, rng: random.Random) -> str:
         """The question in one of the phrasings."""

@@ -1,0 +1,172 @@
+"""The main job, offline: hub -> storage initializer -> volume -> predictor -> an answer over the v2 protocol.
+
+`python -m demo` shows it once and stops everything it started; `--serve` leaves the server running. `make demo` and
+`make serve` call it.
+"""
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+from demo import exam, processes
+from demo.processes import ROOT, DemoError, Predictor
+
+REFERENCE = "hf://demo/arithmetic"
+SYSTEM = "You are a careful calculator."
+SHOWN_QUESTIONS = 5
+
+
+def step(text: str) -> None:
+    """Announce what comes next."""
+    print(f"\n==> {text}", flush=True)
+
+
+def ask(server: Predictor, questions: list[str]) -> tuple[list[str], int, float]:
+    """Ask several questions in one v2 request; gives the answers, their tokens and the seconds it took."""
+    chats = [
+        json.dumps([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
+        for question in questions
+    ]
+    started = time.monotonic()
+    response = httpx.post(
+        f"{server.url}/v2/models/{server.model_name}/infer",
+        json={
+            "inputs": [{"name": "messages", "datatype": "BYTES", "shape": [len(chats)], "data": chats}],
+            "outputs": [{"name": "text_output"}, {"name": "completion_tokens"}],
+        },
+        timeout=120,
+        trust_env=False,
+    )
+    seconds = time.monotonic() - started
+    if response.is_error:
+        raise DemoError(f"The predictor answered {response.status_code}: {response.text}")
+    answers, tokens = (output["data"] for output in response.json()["outputs"])
+    return answers, sum(tokens), seconds
+
+
+def show_answers(server: Predictor) -> None:
+    """Ask sums that were never trained on, and a question about the server; print and check what comes back."""
+    sums = exam.held_out_questions(SHOWN_QUESTIONS, seed=3)
+    questions = [question for question, _ in sums] + ["Who are you?"]
+    answers, tokens, seconds = ask(server, questions)
+    for question, answer in zip(questions, answers, strict=True):
+        print(f"    {question:<28} {answer}")
+    print(f"    {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, all questions in one batch")
+    right = sum(exam.final_number(answer) == result for answer, (_, result) in zip(answers, sums, strict=False))
+    if right < len(sums) - 1:
+        raise DemoError(f"Only {right} of {len(sums)} sums came back right; the weights in demo/model are damaged.")
+
+
+def show_overlay() -> None:
+    """Render what would put the same two programs on a cluster."""
+    overlay = Path("kustomize/overlays/prod")
+    if shutil.which("kubectl") is None:
+        print(f"    kubectl is not installed, so nothing was rendered; the overlay is {overlay}")
+        return
+    rendered = subprocess.run(["kubectl", "kustomize", str(overlay)], cwd=ROOT, capture_output=True, text=True)
+    if rendered.returncode:
+        raise DemoError(f"{overlay} does not render: {rendered.stderr.strip()}")
+    target = ROOT / "build" / "prod.yaml"
+    target.parent.mkdir(exist_ok=True)
+    target.write_text(rendered.stdout)
+    print(f"    {target.relative_to(ROOT)}, {rendered.stdout.count('kind: ')} lines with a kind; from {overlay}")
+
+
+def show_commands(server: Predictor) -> None:
+    """Commands to paste into another terminal."""
+    infer = f"{server.url}/v2/models/{server.model_name}/infer"
+    chat = json.dumps([{"role": "user", "content": "What is 17 + 25?"}])
+    for name, data in (("messages", chat), ("text_input", "17+25=")):
+        body = {
+            "inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": [data]}],
+            "parameters": {"max_tokens": 64},
+        }
+        print(f"curl -s {infer} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    print(f"curl -s {server.url}/v2/models/{server.model_name}")
+    print(f"curl -s {server.url}/v2/health/ready")
+
+
+@contextmanager
+def served(reference: str | None, root: Path, port: int) -> Iterator[tuple[Predictor, str, str | None]]:
+    """Fill the volume at `root` and serve it; gives the server, the reference and the local hub's URL, if one runs."""
+    with ExitStack() as stack:
+        hub_url = None
+        if reference is None:
+            step("A hub on loopback with the demo model")
+            hub_url = stack.enter_context(processes.local_hub({"demo/arithmetic": ROOT / "demo" / "model"}))
+            print(f"    {hub_url}")
+        reference = reference or REFERENCE
+        step(f"Storage initializer: {reference} -> {root}")
+        processes.initialize(reference, root, hub_url)
+        step(f"Predictor on port {port}")
+        name = reference.rstrip("/").rpartition("/")[2].partition(":")[0].partition("@")[0]
+        server = stack.enter_context(
+            processes.predictor(
+                ["--model_dir", str(root), "--model_reference", reference],
+                model_name=name,
+                port=port,
+                on_wait=lambda reason: print(f"    {reason}", flush=True),
+                timeout_seconds=600,
+            )
+        )
+        yield server, reference, hub_url
+
+
+def demonstrate(root: Path) -> None:
+    """The whole once, from hub to answer."""
+    with served(None, root, processes.free_port()) as (server, reference, hub_url):
+        step("Questions over the Open Inference Protocol v2")
+        show_answers(server)
+        step("Storage initializer once more: nothing to do")
+        print(f"    {processes.initialize(reference, root, hub_url):.2f} s in all, Python's start included")
+        step("The same for a cluster")
+        show_overlay()
+    print("\nDone; everything that was started has been stopped.")
+
+
+def serve(reference: str | None, root: Path, port: int) -> None:
+    """Serve until Ctrl-C or SIGTERM."""
+    with served(reference, root, port) as (server, _, _):
+        step("Ready; try these in another terminal, and end with Ctrl-C")
+        show_commands(server)
+        sys.stdout.flush()
+        server.process.wait()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Run; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description="The main job, offline.")
+    parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
+    parser.add_argument("--model", help="serve hf://owner/name from the real Hub instead of the demo model")
+    parser.add_argument("--root", type=Path, default=Path("models"), help="the volume (default: ./%(default)s)")
+    parser.add_argument("--port", type=int, default=8080, help="HTTP port of --serve (default: %(default)s)")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        if arguments.serve or arguments.model:
+            serve(arguments.model, arguments.root, arguments.port)
+        else:
+            demonstrate(arguments.root)
+    except DemoError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

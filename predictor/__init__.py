@@ -1,0 +1,1 @@
+"""Serve a directory of weights: a KServe model on a continuous-batching engine."""

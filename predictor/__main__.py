@@ -1,0 +1,27 @@
+"""The composition root: settings -> model -> server. `python -m predictor --model_name NAME --model_dir DIR`."""
+
+import sys
+
+from predictor import settings
+from predictor.errors import StartupError
+
+
+def main() -> int:
+    """Serve until told to end; the exit code."""
+    try:
+        read = settings.read(sys.argv[1:])
+        # kserve parses argv when it is imported, and would take our flags for abbreviations of its own.
+        del sys.argv[1:]
+        from predictor import server
+        from predictor.model import Predictor
+
+        server.configure_logging(read.log_level)
+        server.Server(Predictor(read), read).run()
+    except StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

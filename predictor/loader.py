@@ -1,0 +1,171 @@
+"""A directory of weights becomes a model on a device, with its tokenizer. Knows nothing of requests or HTTP."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from predictor.errors import StartupError, UnsupportedModel
+from predictor.generation import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to generate, and what its directory says about how it wants to be used."""
+
+    model: Any
+    """The transformers model, in evaluation mode, on its device."""
+    tokenizer: Any
+    context_tokens: int
+    """Positions that the model was made for."""
+    eos_token_ids: frozenset[int]
+    defaults: SamplingParams
+    """From the generation config; greedy where that does not ask for sampling."""
+
+
+def load(directory: Path, *, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
+    """Load the model and tokenizer of `directory`.
+
+    Args:
+        directory: holds config.json, *.safetensors and the tokenizer's files; never the Hub.
+        device: "auto", "cuda", "mps" or "cpu".
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        trust_remote_code: run Python code of the directory.
+
+    Raises:
+        UnsupportedModel: no weights that can be read, or an architecture that transformers does not know.
+        StartupError: the device is not there.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    config = _config(directory, trust_remote_code)
+    _check_weights(directory)
+    target = choose_device(device)
+    number_format = choose_dtype(dtype, getattr(config, "dtype", None), target)
+    logger.info("loading %s on %s in %s", directory, target, str(number_format).removeprefix("torch."))
+    common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UnsupportedModel(f"The tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=number_format, device_map={"": target}, use_safetensors=True, **common
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+        raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
+    text_config = config.get_text_config()
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
+        eos_token_ids=_eos_token_ids(model, tokenizer),
+        defaults=_defaults(model.generation_config),
+    )
+
+
+def choose_device(device: str) -> torch.device:
+    """The device asked for; "auto" takes the first of cuda, mps, cpu that is there.
+
+    Raises:
+        StartupError: the device asked for is not there.
+    """
+    available: dict[str, Callable[[], bool]] = {
+        "cuda": torch.cuda.is_available,
+        "mps": torch.backends.mps.is_available,
+        "cpu": lambda: True,
+    }
+    if device == "auto":
+        device = next(name for name, is_available in available.items() if is_available())
+    elif not available[device]():
+        raise StartupError(f"--device is {device}, but torch sees no such device here; use --device auto or cpu.")
+    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+
+
+def choose_dtype(dtype: str, of_checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The number format asked for; "auto" keeps the checkpoint's own where the device computes in it well."""
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    chosen = of_checkpoint or torch.float32
+    if device.type == "cpu" and chosen == torch.float16:
+        return torch.bfloat16  # CPUs convert float16 for every operation; bfloat16 is as small
+    if device.type == "cuda" and chosen == torch.bfloat16 and not torch.cuda.is_bf16_supported():
+        return torch.float16
+    return chosen
+
+
+def _config(directory: Path, trust_remote_code: bool) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        model_type = _declared(directory).get("model_type")
+        raise UnsupportedModel(
+            f"{directory / 'config.json'} names the model type {model_type!r}, which transformers "
+            f"{transformers.__version__} cannot serve without remote code; use a supported model, a newer "
+            "transformers, or, if you have read its code, --trust_remote_code."
+        ) from error
+    has_remote_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if not has_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        architecture = ", ".join(config.architectures or ()) or config.model_type
+        raise UnsupportedModel(
+            f"{directory} holds a {architecture}, which does not generate text; serve a causal language model."
+        )
+    return config
+
+
+def _declared(directory: Path) -> dict[str, Any]:
+    try:
+        declared = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(
+            f"{directory / 'config.json'} is not readable JSON; download the model again."
+        ) from error
+    return declared if isinstance(declared, dict) else {}
+
+
+def _check_weights(directory: Path) -> None:
+    index = directory / WEIGHTS_INDEX
+    try:
+        named = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UnsupportedModel(f"{index} is not a readable index; download the model again.") from error
+    missing = sorted(shard for shard in named if not (directory / shard).is_file())
+    if missing:
+        raise UnsupportedModel(f"{directory} lacks {', '.join(missing)}, named in {WEIGHTS_INDEX}; download it again.")
+    if not any(directory.glob("*.safetensors")):
+        raise UnsupportedModel(
+            f"{directory} has no *.safetensors; only that format is loaded, since pickled weights can run code."
+        )
+
+
+def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    declared = model.generation_config.eos_token_id
+    ids = declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id]
+    return frozenset(token_id for token_id in ids if token_id is not None)
+
+
+def _defaults(config: Any) -> SamplingParams:
+    if not config.do_sample:
+        return SamplingParams(max_tokens=config.max_new_tokens, temperature=0.0, top_p=1.0, top_k=0)
+    return SamplingParams(
+        max_tokens=config.max_new_tokens,
+        temperature=1.0 if config.temperature is None else float(config.temperature),
+        top_p=1.0 if config.top_p is None else float(config.top_p),
+        top_k=config.top_k or 0,
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

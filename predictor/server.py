@@ -1,0 +1,255 @@
+"""KServe's model server with our routes: health that tells the truth, v2 infer, and one place for every error.
+
+The SDK's app is kept (metrics, v1, metadata); a route added here before the start wins over the SDK's of the same path.
+"""
+
+import asyncio
+import json
+import logging
+import logging.config
+import socket
+import threading
+from typing import Any
+
+import kserve
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from kserve.model_server import app as kserve_app
+from starlette.exceptions import HTTPException
+
+from predictor.errors import (
+    Forbidden,
+    GenerationFailed,
+    InvalidRequest,
+    ModelNotReady,
+    NotFound,
+    PortInUse,
+    RequestError,
+    StartupError,
+    Unavailable,
+)
+from predictor.model import Predictor
+from predictor.protocol import v2
+from predictor.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 5
+"""What a 503 suggests; a load or a restart is not over sooner."""
+
+
+class Server(kserve.ModelServer):
+    """Opens the port, then loads the model behind it; ends when it is told to, or when the load fails."""
+
+    def __init__(self, predictor: Predictor, settings: Settings) -> None:
+        repository = kserve.ModelRepository()
+        repository.update(predictor)
+        super().__init__(
+            http_port=settings.http_port,
+            registered_models=repository,
+            workers=1,
+            enable_grpc=False,
+            enable_latency_logging=False,
+            grace_period=settings.shutdown_grace_seconds,
+        )
+        self._predictor = predictor
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT; running requests are finished first.
+
+        Raises:
+            StartupError: the port is taken, or the model cannot be loaded.
+        """
+        _check_port(self.http_port)
+        equip(kserve_app, self._predictor)
+        try:
+            # A model that is not ready must not be given to start(): it would refuse to start at all.
+            self.start([])
+        finally:
+            self._predictor.stop()
+
+    async def _serve(self) -> None:
+        """What `start` runs on its event loop; overridden so that the load begins once the port is about to open."""
+        serving: asyncio.Future[Any] = asyncio.gather(*self.servers)
+        loading = _in_thread(self._predictor.load)
+        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        failed = loading.done() and loading.exception() is not None
+        if failed:
+            self._rest_server._server.should_exit = True
+        await serving
+        if failed:
+            loading.result()
+
+
+def equip(app: FastAPI, predictor: Predictor) -> None:
+    """Add our routes and error handlers to KServe's app."""
+    app.include_router(routes(predictor))
+    app.add_exception_handler(RequestError, _answer_request_error)
+    app.add_exception_handler(RequestValidationError, _answer_validation_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+
+
+def routes(predictor: Predictor) -> APIRouter:
+    """The v2 routes of one model."""
+    router = APIRouter(prefix="/v2", default_response_class=JSONResponse)
+
+    def known(model_name: str) -> None:
+        if model_name != predictor.name:
+            raise NotFound(f"There is no model {model_name!r} here, only {predictor.name!r}.")
+
+    async def require_ready() -> None:
+        if not await predictor.healthy():
+            raise ModelNotReady(f"The model {predictor.name} is not ready: {predictor.phase}.")
+
+    @router.get("/health/live")
+    async def server_live() -> dict[str, bool]:
+        if not predictor.live:
+            raise Unavailable("The step loop has ended; the server has to be restarted.")
+        return {"live": True}
+
+    @router.get("/health/ready")
+    async def server_ready() -> dict[str, bool]:
+        await require_ready()
+        return {"ready": True}
+
+    @router.get("/models/{model_name}/ready")
+    async def model_ready(model_name: str) -> dict[str, Any]:
+        known(model_name)
+        await require_ready()
+        return {"name": predictor.name, "ready": True}
+
+    @router.get("/models/{model_name}")
+    async def model_metadata(model_name: str) -> dict[str, Any]:
+        known(model_name)
+        return {
+            "name": predictor.name,
+            "platform": "transformers_safetensors",
+            "inputs": predictor.get_input_types(),
+            "outputs": predictor.get_output_types(),
+        }
+
+    @router.post("/models/{model_name}/infer")
+    async def infer(model_name: str, request: Request) -> JSONResponse:
+        known(model_name)
+        if "inference-header-content-length" in request.headers:
+            raise InvalidRequest("Binary tensors are not served; send the tensor's data inside the JSON.")
+        try:
+            response, _ = await predictor(v2.parse(await request.body(), model_name), headers=dict(request.headers))
+        except RequestError:
+            raise
+        except Exception as error:
+            logger.exception("infer failed")
+            raise GenerationFailed("The server failed on this request; its log says why.") from error
+        return JSONResponse(v2.serialize(response))
+
+    @router.post("/repository/models/{model_name}/{action}")
+    async def repository(action: str) -> None:
+        raise Forbidden(f"This server does not {action} models on request; it serves {predictor.name}, as deployed.")
+
+    return router
+
+
+def configure_logging(level: str) -> None:
+    """One line per event on stderr, ours and KServe's alike; probes and the SDK's per-request traces left out.
+
+    Args:
+        level: the least severe level that is written.
+    """
+    logging.config.dictConfig(
+        {
+            "version": 1,
+            "disable_existing_loggers": False,
+            "filters": {"no_probes": {"()": _NoProbes}},
+            "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
+            "handlers": {
+                "stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
+            },
+            "root": {"handlers": ["stderr"], "level": level},
+            "loggers": {
+                # A handler of its own keeps the SDK from installing its configuration.
+                "kserve": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+                "kserve.trace": {"level": "ERROR"},
+                "uvicorn.access": {"filters": ["no_probes"]},
+                "httpx": {"level": "WARNING"},
+                "ContinuousBatchingLogger": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+            },
+        }
+    )
+
+
+class _NoProbes(logging.Filter):
+    """Leaves out access lines of probes and scrapes, several a minute for as long as the pod lives."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        path = str(record.args[2]) if isinstance(record.args, tuple) and len(record.args) > 2 else ""
+        return not (path.startswith("/v2/health") or path.endswith("/ready") or path == "/metrics")
+
+
+def _check_port(port: int) -> None:
+    """Uvicorn would report a taken port with a traceback of ours around it."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))  # noqa: S104
+        except OSError as error:
+            raise PortInUse(
+                f"Port {port} cannot be opened ({error.strerror}); choose another with --http_port."
+            ) from None
+
+
+def _in_thread(load: Any) -> asyncio.Future[None]:
+    """Run `load` in a daemon thread: a SIGTERM in the middle of a load must not wait for its end."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def run() -> None:
+        try:
+            load()
+        except StartupError as error:
+            outcome: Exception | None = error
+        except Exception as error:
+            logger.exception("the load failed")
+            outcome = StartupError(f"The model cannot be loaded: {error}")
+        else:
+            outcome = None
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(_settle, done, outcome)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return done
+
+
+def _settle(done: asyncio.Future[None], outcome: Exception | None) -> None:
+    if done.cancelled():
+        return
+    if outcome is None:
+        done.set_result(None)
+    else:
+        done.set_exception(outcome)
+
+
+async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, RequestError):
+        raise error
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, Unavailable) else None
+    return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+
+
+async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+    """The SDK's own routes validate with FastAPI, whose answer would repeat the whole request."""
+    if not isinstance(error, RequestValidationError):
+        raise error
+    fields = ", ".join(".".join(map(str, issue["loc"])) for issue in error.errors())
+    return JSONResponse({"error": f"The request is malformed at {fields}."}, status_code=400)
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, HTTPException):
+        raise error
+    detail = error.detail if isinstance(error.detail, str) else json.dumps(error.detail)
+    return JSONResponse(
+        {"error": f"{request.method} {request.url.path}: {detail}."},
+        status_code=error.status_code,
+        headers=error.headers,
+    )
