@@ -1,19 +1,60 @@
+# Everything runs in a virtual environment of its own, made once: .venv.
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CODE := predictor storage_initializer demo tests
 MODEL ?=
+PORT ?= 8080
+PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo serve test test-fast lint format render clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED) ## make the virtual environment
 
 $(INSTALLED): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kserve-llm needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,dev]'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
+	@echo "==> installing into $(VENV), once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,dev]'
 	@touch $@
 
-install: $(INSTALLED) ## make the virtual environment, once
+demo: $(INSTALLED) ## the main job, offline: hub, storage initializer, predictor, answers
+	@$(BIN)/python -m demo
+
+serve: $(INSTALLED) ## the same, and stay; MODEL=hf://owner/name serves from the Hub, PORT=8080
+	@$(BIN)/python -m demo --serve --port $(PORT) $(if $(MODEL),--model $(MODEL))
+
+test: $(INSTALLED) ## all tests
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(INSTALLED) ## all tests but the slow ones
+	@$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint
+	@$(BIN)/ruff check $(CODE)
+	@$(BIN)/ruff format --check $(CODE)
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/yamllint --strict .
+
+format: $(INSTALLED) ## let ruff rewrite what it can
+	@$(BIN)/ruff check --fix $(CODE)
+	@$(BIN)/ruff format $(CODE)
+
+render: ## every overlay into build/
+	@mkdir -p build
+	@for overlay in kustomize/overlays/*/; do \
+	  name=$$(basename $$overlay); \
+	  kubectl kustomize $$overlay > build/$$name.yaml || exit 1; \
+	  echo "build/$$name.yaml"; \
+	done
+
+clean: ## remove what was made here, the virtual environment and ./models included
+	@rm -rf $(VENV) build dist models .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

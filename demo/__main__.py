@@ -6,6 +6,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -108,11 +109,11 @@ def served(reference: str | None, root: Path, port: int) -> Iterator[tuple[Predi
         step(f"Storage initializer: {reference} -> {root}")
         processes.initialize(reference, root, hub_url)
         step(f"Predictor on port {port}")
-        name = reference.rstrip("/").rpartition("/")[2].partition(":")[0].partition("@")[0]
+        named = re.match(r"hf://[^/]+/([^/:@]+)", reference)
         server = stack.enter_context(
             processes.predictor(
                 ["--model_dir", str(root), "--model_reference", reference],
-                model_name=name,
+                model_name=named[1] if named else "model",
                 port=port,
                 on_wait=lambda reason: print(f"    {reason}", flush=True),
                 timeout_seconds=600,

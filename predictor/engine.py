@@ -75,8 +75,9 @@ class Engine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the step loop runs."""
-        return bool(self._manager.is_running()) and self._manager.background_thread_status.fatal_error is None
+        """Whether the step loop runs and takes requests."""
+        refusal = self._manager.background_thread_status.can_accept_new_requests()
+        return bool(self._manager.is_running()) and refusal is None
 
     def start(self) -> None:
         """Allocate the KV cache and start the step loop; blocks. Warms up what the device wants warmed up.

@@ -9,6 +9,7 @@ import logging
 import logging.config
 import socket
 import threading
+from importlib.metadata import version
 from typing import Any
 
 import kserve
@@ -35,6 +36,7 @@ from predictor.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+DISTRIBUTION = "kserve-llm"
 RETRY_AFTER_SECONDS = 5
 """What a 503 suggests; a load or a restart is not over sooner."""
 
@@ -101,6 +103,10 @@ def routes(predictor: Predictor) -> APIRouter:
     async def require_ready() -> None:
         if not await predictor.healthy():
             raise ModelNotReady(f"The model {predictor.name} is not ready: {predictor.phase}.")
+
+    @router.get("")
+    async def server_metadata() -> dict[str, Any]:
+        return {"name": DISTRIBUTION, "version": version(DISTRIBUTION), "extensions": []}
 
     @router.get("/health/live")
     async def server_live() -> dict[str, bool]:

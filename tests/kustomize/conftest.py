@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -170,12 +169,9 @@ def tree() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def sdk_round_trip() -> Callable[[Manifest, str], Manifest]:
     """Loads a manifest into a class of the KServe SDK or the Kubernetes client, and writes it out again."""
-    with pytest.MonkeyPatch.context() as patch:
-        # kserve parses sys.argv when it is imported, and some of pytest's options stop it.
-        patch.setattr(sys, "argv", ["pytest"])
-        import kserve
-        import kubernetes.client
-        from kserve.api_client import ApiClient
+    import kserve
+    import kubernetes.client
+    from kserve.api_client import ApiClient
 
     def load(value: Any, type_name: str) -> Any:
         """As the clients' own deserializers, of which neither knows the classes and the notation of the other."""

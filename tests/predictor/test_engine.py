@@ -133,14 +133,17 @@ def test_closing_the_iterator_frees_the_place(engine: Engine, loaded: LoadedMode
     assert not manager.output_router.result_handlers
 
 
-def test_a_small_cache_limits_the_context(loaded: LoadedModel) -> None:
+def test_a_small_cache_limits_the_context_and_is_shared_out(loaded: LoadedModel) -> None:
     small = started(load(), kv_cache_tokens=512)
+    sampling = SamplingParams(max_tokens=112, temperature=0.0, top_p=1.0, top_k=0)
+
+    async def both() -> list[tuple[list[int], FinishReason | None]]:
+        return await asyncio.gather(*(tokens(small, [first, *[5] * 399], sampling) for first in (10, 20)))
+
     try:
         assert small.context_tokens == 512 < loaded.context_tokens
-        generated, reason = asyncio.run(
-            tokens(small, [5] * 400, SamplingParams(max_tokens=112, temperature=0.0, top_p=1.0, top_k=0))
-        )
-        assert reason is FinishReason.EOS_TOKEN or len(generated) == 112
+        alone = [asyncio.run(tokens(small, [first, *[5] * 399], sampling)) for first in (10, 20)]
+        assert alone == asyncio.run(both()), "each would fill the cache, so one has to wait for the other"
     finally:
         small.stop()
 

@@ -53,6 +53,11 @@ def test_tells_counts_and_finish_reasons(client: httpx.Client) -> None:
     assert (stopped["finish_reason"], stopped["text_output"]) == (["stop_sequence"], ["7+5=12"])
 
 
+def test_describes_the_server(client: httpx.Client) -> None:
+    described = client.get("/v2").json()
+    assert (described["name"], described["extensions"]) == ("kserve-llm", [])
+
+
 def test_describes_its_inputs_and_outputs(client: httpx.Client) -> None:
     metadata = client.get("/v2/models/demo").json()
     assert metadata["name"] == "demo"

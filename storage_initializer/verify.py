@@ -1,0 +1,106 @@
+"""Holds a directory against a list of files: issues as values, all at once.
+
+Reads only. What an issue means (fetch again, refuse, report) is for the caller to say.
+"""
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from storage_initializer.errors import RefusedSnapshot
+from storage_initializer.plan import File
+
+
+@dataclass(frozen=True, slots=True)
+class Issue:
+    """One thing that is wrong with one path."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path} {self.problem}"
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """The files that are as promised, each with its sha256, and everything that is not."""
+
+    files: tuple[File, ...]
+    issues: tuple[Issue, ...]
+
+
+def check(directory: Path, expected: Iterable[File]) -> Findings:
+    """Read every expected file and compare size and checksums; report files that nobody expects.
+
+    Hidden files at the top of the directory are bookkeeping, and not looked at.
+    """
+    files: list[File] = []
+    issues: list[Issue] = []
+    unexpected = set(_paths(directory))
+    for file in expected:
+        unexpected.discard(file.path)
+        found = _compare(directory / file.path, file)
+        if isinstance(found, Issue):
+            issues.append(found)
+        else:
+            files.append(found)
+    issues += [Issue(path, "is not part of the plan") for path in sorted(unexpected)]
+    return Findings(tuple(files), tuple(issues))
+
+
+def describe(directory: Path) -> tuple[File, ...]:
+    """List a directory as the Hub lists a repository, with the sha256 of every file that is not hidden.
+
+    Raises:
+        RefusedSnapshot: a link or a device among the files.
+    """
+    return tuple(
+        File(path, size_bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
+        for path in sorted(_paths(directory))
+    )
+
+
+def _paths(directory: Path) -> Iterator[str]:
+    """The paths of all regular files below, relative to the directory; hidden ones are skipped."""
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in (*folders, *names):
+            path = Path(folder, name)
+            mode = path.lstat().st_mode
+            if name.startswith(".") or stat.S_ISDIR(mode):
+                continue
+            if not stat.S_ISREG(mode):
+                raise RefusedSnapshot(f"{path} is a link or a device: replace it with a copy (cp -rL)")
+            yield path.relative_to(directory).as_posix()
+
+
+def _compare(path: Path, file: File) -> File | Issue:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes != file.size_bytes:
+            return Issue(file.path, f"has {size_bytes} bytes instead of {file.size_bytes}")
+        if file.git_sha1 is not None and (found := _git_sha1(path, size_bytes)) != file.git_sha1:
+            return Issue(file.path, f"has git blob id {found} instead of {file.git_sha1}")
+        sha256 = _sha256(path)
+    except FileNotFoundError:
+        return Issue(file.path, "is missing")
+    if file.sha256 is not None and sha256 != file.sha256:
+        return Issue(file.path, f"has sha256 {sha256} instead of {file.sha256}")
+    return replace(file, sha256=sha256)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _git_sha1(path: Path, size_bytes: int) -> str:
+    """The id that git gives to this content as a blob; for small files, since it reads the file once more."""
+    with path.open("rb") as content:
+        digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+        digest.update(content.read())
+    return digest.hexdigest()

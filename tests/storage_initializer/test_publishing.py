@@ -1,0 +1,197 @@
+"""A reference becomes a complete, recorded, named snapshot; once."""
+
+import json
+import logging
+import os
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
+
+import pytest
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+from storage_initializer.hub import _bar
+from tests.local_hub import LocalHub
+from tests.storage_initializer.conftest import Run, make_model, problems
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
+
+
+def test_publishes_a_snapshot_with_its_record_and_its_ref(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    result = run("hf://demo/arithmetic", volume)
+
+    commit = hub.commit("demo/arithmetic")
+    snapshot = volume / "demo--arithmetic" / commit
+    assert result.code == 0
+    assert result.stdout.startswith(f"published hf://demo/arithmetic@{commit[:12]} at {snapshot}: 4 files, ")
+    assert problems(snapshot) == []
+    assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{commit}\n"
+    assert (snapshot / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    record = json.loads((snapshot / ".snapshot.json").read_text())
+    assert record["format_version"] == 1
+    assert record["reference"] == "hf://demo/arithmetic:main"
+    assert record["commit"] == commit
+    assert record["tool"].startswith("kserve-llm ")
+    assert {"path": "tokenizer.json", "size": 2, "sha256": hub.blobs("demo/arithmetic")["tokenizer.json"].sha256} in (
+        record["files"]
+    )
+
+
+def test_leaves_nothing_behind_in_staging_and_among_the_leases(run: Run, volume: Path) -> None:
+    run("hf://demo/arithmetic", volume)
+    assert list((volume / ".staging").iterdir()) == []
+    assert list((volume / ".locks").iterdir()) == []
+
+
+def test_leaves_out_pickles_and_hidden_files(run: Run, hub: LocalHub, volume: Path) -> None:
+    result = run("hf://demo/arithmetic", volume)
+    published = set(contents(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")))
+    assert published == {"config.json", "tokenizer.json", "README.md", "model.safetensors", ".snapshot.json"}
+    assert "leaving out pytorch_model.bin" in result.stderr
+    assert "pytorch_model.bin" not in hub.downloads()
+
+
+def test_a_second_run_asks_for_the_commit_and_does_nothing_else(run: Run, hub: LocalHub, volume: Path) -> None:
+    run("hf://demo/arithmetic", volume)
+    before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
+    hub.forget()
+
+    result = run("hf://demo/arithmetic", volume)
+
+    assert result.code == 0
+    assert result.stdout.startswith("already published hf://demo/arithmetic@")
+    assert "nothing to do" in result.stdout
+    assert [request.kind for request in hub.requests] == ["info"]
+    assert {path: path.stat().st_mtime_ns for path in volume.rglob("*")} == before
+
+
+def test_a_second_run_with_a_commit_asks_nobody(run: Run, hub: LocalHub, volume: Path) -> None:
+    reference = f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}"
+    assert run(reference, volume).code == 0
+    assert not (volume / "demo--arithmetic" / "refs").exists()
+    hub.forget()
+
+    result = run(reference.replace(":main", "@"), volume)
+
+    assert result.code == 0
+    assert "nothing to do" in result.stdout
+    assert hub.requests == []
+
+
+def test_a_branch_that_moves_leads_to_a_new_snapshot_and_leaves_the_old_one(
+    run: Run, hub: LocalHub, volume: Path, tmp_path: Path
+) -> None:
+    run("hf://demo/arithmetic", volume)
+    old = hub.commit("demo/arithmetic")
+    new = hub.add("demo/arithmetic", make_model(tmp_path / "newer", seed=1))
+
+    assert run("hf://demo/arithmetic", volume).code == 0
+
+    assert old != new
+    assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{new}\n"
+    assert problems(volume / "demo--arithmetic" / old) == problems(volume / "demo--arithmetic" / new) == []
+
+
+@pytest.mark.parametrize("separator", [":", "@"])
+def test_a_revision_with_a_slash_has_one_escaped_ref(
+    run: Run, hub: LocalHub, model: Path, volume: Path, separator: str
+) -> None:
+    commit = hub.add("demo/arithmetic", model, revision="refs/pr/4")
+    assert run(f"hf://demo/arithmetic{separator}refs/pr/4", volume).code == 0
+    (ref,) = (volume / "demo--arithmetic" / "refs").iterdir()
+    assert ref.name == "refs%2Fpr%2F4"
+    assert unquote(ref.name) == "refs/pr/4"
+    assert ref.read_text() == f"{commit}\n"
+
+
+def test_publishes_every_shard_and_nested_file(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "sharded", shards=3)
+    (model / "extra").mkdir()
+    (model / "extra" / "notes on it.txt").write_text("nested, with spaces\n")
+    commit = hub.add("demo/sharded", model)
+    assert run("hf://demo/sharded", volume).code == 0
+    snapshot = volume / "demo--sharded" / commit
+    assert problems(snapshot) == []
+    assert len(list(snapshot.glob("*.safetensors"))) == 3
+    assert (snapshot / "extra" / "notes on it.txt").read_text() == "nested, with spaces\n"
+
+
+def test_publishes_a_directory_under_the_fingerprint_of_its_content(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    first = run(f"file://{model}", volume)
+    commit = (volume / "file--model" / "refs" / "main").read_text().strip()
+    assert first.code == 0
+    assert len(commit) == 40
+    assert problems(volume / "file--model" / commit) == []
+
+    assert "nothing to do" in run(f"file://{model}", volume).stdout
+
+    (model / "config.json").write_text('{"changed": true}')
+    assert run(f"file://{model}", volume).code == 0
+    changed = (volume / "file--model" / "refs" / "main").read_text().strip()
+    assert changed != commit
+    assert problems(volume / "file--model" / commit) == problems(volume / "file--model" / changed) == []
+    assert hub.requests == []
+
+
+def test_takes_several_pairs_in_one_run(run: Run, model: Path, tmp_path: Path) -> None:
+    result = run("hf://demo/arithmetic", tmp_path / "a", f"file://{model}", tmp_path / "b")
+    assert result.code == 0
+    assert len(result.stdout.splitlines()) == 2
+    assert (tmp_path / "a" / "demo--arithmetic" / "refs" / "main").is_file()
+    assert (tmp_path / "b" / "file--model" / "refs" / "main").is_file()
+
+
+def test_the_group_can_read_whatever_the_umask_says(run: Run, volume: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        assert run("hf://demo/arithmetic", volume).code == 0
+    finally:
+        os.umask(before)
+    for path in (volume, *(volume / "demo--arithmetic").rglob("*"), volume / "demo--arithmetic"):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        wanted = 0o050 if path.is_dir() else 0o040
+        assert mode & wanted == wanted, f"{path} has mode {mode:o}"
+
+
+def test_opens_a_gated_repository_with_a_token_and_never_shows_it(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    commit = hub.add("demo/gated", model, gated=True)
+    hub.token = "hf_s3cr3t"  # noqa: S105 - opens nothing but this hub
+    result = run("hf://demo/gated", volume, env={"HF_TOKEN": "hf_s3cr3t\n", "LOG_LEVEL": "DEBUG"})
+    assert result.code == 0
+    assert problems(volume / "demo--gated" / commit) == []
+    assert "s3cr3t" not in result.stdout + result.stderr
+    assert not any(b"s3cr3t" in content for content in contents(volume).values())
+
+
+def test_bytes_that_come_over_xet_count_once() -> None:
+    counted: list[int] = []
+    reporter = XetDownloadProgressReporter(
+        reconstruction_desc="", total=100, log_level=logging.INFO, tqdm_class=_bar(counted.append)
+    )
+    with reporter:
+        for done in (40, 100):
+            report = SimpleNamespace(
+                total_bytes=100,
+                total_bytes_completed=done,
+                total_bytes_completion_rate=1.0,
+                total_transfer_bytes_completed=done // 2,
+                total_transfer_bytes_completion_rate=1.0,
+            )
+            reporter.update_progress(report)
+    assert counted == [40, 60]
+
+
+def test_tells_how_the_fetching_goes_in_lines(run: Run, hub: LocalHub, volume: Path) -> None:
+    hub.bytes_per_second = 100_000
+    result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PROGRESS_SECONDS": "0.01"})
+    lines = [line for line in result.stderr.splitlines() if "INFO fetched " in line]
+    assert len(lines) > 1
+    assert "(100 %)" in lines[-1]
+    assert "\r" not in result.stderr
