@@ -79,7 +79,8 @@ def show_overlay() -> None:
     target = ROOT / "build" / "prod.yaml"
     target.parent.mkdir(exist_ok=True)
     target.write_text(rendered.stdout)
-    print(f"    {target.relative_to(ROOT)}, {rendered.stdout.count('kind: ')} lines with a kind; from {overlay}")
+    objects = sum(line.startswith("kind:") for line in rendered.stdout.splitlines())
+    print(f"    {target.relative_to(ROOT)}, {objects} objects, rendered from {overlay}")
 
 
 def show_commands(server: Predictor) -> None:
@@ -97,7 +98,7 @@ def show_commands(server: Predictor) -> None:
 
 
 @contextmanager
-def served(reference: str | None, root: Path, port: int) -> Iterator[tuple[Predictor, str, str | None]]:
+def served(reference: str | None, root: Path, port: int, log_level: str) -> Iterator[tuple[Predictor, str, str | None]]:
     """Fill the volume at `root` and serve it; gives the server, the reference and the local hub's URL, if one runs."""
     with ExitStack() as stack:
         hub_url = None
@@ -112,7 +113,7 @@ def served(reference: str | None, root: Path, port: int) -> Iterator[tuple[Predi
         named = re.match(r"hf://[^/]+/([^/:@]+)", reference)
         server = stack.enter_context(
             processes.predictor(
-                ["--model_dir", str(root), "--model_reference", reference],
+                ["--model_dir", str(root), "--model_reference", reference, "--log_level", log_level],
                 model_name=named[1] if named else "model",
                 port=port,
                 on_wait=lambda reason: print(f"    {reason}", flush=True),
@@ -124,7 +125,7 @@ def served(reference: str | None, root: Path, port: int) -> Iterator[tuple[Predi
 
 def demonstrate(root: Path) -> None:
     """The whole once, from hub to answer."""
-    with served(None, root, processes.free_port()) as (server, reference, hub_url):
+    with served(None, root, processes.free_port(), "WARNING") as (server, reference, hub_url):
         step("Questions over the Open Inference Protocol v2")
         show_answers(server)
         step("Storage initializer once more: nothing to do")
@@ -136,7 +137,7 @@ def demonstrate(root: Path) -> None:
 
 def serve(reference: str | None, root: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
-    with served(reference, root, port) as (server, _, _):
+    with served(reference, root, port, "INFO") as (server, _, _):
         step("Ready; try these in another terminal, and end with Ctrl-C")
         show_commands(server)
         sys.stdout.flush()
