@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from contextlib import aclosing
@@ -50,6 +51,10 @@ class Predictor(kserve.Model):
         super().__init__(settings.model_name)
         self._settings = settings
         self._parts: _Parts | None = None
+        self._engine: Engine | None = None
+        # A stop may come in the middle of a load. The engine's thread would keep the process alive, so a stop and
+        # the engine's start take turns, and nothing starts after a stop.
+        self._turn = threading.Lock()
         self.phase = Phase.CREATED
 
     def load(self) -> bool:
@@ -81,22 +86,30 @@ class Predictor(kserve.Model):
             max_batch_tokens=settings.max_batch_tokens,
             kv_cache_tokens=settings.kv_cache_tokens,
         )
-        self.phase = Phase.WARMING_UP
-        engine.start()
+        with self._turn:
+            if self.phase is Phase.STOPPED:
+                return False
+            self.phase = Phase.WARMING_UP
+            self._engine = engine
+            engine.start()
         asyncio.run(engine.warm_up())
         prompts = Prompts(loaded.tokenizer, engine.context_tokens, loaded.defaults, settings.default_max_tokens)
-        self._parts = _Parts(found, prompts, engine)
-        self.ready = True
-        self.phase = Phase.READY
+        with self._turn:
+            if self.phase is Phase.STOPPED:
+                return False
+            self._parts = _Parts(found, prompts, engine)
+            self.ready = True
+            self.phase = Phase.READY
         logger.info("%s is ready after %.1f s", self.name, time.monotonic() - started)
         return True
 
     def stop(self) -> None:
         """Stop being ready, and end the engine; what still runs is cut off. May be called twice."""
-        self.ready = False
-        self.phase = Phase.STOPPED
-        if self._parts is not None:
-            self._parts.engine.stop()
+        with self._turn:
+            self.ready = False
+            self.phase = Phase.STOPPED
+            if self._engine is not None:
+                self._engine.stop()
 
     @property
     def live(self) -> bool:

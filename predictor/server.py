@@ -30,7 +30,7 @@ from predictor.errors import (
     StartupError,
     Unavailable,
 )
-from predictor.model import Predictor
+from predictor.model import Phase, Predictor
 from predictor.protocol import v2
 from predictor.settings import Settings
 
@@ -76,7 +76,8 @@ class Server(kserve.ModelServer):
         serving: asyncio.Future[Any] = asyncio.gather(*self.servers)
         loading = _in_thread(self._predictor.load)
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
-        failed = loading.done() and loading.exception() is not None
+        # A load that a stop has cut off is no failure.
+        failed = loading.done() and loading.exception() is not None and self._predictor.phase is not Phase.STOPPED
         if failed:
             self._rest_server._server.should_exit = True
         await serving

@@ -95,3 +95,24 @@ def test_a_signal_lets_running_requests_finish_and_exits_zero(sent: signal.Signa
             assert running.result().status_code == 200
             assert server.process.wait(60) == 0
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("phase", ["starting", "loading weights", "warming up", "ready"])
+def test_a_signal_at_any_phase_of_the_start_ends_the_process(phase: str, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        flags = ["--model_name", "demo", "--model_dir", DEMO_MODEL, "--http_port", str(port := processes.free_port())]
+        process = processes.start(["predictor", *flags], stderr=log)
+        try:
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline:
+                try:
+                    response = httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", trust_env=False)
+                except httpx.TransportError:
+                    continue
+                if phase == "starting" or phase in response.text or response.is_success:
+                    break
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
+        finally:
+            processes.stop(process)
+    assert "Traceback" not in (tmp_path / "log").read_text()
