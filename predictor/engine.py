@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from predictor import sampler
 from predictor.errors import EngineStopped, GenerationFailed, StartupError
 from predictor.generation import FinishReason, SamplingParams, Step
 
@@ -23,8 +24,6 @@ PAGE_TOKENS = 256
 """Tokens in one block of the KV cache: what a sequence takes at least, and what prefixes are shared by."""
 DEFAULT_CACHE_TOKENS = 16384
 """KV cache where free memory cannot be asked for. The manager would take the host's, not the container's."""
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing logits by them would overflow."""
 STOP_TIMEOUT_SECONDS = 30.0
 
 
@@ -50,23 +49,22 @@ class Engine:
         max_batch_tokens: int,
         kv_cache_tokens: int | None,
     ) -> None:
-        self._vocabulary_size: int = model.config.get_text_config().vocab_size
         self._eos_token_ids = eos_token_ids
         self._context_tokens = context_tokens
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = DEFAULT_CACHE_TOKENS
-        # Each sampling parameter is per request; a processor exists only if its start-up value is not neutral.
-        sampling = GenerationConfig(do_sample=True, temperature=0.9, top_k=2, top_p=0.9, eos_token_id=-1)
         self._manager = model.init_continuous_batching(
-            generation_config=sampling,
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
                 max_batch_tokens=max(max_batch_tokens, max_running),
                 max_requests_per_batch=max_running,
-                per_request_processors=True,
+                # The sampler looks at each row's parameters on the host, which a recorded graph would not do again.
+                use_cuda_graph=False,
             ),
         )
+        self._manager.logit_processor = sampler.processors()
 
     @property
     def context_tokens(self) -> int:
@@ -156,17 +154,15 @@ class Engine:
             raise StartupError(f"The model loaded, but cannot generate: {error}") from error
 
     def _add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> bool:
-        greedy = not sampling.temperature or sampling.temperature < GREEDY_BELOW
         added = self._manager.add_request(
             list(prompt),
             request_id=request_id,
             max_new_tokens=sampling.max_tokens,
             streaming=True,
             eos_token_id=list(self._eos_token_ids),
-            # do_sample is the whole manager's: one request is greedy by leaving a single token to draw.
-            temperature=1.0 if greedy else float(sampling.temperature or 1.0),
-            top_k=1 if greedy else min(sampling.top_k or self._vocabulary_size, self._vocabulary_size),
-            top_p=1.0 if greedy or sampling.top_p is None else float(sampling.top_p),
+            temperature=float(sampling.temperature or 0.0),
+            top_k=sampling.top_k or 0,
+            top_p=1.0 if sampling.top_p is None else float(sampling.top_p),
         )
         return added is not None
 
