@@ -55,7 +55,8 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """Replace each sampled row of `scores` (rows, vocabulary) by its choice."""
         del tensor_arg
-        for row, parameters in zip(scores, self._rows, strict=True):
+        # Not strict: sequences in the middle of their prompt have rows too, after these, which nobody reads.
+        for row, parameters in zip(scores, self._rows, strict=False):
             if parameters["temperature"] >= GREEDY_BELOW:
                 token = draw(row, **parameters)
                 row.fill_(-torch.inf)
