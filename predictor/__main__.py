@@ -1,5 +1,7 @@
 """The composition root: settings -> model -> server. `python -m predictor --model_name NAME --model_dir DIR`."""
 
+import logging
+import os
 import sys
 
 from predictor import settings
@@ -16,7 +18,12 @@ def main() -> int:
         from predictor.model import Predictor
 
         server.configure_logging(read.log_level)
-        server.Server(Predictor(read), read).run()
+        serving = server.Server(Predictor(read), read)
+        serving.run()
+        if serving.loading:
+            # Python's own end, under a thread that is deep inside torch, aborts the process.
+            logging.shutdown()
+            os._exit(0)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -56,6 +56,13 @@ class Server(kserve.ModelServer):
             grace_period=settings.shutdown_grace_seconds,
         )
         self._predictor = predictor
+        self._load = threading.Thread(target=self._run_load, name="load", daemon=True)
+        self._loaded: asyncio.Future[None] | None = None
+
+    @property
+    def loading(self) -> bool:
+        """Whether the load still runs, which nothing can interrupt."""
+        return self._load.is_alive()
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; running requests are finished first.
@@ -74,15 +81,38 @@ class Server(kserve.ModelServer):
     async def _serve(self) -> None:
         """What `start` runs on its event loop; overridden so that the load begins once the port is about to open."""
         serving: asyncio.Future[Any] = asyncio.gather(*self.servers)
-        loading = _in_thread(self._predictor.load)
-        await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
+        loaded = self._loaded = asyncio.get_running_loop().create_future()
+        self._load.start()
+        await asyncio.wait({serving, loaded}, return_when=asyncio.FIRST_COMPLETED)
         # A load that a stop has cut off is no failure.
-        failed = loading.done() and loading.exception() is not None and self._predictor.phase is not Phase.STOPPED
+        failed = loaded.done() and loaded.exception() is not None and self._predictor.phase is not Phase.STOPPED
         if failed:
             self._rest_server._server.should_exit = True
         await serving
         if failed:
-            loading.result()
+            loaded.result()
+
+    def _run_load(self) -> None:
+        """The load, in a daemon thread: a SIGTERM in the middle of it must not wait for its end."""
+        outcome: StartupError | None = None
+        try:
+            self._predictor.load()
+        except StartupError as error:
+            outcome = error
+        except Exception as error:
+            logger.exception("the load failed")
+            outcome = StartupError(f"The model cannot be loaded: {error}")
+        loaded = self._loaded
+        if loaded is None or loaded.get_loop().is_closed():
+            return
+
+        def settle() -> None:
+            if outcome is None:
+                loaded.set_result(None)
+            else:
+                loaded.set_exception(outcome)
+
+        loaded.get_loop().call_soon_threadsafe(settle)
 
 
 def equip(app: FastAPI, predictor: Predictor) -> None:
@@ -203,37 +233,6 @@ def _check_port(port: int) -> None:
             raise PortInUse(
                 f"Port {port} cannot be opened ({error.strerror}); choose another with --http_port."
             ) from None
-
-
-def _in_thread(load: Any) -> asyncio.Future[None]:
-    """Run `load` in a daemon thread: a SIGTERM in the middle of a load must not wait for its end."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-
-    def run() -> None:
-        try:
-            load()
-        except StartupError as error:
-            outcome: Exception | None = error
-        except Exception as error:
-            logger.exception("the load failed")
-            outcome = StartupError(f"The model cannot be loaded: {error}")
-        else:
-            outcome = None
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(_settle, done, outcome)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
-    return done
-
-
-def _settle(done: asyncio.Future[None], outcome: Exception | None) -> None:
-    if done.cancelled():
-        return
-    if outcome is None:
-        done.set_result(None)
-    else:
-        done.set_exception(outcome)
 
 
 async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:
