@@ -1,19 +1,24 @@
 """The program: argv pairs in, an exit code out. What people see of it, logging and progress, is here."""
 
+import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from storage_initializer.errors import InitializerError, Stopped
 from storage_initializer.initializer import Outcome, initialize
 from storage_initializer.plan import readable
 from storage_initializer.reference import parse
-from storage_initializer.settings import Settings, read
+from storage_initializer.settings import Settings, concealed, read
+
+_PATIENCE_SECONDS = 2.0
+"""How long the way out may take before one more signal cuts it short; as a rule it takes half a second."""
 
 log = logging.getLogger("storage_initializer")
 
@@ -24,30 +29,39 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         0 when all is done, 1 when another try may help, 2 when it cannot; then the last line on stderr is the reason.
     """
+    signals = _Signals()
+    try:
+        signals.listen()
+        error = _run(words)
+        signals.leave()
+    except _Signalled as signalled:
+        error = Stopped(str(signalled))
+    return _fail(error) if error else 0
+
+
+def _run(words: Sequence[str] | None) -> InitializerError | None:
+    """All of it, but signals; the failure is a value, so that a signal may come while it is told."""
     try:
         command_line, settings = read(words)
         _configure_logging(settings)
-        signal.signal(signal.SIGTERM, _stop)
         # All references are read before the first is fetched: a typing error in the last should not cost hours.
         pairs = [(parse(source), root.absolute()) for source, root in command_line.pairs]
         for reference, root in pairs:
             started = time.monotonic()
-            outcome = initialize(reference, root, settings, _Progress(sys.stderr, settings.progress_seconds))
+            # Whatever a library prints belongs to the log: stdout is for the summaries.
+            with contextlib.redirect_stdout(sys.stderr):
+                outcome = initialize(reference, root, settings, _Progress(sys.stderr, settings.progress_seconds))
             sys.stdout.write(_summary(outcome, time.monotonic() - started) + "\n")
             sys.stdout.flush()
-    except KeyboardInterrupt:
-        return _fail(Stopped("stopped by Ctrl-C: run the same command again to go on"))
     except InitializerError as error:
         log.debug("the cause:", exc_info=True)
-        return _fail(error)
+        return error
     except Exception as error:
         log.debug("the cause:", exc_info=True)
-        return _fail(
-            InitializerError(
-                f"unexpected {type(error).__name__} ({error}): run again with LOG_LEVEL=DEBUG and report it"
-            )
+        return InitializerError(
+            f"unexpected {type(error).__name__} ({error}): run again with LOG_LEVEL=DEBUG and report it"
         )
-    return 0
+    return None
 
 
 def _summary(outcome: Outcome, seconds: float) -> str:
@@ -60,32 +74,79 @@ def _summary(outcome: Outcome, seconds: float) -> str:
 
 def _fail(error: InitializerError) -> int:
     """Write the reason as the last line, and bare: KServe copies it into the status of the InferenceService."""
-    sys.stderr.write(f"{error}\n")
+    # Threads that were left behind may still want to tell something, and this is the last line.
+    logging.disable()
+    sys.stderr.write(f"{concealed(str(error))}\n")
     sys.stderr.flush()
     return error.exit_code
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    raise Stopped("stopped by SIGTERM: run the same command again to go on")
+def _leave(exit_code: int) -> NoReturn:
+    """End the program at once, with whatever threads still wait for the network.
+
+    Not by `sys.exit`: the interpreter would wait for those that libraries have started, for as long as a Hub likes to
+    keep them. Files need no farewell: what matters was brought to the disk, and the lease is free, before `main` ends.
+    """
+    for output in (sys.stdout, sys.stderr):
+        # Nobody may be listening any more.
+        with contextlib.suppress(OSError, ValueError):
+            output.flush()
+    os._exit(exit_code)
+
+
+class _Signalled(BaseException):
+    """SIGTERM or Ctrl-C, as one sentence. Not an `Exception`: no `except Exception` on its way may swallow it."""
+
+
+class _Signals:
+    """The first SIGTERM or Ctrl-C raises `_Signalled`, in the main thread, and so frees the lease on its way out.
+
+    That takes about half a second, and later signals (`timeout` sends two at once) must not disturb it. Where it takes
+    longer, since the volume hangs, one more signal ends the program without: the lease will be found stale.
+    """
+
+    def __init__(self) -> None:
+        self._left: float | None = None
+        self._reason = ""
+
+    def listen(self) -> None:
+        """From now on. Ctrl-C stays ignored where the shell has said so."""
+        signal.signal(signal.SIGTERM, self._hear)
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._hear)
+
+    def leave(self) -> None:
+        """The outcome stands: no signal changes it any more."""
+        self._left = time.monotonic()
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        if self._left is None:
+            self.leave()
+            name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            self._reason = f"stopped by {name}: run the same command again to go on"
+            raise _Signalled(self._reason)
+        if self._reason and time.monotonic() - self._left > _PATIENCE_SECONDS:
+            # Past sys.stderr, whose lock the interrupted code may hold.
+            with contextlib.suppress(OSError):
+                os.write(2, f"{self._reason}\n".encode())
+            os._exit(Stopped.exit_code)
 
 
 class _Redacting(logging.Formatter):
-    """One line per record, and never a token in it."""
+    """One line per record, and never a secret in it."""
 
-    def __init__(self, secret: str) -> None:
+    def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
-        self._secret = secret
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        if record.exc_info is None:
-            text = " ".join(text.split())
-        return text.replace(self._secret, "***") if self._secret else text
+        return concealed(text if record.exc_info else " ".join(text.split()))
 
 
 def _configure_logging(settings: Settings) -> None:
     output = logging.StreamHandler(sys.stderr)
-    output.setFormatter(_Redacting(settings.hf_token.get_secret_value().strip() if settings.hf_token else ""))
+    output.setFormatter(_Redacting())
+    logging.disable(logging.NOTSET)
     logging.basicConfig(level=settings.log_level, handlers=[output], force=True)
     logging.captureWarnings(True)
     for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock"):
@@ -139,4 +200,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _leave(main())

@@ -6,13 +6,14 @@
     ├── LeaseLost                   another initializer took the snapshot over
     ├── NoSpace                     the volume is too full
     ├── VolumeFailed                the volume failed in some other way
+    ├── SourceFailed                a directory as a source failed in some other way
     ├── VerificationFailed          what was fetched is not what was promised
     ├── Stopped                     SIGTERM or Ctrl-C
     └── Pointless                   exit 2, pointless to retry
         ├── InvalidUsage            the command line or a setting
         ├── InvalidReference        a source that is not a reference
         ├── NotFound                no such repository, revision or directory
-        ├── AccessDenied            gated or private, or the token is not accepted
+        ├── AccessDenied            gated or private, or the token is not accepted; a directory that may not be read
         ├── RefusedSnapshot         files that no predictor should load
         └── RefusedVolume           a volume that cannot be written, or holds something unknown
 
@@ -53,6 +54,10 @@ class VolumeFailed(InitializerError):
     """The volume failed in a way that may pass."""
 
 
+class SourceFailed(InitializerError):
+    """The directory that is the source failed in a way that may pass."""
+
+
 class VerificationFailed(InitializerError):
     """Fetched files differ from the plan in size or checksum."""
 
@@ -80,7 +85,7 @@ class NotFound(Pointless):
 
 
 class AccessDenied(Pointless):
-    """The repository exists, and this token (or no token) may not read it."""
+    """The source exists, and this token (or no token), or this user, may not read it."""
 
 
 class RefusedSnapshot(Pointless):

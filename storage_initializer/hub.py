@@ -6,17 +6,23 @@ longer than finding a published snapshot. Knows nothing of leases or publishing:
 
 import contextlib
 import logging
+import os
+import socket
+import ssl
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from storage_initializer.errors import (
     AccessDenied,
     HubUnavailable,
     InitializerError,
+    InvalidUsage,
     NotFound,
     Stopped,
 )
@@ -29,6 +35,11 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS = 30.0
 _CHUNK_BYTES = 1 << 20
 """Progress and a request to stop are noticed once per chunk; the library's own 10 MiB take long on a slow line."""
+_LEAVING_SECONDS = 0.5
+"""How long threads may take to notice that they should stop. A slow one is left behind: see `_in_threads`."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Hub:
@@ -50,13 +61,17 @@ class Hub:
         """
         if self._reference.is_commit:
             return self._reference.revision
+        api = self._api()
+
+        def ask(revision: str) -> str | None:
+            repository = self._reference.repository
+            return api.model_info(repository, revision=revision, expand=["sha"], timeout=_ANSWER_SECONDS).sha
+
         with self._errors_explained():
-            found = self._api().model_info(
-                self._reference.repository, revision=self._reference.revision, expand=["sha"], timeout=_ANSWER_SECONDS
-            )
-        if found.sha is None or not replace(self._reference, revision=found.sha).is_commit:
+            (commit,) = _in_threads(ask, [self._reference.revision])
+        if commit is None or not replace(self._reference, revision=commit).is_commit:
             raise HubUnavailable(f"{self._endpoint} names no commit for {self._reference}: check HF_ENDPOINT")
-        return found.sha
+        return commit
 
     def listing(self, commit: str) -> tuple[File, ...]:
         """All files of a commit, with size and checksum.
@@ -66,10 +81,14 @@ class Hub:
             AccessDenied: the repository is gated, or the token is not accepted.
             HubUnavailable: no answer, or none for now.
         """
+        api = self._api()
         from huggingface_hub import RepoFile
 
+        def ask(revision: str) -> list[Any]:
+            return list(api.list_repo_tree(self._reference.repository, revision=revision, recursive=True))
+
         with self._errors_explained():
-            tree = self._api().list_repo_tree(self._reference.repository, revision=commit, recursive=True)
+            (tree,) = _in_threads(ask, [commit])
             return tuple(_file(entry) for entry in tree if isinstance(entry, RepoFile))
 
     def fetch(self, commit: str, files: Iterable[File], staging: Path, advance: Callable[[int], None]) -> None:
@@ -81,9 +100,9 @@ class Hub:
         Raises:
             NotFound, AccessDenied, HubUnavailable: as above.
         """
+        self._api()
         from huggingface_hub import hf_hub_download
 
-        self._api()
         stopped = threading.Event()
 
         def advance_or_stop(size_bytes: int) -> None:
@@ -104,18 +123,19 @@ class Hub:
                 tqdm_class=_bar(advance_or_stop),
             )
 
-        with self._errors_explained(), ThreadPoolExecutor(self._parallel_files, thread_name_prefix="fetch") as pool:
-            try:
-                for done in as_completed([pool.submit(fetch_one, file) for file in files]):
-                    done.result()
-            except BaseException:
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with self._errors_explained(staging):
+            _in_threads(fetch_one, files, self._parallel_files, stopped)
 
     def _api(self) -> "HfApi":
-        """The library, told to be quiet: no telemetry, no bars, no log handler of its own."""
-        from huggingface_hub import HfApi, constants
+        """The library, told to be quiet: no telemetry, no bars, no log handler of its own.
+
+        Raises:
+            InvalidUsage: it cannot be imported, as with a variable of its own that it does not understand.
+        """
+        try:
+            from huggingface_hub import HfApi, constants
+        except Exception as error:
+            raise InvalidUsage(f"huggingface_hub cannot be loaded ({error}): check the HF_* variables") from error
 
         constants.HF_HUB_DISABLE_TELEMETRY = True
         constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
@@ -123,17 +143,16 @@ class Hub:
         return HfApi(endpoint=self._endpoint, token=self._token)
 
     @contextlib.contextmanager
-    def _errors_explained(self) -> Iterator[None]:
+    def _errors_explained(self, staging: Path | None = None) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            explained = self._explained(error)
-            if explained is error:
+            if isinstance(error, InitializerError) or (staging and _is_of_the_disk(error, staging)):
                 raise
-            raise explained from error
+            raise self._explained(error) from error
 
-    def _explained(self, error: Exception) -> Exception:
-        """What an exception of the library means; errors of the disk and our own come back as they are."""
+    def _explained(self, error: Exception) -> InitializerError:
+        """What an exception of the library means."""
         import httpx2
         from huggingface_hub import errors
 
@@ -161,9 +180,61 @@ class Hub:
             return HubUnavailable(f"{where} answered {status} {error.response.reason_phrase}: run again later")
         if isinstance(error, httpx2.HTTPError):
             return HubUnavailable(f"{where} cannot be reached ({error}): check the network, proxy and HF_ENDPOINT")
-        if isinstance(error, InitializerError) or (isinstance(error, OSError) and error.errno is not None):
-            return error
         return HubUnavailable(f"{where} failed ({error}): run again later")
+
+
+def _in_threads(
+    work: Callable[[_Item], _Result], items: Iterable[_Item], width: int = 1, stopped: threading.Event | None = None
+) -> list[_Result]:
+    """The results of work on every item, in threads; the first failure, or a signal, sets `stopped` and ends it.
+
+    The calling thread only waits, so that a signal reaches it at once. A thread that hangs in a lookup or a read cannot
+    be stopped, and is not waited for: it is a daemon, and ends with the program. (An executor's threads are joined when
+    the program ends, and a Hub that sends a byte now and then keeps them for ever.)
+    """
+    stopped = stopped or threading.Event()
+    tasks = deque((item, Future[_Result]()) for item in items)
+    futures = [future for _, future in tasks]
+
+    def go_on() -> None:
+        while tasks and not stopped.is_set():
+            with contextlib.suppress(IndexError):
+                _complete(work, *tasks.popleft())
+
+    threads = [threading.Thread(target=go_on, name=f"hub-{n}", daemon=True) for n in range(min(width, len(tasks)))]
+    try:
+        for thread in threads:
+            thread.start()
+        for done in as_completed(futures):
+            done.result()
+    except BaseException:
+        stopped.set()
+        until = time.monotonic() + _LEAVING_SECONDS
+        for thread in threads:
+            if thread.is_alive():
+                thread.join(max(0.0, until - time.monotonic()))
+        raise
+    return [future.result() for future in futures]
+
+
+def _complete(work: Callable[[_Item], _Result], item: _Item, future: "Future[_Result]") -> None:
+    try:
+        future.set_result(work(item))
+    except BaseException as error:  # noqa: BLE001 - whatever it is, nobody else would tell
+        # The library's Rust parts panic with what is no Exception, and must not end the program without a sentence.
+        future.set_exception(
+            error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
+        )
+
+
+def _is_of_the_disk(error: Exception, staging: Path) -> bool:
+    """Whether an error comes from writing into staging, rather than from the network or files elsewhere."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return False
+    # gaierror and SSLError count errors in ways of their own.
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError):
+        return False
+    return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(staging)
 
 
 def _file(entry: Any) -> File:

@@ -3,22 +3,28 @@
 Composes the modules below and owns the order of the steps, nothing else.
 """
 
+import contextlib
 import datetime
+import errno
 import importlib.metadata
 import logging
+import os
+import stat
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from storage_initializer import lease, plan, verify, volume
-from storage_initializer.errors import NotFound, VerificationFailed
+from storage_initializer.errors import AccessDenied, NotFound, SourceFailed, VerificationFailed
 from storage_initializer.hub import Hub
 from storage_initializer.lease import Lease
 from storage_initializer.plan import File
 from storage_initializer.reference import DirectoryReference, ModelReference
 from storage_initializer.settings import Settings
+
+_CHUNK_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +41,7 @@ class Outcome:
 
 
 class Source(Protocol):
-    """Where snapshots come from."""
+    """Where snapshots come from. An `OSError` of `fetch` is the volume's; a source explains its own."""
 
     def resolve(self) -> str:
         """The commit, 40 hex digits, that the reference stands for now."""
@@ -68,25 +74,27 @@ def initialize(reference: ModelReference, root: Path, settings: Settings, progre
     """
     started = time.monotonic()
     source = _source(reference, settings)
+    commit = source.resolve()
+    place = volume.Place(root, reference.slug, commit)
     with volume.explained(root):
-        commit = source.resolve()
-        place = volume.Place(root, reference.slug, commit)
         record = volume.find(place)
-        fresh = record is None
-        if record is None:
-            log.info("%s is commit %s", reference, commit)
-            # Planned before the lease, so that a repository that must be refused is refused without waiting.
-            chosen = plan.make(source.listing(commit), str(reference))
-            log.info("%d files, %s%s", len(chosen.files), plan.readable(chosen.size_bytes), _left_out(chosen))
-            with lease.hold(
-                volume.lease_path(place), settings.lock_stale_seconds, settings.lock_timeout_seconds
-            ) as held:
-                # Whoever held the lease before may have published meanwhile.
-                record = volume.find(place)
-                fresh = record is None
-                if record is None:
-                    record = _publish(reference, source, place, chosen, held, progress, started)
-        if not reference.is_commit:
+    fresh = record is None
+    if record is None:
+        log.info("%s is commit %s", reference, commit)
+        # Planned before the lease, so that a repository that must be refused is refused without waiting.
+        chosen = plan.make(source.listing(commit), str(reference))
+        log.info("%d files, %s%s", len(chosen.files), plan.readable(chosen.size_bytes), _left_out(chosen))
+        with (
+            volume.explained(root),
+            lease.hold(volume.lease_path(place), settings.lock_stale_seconds, settings.lock_timeout_seconds) as held,
+        ):
+            # Whoever held the lease before may have published meanwhile.
+            record = volume.find(place)
+            fresh = record is None
+            if record is None:
+                record = _publish(reference, source, place, chosen, held, progress, started)
+    if not reference.is_commit:
+        with volume.explained(root):
             volume.point(place, reference.revision)
     return Outcome(reference, place, record, fresh)
 
@@ -117,7 +125,8 @@ def _publish(
 
     progress.begin(missing_bytes)
     try:
-        source.fetch(place.commit, missing, staging, advance)
+        with volume.left_to_the_group():
+            source.fetch(place.commit, missing, staging, advance)
     finally:
         progress.end()
     volume.tidy(staging)
@@ -151,8 +160,8 @@ def _publish(
 def _source(reference: ModelReference, settings: Settings) -> Source:
     if isinstance(reference, DirectoryReference):
         return _Directory(reference)
-    token = settings.hf_token.get_secret_value().strip() if settings.hf_token else None
-    return Hub(reference, settings.hf_endpoint, token or None, settings.parallel_files)
+    token = settings.hf_token.get_secret_value() if settings.hf_token else None
+    return Hub(reference, settings.hf_endpoint, token, settings.parallel_files)
 
 
 def _left_out(chosen: plan.Plan) -> str:
@@ -171,13 +180,15 @@ class _Directory:
 
         Raises:
             NotFound: no such directory.
+            AccessDenied: this user may not read it, or something in it.
+            SourceFailed: it cannot be read for now.
             RefusedSnapshot: it holds what must not be served.
         """
         path = self._reference.path
-        if not path.is_dir():
-            what = "is a file: unpack it and give the directory" if path.is_file() else "does not exist: check the path"
-            raise NotFound(f"{self._reference} {what}")
-        self._files = verify.describe(path)
+        with self._explained():
+            if not stat.S_ISDIR(path.stat().st_mode):
+                raise NotFound(f"{self._reference} is a file: unpack it and give the directory")
+            self._files = verify.describe(path)
         return plan.make(self._files, str(self._reference)).fingerprint
 
     def listing(self, _commit: str) -> tuple[File, ...]:
@@ -185,5 +196,36 @@ class _Directory:
         return self._files
 
     def fetch(self, _commit: str, files: Iterable[File], staging: Path, advance: Callable[[int], None]) -> None:
-        """Copy the files."""
-        volume.copy(self._reference.path, files, staging, advance)
+        """Copy the files.
+
+        Raises:
+            AccessDenied, SourceFailed: as above.
+        """
+        for file in files:
+            volume.write(staging / file.path, self._chunks(file), advance)
+
+    def _chunks(self, file: File) -> Iterator[bytes]:
+        """The content of a file. Errors of whoever takes the chunks do not pass through here."""
+        with self._explained(), (self._reference.path / file.path).open("rb") as content:
+            while chunk := content.read(_CHUNK_BYTES):
+                yield chunk
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            path = self._reference.path
+            where = error.filename or path
+            match error.errno:
+                case errno.EACCES | errno.EPERM:
+                    raise AccessDenied(
+                        f"{self._reference} cannot be read ({where}: {error.strerror}): let user {os.getuid()} "
+                        f"or group {os.getgid()} read it (chmod -R a+rX)"
+                    ) from error
+                case errno.ENOENT | errno.ENOTDIR if where in (path, str(path)):
+                    raise NotFound(f"{self._reference} does not exist: check the path") from error
+                case _:
+                    raise SourceFailed(
+                        f"{self._reference} failed ({where}: {error.strerror}): check it, then run again"
+                    ) from error

@@ -74,9 +74,10 @@ class Lease:
         self._heart.start()
 
     def release(self) -> None:
-        """Let the next one in; harmless when the lease is lost."""
+        """Let the next one in; harmless when the lease is lost, or was never had."""
         self._released.set()
-        self._heart.join()
+        if self._heart.is_alive():
+            self._heart.join()
         holder = self._holder()
         if holder is not None and holder.token == self.token:
             self._path.unlink(missing_ok=True)
@@ -86,8 +87,15 @@ class Lease:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o664)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"token": self.token, "name": f"{socket.gethostname()}:{os.getpid()}"}, file)
+        try:
+            with os.fdopen(descriptor, "w") as file, contextlib.suppress(PermissionError):
+                json.dump({"token": self.token, "name": f"{socket.gethostname()}:{os.getpid()}"}, file)
+                # For users of the same group, whatever the umask says; some volumes have fixed modes.
+                os.fchmod(descriptor, 0o664)
+        except BaseException:
+            # A full volume, or a signal: nobody would recognise this lease as ours.
+            self._path.unlink(missing_ok=True)
+            raise
         return True
 
     def _holder(self) -> "_Holder | None":
@@ -157,8 +165,8 @@ def hold(path: Path, stale_seconds: float, timeout_seconds: float) -> Iterator[L
         LeaseTimeout: somebody alive held it for longer than `timeout_seconds`.
     """
     held = Lease(path, stale_seconds)
-    held.acquire(timeout_seconds)
     try:
+        held.acquire(timeout_seconds)
         yield held
     finally:
         held.release()

@@ -57,6 +57,7 @@ def describe(directory: Path) -> tuple[File, ...]:
 
     Raises:
         RefusedSnapshot: a link or a device among the files.
+        OSError: something cannot be read; `filename` says what.
     """
     return tuple(
         File(path, size_bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
@@ -66,7 +67,7 @@ def describe(directory: Path) -> tuple[File, ...]:
 
 def _paths(directory: Path) -> Iterator[str]:
     """The paths of all regular files below, relative to the directory; hidden ones are skipped."""
-    for folder, folders, names in os.walk(directory):
+    for folder, folders, names in os.walk(directory, onerror=_raise_unless_missing):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *names):
             path = Path(folder, name)
@@ -76,6 +77,12 @@ def _paths(directory: Path) -> Iterator[str]:
             if not stat.S_ISREG(mode):
                 raise RefusedSnapshot(f"{path} is a link or a device: replace it with a copy (cp -rL)")
             yield path.relative_to(directory).as_posix()
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    """A folder that cannot be read is not an empty one, as `os.walk` would have it."""
+    if not isinstance(error, FileNotFoundError):
+        raise error
 
 
 def _compare(path: Path, file: File) -> File | Issue:

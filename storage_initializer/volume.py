@@ -13,6 +13,10 @@
 
 Readers look at `<slug>/` only, and see no snapshot or a complete one: the record is written last into staging, then one
 rename publishes the whole directory. Nothing is ever written into a published snapshot.
+
+The group of the volume (`fsGroup`) may be all that two initializers have in common: `<slug>/`, `refs/`, `.staging/`,
+`.locks/` and the leases are group-writable, so that each can publish beside the other, move its refs and take over from
+it. Published snapshots are for the group to read only. The root's own mode is up to whoever made it.
 """
 
 import contextlib
@@ -42,8 +46,6 @@ RECORD = ".snapshot.json"
 REFS = "refs"
 STAGING = ".staging"
 LOCKS = ".locks"
-
-_CHUNK_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -148,19 +150,36 @@ def lease_path(place: Place) -> Path:
 
 
 def stage(place: Place, token: str) -> Path:
-    """The staging directory of a lease, by its token, with all that earlier ones left behind for the same commit."""
+    """The staging directory of a lease, by its token, with all that earlier ones left behind for the same commit.
+
+    What another user left there is removed as far as this one may, and fetched anew.
+    """
     staging = _make(place.root / STAGING)
     own = staging / f"{place.key}.{token}"
     for left in sorted(path for path in staging.iterdir() if path.name.startswith(f"{place.key}.") and path.is_dir()):
-        if own.exists():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):
+            if left.stat().st_uid != os.geteuid():
+                # Its modes cannot be set by this user, so it cannot be published. Renamed first: its author loses it.
+                shutil.rmtree(left.rename(f"{own}.{secrets.token_hex(8)}"), ignore_errors=True)
+            elif own.exists():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
                 left.rename(own)
                 log.info("going on with what an earlier run has fetched")
-    own.mkdir(exist_ok=True)
+    _make(own)
     tidy(own)
     return own
+
+
+@contextlib.contextmanager
+def left_to_the_group() -> Iterator[None]:
+    """Whatever is put into staging meanwhile can be removed by others of the group, should this program die."""
+    before = os.umask(0o077)
+    os.umask(before & ~0o070)
+    try:
+        yield
+    finally:
+        os.umask(before)
 
 
 def tidy(staging: Path) -> None:
@@ -179,15 +198,13 @@ def discard(staging: Path, paths: Iterable[str]) -> None:
         (staging / path).unlink(missing_ok=True)
 
 
-def copy(source: Path, files: Iterable[File], staging: Path, advance: Callable[[int], None]) -> None:
-    """Copy files of a directory into staging; `advance` gets the number of bytes of every chunk."""
-    for file in files:
-        target = staging / file.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (source / file.path).open("rb") as content, target.open("wb") as into:
-            while chunk := content.read(_CHUNK_BYTES):
-                into.write(chunk)
-                advance(len(chunk))
+def write(target: Path, chunks: Iterable[bytes], advance: Callable[[int], None]) -> None:
+    """Write a file into staging; `advance` gets the number of bytes of every chunk."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as into:
+        for chunk in chunks:
+            into.write(chunk)
+            advance(len(chunk))
 
 
 def require_space(place: Place, needed_bytes: int) -> None:
@@ -256,22 +273,35 @@ def explained(root: Path) -> Iterator[None]:
 
 
 def _make(directory: Path) -> Path:
-    """Create a directory that a group can read, with its parents; leaves an existing one as it is."""
-    if not directory.is_dir():
-        _make(directory.parent)
+    """Create a directory that its group can write, with parents that it can read; leaves what exists as it is."""
+    if directory.is_dir():
+        return directory
+    missing = [parent for parent in directory.parents if not parent.is_dir()]
+    for each, rights in (*((parent, 0o050) for parent in reversed(missing)), (directory, 0o070)):
         with contextlib.suppress(FileExistsError):
-            directory.mkdir()
-            directory.chmod(directory.stat().st_mode | 0o050)
+            each.mkdir()
+            _set_mode(each, add=rights)
+    if not directory.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
     return directory
 
 
 def _settle(path: Path) -> None:
-    """Let the group read a file or directory, whatever the umask says, and bring it to the disk."""
-    status = path.stat()
-    wanted = status.st_mode | (0o050 if path.is_dir() else 0o040)
-    if wanted != status.st_mode:
-        path.chmod(wanted)
+    """Let the group read a file or directory and not write it, whatever the umask says, and bring it to the disk."""
+    _set_mode(path, add=0o050 if path.is_dir() else 0o040, remove=0o022)
     _sync(path)
+
+
+def _set_mode(path: Path, add: int, remove: int = 0) -> None:
+    mode = path.stat().st_mode
+    wanted = mode & ~remove | add
+    if wanted != mode:
+        try:
+            path.chmod(wanted)
+        except OSError:
+            # Some volumes have fixed modes: rights that are missing matter, rights in excess do not.
+            if mode | add != mode:
+                raise
 
 
 def _sync(path: Path) -> None:

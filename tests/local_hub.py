@@ -9,7 +9,8 @@ A repository's listing is taken once, when it is added: `main` names a commit ma
 moment. Content is read when it is asked for: a test that changes a file afterwards has a Hub that sends wrong bytes.
 
 Every request passes as `Request -> Response -> fault -> wire`. A fault is a function that may replace the response:
-other bytes, another status, slower, or cut off. `requests` remembers what was asked, answered and sent.
+other bytes, another status, slower, or cut off; while it waits, the Hub hangs before its headers. `requests` remembers
+what was asked, answered and sent.
 
 Spoken: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code on
 errors, bearer tokens for gated and private repositories (others are open to everybody, whatever token is sent). Not

@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,21 @@ from storage_initializer.__main__ import main
 from tests.local_hub import LocalHub
 
 ROOT = Path(__file__).parents[2]
+NOBODY, SOMEBODY = 65534, 60_001
+"""Users to whom something can be forbidden, unlike root."""
+GROUP = 60_000
+
+AS_USER = """\
+import os, runpy, sys
+# As root still: that other user may not reach the interpreter's library.
+import encodings.idna, hf_xet, httpx2, huggingface_hub.file_download, huggingface_hub.hf_api
+import storage_initializer.initializer
+user, group = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+os.setgroups([])
+os.setresgid(group, group, group)
+os.setresuid(user, user, user)
+runpy.run_module("storage_initializer", run_name="__main__", alter_sys=True)
+"""
 
 
 @dataclass(frozen=True)
@@ -112,7 +129,7 @@ def run(
     """Run the program in this process: its real main, the real Hub client."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_IMPLICIT_TOKEN", True)
     handlers, level = logging.root.handlers[:], logging.root.level
-    on_sigterm = signal.getsignal(signal.SIGTERM)
+    on_signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*words: object, env: Mapping[str, str] | None = None) -> Result:
         with monkeypatch.context() as patch:
@@ -127,20 +144,23 @@ def run(
 
     yield run
     logging.captureWarnings(False)
+    logging.disable(logging.NOTSET)
     logging.root.handlers[:] = handlers
     logging.root.setLevel(level)
-    signal.signal(signal.SIGTERM, on_sigterm)
+    for number, action in on_signals.items():
+        signal.signal(number, action)
     huggingface_hub.close_session()
 
 
 @pytest.fixture
 def start(environment: dict[str, str]) -> Iterator[Start]:
-    """Start the program as a process of its own."""
+    """Start the program as a process of its own; on request as another user, in one group for all of them."""
     processes: list[subprocess.Popen[str]] = []
 
-    def start(*words: object, env: Mapping[str, str] | None = None) -> "subprocess.Popen[str]":
+    def start(*words: object, env: Mapping[str, str] | None = None, user: int | None = None) -> "subprocess.Popen[str]":
+        program = ["-m", "storage_initializer"] if user is None else ["-c", AS_USER, str(user), str(GROUP)]
         process = subprocess.Popen(
-            [sys.executable, "-m", "storage_initializer", *map(str, words)],
+            [sys.executable, *program, *map(str, words)],
             cwd=ROOT,
             env=environment | dict(env or {}),
             text=True,
@@ -157,7 +177,35 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
         process.communicate()
 
 
-def finish(process: "subprocess.Popen[str]") -> Result:
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that all users reach, as they do not reach those of pytest."""
+    directory = Path(tempfile.mkdtemp(prefix="storage-initializer-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="session")
+def others_can_run() -> bool:
+    """Whether the program can be started as another user: by root, where that user can read the code."""
+    if os.getuid() != 0:
+        return False
+    command = [sys.executable, "-c", AS_USER, str(NOBODY), str(GROUP), "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def unprivileged(others_can_run: bool) -> int | None:
+    """For `start`: who meets closed doors. None, this user, is good enough unless it is root."""
+    if os.getuid() != 0:
+        return None
+    if not others_can_run:
+        pytest.skip(f"user {NOBODY} cannot read the repository or its virtual environment")
+    return NOBODY
+
+
+def finish(process: "subprocess.Popen[str]", timeout_seconds: float = 120) -> Result:
     """Wait for a started program and take what it said."""
-    stdout, stderr = process.communicate(timeout=120)
+    stdout, stderr = process.communicate(timeout=timeout_seconds)
     return Result(process.returncode, stdout, stderr)

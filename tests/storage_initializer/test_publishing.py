@@ -12,7 +12,7 @@ import pytest
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from storage_initializer.hub import _bar
-from tests.local_hub import LocalHub
+from tests.local_hub import LocalHub, Request, Response
 from tests.storage_initializer.conftest import Run, make_model, problems
 
 
@@ -146,16 +146,33 @@ def test_takes_several_pairs_in_one_run(run: Run, model: Path, tmp_path: Path) -
     assert (tmp_path / "b" / "file--model" / "refs" / "main").is_file()
 
 
-def test_the_group_can_read_whatever_the_umask_says(run: Run, volume: Path) -> None:
-    before = os.umask(0o077)
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o000])
+def test_the_group_can_read_snapshots_and_write_around_them_whatever_the_umask_says(
+    run: Run, hub: LocalHub, volume: Path, umask: int
+) -> None:
+    leases: list[int] = []
+
+    def look(_request: Request, response: Response) -> Response:
+        leases.extend(stat.S_IMODE(path.stat().st_mode) for path in volume.glob(".locks/*.lease"))
+        return response
+
+    hub.fault = look
+    before = os.umask(umask)
     try:
         assert run("hf://demo/arithmetic", volume).code == 0
+        assert os.umask(umask) == umask
     finally:
         os.umask(before)
-    for path in (volume, *(volume / "demo--arithmetic").rglob("*"), volume / "demo--arithmetic"):
-        mode = stat.S_IMODE(path.stat().st_mode)
-        wanted = 0o050 if path.is_dir() else 0o040
-        assert mode & wanted == wanted, f"{path} has mode {mode:o}"
+
+    model = volume / "demo--arithmetic"
+    shared = [volume / ".locks", volume / ".staging", model, model / "refs"]
+    snapshot = model / hub.commit("demo/arithmetic")
+    modes = {path: stat.S_IMODE(path.stat().st_mode) & 0o070 for path in (volume, *volume.rglob("*"))}
+    assert [modes.pop(path) for path in shared] == [0o070] * len(shared)
+    assert modes.pop(volume) & 0o050 == 0o050
+    assert modes.pop(snapshot) == 0o050
+    assert set(modes.values()) == {0o040}
+    assert set(leases) == {0o664}
 
 
 def test_opens_a_gated_repository_with_a_token_and_never_shows_it(

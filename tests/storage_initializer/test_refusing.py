@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from storage_initializer.settings import Settings, known_variables
 from tests.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import ROOT, Result, Run, make_model, problems
+from tests.storage_initializer.conftest import ROOT, Result, Run, Start, finish, make_model, problems
 
 
 def assert_refused(result: Result, code: int, *words: str) -> None:
@@ -55,12 +54,87 @@ def test_refuses_bad_words(run: Run, volume: Path, words: tuple[str, ...], expec
         ("STORAGE_INITIALIZER_LOCK_STALE", "5", "STORAGE_INITIALIZER_LOCK_STALE is no setting"),
         ("STORAGE_INITIALIZER_PARALLEL_FILES", "many", "STORAGE_INITIALIZER_PARALLEL_FILES has a wrong value"),
         ("STORAGE_INITIALIZER_PARALLEL_FILES", "0", "STORAGE_INITIALIZER_PARALLEL_FILES has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "nan", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "3601", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "1e-9", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has a wrong"),
+        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "1e10", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has a wrong"),
+        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "nan", "STORAGE_INITIALIZER_PROGRESS_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "1e10", "STORAGE_INITIALIZER_PROGRESS_SECONDS has a wrong value"),
         ("LOG_LEVEL", "LOUD", "LOG_LEVEL has a wrong value"),
-        ("HF_ENDPOINT", "huggingface.co", "HF_ENDPOINT has a wrong value"),
+        ("STORAGE_INITIALIZER_LOG_LEVEL", "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL has a wrong value"),
     ],
 )
 def test_refuses_bad_variables(run: Run, volume: Path, variable: str, value: str, expected: str) -> None:
-    assert_refused(run("hf://demo/arithmetic", volume, env={variable: value}), 2, expected)
+    result = run("hf://demo/arithmetic", volume, env={variable: value})
+    assert_refused(result, 2)
+    assert result.reason.startswith(expected)
+    assert result.stderr == f"{result.reason}\n"
+
+
+def test_blames_the_log_level_that_counts(run: Run, volume: Path) -> None:
+    both = {"LOG_LEVEL": "INFO", "STORAGE_INITIALIZER_LOG_LEVEL": "LOUD"}
+    assert run("hf://demo/arithmetic", volume, env=both).reason.startswith("STORAGE_INITIALIZER_LOG_LEVEL has")
+    empty = {"LOG_LEVEL": "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL": ""}
+    assert run("hf://demo/arithmetic", volume, env=empty).reason.startswith("LOG_LEVEL has")
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "huggingface.co",
+        "http://",
+        "http://:80",
+        "http://[:::1",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:port",
+        "http://two words",
+        "http://two\nlines",
+        "http://a..b",
+        "http://host?query",
+        "ftp://host",
+    ],
+)
+def test_refuses_an_endpoint_that_can_never_answer(run: Run, volume: Path, endpoint: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint})
+    assert_refused(result, 2, "HF_ENDPOINT has a wrong value: expected https://host")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://user:s3cr3t@127.0.0.1:9", "https://s3cr3t@host", "http://user:s3cr3t@h:x"]
+)
+def test_refuses_a_password_in_the_endpoint_and_never_shows_it(run: Run, volume: Path, endpoint: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint, "LOG_LEVEL": "DEBUG"})
+    assert_refused(result, 2, "HF_ENDPOINT has a wrong value")
+    assert "s3cr3t" not in result.stderr
+
+
+@pytest.mark.parametrize("token", ["hf_s3cr3ts3cr3t\nfoo", "hf_s3cr3t foo", "hf_s3cr3té", "hf_s3cr3t\x7f"])
+def test_refuses_a_token_that_no_header_can_hold_and_never_shows_it(run: Run, volume: Path, token: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": token, "LOG_LEVEL": "DEBUG"})
+    assert_refused(result, 2, "HF_TOKEN has a wrong value")
+    assert "s3cr3t" not in result.stderr
+    assert "foo" not in result.stderr
+
+
+def test_conceals_secrets_that_a_library_puts_into_its_error(
+    run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError(r"b'Bearer hf_0th3r' of http://user:p@ss@proxy:1/x is not hf_s3cr3t\'s")
+
+    monkeypatch.setattr("storage_initializer.plan.make", explode)
+    result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": "hf_s3cr3t\\'s", "LOG_LEVEL": "DEBUG"})
+    shown = "unexpected RuntimeError (b'Bearer ***' of http://***@proxy:1/x is not ***): run again"
+    assert_refused(dataclasses.replace(result, stderr=result.reason), 1, shown)
+    assert not any(secret in result.stderr for secret in ("s3cr3t", "0th3r", "p@ss"))
+
+
+def test_a_library_that_cannot_be_loaded_is_told_on_stderr_only(start: Start, volume: Path) -> None:
+    result = finish(start("hf://demo/arithmetic", volume, env={"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}))
+    assert_refused(result, 2, "huggingface_hub cannot be loaded", "'soon'", "HF_*")
 
 
 def test_help_tells_the_exit_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,10 +273,47 @@ def test_refuses_a_destination_that_is_a_file(run: Run, tmp_path: Path) -> None:
     assert_refused(run("hf://demo/arithmetic", tmp_path / "file"), 2, "is no directory: give the root of a volume")
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="nothing is forbidden to root")
-def test_refuses_a_destination_that_cannot_be_written(run: Run, volume: Path) -> None:
-    volume.mkdir(mode=0o500)
-    assert_refused(run("hf://demo/arithmetic", volume), 2, "Permission denied", "fsGroup")
+def test_refuses_a_destination_that_cannot_be_written(start: Start, public: Path, unprivileged: int | None) -> None:
+    (public / "volume").mkdir()
+    (public / "volume").chmod(0o555)
+    result = finish(start("hf://demo/arithmetic", public / "volume", user=unprivileged))
+    assert_refused(result, 2, f"{public}/volume/.locks cannot be used (Permission denied)", "writable", "fsGroup")
+
+
+@pytest.mark.parametrize("closed", ["model", "model/model.safetensors", "model/extra"])
+def test_names_what_cannot_be_read_in_a_directory(
+    start: Start, public: Path, unprivileged: int | None, closed: str
+) -> None:
+    make_model(public / "model")
+    (public / "model" / "extra").mkdir()
+    (public / "volume").mkdir()
+    (public / "volume").chmod(0o777)
+    (public / closed).chmod(0)
+
+    result = finish(start(f"file://{public}/model", public / "volume", user=unprivileged))
+
+    (public / closed).chmod(0o755)
+    assert_refused(
+        result, 2, f"file://{public}/model cannot be read ({public}/{closed}: Permission denied)", "chmod -R a+rX"
+    )
+    assert "volume" not in result.reason
+    assert list((public / "volume").iterdir()) == []
+
+
+def test_a_file_that_can_no_longer_be_read_is_the_directorys_fault(
+    run: Run, model: Path, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between the reading for the fingerprint and the copying.
+    monkeypatch.setattr("storage_initializer.volume.require_space", lambda *_: (model / "README.md").unlink())
+    result = run(f"file://{model}", volume)
+    assert_refused(result, 1, f"file://{model} failed ({model}/README.md: No such file", "run again")
+    assert list((volume / ".locks").iterdir()) == []
+
+
+def test_a_missing_certificate_file_is_not_the_volumes_fault(start: Start, volume: Path) -> None:
+    env = {"SSL_CERT_FILE": "/does/not/exist.pem", "HF_ENDPOINT": "https://127.0.0.1:9"}
+    result = finish(start("hf://demo/arithmetic", volume, env=env))
+    assert_refused(result, 1, "hf://demo/arithmetic:main at https://127.0.0.1:9 failed", "No such file", "run again")
 
 
 def test_refuses_a_record_of_a_newer_format(run: Run, hub: LocalHub, volume: Path) -> None:

@@ -1,5 +1,6 @@
 """Many at once, killed, stopped, taken for dead: always one complete snapshot, and readers never see less."""
 
+import io
 import json
 import os
 import random
@@ -12,8 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.local_hub import LocalHub
-from tests.storage_initializer.conftest import Run, Start, finish, make_model, problems
+import pytest
+
+from tests.local_hub import LocalHub, Request, Response
+from tests.storage_initializer.conftest import GROUP, NOBODY, SOMEBODY, Run, Start, finish, make_model, problems
 
 KILLS = 10
 
@@ -136,14 +139,124 @@ def test_gives_way_when_another_has_taken_its_lease(start: Start, hub: LocalHub,
     assert not (volume / "demo--arithmetic").exists()
 
 
-def test_sigterm_frees_the_lease_and_says_how_to_go_on(start: Start, hub: LocalHub, volume: Path) -> None:
-    hub.bytes_per_second = 10_000
+@pytest.mark.parametrize(
+    ("asked", "pace"), [("info", "silent"), ("tree", "silent"), ("resolve", "silent"), ("resolve", "slow")]
+)
+def test_sigterm_ends_it_in_time_whatever_the_hub_does(
+    run: Run, start: Start, hub: LocalHub, volume: Path, asked: str, pace: str
+) -> None:
+    reached, released = threading.Event(), threading.Event()
+
+    def dawdle(request: Request, response: Response) -> Response:
+        if request.kind == asked and request.method == "GET":
+            reached.set()
+            response.bytes_per_second = 50
+            if pace == "silent":
+                released.wait()
+        return response
+
+    hub.fault = dawdle
     process = start("hf://demo/arithmetic", volume)
+    try:
+        assert reached.wait(60)
+        for _ in range(3):
+            process.send_signal(signal.SIGTERM)
+        # Kubernetes waits for 30 s before it kills.
+        result = finish(process, timeout_seconds=25)
+    finally:
+        released.set()
+    assert result.code == 1
+    assert result.reason == "stopped by SIGTERM: run the same command again to go on"
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert "Exception" not in result.stderr
+    assert list(volume.glob(".locks/*")) == []
+    assert not (volume / "demo--arithmetic").exists()
+
+    hub.fault = None
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert list((volume / ".staging").iterdir()) == []
+
+
+def test_one_more_signal_ends_it_where_the_volume_hangs(start: Start, hub: LocalHub, volume: Path) -> None:
+    hub.bytes_per_second = 1_000
+    lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
+    process = start("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"})
     until_exists(volume / ".staging", process)
-    process.terminate()
+    # Whoever reads this lease waits for a writer, as for a server of files that went away.
+    os.mkfifo(volume / "fifo")
+    (volume / "fifo").rename(lease)
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
     result = finish(process)
     assert result.code == 1
     assert result.reason == "stopped by SIGTERM: run the same command again to go on"
     assert "Traceback" not in result.stderr
+
+
+def test_ctrl_c_says_how_to_go_on(start: Start, hub: LocalHub, volume: Path) -> None:
+    hub.bytes_per_second = 10_000
+    process = start("hf://demo/arithmetic", volume)
+    until_exists(volume / ".staging", process)
+    process.send_signal(signal.SIGINT)
+    result = finish(process)
+    assert result.code == 1
+    assert result.reason == "stopped by Ctrl-C: run the same command again to go on"
     assert list((volume / ".locks").iterdir()) == []
-    assert not (volume / "demo--arithmetic").exists()
+
+
+def test_no_except_clause_on_the_way_swallows_a_signal(
+    run: Run, model: Path, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(io.StringIO):
+        """The signal comes while a log line is written, where logging forgives every `Exception`."""
+
+        def write(self, text: str) -> int:
+            if "INFO verified" in text:
+                signal.raise_signal(signal.SIGTERM)
+            return super().write(text)
+
+    stderr = Interrupting()
+    monkeypatch.setattr("sys.stderr", stderr)
+    assert run(f"file://{model}", volume).code == 1
+    assert stderr.getvalue().splitlines()[-1] == "stopped by SIGTERM: run the same command again to go on"
+    assert not (volume / "file--model").exists()
+    assert list((volume / ".locks").iterdir()) == []
+
+
+def test_another_user_of_the_group_takes_over_publishes_beside_and_moves_the_ref(
+    start: Start, hub: LocalHub, public: Path, tmp_path: Path, others_can_run: bool
+) -> None:
+    if not others_can_run:
+        pytest.skip("only root can be two other users, and both must be able to read the repository")
+    volume = public / "volume"
+    volume.mkdir()
+    os.chown(volume, 0, GROUP)
+    volume.chmod(0o2775)
+    env = {"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5", "STORAGE_INITIALIZER_PARALLEL_FILES": "1"}
+
+    def leave_halfway(_request: Request, response: Response) -> Response:
+        response.bytes_per_second = 20_000
+        return response
+
+    hub.fault = leave_halfway
+    dead = start("hf://demo/arithmetic", volume, env=env, user=NOBODY)
+    while not list(volume.glob(".staging/*/.cache/huggingface/download/*.incomplete")) and dead.poll() is None:
+        time.sleep(0.005)
+    dead.kill()
+    dead.wait()
+    hub.fault = None
+    first = hub.commit("demo/arithmetic")
+    taken_over = finish(start("hf://demo/arithmetic", volume, env=env, user=SOMEBODY))
+    assert taken_over.code == 0, taken_over.stderr
+    assert "taking over" in taken_over.stderr
+    assert problems(volume / "demo--arithmetic" / first) == []
+    assert {path.stat().st_uid for path in (volume / "demo--arithmetic" / first).rglob("*")} == {SOMEBODY}
+    assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
+
+    second = hub.add("demo/arithmetic", make_model(tmp_path / "newer", seed=1))
+    beside = finish(start("hf://demo/arithmetic", volume, env=env, user=NOBODY))
+    assert beside.code == 0, beside.stderr
+    assert problems(volume / "demo--arithmetic" / second) == []
+    assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{second}\n"
