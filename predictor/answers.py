@@ -1,5 +1,6 @@
 """Errors as HTTP responses, each in the form of the protocol whose route was asked."""
 
+import json
 import re
 
 from starlette.responses import JSONResponse, Response
@@ -14,7 +15,8 @@ _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 def respond(error: RequestError, path: str) -> Response:
     """The response to a request for `path` that failed.
 
-    OpenAI's routes get OpenAI's error object, all others `{"error": "<one sentence>"}`.
+    OpenAI's routes get OpenAI's error object, all others `{"error": "<one sentence>"}`; generate_stream gets it as an
+    event, as its specification has it.
     """
     body = openai.encode_error(error) if _OPENAI.match(path) else {"error": str(error)}
     headers = {}
@@ -22,7 +24,10 @@ def respond(error: RequestError, path: str) -> Response:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(body, status_code=_status(error, path), headers=headers)
+    status = _status(error, path)
+    if path.endswith("/generate_stream"):
+        return Response(f"data: {json.dumps(body)}\n\n", status, headers, media_type="text/event-stream")
+    return JSONResponse(body, status, headers)
 
 
 def _status(error: RequestError, path: str) -> int:

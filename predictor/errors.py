@@ -12,6 +12,7 @@
         ├── Unauthorized          401
         ├── Forbidden             403
         ├── NotFound              404
+        ├── MethodNotAllowed      405
         ├── BodyTooLarge          413
         ├── GenerationFailed      500
         ├── DeadlineExceeded      504
@@ -92,6 +93,12 @@ class NotFound(RequestError):
     """No such model or route."""
 
     status = 404
+
+
+class MethodNotAllowed(RequestError):
+    """The route is there, but not for this method."""
+
+    status = 405
 
 
 class BodyTooLarge(RequestError):

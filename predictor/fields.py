@@ -1,15 +1,20 @@
-"""What a request may say of sampling, as pydantic fields, and how a wrong field is told.
+"""What a request may say of sampling and time; how its body is read, and how a wrong field is told.
 
 Shared by the protocols, which differ in names and places of these fields, not in their ranges.
 """
 
 import json
-from collections.abc import Iterable
-from typing import Annotated
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
+from predictor.errors import InvalidRequest
 from predictor.generation import SamplingParams
+
+TIMEOUT_HEADER = "x-request-timeout-seconds"
+"""The header, in lower case, by which a client allows less time than the server does."""
 
 MAX_STOPS = 16
 MAX_LOGPROBS = 20
@@ -57,8 +62,8 @@ class Sampling(BaseModel):
     max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most.")
     min_tokens: int = Field(default=0, ge=0, description="New tokens before anything but max_tokens may end it.")
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 is greedy.")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="Cumulative probability kept.")
-    top_k: int | None = Field(default=None, ge=0, description="Most probable tokens kept; 0 keeps all.")
+    top_p: float | None = Field(default=None, ge=0, le=1, description="Cumulative probability kept.")
+    top_k: int | None = Field(default=None, ge=-1, description="Most probable tokens kept; 0 and -1 keep all.")
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="1 is off.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
@@ -70,9 +75,48 @@ class Sampling(BaseModel):
     def sampling(self, logprobs: int | None = None) -> SamplingParams:
         """These fields as the engine takes them; `logprobs` as in `SamplingParams`."""
         values = {name: getattr(self, name) for name in Sampling.model_fields}
+        if self.top_k == -1:  # as vLLM says it
+            values["top_k"] = 0
         values["stop"] = tuple(self.stop)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
         return SamplingParams(**values, logprobs=logprobs)
+
+
+def timeout_seconds(headers: Mapping[str, str]) -> float | None:
+    """What a client allows, by its headers (names in lower case); None if it says nothing.
+
+    Raises:
+        InvalidRequest: it is no positive number.
+    """
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise InvalidRequest(f"The header {TIMEOUT_HEADER} is not a positive number of seconds.", TIMEOUT_HEADER)
+    return seconds
+
+
+def loads(body: bytes) -> Any:
+    """What a JSON body says.
+
+    Raises:
+        InvalidRequest: it is not JSON, or holds text that no encoding can carry back.
+    """
+    try:
+        content = json.loads(body)
+        if b"\\u" in body:
+            # An escape may be half of a surrogate pair, which fails wherever the text is encoded again.
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("The body has half of a surrogate pair in a string; send whole characters.") from None
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(f"The body is not JSON ({reason}).") from None
+    return content
 
 
 def sentence(error: ValidationError, *, prefix: str = "", known: Iterable[str] = ()) -> str:

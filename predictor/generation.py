@@ -28,7 +28,7 @@ class SamplingParams:
     temperature: float | None = None
     """0 is greedy."""
     top_p: float | None = None
-    """Cumulative probability kept, 0 < top_p <= 1."""
+    """Cumulative probability kept, 0 <= top_p <= 1; at least one token is."""
     top_k: int | None = None
     """Most probable tokens kept; 0 keeps all."""
     repetition_penalty: float | None = None

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ class LoadedModel:
     tokenizer: Any
     context_tokens: int
     """Positions that the model was made for."""
+    vocabulary_tokens: int
+    """Token ids are below this."""
     eos_token_ids: frozenset[int]
     defaults: SamplingParams
     """From the generation config; greedy where that does not ask for sampling."""
@@ -69,6 +71,7 @@ def load(directory: Path, *, device: str, dtype: str, trust_remote_code: bool) -
         model=model.eval(),
         tokenizer=tokenizer,
         context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
+        vocabulary_tokens=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         defaults=_defaults(model.generation_config),
     )
@@ -157,10 +160,14 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _defaults(config: Any) -> SamplingParams:
+    repetition_penalty = 1.0 if config.repetition_penalty is None else float(config.repetition_penalty)
+    greedy = SamplingParams(
+        max_tokens=config.max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=repetition_penalty
+    )
     if not config.do_sample:
-        return SamplingParams(max_tokens=config.max_new_tokens, temperature=0.0, top_p=1.0, top_k=0)
-    return SamplingParams(
-        max_tokens=config.max_new_tokens,
+        return greedy
+    return replace(
+        greedy,
         temperature=1.0 if config.temperature is None else float(config.temperature),
         top_p=1.0 if config.top_p is None else float(config.top_p),
         top_k=config.top_k or 0,
