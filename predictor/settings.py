@@ -48,22 +48,48 @@ class Settings(BaseSettings):
     """How long to wait for the snapshot to be published before giving up, in seconds."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
+    enable_grpc: bool = False
+    """Whether the v2 protocol is served over gRPC, too."""
+    grpc_port: int = Field(default=8081, ge=1, le=65535)
+    """TCP port of the gRPC server."""
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
     """Where the model runs; auto takes the first of cuda, mps, cpu that is there."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the checkpoint's own where the device computes in it."""
+    quantization: Literal["none", "8bit", "4bit", "auto"] = "none"
+    """Weights of linear layers in fewer bits."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Only for snapshots whose code you have read."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion together at most; default: the model's own context."""
     max_running: int = Field(default=32, ge=1)
     """Sequences that are decoded together in one batch at most; the others wait."""
+    max_waiting: int = Field(default=128, ge=0)
+    """Requests that may wait for a place in the batch."""
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens computed in one step at most; longer prompts are spread over steps so that other sequences go on."""
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences; default: from free memory on CUDA, else 16384."""
     default_max_tokens: int = Field(default=256, ge=1)
     """New tokens at most where neither the request nor the model's generation config says."""
+    memory_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Part of the free memory that the KV cache may take."""
+    request_timeout_seconds: float = Field(default=590, gt=0)
+    """A request's deadline, in seconds; below the InferenceService's timeout."""
+    max_request_bytes: int = Field(default=8388608, ge=1)
+    """Size of a request's body at most, in bytes."""
+    api_keys_file: Path | None = None
+    """Bearer keys, one `name:key` per line; read again when it changes."""
+    enable_admin_routes: bool = False
+    """Whether KServe's routes to load and unload models are open."""
+    self_check_seconds: float = Field(default=60, ge=0)
+    """Period of the background self-check while idle, in seconds; 0 turns it off."""
+    step_timeout_seconds: float = Field(default=120, gt=0)
+    """How long the step loop may make no progress while work is pending, in seconds."""
+    log_format: Literal["text", "json"] = "text"
+    """How log lines look."""
+    log_prompts: bool = False
+    """Whether prompts are logged."""
     shutdown_grace_seconds: int = Field(default=600, ge=0)
     """How long running requests may go on after SIGTERM, in seconds; keep it at the InferenceService's timeout."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
