@@ -1,0 +1,40 @@
+"""Every check that needs no cluster, one after the other."""
+
+from preflight import capacity, configuration, knative, kserve, references, schema, security, times
+from preflight.capacity import Model
+from preflight.deployment import Deployment
+from preflight.findings import Finding
+from preflight.schema import Schemas
+
+
+def check(
+    deployment: Deployment,
+    schemas: Schemas,
+    known_settings: set[str],
+    model: Model | None = None,
+    max_timeout_seconds: float = knative.MAX_TIMEOUT_SECONDS,
+) -> list[Finding]:
+    """What is wrong with the deployment, schema first.
+
+    Args:
+        deployment: what is rendered.
+        schemas: of the custom kinds; those of core kinds are built in.
+        known_settings: every key that is a setting.
+        model: how large the model is, where that is known.
+        max_timeout_seconds: Knative's cap on `timeout`.
+    """
+    findings = list(schema.check(deployment, schemas))
+    services = deployment.all("InferenceService")
+    if len(services) != 1:
+        where = "InferenceService"
+        return [*findings, Finding(where, f"the overlay has {len(services)} of them", "deploy one with each overlay")]
+    return [
+        *findings,
+        *kserve.check(deployment),
+        *knative.check(deployment),
+        *references.check(deployment),
+        *security.check(deployment),
+        *configuration.check(deployment, known_settings),
+        *times.check(deployment, max_timeout_seconds),
+        *capacity.check(deployment, model),
+    ]

@@ -1,0 +1,28 @@
+"""Renders an overlay with kubectl's own kustomize."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from preflight import deployment
+from preflight.deployment import Deployment
+from preflight.findings import CannotLook
+
+
+def render(overlay: Path) -> Deployment:
+    """The objects that `kubectl apply -k OVERLAY` would send.
+
+    Raises:
+        CannotLook: there is no kubectl, or the overlay does not render.
+    """
+    kubectl = shutil.which("kubectl")
+    if kubectl is None:
+        raise CannotLook("kubectl is not installed; put version 1.27 or newer on the PATH.")
+    done = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, text=True, check=False)  # noqa: S603
+    if done.returncode:
+        said = done.stderr.strip().removeprefix("error: ")
+        raise CannotLook(f"{overlay} does not render ({said}); `kubectl kustomize {overlay}` shows the same.")
+    objects = [each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each]
+    return deployment.of(objects, overlay)
