@@ -13,7 +13,7 @@ DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
 CONTROLLER = "/apis/apps/v1/namespaces/kserve/deployments/kserve-controller-manager"
 NODES = "/api/v1/nodes"
-HUB_SECRET = "/api/v1/namespaces/kserve-llm-prod-multi-gpu/secrets/hf-secret"
+HUB_SECRET = "/api/v1/namespaces/kserve-llm-prod-multi-gpu/secrets/hf-secret"  # noqa: S105
 SERVICE = "/apis/serving.kserve.io/v1beta1/namespaces/kserve-llm-prod/inferenceservices/llm"
 VERSION = dict.fromkeys(
     ("buildDate", "compiler", "gitCommit", "gitTreeState", "gitVersion", "goVersion", "platform"), "x"
