@@ -56,14 +56,14 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Finding]:
     connection = Connection(arguments.context) if arguments.context else None
     if arguments.crds:
-        schemas = schema.from_folder(arguments.crds)
+        definitions = schema.definitions_in(arguments.crds)
     else:
-        schemas = schema.Schemas(connection.definitions() if connection else ())
+        definitions = connection.definitions() if connection else []
     beside = arguments.overlay / MODEL_CONFIG
     config = arguments.model_config or (beside if beside.exists() else None)
     findings = offline.check(
         deployment,
-        schemas,
+        schema.Schemas(definitions),
         known_settings=configuration.known_keys(BASE),
         model=capacity.read(config) if config else None,
         max_timeout_seconds=cluster.max_timeout_seconds(connection) if connection else knative.MAX_TIMEOUT_SECONDS,

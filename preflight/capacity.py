@@ -14,8 +14,8 @@ GPU = "nvidia.com/gpu"
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
 PROCESS_BYTES = 1.0 * 2**30
 """Python, torch and their buffers."""
-CPU_CACHE_TOKENS = 16384
-"""Of the KV cache, where nothing is said: what the predictor takes on a CPU."""
+TOKENS_PER_SEQUENCE = 512
+"""Of the KV cache, where its size is not said: with less, a batch of ordinary requests does not fit into it."""
 _MIG = re.compile(r"nvidia\.com/mig-\d+g\.(\d+)gb")
 
 
@@ -161,12 +161,13 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
                 "warning",
             )
         return
-    cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", CPU_CACHE_TOKENS)))
+    batch = int(settings.get("PREDICTOR_MAX_RUNNING", 1))
+    cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", batch * TOKENS_PER_SEQUENCE)))
     needed = weights + cache + PROCESS_BYTES
     if needed > memory:
         yield Finding(
             deployment.where,
             f"the model needs {quantities.gib(needed)}, of which weights {quantities.gib(weights)} and KV cache "
             f"{quantities.gib(cache)}, and the memory limit is {quantities.gib(memory)}",
-            "raise the limit, quantize, or lower PREDICTOR_KV_CACHE_TOKENS",
+            "raise the limit, quantize, or lower PREDICTOR_MAX_RUNNING",
         )

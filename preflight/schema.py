@@ -50,8 +50,8 @@ def is_core(api_version: str) -> bool:
     return bool(_CORE.fullmatch(api_version)) and not api_version.startswith(_NO_CORE)
 
 
-def from_folder(folder: Path) -> Schemas:
-    """The schemas of a folder of CustomResourceDefinitions, one or more in each `*.yaml`.
+def definitions_in(folder: Path) -> list[Manifest]:
+    """The CustomResourceDefinitions of a folder, one or more in each `*.yaml`.
 
     Raises:
         CannotLook: there is none in it.
@@ -64,7 +64,7 @@ def from_folder(folder: Path) -> Schemas:
     ]
     if not definitions:
         raise CannotLook(f"{folder} holds no CustomResourceDefinition; name a folder with those of KServe with --crds.")
-    return Schemas(definitions)
+    return definitions
 
 
 def check(deployment: Deployment, schemas: Schemas) -> Iterator[Finding]:

@@ -1,5 +1,6 @@
 """Renders every kustomization of the tree, once per session, into objects to ask questions of."""
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from preflight import configuration, schema
+from preflight import configuration, offline, schema
 from preflight.deployment import Deployment, Manifest
 from preflight.schema import Schemas
 
@@ -142,30 +143,43 @@ def tree() -> SimpleNamespace:
     )
 
 
-@pytest.fixture(scope="session")
-def known_settings() -> set[str]:
-    """Every key that a program understands, by base's *.env files."""
-    return configuration.known_keys(ROOT / BASE)
+class Remembering(Schemas):
+    """As the original, which reads megabytes of JSON for every object; most objects are in many renderings."""
+
+    def problems(self, manifest: Manifest) -> list[str] | None:
+        """What is wrong with an object, asked once."""
+        return self._remembered(json.dumps(manifest))
+
+    @cache  # noqa: B019 - there is one, and it lives as long as the session
+    def _remembered(self, text: str) -> list[str] | None:
+        return super().problems(json.loads(text))
 
 
 @pytest.fixture(scope="session")
-def schemas() -> Schemas:
-    """What the API server knows, by the CRDs in CRD_DIR."""
+def definitions() -> list[Manifest]:
+    """The CustomResourceDefinitions in CRD_DIR; none where it is not set."""
     folder = os.environ.get("CRD_DIR")
-    if not folder:
+    return schema.definitions_in(Path(folder)) if folder else []
+
+
+@pytest.fixture(scope="session")
+def schemas(definitions: list[Manifest]) -> Schemas:
+    """What the API server knows."""
+    if not definitions:
         pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, Prometheus' operator and KEDA")
-    schemas = schema.from_folder(Path(folder))
-    remembered: dict[str, list[str] | None] = {}
+    return Remembering(definitions)
 
-    def problems(manifest: Manifest) -> list[str] | None:
-        """As the original, which reads megabytes of JSON for every object; most objects are in many renderings."""
-        text = repr(manifest)
-        if text not in remembered:
-            remembered[text] = Schemas.problems(schemas, manifest)
-        return remembered[text]
 
-    schemas.problems = problems  # type: ignore[method-assign]
-    return schemas
+@pytest.fixture(scope="session")
+def look(definitions: list[Manifest]) -> Callable[[Deployment], list[str]]:
+    """What preflight says of a rendering; without CRD_DIR, custom kinds are taken as they are."""
+    schemas, known = Remembering(definitions), configuration.known_keys(ROOT / BASE)
+
+    def look(rendered: Deployment) -> list[str]:
+        findings = offline.check(rendered, schemas, known)
+        return [str(finding) for finding in findings if definitions or "were not checked" not in finding.problem]
+
+    return look
 
 
 @pytest.fixture(scope="session")

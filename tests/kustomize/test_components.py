@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from preflight import knative, offline
+from preflight import knative
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def test_readmes_agree_on_who_does_not_go_together(tree):
 
 
 @pytest.mark.slow
-def test_every_pair_that_makes_sense_renders_and_passes_preflight(tree, render_with, schemas, known_settings):
+def test_every_pair_that_makes_sense_renders_and_passes_preflight(tree, render_with, look):
     apart = strangers(tree)
     pairs = [
         (one, other)
@@ -51,8 +51,7 @@ def test_every_pair_that_makes_sense_renders_and_passes_preflight(tree, render_w
     assert len(pairs) > 100
 
     def wrong(pair):
-        rendered = render_with(tree.base, *pair, tree.images)
-        return [f"{pair}: {finding}" for finding in offline.check(rendered, schemas, known_settings)]
+        return [f"{pair}: {finding}" for finding in look(render_with(tree.base, *pair, tree.images))]
 
     with ThreadPoolExecutor() as pool:
         assert list(itertools.chain(*pool.map(wrong, pairs))) == []

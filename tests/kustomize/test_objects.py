@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from preflight import offline, references
+from preflight import knative, kserve, references
 
 UNCHECKED = {"KnativeServing"}
 """Kinds that no CRD is at hand for."""
@@ -56,12 +56,17 @@ def test_the_kserve_sdk_and_the_kubernetes_client_keep_every_field(overlay, sdk_
         assert written == manifest
 
 
-def test_preflight_finds_nothing_wrong_with_it(overlay, schemas, known_settings):
-    assert offline.check(overlay, schemas, known_settings) == []
+def test_preflight_finds_nothing_wrong_with_it(overlay, look):
+    assert look(overlay) == []
 
 
-def test_preflight_finds_nothing_wrong_with_base_and_a_component(component, schemas, known_settings):
-    assert offline.check(component, schemas, known_settings) == []
+def test_preflight_finds_nothing_wrong_with_base_and_a_component(component, look):
+    assert look(component) == []
+
+
+def test_kserve_and_knative_admit_it(deployment):
+    findings = [*kserve.check(deployment), *knative.check(deployment)]
+    assert [str(finding) for finding in findings] == []
 
 
 def test_every_object_is_labelled(rendered):

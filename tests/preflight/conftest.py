@@ -106,7 +106,7 @@ def schemas() -> Schemas:
     folder = os.environ.get("CRD_DIR")
     if not folder:
         pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, Prometheus' operator and KEDA")
-    return schema.from_folder(Path(folder))
+    return Schemas(schema.definitions_in(Path(folder)))
 
 
 @dataclass
