@@ -58,7 +58,7 @@ def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Fin
     if arguments.crds:
         definitions = schema.definitions_in(arguments.crds)
     else:
-        definitions = connection.definitions() if connection else []
+        definitions = connection.definitions if connection else []
     beside = arguments.overlay / MODEL_CONFIG
     config = arguments.model_config or (beside if beside.exists() else None)
     findings = offline.check(
@@ -87,8 +87,8 @@ def _needs(deployment: Deployment) -> dict[str, list[str]]:
 def _summary(overlay: Path, findings: Sequence[Finding], needs: dict[str, list[str]]) -> str:
     errors = sum(finding.severity == "error" for finding in findings)
     needed = "; ".join(f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in needs.items() if values)
-    counted = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing to say against it"
-    return f"{overlay}: {counted}; needs {needed or 'nothing special of the cluster'}"
+    counted = f"errors: {errors}, warnings: {len(findings) - errors}"
+    return f"{overlay}: {counted}; needs: {needed or 'nothing special'}"
 
 
 if __name__ == "__main__":

@@ -102,7 +102,7 @@ def _resources(deployment: Deployment) -> Iterator[Finding]:
                     yield Finding(
                         pod.where,
                         f"container {container['name']} requests {name} {request} over its limit {limit}",
-                        "swap them",
+                        "raise the limit or lower the request",
                     )
 
 
@@ -122,7 +122,7 @@ def _gpu(deployment: Deployment) -> Iterator[Finding]:
     if limits and not any(each.get("key") in (GPU, None) for each in tolerations):
         yield Finding(
             deployment.where,
-            f"a GPU is requested and the taint {GPU} not tolerated, so no node takes the pod",
+            f"a GPU is requested and the taint {GPU} not tolerated, so nodes that have it refuse the pod",
             "add component gpu",
         )
 

@@ -64,7 +64,7 @@ def _versions(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
 def _kinds(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
     served = {
         (f"{definition['spec']['group']}/{version['name']}", definition["spec"]["names"]["kind"])
-        for definition in cluster.definitions()
+        for definition in cluster.definitions
         for version in definition["spec"]["versions"]
         if version["served"]
     }

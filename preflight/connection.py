@@ -1,6 +1,7 @@
 """Asks a cluster, through the Kubernetes client; reads only, and judges nothing."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, cast
 
 import urllib3
@@ -52,6 +53,7 @@ class Connection:
             found["KServe"] = next((image.rpartition(":")[2] for image in images if "kserve-controller" in image), "")
         return found
 
+    @cached_property
     def definitions(self) -> list[Manifest]:
         """All CustomResourceDefinitions."""
         return self._list("apiextensions.k8s.io", "v1", "customresourcedefinitions")

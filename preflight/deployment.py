@@ -5,10 +5,9 @@ InferenceService.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 Manifest = dict[str, Any]
@@ -46,8 +45,6 @@ class Deployment:
     """What one overlay puts on a cluster."""
 
     objects: tuple[Manifest, ...]
-    folder: Path | None = None
-    """Where it was rendered from, for what lies beside the kustomization."""
 
     def all(self, kind: str) -> list[Manifest]:
         """Every object of a kind."""
@@ -164,11 +161,6 @@ class Deployment:
 
     def _settings(self, name: str | None) -> dict[str, str]:
         return (self.find("ConfigMap", name) or {}).get("data") or {}
-
-
-def of(objects: Iterable[Manifest], folder: Path | None = None) -> Deployment:
-    """The objects as a deployment."""
-    return Deployment(tuple(objects), folder)
 
 
 def name_of(manifest: Manifest) -> str:

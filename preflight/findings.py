@@ -1,7 +1,11 @@
 """What a check has to say: one problem of one object, and what to do about it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+Clauses = Iterator[tuple[str, str]]
+"""Problems and remedies of one object."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from preflight import quantities
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod
-from preflight.findings import Finding
+from preflight.findings import Clauses, Finding
 
 FLAGS = {
     "nodeSelector": "kubernetes.podspec-nodeselector",
@@ -78,9 +78,6 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     pod = deployment.predictor_pod
     for problem, remedy in [*_pod(pod), *_containers(pod), *_annotations(deployment.annotations)]:
         yield Finding(deployment.where, problem, remedy)
-
-
-Clauses = Iterator[tuple[str, str]]
 
 
 def _pod(pod: Pod) -> Clauses:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest
-from preflight.findings import Finding
+from preflight.findings import Clauses, Finding
 
 IMPLEMENTATIONS = {
     *("model", "sklearn", "xgboost", "tensorflow", "pytorch", "triton", "onnx", "huggingface", "pmml", "lightgbm"),
@@ -28,9 +28,6 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     for check_ in (_name, _implementation, _storage, _scaling, _mode, _runtime):
         for problem, remedy in check_(deployment):
             yield Finding(deployment.where, problem, remedy)
-
-
-Clauses = Iterator[tuple[str, str]]
 
 
 def _name(deployment: Deployment) -> Clauses:

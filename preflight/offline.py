@@ -1,5 +1,7 @@
 """Every check that needs no cluster, one after the other."""
 
+from functools import partial
+
 from preflight import capacity, configuration, knative, kserve, references, schema, security, times
 from preflight.capacity import Model
 from preflight.deployment import Deployment
@@ -28,13 +30,20 @@ def check(
     if len(services) != 1:
         where = "InferenceService"
         return [*findings, Finding(where, f"the overlay has {len(services)} of them", "deploy one with each overlay")]
-    return [
-        *findings,
-        *kserve.check(deployment),
-        *knative.check(deployment),
-        *references.check(deployment),
-        *security.check(deployment),
-        *configuration.check(deployment, known_settings),
-        *times.check(deployment, max_timeout_seconds),
-        *capacity.check(deployment, model),
-    ]
+    for check_ in (
+        kserve.check,
+        knative.check,
+        references.check,
+        security.check,
+        partial(configuration.check, known=known_settings),
+        partial(times.check, max_timeout_seconds=max_timeout_seconds),
+        partial(capacity.check, model=model),
+    ):
+        try:
+            findings += check_(deployment)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # A number where a map belongs, and the like: what the schema names, where one is at hand.
+            problem = f"a value is not of the kind that belongs there ({type(error).__name__}: {error})"
+            findings.append(Finding(deployment.where, problem, "correct it; with --crds its place is named"))
+    # One wrong value may stop several checks.
+    return list(dict.fromkeys(findings))

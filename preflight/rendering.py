@@ -6,7 +6,6 @@ from pathlib import Path
 
 import yaml
 
-from preflight import deployment
 from preflight.deployment import Deployment
 from preflight.findings import CannotLook
 
@@ -24,5 +23,4 @@ def render(overlay: Path) -> Deployment:
     if done.returncode:
         said = done.stderr.strip().removeprefix("error: ")
         raise CannotLook(f"{overlay} does not render ({said}); `kubectl kustomize {overlay}` shows the same.")
-    objects = [each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each]
-    return deployment.of(objects, overlay)
+    return Deployment(tuple(each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each))

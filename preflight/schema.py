@@ -15,6 +15,8 @@ from preflight.findings import CannotLook, Finding
 KUBERNETES_VERSION = "1.32"
 """The oldest that KServe v0.20 supports."""
 _CORE = re.compile(r"v1|(apps|batch|autoscaling|policy)/v\d+|[a-z.]+\.k8s\.io/v\d+\w*")
+_STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
+_METADATA = {"type": "object", "properties": {"labels": _STRINGS, "annotations": _STRINGS}}
 _NO_CORE = ("gateway.networking.k8s.io/",)
 """Groups of k8s.io that are CustomResourceDefinitions all the same."""
 
@@ -103,7 +105,7 @@ def _strict(schema: dict[str, Any], root: bool = False) -> dict[str, Any]:
         strict["additionalProperties"] = _strict(schema["additionalProperties"])
     if root or schema.get("x-kubernetes-embedded-resource"):
         # The API server itself knows what metadata holds.
-        strict["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {"type": "object"}}
+        strict["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": _METADATA}
     if (
         schema.get("type") == "object"
         and "additionalProperties" not in schema

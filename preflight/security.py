@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterator
 
-from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod
-from preflight.findings import Finding
+from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
+from preflight.findings import Clauses, Finding
 
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 VOLUMES = {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected", "downwardAPI", "csi", "ephemeral"}
@@ -23,9 +23,7 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     for problem, remedy in _secrets(deployment):
         yield Finding(deployment.where, problem, remedy)
     yield from _namespace(deployment)
-
-
-Clauses = Iterator[tuple[str, str]]
+    yield from _policies(deployment)
 
 
 def _pod(pod: Pod) -> Clauses:
@@ -119,3 +117,16 @@ def _namespace(deployment: Deployment) -> Iterator[Finding]:
                 "it has the label control-plane, so KServe's webhook passes it over and mounts no weights",
                 "remove the label",
             )
+
+
+def _policies(deployment: Deployment) -> Iterator[Finding]:
+    """A default deny leaves the predictor's pod no way out, which is right unless it downloads."""
+    denied = [each for each in deployment.all("NetworkPolicy") if not each["spec"].get("podSelector")]
+    if any(pod is deployment.predictor_pod for pod, _ in deployment.downloads):
+        for policy in denied:
+            if "Egress" in policy["spec"].get("policyTypes", []) and not policy["spec"].get("egress"):
+                yield Finding(
+                    name_of(policy),
+                    "it lets the predictor's pod out to nobody, and an init container of it downloads the model",
+                    "leave the download to the Job, or remove component network-policy",
+                )

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from preflight import quantities
 from preflight.deployment import Deployment, Manifest, name_of
-from preflight.findings import Finding
+from preflight.findings import Clauses, Finding
 from preflight.knative import MAX_TIMEOUT_SECONDS
 
 KNATIVE_PROGRESS_DEADLINE = "600s"
@@ -34,9 +34,6 @@ def check(deployment: Deployment, max_timeout_seconds: float = MAX_TIMEOUT_SECON
         yield Finding(deployment.where, problem, remedy)
     if not deployment.is_knative:
         yield from _ingress(deployment)
-
-
-Clauses = Iterator[tuple[str, str]]
 
 
 def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Clauses:

@@ -37,11 +37,8 @@ PINNED = f"hf://owner/model:{'a' * 40}"
 class Rendered(Deployment):
     """The objects of one kustomization; a component stands for base with that component added."""
 
-    @property
-    def path(self) -> Path:
-        """The folder that this is the rendering of."""
-        assert self.folder is not None
-        return self.folder
+    path: Path
+    """The folder that this is the rendering of."""
 
     def one(self, kind: str) -> Manifest:
         [manifest] = self.all(kind)

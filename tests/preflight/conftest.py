@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from preflight import configuration, deployment, offline, rendering, schema
+from preflight import configuration, offline, rendering, schema
 from preflight.capacity import Model
 from preflight.deployment import Deployment, Manifest
 from preflight.findings import Finding
@@ -77,7 +77,10 @@ class Draft:
     def look(self, schemas: Schemas | None = None, model: Model | None = None) -> list[Finding]:
         """What preflight says; without schemas, custom kinds are taken as they are."""
         found = offline.check(
-            deployment.of(self.objects), schemas or Schemas(), configuration.known_keys(ROOT / "kustomize/base"), model
+            Deployment(tuple(self.objects)),
+            schemas or Schemas(),
+            configuration.known_keys(ROOT / "kustomize/base"),
+            model,
         )
         return [finding for finding in found if "were not checked" not in finding.problem]
 

@@ -34,7 +34,7 @@ def test_ends_with_0_where_nothing_is_wrong(rendered, capsys):
     *warnings, summary = capsys.readouterr().out.splitlines()
     assert all("were not checked" in warning for warning in warnings)
     flags = ("affinity", "nodeselector", "tolerations")
-    assert summary.endswith("needs knative flags " + ", ".join(f"kubernetes.podspec-{flag}" for flag in flags))
+    assert summary.endswith("needs: knative flags " + ", ".join(f"kubernetes.podspec-{flag}" for flag in flags))
 
 
 def test_ends_with_1_and_one_line_where_something_is(broken):

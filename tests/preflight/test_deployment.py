@@ -2,7 +2,8 @@
 
 import pytest
 
-from preflight import deployment, knative, quantities
+from preflight import knative, quantities
+from preflight.deployment import Deployment
 
 
 @pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("13m", 780), ("1h30m", 5400), ("500ms", 0.5)])
@@ -50,7 +51,7 @@ def test_the_service_is_merged_over_the_runtime():
         volumes=[{"name": "more", "emptyDir": {}}],
         maxReplicas=2,
     )
-    read = deployment.of([below, above])
+    read = Deployment((below, above))
     assert read.server["args"] == ["--model_name=llm", "--x"]
     assert read.environment(read.server) == {"A": "1", "B": "3"}
     assert read.server["resources"] == {"limits": {"cpu": "1", "memory": "1Gi"}}
@@ -73,19 +74,19 @@ def test_the_service_is_merged_over_the_runtime():
     ],
 )
 def test_knows_the_flag_of_a_field(pod, flag):
-    assert knative.flags(deployment.of([runtime(), service({}, **pod)])) == {flag}
+    assert knative.flags(Deployment((runtime(), service({}, **pod)))) == {flag}
 
 
 def test_a_claim_that_is_not_read_only_needs_two_flags():
     volumes = [{"name": "x", "persistentVolumeClaim": {"claimName": "m"}}]
-    assert knative.flags(deployment.of([runtime(), service({}, volumes=volumes)])) == {
+    assert knative.flags(Deployment((runtime(), service({}, volumes=volumes)))) == {
         knative.CLAIM,
         knative.CLAIM_WRITE,
     }
     volumes[0]["persistentVolumeClaim"]["readOnly"] = True
-    assert knative.flags(deployment.of([runtime(), service({}, volumes=volumes)])) == {knative.CLAIM}
+    assert knative.flags(Deployment((runtime(), service({}, volumes=volumes)))) == {knative.CLAIM}
 
 
 def test_a_field_reference_needs_a_flag_wherever_it_stands():
     env = [{"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]
-    assert knative.flags(deployment.of([runtime(env=env), service({})])) == {knative.FIELD_REFERENCE}
+    assert knative.flags(Deployment((runtime(env=env), service({})))) == {knative.FIELD_REFERENCE}

@@ -235,6 +235,39 @@ def test_a_misspelt_field_of_a_custom_kind(draft, schemas):
     assert "'storageURI' was unexpected" in str(finding)
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda d: d.predictor.update(minReplicas="one"),
+        lambda d: d.predictor.update(model=[]),
+        lambda d: d.model["resources"]["limits"].update(cpu="four"),
+        lambda d: d.settings.update(PREDICTOR_MAX_RUNNING="many"),
+        lambda d: d.annotations.update({"autoscaling.knative.dev/initial-scale": 1}),
+    ],
+)
+def test_values_of_the_wrong_kind_are_findings_and_no_crash(draft, mistake):
+    prod = draft("prod")
+    mistake(prod)
+    assert [finding for finding in prod.look() if finding.severity == "error"]
+
+
+def test_an_annotation_that_is_no_string(draft, schemas):
+    prod = draft("prod")
+    prod.annotations["prometheus.io/port"] = 8080
+    [finding] = prod.look(schemas)
+    assert "$.metadata.annotations['prometheus.io/port']: 8080 is not of type 'string'" in str(finding)
+
+
+def test_a_download_in_the_pod_that_may_ask_nobody(draft):
+    prod = draft("prod")
+    [container] = prod.job["containers"]
+    prod.predictor["initContainers"] = [{**container, "securityContext": prod.container["securityContext"]}]
+    prod.predictor["volumes"] = [{"name": "models", "persistentVolumeClaim": {"claimName": "models"}}]
+    prod.objects = [each for each in prod.objects if each["kind"] != "Job"]
+    [finding] = prod.look()
+    assert "NetworkPolicy/default-deny: it lets the predictor's pod out to nobody" in str(finding)
+
+
 def test_a_runtime_that_is_not_there(draft):
     prod = draft("prod")
     prod.model["runtime"] = "kserve-lm"
