@@ -5,7 +5,6 @@ InferenceService.
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -166,19 +165,6 @@ class Deployment:
 def name_of(manifest: Manifest) -> str:
     """Kind/name."""
     return f"{manifest.get('kind')}/{manifest.get('metadata', {}).get('name')}"
-
-
-def strings(value: object) -> Iterator[str]:
-    """Every string in a value, keys of maps included."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield str(key)
-            yield from strings(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from strings(inner)
-    elif isinstance(value, str):
-        yield value
 
 
 def _merge(below: Manifest, above: Manifest) -> Manifest:

@@ -4,6 +4,21 @@ import re
 
 import yaml
 
+HELM_VALUES = {
+    *("imagePullSecrets", "nameOverride", "fullnameOverride", "replicaCount", "logger.level", "resources"),
+    *("image.registry", "image.repository", "image.pullPolicy", "image.tag"),
+    *(f"modelDownloader.image.{key}" for key in ("registry", "repository", "pullPolicy", "tag")),
+    *("model.name", "model.path", "model.bitAndBytes.enabled", "pvc.name", "pvc.storageSize"),
+    *("secret.enabled", "secret.hfToken", "podLabels", "podAnnotations", "podSecurityContext", "securityContext"),
+    *(f"serviceAccount.{key}" for key in ("create", "automount", "annotations", "name")),
+    *(f"service.{key}" for key in ("type", "port", "name", "annotations")),
+    *(f"ingress.{key}" for key in ("enabled", "className", "annotations", "hosts", "tls")),
+    *("livenessProbe", "readinessProbe", "volumes", "volumeMounts", "nodeSelector", "tolerations", "affinity"),
+    *("autoscaling.enabled", "autoscaling.minReplicas", "autoscaling.maxReplicas"),
+    *("autoscaling.targetCPUUtilizationPercentage", "autoscaling.targetMemoryUtilizationPercentage"),
+    *("prometheus.enabled", "prometheus.path", "prometheus.port"),
+}
+"""Every value that the Helm chart which this replaces could be given."""
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -115,6 +130,7 @@ def test_every_value_of_the_helm_chart_leads_to_a_file_that_has_the_key(tree):
     rows = re.findall(r"^\| .+ \| \[`[^`]+`\]\(([^)]+)\): ([^;|]+)[;|]", readme, re.MULTILINE)
     [table] = re.findall(r"^\| Helm value .*\n\|---\|---\|\n((?:\|.*\n)+)", readme, re.MULTILINE)
     assert len(rows) == table.count("\n")
+    assert set(re.findall(r"`([\w.]+)`", re.sub(r"\| \[.*", "", table))) >= HELM_VALUES
     for target, keys in rows:
         text = (tree.kustomize / target).read_text()
         for key in re.findall(r"`([^`]+)`", keys):

@@ -76,6 +76,20 @@ def test_asks_the_cluster_of_a_context(cluster, rendered, capsys):
     assert "the cluster has no Knative Serving" in said
 
 
+def test_takes_the_schema_of_custom_kinds_from_the_cluster(cluster, rendered, capsys):
+    rendered("dev")
+    predictor = {"type": "object", "properties": {"model": {"type": "object"}}}
+    schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {"predictor": predictor}}}}
+    version = {"name": "v1beta1", "served": True, "schema": {"openAPIV3Schema": schema}}
+    spec = {"group": "serving.kserve.io", "names": {"kind": "InferenceService"}, "versions": [version]}
+    cluster.answers["/apis/apiextensions.k8s.io/v1/customresourcedefinitions"] = {"items": [{"spec": spec}]}
+    cluster.forbidden.add("/version/")
+    main([str(ROOT / "kustomize/overlays/dev"), "--context", "here"])
+    said = capsys.readouterr().out
+    assert "InferenceService/llm: $.spec.predictor: Additional properties are not allowed ('automountServiceA" in said
+    assert "ServingRuntime/kserve-llm: its fields were not checked" in said
+
+
 def test_says_that_a_model_does_not_fit(rendered, capsys):
     rendered("dev")
     assert main([str(ROOT / "kustomize/overlays/dev"), "--model-config", str(PROD / "model-config.json")]) == 1
