@@ -1,5 +1,6 @@
 """Renders an overlay with kubectl's own kustomize."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,9 @@ import yaml
 
 from preflight.deployment import Deployment
 from preflight.findings import CannotLook
+
+_LOGGED = re.compile(r'err="(.*)"$')
+"""How kubectl writes some errors: as a log line."""
 
 
 def render(overlay: Path) -> Deployment:
@@ -21,6 +25,8 @@ def render(overlay: Path) -> Deployment:
         raise CannotLook("kubectl is not installed; put version 1.27 or newer on the PATH.")
     done = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
-        said = done.stderr.strip().removeprefix("error: ")
-        raise CannotLook(f"{overlay} does not render ({said}); `kubectl kustomize {overlay}` shows the same.")
+        last = done.stderr.strip().rpartition("\n")[2]
+        logged = _LOGGED.search(last)
+        said = logged[1] if logged else last.removeprefix("error: ")
+        raise CannotLook(f"{overlay} does not render ({said}); `kubectl kustomize {overlay}` shows all of it.")
     return Deployment(tuple(each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each))
