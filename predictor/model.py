@@ -18,6 +18,7 @@ from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded
 from predictor.fields import timeout_seconds
 from predictor.generation import GenerationRequest
 from predictor.health import SelfCheck
+from predictor.loader import LoadedModel
 from predictor.protocol import v2
 from predictor.settings import Settings
 from predictor.snapshot import Snapshot
@@ -43,6 +44,7 @@ class Phase(StrEnum):
 @dataclass(frozen=True, slots=True)
 class _Parts:
     snapshot: Snapshot
+    loaded: LoadedModel
     prompts: Prompts
     engine: Engine
     self_check: SelfCheck
@@ -83,6 +85,7 @@ class Predictor(kserve.Model):
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            quantization=settings.quantization,
         )
         engine = Engine(
             loaded.model,
@@ -115,7 +118,7 @@ class Predictor(kserve.Model):
         with self._turn:
             if self.phase is Phase.STOPPED:
                 return False
-            self._parts = _Parts(found, prompts, engine, SelfCheck(engine, settings.self_check_seconds))
+            self._parts = _Parts(found, loaded, prompts, engine, SelfCheck(engine, settings.self_check_seconds))
             self.ready = True
             self.phase = Phase.READY
         self._watch(self._parts)
@@ -176,6 +179,9 @@ class Predictor(kserve.Model):
         parts = self._parts
         return {
             "commit": parts.snapshot.commit or "",
+            "device": str(parts.loaded.model.device),
+            "dtype": str(parts.loaded.model.dtype).removeprefix("torch."),
+            "quantization": parts.loaded.quantization,
             "context_tokens": str(parts.engine.context_tokens),
             "kv_cache_tokens": str(parts.engine.cache_tokens),
         }
