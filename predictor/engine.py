@@ -20,7 +20,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from predictor import memory, sampler
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, Overloaded, StartupError
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, Overloaded, StartupError
 from predictor.generation import FinishReason, SamplingParams, Step
 
 logger = logging.getLogger(__name__)
@@ -176,9 +176,15 @@ class Engine:
             deadline: by `time.monotonic()`; what is not finished then fails.
 
         Raises:
-            Overloaded: so many may not even wait.
+            InvalidRequest: so many never may.
+            Overloaded: so many may not even wait now.
             EngineStopped: the step loop has ended.
         """
+        if len(prompts) > self.capacity:
+            raise InvalidRequest(
+                f"The request asks for {len(prompts)} completions at once, and {self.capacity} may run or wait; "
+                "ask for fewer."
+            )
         if len(self._streams) + len(prompts) > self.capacity:
             raise Overloaded(
                 f"The server is busy: {len(self._streams)} sequences run or wait, and {self.capacity} may; "
@@ -299,18 +305,18 @@ class Stream:
 
     async def _next(self) -> Any:
         """The newest output: each holds what those before it held."""
-        while self._outputs.empty():
-            look = time.monotonic() + _LOOK_SECONDS
+        while True:
+            if time.monotonic() >= self._deadline:
+                raise DeadlineExceeded(
+                    f"The request's time is over after {time.monotonic() - self._submitted:.1f} s; "
+                    "ask for fewer tokens, or allow more time."
+                )
             try:
-                async with asyncio.timeout(max(0.0, min(look, self._deadline) - time.monotonic())):
+                look = time.monotonic() + _LOOK_SECONDS
+                async with asyncio.timeout(min(look, self._deadline) - time.monotonic()):
                     output = await self._outputs.get()
-                    break
+                break
             except TimeoutError:
-                if time.monotonic() >= self._deadline:
-                    raise DeadlineExceeded(
-                        f"The request's time is over after {time.monotonic() - self._submitted:.1f} s; "
-                        "ask for fewer tokens, or allow more time."
-                    ) from None
                 if not self._engine.is_alive and self._outputs.empty():
                     raise self._failure("the step loop has ended") from None
         while not self._outputs.empty():
@@ -322,7 +328,7 @@ class Stream:
             logger.error("a sequence failed: %s", reason)
             return GenerationFailed("The model failed on this request; the server's log says why.")
         logger.error("the step loop has ended: %s", reason)
-        return EngineStopped("The server cannot generate any more and will be restarted; ask again in a moment.")
+        return EngineStopped("The server stopped before the answer was complete; ask again in a moment.")
 
     def _finish_reason(self, token_ids: list[int]) -> FinishReason:
         last = token_ids[-1] if token_ids else None
