@@ -20,7 +20,7 @@ def main() -> int:
         logs.configure(read.log_level, read.log_format)
         serving = server.Server(Predictor(read), read)
         serving.run()
-        if serving.loading:
+        if serving.still_working:
             # Python's own end, under a thread that is deep inside torch, aborts the process.
             logging.shutdown()
             os._exit(0)

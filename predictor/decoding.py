@@ -55,6 +55,8 @@ class Answer:
             while unfinished:
                 piece = await news.get()
                 if isinstance(piece, Exception):
+                    for sequence in self._sequences:
+                        sequence.fail(piece)
                     raise piece
                 unfinished -= piece.finish_reason is not None
                 yield piece
@@ -171,13 +173,14 @@ class _Sequence:
                 yield Piece(index, text, self._prompt_tokens, self._generated, finish_reason, tuple(tokens))
                 if finish_reason is not None:
                     return
-        except DeadlineExceeded:
-            self._outcome = DEADLINE
-            raise
-        except Exception:
-            self._outcome = FAILED
+        except Exception as error:
+            self.fail(error)
             raise
         raise GenerationFailed("The engine ended without saying why; the server's log says more.")
+
+    def fail(self, error: Exception) -> None:
+        """What ends this one, or the whole answer, is no leaving of the client."""
+        self._outcome = DEADLINE if isinstance(error, DeadlineExceeded) else FAILED
 
     def close(self) -> None:
         self._stream.close()

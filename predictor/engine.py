@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from predictor import memory, sampler
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, Overloaded, StartupError
@@ -33,6 +34,7 @@ SEQUENCE_TOKENS = 2048
 memory from the first second, and filling it with zeros delays the start."""
 _LOOK_SECONDS = 1.0
 """How often a stream that hears nothing looks whether the step loop still runs: a dead one says nothing."""
+_SCHEDULER = "kserve_llm"
 
 
 class Engine:
@@ -70,6 +72,7 @@ class Engine:
         self._eos_token_ids = eos_token_ids
         self._step_timeout_seconds = step_timeout_seconds
         self._streams: set[Stream] = set()
+        self._stopping = False
         self._seen_step = (0, time.monotonic())
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = _fitting_tokens(model, context_tokens, max_running, max_batch_tokens, memory_fraction)
@@ -81,6 +84,7 @@ class Engine:
                 max_memory_percent=memory_fraction,
                 max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=max_running,
+                scheduler_type=_SCHEDULER,
                 # The sampler looks at each sequence on the host: a recorded graph would not do that again, and a step
                 # prepared before the last one has ended would look too early.
                 use_cuda_graph=False,
@@ -136,6 +140,11 @@ class Engine:
         refusal = self._manager.background_thread_status.can_accept_new_requests()
         return bool(self._manager.is_running()) and refusal is None and not self._is_stuck()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step loop runs, not even one that `stop` could not end because it hangs in a step."""
+        return not self._manager.is_running()
+
     def start(self) -> None:
         """Allocate the KV cache and start the step loop; blocks. Warms up what the device wants warmed up.
 
@@ -161,8 +170,9 @@ class Engine:
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size / 2**20)
 
     def stop(self) -> None:
-        """End the step loop at the next step, running sequences or not; blocks until it has ended."""
-        if self._manager.is_running():
+        """End the step loop at the next step, running sequences or not; blocks until it has ended, or seems to hang."""
+        if self._manager.is_running() and not self._stopping:
+            self._stopping = True
             self._manager.stop(block=True, timeout=STOP_TIMEOUT_SECONDS, hard_stop=True)
 
     def submit(
@@ -190,7 +200,7 @@ class Engine:
                 f"The server is busy: {len(self._streams)} sequences run or wait, and {self.capacity} may; "
                 "ask again in a moment."
             )
-        if not self._streams:
+        if not self._has_work():
             self._seen_step = (self.steps, time.monotonic())
         streams: list[Stream] = []
         try:
@@ -217,10 +227,15 @@ class Engine:
         finally:
             stream.close()
 
+    def _has_work(self) -> bool:
+        """Whether a step is due: also where all readers have left, and the loop has not let their sequences go."""
+        processor = self._manager.batch_processor
+        return bool(self._streams) or (processor is not None and processor.has_pending_requests())
+
     def _is_stuck(self) -> bool:
         now = time.monotonic()
         step, since = self._seen_step
-        if self.steps != step or not self._streams:
+        if self.steps != step or not self._has_work():
             self._seen_step = (self.steps, now)
             return False
         return now - since > self._step_timeout_seconds
@@ -277,8 +292,8 @@ class Stream:
         try:
             output = await self._next()
             finished = output.is_finished()
-            if output.error is not None:
-                raise self._failure(output.error)
+            if reason := output.error or self._chooser.failure:
+                raise self._failure(reason)
         except BaseException:
             self.close()
             raise
@@ -335,6 +350,23 @@ class Stream:
         if last in self._eos_token_ids:
             return FinishReason.EOS_TOKEN
         return FinishReason.STOP_SEQUENCE if last in self._sampling.stop_token_ids else FinishReason.LENGTH
+
+
+class _Scheduler(FIFOScheduler):  # type: ignore[misc]
+    """First in, first out, as the manager has it, and nobody waits for ever.
+
+    Once a sequence had to leave a full cache, the manager's own lets none in until one that runs has finished, and
+    where those are cancelled instead, none ever does.
+    """
+
+    def clear_cancelled_requests(self) -> list[Any]:
+        cancelled: list[Any] = super().clear_cancelled_requests()
+        if cancelled:
+            self.block_new_requests = False
+        return cancelled
+
+
+SCHEDULER_MAPPING[_SCHEDULER] = _Scheduler
 
 
 def _fitting_tokens(model: Any, context_tokens: int, max_running: int, max_batch_tokens: int, fraction: float) -> int:

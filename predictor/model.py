@@ -146,6 +146,11 @@ class Predictor(kserve.Model):
         return self._parts is None or self._parts.engine.is_alive
 
     @property
+    def has_ended(self) -> bool:
+        """Whether no step loop runs, not even one that `stop` could not end."""
+        return self._engine is None or self._engine.has_ended
+
+    @property
     def busy(self) -> bool:
         """Whether sequences run or wait."""
         return self._parts is not None and bool(self._parts.engine.running or self._parts.engine.waiting)

@@ -6,6 +6,7 @@ vocabulary twice and draw from it, greedy rows included, which takes a CPU longe
 takes the largest logit.
 """
 
+import logging
 import math
 from collections.abc import Collection, Sequence
 from typing import Any, ClassVar, Self
@@ -18,6 +19,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from predictor.generation import SamplingParams, TokenLogprob
+
+logger = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing logits by them would overflow."""
@@ -41,6 +44,8 @@ class Chooser:
     def __init__(self, sampling: SamplingParams, prompt_tokens: int, end_token_ids: Collection[int]) -> None:
         self.logprobs: list[TokenLogprob] = []
         """One for each token chosen, where asked for."""
+        self.failure: str | None = None
+        """Why no token could be chosen; the sequence has to be given up then."""
         self._sampling = sampling
         self._prompt_tokens = prompt_tokens
         self._end_token_ids = list(end_token_ids)
@@ -133,8 +138,15 @@ class _Sampler(ContinuousBatchingLogitsProcessor):
         # Not strict: sequences in the middle of their prompt have rows too, after these, which nobody reads.
         for row, sequence in zip(scores, self._sequences, strict=False):
             # A warm-up of the manager brings sequences of its own, without a chooser: greedy.
-            if chooser := sequence.logit_processor_kwargs.get("chooser"):
+            chooser = sequence.logit_processor_kwargs.get("chooser")
+            if chooser is None or chooser.failure:
+                continue
+            try:
                 chooser(row, sequence)
+            except Exception as error:
+                # An error that gets out of here ends the step loop, and with it all other sequences.
+                logger.exception("a sequence cannot choose its next token")
+                chooser.failure = str(error) or type(error).__name__
         return scores
 
 

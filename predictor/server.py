@@ -66,12 +66,13 @@ class Server(kserve.ModelServer):
         self._load = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._loaded: asyncio.Future[None] | None = None
         self._drain: asyncio.Task[None] | None = None
+        self._told_again = False
         self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
 
     @property
-    def loading(self) -> bool:
-        """Whether the load still runs, which nothing can interrupt."""
-        return self._load.is_alive()
+    def still_working(self) -> bool:
+        """Whether a thread is at something that nothing can interrupt: the load, or a step that hangs."""
+        return self._load.is_alive() or not self._predictor.has_ended
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT; running requests are finished first.
@@ -131,19 +132,22 @@ class Server(kserve.ModelServer):
             self._drain = asyncio.get_running_loop().create_task(self._end())
         else:
             logger.warning("%s again: ending what still runs", signal.Signals(number).name)
-            self._drain.cancel()
+            self._told_again = True
 
     async def _end(self) -> None:
         self._predictor.drain()
         try:
-            async with asyncio.timeout(self._settings.shutdown_grace_seconds):
-                while self._predictor.busy:  # noqa: ASYNC110, there is no event for it
-                    await asyncio.sleep(DRAIN_POLL_SECONDS)
-        except (TimeoutError, asyncio.CancelledError):
-            logger.warning("not everything has finished: it is cut off")
-        # Whatever still runs fails now, and says so to its client. The step loop is joined: not on this thread.
-        await asyncio.to_thread(self._predictor.stop)
-        self._close_port()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.shutdown_grace_seconds):
+                    # A step loop that is dead or hangs finishes nothing.
+                    while self._predictor.busy and self._predictor.live and not self._told_again:  # noqa: ASYNC110
+                        await asyncio.sleep(DRAIN_POLL_SECONDS)
+            if self._predictor.busy:
+                logger.warning("not everything has finished: it is cut off")
+            # Whatever still runs fails now, and says so to its client. The step loop is joined: not on this thread.
+            await asyncio.to_thread(self._predictor.stop)
+        finally:
+            self._close_port()
 
     def _close_port(self) -> None:
         self._rest_server._server.should_exit = True

@@ -1,0 +1,254 @@
+"""What a container is granted, on file trees like the kernel's; whether the KV cache keeps to it, in real memory."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from demo import processes
+from demo.processes import ROOT
+from predictor import loader, memory
+
+DEMO_MODEL = ROOT / "demo" / "model"
+MIB = 2**20
+NO_LIMIT = 1 << 60
+UNLIMITED_V1 = "9223372036854771712"
+
+
+# What is granted
+
+
+def tree(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        file = root / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"{text}\n")
+    return root
+
+
+def v2(path: str, limit: str, usage: int, inactive_file: int = 0) -> dict[str, str]:
+    folder = f"sys/fs/cgroup/{path}".rstrip("/")
+    return {
+        f"{folder}/memory.max": limit,
+        f"{folder}/memory.current": str(usage),
+        f"{folder}/memory.stat": f"anon {usage}\nfile 5\ninactive_file {inactive_file}\nactive_file 7",
+    }
+
+
+def v1(path: str, limit: str, usage: int, inactive_file: int = 0) -> dict[str, str]:
+    folder = f"sys/fs/cgroup/memory/{path}".rstrip("/")
+    return {
+        f"{folder}/memory.limit_in_bytes": limit,
+        f"{folder}/memory.usage_in_bytes": str(usage),
+        f"{folder}/memory.stat": f"cache 1\ninactive_file 3\ntotal_inactive_file {inactive_file}\ntotal_rss 9",
+    }
+
+
+OWN_V2 = {"proc/self/cgroup": "0::/kubepods/pod1/container"}
+OWN_V1 = {"proc/self/cgroup": "9:cpu,cpuacct:/pod1/container\n4:memory:/pod1/container\n0::/pod1/container"}
+
+
+def test_version_2_grants_its_limit_less_what_is_used_and_not_reclaimable(tmp_path: Path) -> None:
+    files = OWN_V2 | v2("kubepods/pod1/container", "1000", usage=600, inactive_file=150)
+    assert memory.cgroup_available_bytes(tree(tmp_path, files)) == 1000 - 600 + 150
+
+
+def test_the_tightest_parent_counts(tmp_path: Path) -> None:
+    own = v2("kubepods/pod1/container", "1000", usage=100)
+    pod = v2("kubepods/pod1", "700", usage=500)
+    all_pods = v2("kubepods", "max", usage=90_000)
+    assert memory.cgroup_available_bytes(tree(tmp_path, OWN_V2 | own | pod | all_pods)) == 200
+
+
+def test_a_container_that_sees_itself_as_the_root(tmp_path: Path) -> None:
+    assert memory.cgroup_available_bytes(tree(tmp_path, OWN_V2 | v2("", "1000", usage=400))) == 600
+    tree(tmp_path, {"proc/self/cgroup": "0::/"})
+    assert memory.cgroup_available_bytes(tmp_path) == 600
+    tree(tmp_path, {"proc/self/cgroup": "0::/../../elsewhere"})
+    assert memory.cgroup_available_bytes(tmp_path) == 600
+
+
+def test_version_1_grants_by_its_own_files(tmp_path: Path) -> None:
+    files = OWN_V1 | v1("pod1/container", "1000", usage=600, inactive_file=150) | v1("", UNLIMITED_V1, usage=80_000)
+    assert memory.cgroup_available_bytes(tree(tmp_path, files)) == 550
+
+
+def test_version_1_in_a_container_that_sees_itself_as_the_root(tmp_path: Path) -> None:
+    assert memory.cgroup_available_bytes(tree(tmp_path, OWN_V1 | v1("", "1000", usage=1))) == 999
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {},
+        OWN_V2,
+        OWN_V2 | v2("kubepods/pod1/container", "max", usage=5),
+        OWN_V1 | v1("pod1/container", UNLIMITED_V1, usage=5),
+        OWN_V2 | {"sys/fs/cgroup/memory.max": "1000"},
+        {"proc/self/cgroup": "3:cpu:/a\n0::/"},
+    ],
+)
+def test_where_nothing_limits_nothing_is_limited(tmp_path: Path, files: dict[str, str]) -> None:
+    assert memory.cgroup_available_bytes(tree(tmp_path, files)) == NO_LIMIT
+
+
+def test_more_used_than_granted_leaves_nothing(tmp_path: Path) -> None:
+    assert memory.cgroup_available_bytes(tree(tmp_path, OWN_V2 | v2("", "1000", usage=1200))) == 0
+
+
+def test_this_machine_grants_something() -> None:
+    assert 0 < memory.available_bytes(torch.device("cpu")) < NO_LIMIT
+
+
+# What fits
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
+
+
+def tokens(model: Any, budget_bytes: int, max_batch_tokens: int = 512, max_running: int = 32) -> int:
+    return memory.kv_cache_tokens(
+        model, budget_bytes=budget_bytes, max_batch_tokens=max_batch_tokens, max_running=max_running
+    )
+
+
+def test_a_larger_budget_holds_more_tokens(model: Any) -> None:
+    fitting = [tokens(model, budget) for budget in range(16 * MIB, 512 * MIB, 16 * MIB)]
+    assert fitting == sorted(set(fitting))
+    assert fitting[0] > 0
+
+
+def test_what_the_steps_need_is_left_out(model: Any) -> None:
+    assert tokens(model, 0) < 0
+    assert tokens(model, 256 * MIB, max_batch_tokens=2048) < tokens(model, 256 * MIB)
+    assert tokens(model, 256 * MIB, max_running=2000) < tokens(model, 256 * MIB)
+
+
+HONEST = """
+import asyncio, json, pathlib, random, resource, sys
+import psutil
+from predictor import loader, memory
+from predictor.engine import Engine
+from predictor.generation import SamplingParams
+
+directory, budget = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+sampling = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, logprobs=5)
+
+def used(budget):
+    loaded = loader.load(directory, device="cpu", dtype="float32", trust_remote_code=False)
+    memory.available_bytes = lambda _: budget
+    engine = Engine(loaded.model, eos_token_ids=loaded.eos_token_ids, context_tokens=1024, max_running=64,
+        max_waiting=64, max_batch_tokens=512, memory_fraction=1.0)
+    engine.start()
+
+    async def fill():
+        rng = random.Random(0)
+        prompts = [(rng.choices(range(5, 500), k=600), sampling) for _ in range(12)]
+        async def read(stream):
+            async for _ in stream:
+                pass
+        await asyncio.gather(*map(read, engine.submit(prompts)))
+
+    asyncio.run(fill())
+    processor = engine._manager.batch_processor
+    masks = processor.inputs_and_outputs.attention_mask
+    allocated = processor.cache.cache_tensor.nbytes + sum(mask.nbytes for mask in masks.values())
+    engine.stop()
+    return engine, allocated
+
+used(16 * 2**20)  # what torch itself takes at its first steps is not the cache's
+before = psutil.Process().memory_info().rss
+engine, allocated = used(budget)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"allocated": allocated, "growth": peak - before}))
+"""
+
+
+def test_the_estimate_is_honest() -> None:
+    budget = 48 * MIB
+    command = [sys.executable, "-c", HONEST, str(DEMO_MODEL), str(budget)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stderr
+    used = json.loads(ended.stdout)
+    assert budget / 2 < used["allocated"] <= budget, "neither more than allowed, nor much less"
+    assert used["growth"] <= budget + 32 * MIB, "weights that are loaded again, and what torch keeps, included"
+
+
+# A limit that kills
+
+
+@pytest.fixture
+def limited() -> Iterator[Path]:
+    """A memory cgroup of 1.2 GiB, version 2 or 1."""
+    limit_bytes = 1200 * MIB
+    mount = Path("/sys/fs/cgroup")
+    for parent, limit in ((mount, "memory.max"), (mount / "memory", "memory.limit_in_bytes")):
+        group = parent / f"kserve-llm-test-{os.getpid()}"
+        try:
+            group.mkdir()
+        except OSError:
+            continue
+        try:
+            if (group / limit).exists():
+                (group / limit).write_text(str(limit_bytes))
+                yield group
+                return
+        finally:
+            for _ in range(50):
+                with suppress(OSError):
+                    group.rmdir()
+                    break
+                time.sleep(0.1)
+    pytest.skip("memory cgroups cannot be made here: that takes root and a writable /sys/fs/cgroup")
+
+
+@pytest.mark.slow
+def test_a_predictor_stays_within_a_limit_that_kills(limited: Path, tmp_path: Path) -> None:
+    port = processes.free_port()
+    flags = ["--model_name", "demo", "--model_dir", str(DEMO_MODEL), "--http_port", str(port)]
+    # So many sequences that the limit decides on the cache, and not what is of use.
+    flags += ["--dtype", "float32", "--max_running", "2000", "--max_waiting", "2000"]
+    command = [
+        "bash",
+        "-c",
+        'echo $$ > "$0/cgroup.procs" && exec "$@"',
+        str(limited),
+        sys.executable,
+        "-m",
+        "predictor",
+    ]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([*command, *flags], cwd=ROOT, stderr=log, text=True)
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False) as client:
+                deadline = time.monotonic() + 120
+                while time.monotonic() < deadline:
+                    assert process.poll() is None, (tmp_path / "log").read_text()
+                    with suppress(httpx.TransportError):
+                        if client.get("/v2/health/ready").is_success:
+                            break
+                    time.sleep(0.1)
+                properties = client.get("/v2/models/demo").json()["properties"]
+                assert 256 <= int(properties["kv_cache_tokens"]) < 2000 * int(properties["context_tokens"])
+
+                def ask(index: int) -> int:
+                    body = {"model": "demo", "prompt": f"{index}" + "1+1=" * 180, "max_tokens": 40, "ignore_eos": True}
+                    return client.post("/v1/completions", json=body).status_code
+
+                with ThreadPoolExecutor(48) as threads:
+                    assert set(threads.map(ask, range(48))) == {200}
+            assert process.poll() is None
+        finally:
+            assert processes.stop(process) == 0, (tmp_path / "log").read_text()
