@@ -390,16 +390,17 @@ class _Exchange(BaseHTTPRequestHandler):
     def _send(self, request: Request, response: Response, content: bytes) -> None:
         if response.cut_after_bytes is not None and request.sent_bytes + len(content) > response.cut_after_bytes:
             content = content[: response.cut_after_bytes - request.sent_bytes]
-            self.wfile.write(content)
             request.sent_bytes += len(content)
+            self.wfile.write(content)
             # With linger 0, closing sends RST instead of FIN: what a client sees when a server dies.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             raise ConnectionResetError
         pace = CHUNK_BYTES if response.bytes_per_second is None else max(1, int(response.bytes_per_second / 50))
         for start in range(0, len(content), pace):
             piece = content[start : start + pace]
-            self.wfile.write(piece)
+            # Counted first: whoever has the bytes may ask for the count at once.
             request.sent_bytes += len(piece)
+            self.wfile.write(piece)
             if response.bytes_per_second is not None:
                 time.sleep(len(piece) / response.bytes_per_second)
 

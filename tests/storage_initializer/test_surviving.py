@@ -242,7 +242,7 @@ def test_another_user_of_the_group_takes_over_publishes_beside_and_moves_the_ref
 
     hub.fault = leave_halfway
     dead = start("hf://demo/arithmetic", volume, env=env, user=NOBODY)
-    while not list(volume.glob(".staging/*/.cache/huggingface/download/*.incomplete")) and dead.poll() is None:
+    while not list(volume.glob(".staging/*/.partial/*")) and dead.poll() is None:
         time.sleep(0.005)
     dead.kill()
     dead.wait()
