@@ -4,13 +4,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := predictor storage_initializer demo tests
+CODE := predictor storage_initializer preflight benchmarks demo examples tests
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-fast lint format render clean
+.PHONY: help install demo serve test test-fast lint format render preflight checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,preflight,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## the main job, offline: hub, storage initializer, predictor, answers
@@ -47,14 +47,22 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-render: ## every overlay into build/
-	@mkdir -p build
+render: ## every overlay into tests/kustomize/golden, for git diff to show
 	@for overlay in kustomize/overlays/*/; do \
-	  name=$$(basename $$overlay); \
-	  kubectl kustomize $$overlay > build/$$name.yaml || exit 1; \
-	  echo "build/$$name.yaml"; \
+	  golden=tests/kustomize/golden/$$(basename $$overlay).yaml; \
+	  kubectl kustomize $$overlay > $$golden || exit 1; \
+	  echo $$golden; \
 	done
 
+preflight: $(INSTALLED) ## look every overlay over; CRD_DIR=folder checks custom kinds as well
+	@for overlay in kustomize/overlays/*/; do \
+	  $(BIN)/python -m preflight $$overlay $(if $(CRD_DIR),--crds $(CRD_DIR)) || exit 1; \
+	done
+
+checkov: $(INSTALLED) ## scan the rendered prod; checkov gets a virtual environment of its own
+	@test -x .venv-checkov/bin/checkov || { $(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/python -m pip install --quiet checkov==3.3.30; }
+	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
+
 clean: ## remove what was made here, the virtual environment and ./models included
-	@rm -rf $(VENV) build dist models .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .venv-checkov build dist models .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -84,16 +84,19 @@ def show_overlay() -> None:
 
 
 def show_commands(server: Predictor) -> None:
-    """Commands to paste into another terminal."""
-    infer = f"{server.url}/v2/models/{server.model_name}/infer"
-    chat = json.dumps([{"role": "user", "content": "What is 17 + 25?"}])
-    for name, data in (("messages", chat), ("text_input", "17+25=")):
-        body = {
-            "inputs": [{"name": name, "datatype": "BYTES", "shape": [1], "data": [data]}],
-            "parameters": {"max_tokens": 64},
-        }
-        print(f"curl -s {infer} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
-    print(f"curl -s {server.url}/v2/models/{server.model_name}")
+    """Commands to paste into another terminal: one for each protocol."""
+    model, question = f"{server.url}/v2/models/{server.model_name}", "What is 17 + 25?"
+    chat = [{"role": "user", "content": question}]
+    tensor = {"name": "messages", "datatype": "BYTES", "shape": [1], "data": [json.dumps(chat)]}
+    bodies: dict[str, dict[str, object]] = {
+        f"{model}/infer": {"inputs": [tensor], "parameters": {"max_tokens": 64}},
+        f"{model}/generate": {"text_input": "17+25=", "parameters": {"max_tokens": 64, "temperature": 0}},
+        f"{server.url}/v1/chat/completions": {"model": server.model_name, "messages": chat},
+        f"{server.url}/v1/models/{server.model_name}:predict": {"instances": [chat]},
+    }
+    for url, body in bodies.items():
+        print(f"curl -s {url} -H 'Content-Type: application/json' -d '{json.dumps(body)}'")
+    print(f"curl -s {model}")
     print(f"curl -s {server.url}/v2/health/ready")
 
 

@@ -14,10 +14,10 @@ def main() -> int:
         read = settings.read(sys.argv[1:])
         # kserve parses argv when it is imported, and would take our flags for abbreviations of its own.
         del sys.argv[1:]
-        from predictor import server
+        from predictor import logs, server
         from predictor.model import Predictor
 
-        server.configure_logging(read.log_level)
+        logs.configure(read.log_level, read.log_format)
         serving = server.Server(Predictor(read), read)
         serving.run()
         if serving.loading:

@@ -1,30 +1,38 @@
 """Token ids in, token ids out: many sequences decoded together, step by step.
 
 Owns one long-lived `ContinuousBatchingManager` of transformers, which schedules, pages the KV cache, shares
-prefixes and samples; hides its sharp edges. Knows nothing of text, protocols or where the model came from.
+prefixes and takes the largest logit; hides its sharp edges. Says at once when there is no room, ends sequences whose
+time is over or whose reader is gone, and knows when it is stuck. Knows nothing of text, protocols or where the model
+came from.
+
+`submit` is called on one event loop, the same for all sequences at a time.
 """
 
 import asyncio
 import logging
 import math
+import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Self
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
-from predictor import sampler
-from predictor.errors import EngineStopped, GenerationFailed, StartupError
+from predictor import memory, sampler
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, Overloaded, StartupError
 from predictor.generation import FinishReason, SamplingParams, Step
 
 logger = logging.getLogger(__name__)
 
 PAGE_TOKENS = 256
 """Tokens in one block of the KV cache: what a sequence takes at least, and what prefixes are shared by."""
-DEFAULT_CACHE_TOKENS = 16384
-"""KV cache where free memory cannot be asked for. The manager would take the host's, not the container's."""
 STOP_TIMEOUT_SECONDS = 30.0
+SEQUENCE_TOKENS = 2048
+"""Cache for each sequence of a full batch, where memory allows: more is rarely used off CUDA, where the cache is real
+memory from the first second, and filling it with zeros delays the start."""
+_LOOK_SECONDS = 1.0
+"""How often a stream that hears nothing looks whether the step loop still runs: a dead one says nothing."""
 
 
 class Engine:
@@ -35,8 +43,11 @@ class Engine:
         eos_token_ids: tokens that end a sequence.
         context_tokens: prompt and completion together at most, before the cache's capacity is known.
         max_running: sequences in one batch at most.
+        max_waiting: sequences that may wait for a place in the batch.
         max_batch_tokens: tokens computed in one step at most.
-        kv_cache_tokens: capacity over all sequences; None: from free memory on CUDA, else 16384.
+        kv_cache_tokens: capacity over all sequences; None: what `memory_fraction` gives.
+        memory_fraction: share of the free memory that the KV cache and its working space may take.
+        step_timeout_seconds: a step loop that has work and makes no step for so long counts as dead.
     """
 
     def __init__(
@@ -46,22 +57,34 @@ class Engine:
         eos_token_ids: frozenset[int],
         context_tokens: int,
         max_running: int,
+        max_waiting: int,
         max_batch_tokens: int,
-        kv_cache_tokens: int | None,
+        kv_cache_tokens: int | None = None,
+        memory_fraction: float = 0.8,
+        step_timeout_seconds: float = 120.0,
     ) -> None:
-        self._eos_token_ids = eos_token_ids
+        max_batch_tokens = max(max_batch_tokens, max_running)
+        self.capacity = max_running + max_waiting
+        """Sequences that may run or wait at the same time."""
         self._context_tokens = context_tokens
+        self._eos_token_ids = eos_token_ids
+        self._step_timeout_seconds = step_timeout_seconds
+        self._streams: set[Stream] = set()
+        self._seen_step = (0, time.monotonic())
         if kv_cache_tokens is None and model.device.type != "cuda":
-            kv_cache_tokens = DEFAULT_CACHE_TOKENS
+            kv_cache_tokens = _fitting_tokens(model, context_tokens, max_running, max_batch_tokens, memory_fraction)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
-                max_batch_tokens=max(max_batch_tokens, max_running),
+                max_memory_percent=memory_fraction,
+                max_batch_tokens=max_batch_tokens,
                 max_requests_per_batch=max_running,
-                # The sampler looks at each row's parameters on the host, which a recorded graph would not do again.
+                # The sampler looks at each sequence on the host: a recorded graph would not do that again, and a step
+                # prepared before the last one has ended would look too early.
                 use_cuda_graph=False,
+                use_async_batching=False,
             ),
         )
         self._manager.logit_processor = sampler.processors()
@@ -72,10 +95,46 @@ class Engine:
         return self._context_tokens
 
     @property
+    def cache_tokens(self) -> int:
+        """Capacity of the KV cache in tokens; 0 before the start."""
+        processor = self._manager.batch_processor
+        return processor.cache.num_blocks * PAGE_TOKENS if processor else 0
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that running sequences hold, 0..1; what is kept for prefixes to come counts as free."""
+        processor = self._manager.batch_processor
+        if processor is None:
+            return 0.0
+        cache = processor.cache
+        kept = sum(
+            len(allocator.ledger.cached_blocks) * allocator.bytes_per_block
+            for allocator in cache.cache_allocators.values()
+        )
+        free = cache.compute_free_capacity(relative=False) + kept
+        return max(0.0, 1.0 - float(free / (cache.num_sectors * cache.bytes_per_sector)))
+
+    @property
+    def running(self) -> int:
+        """Sequences in the batch."""
+        processor = self._manager.batch_processor
+        return len(processor.scheduler.active_requests) if processor else 0
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a place in the batch."""
+        return max(0, len(self._streams) - self.running)
+
+    @property
+    def steps(self) -> int:
+        """Steps made since the start."""
+        return getattr(self._manager, "current_batch", 0)
+
+    @property
     def is_alive(self) -> bool:
-        """Whether the step loop runs and takes requests."""
+        """Whether the step loop runs, takes requests and, while there is work, makes steps. Cheap: for probes."""
         refusal = self._manager.background_thread_status.can_accept_new_requests()
-        return bool(self._manager.is_running()) and refusal is None
+        return bool(self._manager.is_running()) and refusal is None and not self._is_stuck()
 
     def start(self) -> None:
         """Allocate the KV cache and start the step loop; blocks. Warms up what the device wants warmed up.
@@ -89,105 +148,213 @@ class Engine:
             raise StartupError(
                 f"The KV cache does not fit into memory ({error}); lower --kv_cache_tokens or --max_batch_tokens."
             ) from error
-        cache = self._manager.batch_processor.cache
-        cache_tokens = cache.num_blocks * PAGE_TOKENS
-        if cache_tokens < self._context_tokens:
+        if self.cache_tokens < self._context_tokens:
             logger.warning(
                 "the KV cache holds %d tokens, fewer than the model's context of %d: requests are limited to that; "
-                "raise --kv_cache_tokens to allow longer ones",
-                cache_tokens,
+                "give the process more memory, or raise --kv_cache_tokens, to allow longer ones",
+                self.cache_tokens,
                 self._context_tokens,
             )
-            self._context_tokens = cache_tokens
+            self._context_tokens = self.cache_tokens
         self._manager.start()
-        logger.info("KV cache of %d tokens, %.0f MiB", cache_tokens, cache.cache_tensor.nbytes / 2**20)
+        size = self._manager.batch_processor.cache.cache_tensor.nbytes
+        logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size / 2**20)
 
     def stop(self) -> None:
         """End the step loop at the next step, running sequences or not; blocks until it has ended."""
         if self._manager.is_running():
             self._manager.stop(block=True, timeout=STOP_TIMEOUT_SECONDS, hard_stop=True)
 
-    async def generate(self, prompt: Sequence[int], sampling: SamplingParams) -> AsyncGenerator[Step]:
-        """Continue a prompt; the steps come as they are made. Closing the iterator frees the sequence's place.
+    def submit(
+        self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], deadline: float = math.inf
+    ) -> list["Stream"]:
+        """Begin to continue several prompts, all of them or none. Each stream must be read to its end or closed.
 
         Args:
-            prompt: token ids, at least one; with `max_tokens` within `context_tokens`.
-            sampling: with no None in it but `stop` ignored: text is not the engine's concern.
+            prompts: token ids, at least one, and sampling with nothing left open (`stop` ignored: text is not the
+                engine's concern); ids and `max_tokens` together within `context_tokens`.
+            deadline: by `time.monotonic()`; what is not finished then fails.
 
         Raises:
+            InvalidRequest: so many never may.
+            Overloaded: so many may not even wait now.
+            EngineStopped: the step loop has ended.
+        """
+        if len(prompts) > self.capacity:
+            raise InvalidRequest(
+                f"The request asks for {len(prompts)} completions at once, and {self.capacity} may run or wait; "
+                "ask for fewer."
+            )
+        if len(self._streams) + len(prompts) > self.capacity:
+            raise Overloaded(
+                f"The server is busy: {len(self._streams)} sequences run or wait, and {self.capacity} may; "
+                "ask again in a moment."
+            )
+        if not self._streams:
+            self._seen_step = (self.steps, time.monotonic())
+        streams: list[Stream] = []
+        try:
+            for ids, sampling in prompts:
+                streams.append(Stream(self, ids, sampling, deadline))
+        except EngineStopped:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
+
+    async def check(self, timeout_seconds: float) -> None:
+        """Generate a few tokens: before the first user, whom torch's first time would cost, and now and then.
+
+        Raises:
+            RequestError: the model cannot generate, or not within the time.
+        """
+        prompt = [min(self._eos_token_ids, default=0)]
+        sampling = SamplingParams(max_tokens=4, temperature=0.0)
+        [stream] = self.submit([(prompt, sampling)], time.monotonic() + timeout_seconds)
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            stream.close()
+
+    def _is_stuck(self) -> bool:
+        now = time.monotonic()
+        step, since = self._seen_step
+        if self.steps != step or not self._streams:
+            self._seen_step = (self.steps, now)
+            return False
+        return now - since > self._step_timeout_seconds
+
+
+class Stream:
+    """One sequence's steps as they are made; ends by itself, or when it is closed."""
+
+    def __init__(self, engine: Engine, prompt: Sequence[int], sampling: SamplingParams, deadline: float) -> None:
+        self.first_token_seconds: float | None = None
+        """From the submission to the first token."""
+        self.queue_seconds: float | None = None
+        """From the submission to the first step that computed some of the prompt."""
+        self._engine = engine
+        self._manager = engine._manager
+        self._sampling = sampling
+        self._deadline = deadline
+        self._submitted = time.monotonic()
+        self._eos_token_ids = frozenset() if sampling.ignore_eos else engine._eos_token_ids
+        ends = self._eos_token_ids | set(sampling.stop_token_ids)
+        self._chooser = sampler.Chooser(sampling, len(prompt), ends)
+        self._outputs: asyncio.Queue[Any] = asyncio.Queue()
+        self._seen = 0
+        self._id = uuid.uuid4().hex
+        # Before add_request: outputs without a handler go to a shared queue that nobody reads.
+        self._manager.register_result_handler(self._id, self._outputs.put_nowait)
+        self._engine._streams.add(self)
+        added = self._manager.add_request(
+            list(prompt),
+            request_id=self._id,
+            max_new_tokens=sampling.max_tokens,
+            streaming=True,
+            eos_token_id=list(ends),
+            chooser=self._chooser,
+        )
+        if added is None:
+            self.close()
+            raise EngineStopped("The server is shutting down; ask again in a moment.")
+
+    def __aiter__(self) -> Self:
+        """The stream is its own iterator."""
+        return self
+
+    async def __anext__(self) -> Step:
+        """The next step.
+
+        Raises:
+            DeadlineExceeded: the time is over; the sequence has left the batch.
             EngineStopped: the step loop has ended.
             GenerationFailed: the step loop failed on this sequence.
         """
-        request_id = uuid.uuid4().hex
-        outputs: asyncio.Queue[Any] = asyncio.Queue()
-        # Before add_request: outputs without a handler go to a shared queue that nobody reads.
-        self._manager.register_result_handler(request_id, outputs.put_nowait)
-        finished = False
+        if self not in self._engine._streams:
+            raise StopAsyncIteration
         try:
-            if not self._add(request_id, prompt, sampling):
-                raise EngineStopped("The server is shutting down; ask again in a moment.")
-            seen = 0
-            while not finished:
-                output = await self._next(outputs)
-                finished = output.is_finished()
-                if output.error is not None:
-                    raise self._failure(output.error)
-                token_ids = output.generated_tokens[seen:]  # the manager repeats what came before
-                seen = len(output.generated_tokens)
-                yield Step(token_ids, self._finish_reason(token_ids) if finished else None)
-        finally:
-            if not finished:
-                self._cancel(request_id)
+            output = await self._next()
+            finished = output.is_finished()
+            if output.error is not None:
+                raise self._failure(output.error)
+        except BaseException:
+            self.close()
+            raise
+        if self.queue_seconds is None:
+            self.queue_seconds = max(0.0, output.lifespan[0] - output.created_time)
+            self.first_token_seconds = time.monotonic() - self._submitted
+        token_ids = output.generated_tokens[self._seen :]  # the manager repeats what came before
+        logprobs = tuple(self._chooser.logprobs[self._seen : self._seen + len(token_ids)])
+        self._seen = len(output.generated_tokens)
+        if finished:
+            self._engine._streams.discard(self)
+        return Step(token_ids, self._finish_reason(token_ids) if finished else None, logprobs)
 
-    async def warm_up(self) -> None:
-        """Generate a few tokens, so that the first user does not pay for what torch does once.
+    def close(self) -> None:
+        """Free the sequence's place, if it still has one: it leaves the batch at the next step."""
+        if self not in self._engine._streams:
+            return
+        self._engine._streams.discard(self)
+        self._manager.cancel_request(self._id)
+        # The manager says nothing more of a cancelled sequence, and keeps its handler unless it is taken.
+        router = self._manager.output_router
+        with router._lock:
+            router.result_handlers.pop(self._id, None)
 
-        Raises:
-            StartupError: the model cannot generate.
-        """
-        prompt = [min(self._eos_token_ids, default=0)]
-        sampling = SamplingParams(max_tokens=4, temperature=0.0, top_p=1.0, top_k=0)
-        try:
-            async for _ in self.generate(prompt, sampling):
-                pass
-        except (GenerationFailed, EngineStopped) as error:
-            raise StartupError(f"The model loaded, but cannot generate: {error}") from error
-
-    def _add(self, request_id: str, prompt: Sequence[int], sampling: SamplingParams) -> bool:
-        added = self._manager.add_request(
-            list(prompt),
-            request_id=request_id,
-            max_new_tokens=sampling.max_tokens,
-            streaming=True,
-            eos_token_id=list(self._eos_token_ids),
-            temperature=float(sampling.temperature or 0.0),
-            top_k=sampling.top_k or 0,
-            top_p=1.0 if sampling.top_p is None else float(sampling.top_p),
-        )
-        return added is not None
-
-    async def _next(self, outputs: asyncio.Queue[Any]) -> Any:
-        """The next output; a step loop that died between two outputs says nothing, so look now and then."""
+    async def _next(self) -> Any:
+        """The newest output: each holds what those before it held."""
         while True:
+            if time.monotonic() >= self._deadline:
+                raise DeadlineExceeded(
+                    f"The request's time is over after {time.monotonic() - self._submitted:.1f} s; "
+                    "ask for fewer tokens, or allow more time."
+                )
             try:
-                return await asyncio.wait_for(outputs.get(), timeout=1.0)
+                look = time.monotonic() + _LOOK_SECONDS
+                async with asyncio.timeout(min(look, self._deadline) - time.monotonic()):
+                    output = await self._outputs.get()
+                break
             except TimeoutError:
-                if not self.is_alive and outputs.empty():
+                if not self._engine.is_alive and self._outputs.empty():
                     raise self._failure("the step loop has ended") from None
+        while not self._outputs.empty():
+            output = self._outputs.get_nowait()
+        return output
 
     def _failure(self, reason: str) -> GenerationFailed | EngineStopped:
-        if self.is_alive:
+        if self._engine.is_alive:
             logger.error("a sequence failed: %s", reason)
             return GenerationFailed("The model failed on this request; the server's log says why.")
         logger.error("the step loop has ended: %s", reason)
-        return EngineStopped("The server cannot generate any more and will be restarted; ask again in a moment.")
+        return EngineStopped("The server stopped before the answer was complete; ask again in a moment.")
 
     def _finish_reason(self, token_ids: list[int]) -> FinishReason:
-        return FinishReason.EOS_TOKEN if token_ids and token_ids[-1] in self._eos_token_ids else FinishReason.LENGTH
+        last = token_ids[-1] if token_ids else None
+        if last in self._eos_token_ids:
+            return FinishReason.EOS_TOKEN
+        return FinishReason.STOP_SEQUENCE if last in self._sampling.stop_token_ids else FinishReason.LENGTH
 
-    def _cancel(self, request_id: str) -> None:
-        """Free the sequence's place; the manager then says nothing more, and keeps the handler unless it is taken."""
-        self._manager.cancel_request(request_id)
-        router = self._manager.output_router
-        with router._lock:
-            router.result_handlers.pop(request_id, None)
+
+def _fitting_tokens(model: Any, context_tokens: int, max_running: int, max_batch_tokens: int, fraction: float) -> int:
+    """Capacity of the KV cache from free memory, and no more than is of use.
+
+    Raises:
+        StartupError: not even one block fits.
+    """
+    free_bytes = memory.available_bytes(model.device)
+    fitting = memory.kv_cache_tokens(
+        model,
+        budget_bytes=int(free_bytes * fraction),
+        max_batch_tokens=max_batch_tokens,
+        max_running=max_running,
+    )
+    fitting -= 2 * PAGE_TOKENS  # the manager keeps two blocks more, for padding
+    if fitting < PAGE_TOKENS:
+        raise StartupError(
+            f"{free_bytes / 2**30:.1f} GiB of memory are free beside the weights, too few for a KV cache; give the "
+            "process more, or lower --max_batch_tokens and --max_running."
+        )
+    useful = max(context_tokens, max_running * min(context_tokens, SEQUENCE_TOKENS))
+    return min(fitting // PAGE_TOKENS, math.ceil(useful / PAGE_TOKENS)) * PAGE_TOKENS

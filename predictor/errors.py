@@ -9,10 +9,16 @@
     └── RequestError              one request cannot be answered; carries the HTTP status
         ├── InvalidRequest        400
         │   └── PromptTooLong     400
+        ├── Unauthorized          401
         ├── Forbidden             403
         ├── NotFound              404
+        ├── MethodNotAllowed      405
+        ├── BodyTooLarge          413
         ├── GenerationFailed      500
-        └── Unavailable           503
+        ├── DeadlineExceeded      504
+        └── NotNow                503, says when to come back
+            ├── Overloaded        429
+            ├── Draining          503
             ├── ModelNotReady     503
             └── EngineStopped     503
 
@@ -58,13 +64,23 @@ class RequestError(PredictorError):
 
 
 class InvalidRequest(RequestError):
-    """The request is malformed; the message names the field."""
+    """The request is malformed; the message names the field, and so does `field` where it is a single one."""
 
     status = 400
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class PromptTooLong(InvalidRequest):
     """The prompt leaves no room for a single new token."""
+
+
+class Unauthorized(RequestError):
+    """The request brings no key, or one that is not known here."""
+
+    status = 401
 
 
 class Forbidden(RequestError):
@@ -79,19 +95,54 @@ class NotFound(RequestError):
     status = 404
 
 
+class MethodNotAllowed(RequestError):
+    """The route is there, but not for this method."""
+
+    status = 405
+
+
+class BodyTooLarge(RequestError):
+    """The request's body has more bytes than this server reads."""
+
+    status = 413
+
+
 class GenerationFailed(RequestError):
     """The engine failed on this request."""
 
 
-class Unavailable(RequestError):
-    """Not now; the same request may succeed later."""
+class DeadlineExceeded(RequestError):
+    """The request's time is over; `partial` is the text of each completion so far, where there is any."""
+
+    status = 504
+
+    def __init__(self, message: str, partial: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.partial = partial
+
+
+class NotNow(RequestError):
+    """The same request may succeed later."""
 
     status = 503
+    retry_after_seconds: ClassVar[int] = 5
+    """What the answer suggests; a load or a restart is not over sooner."""
 
 
-class ModelNotReady(Unavailable):
+class Overloaded(NotNow):
+    """As many sequences run and wait as may."""
+
+    status = 429
+    retry_after_seconds = 1
+
+
+class Draining(NotNow):
+    """The server is told to end: it finishes what it has and takes nothing new."""
+
+
+class ModelNotReady(NotNow):
     """Weights are still loading, or could not be loaded."""
 
 
-class EngineStopped(Unavailable):
+class EngineStopped(NotNow):
     """The step loop has ended: shutting down, or dead."""

@@ -23,22 +23,60 @@ class SamplingParams:
 
     max_tokens: int | None = None
     """New tokens at most, >= 1."""
+    min_tokens: int = 0
+    """New tokens before an end-of-sequence token, a stop token or a stop string may end the completion."""
     temperature: float | None = None
     """0 is greedy."""
     top_p: float | None = None
-    """Cumulative probability kept, 0 < top_p <= 1."""
+    """Cumulative probability kept, 0 <= top_p <= 1; at least one token is."""
     top_k: int | None = None
     """Most probable tokens kept; 0 keeps all."""
+    repetition_penalty: float | None = None
+    """Divides positive logits, and multiplies negative ones, of tokens of the prompt and the completion; 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens that the completion holds already."""
+    frequency_penalty: float = 0.0
+    """Subtracted once for each time that the completion holds the token already."""
     stop: tuple[str, ...] = ()
     """Texts that end the completion; not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the completion, besides the model's own end of sequence; not part of its text."""
+    ignore_eos: bool = False
+    """Go on after the model's own end of sequence, up to `max_tokens`."""
+    seed: int | None = None
+    """Makes a sampled completion repeatable on the same server, device and version; None draws anew."""
+    logprobs: int | None = None
+    """Report log probabilities of the chosen token and of so many most probable ones; None reports none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """Messages for the model's chat template, and the tools that the template may offer to the model."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt, either raw text or chat messages, and how to continue it."""
+    """One prompt, as raw text, token ids or a chat, and how to continue it."""
 
-    prompt: str | tuple[Message, ...]
+    prompt: str | tuple[int, ...] | Chat
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    n: int = 1
+    """Independent completions of the prompt; a seed counts up from one to the next."""
+    echo: bool = False
+    """Put the prompt's text before the completion's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A chosen token's log probability under the model, before temperature and penalties, and its rivals'."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log probability) of the most probable tokens, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +85,46 @@ class Step:
 
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token id where the request asked, else none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token as text, where the request asked for log probabilities."""
+
+    id: int
+    text: str
+    """May hold U+FFFD where the token is part of a character only."""
+    logprob: float
+    special: bool = False
+    top: tuple["Token", ...] = ()
+    """The most probable tokens in its place, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a stream adds to one completion; the last one of each completion has a finish reason."""
+
+    index: int
+    """Which completion: those of the first request come first, `n` of each."""
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens generated so far, the end-of-sequence token included."""
+    finish_reason: FinishReason | None = None
+    tokens: tuple[Token, ...] = ()
+    """The tokens generated since the piece before, if asked for; text held back for a stop string may lag behind."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The whole answer to one generation request."""
+    """A whole answer to one generation request."""
 
     text: str
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     """Generated tokens, the end-of-sequence token included."""
+    tokens: tuple[Token, ...] = ()
+    """All of them, if asked for."""

@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from predictor import quantization as quantizing
 from predictor.errors import StartupError, UnsupportedModel
 from predictor.generation import SamplingParams
 
@@ -29,12 +30,18 @@ class LoadedModel:
     tokenizer: Any
     context_tokens: int
     """Positions that the model was made for."""
+    vocabulary_tokens: int
+    """Token ids are below this."""
     eos_token_ids: frozenset[int]
+    quantization: str
+    """What was asked for, or the method by which the checkpoint comes quantized."""
     defaults: SamplingParams
     """From the generation config; greedy where that does not ask for sampling."""
 
 
-def load(directory: Path, *, device: str, dtype: str, trust_remote_code: bool) -> LoadedModel:
+def load(
+    directory: Path, *, device: str, dtype: str, trust_remote_code: bool, quantization: str = "none"
+) -> LoadedModel:
     """Load the model and tokenizer of `directory`.
 
     Args:
@@ -42,17 +49,25 @@ def load(directory: Path, *, device: str, dtype: str, trust_remote_code: bool) -
         device: "auto", "cuda", "mps" or "cpu".
         dtype: "auto", "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code of the directory.
+        quantization: "none", "8bit" or "4bit".
 
     Raises:
         UnsupportedModel: no weights that can be read, or an architecture that transformers does not know.
-        StartupError: the device is not there.
+        StartupError: the device is not there, or cannot do the quantization.
     """
     transformers.utils.logging.disable_progress_bar()
     config = _config(directory, trust_remote_code)
     _check_weights(directory)
     target = choose_device(device)
     number_format = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    logger.info("loading %s on %s in %s", directory, target, str(number_format).removeprefix("torch."))
+    fewer_bits = quantizing.config(quantization, target, number_format, getattr(config, "quantization_config", None))
+    logger.info(
+        "loading %s on %s in %s, quantization %s",
+        directory,
+        target,
+        str(number_format).removeprefix("torch."),
+        quantization,
+    )
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
@@ -60,7 +75,13 @@ def load(directory: Path, *, device: str, dtype: str, trust_remote_code: bool) -
         raise UnsupportedModel(f"The tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
     try:
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=number_format, device_map={"": target}, use_safetensors=True, **common
+            directory,
+            config=config,
+            dtype=number_format,
+            device_map={"": target},
+            use_safetensors=True,
+            quantization_config=fewer_bits,
+            **common,
         )
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
@@ -69,7 +90,9 @@ def load(directory: Path, *, device: str, dtype: str, trust_remote_code: bool) -
         model=model.eval(),
         tokenizer=tokenizer,
         context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
+        vocabulary_tokens=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model, tokenizer),
+        quantization=_effective(model, quantization),
         defaults=_defaults(model.generation_config),
     )
 
@@ -156,11 +179,20 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(token_id for token_id in ids if token_id is not None)
 
 
+def _effective(model: Any, asked: str) -> str:
+    of_checkpoint = getattr(model.config, "quantization_config", None) if asked == "none" else None
+    return asked if of_checkpoint is None else str(getattr(of_checkpoint, "quant_method", "unknown"))
+
+
 def _defaults(config: Any) -> SamplingParams:
+    repetition_penalty = 1.0 if config.repetition_penalty is None else float(config.repetition_penalty)
+    greedy = SamplingParams(
+        max_tokens=config.max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=repetition_penalty
+    )
     if not config.do_sample:
-        return SamplingParams(max_tokens=config.max_new_tokens, temperature=0.0, top_p=1.0, top_k=0)
-    return SamplingParams(
-        max_tokens=config.max_new_tokens,
+        return greedy
+    return replace(
+        greedy,
         temperature=1.0 if config.temperature is None else float(config.temperature),
         top_p=1.0 if config.top_p is None else float(config.top_p),
         top_k=config.top_k or 0,

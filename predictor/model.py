@@ -4,24 +4,29 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import kserve
 
-from predictor import loader, snapshot
+from predictor import decoding, loader, logs, metrics, snapshot
+from predictor.decoding import Answer, Ended
 from predictor.engine import Engine
-from predictor.errors import GenerationFailed, InvalidRequest, ModelNotReady
-from predictor.generation import Completion, FinishReason, GenerationRequest, SamplingParams
+from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.fields import timeout_seconds
+from predictor.generation import GenerationRequest
+from predictor.health import SelfCheck
+from predictor.loader import LoadedModel
 from predictor.protocol import v2
 from predictor.settings import Settings
 from predictor.snapshot import Snapshot
-from predictor.tokenization import Detokenizer, Prompts
+from predictor.tokenization import Prompts
 
 logger = logging.getLogger(__name__)
+
+WARM_UP_SECONDS = 600.0
 
 
 class Phase(StrEnum):
@@ -32,18 +37,21 @@ class Phase(StrEnum):
     LOADING = "loading weights"
     WARMING_UP = "warming up"
     READY = "ready"
+    DRAINING = "shutting down"
     STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
     snapshot: Snapshot
+    loaded: LoadedModel
     prompts: Prompts
     engine: Engine
+    self_check: SelfCheck
 
 
 class Predictor(kserve.Model):
-    """One language model behind KServe's interface; `load` first, then any number of `predict` at once."""
+    """One language model behind KServe's interface; `load` first, then any number of requests at once."""
 
     ready: bool
 
@@ -77,14 +85,18 @@ class Predictor(kserve.Model):
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            quantization=settings.quantization,
         )
         engine = Engine(
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),
             max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
             max_batch_tokens=settings.max_batch_tokens,
             kv_cache_tokens=settings.kv_cache_tokens,
+            memory_fraction=settings.memory_fraction,
+            step_timeout_seconds=settings.step_timeout_seconds,
         )
         with self._turn:
             if self.phase is Phase.STOPPED:
@@ -92,16 +104,33 @@ class Predictor(kserve.Model):
             self.phase = Phase.WARMING_UP
             self._engine = engine
             engine.start()
-        asyncio.run(engine.warm_up())
-        prompts = Prompts(loaded.tokenizer, engine.context_tokens, loaded.defaults, settings.default_max_tokens)
+        try:
+            asyncio.run(engine.check(WARM_UP_SECONDS))
+        except RequestError as error:
+            raise StartupError(f"The model loaded, but cannot generate: {error}") from error
+        prompts = Prompts(
+            loaded.tokenizer,
+            engine.context_tokens,
+            loaded.vocabulary_tokens,
+            loaded.defaults,
+            settings.default_max_tokens,
+        )
         with self._turn:
             if self.phase is Phase.STOPPED:
                 return False
-            self._parts = _Parts(found, prompts, engine)
+            self._parts = _Parts(found, loaded, prompts, engine, SelfCheck(engine, settings.self_check_seconds))
             self.ready = True
             self.phase = Phase.READY
+        self._watch(self._parts)
         logger.info("%s is ready after %.1f s", self.name, time.monotonic() - started)
         return True
+
+    def drain(self) -> None:
+        """Take no new requests; those that run or wait go on."""
+        with self._turn:
+            self.ready = False
+            if self.phase is not Phase.STOPPED:
+                self.phase = Phase.DRAINING
 
     def stop(self) -> None:
         """Stop being ready, and end the engine; what still runs is cut off. May be called twice."""
@@ -113,12 +142,54 @@ class Predictor(kserve.Model):
 
     @property
     def live(self) -> bool:
-        """Whether the step loop runs, or has not been started yet."""
+        """Whether the step loop runs and makes steps, or has not been started yet."""
         return self._parts is None or self._parts.engine.is_alive
+
+    @property
+    def busy(self) -> bool:
+        """Whether sequences run or wait."""
+        return self._parts is not None and bool(self._parts.engine.running or self._parts.engine.waiting)
 
     async def healthy(self) -> bool:
         """Whether a request would be answered now."""
-        return self.ready and self.live
+        return self.ready and self._parts is not None and self.live and self._parts.self_check.is_fresh
+
+    @property
+    def unreadiness(self) -> str:
+        """Why it is not ready, in a few words."""
+        if self.phase is not Phase.READY or self._parts is None:
+            return self.phase
+        if not self.live:
+            return "the step loop makes no progress"
+        return f"it was last seen to generate {self._parts.self_check.age_seconds:.0f} s ago"
+
+    def start(self) -> None:
+        """KServe's hook at registration, which would call the model ready; it is when `load` says so."""
+
+    async def check_itself(self) -> None:
+        """Run self-checks until cancelled; begin when loaded."""
+        if self._parts is not None:
+            await self._parts.self_check.run()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What is served, for the model's metadata: scalars as strings."""
+        if self._parts is None:
+            return {}
+        parts = self._parts
+        return {
+            "commit": parts.snapshot.commit or "",
+            "device": str(parts.loaded.model.device),
+            "dtype": str(parts.loaded.model.dtype).removeprefix("torch."),
+            "quantization": parts.loaded.quantization,
+            "context_tokens": str(parts.engine.context_tokens),
+            "kv_cache_tokens": str(parts.engine.cache_tokens),
+        }
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Prompt and completion together at most; None before the load."""
+        return self._parts.engine.context_tokens if self._parts else None
 
     def get_input_types(self) -> list[dict[str, Any]]:
         """The inputs of v2 infer, for the model's metadata."""
@@ -128,50 +199,71 @@ class Predictor(kserve.Model):
         """The outputs of v2 infer, for the model's metadata."""
         return v2.metadata(v2.OUTPUTS)
 
+    def open(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> Answer:
+        """Begin to answer requests, all of them or none; the caller reads the answer and closes it.
+
+        Args:
+            requests: at least one.
+            timeout_seconds: what the client allows; the server's own limit holds too.
+
+        Raises:
+            RequestError: a request is wrong, or cannot be taken now.
+        """
+        if self._parts is None or not self.ready:
+            if self.phase in (Phase.DRAINING, Phase.STOPPED):
+                raise Draining("The server is shutting down; ask again in a moment.")
+            raise ModelNotReady(f"The model {self.name} is not ready: {self.unreadiness}; ask again in a moment.")
+        parts = self._parts
+        if self._settings.log_prompts:
+            for request in requests:
+                logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
+        limit = self._settings.request_timeout_seconds
+        deadline = time.monotonic() + min(limit, timeout_seconds or limit)
+        record = logs.current()
+
+        def on_end(ended: Ended) -> None:
+            metrics.count_finished(self.name, ended.outcome, ended.prompt_tokens, ended.completion_tokens)
+            record.sequences += 1
+            record.prompt_tokens += ended.prompt_tokens
+            record.completion_tokens += ended.completion_tokens
+            record.finish_reasons.append(ended.outcome)
+            record.queue_seconds = max(record.queue_seconds or 0.0, ended.queue_seconds or 0.0)
+            record.first_token_seconds = max(record.first_token_seconds or 0.0, ended.first_token_seconds or 0.0)
+
+        try:
+            return decoding.begin(requests, parts.prompts, parts.engine, deadline, on_end)
+        except Overloaded:
+            metrics.count_rejected(self.name)
+            raise
+
     async def predict(
         self, payload: kserve.InferRequest | dict[str, Any], headers: Mapping[str, str] | None = None
     ) -> kserve.InferResponse:
         """Answer every prompt of a v2 request, all in one batch.
 
+        Args:
+            payload: as `v2.parse` or gRPC made it.
+            headers: `fields.TIMEOUT_HEADER` among them is what the client allows.
+
         Raises:
             RequestError: the request cannot be answered, and why.
         """
-        del headers
         if not isinstance(payload, kserve.InferRequest):
             raise InvalidRequest(f"This route is not served; POST /v2/models/{self.name}/infer instead.")
-        completions = await self.complete(v2.decode(payload))
-        return v2.encode(payload, completions)
-
-    async def complete(self, requests: list[GenerationRequest]) -> list[Completion]:
-        """The completions of several requests, in their order; the first failure cancels the others.
-
-        Raises:
-            RequestError: one of them cannot be answered.
-        """
-        if self._parts is None or not self.ready:
-            raise ModelNotReady(f"The model {self.name} is not ready: {self.phase}; ask again in a moment.")
-        parts = self._parts
-        prepared = [parts.prompts.encode(request) for request in requests]
+        answer = self.open(v2.decode(payload), timeout_seconds(headers or {}))
         try:
-            async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(_complete(parts, prompt, sampling)) for prompt, sampling in prepared]
-        except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
-        return [task.result() for task in tasks]
+            return v2.encode(payload, await answer.complete())
+        finally:
+            answer.close()
 
-
-async def _complete(parts: _Parts, prompt: list[int], sampling: SamplingParams) -> Completion:
-    detokenizer = Detokenizer(parts.prompts.tokenizer, sampling.stop)
-    text, generated, finish_reason = "", 0, None
-    async with aclosing(parts.engine.generate(prompt, sampling)) as steps:
-        async for step in steps:
-            generated += len(step.token_ids)
-            finish_reason = step.finish_reason
-            spoken = step.token_ids[:-1] if finish_reason is FinishReason.EOS_TOKEN else step.token_ids
-            text += detokenizer.push(spoken, last=finish_reason is not None)
-            if detokenizer.stopped:
-                finish_reason = FinishReason.STOP_SEQUENCE
-                break
-    if finish_reason is None:
-        raise GenerationFailed("The engine ended without saying why; the server's log says more.")
-    return Completion(text, finish_reason, prompt_tokens=len(prompt), completion_tokens=generated)
+    def _watch(self, parts: _Parts) -> None:
+        engine = parts.engine
+        metrics.watch(
+            self.name,
+            num_requests_running=lambda: engine.running,
+            num_requests_waiting=lambda: engine.waiting,
+            kv_cache_usage_perc=lambda: engine.cache_usage,
+            kv_cache_capacity_tokens=lambda: engine.cache_tokens,
+            engine_steps=lambda: engine.steps,
+            self_check_age_seconds=lambda: parts.self_check.age_seconds,
+        )

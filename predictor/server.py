@@ -1,48 +1,54 @@
-"""KServe's model server with our routes: health that tells the truth, v2 infer, and one place for every error.
+"""KServe's model server around our routes: the port opens first, errors have one place, and the end is orderly.
 
-The SDK's app is kept (metrics, v1, metadata); a route added here before the start wins over the SDK's of the same path.
+SIGTERM or SIGINT: not ready at once, new requests are refused, running ones finish or meet the drain limit, exit 0.
+A second signal ends what still runs.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
-import logging.config
+import signal
 import socket
 import threading
-from importlib.metadata import version
+from types import FrameType
 from typing import Any
 
 import kserve
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from kserve.model_server import app as kserve_app
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
+from predictor import answers, logs, middleware, routes, rpc
 from predictor.errors import (
-    Forbidden,
-    GenerationFailed,
+    BodyTooLarge,
     InvalidRequest,
-    ModelNotReady,
+    MethodNotAllowed,
     NotFound,
     PortInUse,
     RequestError,
     StartupError,
-    Unavailable,
 )
+from predictor.keys import KeyFile
 from predictor.model import Phase, Predictor
-from predictor.protocol import v2
 from predictor.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-DISTRIBUTION = "kserve-llm"
-RETRY_AFTER_SECONDS = 5
-"""What a 503 suggests; a load or a restart is not over sooner."""
+DRAIN_POLL_SECONDS = 0.1
+FAREWELL_SECONDS = 5
+"""What connections get to write the last of their answers, once nothing is generated any more."""
 
 
 class Server(kserve.ModelServer):
-    """Opens the port, then loads the model behind it; ends when it is told to, or when the load fails."""
+    """Opens the port, then loads the model behind it; ends when it is told to, or when the load fails.
+
+    Raises:
+        InvalidSettings: the keys cannot be read.
+    """
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
         repository = kserve.ModelRepository()
@@ -53,11 +59,14 @@ class Server(kserve.ModelServer):
             workers=1,
             enable_grpc=False,
             enable_latency_logging=False,
-            grace_period=settings.shutdown_grace_seconds,
+            grace_period=FAREWELL_SECONDS,
         )
         self._predictor = predictor
+        self._settings = settings
         self._load = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._loaded: asyncio.Future[None] | None = None
+        self._drain: asyncio.Task[None] | None = None
+        self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
 
     @property
     def loading(self) -> bool:
@@ -68,10 +77,12 @@ class Server(kserve.ModelServer):
         """Serve until SIGTERM or SIGINT; running requests are finished first.
 
         Raises:
-            StartupError: the port is taken, or the model cannot be loaded.
+            StartupError: a port is taken, or the model cannot be loaded.
         """
-        _check_port(self.http_port)
-        equip(kserve_app, self._predictor)
+        _check_port(self.http_port, "--http_port")
+        if self._settings.enable_grpc:
+            _check_port(self._settings.grpc_port, "--grpc_port")
+        equip(kserve_app, self._predictor, self._settings, self._keys)
         try:
             # A model that is not ready must not be given to start(): it would refuse to start at all.
             self.start([])
@@ -80,17 +91,62 @@ class Server(kserve.ModelServer):
 
     async def _serve(self) -> None:
         """What `start` runs on its event loop; overridden so that the load begins once the port is about to open."""
-        serving: asyncio.Future[Any] = asyncio.gather(*self.servers)
-        loaded = self._loaded = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+
+        def hear(number: int, _: FrameType | None) -> None:
+            loop.call_soon_threadsafe(self._hear, number)
+
+        # Uvicorn installs this for SIGTERM and SIGINT; its own would close the port before the requests have ended.
+        self._rest_server._server.handle_exit = hear
+        async with contextlib.AsyncExitStack() as stack:
+            if self._settings.enable_grpc:
+                await stack.enter_async_context(
+                    rpc.serving(
+                        self._predictor,
+                        port=self._settings.grpc_port,
+                        max_message_bytes=self._settings.max_request_bytes,
+                        keys=self._keys,
+                    )
+                )
+            await self._serve_and_load(asyncio.gather(*self.servers))
+
+    async def _serve_and_load(self, serving: "asyncio.Future[Any]") -> None:
+        loop = asyncio.get_running_loop()
+        loaded = self._loaded = loop.create_future()
         self._load.start()
         await asyncio.wait({serving, loaded}, return_when=asyncio.FIRST_COMPLETED)
         # A load that a stop has cut off is no failure.
         failed = loaded.done() and loaded.exception() is not None and self._predictor.phase is not Phase.STOPPED
         if failed:
-            self._rest_server._server.should_exit = True
+            self._close_port()
+        checks = loop.create_task(self._predictor.check_itself())
         await serving
+        checks.cancel()
         if failed:
             loaded.result()
+
+    def _hear(self, number: int) -> None:
+        if self._drain is None:
+            logger.info("%s: finishing what runs, taking nothing new", signal.Signals(number).name)
+            self._drain = asyncio.get_running_loop().create_task(self._end())
+        else:
+            logger.warning("%s again: ending what still runs", signal.Signals(number).name)
+            self._drain.cancel()
+
+    async def _end(self) -> None:
+        self._predictor.drain()
+        try:
+            async with asyncio.timeout(self._settings.shutdown_grace_seconds):
+                while self._predictor.busy:  # noqa: ASYNC110, there is no event for it
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        except (TimeoutError, asyncio.CancelledError):
+            logger.warning("not everything has finished: it is cut off")
+        # Whatever still runs fails now, and says so to its client. The step loop is joined: not on this thread.
+        await asyncio.to_thread(self._predictor.stop)
+        self._close_port()
+
+    def _close_port(self) -> None:
+        self._rest_server._server.should_exit = True
 
     def _run_load(self) -> None:
         """The load, in a daemon thread: a SIGTERM in the middle of it must not wait for its end."""
@@ -115,147 +171,72 @@ class Server(kserve.ModelServer):
         loaded.get_loop().call_soon_threadsafe(settle)
 
 
-def equip(app: FastAPI, predictor: Predictor) -> None:
-    """Add our routes and error handlers to KServe's app."""
-    app.include_router(routes(predictor))
+def equip(app: FastAPI, predictor: Predictor, settings: Settings, keys: KeyFile | None) -> None:
+    """Add our routes, error handlers and middlewares to KServe's app."""
+    routes.add(app, predictor, with_admin_routes=settings.enable_admin_routes)
     app.add_exception_handler(RequestError, _answer_request_error)
     app.add_exception_handler(RequestValidationError, _answer_validation_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_exception_handler(ClientDisconnect, _answer_nobody)
+    # The last one added is the outermost.
+    app.add_middleware(middleware.BodyLimit, max_bytes=settings.max_request_bytes)
+    if keys is not None:
+        app.add_middleware(middleware.Authenticate, keys=keys)
+    app.add_middleware(middleware.Gate, is_open=lambda: predictor.phase not in (Phase.DRAINING, Phase.STOPPED))
+    app.add_middleware(middleware.Requests)
 
 
-def routes(predictor: Predictor) -> APIRouter:
-    """The v2 routes of one model."""
-    router = APIRouter(prefix="/v2", default_response_class=JSONResponse)
-
-    def known(model_name: str) -> None:
-        if model_name != predictor.name:
-            raise NotFound(f"There is no model {model_name!r} here, only {predictor.name!r}.")
-
-    async def require_ready() -> None:
-        if not await predictor.healthy():
-            raise ModelNotReady(f"The model {predictor.name} is not ready: {predictor.phase}.")
-
-    @router.get("")
-    async def server_metadata() -> dict[str, Any]:
-        return {"name": DISTRIBUTION, "version": version(DISTRIBUTION), "extensions": []}
-
-    @router.get("/health/live")
-    async def server_live() -> dict[str, bool]:
-        if not predictor.live:
-            raise Unavailable("The step loop has ended; the server has to be restarted.")
-        return {"live": True}
-
-    @router.get("/health/ready")
-    async def server_ready() -> dict[str, bool]:
-        await require_ready()
-        return {"ready": True}
-
-    @router.get("/models/{model_name}/ready")
-    async def model_ready(model_name: str) -> dict[str, Any]:
-        known(model_name)
-        await require_ready()
-        return {"name": predictor.name, "ready": True}
-
-    @router.get("/models/{model_name}")
-    async def model_metadata(model_name: str) -> dict[str, Any]:
-        known(model_name)
-        return {
-            "name": predictor.name,
-            "platform": "transformers_safetensors",
-            "inputs": predictor.get_input_types(),
-            "outputs": predictor.get_output_types(),
-        }
-
-    @router.post("/models/{model_name}/infer")
-    async def infer(model_name: str, request: Request) -> JSONResponse:
-        known(model_name)
-        if "inference-header-content-length" in request.headers:
-            raise InvalidRequest("Binary tensors are not served; send the tensor's data inside the JSON.")
-        try:
-            response, _ = await predictor(v2.parse(await request.body(), model_name), headers=dict(request.headers))
-        except RequestError:
-            raise
-        except Exception as error:
-            logger.exception("infer failed")
-            raise GenerationFailed("The server failed on this request; its log says why.") from error
-        return JSONResponse(v2.serialize(response))
-
-    @router.post("/repository/models/{model_name}/{action}")
-    async def repository(action: str) -> None:
-        raise Forbidden(f"This server does not {action} models on request; it serves {predictor.name}, as deployed.")
-
-    return router
-
-
-def configure_logging(level: str) -> None:
-    """One line per event on stderr, ours and KServe's alike; probes and the SDK's per-request traces left out.
-
-    Args:
-        level: the least severe level that is written.
-    """
-    logging.config.dictConfig(
-        {
-            "version": 1,
-            "disable_existing_loggers": False,
-            "filters": {"no_probes": {"()": _NoProbes}},
-            "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-            "handlers": {
-                "stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}
-            },
-            "root": {"handlers": ["stderr"], "level": level},
-            "loggers": {
-                # A handler of its own keeps the SDK from installing its configuration.
-                "kserve": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-                "kserve.trace": {"level": "ERROR"},
-                "uvicorn.access": {"filters": ["no_probes"]},
-                "httpx": {"level": "WARNING"},
-                "ContinuousBatchingLogger": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-            },
-        }
-    )
-
-
-class _NoProbes(logging.Filter):
-    """Leaves out access lines of probes and scrapes, several a minute for as long as the pod lives."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        path = str(record.args[2]) if isinstance(record.args, tuple) and len(record.args) > 2 else ""
-        return not (path.startswith("/v2/health") or path.endswith("/ready") or path == "/metrics")
-
-
-def _check_port(port: int) -> None:
+def _check_port(port: int, flag: str) -> None:
     """Uvicorn would report a taken port with a traceback of ours around it."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("0.0.0.0", port))  # noqa: S104
         except OSError as error:
-            raise PortInUse(
-                f"Port {port} cannot be opened ({error.strerror}); choose another with --http_port."
-            ) from None
+            raise PortInUse(f"Port {port} cannot be opened ({error.strerror}); choose another with {flag}.") from None
 
 
-async def _answer_request_error(_: Request, error: Exception) -> JSONResponse:
-    if not isinstance(error, RequestError):
+async def _answer_request_error(request: Request, error: Exception) -> Response:
+    # A body that is too large is refused in the middle of reading it: the middleware knows what to do with the rest.
+    if not isinstance(error, RequestError) or isinstance(error, BodyTooLarge):
         raise error
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if isinstance(error, Unavailable) else None
-    return JSONResponse({"error": str(error)}, status_code=error.status, headers=headers)
+    logs.current().error = type(error).__name__
+    return answers.respond(error, request.url.path)
 
 
-async def _answer_validation_error(_: Request, error: Exception) -> JSONResponse:
+async def _answer_validation_error(request: Request, error: Exception) -> Response:
     """The SDK's own routes validate with FastAPI, whose answer would repeat the whole request."""
     if not isinstance(error, RequestValidationError):
         raise error
     fields = ", ".join(".".join(map(str, issue["loc"])) for issue in error.errors())
-    return JSONResponse({"error": f"The request is malformed at {fields}."}, status_code=400)
+    return answers.respond(InvalidRequest(f"The request is malformed at {fields}."), request.url.path)
 
 
-async def _answer_http_exception(request: Request, error: Exception) -> JSONResponse:
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What FastAPI itself refuses: unknown routes and methods, as a rule."""
     if not isinstance(error, HTTPException):
         raise error
+    asked = f"{request.method} {request.url.path}"
+    if error.status_code == 404:
+        return answers.respond(
+            NotFound(
+                f"{asked} is not served; ask /v2/models/NAME/infer, /v2/models/NAME/generate, "
+                "/v1/chat/completions, /v1/completions or /v1/models/NAME:predict."
+            ),
+            request.url.path,
+        )
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        response = answers.respond(MethodNotAllowed(f"{asked} is not served; use {allowed}."), request.url.path)
+        response.headers.update(error.headers or {})
+        return response
     detail = error.detail if isinstance(error.detail, str) else json.dumps(error.detail)
-    return JSONResponse(
-        {"error": f"{request.method} {request.url.path}: {detail}."},
-        status_code=error.status_code,
-        headers=error.headers,
-    )
+    response = answers.respond(InvalidRequest(f"{asked}: {detail}."), request.url.path)
+    response.status_code = error.status_code
+    return response
+
+
+async def _answer_nobody(_: Request, error: Exception) -> Response:
+    """The client has left in the middle of its request."""
+    del error
+    return Response(status_code=middleware.CLIENT_GONE)

@@ -52,20 +52,46 @@ class Settings(BaseSettings):
     """Where the model runs; auto takes the first of cuda, mps, cpu that is there."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the checkpoint's own where the device computes in it."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Bits of the weights of linear layers: none leaves them as they are; 8bit and 4bit by bitsandbytes."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Only for snapshots whose code you have read."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion together at most; default: the model's own context."""
     max_running: int = Field(default=32, ge=1)
     """Sequences that are decoded together in one batch at most; the others wait."""
+    max_waiting: int = Field(default=128, ge=0)
+    """Sequences that may wait for a place in the batch; requests beyond are refused at once, with 429."""
     max_batch_tokens: int = Field(default=512, ge=1)
     """Tokens computed in one step at most; longer prompts are spread over steps so that other sequences go on."""
     kv_cache_tokens: int | None = Field(default=None, ge=256)
-    """Capacity of the KV cache in tokens, over all sequences; default: from free memory on CUDA, else 16384."""
+    """Capacity of the KV cache in tokens, over all sequences; default: from the memory that is free."""
+    memory_fraction: float = Field(default=0.8, gt=0, le=1)
+    """Share of the memory that is free beside the weights, within the container's limit, for the KV cache."""
     default_max_tokens: int = Field(default=256, ge=1)
     """New tokens at most where neither the request nor the model's generation config says."""
+    request_timeout_seconds: float = Field(default=590, gt=0, allow_inf_nan=False)
+    """How long a request may take, in seconds; below the InferenceService's timeout, so that the answer says why."""
+    max_request_bytes: int = Field(default=8_388_608, ge=1024)
+    """Largest body of a request, in bytes."""
+    step_timeout_seconds: float = Field(default=120, gt=0, allow_inf_nan=False)
+    """A step loop that has work and makes no step for so long is not live any more: the cluster restarts it."""
+    self_check_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
+    """Period of the background self-check while idle, in seconds; without success for three, not ready. 0: off."""
     shutdown_grace_seconds: int = Field(default=600, ge=0)
     """How long running requests may go on after SIGTERM, in seconds; keep it at the InferenceService's timeout."""
+    api_keys_file: Path | None = None
+    """Bearer keys, one `name:key` per line, read again when the file changes; default: no key is asked for."""
+    enable_grpc: bool = False
+    """Serve the Open Inference Protocol over gRPC too."""
+    grpc_port: int = Field(default=8081, ge=1, le=65535)
+    """TCP port of the gRPC server."""
+    enable_admin_routes: bool = False
+    """Open KServe's routes to load and unload models, which anyone who reaches the port may then use."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines as text or as JSON objects."""
+    log_prompts: bool = False
+    """Write prompts into the log; they may be private."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", validation_alias=AliasChoices("log_level", "PREDICTOR_LOG_LEVEL", "LOG_LEVEL")
     )

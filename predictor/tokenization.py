@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import jinja2
 
 from predictor.errors import InvalidRequest, PromptTooLong
-from predictor.generation import GenerationRequest, Message, SamplingParams
+from predictor.generation import Chat, GenerationRequest, SamplingParams, Token, TokenLogprob
 
 UNFINISHED_CHARACTER = "�"
 """What decoding gives for bytes that need the next token to become a character."""
@@ -20,10 +20,13 @@ class Tokenizer(Protocol):
     """What is used of a transformers tokenizer."""
 
     chat_template: Any
+    all_special_ids: list[int]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...  # noqa: D102
-    def apply_chat_template(self, conversation: list[Any], *, tokenize: bool, add_generation_prompt: bool) -> str: ...  # noqa: D102
+    def apply_chat_template(  # noqa: D102
+        self, conversation: list[Any], *, tools: list[Any] | None, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,14 @@ class Prompts:
     Args:
         tokenizer: the model's.
         context_tokens: prompt and completion together at most.
-        defaults: the model's own sampling; `temperature`, `top_p` and `top_k` not None.
+        vocabulary_tokens: token ids are below this.
+        defaults: the model's own sampling; `temperature`, `top_p`, `top_k` and `repetition_penalty` not None.
         default_max_tokens: where neither the request nor `defaults` says.
     """
 
     tokenizer: Tokenizer
     context_tokens: int
+    vocabulary_tokens: int
     defaults: SamplingParams
     default_max_tokens: int
 
@@ -46,7 +51,8 @@ class Prompts:
         """The prompt's token ids, and the sampling with nothing left open.
 
         Raises:
-            InvalidRequest: no text, no chat template, messages that the template refuses, max_tokens too large.
+            InvalidRequest: no text, no such token, no chat template, messages that the template refuses, max_tokens
+                too large.
             PromptTooLong: not one new token would fit.
         """
         prompt = self._ids(request.prompt)
@@ -60,40 +66,91 @@ class Prompts:
             )
         return prompt, self._sampling(request.sampling, room)
 
-    def _ids(self, prompt: str | tuple[Message, ...]) -> list[int]:
+    def text(self, request: GenerationRequest) -> str:
+        """The prompt as text, for an echo."""
+        if isinstance(request.prompt, str):
+            return request.prompt
+        return self.tokenizer.decode(self._ids(request.prompt), skip_special_tokens=True)
+
+    def _ids(self, prompt: str | tuple[int, ...] | Chat) -> list[int]:
         if isinstance(prompt, str):
             return list(self.tokenizer.encode(prompt, add_special_tokens=True)) if prompt else []
+        if isinstance(prompt, tuple):
+            self._require_known(prompt, "The prompt")
+            return list(prompt)
         if not self.tokenizer.chat_template:
-            raise InvalidRequest("This model has no chat template; send the whole prompt as text_input.")
+            raise InvalidRequest("This model has no chat template; send the whole prompt as text instead of messages.")
         try:
-            text = self.tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+            text = self.tokenizer.apply_chat_template(
+                list(prompt.messages), tools=list(prompt.tools) or None, tokenize=False, add_generation_prompt=True
+            )
+        # A template is a program that comes with the weights: it may stumble over a message in any way.
+        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
             raise InvalidRequest(f"The model's chat template refuses these messages: {error}.") from error
         # The template writes the special tokens itself; adding them again would double the first one.
         return list(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _require_known(self, token_ids: Sequence[int], where: str) -> None:
+        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary_tokens), None)
+        if unknown is not None:
+            raise InvalidRequest(
+                f"{where} has the token id {unknown}, but this model's are 0 to {self.vocabulary_tokens - 1}."
+            )
 
     def _sampling(self, asked: SamplingParams, room: int) -> SamplingParams:
         if asked.max_tokens is not None and asked.max_tokens > room:
             raise InvalidRequest(
                 f"max_tokens is {asked.max_tokens}, but after this prompt there is room for {room} tokens of "
-                f"{self.context_tokens}; lower it or shorten the prompt."
+                f"{self.context_tokens}; lower it or shorten the prompt.",
+                "max_tokens",
             )
+        self._require_known(asked.stop_token_ids, "stop_token_ids")
         defaults = self.defaults
+        max_tokens = asked.max_tokens or min(defaults.max_tokens or self.default_max_tokens, room)
+        if asked.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens is {asked.min_tokens}, more than max_tokens, {max_tokens}.", "min_tokens")
         return replace(
             asked,
-            max_tokens=asked.max_tokens or min(defaults.max_tokens or self.default_max_tokens, room),
+            max_tokens=max_tokens,
             temperature=defaults.temperature if asked.temperature is None else asked.temperature,
             top_p=defaults.top_p if asked.top_p is None else asked.top_p,
             top_k=defaults.top_k if asked.top_k is None else asked.top_k,
+            repetition_penalty=(
+                defaults.repetition_penalty if asked.repetition_penalty is None else asked.repetition_penalty
+            ),
         )
 
 
-class Detokenizer:
-    """Token ids to text, piece by piece: a piece never ends inside a character, nor inside a possible stop string."""
+class TokenNames:
+    """What generated tokens are called, where a request asks for log probabilities."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = frozenset(tokenizer.all_special_ids)
+
+    def name(self, chosen: TokenLogprob) -> Token:
+        """The token as text, and its rivals."""
+        top = tuple(self._token(token_id, logprob) for token_id, logprob in chosen.top)
+        return self._token(chosen.token_id, chosen.logprob, top)
+
+    def _token(self, token_id: int, logprob: float, top: tuple[Token, ...] = ()) -> Token:
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return Token(token_id, text, logprob, token_id in self._special, top)
+
+
+class Detokenizer:
+    """Token ids to text, piece by piece: a piece never ends inside a character, nor inside a possible stop string.
+
+    Args:
+        tokenizer: the model's.
+        stop: texts that end the completion.
+        min_tokens: so many ids must have come before a stop string counts.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
         self._tokenizer = tokenizer
         self._stop = stop
+        self._min_tokens = min_tokens
         self._ids: list[int] = []
         self._context = 0
         """Ids before this one were decoded to text that is done with."""
@@ -116,6 +173,8 @@ class Detokenizer:
         self._ids.extend(token_ids)
         text = self._held + self._decode(last)
         self._held = ""
+        if len(self._ids) < self._min_tokens:
+            return text
         if (end := self._stop_position(text)) is not None:
             self.stopped = True
             return text[:end]

@@ -5,31 +5,59 @@ One request carries n prompts in one BYTES input, and gets n completions in orde
     text_input  raw prompts, as they are
     messages    chats; each element is a JSON list of {"role": …, "content": …}, put into the model's chat template
 
-`decode` and `encode` work on KServe's own types, whatever brought them; `parse` and `serialize` are the JSON wire.
+`decode` and `encode` work on KServe's own types, whatever brought them; `parse` and `serialize` are the wire: JSON, and
+the binary tensor data extension, in which the data of tensors follows the JSON.
 Specification: kserve/open-inference-protocol, specification/protocol/inference_rest.md.
 """
 
+import contextlib
 import json
 import math
+import struct
 import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
+import numpy
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
-from kserve.protocol.infer_type import RequestedOutput
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from kserve.protocol.infer_type import (
+    RequestedOutput,
+    deserialize_bytes_tensor,
+    serialize_byte_tensor,
+    to_http_parameters,
+)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.generation import Completion, GenerationRequest, Message, SamplingParams
+from predictor.fields import MAX_LOGPROBS, Sampling, loads, sentence
+from predictor.generation import Chat, Completion, GenerationRequest, Message, SamplingParams
 
 TEXT_INPUT = "text_input"
 MESSAGES = "messages"
 TEXT_OUTPUT = "text_output"
+LOGPROBS = "logprobs"
 
 INPUTS = {TEXT_INPUT: "BYTES", MESSAGES: "BYTES"}
 """Datatypes of the inputs, of which a request has exactly one."""
-OUTPUTS = {TEXT_OUTPUT: "BYTES", "finish_reason": "BYTES", "prompt_tokens": "INT64", "completion_tokens": "INT64"}
-"""Datatypes of the outputs; a request that selects none gets the text alone."""
+OUTPUTS = {
+    TEXT_OUTPUT: "BYTES",
+    "finish_reason": "BYTES",
+    "prompt_tokens": "INT64",
+    "completion_tokens": "INT64",
+    LOGPROBS: "BYTES",
+}
+"""Datatypes of the outputs; a request that selects none gets the text alone. An element of `logprobs` is a JSON list
+of tokens."""
+
+EXTENSIONS = ("binary_tensor_data", "generate", "generate_stream")
+"""What the server's metadata says it speaks beyond the protocol."""
+
+VERSION = "1"
+"""The one version of the one model, for routes that name a version."""
+
+HEADER_LENGTH = "inference-header-content-length"
+"""The header, in lower case, that tells how many bytes of a body are JSON, where binary tensors follow."""
 
 Scalar = str | int | float | bool
 
@@ -37,8 +65,8 @@ Scalar = str | int | float | bool
 class _Tensor(BaseModel):
     name: str
     datatype: str
-    shape: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
-    data: list[Any]
+    shape: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1)
+    data: list[Any] | None = None
     parameters: dict[str, Any] = {}
 
 
@@ -56,37 +84,26 @@ class _Body(BaseModel):
     outputs: list[_Output] | None = None
 
 
-def _stop_sequences(value: object) -> object:
-    """Protocol parameters are scalars, so several stop sequences may also come as a JSON list in a string."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return [value]
-    return [value] if isinstance(value, str) else value
-
-
-class _Parameters(BaseModel):
+class _Parameters(Sampling):
     """What `parameters` may say, of the request or of its input; unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    logprobs: int | None = Field(
+        default=None, ge=0, le=MAX_LOGPROBS, description="So many rivals of each token in the output logprobs."
+    )
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=0)
-    stop: Annotated[
-        list[Annotated[str, StringConstraints(min_length=1)]], BeforeValidator(_stop_sequences), Field(max_length=16)
-    ] = []
 
-    def sampling(self) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            stop=tuple(self.stop),
-        )
+class _Binary(BaseModel):
+    """What `parameters` may say of binary tensors, beside the sampling."""
+
+    model_config = ConfigDict(strict=True)
+
+    binary_data_size: int | None = Field(default=None, ge=0)
+    binary_data_output: bool = False
+    binary_data: bool | None = None
+
+
+REQUEST_SCHEMA = _Body.model_json_schema()
+"""JSON schema of a request's body."""
 
 
 def metadata(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -94,26 +111,34 @@ def metadata(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
     return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in tensors.items()]
 
 
-def parse(body: bytes, model_name: str) -> InferRequest:
-    """The request in a JSON body; its shape is checked, its meaning is not.
+def parse(body: bytes, model_name: str, header_length: str | None = None) -> InferRequest:
+    """The request in a body; its shape is checked, its meaning is not.
+
+    Args:
+        body: JSON, and, if there is a header length, the data of binary tensors after it.
+        model_name: of the route.
+        header_length: bytes of the JSON, as the header says.
 
     Raises:
         InvalidRequest: not JSON, or a field is missing or of the wrong type; the message names it.
     """
+    size = _header_size(header_length, len(body))
     try:
-        content = json.loads(body)
-    except ValueError as error:
-        raise InvalidRequest(f"The body is not JSON ({error}); send an Open Inference Protocol v2 request.") from None
-    try:
-        parsed = _Body.model_validate(content)
+        parsed = _Body.model_validate(loads(body[:size]))
     except ValidationError as error:
-        raise InvalidRequest(_sentence(error)) from None
+        raise InvalidRequest(sentence(error)) from None
+    rest = memoryview(body)[size:]
+    inputs = []
+    for index, tensor in enumerate(parsed.inputs):
+        taken, data = _data(tensor, rest, f"inputs.{index}")
+        rest = rest[taken:]
+        parameters = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"}
+        inputs.append(InferInput(tensor.name, tensor.shape, tensor.datatype, data, parameters))
+    if rest:
+        raise InvalidRequest(f"{len(rest)} bytes follow the last tensor; give each tensor's binary_data_size.")
     return InferRequest(
         model_name=model_name,
-        infer_inputs=[
-            InferInput(tensor.name, tensor.shape, tensor.datatype, tensor.data, tensor.parameters)
-            for tensor in parsed.inputs
-        ],
+        infer_inputs=inputs,
         request_id=parsed.id,
         parameters=parsed.parameters,
         request_outputs=None
@@ -126,9 +151,10 @@ def decode(request: InferRequest) -> list[GenerationRequest]:
     """One generation request for each prompt, in order.
 
     Raises:
-        InvalidRequest: an input, output or parameter that cannot be; the message names the field.
+        InvalidRequest: an input, output or parameter is unknown, missing or out of range; the message names it.
     """
-    _selected(request)
+    _binary(request.parameters)
+    selected = _selected(request)
     if len(request.inputs) != 1:
         names = ", ".join(tensor.name for tensor in request.inputs)
         raise InvalidRequest(f"inputs has {names or 'nothing'}: expected one of {', '.join(INPUTS)}.")
@@ -137,7 +163,7 @@ def decode(request: InferRequest) -> list[GenerationRequest]:
         raise InvalidRequest(f"inputs.0.name is {tensor.name!r}: expected {' or '.join(INPUTS)}.")
     if tensor.datatype != INPUTS[tensor.name]:
         raise InvalidRequest(f"inputs.0.datatype is {tensor.datatype!r}: {tensor.name} is {INPUTS[tensor.name]}.")
-    sampling = _sampling(request, tensor)
+    sampling = _sampling(request, tensor, LOGPROBS in selected)
     as_prompt = _chat if tensor.name == MESSAGES else _raw
     return [
         GenerationRequest(as_prompt(text, f"inputs.0.data.{index}"), sampling)
@@ -152,6 +178,7 @@ def encode(request: InferRequest, completions: Sequence[Completion]) -> InferRes
         "finish_reason": [completion.finish_reason.value for completion in completions],
         "prompt_tokens": [completion.prompt_tokens for completion in completions],
         "completion_tokens": [completion.completion_tokens for completion in completions],
+        LOGPROBS: [json.dumps([asdict(token) for token in completion.tokens]) for completion in completions],
     }
     shape = request.inputs[0].shape
     return InferResponse(
@@ -161,16 +188,65 @@ def encode(request: InferRequest, completions: Sequence[Completion]) -> InferRes
     )
 
 
-def serialize(response: InferResponse) -> dict[str, Any]:
-    """The JSON object of a response; nothing in it is null."""
-    return {
-        "model_name": response.model_name,
-        "id": response.id,
-        "outputs": [
-            {"name": output.name, "datatype": output.datatype, "shape": output.shape, "data": output.data}
-            for output in response.outputs
-        ],
-    }
+def serialize(request: InferRequest, response: InferResponse, version: str | None) -> tuple[bytes, int | None]:
+    """The body of a response, nothing in it null, and the bytes of its JSON where binary tensors follow.
+
+    Args:
+        request: says which outputs are to be binary.
+        response: from `encode`.
+        version: of the model, where the route named it.
+    """
+    everything = _binary(request.parameters).binary_data_output
+    asked = {output.name: _binary(output.parameters).binary_data for output in request.request_outputs or ()}
+    outputs, tail = [], b""
+    for output in response.outputs:
+        described = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
+        chosen = asked.get(output.name)
+        if everything if chosen is None else chosen:
+            data = _bytes(output)
+            described["parameters"] = {"binary_data_size": len(data)}
+            tail += data
+        else:
+            described["data"] = output.data
+        outputs.append(described)
+    body: dict[str, Any] = {"model_name": response.model_name}
+    if version is not None:
+        body["model_version"] = version
+    head = json.dumps(body | {"id": response.id, "outputs": outputs}, ensure_ascii=False).encode()
+    return (head + tail, len(head)) if tail else (head, None)
+
+
+def from_grpc(message: Any) -> InferRequest:
+    """The request in a ModelInferRequest, whose tensors come as `contents` or all of them raw.
+
+    Raises:
+        InvalidRequest: the two are mixed, or raw data is not BYTES.
+    """
+    raw = list(message.raw_input_contents)
+    if raw and len(raw) != len(message.inputs):
+        raise InvalidRequest(f"raw_input_contents has {len(raw)} tensors, and inputs {len(message.inputs)}.")
+    inputs = []
+    for index, tensor in enumerate(message.inputs):
+        data = _elements(raw[index], f"inputs.{index}") if raw else list(tensor.contents.bytes_contents)
+        parameters = to_http_parameters(tensor.parameters)
+        inputs.append(InferInput(tensor.name, list(tensor.shape), tensor.datatype, data, _numbers(parameters)))
+    return InferRequest(
+        model_name=message.model_name,
+        infer_inputs=inputs,
+        request_id=message.id or None,
+        parameters=_numbers(to_http_parameters(message.parameters)),
+        request_outputs=[RequestedOutput(output.name) for output in message.outputs] or None,
+    )
+
+
+def to_grpc(message: Any, response: InferResponse) -> Any:
+    """The ModelInferResponse to a ModelInferRequest; raw where that was raw."""
+    answer = response.to_grpc()
+    if message.raw_input_contents:
+        for described, output in zip(answer.outputs, response.outputs, strict=True):
+            described.ClearField("contents")
+            answer.raw_output_contents.append(_bytes(output))
+    return answer
 
 
 def _selected(request: InferRequest) -> list[str]:
@@ -181,12 +257,72 @@ def _selected(request: InferRequest) -> list[str]:
     return names or [TEXT_OUTPUT]
 
 
-def _sampling(request: InferRequest, tensor: InferInput) -> SamplingParams:
+def _sampling(request: InferRequest, tensor: InferInput, wants_logprobs: bool) -> SamplingParams:
     """The input's own parameters before the request's."""
+    merged = {**(request.parameters or {}), **(tensor.parameters or {})}
+    merged.pop("binary_data_output", None)
     try:
-        return _Parameters.model_validate({**(request.parameters or {}), **(tensor.parameters or {})}).sampling()
+        parameters = _Parameters.model_validate(merged)
     except ValidationError as error:
-        raise InvalidRequest(_sentence(error, "parameters.")) from None
+        raise InvalidRequest(sentence(error, prefix="parameters.", known=_Parameters.model_fields)) from None
+    if parameters.logprobs is not None and not wants_logprobs:
+        raise InvalidRequest("parameters.logprobs is given, but outputs does not select logprobs.")
+    return parameters.sampling((parameters.logprobs or 0) if wants_logprobs else None)
+
+
+def _binary(parameters: Mapping[str, Any] | None) -> _Binary:
+    try:
+        return _Binary.model_validate(dict(parameters or {}))
+    except ValidationError as error:
+        raise InvalidRequest(sentence(error, prefix="parameters.")) from None
+
+
+def _header_size(header_length: str | None, body_bytes: int) -> int:
+    if header_length is None:
+        return body_bytes
+    if not header_length.isascii() or not header_length.isdigit() or int(header_length) > body_bytes:
+        raise InvalidRequest(f"The header {HEADER_LENGTH} is not a number of bytes of this body.")
+    return int(header_length)
+
+
+def _data(tensor: _Tensor, rest: memoryview, field: str) -> tuple[int, list[Any]]:
+    """How many bytes of the binary part are a tensor's, and its elements."""
+    size = _binary(tensor.parameters).binary_data_size
+    if size is None:
+        if tensor.data is None:
+            raise InvalidRequest(f"{field}.data: field required, or parameters.binary_data_size.")
+        return 0, tensor.data
+    if tensor.data is not None:
+        raise InvalidRequest(f"{field} has both data and parameters.binary_data_size; send one of them.")
+    if size > len(rest):
+        raise InvalidRequest(f"{field}.parameters.binary_data_size is {size}, but only {len(rest)} bytes follow.")
+    # Another datatype is refused by name later: no input is of such a type.
+    return size, _elements(bytes(rest[:size]), field) if tensor.datatype == "BYTES" else []
+
+
+def _elements(encoded: bytes, field: str) -> list[bytes]:
+    try:
+        return list(deserialize_bytes_tensor(encoded))
+    except struct.error:
+        raise InvalidRequest(f"{field} is not BYTES: before each element stand its length's 4 bytes.") from None
+
+
+def _numbers(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """GRPC's parameters know no fractions: those come as strings."""
+    numbers = dict(parameters)
+    for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+        if isinstance(numbers.get(name), str):
+            with contextlib.suppress(ValueError):  # then refused by name, as any wrong type
+                numbers[name] = float(numbers[name])
+    return numbers
+
+
+def _bytes(output: InferOutput) -> bytes:
+    if output.datatype == "BYTES":
+        elements = [element.encode() if isinstance(element, str) else element for element in output.data]
+        encoded = numpy.array(elements, dtype=numpy.object_)
+        return bytes(serialize_byte_tensor(encoded).item()) if encoded.size else b""
+    return numpy.array(output.data, dtype="<i8").tobytes()
 
 
 def _texts(tensor: InferInput) -> list[str]:
@@ -219,7 +355,7 @@ def _raw(text: str, field: str) -> str:
     return text
 
 
-def _chat(text: str, field: str) -> tuple[Message, ...]:
+def _chat(text: str, field: str) -> Chat:
     try:
         messages = json.loads(text)
     except ValueError:
@@ -229,18 +365,4 @@ def _chat(text: str, field: str) -> tuple[Message, ...]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InvalidRequest(f"{field}: message {index} needs a role and a content, both strings.")
-    return tuple(messages)
-
-
-def _sentence(error: ValidationError, prefix: str = "") -> str:
-    """Every issue of a validation error in one line, each with the field's path."""
-    issues = [(prefix + ".".join(map(str, issue["loc"])), issue) for issue in error.errors(include_url=False)]
-    unknown = [field for field, issue in issues if issue["type"] == "extra_forbidden"]
-    wrong = [
-        f"{field or 'the body'}: {issue['msg'][0].lower()}{issue['msg'][1:]}"
-        for field, issue in issues
-        if issue["type"] != "extra_forbidden"
-    ]
-    if unknown:
-        wrong.append(f"{', '.join(unknown)}: not known here; known are {', '.join(_Parameters.model_fields)}")
-    return "; ".join(wrong) + "."
+    return Chat(tuple[Message, ...](messages))

@@ -1,5 +1,6 @@
-"""Renders every kustomization of the tree, once per session, into plain dictionaries to ask questions of."""
+"""Renders every kustomization of the tree, once per session, into objects to ask questions of."""
 
+import json
 import os
 import re
 import shutil
@@ -11,9 +12,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jsonschema
 import pytest
 import yaml
+
+from preflight import configuration, offline, schema
+from preflight.deployment import Deployment, Manifest
+from preflight.schema import Schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(
@@ -25,103 +29,68 @@ OVERLAYS = [folder for folder in FOLDERS if folder.parts[1] == "overlays"]
 COMPONENTS = [folder for folder in FOLDERS if folder.parts[1] == "components"]
 DEPLOYMENTS = [folder for folder in FOLDERS if folder.parts[0] == "kustomize"]
 BASE = Path("kustomize/base")
-
-Manifest = dict[str, Any]
+IMAGES = Path("kustomize/components/images")
+PINNED = f"hf://owner/model:{'a' * 40}"
 
 
 @dataclass(frozen=True)
-class Rendered:
+class Rendered(Deployment):
     """The objects of one kustomization; a component stands for base with that component added."""
 
-    folder: Path
-    objects: list[Manifest]
-
-    def all(self, kind: str) -> list[Manifest]:
-        return [manifest for manifest in self.objects if manifest["kind"] == kind]
+    path: Path
+    """The folder that this is the rendering of."""
 
     def one(self, kind: str) -> Manifest:
         [manifest] = self.all(kind)
         return manifest
 
     @property
-    def service(self) -> Manifest:
-        """`spec.predictor` of the InferenceService."""
-        return self.one("InferenceService")["spec"]["predictor"]
-
-    @property
-    def predictor(self) -> Manifest:
-        """The container that KServe makes of the ServingRuntime's and the InferenceService's `model`."""
-        [container] = self.one("ServingRuntime")["spec"]["containers"]
-        model = self.service["model"]
-        name = self.one("InferenceService")["metadata"]["name"]
-        return {
-            **container,
-            **{key: model[key] for key in ("resources", "envFrom") if key in model},
-            "args": [arg.replace("{{.Name}}", name) for arg in container["args"] + model.get("args", [])],
-            "env": container.get("env", []) + model.get("env", []),
-        }
-
-    @property
     def download(self) -> Manifest:
-        """The container of the download Job."""
-        [container] = self.one("Job")["spec"]["template"]["spec"]["containers"]
+        """The container that downloads."""
+        [(_, container)] = self.downloads
         return container
-
-    def environment(self, container: Manifest) -> dict[str, str]:
-        """What the process sees, secrets aside; a KeyError where a ConfigMap or a key of it does not exist."""
-        maps = {config["metadata"]["name"]: config["data"] for config in self.all("ConfigMap")}
-        seen: dict[str, str] = {}
-        for source in container.get("envFrom", []):
-            seen |= maps[source["configMapRef"]["name"]]
-        for variable in container.get("env", []):
-            source = variable.get("valueFrom", {})
-            if "configMapKeyRef" in source:
-                seen[variable["name"]] = maps[source["configMapKeyRef"]["name"]][source["configMapKeyRef"]["key"]]
-            elif "value" in variable:
-                seen[variable["name"]] = variable["value"]
-        return seen
 
 
 @cache
-def _render(folder: Path) -> list[Manifest]:
+def _render(folder: Path) -> tuple[Manifest, ...]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed")
     done = subprocess.run([kubectl, "kustomize", str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{folder}: {done.stderr}"
     assert not done.stderr, f"{folder} renders with a warning: {done.stderr}"
-    return list(yaml.load_all(done.stdout, yaml.CSafeLoader))
+    return tuple(yaml.load_all(done.stdout, yaml.CSafeLoader))
 
 
 @pytest.fixture(scope="session")
 def render_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rendered]:
-    """Renders a folder below a throw-away overlay, which adds a component or says its own MODEL_REFERENCE."""
+    """Renders a folder below a throw-away overlay, which adds components and says its own MODEL_REFERENCE."""
 
-    def render(
-        folder: Path, component: Path | None = None, reference: str = "hf://owner/model", **predictor: str
-    ) -> Rendered:
+    def render(folder: Path, *components: Path, reference: str = PINNED, **predictor: str) -> Rendered:
         above = tmp_path_factory.mktemp("overlay").resolve()
         kustomization = {
             "resources": [os.path.relpath(ROOT / folder, above)],
-            "components": [os.path.relpath(ROOT / component, above)] if component else [],
+            "components": [os.path.relpath(ROOT / component, above) for component in components],
             "configMapGenerator": [
                 {"name": "model-download", "behavior": "merge", "literals": [f"MODEL_REFERENCE={reference}"]},
                 {"name": "predictor", "behavior": "merge", "literals": [f"{k}={v}" for k, v in predictor.items()]},
             ],
         }
         (above / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return Rendered(component or folder, _render(above))
+        return Rendered(_render(above), components[0] if components else folder)
 
     return render
 
 
 @pytest.fixture(scope="session")
 def render(render_with: Callable[..., Rendered]) -> Callable[[Path], Rendered]:
-    """Renders a folder of the tree as it is, a component on base."""
+    """Renders a folder of the tree as it is; a component on base, with images."""
 
     @cache
     def render(folder: Path) -> Rendered:
-        return render_with(BASE, folder) if folder in COMPONENTS else Rendered(folder, _render(ROOT / folder))
+        if folder in COMPONENTS:
+            return render_with(BASE, *dict.fromkeys([folder, IMAGES]))
+        return Rendered(_render(ROOT / folder), folder)
 
     return render
 
@@ -134,7 +103,7 @@ def rendered(request: pytest.FixtureRequest, render: Callable[[Path], Rendered])
 
 @pytest.fixture(params=DEPLOYMENTS, ids=str)
 def deployment(request: pytest.FixtureRequest, render: Callable[[Path], Rendered]) -> Rendered:
-    """Base, every overlay and every component in turn: what has an InferenceService and a Job."""
+    """Base, every overlay and every component in turn: what has an InferenceService."""
     return render(request.param)
 
 
@@ -157,13 +126,57 @@ def tree() -> SimpleNamespace:
         root=ROOT,
         kustomize=ROOT / "kustomize",
         manifests=ROOT / "manifests",
+        folders=FOLDERS,
         base=BASE,
         overlays=OVERLAYS,
+        components=COMPONENTS,
         dev=Path("kustomize/overlays/dev"),
         prod=Path("kustomize/overlays/prod"),
-        components=COMPONENTS,
-        images=Path("kustomize/components/images"),
+        images=IMAGES,
+        knative_config_map=Path("manifests/cluster/knative-config-map"),
+        knative_serving=Path("manifests/cluster/knative-serving"),
+        storage_container=Path("manifests/cluster/storage-container"),
+        component=lambda name: Path("kustomize/components") / name,
     )
+
+
+class Remembering(Schemas):
+    """As the original, which reads megabytes of JSON for every object; most objects are in many renderings."""
+
+    def problems(self, manifest: Manifest) -> list[str] | None:
+        """What is wrong with an object, asked once."""
+        return self._remembered(json.dumps(manifest))
+
+    @cache  # noqa: B019 - there is one, and it lives as long as the session
+    def _remembered(self, text: str) -> list[str] | None:
+        return super().problems(json.loads(text))
+
+
+@pytest.fixture(scope="session")
+def definitions() -> list[Manifest]:
+    """The CustomResourceDefinitions in CRD_DIR; none where it is not set."""
+    folder = os.environ.get("CRD_DIR")
+    return schema.definitions_in(Path(folder)) if folder else []
+
+
+@pytest.fixture(scope="session")
+def schemas(definitions: list[Manifest]) -> Schemas:
+    """What the API server knows."""
+    if not definitions:
+        pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, Prometheus' operator and KEDA")
+    return Remembering(definitions)
+
+
+@pytest.fixture(scope="session")
+def look(definitions: list[Manifest]) -> Callable[[Deployment], list[str]]:
+    """What preflight says of a rendering; without CRD_DIR, custom kinds are taken as they are."""
+    schemas, known = Remembering(definitions), configuration.known_keys(ROOT / BASE)
+
+    def look(rendered: Deployment) -> list[str]:
+        findings = offline.check(rendered, schemas, known)
+        return [str(finding) for finding in findings if definitions or "were not checked" not in finding.problem]
+
+    return look
 
 
 @pytest.fixture(scope="session")
@@ -189,48 +202,3 @@ def sdk_round_trip() -> Callable[[Manifest, str], Manifest]:
         return ApiClient().sanitize_for_serialization(load(manifest, class_name))
 
     return round_trip
-
-
-@pytest.fixture(scope="session")
-def schema_errors() -> Callable[[Manifest], list[str]]:
-    """What the API server would say to a manifest with strict field validation, by the CRDs in CRD_DIR."""
-    folder = os.environ.get("CRD_DIR")
-    if not folder:
-        pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, one <group>_<plural>.yaml each")
-
-    @cache
-    def validator(group: str, version: str, kind: str) -> jsonschema.Draft202012Validator:
-        text = (Path(folder) / f"{group}_{kind.lower()}s.yaml").read_text()
-        versions = yaml.load(text, yaml.CSafeLoader)["spec"]["versions"]
-        [schema] = [entry["schema"]["openAPIV3Schema"] for entry in versions if entry["name"] == version]
-        return jsonschema.Draft202012Validator(_strict(schema, root=True))
-
-    def errors(manifest: Manifest) -> list[str]:
-        group, version = manifest["apiVersion"].split("/")
-        found = validator(group, version, manifest["kind"]).iter_errors(manifest)
-        return [f"{error.json_path}: {error.message}" for error in found]
-
-    return errors
-
-
-def _strict(schema: Manifest, root: bool = False) -> Manifest:
-    """The schema as Kubernetes means it: what it does not know, it prunes, so unknown is an error."""
-    strict = dict(schema)
-    if "properties" in schema:
-        strict["properties"] = {name: _strict(value) for name, value in schema["properties"].items()}
-    if "items" in schema:
-        strict["items"] = _strict(schema["items"])
-    if isinstance(schema.get("additionalProperties"), dict):
-        strict["additionalProperties"] = _strict(schema["additionalProperties"])
-    if root or schema.get("x-kubernetes-embedded-resource"):
-        # The API server itself knows what metadata holds.
-        strict["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {"type": "object"}}
-    if (
-        schema.get("type") == "object"
-        and "additionalProperties" not in schema
-        and not schema.get("x-kubernetes-preserve-unknown-fields")
-    ):
-        strict["additionalProperties"] = False
-    if schema.get("x-kubernetes-int-or-string"):
-        strict.setdefault("anyOf", [{"type": "integer"}, {"type": "string"}])
-    return {"anyOf": [strict, {"type": "null"}]} if schema.get("nullable") else strict

@@ -1,56 +1,24 @@
-"""What must agree across objects: one reference, one Job per download, times, numbers and resources."""
+"""What must agree across objects: one reference, one Job per download, times and numbers, flags and documents."""
 
+import itertools
 import re
-from pathlib import Path
 
 from predictor import settings as predictor_settings
+from preflight import capacity, knative, times
 from storage_initializer import settings as initializer_settings
 
-KNATIVE_MAX_TIMEOUT_SECONDS = 600
-"""max-revision-timeout-seconds of Knative's config-defaults, unless an administrator raised it."""
-FLAGS = {
-    "nodeSelector": "kubernetes.podspec-nodeselector",
-    "tolerations": "kubernetes.podspec-tolerations",
-    "affinity": "kubernetes.podspec-affinity",
-    "topologySpreadConstraints": "kubernetes.podspec-topologyspreadconstraints",
-    "securityContext": "kubernetes.podspec-securitycontext",
-    "initContainers": "kubernetes.podspec-init-containers",
-    "runtimeClassName": "kubernetes.podspec-runtimeclassname",
-    "priorityClassName": "kubernetes.podspec-priorityclassname",
-    "schedulerName": "kubernetes.podspec-schedulername",
-}
-"""Fields of a pod that Knative refuses unless a flag allows them."""
-
-
-def seconds(duration):
-    number, unit = re.fullmatch(r"(\d+)([smh])", duration).groups()
-    return int(number) * {"s": 1, "m": 60, "h": 3600}[unit]
-
-
-def cores(quantity):
-    return int(quantity.removesuffix("m")) / 1000 if quantity.endswith("m") else float(quantity)
-
-
-def memory(quantity):
-    number, unit = re.fullmatch(r"(\d+)([MG]i)", quantity).groups()
-    return int(number) * {"Mi": 2**20, "Gi": 2**30}[unit]
+FLAG = re.compile(r"kubernetes\.podspec-[a-z-]+")
 
 
 # One reference
 
 
-def test_the_job_downloads_what_the_predictor_looks_for(overlay):
+def test_the_download_fetches_what_the_predictor_looks_for(deployment):
     # Kubernetes expands $(NAME) in args from the container's environment.
-    source, _ = overlay.download["args"]
-    assert source == "$(MODEL_REFERENCE)"
-    reference = overlay.environment(overlay.download)["MODEL_REFERENCE"]
-    assert overlay.environment(overlay.predictor)["MODEL_REFERENCE"] == reference
-    assert sum(reference in config["data"].values() for config in overlay.all("ConfigMap")) == 1
-
-
-def test_an_overlay_pins_its_model_to_a_commit(overlay):
-    reference = overlay.environment(overlay.download)["MODEL_REFERENCE"]
-    assert re.fullmatch(r"hf://[\w.-]+/[\w.-]+:[0-9a-f]{40}", reference)
+    assert deployment.download["args"] == ["$(MODEL_REFERENCE)", "/mnt/models"]
+    reference = deployment.environment(deployment.download).get("MODEL_REFERENCE")
+    assert deployment.settings.get("MODEL_REFERENCE") == reference
+    assert sum(reference in config["data"].values() for config in deployment.all("ConfigMap")) == bool(reference)
 
 
 def test_base_knows_no_model(render, tree):
@@ -58,16 +26,15 @@ def test_base_knows_no_model(render, tree):
     assert "MODEL_REFERENCE" not in base.environment(base.download)
 
 
-def test_a_changed_reference_is_a_new_job_and_a_new_revision(render, render_with, tree):
-    prod, changed = render(tree.prod), render_with(tree.prod, reference="hf://owner/other")
-    assert changed.environment(changed.predictor)["MODEL_REFERENCE"] == "hf://owner/other"
-    assert changed.one("Job")["metadata"]["name"] != prod.one("Job")["metadata"]["name"]
-    assert changed.service != prod.service
+def test_a_changed_reference_is_a_new_job_and_a_new_revision(overlay, render_with):
+    changed = render_with(overlay.path, reference="hf://owner/other")
+    assert changed.settings["MODEL_REFERENCE"] == "hf://owner/other"
+    assert changed.one("Job")["metadata"]["name"] != overlay.one("Job")["metadata"]["name"]
+    assert changed.predictor != overlay.predictor
 
 
-def test_a_changed_image_is_a_new_job(render, render_with, tree):
-    bare = render_with(tree.base)
-    replaced = render(tree.images)
+def test_a_changed_image_is_a_new_job(render_with, tree):
+    bare, replaced = render_with(tree.base), render_with(tree.base, tree.images)
     assert replaced.environment(replaced.download)["DOWNLOAD_IMAGE"] == replaced.download["image"]
     assert bare.one("Job")["metadata"]["name"] != replaced.one("Job")["metadata"]["name"]
 
@@ -75,156 +42,138 @@ def test_a_changed_image_is_a_new_job(render, render_with, tree):
 def test_a_changed_setting_of_the_predictor_is_a_new_revision_but_no_new_job(render_with, tree):
     quiet, chatty = (render_with(tree.dev, LOG_LEVEL=level) for level in ("ERROR", "DEBUG"))
     assert quiet.one("Job") == chatty.one("Job")
-    assert quiet.service != chatty.service
+    assert quiet.predictor != chatty.predictor
+
+
+def test_jobs_of_one_name_have_one_template(render, tree):
+    # A Job's template is immutable: whatever changes it must change the name as well.
+    jobs = [render(folder).all("Job") for folder in (*tree.overlays, *tree.components)]
+    for one, other in itertools.combinations(itertools.chain(*jobs), 2):
+        if one["metadata"]["name"] == other["metadata"]["name"]:
+            assert one["spec"] == other["spec"]
 
 
 def test_the_job_is_named_like_the_configuration_that_it_reads(deployment):
-    job = deployment.one("Job")["metadata"]["name"]
-    assert deployment.download["envFrom"] == [{"configMapRef": {"name": job}}]
-    assert re.fullmatch(r"model-download-[a-z0-9]{10}", job)
+    for job in deployment.all("Job"):
+        name = job["metadata"]["name"]
+        assert deployment.download["envFrom"] == [{"configMapRef": {"name": name}}]
+        assert re.fullmatch(r"model-download-[a-z0-9]{10}", name)
 
 
 # Both programs accept what they are told
 
 
-def test_the_predictor_accepts_its_arguments_and_environment(overlay, monkeypatch):
-    environment = overlay.environment(overlay.predictor)
-    monkeypatch.setattr("os.environ", environment)
-    told = predictor_settings.read(overlay.predictor["args"])
-    assert told.model_name == overlay.one("InferenceService")["metadata"]["name"]
-    assert told.model_reference == environment["MODEL_REFERENCE"]
+def test_the_predictor_accepts_its_arguments_and_environment(deployment, monkeypatch):
+    monkeypatch.setattr("os.environ", deployment.settings)
+    told = predictor_settings.read(deployment.server["args"])
+    assert told.model_name == deployment.name
+    assert told.model_reference == deployment.settings.get("MODEL_REFERENCE")
     assert str(told.model_dir) == "/mnt/models"
-    [port] = overlay.predictor["ports"]
-    assert told.http_port == port["containerPort"]
+    assert told.http_port == deployment.server["ports"][0]["containerPort"]
 
 
-def test_the_storage_initializer_accepts_its_arguments_and_environment(overlay, monkeypatch):
-    environment = overlay.environment(overlay.download)
+def test_the_storage_initializer_accepts_its_arguments_and_environment(deployment, monkeypatch):
+    environment = {"MODEL_REFERENCE": "hf://owner/model", **deployment.environment(deployment.download)}
     monkeypatch.setattr("os.environ", environment)
-    words = [word.replace("$(MODEL_REFERENCE)", environment["MODEL_REFERENCE"]) for word in overlay.download["args"]]
-    command_line, _ = initializer_settings.read(words)
-    assert command_line.pairs == ((environment["MODEL_REFERENCE"], Path("/mnt/models")),)
+    words = [word.replace("$(MODEL_REFERENCE)", environment["MODEL_REFERENCE"]) for word in deployment.download["args"]]
+    command_line, told = initializer_settings.read(words)
+    assert [source for source, _ in command_line.pairs] == [environment["MODEL_REFERENCE"]]
+    assert told.hf_endpoint == environment["HF_ENDPOINT"]
 
 
 # Time
 
 
-def test_probes_ask_the_model_itself_on_the_port_of_the_server(deployment):
-    container = deployment.predictor
-    ready = {"path": "/v2/models/{{.Name}}/ready", "port": container["ports"][0]["containerPort"]}
-    assert container["startupProbe"]["httpGet"] == container["readinessProbe"]["httpGet"] == ready
-    assert container["livenessProbe"]["httpGet"] == {**ready, "path": "/v2/health/live"}
+def test_times_fit_into_each_other(deployment):
+    assert [str(finding) for finding in times.check(deployment)] == []
 
 
-def test_waiting_and_loading_fit_into_the_startup_probe_and_that_into_the_progress_deadline(deployment):
-    wait = int(deployment.environment(deployment.predictor | {"env": []})["PREDICTOR_SNAPSHOT_WAIT_SECONDS"])
-    probe = deployment.predictor["startupProbe"]
-    annotations = deployment.one("InferenceService")["metadata"]["annotations"]
-    deadline = seconds(annotations["serving.knative.dev/progress-deadline"])
-    # The first caller is held for `timeout` at most, so loading may not take longer.
-    assert wait + deployment.service["timeout"] <= probe["periodSeconds"] * probe["failureThreshold"] <= deadline
+def test_the_readme_writes_down_every_inequality_that_preflight_checks(tree):
+    readme = (tree.kustomize / "README.md").read_text()
+    for line in re.findall(r"^    (\S.*(?:<=|<|=).*?)\s{2,}", times.__doc__, re.MULTILINE):
+        assert f"`{line}`" in readme, line
 
 
-def test_requests_end_before_the_pod_is_killed_and_within_the_cap_of_knative(overlay):
-    grace = int(overlay.environment(overlay.predictor)["PREDICTOR_SHUTDOWN_GRACE_SECONDS"])
-    # Knative makes the timeout the pod's terminationGracePeriodSeconds.
-    assert grace <= overlay.service["timeout"] <= KNATIVE_MAX_TIMEOUT_SECONDS
+def test_probes_ask_the_model_itself(deployment):
+    ready = {"path": f"/v2/models/{deployment.name}/ready", "port": 8080}
+    assert deployment.server["startupProbe"]["httpGet"] == deployment.server["readinessProbe"]["httpGet"] == ready
+    assert deployment.server["livenessProbe"]["httpGet"] == {**ready, "path": "/v2/health/live"}
 
 
-def test_the_cold_start_budget_of_prod_fits_into_the_timeout(render, tree):
-    readme = (tree.root / tree.prod / "README.md").read_text()
-    [budget] = re.findall(r"^\| \*\*Sum\*\* \| (\d+) \|$", readme, re.MULTILINE)
-    assert int(budget) <= render(tree.prod).service["timeout"]
-
-
-# Scaling
-
-
-def test_the_mode_is_said_and_the_service_scales_to_zero(deployment):
-    assert (
-        deployment.one("InferenceService")["metadata"]["annotations"]["serving.kserve.io/deploymentMode"] == "Knative"
-    )
-    assert deployment.service["minReplicas"] == 0
-    assert deployment.service["maxReplicas"] >= 1
-
-
-def test_a_replica_is_sent_as_many_requests_as_its_batch_holds(overlay):
-    batch = int(overlay.environment(overlay.predictor)["PREDICTOR_MAX_RUNNING"])
-    assert overlay.service["scaleTarget"] == overlay.service["containerConcurrency"] == batch
-    assert overlay.service["scaleMetric"] == "concurrency"
-
-
-def test_a_volume_of_one_node_has_one_replica(deployment):
-    [mode] = deployment.one("PersistentVolumeClaim")["spec"]["accessModes"]
-    assert mode == "ReadWriteMany" or deployment.service["maxReplicas"] == 1
+def test_the_ingress_lets_through_what_the_predictor_takes(render, tree):
+    ingress = render(tree.component("ingress"))
+    annotations = ingress.one("Ingress")["metadata"]["annotations"]
+    limit = annotations["nginx.ingress.kubernetes.io/proxy-body-size"]
+    assert int(limit.removesuffix("m")) * 2**20 == int(ingress.settings["PREDICTOR_MAX_REQUEST_BYTES"])
 
 
 # Resources
 
 
-def test_every_container_says_what_it_needs(deployment):
-    for container in (deployment.predictor, deployment.download):
-        requests, limits = container["resources"]["requests"], container["resources"]["limits"]
-        assert cores(requests["cpu"]) <= cores(limits["cpu"])
-        assert memory(requests["memory"]) <= memory(limits["memory"])
+def test_a_replica_is_sent_as_many_requests_as_its_batch_holds(deployment):
+    if deployment.is_knative:
+        batch = int(deployment.settings["PREDICTOR_MAX_RUNNING"])
+        assert deployment.predictor["scaleTarget"] == deployment.predictor["containerConcurrency"] == batch
+        assert deployment.predictor["scaleMetric"] == "concurrency"
 
 
-def test_torch_uses_as_many_threads_as_the_container_may(overlay):
-    threads = int(overlay.environment(overlay.predictor)["OMP_NUM_THREADS"])
-    assert threads == cores(overlay.predictor["resources"]["limits"]["cpu"])
+def test_the_model_of_an_overlay_fits_into_its_memory(overlay, tree):
+    path = tree.root / overlay.path / "model-config.json"
+    if path.exists():
+        assert list(capacity.check(overlay, capacity.read(path))) == []
+    else:
+        assert overlay.path.name == "prod-multi-gpu"
 
 
-def test_scratch_volumes_are_limited_and_shared_memory_leaves_room_for_the_model(deployment):
-    volumes = (
-        deployment.one("ServingRuntime")["spec"]["volumes"]
-        + deployment.one("Job")["spec"]["template"]["spec"]["volumes"]
-    )
-    sizes = {each["name"]: memory(each["emptyDir"]["sizeLimit"]) for each in volumes if "emptyDir" in each}
-    assert sizes["shm"] < memory(deployment.predictor["resources"]["limits"]["memory"]) / 2
+def test_scratch_volumes_are_limited(deployment):
+    for pod in deployment.pods:
+        assert all(each["emptyDir"]["sizeLimit"] for each in pod.spec["volumes"] if "emptyDir" in each)
 
 
-def test_a_gpu_comes_with_all_that_it_needs(deployment):
-    resources = deployment.predictor["resources"]
-    gpus = resources["limits"].get("nvidia.com/gpu")
-    assert resources["requests"].get("nvidia.com/gpu") == gpus
-    tolerated = "nvidia.com/gpu" in [each["key"] for each in deployment.service.get("tolerations", [])]
-    told = deployment.environment(deployment.predictor | {"env": []})["PREDICTOR_DEVICE"]
-    assert (tolerated, told) == ((True, "cuda") if gpus else (False, "auto"))
-
-
-def flags_needed(rendered):
-    fields = set(rendered.service) | set(rendered.one("ServingRuntime")["spec"])
-    return {flag for field, flag in FLAGS.items() if field in fields}
+# Knative's flags
 
 
 def test_base_and_dev_are_admitted_with_the_default_flags_of_knative(render, tree):
-    assert flags_needed(render(tree.base)) == flags_needed(render(tree.dev)) == set()
+    assert knative.flags(render(tree.base)) == knative.flags(render(tree.dev)) == set()
+
+
+def test_an_overlay_says_which_flags_of_knative_it_needs(overlay, tree):
+    readme = (tree.root / overlay.path / "README.md").read_text()
+    assert set(FLAG.findall(readme)) == knative.flags(overlay)
 
 
 def test_a_component_says_which_flags_of_knative_it_needs(component, tree):
-    readme = (tree.root / component.folder / "README.md").read_text()
-    assert set(re.findall(r"kubernetes\.podspec-[a-z-]+", readme)) == flags_needed(component)
+    readme = (tree.root / component.path / "README.md").read_text()
+    assert set(FLAG.findall(readme)) == knative.flags(component)
+
+
+def test_the_cluster_manifests_enable_every_flag_that_anything_needs_and_no_other(render, tree):
+    needed = set().union(*(knative.flags(render(folder)) for folder in (*tree.overlays, *tree.components)))
+    features = {each["metadata"]["name"]: each["data"] for each in render(tree.knative_config_map).all("ConfigMap")}
+    assert features["config-features"] == dict.fromkeys(needed, "enabled")
+    assert features["config-defaults"] == {"max-revision-timeout-seconds": str(knative.MAX_TIMEOUT_SECONDS)}
+
+
+def test_the_operator_is_told_the_same_as_the_config_maps(render, tree):
+    config = render(tree.knative_serving).one("KnativeServing")["spec"]["config"]
+    for name, settings in config.items():
+        assert render(tree.knative_config_map).find("ConfigMap", f"config-{name}")["data"] == settings
+    assert len(config) == len(render(tree.knative_config_map).objects)
 
 
 # The Job
 
 
-def test_the_job_retries_what_may_pass_and_gives_up_on_what_will_not(deployment):
-    job = deployment.one("Job")["spec"]
+def test_the_job_retries_what_may_pass_and_gives_up_on_what_will_not(render, tree):
+    dev = render(tree.dev)
+    job = dev.one("Job")["spec"]
     rules = {rule["action"]: rule for rule in job["podFailurePolicy"]["rules"]}
-    assert rules["FailJob"]["onExitCodes"] == {
-        "containerName": deployment.download["name"],
-        "operator": "In",
-        "values": [2],
-    }
+    assert rules["FailJob"]["onExitCodes"] == {"containerName": dev.download["name"], "operator": "In", "values": [2]}
     # The API server demands it of a Job with a podFailurePolicy.
     assert job["template"]["spec"]["restartPolicy"] == "Never"
     assert job["backoffLimit"] > 0
 
 
-def test_the_job_goes_away_after_it_is_done(deployment):
-    assert (
-        0
-        < deployment.one("Job")["spec"]["ttlSecondsAfterFinished"]
-        < deployment.one("Job")["spec"]["activeDeadlineSeconds"]
-    )
+def test_the_job_goes_away_after_it_is_done(render, tree):
+    job = render(tree.dev).one("Job")["spec"]
+    assert 0 < job["ttlSecondsAfterFinished"] < job["activeDeadlineSeconds"]

@@ -1,76 +1,83 @@
-"""Pod Security `restricted`, a read-only root, and no secret where none is needed."""
+"""Pod Security `restricted` is preflight's to check on every rendering; here is what this tree promises beyond it."""
 
 import re
 
-RESTRICTED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-"""What Pod Security `restricted` wants of each container; the rest may stand on the pod."""
-IDENTITY = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "seccompProfile": {"type": "RuntimeDefault"}}
-VOLUMES = {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected", "downwardAPI", "csi", "ephemeral"}
-"""The volume types that `restricted` allows."""
+from preflight import references, security
+
+VISIBLE = {"api-keys": {"predictor-api-keys"}}
+"""Components after which the predictor sees a Secret."""
+
+
+def test_no_pod_of_any_rendering_is_less_than_restricted(deployment):
+    for finding in security.check(deployment):
+        raise AssertionError(str(finding))
 
 
 def test_the_predictor_is_restricted_by_its_container_alone(deployment):
     # Knative refuses a pod's securityContext by default, and KServe's runtime has none.
-    assert "securityContext" not in deployment.service
-    context = deployment.predictor["securityContext"]
-    assert context == RESTRICTED | IDENTITY | {"readOnlyRootFilesystem": True}
+    assert "securityContext" not in deployment.predictor
+    assert deployment.server["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
-def test_the_job_is_restricted_and_writes_as_the_user_who_reads(deployment):
-    pod = deployment.one("Job")["spec"]["template"]["spec"]
-    assert deployment.download["securityContext"] == RESTRICTED | {"readOnlyRootFilesystem": True}
-    assert pod["securityContext"].items() >= IDENTITY.items()
-    assert pod["securityContext"]["fsGroup"] == deployment.predictor["securityContext"]["runAsGroup"]
+def test_only_the_component_for_it_makes_the_root_writable(deployment):
+    writable = deployment.path.name == "pod-security"
+    assert deployment.server["securityContext"]["readOnlyRootFilesystem"] is not writable
+    assert deployment.download["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_volumes_are_of_the_types_that_restricted_allows(deployment):
-    volumes = (
-        deployment.one("Job")["spec"]["template"]["spec"]["volumes"]
-        + deployment.one("ServingRuntime")["spec"]["volumes"]
-    )
-    assert {key for volume in volumes for key in volume} - {"name"} <= VOLUMES
+def test_the_job_writes_as_the_user_who_reads(deployment):
+    for job in deployment.jobs:
+        context, reader = job.spec["securityContext"], deployment.server["securityContext"]
+        assert (context["runAsUser"], context["fsGroup"]) == (reader["runAsUser"], reader["runAsGroup"])
 
 
-def test_what_the_programs_write_outside_the_claim_is_on_a_scratch_volume(deployment):
-    for container in (deployment.predictor, deployment.download):
-        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
-        environment = {variable["name"]: variable.get("value", "") for variable in container["env"]}
-        assert environment["HOME"] in mounts
-        assert environment["HF_HOME"].startswith(f"{environment['HOME']}/")
+def test_the_weights_are_read_only_for_whoever_serves_them(deployment):
+    # KServe mounts a pvc:// read-only unless this annotation says otherwise.
+    assert "storage.kserve.io/readonly" not in deployment.annotations
+    assert "/mnt/models" not in [mount["mountPath"] for mount in deployment.server["volumeMounts"]]
 
 
-def test_no_pod_gets_a_service_account_token_or_service_links(deployment):
-    for pod in (deployment.service, deployment.one("Job")["spec"]["template"]["spec"]):
-        assert pod["automountServiceAccountToken"] is False
-        assert pod["enableServiceLinks"] is False
+def test_no_pod_hears_of_the_services_of_its_namespace(deployment):
+    assert [pod.spec["enableServiceLinks"] for pod in deployment.pods] == [False] * len(deployment.pods)
 
 
-def test_the_predictor_gets_no_secret_and_never_asks_the_hub(deployment):
-    serving = repr([deployment.one("ServingRuntime"), deployment.one("InferenceService"), deployment.predictor])
-    assert "secret" not in serving.lower()
-    assert "TOKEN" not in serving
-    assert {"name": "HF_HUB_OFFLINE", "value": "1"} in deployment.predictor["env"]
+def test_the_predictor_sees_no_secret_but_that_of_its_own_keys(deployment):
+    serving = {**deployment.predictor_pod.spec, "initContainers": []}
+    named = set(re.findall(r"'secretName': '([^']+)'", repr(serving)))
+    assert "secretKeyRef" not in repr(serving)
+    assert "secretRef" not in repr(serving)
+    assert named == VISIBLE.get(deployment.path.name, set())
 
 
-def test_only_the_job_names_a_secret_and_the_readme_says_which(deployment, tree):
-    secrets = [source["secretKeyRef"] for each in deployment.download["env"] if (source := each.get("valueFrom"))]
-    assert secrets == [{"name": "hf-secret", "key": "HF_TOKEN", "optional": True}]
+def test_only_the_component_for_it_gives_the_download_a_token_that_must_be_there(deployment, render, tree):
+    needed = {each.name for each in references.secrets(deployment) if not each.optional}
+    assert ("hf-secret" in needed) == (deployment.path.name in ("hf-token", "prod-multi-gpu"))
+    [token] = [each for each in render(tree.component("hf-token")).download["env"] if each["name"] == "HF_TOKEN"]
+    assert token["valueFrom"] == {"secretKeyRef": {"name": "hf-secret", "key": "HF_TOKEN"}}
+
+
+def test_the_readme_says_how_to_make_the_secret_of_the_hub(tree):
     readme = (tree.kustomize / "README.md").read_text()
     assert "secret generic hf-secret" in readme
     assert "--from-literal=HF_TOKEN=" in readme
-    others = [each for each in deployment.objects if each["kind"] != "Job"]
-    assert not re.search(r"secretKeyRef|secretRef|secretName", repr(others))
 
 
-def test_nothing_secret_is_in_a_config_map_or_in_the_tree(deployment):
-    assert not deployment.all("Secret")
-    for config in deployment.all("ConfigMap"):
-        assert not [key for key in config["data"] if re.search("TOKEN|PASSWORD|SECRET|API_KEY", key)]
-        assert not [value for value in config["data"].values() if value.startswith("hf_")]
+def test_nothing_gets_out_of_the_predictor_and_only_names_and_https_out_of_the_job(render, tree):
+    policies = {each["metadata"]["name"]: each["spec"] for each in render(tree.prod).all("NetworkPolicy")}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    assert policies["predictor"]["policyTypes"] == ["Ingress"]
+    assert all(rule["from"] and rule["ports"] for rule in policies["predictor"]["ingress"])
+    assert "ingress" not in policies["model-download"]
+    ports = [port["port"] for rule in policies["model-download"]["egress"] for port in rule["ports"]]
+    assert set(ports) == {53, 443, 3128}
 
 
-def test_the_namespace_of_an_overlay_enforces_restricted_and_is_seen_by_kserve(overlay):
-    labels = overlay.one("Namespace")["metadata"]["labels"]
-    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
-    # KServe's webhook passes over namespaces with this label: the predictor would start without its volume.
-    assert "control-plane" not in labels
+def test_whoever_is_let_in_finds_an_open_port(render, tree):
+    prod = render(tree.prod)
+    [gateways, prometheus] = prod.find("NetworkPolicy", "predictor")["spec"]["ingress"]
+    [port] = [port["containerPort"] for port in prod.server["ports"]]
+    [endpoint] = prod.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert port in [each["port"] for each in gateways["ports"]]
+    assert port == endpoint["portNumber"]
+    assert port in [each["port"] for each in prometheus["ports"]]
+    assert prod.annotations["prometheus.io/port"] == str(port)

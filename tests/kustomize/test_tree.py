@@ -2,12 +2,23 @@
 
 import re
 
-import pytest
 import yaml
 
-from predictor.settings import ENV_PREFIX, Settings
-from storage_initializer.settings import PREFIX, known_variables
-
+HELM_VALUES = {
+    *("imagePullSecrets", "nameOverride", "fullnameOverride", "replicaCount", "logger.level", "resources"),
+    *("image.registry", "image.repository", "image.pullPolicy", "image.tag"),
+    *(f"modelDownloader.image.{key}" for key in ("registry", "repository", "pullPolicy", "tag")),
+    *("model.name", "model.path", "model.bitAndBytes.enabled", "pvc.name", "pvc.storageSize"),
+    *("secret.enabled", "secret.hfToken", "podLabels", "podAnnotations", "podSecurityContext", "securityContext"),
+    *(f"serviceAccount.{key}" for key in ("create", "automount", "annotations", "name")),
+    *(f"service.{key}" for key in ("type", "port", "name", "annotations")),
+    *(f"ingress.{key}" for key in ("enabled", "className", "annotations", "hosts", "tls")),
+    *("livenessProbe", "readinessProbe", "volumes", "volumeMounts", "nodeSelector", "tolerations", "affinity"),
+    *("autoscaling.enabled", "autoscaling.minReplicas", "autoscaling.maxReplicas"),
+    *("autoscaling.targetCPUUtilizationPercentage", "autoscaling.targetMemoryUtilizationPercentage"),
+    *("prometheus.enabled", "prometheus.path", "prometheus.port"),
+}
+"""Every value that the Helm chart which this replaces could be given."""
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 
 
@@ -15,7 +26,7 @@ def documents(path):
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
 
-def test_the_menu_names_every_overlay_and_component_and_nothing_else(tree):
+def test_the_menu_names_every_overlay_and_component_once_and_nothing_else(tree):
     menu = re.findall(r"^\| \[`([^`]+)`\]\(", (tree.kustomize / "README.md").read_text(), re.MULTILINE)
     folders = [tree.base, *tree.overlays, *tree.components]
     assert sorted(menu) == sorted(str(folder.relative_to("kustomize")) for folder in folders)
@@ -31,19 +42,23 @@ def test_every_folder_of_overlays_and_components_is_a_kustomization(tree):
 def test_manifests_list_every_object(tree):
     readme = (tree.manifests / "README.md").read_text()
     assert set(re.findall(r"^\| \[`([^`]+)`\]\(", readme, re.MULTILINE)) == {
-        str(path.relative_to(tree.manifests))
-        for path in tree.manifests.rglob("*.yaml")
-        if path.name != "kustomization.yaml"
+        str(path.relative_to(tree.manifests)) for path in objects(tree)
     }
 
 
+def objects(tree):
+    """The files of manifests that are not kustomize's own."""
+    return [
+        path for path in tree.manifests.rglob("*.yaml") if path.name not in ("kustomization.yaml", "image-fields.yaml")
+    ]
+
+
 def test_every_file_of_manifests_holds_one_object_and_is_a_resource_of_its_folder(tree):
-    for path in tree.manifests.rglob("*.yaml"):
-        if path.name != "kustomization.yaml":
-            [manifest] = documents(path)
-            assert {"apiVersion", "kind", "metadata"} <= set(manifest), path
-            [kustomization] = documents(path.with_name("kustomization.yaml"))
-            assert path.name in kustomization["resources"], path
+    for path in objects(tree):
+        [manifest] = documents(path)
+        assert {"apiVersion", "kind", "metadata"} <= set(manifest), path
+        [kustomization] = documents(path.with_name("kustomization.yaml"))
+        assert path.name in kustomization["resources"], path
 
 
 def test_kustomize_defines_no_object_but_the_namespaces_of_overlays(tree):
@@ -55,16 +70,26 @@ def test_kustomize_defines_no_object_but_the_namespaces_of_overlays(tree):
                 assert [manifest["kind"] for manifest in documents(path.parent / resource)] == ["Namespace"], resource
 
 
-def test_only_overlays_name_a_namespace(tree):
+def test_every_file_of_kustomize_is_used_by_its_kustomization(tree):
+    for path in tree.kustomize.rglob("*.yaml"):
+        if path.name != "kustomization.yaml":
+            assert path.name in path.with_name("kustomization.yaml").read_text(), path
+
+
+def test_only_overlays_and_what_is_for_the_cluster_name_a_namespace(tree):
     for path in [*tree.kustomize.rglob("*.yaml"), *tree.manifests.rglob("*.yaml")]:
-        if path.parent.relative_to(tree.root) not in tree.overlays:
+        if path.parent.relative_to(tree.root) not in tree.overlays and "cluster" not in path.parts:
             assert not re.search(r"^\s*namespace:", path.read_text(), re.MULTILINE), path
 
 
-def test_only_the_component_images_names_images_and_tags(tree):
-    for path in tree.kustomize.rglob("kustomization.yaml"):
+def test_names_and_tags_of_images_stand_in_one_component_and_for_the_cluster_the_same(tree):
+    said = {}
+    for path in [*tree.kustomize.rglob("kustomization.yaml"), *tree.manifests.rglob("kustomization.yaml")]:
         [kustomization] = documents(path)
-        assert ("images" in kustomization) == (path.parent.name == "images"), path
+        if "images" in kustomization:
+            said[path.parent.relative_to(tree.root)] = kustomization["images"]
+    assert set(said) == {tree.images, tree.storage_container}
+    assert all(image in said[tree.images] for image in said[tree.storage_container])
 
 
 def test_resources_are_local(tree):
@@ -74,10 +99,18 @@ def test_resources_are_local(tree):
             assert (path.parent / entry).exists(), f"{path}: {entry}"
 
 
+def test_images_come_last_in_an_overlay(tree):
+    for folder in tree.overlays:
+        [kustomization] = documents(tree.root / folder / "kustomization.yaml")
+        assert kustomization["components"][-1] == "../../components/images", folder
+
+
 def test_every_component_has_a_readme_in_four_parts(tree):
     for folder in tree.components:
-        parts = re.findall(r"^## (.+)$", (tree.root / folder / "README.md").read_text(), re.MULTILINE)
+        readme = (tree.root / folder / "README.md").read_text()
+        parts = re.findall(r"^## (.+)$", readme, re.MULTILINE)
         assert parts == ["Default", "What changes", "How to add", "Result"], folder
+        assert f"components:\n  - ../../components/{folder.name}\n" in readme, folder
 
 
 def test_every_overlay_has_a_readme_that_says_what_it_needs_what_it_costs_and_how_to_try_it(tree):
@@ -92,22 +125,22 @@ def test_links_lead_somewhere(tree):
             assert (path.parent / target).exists(), f"{path}: {target}"
 
 
-@pytest.mark.parametrize("name", ["predictor.env", "storage-initializer.env"])
-def test_every_setting_of_base_has_a_comment(tree, name):
-    lines = (tree.root / tree.base / name).read_text().splitlines()
-    for above, line in zip(["", *lines], lines, strict=False):
-        if line and not line.startswith("#"):
-            assert above.startswith("# "), f"{name}: {line}"
+def test_every_value_of_the_helm_chart_leads_to_a_file_that_has_the_key(tree):
+    readme = (tree.kustomize / "README.md").read_text()
+    rows = re.findall(r"^\| .+ \| \[`[^`]+`\]\(([^)]+)\): ([^;|]+)[;|]", readme, re.MULTILINE)
+    [table] = re.findall(r"^\| Helm value .*\n\|---\|---\|\n((?:\|.*\n)+)", readme, re.MULTILINE)
+    assert len(rows) == table.count("\n")
+    assert set(re.findall(r"`([\w.]+)`", re.sub(r"\| \[.*", "", table))) >= HELM_VALUES
+    for target, keys in rows:
+        text = (tree.kustomize / target).read_text()
+        for key in re.findall(r"`([^`]+)`", keys):
+            assert key in text, f"{target}: {key}"
 
 
-def test_every_key_of_an_env_file_is_a_setting(tree):
-    known = known_variables() | {f"{ENV_PREFIX}{field.upper()}" for field in Settings.model_fields}
-    for path in tree.kustomize.rglob("*.env"):
-        keys = {line.partition("=")[0] for line in path.read_text().splitlines() if line and not line.startswith("#")}
-        assert {key for key in keys if key.startswith((ENV_PREFIX, PREFIX))} <= known, path
-
-
-def test_the_cold_start_budget_of_prod_adds_up(tree):
+def test_the_cold_start_budget_of_prod_adds_up_and_fits_into_the_timeout(tree):
     readme = (tree.kustomize / "overlays/prod/README.md").read_text()
-    *steps, total = (int(seconds) for seconds in re.findall(r"^\|.*\| (\d+) \|$", readme, re.MULTILINE))
-    assert sum(steps) == total
+    steps = [int(seconds) for seconds in re.findall(r"^\|.*\| (\d+) \|$", readme, re.MULTILINE)]
+    [total] = [int(seconds) for seconds in re.findall(r"^\| \*\*Sum\*\* \| (\d+) \|$", readme, re.MULTILINE)]
+    assert sum(steps) - total == total
+    [service] = documents(tree.manifests / "serving/inference-service.yaml")
+    assert total <= service["spec"]["predictor"]["timeout"]

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import aclosing
 
 import pytest
 
@@ -28,6 +27,7 @@ def started(loaded: LoadedModel, kv_cache_tokens: int = 8192) -> Engine:
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=loaded.context_tokens,
         max_running=16,
+        max_waiting=48,
         max_batch_tokens=128,
         kv_cache_tokens=kv_cache_tokens,
     )
@@ -57,11 +57,11 @@ def prompt(loaded: LoadedModel, question: str) -> list[int]:
 async def tokens(engine: Engine, ids: list[int], sampling: SamplingParams) -> tuple[list[int], FinishReason | None]:
     generated: list[int] = []
     reason = None
-    async with aclosing(engine.generate(ids, sampling)) as steps:
-        async for step in steps:
-            assert reason is None, "nothing comes after a finish reason"
-            generated += step.token_ids
-            reason = step.finish_reason
+    [stream] = engine.submit([(ids, sampling)])
+    async for step in stream:
+        assert reason is None, "nothing comes after a finish reason"
+        generated += step.token_ids
+        reason = step.finish_reason
     return generated, reason
 
 
@@ -117,20 +117,23 @@ def test_sampling_above_zero_varies_and_top_k_of_one_does_not(engine: Engine, lo
     assert len(asyncio.run(several(SamplingParams(max_tokens=48, temperature=1e-30, top_p=1e-9, top_k=10**6)))) == 1
 
 
-def test_closing_the_iterator_frees_the_place(engine: Engine, loaded: LoadedModel) -> None:
-    manager = engine._manager
+def test_closing_a_stream_frees_the_place(engine: Engine, loaded: LoadedModel) -> None:
+    long = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
 
     async def begin_and_leave() -> None:
-        async with aclosing(engine.generate(prompt(loaded, "What is 17 + 25?"), GREEDY)) as steps:
-            async for _ in steps:
-                break
-        while manager.batch_processor.has_pending_requests():  # noqa: ASYNC110, there is no event for it
-            await asyncio.sleep(0.01)
+        [stream] = engine.submit([(prompt(loaded, "What is 17 + 25?"), long)])
+        await anext(stream)
+        assert engine.running == 1
+        assert engine.cache_usage > 0
+        before = engine.steps
+        stream.close()
+        while engine.running:  # noqa: ASYNC110, there is no event for it
+            await asyncio.sleep(0.001)
+        assert engine.steps - before <= 2
 
-    free = manager.batch_processor.cache.compute_free_capacity()
     asyncio.run(asyncio.wait_for(begin_and_leave(), timeout=30))
-    assert manager.batch_processor.cache.compute_free_capacity() == free
-    assert not manager.output_router.result_handlers
+    assert (engine.running, engine.waiting, engine.cache_usage) == (0, 0, 0.0)
+    assert not engine._manager.output_router.result_handlers
 
 
 def test_a_small_cache_limits_the_context_and_is_shared_out(loaded: LoadedModel) -> None:

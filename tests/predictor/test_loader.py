@@ -30,12 +30,21 @@ def test_reads_what_the_directory_says_of_itself(weights: Path) -> None:
     assert loaded.model.dtype == torch.float32
     assert loaded.context_tokens == 1024
     assert loaded.eos_token_ids == {loaded.tokenizer.convert_tokens_to_ids("<|end|>")}
-    assert loaded.defaults == SamplingParams(temperature=0.0, top_p=1.0, top_k=0)
+    assert loaded.defaults == SamplingParams(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 
 
 def test_takes_sampling_from_the_generation_config(weights: Path) -> None:
-    rewrite(weights, "generation_config.json", do_sample=True, temperature=0.7, top_p=0.8, top_k=20, max_new_tokens=64)
-    expected = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.8, top_k=20)
+    rewrite(
+        weights,
+        "generation_config.json",
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.8,
+        top_k=20,
+        max_new_tokens=64,
+        repetition_penalty=1.1,
+    )
+    expected = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
     assert load(weights).defaults == expected
 
 

@@ -55,7 +55,7 @@ def test_tells_counts_and_finish_reasons(client: httpx.Client) -> None:
 
 def test_describes_the_server(client: httpx.Client) -> None:
     described = client.get("/v2").json()
-    assert (described["name"], described["extensions"]) == ("kserve-llm", [])
+    assert (described["name"], "binary_tensor_data" in described["extensions"]) == ("kserve-llm", True)
 
 
 def test_describes_its_inputs_and_outputs(client: httpx.Client) -> None:
@@ -133,8 +133,10 @@ def test_one_bad_prompt_refuses_the_whole_request(client: httpx.Client) -> None:
     [
         ("GET", "/v2/models/other", 404, "There is no model 'other' here, only 'demo'."),
         ("POST", "/v2/models/other/infer", 404, "There is no model 'other' here, only 'demo'."),
-        ("GET", "/v3", 404, "GET /v3: Not Found."),
-        ("GET", INFER, 405, f"GET {INFER}: Method Not Allowed."),
+        ("GET", "/v3", 404, "GET /v3 is not served; ask /v2/models/NAME/infer"),
+        ("GET", INFER, 405, f"GET {INFER} is not served; use POST."),
+        ("POST", "/v2/models/demo/versions/2/infer", 404, "The model 'demo' has no version '2' here, only '1'."),
+        ("POST", "/v1/models/demo:explain", 404, "This model explains nothing; POST /v1/models/demo:predict instead."),
         ("POST", "/v2/repository/models/demo/unload", 403, "This server does not unload models on request"),
         ("POST", "/v2/repository/models/demo/load", 403, "This server does not load models on request"),
     ],
@@ -143,15 +145,3 @@ def test_errors_have_one_form(client: httpx.Client, method: str, path: str, stat
     response = client.request(method, path)
     assert response.status_code == status
     assert response.json()["error"].startswith(expected)
-
-
-def test_v1_says_where_to_ask(client: httpx.Client) -> None:
-    response = client.post("/v1/models/demo:predict", json={"instances": ["Hi"]})
-    assert response.status_code == 400
-    assert response.json() == {"error": "This route is not served; POST /v2/models/demo/infer instead."}
-
-
-def test_binary_tensors_are_refused_by_name(client: httpx.Client) -> None:
-    response = client.post(INFER, content=b"{}", headers={"Inference-Header-Content-Length": "2"})
-    assert response.status_code == 400
-    assert response.json()["error"].startswith("Binary tensors are not served")

@@ -3,10 +3,10 @@ from transformers import AutoTokenizer
 
 from demo.processes import ROOT
 from predictor.errors import InvalidRequest, PromptTooLong
-from predictor.generation import GenerationRequest, SamplingParams
-from predictor.tokenization import Detokenizer, Prompts
+from predictor.generation import Chat, GenerationRequest, SamplingParams, TokenLogprob
+from predictor.tokenization import Detokenizer, Prompts, TokenNames
 
-GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0)
+GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def tokenizer() -> AutoTokenizer:
 
 @pytest.fixture
 def prompts(tokenizer: AutoTokenizer) -> Prompts:
-    return Prompts(tokenizer, context_tokens=64, defaults=GREEDY, default_max_tokens=16)
+    return Prompts(tokenizer, context_tokens=64, vocabulary_tokens=300, defaults=GREEDY, default_max_tokens=16)
 
 
 def pieces(tokenizer: AutoTokenizer, text: str, stop: tuple[str, ...] = ()) -> list[str]:
@@ -33,24 +33,25 @@ def test_a_raw_prompt_begins_with_one_bos(prompts: Prompts, tokenizer: AutoToken
 
 
 def test_a_chat_goes_through_the_template_with_one_bos(prompts: Prompts, tokenizer: AutoTokenizer) -> None:
-    ids, _ = prompts.encode(GenerationRequest(({"role": "user", "content": "Hi"},)))
+    ids, _ = prompts.encode(GenerationRequest(Chat(({"role": "user", "content": "Hi"},))))
     assert tokenizer.decode(ids) == "<|begin|><|user|>Hi<|end|><|assistant|>"
 
 
 def test_says_what_the_template_refuses(prompts: Prompts) -> None:
     with pytest.raises(InvalidRequest, match="role must be system, user or assistant, not judge"):
-        prompts.encode(GenerationRequest(({"role": "judge", "content": "Hi"},)))
+        prompts.encode(GenerationRequest(Chat(({"role": "judge", "content": "Hi"},))))
 
 
 def test_refuses_a_chat_where_the_model_has_no_template(tokenizer: AutoTokenizer) -> None:
     class Bare:
         chat_template = None
+        all_special_ids = tokenizer.all_special_ids
         encode = tokenizer.encode
         decode = tokenizer.decode
         apply_chat_template = tokenizer.apply_chat_template
 
-    with pytest.raises(InvalidRequest, match="no chat template; send the whole prompt as text_input"):
-        Prompts(Bare(), 64, GREEDY, 16).encode(GenerationRequest(({"role": "user", "content": "Hi"},)))
+    with pytest.raises(InvalidRequest, match="no chat template; send the whole prompt as text instead"):
+        Prompts(Bare(), 64, 300, GREEDY, 16).encode(GenerationRequest(Chat(({"role": "user", "content": "Hi"},))))
 
 
 def test_rejects_a_prompt_longer_than_the_context(prompts: Prompts) -> None:
@@ -70,10 +71,12 @@ def test_rejects_more_tokens_than_there_is_room_for(prompts: Prompts) -> None:
 
 
 def test_fills_in_the_models_own_sampling(tokenizer: AutoTokenizer) -> None:
-    of_model = SamplingParams(max_tokens=40, temperature=0.7, top_p=0.8, top_k=20)
-    prompts = Prompts(tokenizer, 64, of_model, default_max_tokens=16)
+    of_model = SamplingParams(max_tokens=40, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
+    prompts = Prompts(tokenizer, 64, 300, of_model, default_max_tokens=16)
     _, sampling = prompts.encode(GenerationRequest("1", SamplingParams(temperature=0.0, stop=("x",))))
-    assert sampling == SamplingParams(max_tokens=40, temperature=0.0, top_p=0.8, top_k=20, stop=("x",))
+    assert sampling == SamplingParams(
+        max_tokens=40, temperature=0.0, top_p=0.8, top_k=20, repetition_penalty=1.1, stop=("x",)
+    )
 
 
 def test_the_default_number_of_tokens_is_cut_to_the_room(prompts: Prompts) -> None:
@@ -117,3 +120,53 @@ def test_the_earliest_stop_string_wins(tokenizer: AutoTokenizer) -> None:
 
 def test_text_held_back_comes_out_at_the_end(tokenizer: AutoTokenizer) -> None:
     assert "".join(pieces(tokenizer, "12", stop=("23",))) == "12"
+
+
+def test_takes_token_ids_as_they_are_and_echoes_their_text(prompts: Prompts, tokenizer: AutoTokenizer) -> None:
+    ids = tuple(tokenizer.encode("7+5=", add_special_tokens=False))
+    request = GenerationRequest(ids)
+    assert prompts.encode(request)[0] == list(ids)
+    assert prompts.text(request) == "7+5="
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (GenerationRequest((5, 300)), "The prompt has the token id 300, but this model's are 0 to 299"),
+        (GenerationRequest("1", SamplingParams(stop_token_ids=(301,))), "stop_token_ids has the token id 301"),
+        (GenerationRequest("1", SamplingParams(max_tokens=2, min_tokens=3)), "min_tokens is 3, more than max_tokens"),
+    ],
+)
+def test_refuses_what_the_model_cannot_do(prompts: Prompts, request_: GenerationRequest, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        prompts.encode(request_)
+
+
+def test_offers_tools_to_the_template(tokenizer: AutoTokenizer) -> None:
+    class Offering:
+        chat_template = "{% for tool in tools %}{{ tool.function.name }}{% endfor %}"
+        all_special_ids = tokenizer.all_special_ids
+        encode = tokenizer.encode
+        decode = tokenizer.decode
+
+        def apply_chat_template(self, conversation: list[object], **options: object) -> str:
+            return tokenizer.apply_chat_template(conversation, chat_template=self.chat_template, **options)
+
+    chat = Chat(({"role": "user", "content": "Hi"},), ({"type": "function", "function": {"name": "7+5="}},))
+    ids, _ = Prompts(Offering(), 64, 300, GREEDY, 16).encode(GenerationRequest(chat))
+    assert tokenizer.decode(ids) == "7+5="
+
+
+def test_stop_strings_wait_for_min_tokens(tokenizer: AutoTokenizer) -> None:
+    detokenizer = Detokenizer(tokenizer, ("7",), min_tokens=3)
+    ids = tokenizer.encode("7777", add_special_tokens=False)
+    assert [detokenizer.push([token]) for token in ids] == ["7", "7", "", ""]
+    assert detokenizer.stopped
+
+
+def test_names_tokens_and_their_rivals(tokenizer: AutoTokenizer) -> None:
+    [seven] = tokenizer.encode("7", add_special_tokens=False)
+    end = tokenizer.eos_token_id
+    token = TokenNames(tokenizer).name(TokenLogprob(end, -0.5, ((end, -0.5), (seven, -1.0))))
+    assert (token.text, token.special, token.logprob) == ("<|end|>", True, -0.5)
+    assert [(rival.text, rival.special) for rival in token.top] == [("<|end|>", True), ("7", False)]

@@ -5,7 +5,8 @@ import kserve
 import pytest
 
 from predictor.errors import InvalidRequest
-from predictor.generation import Completion, FinishReason, SamplingParams
+from predictor.fields import TIMEOUT_HEADER, timeout_seconds
+from predictor.generation import Chat, Completion, FinishReason, SamplingParams, Token
 from predictor.protocol import v2
 
 CHAT = '[{"role": "user", "content": "Hi"}]'
@@ -36,7 +37,7 @@ def test_takes_nested_and_flat_data(data: list[Any]) -> None:
 
 def test_decodes_chats() -> None:
     (request,) = decoded(body(name="messages", data=[CHAT]))
-    assert request.prompt == ({"role": "user", "content": "Hi"},)
+    assert request.prompt == Chat(({"role": "user", "content": "Hi"},))
 
 
 def test_takes_bytes_where_the_data_came_binary() -> None:
@@ -96,15 +97,18 @@ def test_an_inputs_own_parameters_come_first() -> None:
         (body(outputs={}), "outputs: input should be a valid list"),
         (body(id=7), "id: input should be a valid string"),
         (body(parameters=[]), "parameters: input should be a valid dictionary"),
-        (body(parameters={"max_token": 5}), "parameters.max_token: not known here; known are max_tokens, temperature"),
+        (body(parameters={"max_token": 5}), "parameters.max_token: not known here; known are frequency_penalty"),
         (body(parameters={"max_tokens": -1}), "parameters.max_tokens: input should be greater than or equal to 1"),
         (body(parameters={"max_tokens": 1.5}), "parameters.max_tokens: input should be a valid integer"),
         (body(parameters={"max_tokens": True}), "parameters.max_tokens: input should be a valid integer"),
         (body(parameters={"temperature": -0.1}), "parameters.temperature: input should be greater than or equal to 0"),
         (body(parameters={"temperature": "hot"}), "parameters.temperature: input should be a valid number"),
         (body(parameters={"temperature": float("nan")}), "parameters.temperature: input should be a finite number"),
-        (body(parameters={"top_p": 0}), "parameters.top_p: input should be greater than 0"),
-        (body(parameters={"top_k": -1}), "parameters.top_k: input should be greater than or equal to 0"),
+        (body(parameters={"top_p": 1.1}), "parameters.top_p: input should be less than or equal to 1"),
+        (body(parameters={"top_k": -2}), "parameters.top_k: input should be greater than or equal to -1"),
+        (body(parameters={"logprobs": 2}), "parameters.logprobs is given, but outputs does not select logprobs"),
+        (b"[" * 100_000, "The body is not JSON"),
+        (b'{"inputs": "\\ud800"}', "The body has half of a surrogate pair"),
         (body(parameters={"stop": ""}), "parameters.stop.0: string should have at least 1 character"),
         (body(parameters={"stop": 7}), "parameters.stop: input should be a valid list"),
         (body(parameters={"stop": ["a"] * 17}), "parameters.stop: value should have at most 16 items"),
@@ -140,7 +144,9 @@ COMPLETIONS = [
 
 def response(**fields: Any) -> dict[str, Any]:
     request = v2.parse(body(data=["a", "b"], **{"shape": [2]} | fields), "m")
-    return v2.serialize(v2.encode(request, COMPLETIONS))
+    content, header_length = v2.serialize(request, v2.encode(request, COMPLETIONS), None)
+    assert header_length is None
+    return json.loads(content)
 
 
 def test_answers_with_the_text_alone_unless_asked_for_more() -> None:
@@ -168,3 +174,80 @@ def test_keeps_the_shape_of_the_input() -> None:
 
 def test_makes_an_id_where_none_came() -> None:
     assert response()["id"] != response()["id"]
+
+
+def test_names_the_version_where_the_route_did() -> None:
+    request = v2.parse(body(), "m")
+    content, _ = v2.serialize(request, v2.encode(request, COMPLETIONS[:1]), "1")
+    assert json.loads(content)["model_version"] == "1"
+
+
+def test_gives_log_probabilities_as_json() -> None:
+    (request,) = decoded(body(outputs=[{"name": "logprobs"}], parameters={"logprobs": 1}))
+    assert request.sampling.logprobs == 1
+    (plain,) = decoded(body(outputs=[{"name": "logprobs"}]))
+    assert plain.sampling.logprobs == 0
+    token = Token(7, "a", -0.5, top=(Token(7, "a", -0.5),))
+    parsed = v2.parse(body(outputs=[{"name": "logprobs"}]), "m")
+    completion = Completion("a", FinishReason.LENGTH, 1, 1, (token,))
+    [output] = json.loads(v2.serialize(parsed, v2.encode(parsed, [completion]), None)[0])["outputs"]
+    [[told]] = [json.loads(element) for element in output["data"]]
+    assert (told["id"], told["logprob"], told["top"][0]["text"]) == (7, -0.5, "a")
+
+
+def binary(elements: list[bytes], size: int | None = None, **fields: Any) -> tuple[bytes, str]:
+    """A body whose prompts follow the JSON, and its header."""
+    tail = b"".join(len(element).to_bytes(4, "little") + element for element in elements)
+    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [len(elements)]}
+    tensor["parameters"] = {"binary_data_size": len(tail) if size is None else size}
+    head = json.dumps({"inputs": [tensor], **fields}).encode()
+    return head + tail, str(len(head))
+
+
+def test_takes_binary_tensors() -> None:
+    raw, header_length = binary([b"a", "é".encode()], parameters={"max_tokens": 3})
+    requests = v2.decode(v2.parse(raw, "m", header_length))
+    assert [(request.prompt, request.sampling.max_tokens) for request in requests] == [("a", 3), ("é", 3)]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parameters": {"binary_data_output": True}},
+        {"outputs": [{"name": name, "parameters": {"binary_data": True}} for name in ("text_output", "prompt_tokens")]},
+    ],
+)
+def test_answers_with_binary_tensors(fields: dict[str, Any]) -> None:
+    fields = {"outputs": [{"name": "text_output"}, {"name": "prompt_tokens"}], **fields}
+    raw, given = binary([b"a", b"b"], **fields)
+    request = v2.parse(raw, "m", given)
+    v2.decode(request)
+    content, header_length = v2.serialize(request, v2.encode(request, COMPLETIONS), None)
+    outputs = json.loads(content[:header_length])["outputs"]
+    assert [output["parameters"]["binary_data_size"] for output in outputs] == [14, 16]
+    assert content[header_length:] == b"\3\0\0\0one\3\0\0\0two" + bytes([3, *[0] * 7, 4, *[0] * 7])
+
+
+@pytest.mark.parametrize(
+    ("raw", "header_length", "expected"),
+    [
+        (*binary([b"a"], size=99), "inputs.0.parameters.binary_data_size is 99, but only 5 bytes follow"),
+        (*binary([b"a"], size=3), "inputs.0 is not BYTES"),
+        (*binary([b"a"], size=0), "5 bytes follow the last tensor"),
+        (binary([b"a"])[0], "x", "The header inference-header-content-length is not a number"),
+        (binary([b"a"])[0], "9999", "The header inference-header-content-length is not a number"),
+        (*binary([bytes([255])]), "inputs.0.data.0 is not UTF-8"),
+        (*binary([b"a"], parameters={"binary_data_output": "yes"}), "parameters.binary_data_output: "),
+    ],
+)
+def test_says_what_is_wrong_with_binary_tensors(raw: bytes, header_length: str, expected: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{expected}"):
+        v2.decode(v2.parse(raw, "m", header_length))
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "soon"])
+def test_a_timeout_is_a_positive_number(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="x-request-timeout-seconds is not a positive number"):
+        timeout_seconds({TIMEOUT_HEADER: text})
+    assert timeout_seconds({TIMEOUT_HEADER: "1.5"}) == 1.5
+    assert timeout_seconds({}) is None

@@ -1,0 +1,204 @@
+"""Steps of token ids become pieces of text: stop strings, log probabilities, several sequences as one answer.
+
+Between the engine, which knows no text, and the protocols, which know no sequences.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from predictor.engine import Engine, Stream
+from predictor.errors import DeadlineExceeded, GenerationFailed
+from predictor.generation import Completion, FinishReason, GenerationRequest, Piece, SamplingParams, Token
+from predictor.tokenization import Detokenizer, Prompts, TokenNames
+
+CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
+"""How a sequence may end, beside the finish reasons: its reader left, its time was over, the engine failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a sequence."""
+
+    outcome: str
+    """A finish reason, CANCELLED, DEADLINE or FAILED."""
+    prompt_tokens: int
+    completion_tokens: int
+    queue_seconds: float | None
+    first_token_seconds: float | None
+
+
+class Answer:
+    """The completions of one request of a client, being made. Read `pieces` or `complete`, once; `close` always."""
+
+    def __init__(self, sequences: Sequence["_Sequence"]) -> None:
+        self._sequences = sequences
+
+    async def pieces(self) -> AsyncGenerator[Piece]:
+        """All sequences' pieces as they come; the first failure ends them all.
+
+        Raises:
+            RequestError: the engine failed, or the time is over.
+        """
+        news: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+
+        async def read(index: int, sequence: _Sequence) -> None:
+            try:
+                async for piece in sequence.pieces(index):
+                    news.put_nowait(piece)
+            except Exception as error:  # noqa: BLE001, whoever reads the pieces raises it
+                news.put_nowait(error)
+
+        tasks = [asyncio.create_task(read(index, sequence)) for index, sequence in enumerate(self._sequences)]
+        unfinished = len(tasks)
+        try:
+            while unfinished:
+                piece = await news.get()
+                if isinstance(piece, Exception):
+                    raise piece
+                unfinished -= piece.finish_reason is not None
+                yield piece
+        finally:
+            for task in tasks:
+                task.cancel()
+            self.close()
+
+    async def complete(self) -> list[Completion]:
+        """All completions, in order.
+
+        Raises:
+            RequestError: the engine failed; or the time is over, with the text so far.
+        """
+        said: list[list[Piece]] = [[] for _ in self._sequences]
+        try:
+            async for piece in self.pieces():
+                said[piece.index].append(piece)
+        except DeadlineExceeded as error:
+            texts = ("".join(piece.text for piece in pieces) for pieces in said)
+            raise DeadlineExceeded(str(error), tuple(texts)) from error
+        return [_joined(pieces) for pieces in said]
+
+    def close(self) -> None:
+        """Free the places of all sequences that have not ended. Harmless when they have."""
+        for sequence in self._sequences:
+            sequence.close()
+
+
+def begin(
+    requests: Sequence[GenerationRequest],
+    prompts: Prompts,
+    engine: Engine,
+    deadline: float,
+    on_end: Callable[["Ended"], None],
+) -> Answer:
+    """Begin to answer requests, `n` sequences for each; all of them or none.
+
+    Args:
+        requests: at least one.
+        prompts: of the model.
+        engine: started.
+        deadline: by `time.monotonic()`.
+        on_end: told of each sequence, once, when it has ended in whatever way.
+
+    Raises:
+        RequestError: a request is wrong, or there is no room.
+    """
+    names = TokenNames(prompts.tokenizer)
+    prepared: list[tuple[list[int], SamplingParams, str]] = []
+    for request in requests:
+        ids, sampling = prompts.encode(request)
+        echo = prompts.text(request) if request.echo else ""
+        seed = sampling.seed
+        prepared += [
+            (ids, sampling if seed is None else replace(sampling, seed=seed + copy), echo) for copy in range(request.n)
+        ]
+    streams = engine.submit([(ids, sampling) for ids, sampling, _ in prepared], deadline)
+    return Answer(
+        [
+            _Sequence(
+                stream,
+                Detokenizer(prompts.tokenizer, sampling.stop, sampling.min_tokens),
+                names,
+                len(ids),
+                echo,
+                on_end,
+            )
+            for stream, (ids, sampling, echo) in zip(streams, prepared, strict=True)
+        ]
+    )
+
+
+class _Sequence:
+    """One completion in the making."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        detokenizer: Detokenizer,
+        names: TokenNames,
+        prompt_tokens: int,
+        echo: str,
+        on_end: Callable[[Ended], None],
+    ) -> None:
+        self._stream = stream
+        self._detokenizer = detokenizer
+        self._names = names
+        self._prompt_tokens = prompt_tokens
+        self._echo = echo
+        self._on_end: Callable[[Ended], None] | None = on_end
+        self._generated = 0
+        self._outcome = CANCELLED
+
+    async def pieces(self, index: int) -> AsyncGenerator[Piece]:
+        """The pieces, up to the one with a finish reason."""
+        if self._echo:
+            yield Piece(index, self._echo, self._prompt_tokens, 0)
+        try:
+            async for step in self._stream:
+                text, tokens, finish_reason = "", [], step.finish_reason
+                for position, token_id in enumerate(step.token_ids):
+                    last = finish_reason is not None and position == len(step.token_ids) - 1
+                    self._generated += 1
+                    tokens += [self._names.name(chosen) for chosen in step.logprobs[position : position + 1]]
+                    silent = last and finish_reason is not FinishReason.LENGTH
+                    text += self._detokenizer.push([] if silent else [token_id], last=last)
+                    if self._detokenizer.stopped:
+                        finish_reason = FinishReason.STOP_SEQUENCE
+                        break
+                if finish_reason is not None:
+                    self._outcome = finish_reason.value
+                    self.close()
+                yield Piece(index, text, self._prompt_tokens, self._generated, finish_reason, tuple(tokens))
+                if finish_reason is not None:
+                    return
+        except DeadlineExceeded:
+            self._outcome = DEADLINE
+            raise
+        except Exception:
+            self._outcome = FAILED
+            raise
+        raise GenerationFailed("The engine ended without saying why; the server's log says more.")
+
+    def close(self) -> None:
+        self._stream.close()
+        if self._on_end:
+            stream = self._stream
+            self._on_end(
+                Ended(
+                    self._outcome,
+                    self._prompt_tokens,
+                    self._generated,
+                    stream.queue_seconds,
+                    stream.first_token_seconds,
+                )
+            )
+            self._on_end = None
+
+
+def _joined(pieces: Sequence[Piece]) -> Completion:
+    last = pieces[-1]
+    if last.finish_reason is None:
+        raise GenerationFailed("The engine ended without saying why; the server's log says more.")
+    tokens: tuple[Token, ...] = tuple(token for piece in pieces for token in piece.tokens)
+    text = "".join(piece.text for piece in pieces)
+    return Completion(text, last.finish_reason, last.prompt_tokens, last.completion_tokens, tokens)

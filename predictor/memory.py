@@ -1,0 +1,96 @@
+"""How much memory this process may really use, and how many tokens of KV cache fit into it.
+
+A container's limit is not the host's memory: what the kernel would kill for is asked of the cgroup, version 2 or 1.
+Knows nothing of sequences or weights: those are loaded already when it is asked.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+_UNLIMITED_BYTES = 1 << 60
+"""Version 1 writes a number near 2**63 for no limit."""
+
+
+def available_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device without being killed or failing."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+    return min(int(psutil.virtual_memory().available), cgroup_available_bytes(Path("/")))
+
+
+def cgroup_available_bytes(root: Path) -> int:
+    """What the tightest of this process's cgroups still grants; a very large number where none has a limit.
+
+    Args:
+        root: of the file system, where /proc and /sys are.
+    """
+    left = [_UNLIMITED_BYTES]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, limit, usage, reclaimable = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            mount, limit = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
+            usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        # A container sees its own cgroup as the root of the mount, whatever the path says; parents limit too.
+        own = Path(path.lstrip("/"))
+        left += [_left_bytes(root / mount / part, limit, usage, reclaimable) for part in (own, *own.parents)]
+    return min(left)
+
+
+def kv_cache_tokens(model: Any, *, budget_bytes: int, max_batch_tokens: int, max_running: int) -> int:
+    """Tokens of KV cache for which a budget is enough, with all that the manager allocates beside it; may be negative.
+
+    Counted for each token of the cache: keys and values of all layers; the row that it takes in the dense attention
+    mask (one per step, all queries by all keys) and in the index; keys and values of one layer once more, gathered
+    and repeated for every query head. Counted once: logits in float32 and their copies in the sampler, and
+    activations of the largest step.
+
+    Args:
+        model: a transformers causal language model, on its device.
+        budget_bytes: for all of it.
+        max_batch_tokens: tokens computed in one step at most.
+        max_running: sequences in one batch at most.
+    """
+    config = model.config.get_text_config()
+    number_bytes = model.dtype.itemsize
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    keys_and_values = 2 * config.num_hidden_layers * kv_heads * head_dim * number_bytes
+    mask_and_index = max_batch_tokens * number_bytes + 8
+    gathered = 2 * heads * head_dim * number_bytes
+    logits = 3 * max_running * config.vocab_size * 4
+    widest = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
+    activations = max_batch_tokens * (4 * config.hidden_size + 3 * widest) * number_bytes
+    return int((budget_bytes - logits - activations) // (keys_and_values + mask_and_index + gathered))
+
+
+def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
+    limit_bytes = _number(folder / limit)
+    usage_bytes = _number(folder / usage)
+    if limit_bytes is None or usage_bytes is None or limit_bytes >= _UNLIMITED_BYTES:
+        return _UNLIMITED_BYTES
+    counters = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
+    return max(0, limit_bytes - usage_bytes + int(counters.get(reclaimable, 0)))
+
+
+def _number(file: Path) -> int | None:
+    """The number in a file; None where there is no file, or "max" in it."""
+    [text] = _lines(file) or [""]
+    return int(text) if text.isdigit() else None
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return file.read_text().splitlines()
+    except OSError:
+        return []

@@ -1,0 +1,91 @@
+"""The settings: known keys, one reference, pinned; and threads and devices that agree with the resources."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from preflight import quantities
+from preflight.deployment import Deployment, name_of
+from preflight.findings import Finding
+
+PREFIXES = ("PREDICTOR_", "STORAGE_INITIALIZER_")
+"""Keys that the programs refuse where they do not know them."""
+_KEY = re.compile(r"^#?([A-Z][A-Z0-9_]*)=", re.MULTILINE)
+_PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+[:@][0-9a-f]{40}")
+_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+([:@].+)?|file:///.+")
+
+
+def known_keys(base: Path) -> set[str]:
+    """Every key of base's *.env files, which hold all settings, those that are commented out included."""
+    return {key for path in base.glob("*.env") for key in _KEY.findall(path.read_text())}
+
+
+def check(deployment: Deployment, known: set[str]) -> Iterator[Finding]:
+    """Misspelt keys, a reference that is missing, moving or not the same everywhere, threads and devices.
+
+    Args:
+        deployment: what is rendered.
+        known: every key that is a setting; where it is empty, keys are not looked at.
+    """
+    for config in deployment.all("ConfigMap"):
+        for key in sorted(config.get("data") or {}):
+            if known and key.startswith(PREFIXES) and key not in known:
+                close = difflib.get_close_matches(key, known, n=1)
+                yield Finding(
+                    name_of(config),
+                    f"{key} is not a setting, and the program refuses to start",
+                    f"write {close[0]}" if close else "remove it",
+                )
+    yield from _reference(deployment)
+    yield from _threads_and_device(deployment)
+
+
+def _reference(deployment: Deployment) -> Iterator[Finding]:
+    reference = deployment.settings.get("MODEL_REFERENCE")
+    if not reference:
+        yield Finding(
+            deployment.where,
+            "the predictor is told no MODEL_REFERENCE",
+            "add it to the ConfigMap model-download with a configMapGenerator of `behavior: merge`",
+        )
+        return
+    if not _REFERENCE.fullmatch(reference):
+        yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "write hf://owner/model:<commit>")
+    elif reference.startswith("hf://") and not _PINNED.fullmatch(reference):
+        yield Finding(
+            deployment.where,
+            f"MODEL_REFERENCE {reference} is not pinned, so two replicas may serve different weights",
+            "pin a commit, hf://owner/model:<40 hex digits>",
+        )
+    fetched = {deployment.environment(container).get("MODEL_REFERENCE") for _, container in deployment.downloads}
+    if fetched != {reference}:
+        others = ", ".join(sorted(str(each) for each in fetched - {reference})) or "nothing"
+        yield Finding(
+            deployment.where,
+            f"the predictor looks for {reference} and {others} is downloaded",
+            "set MODEL_REFERENCE once, in the ConfigMap model-download",
+        )
+
+
+def _threads_and_device(deployment: Deployment) -> Iterator[Finding]:
+    settings, limits = deployment.settings, deployment.server.get("resources", {}).get("limits", {})
+    if "cpu" in limits:
+        threads, cores = settings.get("OMP_NUM_THREADS", "not set"), quantities.number(limits["cpu"])
+        if threads != f"{max(1, int(cores))}":
+            yield Finding(
+                deployment.where,
+                f"OMP_NUM_THREADS is {threads} and the CPU limit {cores:g}, so torch is throttled or idle",
+                "make them equal",
+                "warning",
+            )
+    gpus = [name for name in limits if name.startswith("nvidia.com/")]
+    device = settings.get("PREDICTOR_DEVICE", "auto")
+    if gpus and device != "cuda":
+        yield Finding(
+            deployment.where,
+            f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod that cannot use it serves from its CPU",
+            "set PREDICTOR_DEVICE=cuda",
+        )
+    if device == "cuda" and not gpus:
+        yield Finding(deployment.where, "PREDICTOR_DEVICE is cuda and no GPU is requested", "add component gpu")

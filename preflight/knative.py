@@ -1,0 +1,148 @@
+"""What Knative admits: the flags that a pod needs, and what no flag allows.
+
+From Knative Serving 1.21's fieldmask.go, k8s_validation.go, revision_validation.go and annotation_validation.go. The
+rules are for what KServe writes into the Knative service; what its pod webhook adds afterwards (the claim of a
+`storageUri: pvc://…`) does not pass them.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from preflight import quantities
+from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod
+from preflight.findings import Clauses, Finding
+
+FLAGS = {
+    "nodeSelector": "kubernetes.podspec-nodeselector",
+    "tolerations": "kubernetes.podspec-tolerations",
+    "affinity": "kubernetes.podspec-affinity",
+    "topologySpreadConstraints": "kubernetes.podspec-topologyspreadconstraints",
+    "securityContext": "kubernetes.podspec-securitycontext",
+    "initContainers": "kubernetes.podspec-init-containers",
+    "runtimeClassName": "kubernetes.podspec-runtimeclassname",
+    "priorityClassName": "kubernetes.podspec-priorityclassname",
+    "schedulerName": "kubernetes.podspec-schedulername",
+    "dnsPolicy": "kubernetes.podspec-dnspolicy",
+    "dnsConfig": "kubernetes.podspec-dnsconfig",
+    "hostAliases": "kubernetes.podspec-hostaliases",
+}
+"""Fields of a pod that a flag must allow; all are off by default."""
+CLAIM = "kubernetes.podspec-persistent-volume-claim"
+CLAIM_WRITE = "kubernetes.podspec-persistent-volume-write"
+FIELD_REFERENCE = "kubernetes.podspec-fieldref"
+VOLUME_FLAGS = {
+    "hostPath": "kubernetes.podspec-volumes-hostpath",
+    "csi": "kubernetes.podspec-volumes-csi",
+    "ephemeral": "kubernetes.podspec-volumes-ephemeral",
+    "image": "kubernetes.podspec-volumes-image",
+}
+FORBIDDEN_POD = ("terminationGracePeriodSeconds", "restartPolicy", "nodeName", "resourceClaims")
+FORBIDDEN_CONTAINER = ("lifecycle", "stdin", "stdinOnce", "tty")
+RESERVED = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
+MAX_TIMEOUT_SECONDS = 600
+"""max-revision-timeout-seconds of config-defaults, unless an administrator raised it."""
+AUTOSCALING = "autoscaling.knative.dev/"
+DURATIONS = {
+    "window": (6, 3600),
+    "scale-down-delay": (0, 3600),
+    "scale-to-zero-pod-retention-period": (0, 3600),
+}
+"""Annotations that are durations, and their bounds in seconds."""
+INTEGERS = {"initial-scale": (0, None), "target-utilization-percentage": (1, 100), "activation-scale": (2, None)}
+
+
+def flags(deployment: Deployment) -> set[str]:
+    """The feature flags that the cluster must have enabled for this deployment."""
+    if not deployment.is_knative:
+        return set()
+    pod = deployment.predictor_pod.spec
+    needed = {flag for field, flag in FLAGS.items() if pod.get(field)}
+    for volume in pod.get("volumes", []):
+        needed |= {flag for source, flag in VOLUME_FLAGS.items() if source in volume}
+        if claim := volume.get("persistentVolumeClaim"):
+            needed |= {CLAIM} if claim.get("readOnly") else {CLAIM, CLAIM_WRITE}
+    for uri in deployment.predictor.get("storageUris") or []:
+        needed |= {CLAIM, CLAIM_WRITE} if uri.get("uri", "").startswith("pvc://") else {FLAGS["initContainers"]}
+    sources = [
+        variable.get("valueFrom", {}) for c in deployment.predictor_pod.containers for variable in c.get("env", [])
+    ]
+    if any({"fieldRef", "resourceFieldRef"} & set(source) for source in sources):
+        needed.add(FIELD_REFERENCE)
+    return needed
+
+
+def check(deployment: Deployment) -> Iterator[Finding]:
+    """What Knative refuses whatever the flags; nothing in Standard mode."""
+    if not deployment.is_knative:
+        return
+    pod = deployment.predictor_pod
+    for problem, remedy in [*_pod(pod), *_containers(pod), *_annotations(deployment.annotations)]:
+        yield Finding(deployment.where, problem, remedy)
+
+
+def _pod(pod: Pod) -> Clauses:
+    for field in FORBIDDEN_POD:
+        if field in pod.spec:
+            yield f"{field} is set, which Knative never admits", "remove it, or use Standard mode"
+    if pod.spec.get("automountServiceAccountToken") is True:
+        yield "automountServiceAccountToken is true, which Knative never admits", "set it to false"
+    mounted = {mount["name"] for container in pod.containers for mount in container.get("volumeMounts", [])}
+    for volume in pod.spec.get("volumes", []):
+        if volume["name"] not in mounted:
+            yield f"volume {volume['name']} is not mounted, which Knative does not admit", "mount it or remove it"
+
+
+def _containers(pod: Pod) -> Clauses:
+    ports = [port for container in pod.spec["containers"] for port in container.get("ports", [])]
+    if len(ports) > 1:
+        yield f"{len(ports)} container ports are open, and Knative admits one", "keep that of HTTP"
+    for port in ports:
+        if port.get("name", "") not in ("", "http1", "h2c"):
+            yield f"the port is called {port['name']!r}, which Knative does not admit", "remove the name"
+    for container in pod.containers:
+        for field in FORBIDDEN_CONTAINER:
+            if field in container:
+                yield (
+                    f"container {container['name']} has {field}, which Knative never admits",
+                    "remove it, or use Standard mode",
+                )
+        reserved = RESERVED if container["name"] == KSERVE_CONTAINER else RESERVED[1:]
+        for variable in container.get("env", []):
+            if variable["name"] in reserved:
+                yield f"container {container['name']} sets {variable['name']}, which is Knative's", "use another name"
+        for mount in container.get("volumeMounts", []):
+            if "subPathExpr" in mount:
+                yield f"mount {mount['mountPath']} has subPathExpr, which Knative never admits", "use subPath"
+        if container.get("securityContext", {}).get("capabilities", {}).get("add"):
+            yield f"container {container['name']} adds capabilities, which Knative does not admit", "remove them"
+
+
+def _annotations(annotations: Manifest) -> Clauses:
+    for key in ("min-scale", "max-scale"):
+        if AUTOSCALING + key in annotations:
+            yield f"annotation {key} is dropped by KServe", "set minReplicas and maxReplicas"
+    for key, bounds in DURATIONS.items():
+        if (value := annotations.get(AUTOSCALING + key)) is not None:
+            yield from _duration(key, value, *bounds)
+    if (value := annotations.get("serving.knative.dev/progress-deadline")) is not None:
+        yield from _duration("progress-deadline", value, 0, None)
+    for key, (least, most) in INTEGERS.items():
+        value = annotations.get(AUTOSCALING + key)
+        if value is not None and not (value.isdigit() and least <= int(value) <= (most or int(value))):
+            yield f"annotation {key} is {value!r}", f"use a whole number from {least}" + (f" to {most}" if most else "")
+    kind = annotations.get(AUTOSCALING + "class", "kpa.autoscaling.knative.dev")
+    if kind not in ("kpa.autoscaling.knative.dev", "hpa.autoscaling.knative.dev"):
+        yield f"annotation class is {kind!r}, which Knative has not", "remove it"
+
+
+def _duration(key: str, value: Any, least: float, most: float | None) -> Clauses:
+    try:
+        seconds = quantities.seconds(value)
+    except ValueError:
+        yield f"annotation {key} is {value!r}, which is no duration", "write it as 90s, 13m or 1h"
+        return
+    if seconds % 1 or seconds < least or (most is not None and seconds > most):
+        yield (
+            f"annotation {key} is {value}, which Knative refuses",
+            f"use whole seconds, {least} or more" + (f" and {most} at most" if most is not None else ""),
+        )

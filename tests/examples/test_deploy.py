@@ -1,0 +1,172 @@
+"""examples/deploy.py against an API server and a predictor on loopback, which keep what they are sent."""
+
+import importlib.util
+import json
+import re
+import shutil
+import threading
+from collections import defaultdict
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+DEV = ROOT / "kustomize/overlays/dev"
+KINDS = {
+    "v1": [
+        ("Namespace", "namespaces", False),
+        ("ServiceAccount", "serviceaccounts", True),
+        ("ConfigMap", "configmaps", True),
+        ("PersistentVolumeClaim", "persistentvolumeclaims", True),
+    ],
+    "batch/v1": [("Job", "jobs", True)],
+    "serving.kserve.io/v1alpha1": [("ServingRuntime", "servingruntimes", True)],
+    "serving.kserve.io/v1beta1": [("InferenceService", "inferenceservices", True)],
+}
+SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/kserve-llm-dev/inferenceservices"
+HOST = "llm.kserve-llm-dev.example.com"
+READY = {"observedGeneration": 1, "url": f"http://{HOST}", "conditions": [{"type": "Ready", "status": "True"}]}
+
+
+def discovery(path):
+    """What an API server says of the kinds that it serves."""
+    groups = defaultdict(list)
+    for version in KINDS:
+        group, _, number = version.rpartition("/")
+        groups[group].append({"groupVersion": version, "version": number})
+    if path == "/version":
+        return {"major": "1", "minor": "33"}
+    if path == "/apis":
+        named = [
+            {"name": group, "versions": versions, "preferredVersion": versions[0]} for group, versions in groups.items()
+        ]
+        return {"kind": "APIGroupList", "groups": [each for each in named if each["name"]]}
+    version = path.removeprefix("/apis/").removeprefix("/api/")
+    kinds = [
+        {"kind": k, "name": plural, "namespaced": n, "verbs": ["patch"]} for k, plural, n in KINDS.get(version, [])
+    ]
+    return {"kind": "APIResourceList", "groupVersion": version, "resources": kinds} if kinds else None
+
+
+class Loopback(ThreadingHTTPServer):
+    """An API server that stores InferenceServices, and the gateway in front of the predictor."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answering)
+        self.services, self.requests = {}, []
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class Answering(BaseHTTPRequestHandler):
+    def answer(self):
+        path = self.path.partition("?")[0]
+        size = int(self.headers.get("Content-Length") or 0)
+        body = yaml.safe_load(self.rfile.read(size)) if size else None
+        self.server.requests.append((self.command, path, self.headers, body))
+        said = self.say(path, body)
+        text = json.dumps({"kind": "Status", "code": 404} if said is None else said).encode()
+        self.send_response(404 if said is None else 201 if path == SERVICES and body else 200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def say(self, path, body):
+        services = self.server.services
+        if path == "/v2/models/llm/infer":
+            return {
+                "model_name": "llm",
+                "outputs": [{"name": "text_output", "datatype": "BYTES", "shape": [1], "data": ["Paris"]}],
+            }
+        if path.startswith(SERVICES):
+            if self.command in ("POST", "PATCH"):
+                services["llm"] = {**body, "metadata": {**body["metadata"], "generation": 1}, "status": READY}
+            return (
+                {"items": list(services.values())} if (self.command, path) == ("GET", SERVICES) else services.get("llm")
+            )
+        return body if self.command == "PATCH" else discovery(path)
+
+    do_GET = do_POST = do_PATCH = answer  # noqa: N815 - names of the standard library
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def loopback(tmp_path, monkeypatch):
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    server = Loopback()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(
+        yaml.safe_dump(
+            {
+                "clusters": [{"name": "here", "cluster": {"server": server.url}}],
+                "users": [{"name": "me", "user": {}}],
+                "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+                "current-context": "here",
+            }
+        )
+    )
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
+    # Where the dynamic client keeps what it discovered.
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("deploy", ROOT / "examples/deploy.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(example, loopback):
+    arguments = [str(DEV), "The capital of France is", "--gateway", loopback.url, "--context", "here", "--wait", "1"]
+    return lambda: example.main(arguments, polling_seconds=0.01)
+
+
+def test_applies_every_object_and_creates_the_service(run, loopback, example):
+    assert run() == 0
+    applied = [body for method, _, _, body in loopback.requests if method == "PATCH"]
+    [created] = [body for method, path, _, body in loopback.requests if (method, path) == ("POST", SERVICES)]
+    assert (*applied, created) == example.render(DEV).objects
+    types = {headers["Content-Type"] for method, _, headers, _ in loopback.requests if method == "PATCH"}
+    assert types == {"application/apply-patch+yaml"}
+
+
+def test_patches_a_service_that_is_there(run, loopback):
+    run()
+    loopback.requests.clear()
+    assert run() == 0
+    [headers] = [
+        headers for method, path, headers, _ in loopback.requests if path == f"{SERVICES}/llm" and method == "PATCH"
+    ]
+    assert headers["Content-Type"] == "application/merge-patch+json"
+    assert not [path for method, path, _, _ in loopback.requests if method == "POST" and path == SERVICES]
+
+
+def test_asks_over_v2_by_the_host_of_the_service(run, loopback, capsys):
+    run()
+    [(headers, body)] = [(headers, body) for _, path, headers, body in loopback.requests if path.startswith("/v2")]
+    assert headers["Host"] == HOST
+    assert body["inputs"][0]["data"] == ["The capital of France is"]
+    assert capsys.readouterr().out.splitlines()[-1] == "Paris"
+
+
+def test_says_that_an_overlay_does_not_render(example, tmp_path, capsys, loopback):
+    assert example.main([str(tmp_path), "x"]) == 2
+    assert re.match(r"deploy: .* does not render", capsys.readouterr().err)
+    assert not loopback.requests

@@ -1,0 +1,181 @@
+"""What each component does to base, and that those which may meet get along."""
+
+import itertools
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from preflight import knative
+
+
+@pytest.fixture(scope="session")
+def base(render_with, tree):
+    return render_with(tree.base, tree.images)
+
+
+@pytest.fixture
+def added(render, tree):
+    """Base with the component of that name."""
+    return lambda name: render(tree.component(name))
+
+
+def strangers(tree):
+    """Pairs of components that do not go together, by what their READMEs say."""
+    pairs = set()
+    for folder in tree.components:
+        said = re.findall(
+            r"^Not with: (.+?)\n\n", (tree.root / folder / "README.md").read_text(), re.MULTILINE | re.DOTALL
+        )
+        pairs |= {frozenset((folder.name, other)) for other in re.findall(r"`([a-z0-9-]+)`", "".join(said))}
+    return pairs
+
+
+def test_readmes_agree_on_who_does_not_go_together(tree):
+    names = {folder.name for folder in tree.components}
+    for pair in strangers(tree):
+        assert pair <= names, pair
+        for name, other in itertools.permutations(pair):
+            readme = (tree.kustomize / "components" / name / "README.md").read_text()
+            assert f"`{other}`" in readme.partition("Not with:")[2], f"{name} does not mention {other}"
+
+
+@pytest.mark.slow
+def test_every_pair_that_makes_sense_renders_and_passes_preflight(tree, render_with, look):
+    apart = strangers(tree)
+    pairs = [
+        (one, other)
+        for one, other in itertools.combinations([each for each in tree.components if each != tree.images], 2)
+        if frozenset((one.name, other.name)) not in apart
+    ]
+    assert len(pairs) > 100
+
+    def wrong(pair):
+        return [f"{pair}: {finding}" for finding in look(render_with(tree.base, *pair, tree.images))]
+
+    with ThreadPoolExecutor() as pool:
+        assert list(itertools.chain(*pool.map(wrong, pairs))) == []
+
+
+def test_gpu(added):
+    gpu = added("gpu")
+    assert (
+        gpu.server["resources"]["requests"]["nvidia.com/gpu"]
+        == gpu.server["resources"]["limits"]["nvidia.com/gpu"]
+        == "1"
+    )
+    assert {each["key"] for each in gpu.predictor["tolerations"]} == {"nvidia.com/gpu", "sku"}
+    assert gpu.settings["PREDICTOR_DEVICE"] == "cuda"
+
+
+def test_gpu_mig(added):
+    limits = added("gpu-mig").server["resources"]["limits"]
+    assert [name for name in limits if name.startswith("nvidia.com/")] == ["nvidia.com/mig-3g.40gb"]
+
+
+def test_scale_to_zero(added, base):
+    keys = {"window", "scale-to-zero-pod-retention-period", "initial-scale"}
+    annotations = added("scale-to-zero").annotations
+    assert {key for key in keys if f"autoscaling.knative.dev/{key}" in annotations} == keys
+    assert annotations != base.annotations
+
+
+def test_always_on(added):
+    always_on = added("always-on")
+    assert always_on.predictor["minReplicas"] == 1
+    assert "autoscaling.knative.dev/scale-to-zero-pod-retention-period" not in always_on.annotations
+
+
+@pytest.mark.parametrize("name", ["standard-mode", "autoscaling-hpa", "autoscaling-keda", "ingress"])
+def test_what_is_for_standard_mode_brings_it(added, name):
+    standard = added(name)
+    assert not standard.is_knative
+    assert standard.predictor["minReplicas"] == 1
+    assert not [key for key in standard.annotations if "knative" in key]
+    assert knative.flags(standard) == set()
+
+
+def test_autoscaling_hpa(added):
+    metrics = [each["resource"] for each in added("autoscaling-hpa").predictor["autoScaling"]["metrics"]]
+    assert {each["name"]: each["target"]["averageUtilization"] for each in metrics} == {"cpu": 80, "memory": 80}
+
+
+def test_autoscaling_keda_asks_for_less_than_a_batch(added):
+    keda = added("autoscaling-keda")
+    [metric] = keda.predictor["autoScaling"]["metrics"]
+    assert int(metric["external"]["target"]["value"]) < int(keda.settings["PREDICTOR_MAX_RUNNING"])
+    assert 'kserve_llm_num_requests_waiting{model_name="llm"}' in metric["external"]["metric"]["query"]
+
+
+def test_hf_token_is_a_new_job(added, base):
+    assert added("hf-token").one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]
+
+
+def test_init_container_downloads_instead_of_the_job(added, base):
+    init = added("init-container")
+    assert not init.all("Job")
+    [(pod, container)] = init.downloads
+    [(_, job)] = base.downloads
+    assert pod == init.predictor_pod
+    # KServe mounts nothing where this name is taken.
+    assert container["name"] != "storage-initializer"
+    for field in ("image", "args", "resources", "volumeMounts", "terminationMessagePolicy"):
+        assert container[field] == job[field], field
+    # Knative admits no security context of the pod, so the container says what the Job's pod says.
+    assert container["securityContext"] == base.server["securityContext"]
+
+
+def test_local_storage(added):
+    local = added("local-storage")
+    assert local.one("PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteOnce"]
+    assert local.predictor["maxReplicas"] == 1
+
+
+def test_offline_mirror_trusts_what_it_mounts(added):
+    mirror = added("offline-mirror")
+    told = mirror.environment(mirror.download)
+    assert told["HF_ENDPOINT"] != "https://huggingface.co"
+    [mount] = [each for each in mirror.download["volumeMounts"] if each["name"] == "ca"]
+    assert told["SSL_CERT_FILE"] == f"{mount['mountPath']}/ca.crt"
+
+
+def test_quantization_8bit(added):
+    assert added("quantization-8bit").settings["PREDICTOR_QUANTIZATION"] == "8bit"
+
+
+def test_api_keys_are_read_where_they_are_mounted(added):
+    keys = added("api-keys")
+    [mount] = [each for each in keys.server["volumeMounts"] if each["name"] == "api-keys"]
+    assert keys.settings["PREDICTOR_API_KEYS_FILE"] == f"{mount['mountPath']}/keys"
+    assert "subPath" not in mount
+
+
+def test_ingress_is_the_only_one(added):
+    ingress = added("ingress")
+    assert ingress.service["metadata"]["labels"]["networking.kserve.io/visibility"] == "cluster-local"
+    assert ingress.one("Ingress")["metadata"]["name"] != ingress.name
+
+
+def test_canary(added):
+    assert 0 < added("canary").predictor["canaryTrafficPercent"] < 100
+
+
+def test_stop(added):
+    assert added("stop").annotations["serving.kserve.io/stop"] == "true"
+
+
+def test_images_replaces_every_image_of_the_manifests(base):
+    images = [container["image"] for pod in base.pods for container in pod.containers]
+    assert all(re.fullmatch(r"[\w.-]+\.\w+/[\w./-]+:\d[\w.-]*", image) for image in images)
+    assert {each["imagePullPolicy"] for pod in base.pods for each in pod.containers} == {"IfNotPresent"}
+
+
+def test_the_cluster_storage_container_is_ours_for_pinned_references_with_an_at(render, tree):
+    spec = render(tree.storage_container).one("ClusterStorageContainer")["spec"]
+    [uri_format] = spec["supportedUriFormats"]
+    assert re.match(uri_format["regex"], f"hf://owner/model@{'a' * 40}")
+    assert not re.match(uri_format["regex"], f"hf://owner/model:{'a' * 40}")
+    # KServe gives the arguments, and finds the container by its name.
+    assert "args" not in spec["container"]
+    assert spec["container"]["name"] == "storage-initializer"
+    assert ":" in spec["container"]["image"]

@@ -1,0 +1,165 @@
+"""Overlays of the tree, rendered once, to make mistakes in; and a cluster on loopback to ask."""
+
+import copy
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from preflight import configuration, offline, rendering, schema
+from preflight.capacity import Model
+from preflight.deployment import Deployment, Manifest
+from preflight.findings import Finding
+from preflight.schema import Schemas
+
+ROOT = Path(__file__).resolve().parents[2]
+OVERLAYS = ROOT / "kustomize/overlays"
+
+
+class Draft:
+    """An overlay that a test may change before it is looked over."""
+
+    def __init__(self, rendered: Deployment) -> None:
+        self.objects = copy.deepcopy(list(rendered.objects))
+
+    def __getitem__(self, name: str) -> Manifest:
+        """The object of a kind, or of `Kind/name`, where the name may lack the hash of a generated one."""
+        kind, _, start = name.partition("/")
+        found = [each for each in self.objects if each["kind"] == kind and each["metadata"]["name"].startswith(start)]
+        assert found, name
+        return found[0]
+
+    @property
+    def annotations(self) -> dict[str, str]:
+        annotations: dict[str, str] = self["InferenceService"]["metadata"]["annotations"]
+        return annotations
+
+    @property
+    def predictor(self) -> Manifest:
+        predictor: Manifest = self["InferenceService"]["spec"]["predictor"]
+        return predictor
+
+    @property
+    def model(self) -> Manifest:
+        model: Manifest = self.predictor["model"]
+        return model
+
+    @property
+    def container(self) -> Manifest:
+        [container] = self["ServingRuntime"]["spec"]["containers"]
+        assert isinstance(container, dict)
+        return container
+
+    @property
+    def job(self) -> Manifest:
+        pod: Manifest = self["Job"]["spec"]["template"]["spec"]
+        return pod
+
+    @property
+    def settings(self) -> dict[str, str]:
+        data: dict[str, str] = self["ConfigMap/predictor-"]["data"]
+        return data
+
+    @property
+    def download(self) -> dict[str, str]:
+        data: dict[str, str] = self["ConfigMap/model-download-"]["data"]
+        return data
+
+    def look(self, schemas: Schemas | None = None, model: Model | None = None) -> list[Finding]:
+        """What preflight says; without schemas, custom kinds are taken as they are."""
+        found = offline.check(
+            Deployment(tuple(self.objects)),
+            schemas or Schemas(),
+            configuration.known_keys(ROOT / "kustomize/base"),
+            model,
+        )
+        return [finding for finding in found if "were not checked" not in finding.problem]
+
+
+@cache
+def _rendered(name: str) -> Deployment:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed")
+    return rendering.render(OVERLAYS / name)
+
+
+@pytest.fixture
+def rendered() -> Callable[[str], Deployment]:
+    """An overlay as it is."""
+    return _rendered
+
+
+@pytest.fixture
+def draft() -> Callable[[str], Draft]:
+    """An overlay to be changed."""
+    return lambda name: Draft(_rendered(name))
+
+
+@pytest.fixture(scope="session")
+def schemas() -> Schemas:
+    folder = os.environ.get("CRD_DIR")
+    if not folder:
+        pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, Prometheus' operator and KEDA")
+    return Schemas(schema.definitions_in(Path(folder)))
+
+
+@dataclass
+class FakeCluster:
+    """Answers like an API server: what is in `answers`, 403 for what is forbidden, 404 for the rest."""
+
+    answers: dict[str, Any] = field(default_factory=dict)
+    forbidden: set[str] = field(default_factory=set)
+    kubeconfig: Path = Path()
+
+    def config_map(self, name: str, data: dict[str, str], version: str = "1.21.1") -> None:
+        self.answers[f"/api/v1/namespaces/knative-serving/configmaps/{name}"] = {
+            "metadata": {"name": name, "labels": {"app.kubernetes.io/version": version}},
+            "data": data,
+        }
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
+    """A real HTTP server on loopback, and a kubeconfig whose context `here` leads to it."""
+    fake = FakeCluster(kubeconfig=tmp_path / "kubeconfig")
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            path = self.path.partition("?")[0]
+            status = 403 if path in fake.forbidden else 200 if path in fake.answers else 404
+            body = json.dumps(fake.answers[path] if status == 200 else {"kind": "Status", "code": status}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    kubeconfig = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
+        "users": [{"name": "me", "user": {}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+    }
+    fake.kubeconfig.write_text(yaml.safe_dump(kubeconfig))
+    # The client reads KUBECONFIG once, when it is imported.
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(fake.kubeconfig))
+    yield fake
+    server.shutdown()
+    server.server_close()
+    thread.join()
