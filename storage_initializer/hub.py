@@ -140,9 +140,10 @@ class Hub:
 
         unfinished = volume.partial(staging, file.path)
         with unfinished.open("ab") as into:
-            if into.tell() > file.size_bytes:
-                into.truncate(0)
             begun = into.tell()
+            if begun > file.size_bytes:
+                into.truncate(0)
+                begun = 0
             if begun < file.size_bytes:
                 headers = build_hf_headers(token=self._token) | {"Accept-Encoding": "identity"}
                 if begun:

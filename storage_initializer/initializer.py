@@ -216,7 +216,7 @@ class _Work:
         volume.discard(staging, [issue.path for issue in staged.issues])
         verified = {file.path: file for file in staged.files}
         missing = [file for file in chosen.files if file.path not in verified]
-        missing_bytes = sum(file.size_bytes - volume.partial_bytes(staging, file.path) for file in missing)
+        missing_bytes = sum(max(0, file.size_bytes - volume.partial_bytes(staging, file.path)) for file in missing)
         volume.require_space(place, missing_bytes)
         issues: list[verify.Issue] = []
 

@@ -96,9 +96,11 @@ class Archive(Directory):
             plan.guard(name, str(self._reference))
             if name in found:
                 raise RefusedSnapshot(f"{self._reference} holds {name} twice: make the archive anew")
-            size_bytes = content.seek(0, os.SEEK_END)
-            content.seek(0)
-            found[name] = File(name, size_bytes, hashlib.file_digest(content, "sha256").hexdigest())
+            size_bytes, sha256 = 0, hashlib.sha256()
+            for chunk in _chunks(self._reference, content):
+                size_bytes += len(chunk)
+                sha256.update(chunk)
+            found[name] = File(name, size_bytes, sha256.hexdigest())
         tops = {name.partition("/")[0] + "/" for name in found}
         if plan.CONFIG not in found and len(tops) == 1:
             self._top = tops.pop()

@@ -212,3 +212,21 @@ def test_tells_how_the_fetching_goes_in_lines(run: Run, hub: LocalHub, volume: P
     assert len(lines) > 1
     assert "(100 %)" in lines[-1]
     assert "\r" not in result.stderr
+
+
+def test_json_logs_are_objects_on_both_streams_and_the_last_line_a_sentence(
+    run: Run, hub: LocalHub, volume: Path
+) -> None:
+    env = {"STORAGE_INITIALIZER_LOG_FORMAT": "json"}
+    done = run("hf://demo/arithmetic", volume, env=env)
+    (summary,) = map(json.loads, done.stdout.splitlines())
+    assert summary["commit"] == hub.commit("demo/arithmetic")
+    assert (summary["files"], summary["fresh"]) == (4, True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {line["level"] for line in lines} == {"INFO"}
+    assert any("done_bytes" in line and line["done_bytes"] == line["total_bytes"] for line in lines)
+
+    failed = run("hf://demo/absent", volume, env=env)
+    *others, reason = failed.stderr.splitlines()
+    assert [json.loads(line)["level"] for line in others] == ["WARNING"] * len(others)
+    assert reason.startswith("hf://demo/absent:main at ")
