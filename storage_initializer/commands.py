@@ -7,7 +7,7 @@ import time
 
 from storage_initializer import inventory, record, verify, volume
 from storage_initializer.command_line import Collect, Command, List, Publish, Verify
-from storage_initializer.errors import DamagedSnapshot
+from storage_initializer.errors import DamagedSnapshot, NotFound
 from storage_initializer.initializer import Outcome, initialize
 from storage_initializer.inventory import Snapshot
 from storage_initializer.plan import readable
@@ -63,6 +63,8 @@ def _summary(outcome: Outcome, seconds: float) -> str:
 
 def _verify(command: Verify, settings: Settings) -> None:
     directory = command.directory
+    if not directory.is_dir():
+        raise NotFound(f"{directory} does not exist: give the directory of a published snapshot")
     with volume.explained(directory):
         published = record.read(directory)
         issues = verify.check(directory, published.files, fast=command.fast).issues

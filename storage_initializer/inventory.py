@@ -117,7 +117,7 @@ def _collect_leavings(command: Collect, stale_seconds: float) -> Iterator[Remova
     """Staging, leases and drafts of initializers that are dead."""
     left: dict[Place, list[Path]] = {}
     for folder in (volume.STAGING, volume.LOCKS):
-        with contextlib.suppress(FileNotFoundError), volume.explained(command.root):
+        with volume.explained(command.root), contextlib.suppress(FileNotFoundError):
             for path in sorted((command.root / folder).iterdir()):
                 if match := _KEY.match(path.name):
                     left.setdefault(Place(command.root, match["slug"], match["commit"]), []).append(path)

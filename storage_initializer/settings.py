@@ -4,6 +4,7 @@ Knows names, units and defaults; does nothing with them.
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -207,7 +208,7 @@ def limit_xet(settings: Settings) -> None:
         "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": buffer,
         "HF_XET_RECONSTRUCTION_MIN_PREFETCH_BUFFER": "8mb",
         "HF_XET_DATA_MAX_CONCURRENT_FILE_DOWNLOADS": str(settings.parallel_files),
-        "HF_XET_CLIENT_READ_TIMEOUT": f"{settings.stall_seconds:.0f}s",
+        "HF_XET_CLIENT_READ_TIMEOUT": f"{math.ceil(settings.stall_seconds)}s",
     }
 
 

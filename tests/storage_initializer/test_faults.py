@@ -211,6 +211,21 @@ def test_a_connection_that_only_trickles_is_made_anew(run: Run, hub: LocalHub, v
     assert problems(snapshot) == []
 
 
+def test_follows_to_a_content_network_and_keeps_the_token_from_it(
+    run: Run, hub: LocalHub, model: Path, volume: Path, snapshot: Path
+) -> None:
+    with LocalHub({"demo/arithmetic": model}) as network:
+        hub.fault = fault = Once(
+            "resolve", lambda _response: Response(302, {"Location": network.url + fault.asked[-1].path}), times=9
+        )
+        result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": "hf_s3cr3t"})
+    assert result.code == 0, result.stderr
+    assert problems(snapshot) == []
+    assert fault.asked[0].headers["authorization"] == "Bearer hf_s3cr3t"
+    assert [request.file for request in network.requests] == [WEIGHTS]
+    assert "authorization" not in network.requests[0].headers
+
+
 def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, hub: LocalHub, volume: Path) -> None:
     hub.fault = fault = Once("resolve", answer(404, X_Error_Code="EntryNotFound"))
     result = run("hf://demo/arithmetic", volume)

@@ -67,6 +67,9 @@ def test_verify_refuses_what_is_no_snapshot(run: Run, tmp_path: Path) -> None:
     result = run("verify", tmp_path)
     assert result.code == 2
     assert "no readable .snapshot.json" in result.reason
+    missing = run("verify", tmp_path / "missing")
+    assert missing.code == 2
+    assert "missing does not exist: give the directory of a published snapshot" in missing.reason
 
 
 def test_list_shows_size_age_refs_and_reference(run: Run, two: Volume) -> None:
@@ -86,6 +89,13 @@ def test_list_of_nothing(run: Run, tmp_path: Path) -> None:
     missing = run("list", tmp_path / "missing")
     assert missing.code == 2
     assert "does not exist: give the root of a volume" in missing.reason
+
+
+@pytest.mark.parametrize("flags", [(), ("--dry-run",)])
+def test_gc_of_nothing(run: Run, tmp_path: Path, flags: tuple[str, ...]) -> None:
+    result = run("gc", tmp_path, *flags)
+    assert result.code == 0, result.stderr
+    assert " 0 in all" in result.stdout
 
 
 def test_gc_keeps_the_latest_of_each_model(run: Run, two: Volume) -> None:

@@ -155,6 +155,28 @@ def test_takes_over_from_a_dead_holder_at_once_when_its_heartbeat_is_old(run: Ru
     assert list((volume / ".staging").iterdir()) == []
 
 
+def test_one_that_was_taken_for_dead_cannot_write_into_what_another_publishes(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    commit = hub.commit("demo/arithmetic")
+    unfinished = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}" / ".partial" / "model.safetensors"
+    unfinished.parent.mkdir(parents=True)
+    with unfinished.open("ab", buffering=0) as held_open:
+        held_open.write((model / "model.safetensors").read_bytes()[:5_000])
+
+        def write_on(request: Request, response: Response) -> Response:
+            if request.file == "model.safetensors":
+                held_open.write(b"of the one that lives on")
+            return response
+
+        hub.fault = write_on
+        result = run("hf://demo/arithmetic", volume)
+        held_open.write(b"and on")
+    assert result.code == 0, result.stderr
+    assert [r.headers["range"] for r in hub.requests if r.file == "model.safetensors"] == ["bytes=5000-"]
+    assert problems(volume / "demo--arithmetic" / commit) == []
+
+
 def test_gives_way_when_another_has_taken_its_lease(start: Start, hub: LocalHub, volume: Path) -> None:
     hub.bytes_per_second = 10_000
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
