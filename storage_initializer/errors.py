@@ -1,21 +1,23 @@
 """Why a run failed, and whether running it again can help.
 
     InitializerError                exit 1, worth a retry
-    ├── HubUnavailable              network, rate limit, a Hub that answers 5xx
+    ├── HubUnavailable              the Hub does not give what it promised
+    │   └── HubBusy                 network, rate limit, stall, 5xx: asked again a few times within the run
     ├── LeaseTimeout                another initializer holds the snapshot for too long
     ├── LeaseLost                   another initializer took the snapshot over
     ├── NoSpace                     the volume is too full
     ├── VolumeFailed                the volume failed in some other way
-    ├── SourceFailed                a directory as a source failed in some other way
+    ├── SourceFailed                a directory or archive as a source failed in some other way
     ├── VerificationFailed          what was fetched is not what was promised
     ├── Stopped                     SIGTERM or Ctrl-C
     └── Pointless                   exit 2, pointless to retry
         ├── InvalidUsage            the command line or a setting
         ├── InvalidReference        a source that is not a reference
-        ├── NotFound                no such repository, revision or directory
+        ├── NotFound                no such repository, revision, directory or snapshot
         ├── AccessDenied            gated or private, or the token is not accepted; a directory that may not be read
         ├── RefusedSnapshot         files that no predictor should load
-        └── RefusedVolume           a volume that cannot be written, or holds something unknown
+        ├── RefusedVolume           a volume that cannot be written, or holds something unknown
+        └── DamagedSnapshot         a published snapshot is not what its record says
 
 The text of every error is one sentence that names the culprit and the remedy: KServe shows the last line of the log
 as the reason of a failed InferenceService.
@@ -35,7 +37,18 @@ class InitializerError(Exception):
 
 
 class HubUnavailable(InitializerError):
-    """The Hub did not answer, or answered that it cannot now."""
+    """The Hub did not give what was asked for."""
+
+
+class HubBusy(HubUnavailable):
+    """The Hub did not answer, or answered that it cannot now; asking again soon may help.
+
+    `retry_after_seconds` is the wait that it asked for, if it did.
+    """
+
+    def __init__(self, reason: str, retry_after_seconds: float | None = None) -> None:
+        super().__init__(reason)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class LeaseTimeout(InitializerError):
@@ -55,7 +68,7 @@ class VolumeFailed(InitializerError):
 
 
 class SourceFailed(InitializerError):
-    """The directory that is the source failed in a way that may pass."""
+    """The directory or archive that is the source failed in a way that may pass."""
 
 
 class VerificationFailed(InitializerError):
@@ -94,3 +107,7 @@ class RefusedSnapshot(Pointless):
 
 class RefusedVolume(Pointless):
     """The destination cannot be written, or holds a directory that this program did not write."""
+
+
+class DamagedSnapshot(Pointless):
+    """A published snapshot has lost or changed files."""

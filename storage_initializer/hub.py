@@ -1,25 +1,28 @@
 """The Hub: what a revision is, what a commit holds, and its files; the only importer of huggingface_hub.
 
-Turns that library's exceptions into ours. The library is imported when the first question is asked, since that takes
-longer than finding a published snapshot. Knows nothing of leases or publishing: it writes where it is told to.
+Uses that library's session, headers and Xet downloads, and turns its exceptions into ours. Plain downloads are read
+here, since the library begins a file anew after a kill and cannot be interrupted while a connection trickles. It is
+imported when the first question is asked, since that takes longer than finding a published snapshot.
 """
 
 import contextlib
+import datetime
 import logging
 import os
 import socket
 import ssl
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from storage_initializer import volume
 from storage_initializer.errors import (
     AccessDenied,
+    HubBusy,
     HubUnavailable,
     InitializerError,
     InvalidUsage,
@@ -28,31 +31,33 @@ from storage_initializer.errors import (
 )
 from storage_initializer.plan import File
 from storage_initializer.reference import HubReference
+from storage_initializer.retry import Patience
+from storage_initializer.settings import Settings, limit_xet
+from storage_initializer.threads import work_on
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 _ANSWER_SECONDS = 30.0
-_CHUNK_BYTES = 1 << 20
-"""Progress and a request to stop are noticed once per chunk; the library's own 10 MiB take long on a slow line."""
-_LEAVING_SECONDS = 0.5
-"""How long threads may take to notice that they should stop. A slow one is left behind: see `_in_threads`."""
 
-_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
 class Hub:
     """One repository as seen with one token through one endpoint."""
 
-    def __init__(self, reference: HubReference, endpoint: str, token: str | None, parallel_files: int) -> None:
+    def __init__(self, reference: HubReference, settings: Settings) -> None:
         self._reference = reference
-        self._endpoint = endpoint.rstrip("/")
-        self._token = token
-        self._parallel_files = parallel_files
+        self._endpoint = settings.hf_endpoint.rstrip("/")
+        self._token = settings.hf_token.get_secret_value() if settings.hf_token else None
+        self._settings = settings
+        self._patience = Patience(settings.attempts, settings.retry_wait_seconds)
+        self._over_xet: frozenset[str] = frozenset()
 
-    def resolve(self) -> str:
+    def resolve(self, *, patient: bool = True) -> str:
         """The commit that the reference's revision names now; asks nobody when it is a commit already.
+
+        Without patience a busy Hub is asked once only.
 
         Raises:
             NotFound: no such repository or revision.
@@ -63,12 +68,11 @@ class Hub:
             return self._reference.revision
         api = self._api()
 
-        def ask(revision: str) -> str | None:
-            repository = self._reference.repository
+        def ask() -> str | None:
+            repository, revision = self._reference.repository, self._reference.revision
             return api.model_info(repository, revision=revision, expand=["sha"], timeout=_ANSWER_SECONDS).sha
 
-        with self._errors_explained():
-            (commit,) = _in_threads(ask, [self._reference.revision])
+        commit = self._answer(ask, self._patience if patient else Patience(1, 1.0))
         if commit is None or not replace(self._reference, revision=commit).is_commit:
             raise HubUnavailable(f"{self._endpoint} names no commit for {self._reference}: check HF_ENDPOINT")
         return commit
@@ -82,27 +86,33 @@ class Hub:
             HubUnavailable: no answer, or none for now.
         """
         api = self._api()
-        from huggingface_hub import RepoFile
+        from huggingface_hub import RepoFile, constants
 
-        def ask(revision: str) -> list[Any]:
-            return list(api.list_repo_tree(self._reference.repository, revision=revision, recursive=True))
+        def ask() -> list[Any]:
+            return list(api.list_repo_tree(self._reference.repository, revision=commit, recursive=True))
 
-        with self._errors_explained():
-            (tree,) = _in_threads(ask, [commit])
-            return tuple(_file(entry) for entry in tree if isinstance(entry, RepoFile))
+        entries = [entry for entry in self._answer(ask, self._patience) if isinstance(entry, RepoFile)]
+        if not constants.HF_HUB_DISABLE_XET:
+            self._over_xet = frozenset(entry.path for entry in entries if entry.xet_hash)
+        return tuple(_file(entry) for entry in entries)
 
-    def fetch(self, commit: str, files: Iterable[File], staging: Path, advance: Callable[[int], None]) -> None:
+    def fetch(
+        self,
+        commit: str,
+        files: Iterable[File],
+        staging: Path,
+        advance: Callable[[int], None],
+        finished: Callable[[File], None],
+    ) -> None:
         """Put files of a commit into a directory, several at a time; a file appears there when it is complete.
 
-        Leaves the library's bookkeeping in `staging/.cache`. `advance` gets numbers of bytes, from several threads;
-        what it raises ends the fetching.
+        `advance` gets numbers of bytes and `finished` every file that has appeared, from several threads; what they
+        raise ends the fetching.
 
         Raises:
             NotFound, AccessDenied, HubUnavailable: as above.
         """
         self._api()
-        from huggingface_hub import hf_hub_download
-
         stopped = threading.Event()
 
         def advance_or_stop(size_bytes: int) -> None:
@@ -111,34 +121,102 @@ class Hub:
             advance(size_bytes)
 
         def fetch_one(file: File) -> None:
-            hf_hub_download(
-                self._reference.repository,
-                file.path,
-                revision=commit,
-                local_dir=staging,
-                # Nowhere: what lies in the cache of this machine was not verified, and must not be copied.
-                cache_dir=staging / ".cache" / "none",
-                endpoint=self._endpoint,
-                token=self._token,
-                tqdm_class=_bar(advance_or_stop),
-            )
+            download = self._download_over_xet if file.path in self._over_xet else self._download
 
-        with self._errors_explained(staging):
-            _in_threads(fetch_one, files, self._parallel_files, stopped)
+            def attempt() -> None:
+                with self._errors_explained(staging):
+                    download(commit, file, staging, advance_or_stop)
+
+            self._patience.call(attempt, stopped)
+            finished(file)
+
+        work_on(files, fetch_one, self._settings.parallel_files, stopped)
+
+    def _download(self, commit: str, file: File, staging: Path, advance: Callable[[int], None]) -> None:
+        """Fetch what is missing of a file, over plain HTTP."""
+        import httpx2
+        from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers
+
+        unfinished = volume.partial(staging, file.path)
+        with unfinished.open("ab") as into:
+            begun = into.tell()
+            if begun > file.size_bytes:
+                into.truncate(0)
+                begun = 0
+            if begun < file.size_bytes:
+                headers = build_hf_headers(token=self._token) | {"Accept-Encoding": "identity"}
+                if begun:
+                    headers["Range"] = f"bytes={begun}-"
+                timeout = httpx2.Timeout(_ANSWER_SECONDS, read=self._settings.stall_seconds)
+                url = hf_hub_url(self._reference.repository, file.path, revision=commit, endpoint=self._endpoint)
+                with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+                    hf_raise_for_status(response)
+                    if begun and response.status_code != httpx2.codes.PARTIAL_CONTENT:
+                        # A mirror that knows no ranges sends all of it.
+                        into.truncate(0)
+                        advance(-begun)
+                    for chunk in self._at_some_pace(response.iter_bytes()):
+                        into.write(chunk)
+                        advance(len(chunk))
+        volume.complete(staging, file.path)
+
+    def _at_some_pace(self, chunks: Iterable[bytes]) -> Iterator[bytes]:
+        """The chunks of a body, as long as enough of them come; silence is for the client's own timeout to notice."""
+        window_seconds, floor = self._settings.stall_seconds, self._settings.stall_bytes_per_second
+        began, size_bytes = time.monotonic(), 0
+        for chunk in chunks:
+            yield chunk
+            size_bytes += len(chunk)
+            seconds = time.monotonic() - began
+            if seconds >= window_seconds:
+                if size_bytes < floor * seconds:
+                    raise HubBusy(
+                        f"{self._reference} at {self._endpoint} stalled at {size_bytes / seconds:.0f} bytes/s: "
+                        "check the network, then run again"
+                    )
+                began, size_bytes = time.monotonic(), 0
+
+    def _download_over_xet(self, commit: str, file: File, staging: Path, advance: Callable[[int], None]) -> None:
+        """Fetch a file with the library's own Xet client, which finds out itself when a connection has stalled."""
+        from huggingface_hub import hf_hub_download
+
+        hf_hub_download(
+            self._reference.repository,
+            file.path,
+            revision=commit,
+            local_dir=staging,
+            # Nowhere: what lies in the cache of this machine was not verified, and must not be copied.
+            cache_dir=staging / ".cache" / "none",
+            endpoint=self._endpoint,
+            token=self._token,
+            tqdm_class=_bar(advance),
+        )
+
+    def _answer(self, ask: Callable[[], _Result], patience: Patience) -> _Result:
+        """What a question is answered, in a thread, so that a signal comes through."""
+        stopped = threading.Event()
+
+        def explained() -> _Result:
+            with self._errors_explained():
+                return ask()
+
+        (answer,) = work_on([explained], lambda question: patience.call(question, stopped), stopped=stopped)
+        return answer
 
     def _api(self) -> "HfApi":
-        """The library, told to be quiet: no telemetry, no bars, no log handler of its own.
+        """The library, told to be quiet and modest: no telemetry, no bars, no log handler of its own.
 
         Raises:
             InvalidUsage: it cannot be imported, as with a variable of its own that it does not understand.
         """
+        limit_xet(self._settings)
         try:
             from huggingface_hub import HfApi, constants
         except Exception as error:
             raise InvalidUsage(f"huggingface_hub cannot be loaded ({error}): check the HF_* variables") from error
 
         constants.HF_HUB_DISABLE_TELEMETRY = True
-        constants.DOWNLOAD_CHUNK_SIZE = _CHUNK_BYTES
         logging.getLogger("huggingface_hub").handlers.clear()
         return HfApi(endpoint=self._endpoint, token=self._token)
 
@@ -177,54 +255,15 @@ class Hub:
                 return HubUnavailable(f"{where} lacks a file that it listed a moment ago: run again later")
             if status < 500 and status not in (408, 429):
                 return NotFound(f"{where} answered {status}, as no Hub does: check HF_ENDPOINT")
-            return HubUnavailable(f"{where} answered {status} {error.response.reason_phrase}: run again later")
+            return HubBusy(
+                f"{where} answered {status} {error.response.reason_phrase}: run again later",
+                _retry_after_seconds(error.response.headers),
+            )
+        if isinstance(error, httpx2.ReadTimeout):
+            return HubBusy(f"{where} stalled: check the network, then run again")
         if isinstance(error, httpx2.HTTPError):
-            return HubUnavailable(f"{where} cannot be reached ({error}): check the network, proxy and HF_ENDPOINT")
+            return HubBusy(f"{where} cannot be reached ({error}): check the network, proxy and HF_ENDPOINT")
         return HubUnavailable(f"{where} failed ({error}): run again later")
-
-
-def _in_threads(
-    work: Callable[[_Item], _Result], items: Iterable[_Item], width: int = 1, stopped: threading.Event | None = None
-) -> list[_Result]:
-    """The results of work on every item, in threads; the first failure, or a signal, sets `stopped` and ends it.
-
-    The calling thread only waits, so that a signal reaches it at once. A thread that hangs in a lookup or a read cannot
-    be stopped, and is not waited for: it is a daemon, and ends with the program. (An executor's threads are joined when
-    the program ends, and a Hub that sends a byte now and then keeps them for ever.)
-    """
-    stopped = stopped or threading.Event()
-    tasks = deque((item, Future[_Result]()) for item in items)
-    futures = [future for _, future in tasks]
-
-    def go_on() -> None:
-        while tasks and not stopped.is_set():
-            with contextlib.suppress(IndexError):
-                _complete(work, *tasks.popleft())
-
-    threads = [threading.Thread(target=go_on, name=f"hub-{n}", daemon=True) for n in range(min(width, len(tasks)))]
-    try:
-        for thread in threads:
-            thread.start()
-        for done in as_completed(futures):
-            done.result()
-    except BaseException:
-        stopped.set()
-        until = time.monotonic() + _LEAVING_SECONDS
-        for thread in threads:
-            if thread.is_alive():
-                thread.join(max(0.0, until - time.monotonic()))
-        raise
-    return [future.result() for future in futures]
-
-
-def _complete(work: Callable[[_Item], _Result], item: _Item, future: "Future[_Result]") -> None:
-    try:
-        future.set_result(work(item))
-    except BaseException as error:  # noqa: BLE001 - whatever it is, nobody else would tell
-        # The library's Rust parts panic with what is no Exception, and must not end the program without a sentence.
-        future.set_exception(
-            error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
-        )
 
 
 def _is_of_the_disk(error: Exception, staging: Path) -> bool:
@@ -235,6 +274,22 @@ def _is_of_the_disk(error: Exception, staging: Path) -> bool:
     if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError):
         return False
     return error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(staging)
+
+
+def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """The wait that an answer asks for: `Retry-After` in seconds or as a date, or the reset of a `ratelimit`."""
+    from huggingface_hub.utils import parse_ratelimit_headers
+
+    limit = parse_ratelimit_headers(headers)
+    if limit is not None and limit.remaining == 0:
+        return limit.reset_in_seconds
+    text = headers.get("retry-after", "")
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        return max(0.0, (parsedate_to_datetime(text) - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (ValueError, TypeError):
+        return None
 
 
 def _file(entry: Any) -> File:

@@ -1,30 +1,25 @@
-"""The story: resolve, plan, stage, fetch, verify, publish.
+"""The story: resolve, plan, stage, fetch, verify, prepare, publish.
 
 Composes the modules below and owns the order of the steps, nothing else.
 """
 
 import contextlib
 import datetime
-import errno
-import importlib.metadata
+import itertools
 import logging
-import os
-import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from storage_initializer import lease, plan, verify, volume
-from storage_initializer.errors import AccessDenied, NotFound, SourceFailed, VerificationFailed
-from storage_initializer.hub import Hub
+from storage_initializer.errors import HubUnavailable, NotFound, RefusedVolume, VerificationFailed
 from storage_initializer.lease import Lease
-from storage_initializer.plan import File
+from storage_initializer.plan import Choice, File
+from storage_initializer.record import Derivation, Record
 from storage_initializer.reference import DirectoryReference, ModelReference
 from storage_initializer.settings import Settings
-
-_CHUNK_BYTES = 1 << 20
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +30,7 @@ class Outcome:
 
     reference: ModelReference
     place: volume.Place
-    record: volume.Record
+    record: Record
     fresh: bool
     """Whether this run published it; otherwise it was there already."""
 
@@ -43,14 +38,21 @@ class Outcome:
 class Source(Protocol):
     """Where snapshots come from. An `OSError` of `fetch` is the volume's; a source explains its own."""
 
-    def resolve(self) -> str:
-        """The commit, 40 hex digits, that the reference stands for now."""
+    def resolve(self, *, patient: bool = True) -> str:
+        """The commit, 40 hex digits, that the reference stands for now; without patience, nobody is asked twice."""
 
     def listing(self, commit: str) -> tuple[File, ...]:
         """All files of a commit."""
 
-    def fetch(self, commit: str, files: Iterable[File], staging: Path, advance: Callable[[int], None]) -> None:
-        """Put files into staging; `advance` gets numbers of bytes, maybe from several threads."""
+    def fetch(
+        self,
+        commit: str,
+        files: Iterable[File],
+        staging: Path,
+        advance: Callable[[int], None],
+        finished: Callable[[File], None],
+    ) -> None:
+        """Put files into staging; `advance` gets numbers of bytes and `finished` whole files, from any thread."""
 
 
 class Progress(Protocol):
@@ -66,166 +68,210 @@ class Progress(Protocol):
         """No more will come."""
 
 
-def initialize(reference: ModelReference, root: Path, settings: Settings, progress: Progress) -> Outcome:
+Preparation = Callable[[Path, tuple[File, ...]], tuple[Derivation, ...]]
+"""Adds files to a verified staging directory, made of the files that are there, and says which of which.
+
+It is where weights will be converted ahead of serving. It leaves what was verified as it is.
+"""
+
+
+def initialize(
+    reference: ModelReference, root: Path, settings: Settings, progress: Progress, prepare: Preparation | None = None
+) -> Outcome:
     """Make sure that the volume at `root` holds the snapshot that a reference stands for.
 
     Raises:
         InitializerError: one sentence says why not; nothing half-done is visible to readers.
     """
-    started = time.monotonic()
-    source = _source(reference, settings)
-    commit = source.resolve()
-    place = volume.Place(root, reference.slug, commit)
-    with volume.explained(root):
-        record = volume.find(place)
-    fresh = record is None
-    if record is None:
-        log.info("%s is commit %s", reference, commit)
-        # Planned before the lease, so that a repository that must be refused is refused without waiting.
-        chosen = plan.make(source.listing(commit), str(reference))
-        log.info("%d files, %s%s", len(chosen.files), plan.readable(chosen.size_bytes), _left_out(chosen))
-        with (
-            volume.explained(root),
-            lease.hold(volume.lease_path(place), settings.lock_stale_seconds, settings.lock_timeout_seconds) as held,
-        ):
-            # Whoever held the lease before may have published meanwhile.
+    work = _Work(reference, root, settings, progress, prepare, time.monotonic())
+    with volume.created_with(settings.umask):
+        return work.outcome()
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One reference on its way to one volume."""
+
+    reference: ModelReference
+    root: Path
+    settings: Settings
+    progress: Progress
+    prepare: Preparation | None
+    started: float
+    """By the monotonic clock."""
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.settings.allow_patterns, self.settings.ignore_patterns, self.settings.allow_pickle)
+
+    def outcome(self) -> Outcome:
+        source = self._source()
+        commit = self._resolve(source)
+        place = volume.Place(self.root, self.reference.slug, commit)
+        record = self._find(place)
+        fresh = record is None
+        if record is None:
+            if self._must_not_ask:
+                raise NotFound(f"{self.reference} is not published on {self.root}: run once without --offline")
+            log.info("%s is commit %s", self.reference, commit)
+            # Planned before the lease, so that a repository that must be refused is refused without waiting.
+            chosen = plan.make(source.listing(commit), str(self.reference), self.choice)
+            left_out = f", leaving out {', '.join(chosen.left_out)}" if chosen.left_out else ""
+            log.info("%d files, %s%s", len(chosen.files), plan.readable(chosen.size_bytes), left_out)
+            with volume.explained(self.root), self._lease(place) as held:
+                # Whoever held the lease before may have published meanwhile.
+                record = self._find(place)
+                fresh = record is None
+                if record is None:
+                    record = self._publish(source, place, chosen, held)
+        if not self.reference.is_commit:
+            with volume.explained(self.root):
+                volume.point(place, self.reference.revision)
+        return Outcome(self.reference, place, record, fresh)
+
+    @property
+    def _must_not_ask(self) -> bool:
+        return self.settings.offline and not isinstance(self.reference, DirectoryReference)
+
+    def _source(self) -> Source:
+        # Each is imported when it is needed: what a published snapshot costs is mostly imports.
+        if isinstance(self.reference, DirectoryReference):
+            from storage_initializer import local
+
+            return local.source(self.reference, self.choice)
+        from storage_initializer.hub import Hub
+
+        return Hub(self.reference, self.settings)
+
+    def _lease(self, place: volume.Place) -> contextlib.AbstractContextManager[Lease]:
+        return lease.hold(
+            volume.lease_path(place), self.settings.lock_stale_seconds, self.settings.lock_timeout_seconds
+        )
+
+    def _resolve(self, source: Source) -> str:
+        """The commit, or the last known one where the Hub may not be asked or does not answer."""
+        if self.reference.is_commit:
+            return self.reference.revision
+        with volume.explained(self.root):
+            last = volume.resolved(self.root, self.reference.slug, self.reference.revision)
+        if self._must_not_ask:
+            if last is None:
+                raise NotFound(f"{self.reference} was never resolved on {self.root}: run once without --offline")
+            log.warning("offline: %s may have moved since it was commit %s", self.reference, last)
+            return last
+        try:
+            # With something to fall back on, a pod should not wait for a Hub that is away.
+            return source.resolve(patient=last is None)
+        except HubUnavailable as error:
+            if last is None:
+                raise
+            log.warning("%s; going on with commit %s, which %s was the last time", error, last, self.reference)
+            return last
+
+    def _find(self, place: volume.Place) -> Record | None:
+        """What is published there.
+
+        Raises:
+            RefusedVolume: other files of that commit than those that are wanted now.
+        """
+        with volume.explained(self.root):
             record = volume.find(place)
-            fresh = record is None
-            if record is None:
-                record = _publish(reference, source, place, chosen, held, progress, started)
-    if not reference.is_commit:
-        with volume.explained(root):
-            volume.point(place, reference.revision)
-    return Outcome(reference, place, record, fresh)
+        if record is not None and not self.choice.agrees_with(record.choice):
+            raise RefusedVolume(
+                f"{place.directory} was published with {record.choice}, not with {self.choice}: ask for the same, "
+                f"or remove it first (gc {self.root} --reference {self.reference.name}:{place.commit} --force)"
+            )
+        return record
 
-
-def _publish(
-    reference: ModelReference,
-    source: Source,
-    place: volume.Place,
-    chosen: plan.Plan,
-    held: Lease,
-    progress: Progress,
-    started: float,
-) -> volume.Record:
-    """Stage, fetch, verify and publish, under a lease."""
-    staging = volume.stage(place, held.token)
-    # What an earlier run left is kept for its content only: whatever does not verify is fetched again.
-    staged = verify.check(staging, chosen.files)
-    volume.discard(staging, [issue.path for issue in staged.issues])
-    kept = {file.path for file in staged.files}
-    missing = [file for file in chosen.files if file.path not in kept]
-
-    missing_bytes = sum(file.size_bytes for file in missing)
-    volume.require_space(place, missing_bytes)
-
-    def advance(size_bytes: int) -> None:
+    def _publish(self, source: Source, place: volume.Place, chosen: plan.Plan, held: Lease) -> Record:
+        """Stage, fetch, verify, prepare and publish, under a lease."""
+        staging = volume.stage(place, held.token)
+        files = self._fetch(source, place, chosen, staging, held)
+        volume.tidy(staging)
+        derived = self.prepare(staging, files) if self.prepare else ()
+        files += tuple(verify.measure(staging, one.path) for one in derived)
+        # Every checksum was compared when the file came; now nothing may be missing, and nothing else be there.
+        self._require(verify.check(staging, files, fast=True).issues, staging)
+        log.info("verified %d files", len(files))
+        record = Record(
+            reference=str(self.reference),
+            commit=place.commit,
+            files=files,
+            choice=self.choice.taken(chosen),
+            derived=derived,
+            tool=_tool(),
+            published_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            duration_seconds=round(time.monotonic() - self.started, 3),
+        )
         held.check()
-        progress.advance(size_bytes)
+        volume.publish(place, staging, record)
+        return record
 
-    progress.begin(missing_bytes)
-    try:
-        with volume.left_to_the_group():
-            source.fetch(place.commit, missing, staging, advance)
-    finally:
-        progress.end()
-    volume.tidy(staging)
+    def _fetch(
+        self, source: Source, place: volume.Place, chosen: plan.Plan, staging: Path, held: Lease
+    ) -> tuple[File, ...]:
+        """The files of the plan, verified, in staging."""
+        # What an earlier run left is kept for its content only: whatever does not verify is fetched again.
+        staged = verify.check(staging, chosen.files)
+        volume.discard(staging, [issue.path for issue in staged.issues])
+        verified = {file.path: file for file in staged.files}
+        missing = [file for file in chosen.files if file.path not in verified]
+        missing_bytes = sum(max(0, file.size_bytes - volume.partial_bytes(staging, file.path)) for file in missing)
+        volume.require_space(place, missing_bytes)
+        issues: list[verify.Issue] = []
 
-    held.check()
-    found = verify.check(staging, chosen.files)
-    if found.issues:
-        volume.discard(staging, [issue.path for issue in found.issues])
-        problems = "; ".join(str(issue) for issue in found.issues)
+        def advance(size_bytes: int) -> None:
+            held.check()
+            self.progress.advance(size_bytes)
+
+        def finished(file: File) -> None:
+            # In the thread that has fetched it, while others still wait for the network.
+            found = verify.compare(staging, file)
+            if isinstance(found, verify.Issue):
+                issues.append(found)
+            else:
+                verified[file.path] = found
+                volume.settle(staging / file.path)
+
+        self.progress.begin(missing_bytes)
+        try:
+            # Others of the group can remove what is left, should this program die.
+            with volume.created_with(self.settings.umask & ~0o070):
+                # Indexes first: that a shard is missing should not come out after hours.
+                source.fetch(place.commit, filter(plan.is_index, missing), staging, advance, finished)
+                self._require(issues, staging)
+                for index in filter(plan.is_index, chosen.files):
+                    plan.require_shards(chosen, index.path, (staging / index.path).read_bytes(), str(self.reference))
+                others = itertools.filterfalse(plan.is_index, missing)
+                source.fetch(place.commit, others, staging, advance, finished)
+                self._require(issues, staging)
+        except OSError as error:
+            if volume.is_full(error):
+                volume.tidy(staging, keep_partial=True)
+            raise
+        finally:
+            self.progress.end()
+        return tuple(verified[file.path] for file in chosen.files)
+
+    def _require(self, issues: Sequence[verify.Issue], staging: Path) -> None:
+        """Leave out of staging what is wrong, and tell all of it at once.
+
+        Raises:
+            VerificationFailed: anything is.
+        """
+        if not issues:
+            return
+        volume.discard(staging, [issue.path for issue in issues])
+        problems = "; ".join(str(issue) for issue in sorted(issues, key=str))
         raise VerificationFailed(
-            f"{reference} was not published, {len(found.issues)} of {len(chosen.files)} files are wrong: {problems}; "
+            f"{self.reference} was not published, {len(issues)} of its files are wrong: {problems}; "
             "run again to fetch these anew"
         )
-    for index in plan.indexes(chosen):
-        plan.require_shards(chosen, index.path, (staging / index.path).read_bytes(), str(reference))
-    log.info("verified %d files", len(found.files))
-
-    record = volume.Record(
-        reference=str(reference),
-        commit=place.commit,
-        files=found.files,
-        tool=f"kserve-llm {importlib.metadata.version('kserve-llm')}",
-        published_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        duration_seconds=round(time.monotonic() - started, 3),
-    )
-    held.check()
-    volume.publish(place, staging, record)
-    return record
 
 
-def _source(reference: ModelReference, settings: Settings) -> Source:
-    if isinstance(reference, DirectoryReference):
-        return _Directory(reference)
-    token = settings.hf_token.get_secret_value() if settings.hf_token else None
-    return Hub(reference, settings.hf_endpoint, token, settings.parallel_files)
+def _tool() -> str:
+    """This program and its version."""
+    # Imported when a record is written, since it takes longer than finding a published snapshot.
+    import importlib.metadata
 
-
-def _left_out(chosen: plan.Plan) -> str:
-    return f", leaving out {', '.join(chosen.left_out)}" if chosen.left_out else ""
-
-
-class _Directory:
-    """A directory of this machine as a source: its content stands for the commit, so every run reads it whole."""
-
-    def __init__(self, reference: DirectoryReference) -> None:
-        self._reference = reference
-        self._files: tuple[File, ...] = ()
-
-    def resolve(self) -> str:
-        """The fingerprint of the files that would be published.
-
-        Raises:
-            NotFound: no such directory.
-            AccessDenied: this user may not read it, or something in it.
-            SourceFailed: it cannot be read for now.
-            RefusedSnapshot: it holds what must not be served.
-        """
-        path = self._reference.path
-        with self._explained():
-            if not stat.S_ISDIR(path.stat().st_mode):
-                raise NotFound(f"{self._reference} is a file: unpack it and give the directory")
-            self._files = verify.describe(path)
-        return plan.make(self._files, str(self._reference)).fingerprint
-
-    def listing(self, _commit: str) -> tuple[File, ...]:
-        """The files as `resolve` has found them."""
-        return self._files
-
-    def fetch(self, _commit: str, files: Iterable[File], staging: Path, advance: Callable[[int], None]) -> None:
-        """Copy the files.
-
-        Raises:
-            AccessDenied, SourceFailed: as above.
-        """
-        for file in files:
-            volume.write(staging / file.path, self._chunks(file), advance)
-
-    def _chunks(self, file: File) -> Iterator[bytes]:
-        """The content of a file. Errors of whoever takes the chunks do not pass through here."""
-        with self._explained(), (self._reference.path / file.path).open("rb") as content:
-            while chunk := content.read(_CHUNK_BYTES):
-                yield chunk
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            path = self._reference.path
-            where = error.filename or path
-            match error.errno:
-                case errno.EACCES | errno.EPERM:
-                    raise AccessDenied(
-                        f"{self._reference} cannot be read ({where}: {error.strerror}): let user {os.getuid()} "
-                        f"or group {os.getgid()} read it (chmod -R a+rX)"
-                    ) from error
-                case errno.ENOENT | errno.ENOTDIR if where in (path, str(path)):
-                    raise NotFound(f"{self._reference} does not exist: check the path") from error
-                case _:
-                    raise SourceFailed(
-                        f"{self._reference} failed ({where}: {error.strerror}): check it, then run again"
-                    ) from error
+    return f"kserve-llm {importlib.metadata.version('kserve-llm')}"

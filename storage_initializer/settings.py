@@ -3,33 +3,24 @@
 Knows names, units and defaults; does nothing with them.
 """
 
-import argparse
+import json
+import math
 import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from storage_initializer import command_line
+from storage_initializer.command_line import Command, Publish
 from storage_initializer.errors import InvalidUsage
 
 PREFIX = "STORAGE_INITIALIZER_"
-
-USAGE = "python -m storage_initializer SOURCE DEST [SOURCE DEST ...]"
-
-EPILOG = """\
-SOURCE is hf://owner/model, hf://owner/model:revision (a branch, a tag or a commit) or file:///absolute/directory.
-DEST is the root of a volume; the snapshot appears in DEST/<owner>--<model>/<commit>/.
-
-environment: HF_ENDPOINT, HF_TOKEN, LOG_LEVEL and STORAGE_INITIALIZER_*, see storage_initializer/README.md
-exit codes: 0 done, 1 worth a retry, 2 pointless to retry; the last line on stderr says why
-"""
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables that hold a secret; the second is read by huggingface_hub alone, where the first is not set."""
@@ -69,6 +60,29 @@ def _token(secret: SecretStr) -> SecretStr | None:
     return SecretStr(token) if token else None
 
 
+def _patterns(given: object) -> object:
+    """KServe's own initializer takes a JSON list or words with commas between them: so does this one."""
+    if not isinstance(given, str):
+        return given
+    try:
+        listed = json.loads(given) if given.lstrip().startswith("[") else given.split(",")
+    except ValueError as error:
+        raise PydanticCustomError("patterns", 'expected a JSON list like ["*.json"], or *.json,*.txt') from error
+    return [pattern.strip() if isinstance(pattern, str) else pattern for pattern in listed if pattern != ""]
+
+
+def _umask(given: object) -> object:
+    """Octal digits, as for the shell's umask; never one that takes reading away from the group."""
+    if not isinstance(given, str):
+        return given
+    if not re.fullmatch(r"0?[0-7]{3}", given) or int(given, 8) & 0o050:
+        raise PydanticCustomError("umask", "expected three octal digits that let the group read, like 0022 or 0027")
+    return int(given, 8)
+
+
+Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_patterns)]
+
+
 class Settings(BaseSettings):
     """Everything that the environment can change; durations in seconds."""
 
@@ -94,8 +108,47 @@ class Settings(BaseSettings):
     )
     """How much is told on stderr. Tracebacks appear with DEBUG only."""
 
+    log_format: Literal["text", "json"] = "text"
+    """How stderr and the summaries look; the last line of a failure is a bare sentence in both."""
+
+    allow_patterns: Patterns = Field(default=(), validation_alias="STORAGE_ALLOW_PATTERNS")
+    """Only files whose path matches one of these (fnmatch; `*` crosses `/`) are published; all, if there are none.
+
+    KServe's own variable, as a JSON list or with commas; so is the next one.
+    """
+
+    ignore_patterns: Patterns = Field(default=(), validation_alias="STORAGE_IGNORE_PATTERNS")
+    """No file whose path matches one of these is published."""
+
+    allow_pickle: bool = False
+    """Take pickled weights where there are no safetensors. A pickle can run code in whoever opens it."""
+
+    offline: bool = Field(default=False, validation_alias=AliasChoices(f"{PREFIX}OFFLINE", "HF_HUB_OFFLINE"))
+    """Ask no Hub: a branch or tag stands for the commit that it was resolved to the last time."""
+
+    umask: Annotated[int, BeforeValidator(_umask)] = 0o022
+    """Rights that nothing on the volume gets, in octal; the group must be able to read (fsGroup)."""
+
     parallel_files: int = Field(default=4, ge=1, le=64)
     """Files that are fetched at the same time. More helps on fast lines and costs memory per file."""
+
+    xet_buffer_mib: int = Field(default=128, ge=16, le=65_536)
+    """Mebibytes that hf_xet may hold on their way to the disk, for all files together; its own default is gigabytes."""
+
+    attempts: int = Field(default=6, ge=1, le=100)
+    """How often the Hub is asked one thing, or for the rest of one file, before the run ends with exit code 1."""
+
+    retry_wait_seconds: float = Field(default=1.0, ge=0.001, le=60, allow_inf_nan=False)
+    """The first wait between two attempts; every further one is twice as long, 60 s at most.
+
+    Where the Hub says how long to wait (Retry-After), that counts, up to five minutes.
+    """
+
+    stall_seconds: float = Field(default=30.0, ge=0.1, le=3600, allow_inf_nan=False)
+    """How long a connection may be silent, or slower than the floor below, before it is given up and made anew."""
+
+    stall_bytes_per_second: int = Field(default=4096, ge=0)
+    """The floor: a file that comes more slowly on average over `stall_seconds` has stalled."""
 
     lock_stale_seconds: float = Field(default=30.0, ge=0.1, le=3600, allow_inf_nan=False)
     """Without a heartbeat for this long, the holder of a lease counts as dead.
@@ -110,27 +163,23 @@ class Settings(BaseSettings):
     """Time between two lines of progress in a log; a terminal gets a live bar instead."""
 
 
-@dataclass(frozen=True, slots=True)
-class CommandLine:
-    """The words of the command line: what to put where, in order."""
-
-    pairs: tuple[tuple[str, Path], ...]
-
-
-def read(words: Sequence[str] | None = None) -> tuple[CommandLine, Settings]:
+def read(words: Sequence[str] | None = None) -> tuple[Command, Settings]:
     """Read the command line (`words`, by default the program's own) and the environment.
 
     Raises:
         InvalidUsage: a flag, a number of arguments, a variable's name or a value that is not understood.
         SystemExit: with code 0, after `--help`.
     """
-    command_line = _command_line(sys.argv[1:] if words is None else words)
+    command = command_line.parse(sys.argv[1:] if words is None else list(words))
     _refuse_unknown_variables()
     try:
-        return command_line, Settings()
+        settings = Settings()
     except ValidationError as error:
         first = error.errors(include_input=False, include_context=False)[0]
         raise InvalidUsage(f"{_variable(str(first['loc'][0]))} has a wrong value: {first['msg']}") from error
+    if isinstance(command, Publish):
+        settings = settings.model_copy(update=command.overrides)
+    return command, settings
 
 
 def concealed(text: str) -> str:
@@ -147,39 +196,34 @@ def concealed(text: str) -> str:
     return _USERINFO.sub(r"\1://***@", _BEARER.sub("Bearer ***", text))
 
 
+def limit_xet(settings: Settings) -> None:
+    """Tell hf_xet, which reads the environment when it is loaded, how much to hold, how wide to go, how long to wait.
+
+    KServe sets `HF_XET_HIGH_PERFORMANCE`, which trades gigabytes of memory for speed; here the settings count.
+    """
+    buffer = f"{settings.xet_buffer_mib}mb"
+    os.environ |= {
+        "HF_XET_HIGH_PERFORMANCE": "0",
+        "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": buffer,
+        "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": buffer,
+        "HF_XET_RECONSTRUCTION_MIN_PREFETCH_BUFFER": "8mb",
+        "HF_XET_DATA_MAX_CONCURRENT_FILE_DOWNLOADS": str(settings.parallel_files),
+        "HF_XET_CLIENT_READ_TIMEOUT": f"{math.ceil(settings.stall_seconds)}s",
+    }
+
+
 def known_variables() -> frozenset[str]:
     """Every `STORAGE_INITIALIZER_*` variable that means something."""
-    return frozenset(f"{PREFIX}{name.upper()}" for name in Settings.model_fields if not name.startswith("hf_"))
+    fields = Settings.model_fields.items()
+    return frozenset(f"{PREFIX}{name.upper()}" for name, field in fields if not isinstance(field.validation_alias, str))
 
 
 def _variable(name: str) -> str:
     """The variable that gave a field its value, from the name under which pydantic reports the field."""
-    if name == f"{PREFIX}LOG_LEVEL" and not any(os.environ[v] for v in os.environ if v.upper() == name):
-        return "LOG_LEVEL"
+    second = {f"{PREFIX}LOG_LEVEL": "LOG_LEVEL", f"{PREFIX}OFFLINE": "HF_HUB_OFFLINE"}.get(name)
+    if second and not any(os.environ[variable] for variable in os.environ if variable.upper() == name):
+        return second
     return name if name.isupper() else f"{PREFIX}{name.upper()}"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InvalidUsage(f"{message}: expected {USAGE}")
-
-
-def _command_line(words: Sequence[str]) -> CommandLine:
-    parser = _Parser(
-        prog="python -m storage_initializer",
-        usage=USAGE,
-        description="Put one snapshot of a model into a directory of a volume: verified, atomic, once.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("words", nargs="*", metavar="SOURCE DEST", help="what to put where")
-    given: list[str] = parser.parse_args(words).words
-    if not given or len(given) % 2:
-        parser.error(f"{len(given)} arguments do not make pairs")
-    if "" in given:
-        parser.error("an argument is empty")
-    return CommandLine(tuple((source, Path(root)) for source, root in zip(given[::2], given[1::2], strict=True)))
 
 
 def _refuse_unknown_variables() -> None:

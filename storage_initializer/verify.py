@@ -33,17 +33,17 @@ class Findings:
     issues: tuple[Issue, ...]
 
 
-def check(directory: Path, expected: Iterable[File]) -> Findings:
-    """Read every expected file and compare size and checksums; report files that nobody expects.
+def check(directory: Path, expected: Iterable[File], *, fast: bool = False) -> Findings:
+    """Compare every expected file, or only its size if it shall be fast; report files that nobody expects.
 
-    Hidden files at the top of the directory are bookkeeping, and not looked at.
+    Hidden files are bookkeeping, and not looked at.
     """
     files: list[File] = []
     issues: list[Issue] = []
     unexpected = set(_paths(directory))
     for file in expected:
         unexpected.discard(file.path)
-        found = _compare(directory / file.path, file)
+        found = compare(directory, file, fast=fast)
         if isinstance(found, Issue):
             issues.append(found)
         else:
@@ -59,24 +59,26 @@ def describe(directory: Path) -> tuple[File, ...]:
         RefusedSnapshot: a link or a device among the files.
         OSError: something cannot be read; `filename` says what.
     """
-    return tuple(
-        File(path, size_bytes=(directory / path).stat().st_size, sha256=_sha256(directory / path))
-        for path in sorted(_paths(directory))
-    )
+    paths = sorted(_paths(directory))
+    for path in paths:
+        if not stat.S_ISREG((directory / path).lstat().st_mode):
+            raise RefusedSnapshot(f"{directory / path} is a link or a device: replace it with a copy (cp -rL)")
+    return tuple(measure(directory, path) for path in paths)
+
+
+def measure(directory: Path, path: str) -> File:
+    """One file of a directory, as it is."""
+    return File(path, (directory / path).stat().st_size, _sha256(directory / path))
 
 
 def _paths(directory: Path) -> Iterator[str]:
-    """The paths of all regular files below, relative to the directory; hidden ones are skipped."""
+    """The paths of everything below but directories, relative to the directory; what is hidden is skipped."""
     for folder, folders, names in os.walk(directory, onerror=_raise_unless_missing):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in (*folders, *names):
             path = Path(folder, name)
-            mode = path.lstat().st_mode
-            if name.startswith(".") or stat.S_ISDIR(mode):
-                continue
-            if not stat.S_ISREG(mode):
-                raise RefusedSnapshot(f"{path} is a link or a device: replace it with a copy (cp -rL)")
-            yield path.relative_to(directory).as_posix()
+            if not name.startswith(".") and not stat.S_ISDIR(path.lstat().st_mode):
+                yield path.relative_to(directory).as_posix()
 
 
 def _raise_unless_missing(error: OSError) -> None:
@@ -85,11 +87,18 @@ def _raise_unless_missing(error: OSError) -> None:
         raise error
 
 
-def _compare(path: Path, file: File) -> File | Issue:
+def compare(directory: Path, file: File, *, fast: bool = False) -> File | Issue:
+    """The file with its sha256, or what is wrong with it; if it shall be fast, only its size is looked at."""
+    path = directory / file.path
     try:
-        size_bytes = path.stat().st_size
+        status = path.lstat()
+        if not stat.S_ISREG(status.st_mode):
+            return Issue(file.path, "is a link, a device or a directory")
+        size_bytes = status.st_size
         if size_bytes != file.size_bytes:
             return Issue(file.path, f"has {size_bytes} bytes instead of {file.size_bytes}")
+        if fast:
+            return file
         if file.git_sha1 is not None and (found := _git_sha1(path, size_bytes)) != file.git_sha1:
             return Issue(file.path, f"has git blob id {found} instead of {file.git_sha1}")
         sha256 = _sha256(path)
@@ -108,6 +117,5 @@ def _sha256(path: Path) -> str:
 def _git_sha1(path: Path, size_bytes: int) -> str:
     """The id that git gives to this content as a blob; for small files, since it reads the file once more."""
     with path.open("rb") as content:
-        digest = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
-        digest.update(content.read())
-    return digest.hexdigest()
+        begun = hashlib.sha1(b"blob %d\0" % size_bytes, usedforsecurity=False)
+        return hashlib.file_digest(content, lambda: begun).hexdigest()

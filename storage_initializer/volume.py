@@ -1,14 +1,15 @@
-"""What lies on a volume, and the only writer of it: staging, publishing, records, refs, free space.
+"""What lies on a volume, and the only writer of it: staging, publishing, refs, free space, removing.
 
     <root>/
         demo--arithmetic/                             one directory per model: the reference's slug
             4f0a…c1/                                  one directory per snapshot: the commit
                 config.json  model.safetensors  …     as on the Hub
-                .snapshot.json                        the record: what this is and what every file must be
+                .snapshot.json                        the record, see `record.py`
             refs/
                 main                                  holds the commit and a line feed
                 refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
         .staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot being fetched; the suffix is the lease's token
+            .partial/model.safetensors                a file whose end is still missing; gone on with after a kill
         .locks/demo--arithmetic@4f0a…c1.lease         who fetches it, see `lease.py`
 
 Readers look at `<slug>/` only, and see no snapshot or a complete one: the record is written last into staging, then one
@@ -21,7 +22,6 @@ it. Published snapshots are for the group to read only. The root's own mode is u
 
 import contextlib
 import errno
-import json
 import logging
 import os
 import secrets
@@ -37,15 +37,15 @@ from storage_initializer.errors import (
     VolumeFailed,
 )
 from storage_initializer.plan import File, readable
+from storage_initializer.record import RECORD, Record, read
 from storage_initializer.reference import escape
 
-FORMAT_VERSION = 1
-"""Of the record and of the layout. A reader refuses what is newer, and ignores fields it does not know."""
-
-RECORD = ".snapshot.json"
 REFS = "refs"
 STAGING = ".staging"
 LOCKS = ".locks"
+LEASE = ".lease"
+_PARTIAL = ".partial"
+_LEFT = ".left"
 
 log = logging.getLogger(__name__)
 
@@ -69,64 +69,22 @@ class Place:
         return f"{self.slug}@{self.commit}"
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What a published snapshot says about itself in `.snapshot.json`."""
-
-    reference: str
-    commit: str
-    files: tuple[File, ...]
-    tool: str
-    published_at: str
-    """UTC, RFC 3339."""
-    duration_seconds: float
-    """From the start of the program to the rename."""
-
-    @property
-    def size_bytes(self) -> int:
-        """Of all files, the record itself not counted."""
-        return sum(file.size_bytes for file in self.files)
-
-    def to_json(self) -> str:
-        """The record as it lies on the volume."""
-        fields = {
-            "format_version": FORMAT_VERSION,
-            "reference": self.reference,
-            "commit": self.commit,
-            "files": [{"path": file.path, "size": file.size_bytes, "sha256": file.sha256} for file in self.files],
-            "tool": self.tool,
-            "published_at": self.published_at,
-            "duration_seconds": self.duration_seconds,
-        }
-        return json.dumps(fields, indent=2) + "\n"
-
-
 def find(place: Place) -> Record | None:
     """The record of a published snapshot, or None where nothing is published.
 
     Raises:
-        RefusedVolume: something else lies there, or a newer tool wrote it.
+        RefusedVolume: something else lies there, or a tool with another format wrote it.
     """
-    if not place.directory.is_dir():
-        return None
-    path = place.directory / RECORD
+    return read(place.directory) if place.directory.is_dir() else None
+
+
+def resolved(root: Path, slug: str, revision: str) -> str | None:
+    """The commit that a revision was resolved to the last time, if that is published still."""
     try:
-        fields = json.loads(path.read_bytes())
-        version = int(fields["format_version"])
-        if version == FORMAT_VERSION:
-            return Record(
-                reference=str(fields["reference"]),
-                commit=str(fields["commit"]),
-                files=tuple(File(file["path"], int(file["size"]), file["sha256"]) for file in fields["files"]),
-                tool=str(fields["tool"]),
-                published_at=str(fields["published_at"]),
-                duration_seconds=float(fields["duration_seconds"]),
-            )
-    except (FileNotFoundError, ValueError, LookupError, TypeError) as error:
-        raise RefusedVolume(
-            f"{place.directory} has no readable {RECORD}, so nobody knows what it holds: remove it and run again"
-        ) from error
-    raise RefusedVolume(f"{path} has format version {version}, newer than {FORMAT_VERSION}: update this program")
+        commit = (root / slug / REFS / escape(revision)).read_text().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return commit if commit and Place(root, slug, commit).directory.is_dir() else None
 
 
 def point(place: Place, revision: str) -> None:
@@ -139,14 +97,21 @@ def point(place: Place, revision: str) -> None:
     _make(path.parent)
     draft = _make(place.root / STAGING) / f"{place.key}.{secrets.token_hex(8)}.ref"
     draft.write_text(content)
-    _settle(draft)
+    settle(draft)
     draft.replace(path)
     _sync(path.parent)
 
 
-def lease_path(place: Place) -> Path:
-    """Where the lease of a snapshot lies; makes the directory."""
-    return _make(place.root / LOCKS) / f"{place.key}.lease"
+def unpoint(place: Place, revisions: Iterable[str]) -> None:
+    """Forget what these revisions were resolved to."""
+    for revision in revisions:
+        (place.root / place.slug / REFS / escape(revision)).unlink(missing_ok=True)
+
+
+def lease_path(place: Place, *, make: bool = True) -> Path:
+    """Where the lease of a snapshot lies; makes the directory, if it shall."""
+    locks = place.root / LOCKS
+    return (_make(locks) if make else locks) / f"{place.key}{LEASE}"
 
 
 def stage(place: Place, token: str) -> Path:
@@ -167,29 +132,48 @@ def stage(place: Place, token: str) -> Path:
                 left.rename(own)
                 log.info("going on with what an earlier run has fetched")
     _make(own)
-    tidy(own)
+    tidy(own, keep_partial=True)
+    _adopt_partial(own)
     return own
 
 
 @contextlib.contextmanager
-def left_to_the_group() -> Iterator[None]:
-    """Whatever is put into staging meanwhile can be removed by others of the group, should this program die."""
-    before = os.umask(0o077)
-    os.umask(before & ~0o070)
+def created_with(umask: int) -> Iterator[None]:
+    """Whatever is created meanwhile lacks these rights."""
+    before = os.umask(umask)
     try:
         yield
     finally:
         os.umask(before)
 
 
-def tidy(staging: Path) -> None:
+def partial(staging: Path, path: str) -> Path:
+    """Where a file of a snapshot lies as long as its end is missing; the directory is made."""
+    unfinished = staging / _PARTIAL / path
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    return unfinished
+
+
+def partial_bytes(staging: Path, path: str) -> int:
+    """How many bytes of a file are there already, of those whose end is missing."""
+    try:
+        return (staging / _PARTIAL / path).stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def complete(staging: Path, path: str) -> None:
+    """Put a file whose end is there in its place."""
+    target = staging / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial(staging, path).replace(target)
+
+
+def tidy(staging: Path, *, keep_partial: bool = False) -> None:
     """Remove bookkeeping from staging: whatever is hidden at its top is no part of a snapshot."""
     for path in staging.iterdir():
-        if path.name.startswith("."):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        if path.name.startswith(".") and not (keep_partial and path.name == _PARTIAL):
+            clear(path)
 
 
 def discard(staging: Path, paths: Iterable[str]) -> None:
@@ -198,13 +182,18 @@ def discard(staging: Path, paths: Iterable[str]) -> None:
         (staging / path).unlink(missing_ok=True)
 
 
-def write(target: Path, chunks: Iterable[bytes], advance: Callable[[int], None]) -> None:
-    """Write a file into staging; `advance` gets the number of bytes of every chunk."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as into:
-        for chunk in chunks:
-            into.write(chunk)
-            advance(len(chunk))
+def write(staging: Path, file: File, chunks: Iterable[bytes], advance: Callable[[int], None]) -> None:
+    """Write a file into staging; `advance` gets the number of bytes of every chunk. Half a file does not stay."""
+    unfinished = partial(staging, file.path)
+    try:
+        with unfinished.open("wb") as into:
+            for chunk in chunks:
+                into.write(chunk)
+                advance(len(chunk))
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    complete(staging, file.path)
 
 
 def require_space(place: Place, needed_bytes: int) -> None:
@@ -218,7 +207,7 @@ def require_space(place: Place, needed_bytes: int) -> None:
     if free_bytes < needed_bytes:
         raise NoSpace(
             f"{place.slug} needs {readable(needed_bytes)}, {readable(free_bytes)} free on {place.root}: "
-            "enlarge the volume or remove snapshots that nobody serves"
+            "enlarge it, or remove snapshots that nobody serves (gc)"
         )
 
 
@@ -227,8 +216,8 @@ def publish(place: Place, staging: Path, record: Record) -> None:
     (staging / RECORD).write_text(record.to_json())
     for folder, _, names in os.walk(staging, topdown=False):
         for name in names:
-            _settle(Path(folder, name))
-        _settle(Path(folder))
+            settle(Path(folder, name))
+        settle(Path(folder))
     parent = _make(place.directory.parent)
     try:
         staging.rename(place.directory)
@@ -239,6 +228,34 @@ def publish(place: Place, staging: Path, record: Record) -> None:
         shutil.rmtree(staging)
     _sync(parent)
     _sync(place.root)
+
+
+def remove(place: Place, token: str) -> None:
+    """Take a snapshot away from readers with one rename, then remove it; under its lease, of that token."""
+    gone = _make(place.root / STAGING) / f"{place.key}.{token}"
+    place.directory.rename(gone)
+    _sync(place.directory.parent)
+    shutil.rmtree(gone)
+
+
+def clear(path: Path) -> None:
+    """Remove something that was left in staging or among the leases."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def size_bytes(path: Path) -> int:
+    """Of a file, or of all files below a directory."""
+    if path.is_dir():
+        return sum(below.lstat().st_size for below in path.rglob("*") if not below.is_dir())
+    return path.lstat().st_size
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the volume, or the quota of this user, has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -259,8 +276,10 @@ def explained(root: Path) -> Iterator[None]:
             raise
         where = error.filename or root
         match error.errno:
-            case errno.ENOSPC | errno.EDQUOT:
-                raise NoSpace(f"no space left on {root}: enlarge the volume, then run again") from error
+            case _ if is_full(error):
+                raise NoSpace(
+                    f"no space left on {root}: enlarge it, or remove snapshots that nobody serves (gc), then run again"
+                ) from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 raise RefusedVolume(
                     f"{where} cannot be used ({error.strerror}): mount {root} writable for user {os.getuid()} "
@@ -270,6 +289,21 @@ def explained(root: Path) -> Iterator[None]:
                 raise RefusedVolume(f"{where} is no directory: give the root of a volume") from error
             case _:
                 raise VolumeFailed(f"{where} failed ({error.strerror}): check the volume, then run again") from error
+
+
+def _adopt_partial(staging: Path) -> None:
+    """Go on with copies of unfinished files: who began them may be alive still, and write to those it has opened."""
+    left = staging / _LEFT
+    try:
+        (staging / _PARTIAL).rename(left)
+    except FileNotFoundError:
+        return
+    for folder, _, names in os.walk(left):
+        for name in names:
+            begun = Path(folder, name)
+            shutil.copyfile(begun, partial(staging, begun.relative_to(left).as_posix()))
+            begun.unlink()
+    shutil.rmtree(left)
 
 
 def _make(directory: Path) -> Path:
@@ -286,7 +320,7 @@ def _make(directory: Path) -> Path:
     return directory
 
 
-def _settle(path: Path) -> None:
+def settle(path: Path) -> None:
     """Let the group read a file or directory and not write it, whatever the umask says, and bring it to the disk."""
     _set_mode(path, add=0o050 if path.is_dir() else 0o040, remove=0o022)
     _sync(path)

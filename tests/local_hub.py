@@ -97,7 +97,9 @@ class Response:
     """Bytes of the body that Content-Length promises, from `offset` on."""
     bytes_per_second: float | None = None
     cut_after_bytes: int | None = None
-    """The connection is reset after so many bytes of the body."""
+    """The connection ends after so many bytes of the body: with a reset, as when a server dies."""
+    ends_in_order: bool = False
+    """Ends it without the reset, as a proxy does that has given up: the client has got all that was sent."""
 
 
 Fault = Callable[[Request, Response], Response]
@@ -246,14 +248,14 @@ class LocalHub:
 
 
 def _blob(path: Path) -> Blob:
-    content = path.read_bytes()
-    return Blob(
-        source=path,
-        size=len(content),
-        sha256=hashlib.sha256(content).hexdigest(),
-        git_sha1=hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest(),
-        lfs=path.suffix in LFS_SUFFIXES or len(content) > LFS_THRESHOLD_BYTES,
-    )
+    size = path.stat().st_size
+    sha256, git_sha1 = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    with path.open("rb") as content:
+        while chunk := content.read(1 << 20):
+            sha256.update(chunk)
+            git_sha1.update(chunk)
+    lfs = path.suffix in LFS_SUFFIXES or size > LFS_THRESHOLD_BYTES
+    return Blob(path, size, sha256.hexdigest(), git_sha1.hexdigest(), lfs)
 
 
 def _commit(files: Mapping[str, Blob]) -> str:
@@ -390,16 +392,18 @@ class _Exchange(BaseHTTPRequestHandler):
     def _send(self, request: Request, response: Response, content: bytes) -> None:
         if response.cut_after_bytes is not None and request.sent_bytes + len(content) > response.cut_after_bytes:
             content = content[: response.cut_after_bytes - request.sent_bytes]
-            self.wfile.write(content)
             request.sent_bytes += len(content)
-            # With linger 0, closing sends RST instead of FIN: what a client sees when a server dies.
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            self.wfile.write(content)
+            if not response.ends_in_order:
+                # With linger 0, closing sends RST instead of FIN: what a client sees when a server dies.
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             raise ConnectionResetError
         pace = CHUNK_BYTES if response.bytes_per_second is None else max(1, int(response.bytes_per_second / 50))
         for start in range(0, len(content), pace):
             piece = content[start : start + pace]
-            self.wfile.write(piece)
+            # Counted first: whoever has the bytes may ask for the count at once.
             request.sent_bytes += len(piece)
+            self.wfile.write(piece)
             if response.bytes_per_second is not None:
                 time.sleep(len(piece) / response.bytes_per_second)
 

@@ -29,7 +29,7 @@ AS_USER = """\
 import os, runpy, sys
 # As root still: that other user may not reach the interpreter's library.
 import encodings.idna, hf_xet, httpx2, huggingface_hub.file_download, huggingface_hub.hf_api
-import storage_initializer.initializer
+import storage_initializer.hub, storage_initializer.initializer, storage_initializer.local
 user, group = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 os.setgroups([])
 os.setresgid(group, group, group)
@@ -117,9 +117,15 @@ def volume(tmp_path: Path) -> Path:
 @pytest.fixture
 def environment(hub: LocalHub) -> dict[str, str]:
     """What the initializer sees: nothing of this machine's Hub settings or login."""
-    names = [name for name in os.environ if name.startswith(("HF_", "HUGGING", "STORAGE_INITIALIZER_", "LOG_LEVEL"))]
+    names = [name for name in os.environ if name.startswith(("HF_", "HUGGING", "STORAGE_", "LOG_LEVEL"))]
     clean = {name: value for name, value in os.environ.items() if name not in names}
-    return clean | {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1", "NO_PROXY": "127.0.0.1"}
+    return clean | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "NO_PROXY": "127.0.0.1",
+        "STORAGE_INITIALIZER_ATTEMPTS": "3",
+        "STORAGE_INITIALIZER_RETRY_WAIT_SECONDS": "0.01",
+    }
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A reference becomes a complete, recorded, named snapshot; once."""
 
+import io
 import json
 import logging
 import os
@@ -13,7 +14,7 @@ from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressRep
 
 from storage_initializer.hub import _bar
 from tests.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import Run, make_model, problems
+from tests.storage_initializer.conftest import Run, Start, finish, make_model, problems
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -212,3 +213,69 @@ def test_tells_how_the_fetching_goes_in_lines(run: Run, hub: LocalHub, volume: P
     assert len(lines) > 1
     assert "(100 %)" in lines[-1]
     assert "\r" not in result.stderr
+
+
+def test_json_logs_are_objects_on_both_streams_and_the_last_line_a_sentence(
+    run: Run, hub: LocalHub, volume: Path
+) -> None:
+    env = {"STORAGE_INITIALIZER_LOG_FORMAT": "json"}
+    done = run("hf://demo/arithmetic", volume, env=env)
+    (summary,) = map(json.loads, done.stdout.splitlines())
+    assert summary["commit"] == hub.commit("demo/arithmetic")
+    assert (summary["files"], summary["fresh"]) == (4, True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert {line["level"] for line in lines} == {"INFO"}
+    assert any("done_bytes" in line and line["done_bytes"] == line["total_bytes"] for line in lines)
+
+    failed = run("hf://demo/absent", volume, env=env)
+    *others, reason = failed.stderr.splitlines()
+    assert [json.loads(line)["level"] for line in others] == ["WARNING"] * len(others)
+    assert reason.startswith("hf://demo/absent:main at ")
+
+
+def test_a_terminal_gets_a_bar_that_stays_on_its_line(
+    run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    hub.bytes_per_second = 50_000
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    assert run("hf://demo/arithmetic", volume).code == 0
+    bar = terminal.getvalue().partition("\r")[2].partition("\n")[0].split("\r")
+    assert len(bar) > 1
+    assert all(shown.startswith("fetched ") and shown.endswith("\x1b[K") for shown in bar)
+    assert "(100 %)" in bar[-1]
+
+
+def test_goes_through_a_proxy(start: Start, hub: LocalHub, volume: Path) -> None:
+    env = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": hub.url, "http_proxy": hub.url}
+    result = finish(start("hf://demo/arithmetic", volume, env=env))
+    assert result.code == 0, result.stderr
+    assert all(request.path.startswith("http://hub.invalid/") for request in hub.requests)
+    assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
+
+
+def test_what_the_library_itself_fetches_is_verified_and_published_without_its_bookkeeping(
+    run: Run, hub: LocalHub, volume: Path
+) -> None:
+    def claim_xet(request: Request, response: Response) -> Response:
+        # The listing promises Xet and the file's own headers do not: the library falls back to plain HTTP.
+        if request.kind == "tree":
+            assert isinstance(response.body, bytes)
+            entries = json.loads(response.body)
+            for entry in entries:
+                if "lfs" in entry:
+                    entry["xetHash"] = entry["lfs"]["oid"]
+            response.body = json.dumps(entries).encode()
+            response.length = len(response.body)
+        return response
+
+    hub.fault = claim_xet
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 0, result.stderr
+    assert [request.method for request in hub.requests if request.file == "model.safetensors"] == ["HEAD", "GET"]
+    assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
+    assert list((volume / ".staging").iterdir()) == []

@@ -18,7 +18,7 @@ import pytest
 from tests.local_hub import LocalHub, Request, Response
 from tests.storage_initializer.conftest import GROUP, NOBODY, SOMEBODY, Run, Start, finish, make_model, problems
 
-KILLS = 10
+KILLS = 50
 
 
 def until_exists(path: Path, process: "subprocess.Popen[str]") -> None:
@@ -54,44 +54,73 @@ def reader(volumes: list[Path]) -> Iterator[list[str]]:
         thread.join()
 
 
-def test_killed_at_ten_random_moments_and_started_again_it_always_ends_complete(
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments_and_started_again_it_always_ends_complete(
     start: Start, hub: LocalHub, tmp_path: Path
 ) -> None:
-    commit = hub.add("demo/sharded", make_model(tmp_path / "sharded", shards=4, shard_bytes=40_000))
+    commits: list[str] = []
+    for number in range(KILLS):
+        # A repository for each volume, so that the Hub counts each by itself.
+        model = make_model(tmp_path / f"sharded-{number}", shards=4, shard_bytes=40_000, seed=number)
+        commits.append(hub.add(f"demo/sharded-{number}", model))
     # Two files at a time, a quarter of a second each: about 0.6 s between the lease and the rename.
     hub.bytes_per_second = 160_000
     env = {"STORAGE_INITIALIZER_PARALLEL_FILES": "2", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"}
     moments = random.Random(20261124)
     volumes = [tmp_path / f"volume-{number}" for number in range(KILLS)]
-    delays_seconds = [moments.uniform(0.0, 0.8) for _ in volumes]
+    # From the start of the interpreter to after the last step: resolving, planning, the lease and all that follows.
+    delays_seconds = [moments.uniform(0.0, 1.8) for _ in volumes]
+    whole: dict[str, set[str]] = {}
+    begun: dict[str, dict[str, int]] = {}
+    asked_before: dict[str, int] = {}
 
-    def kill_and_start_again(volume: Path, delay_seconds: float) -> tuple[int, int]:
-        first = start("hf://demo/sharded", volume, env=env)
-        until_exists(volume / ".locks", first)
-        time.sleep(delay_seconds)
+    def requests(repository: str) -> list[Request]:
+        return [one for one in hub.requests if one.repository == repository and one.kind == "resolve"]
+
+    def kill_and_start_again(number: int) -> tuple[int, int]:
+        volume, repository = volumes[number], f"demo/sharded-{number}"
+        reference = f"hf://{repository}"
+        first = start(reference, volume, env=env)
+        time.sleep(delays_seconds[number])
         first.kill()
-        again = finish(start("hf://demo/sharded", volume, env=env))
+        first.wait()
+        whole[repository] = {path.name for path in volume.glob(".staging/*@*/*.*")}
+        begun[repository] = {
+            path.name: path.stat().st_size for path in volume.glob(".staging/*@*/.partial/*") if path.stat().st_size
+        }
+        asked_before[repository] = len(requests(repository))
+        again = finish(start(reference, volume, env=env))
         return finish(first).code, again.code
 
     with reader(volumes) as seen, ThreadPoolExecutor(4) as pool:
-        codes = list(pool.map(kill_and_start_again, volumes, delays_seconds))
+        codes = list(pool.map(kill_and_start_again, range(KILLS)))
 
     assert seen == []
     assert [again for _, again in codes] == [0] * KILLS
+    # Some moments must lie before the end, and some files must have been whole by then.
     assert any(first == -signal.SIGKILL for first, _ in codes)
-    for volume in volumes:
-        assert problems(volume / "demo--sharded" / commit) == []
-        assert (volume / "demo--sharded" / "refs" / "main").read_text() == f"{commit}\n"
+    assert any(whole.values())
+    assert any(begun.values())
+    for number, (volume, commit) in enumerate(zip(volumes, commits, strict=True)):
+        assert problems(volume / f"demo--sharded-{number}" / commit) == []
+        assert (volume / f"demo--sharded-{number}" / "refs" / "main").read_text() == f"{commit}\n"
         assert list((volume / ".staging").glob("*@*.????????????????")) == []
         assert list((volume / ".locks").glob("*.lease")) == []
+    for repository, before in asked_before.items():
+        again = requests(repository)[before:]
+        assert {request.file for request in again}.isdisjoint(whole[repository])
+        sizes = {name: blob.size for name, blob in hub.blobs(repository).items()}
+        cut_off = {name: size for name, size in begun[repository].items() if size < sizes[name]}
+        ranges = {(request.file, request.headers.get("range")) for request in again}
+        assert {(name, f"bytes={size}-") for name, size in cut_off.items()} <= ranges
 
 
-def test_of_two_at_once_one_downloads_and_both_succeed(start: Start, hub: LocalHub, volume: Path) -> None:
-    hub.bytes_per_second = 40_000
-    processes = [start("hf://demo/arithmetic", volume) for _ in range(2)]
+def test_of_eight_at_once_one_downloads_and_all_succeed(start: Start, hub: LocalHub, volume: Path) -> None:
+    hub.bytes_per_second = 20_000
+    processes = [start("hf://demo/arithmetic", volume) for _ in range(8)]
     results = [finish(process) for process in processes]
-    assert [result.code for result in results] == [0, 0]
-    assert sorted(result.stdout.split()[0] for result in results) == ["already", "published"]
+    assert [result.code for result in results] == [0] * 8, [result.reason for result in results]
+    assert sorted(result.stdout.split()[0] for result in results) == ["already"] * 7 + ["published"]
     assert set(hub.downloads().values()) == {1}
     assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
 
@@ -124,6 +153,28 @@ def test_takes_over_from_a_dead_holder_at_once_when_its_heartbeat_is_old(run: Ru
     assert "taking over" in result.stderr
     assert problems(volume / "demo--arithmetic" / commit) == []
     assert list((volume / ".staging").iterdir()) == []
+
+
+def test_one_that_was_taken_for_dead_cannot_write_into_what_another_publishes(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    commit = hub.commit("demo/arithmetic")
+    unfinished = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}" / ".partial" / "model.safetensors"
+    unfinished.parent.mkdir(parents=True)
+    with unfinished.open("ab", buffering=0) as held_open:
+        held_open.write((model / "model.safetensors").read_bytes()[:5_000])
+
+        def write_on(request: Request, response: Response) -> Response:
+            if request.file == "model.safetensors":
+                held_open.write(b"of the one that lives on")
+            return response
+
+        hub.fault = write_on
+        result = run("hf://demo/arithmetic", volume)
+        held_open.write(b"and on")
+    assert result.code == 0, result.stderr
+    assert [r.headers["range"] for r in hub.requests if r.file == "model.safetensors"] == ["bytes=5000-"]
+    assert problems(volume / "demo--arithmetic" / commit) == []
 
 
 def test_gives_way_when_another_has_taken_its_lease(start: Start, hub: LocalHub, volume: Path) -> None:
@@ -242,7 +293,7 @@ def test_another_user_of_the_group_takes_over_publishes_beside_and_moves_the_ref
 
     hub.fault = leave_halfway
     dead = start("hf://demo/arithmetic", volume, env=env, user=NOBODY)
-    while not list(volume.glob(".staging/*/.cache/huggingface/download/*.incomplete")) and dead.poll() is None:
+    while not list(volume.glob(".staging/*/.partial/*")) and dead.poll() is None:
         time.sleep(0.005)
     dead.kill()
     dead.wait()

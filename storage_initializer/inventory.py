@@ -1,0 +1,178 @@
+"""What lies on a volume, and what of it may go: snapshots, and the leavings of initializers that died.
+
+Removing is safe for other initializers, since it happens under the lease of each snapshot. Readers leave no trace on a
+volume that they mount read-only: that nobody serves a snapshot any more is for the administrator to know.
+"""
+
+import contextlib
+import datetime
+import itertools
+import logging
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from storage_initializer import lease, record, volume
+from storage_initializer.command_line import Collect
+from storage_initializer.errors import LeaseTimeout, NotFound, RefusedVolume
+from storage_initializer.record import Record
+from storage_initializer.reference import parse
+from storage_initializer.volume import Place
+
+_FORGOTTEN_SECONDS = 3600.0
+"""A draft of a ref, or a clock of a lease, lives for milliseconds: what is so old was left behind."""
+
+_KEY = re.compile(r"(?P<slug>[^@]+)@(?P<commit>[0-9a-f]{40})\.")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One published snapshot."""
+
+    place: Place
+    record: Record | None
+    """None where it cannot be read: such a snapshot is listed, and never removed."""
+    revisions: tuple[str, ...]
+    """The entries of `refs/` that lead to it."""
+
+    @property
+    def name(self) -> str:
+        """Its directory, relative to the root of the volume."""
+        return f"{self.place.slug}/{self.place.commit}"
+
+    @property
+    def age_seconds(self) -> float:
+        """Since it was published."""
+        if self.record is None:
+            return 0.0
+        return time.time() - datetime.datetime.fromisoformat(self.record.published_at).timestamp()
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Something that went, or would go."""
+
+    what: str
+    size_bytes: int
+
+
+def take(root: Path) -> tuple[Snapshot, ...]:
+    """All snapshots on a volume, by model, the latest first.
+
+    Raises:
+        NotFound: there is no such directory.
+    """
+    if not root.is_dir():
+        raise NotFound(f"{root} does not exist: give the root of a volume")
+    with volume.explained(root):
+        found = [_snapshot(place) for place in _places(root)]
+    return tuple(sorted(found, key=lambda snapshot: (snapshot.place.slug, snapshot.age_seconds)))
+
+
+def collect(command: Collect, stale_seconds: float) -> Iterator[Removal]:
+    """Remove what a command says, one thing after the other; nothing on a dry run.
+
+    What a `refs/` entry leads to stays unless the command is to be forced, and then the entry goes first. What an
+    initializer is writing stays.
+
+    Raises:
+        InvalidReference: the command names no reference.
+        NotFound, RefusedVolume, VolumeFailed: the volume is not there, or nothing may be removed from it.
+    """
+    for snapshot in _superfluous(take(command.root), command):
+        with _leased(snapshot.place, command, stale_seconds) as token:
+            if token is not None and (command.force or _revisions(snapshot.place) == snapshot.revisions):
+                if token:
+                    volume.unpoint(snapshot.place, snapshot.revisions)
+                    volume.remove(snapshot.place, token)
+                yield Removal(snapshot.name, snapshot.record.size_bytes if snapshot.record else 0)
+    if command.reference is None:
+        yield from _collect_leavings(command, stale_seconds)
+
+
+def _superfluous(snapshots: tuple[Snapshot, ...], command: Collect) -> Iterator[Snapshot]:
+    keep = 1 if command.keep is None else command.keep
+    if command.reference is not None:
+        reference = parse(command.reference)
+        snapshots = tuple(one for one in snapshots if one.place.slug == reference.slug)
+        if reference.is_commit:
+            snapshots = tuple(one for one in snapshots if one.place.commit == reference.revision)
+            keep = command.keep or 0
+    for _, group in itertools.groupby(snapshots, key=lambda snapshot: snapshot.place.slug):
+        for snapshot in list(group)[keep:]:
+            if snapshot.record is None:
+                log.warning("keeping %s, whose record cannot be read", snapshot.name)
+            elif snapshot.revisions and not command.force:
+                log.info("keeping %s, since refs/%s leads to it", snapshot.name, ", refs/".join(snapshot.revisions))
+            else:
+                yield snapshot
+
+
+def _collect_leavings(command: Collect, stale_seconds: float) -> Iterator[Removal]:
+    """Staging, leases and drafts of initializers that are dead."""
+    left: dict[Place, list[Path]] = {}
+    for folder in (volume.STAGING, volume.LOCKS):
+        with volume.explained(command.root), contextlib.suppress(FileNotFoundError):
+            for path in sorted((command.root / folder).iterdir()):
+                if match := _KEY.match(path.name):
+                    left.setdefault(Place(command.root, match["slug"], match["commit"]), []).append(path)
+    for place, paths in left.items():
+        with _leased(place, command, stale_seconds) as token:
+            if token is None:
+                log.info("keeping what belongs to %s, since it is being written", place.key)
+                continue
+            for path in paths:
+                # A lease goes with the one that was taken over it.
+                if path.is_dir() or path.suffix == volume.LEASE or _is_forgotten(path):
+                    yield Removal(path.relative_to(command.root).as_posix(), volume.size_bytes(path))
+                    if token and path.suffix != volume.LEASE:
+                        volume.clear(path)
+
+
+@contextlib.contextmanager
+def _leased(place: Place, command: Collect, stale_seconds: float) -> Iterator[str | None]:
+    """The token of a snapshot's lease, empty on a dry run; None where somebody else holds it."""
+    if command.dry_run:
+        yield None if lease.seems_held(volume.lease_path(place, make=False), stale_seconds) else ""
+        return
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(volume.explained(command.root))
+        try:
+            held = stack.enter_context(lease.hold(volume.lease_path(place), stale_seconds, timeout_seconds=0.0))
+        except LeaseTimeout:
+            yield None
+        else:
+            yield held.token
+
+
+def _places(root: Path) -> Iterator[Place]:
+    for directory in root.glob("*--*/*"):
+        if directory.name != volume.REFS and directory.is_dir():
+            yield Place(root, directory.parent.name, directory.name)
+
+
+def _revisions(place: Place) -> tuple[str, ...]:
+    """The revisions that lead to a snapshot."""
+    refs = sorted(path.name for path in (place.root / place.slug / volume.REFS).glob("*"))
+    revisions = (unquote(name) for name in refs)
+    return tuple(one for one in revisions if volume.resolved(place.root, place.slug, one) == place.commit)
+
+
+def _snapshot(place: Place) -> Snapshot:
+    try:
+        found = record.read(place.directory)
+    except RefusedVolume as error:
+        log.warning("%s", error)
+        found = None
+    return Snapshot(place, found, _revisions(place))
+
+
+def _is_forgotten(path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _FORGOTTEN_SECONDS
+    return False

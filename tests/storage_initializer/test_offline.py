@@ -1,0 +1,77 @@
+"""Without a Hub: what is on the volume is good enough, and nothing else is waited for."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.local_hub import LocalHub, Response
+from tests.storage_initializer.conftest import ROOT, Run, make_model
+
+UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "env"),
+    [(["--offline"], {}), ([], {"STORAGE_INITIALIZER_OFFLINE": "true"}), ([], {"HF_HUB_OFFLINE": "1"})],
+)
+def test_offline_a_branch_is_the_commit_of_the_last_time(
+    run: Run, hub: LocalHub, volume: Path, tmp_path: Path, flags: list[str], env: dict[str, str]
+) -> None:
+    run("hf://demo/arithmetic", volume)
+    last = hub.commit("demo/arithmetic")
+    hub.add("demo/arithmetic", make_model(tmp_path / "newer", seed=1))
+    hub.forget()
+    result = run(*flags, "hf://demo/arithmetic", volume, env=env)
+    assert result.code == 0, result.stderr
+    assert result.stdout.startswith(f"already published hf://demo/arithmetic@{last[:12]}")
+    assert f"offline: hf://demo/arithmetic:main may have moved since it was commit {last}" in result.stderr
+    assert hub.requests == []
+
+
+def test_offline_refuses_what_was_never_there(run: Run, hub: LocalHub, volume: Path) -> None:
+    branch = run("--offline", "hf://demo/arithmetic", volume)
+    assert branch.code == 2
+    assert "was never resolved on" in branch.reason
+    commit = run("--offline", f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}", volume)
+    assert commit.code == 2
+    assert f"is not published on {volume}: run once without --offline" in commit.reason
+    assert hub.requests == []
+
+
+def test_an_unreachable_hub_does_not_matter_to_what_is_published(run: Run, hub: LocalHub, volume: Path) -> None:
+    run("hf://demo/arithmetic", volume)
+    result = run("hf://demo/arithmetic", volume, env=UNREACHABLE)
+    assert result.code == 0, result.stderr
+    assert "nothing to do" in result.stdout
+    assert f"going on with commit {hub.commit('demo/arithmetic')}" in result.stderr
+
+
+def test_a_failing_hub_is_asked_once_where_something_is_published(run: Run, hub: LocalHub, volume: Path) -> None:
+    run("hf://demo/arithmetic", volume)
+    hub.forget()
+    hub.fault = lambda _request, _response: Response(503)
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert [request.kind for request in hub.requests] == ["info"]
+
+
+def test_a_ref_whose_snapshot_is_gone_is_nothing_to_fall_back_on(run: Run, hub: LocalHub, volume: Path) -> None:
+    run("hf://demo/arithmetic", volume)
+    shutil.rmtree(volume / "demo--arithmetic" / hub.commit("demo/arithmetic"))
+    assert run("hf://demo/arithmetic", volume, env=UNREACHABLE).code == 1
+    assert run("--offline", "hf://demo/arithmetic", volume).code == 2
+
+
+def test_a_published_commit_costs_no_large_import(run: Run, hub: LocalHub, volume: Path) -> None:
+    reference = f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}"
+    run(reference, volume)
+    script = (
+        "import sys; from storage_initializer.__main__ import main; code = main(sys.argv[1:]); "
+        "print(code, *{m.partition('.')[0] for m in sys.modules} "
+        "& {'huggingface_hub', 'httpx2', 'hf_xet', 'tenacity', 'torch', 'transformers', 'tqdm'})"
+    )
+    command = [sys.executable, "-c", script, reference, str(volume)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0"
