@@ -137,7 +137,7 @@ def test_what_the_steps_need_is_left_out(model: Any) -> None:
 
 
 HONEST = """
-import asyncio, json, pathlib, random, resource, sys
+import asyncio, json, pathlib, random, sys
 import psutil
 from predictor import loader, memory
 from predictor.engine import Engine
@@ -171,7 +171,9 @@ def used(budget):
 used(16 * 2**20)  # what torch itself takes at its first steps is not the cache's
 before = psutil.Process().memory_info().rss
 engine, allocated = used(budget)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss: that begins with the peak of the process that started this one.
+status = pathlib.Path("/proc/self/status").read_text()
+peak = int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
 print(json.dumps({"allocated": allocated, "growth": peak - before}))
 """
 
