@@ -21,7 +21,7 @@ from demo.processes import ROOT
 KEY, OTHER_KEY = "alices-key-0123456789", "bobs-key-9876543210"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 PRIVATE = "xylophone"
-WAIT_SECONDS = 60
+WAIT_SECONDS = 120
 OPENAI, GENERATE, INFER = "/v1/completions", "/v2/models/demo/generate", "/v2/models/demo/infer"
 GENERATE_STREAM = f"{GENERATE}_stream"
 
@@ -346,8 +346,8 @@ def streaming(server: Server, tokens: int) -> Iterator[list[Streamed]]:
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_lets_streams_end_and_takes_nothing_new(sent: signal.Signals, tmp_path: Path) -> None:
     with serving(tmp_path) as server:
-        whole = server.client.post(OPENAI, json=asking(OPENAI, 900)).json()["choices"][0]["text"]
-        with streaming(server, 900) as streams:
+        whole = server.client.post(OPENAI, json=asking(OPENAI, 600)).json()["choices"][0]["text"]
+        with streaming(server, 600) as streams:
             server.predictor.process.send_signal(sent)
             ready = server.becomes(503, "/v2/models/demo/ready")
             assert (ready.json()["error"], "retry-after" in ready.headers) == (
