@@ -8,7 +8,8 @@ from starlette.responses import JSONResponse, Response
 from predictor.errors import GenerationFailed, InvalidRequest, NotNow, RequestError, Unauthorized
 from predictor.protocol import openai
 
-_OPENAI = re.compile(r"/openai/|/v1/(chat/)?completions")
+_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
+"""All of /v1 but its models, which are KServe's too."""
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 
 

@@ -33,7 +33,7 @@ def _scalar_list(value: object) -> object:
     if isinstance(value, str) and value.startswith("["):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
 
@@ -113,10 +113,31 @@ def loads(body: bytes) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest("The body has half of a surrogate pair in a string; send whole characters.") from None
-    except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest(f"The body is not JSON ({reason}).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"The body is not JSON ({error}).") from None
+    except RecursionError:
+        raise InvalidRequest("The body is not JSON (nested too deeply).") from None
+    except ValueError:
+        raise InvalidRequest("The body has a number of too many digits.") from None
     return content
+
+
+def schema(body: type[BaseModel]) -> dict[str, Any]:
+    """A body's JSON schema with its definitions in place, so that it may stand anywhere in a larger document."""
+    described = body.model_json_schema()
+    definitions = described.pop("$defs", {})
+
+    def inline(node: Any) -> Any:
+        if isinstance(node, list):
+            return [inline(element) for element in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return inline(definitions[node["$ref"].rpartition("/")[2]])
+        # Titles are the names of private classes.
+        return {key: inline(value) for key, value in node.items() if key != "title"}
+
+    return {key: inline(value) for key, value in described.items() if key not in ("title", "description")}
 
 
 def sentence(error: ValidationError, *, prefix: str = "", known: Iterable[str] = ()) -> str:
@@ -130,10 +151,15 @@ def sentence(error: ValidationError, *, prefix: str = "", known: Iterable[str] =
     issues = [(prefix + ".".join(map(str, issue["loc"])), issue) for issue in error.errors(include_url=False)]
     unknown = [field for field, issue in issues if issue["type"] == "extra_forbidden"]
     wrong = [
-        f"{field or 'the body'}: {issue['msg'][0].lower()}{issue['msg'][1:]}"
-        for field, issue in issues
-        if issue["type"] != "extra_forbidden"
+        f"{field or 'the body'}: {_reason(issue)}" for field, issue in issues if issue["type"] != "extra_forbidden"
     ]
     if unknown:
         wrong.append(f"{', '.join(unknown)}: not known here; known are {', '.join(sorted(known))}")
     return "; ".join(wrong) + "."
+
+
+def _reason(issue: Mapping[str, Any]) -> str:
+    if issue["type"] == "model_type":  # whose own message names the class
+        return "input should be an object"
+    message: str = issue["msg"]
+    return message[0].lower() + message[1:]

@@ -11,13 +11,14 @@ from importlib.metadata import version as installed_version
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from predictor import logs
+from predictor import description, logs
 from predictor.decoding import Answer
+from predictor.description import EVENTS, GENERATING, OCTETS, OPENAI_ERROR, gives, streams, takes
 from predictor.errors import Forbidden, ModelNotReady, NotFound, NotNow, RequestError
 from predictor.fields import timeout_seconds
 from predictor.generation import Completion, GenerationRequest, Piece
@@ -48,16 +49,13 @@ def add(app: FastAPI, predictor: Predictor, *, with_admin_routes: bool) -> None:
         predictor: what answers.
         with_admin_routes: leave KServe's routes to load and unload models as they are, open.
     """
-    routers = [_health(predictor), _v2(predictor), _openai(predictor), _v1(predictor)]
+    # KServe v1 before OpenAI, since a model's name there would take `NAME:predict` for one.
+    routers = [_health(predictor), _v2(predictor), _v1(predictor), _openai(predictor)]
     if not with_admin_routes:
         routers.append(_closed(predictor))
     for router in routers:
         app.include_router(router)
-    described = get_openapi(
-        title=DISTRIBUTION,
-        version=installed_version(DISTRIBUTION),
-        routes=[route for router in routers for route in router.routes],
-    )
+    described = description.document(DISTRIBUTION, [route for router in routers for route in router.routes])
     # /openapi.json is a route of FastAPI's own; with KServe's routes in it, it would describe what is shadowed here.
     app.openapi = lambda: described  # type: ignore[method-assign]
 
@@ -68,16 +66,16 @@ def _router(**options: Any) -> APIRouter:
 
 
 def _health(predictor: Predictor) -> APIRouter:
-    router = _router(tags=["health"], responses=_failures(503))
+    router = _router(tags=["health"])
 
-    @router.get("/v2/health/live")
+    @router.get("/v2/health/live", **gives(description.LIVE, 503))
     async def server_live() -> dict[str, bool]:
         if not predictor.live:
             raise NotNow("The step loop makes no progress or has ended; the server has to be restarted.")
         return {"live": True}
 
     @router.get("/health", include_in_schema=False)
-    @router.get("/v2/health/ready")
+    @router.get("/v2/health/ready", **gives(description.READY, 503))
     async def server_ready() -> dict[str, bool]:
         await _require_ready(predictor)
         return {"ready": True}
@@ -88,20 +86,20 @@ def _health(predictor: Predictor) -> APIRouter:
 def _v2(predictor: Predictor) -> APIRouter:
     router = _router(prefix="/v2", tags=["Open Inference Protocol"])
 
-    @router.get("")
+    @router.get("", **gives(description.SERVER, 401))
     @router.get("/", include_in_schema=False)
     async def server_metadata() -> dict[str, Any]:
         version = installed_version(DISTRIBUTION)
         return {"name": DISTRIBUTION, "version": version, "extensions": list(v2.EXTENSIONS)}
 
-    @router.get("/models")
+    @router.get("/models", **gives(description.MODEL_NAMES, 401))
     async def models() -> dict[str, Any]:
         return {"models": [predictor.name]}
 
     for model in ("/models/{model_name}", "/models/{model_name}/versions/{model_version}"):
         versioned = "version" in model
 
-        @router.get(model, name=f"metadata{versioned}", responses=_failures(404))
+        @router.get(model, name=f"metadata{versioned}", **gives(description.MODEL, 401, 404))
         async def model_metadata(request: Request) -> dict[str, Any]:
             _known(request, predictor)
             return {
@@ -113,13 +111,18 @@ def _v2(predictor: Predictor) -> APIRouter:
                 "properties": predictor.facts,
             }
 
-        @router.get(f"{model}/ready", name=f"ready{versioned}", responses=_failures(404, 503))
+        @router.get(f"{model}/ready", name=f"ready{versioned}", **gives(description.MODEL_READY, 404, 503))
         async def model_ready(request: Request) -> dict[str, Any]:
             _known(request, predictor)
             await _require_ready(predictor)
             return {"name": predictor.name, "ready": True}
 
-        @router.post(f"{model}/infer", name=f"infer{versioned}", **_takes(v2.REQUEST_SCHEMA, 400, 404, 413, 429, 503))
+        @router.post(
+            f"{model}/infer",
+            name=f"infer{versioned}",
+            **takes(v2.REQUEST_SCHEMA),
+            **gives(description.INFERRED, 400, *GENERATING, also=OCTETS),
+        )
         async def infer(request: Request) -> Response:
             version = _known(request, predictor)
             body = await _body(request, "v2")
@@ -134,7 +137,8 @@ def _v2(predictor: Predictor) -> APIRouter:
         @router.post(
             f"{model}/generate",
             name=f"generate{versioned}",
-            **_takes(generate.REQUEST_SCHEMA, 404, 413, 422, 424, 429, 500, 503),
+            **takes(generate.REQUEST_SCHEMA),
+            **gives(description.GENERATED, 422, 424, *GENERATING),
         )
         async def generate_once(request: Request) -> JSONResponse:
             version = _known(request, predictor)
@@ -145,7 +149,8 @@ def _v2(predictor: Predictor) -> APIRouter:
         @router.post(
             f"{model}/generate_stream",
             name=f"generate_stream{versioned}",
-            **_takes(generate.REQUEST_SCHEMA, 404, 413, 422, 424, 429, 500, 503, media_type="text/event-stream"),
+            **takes(generate.REQUEST_SCHEMA),
+            **streams(description.GENERATED_EVENT, 422, 424, *GENERATING),
         )
         async def generate_stream(request: Request) -> Response:
             version = _known(request, predictor)
@@ -162,21 +167,25 @@ def _openai(predictor: Predictor) -> APIRouter:
     def described() -> dict[str, Any]:
         return openai.model(predictor.name, created, predictor.context_tokens)
 
-    @router.get("/openai/v1/models", name="openai_models")
+    @router.get("/openai/v1/models", name="openai_models", **gives(description.OPENAI_MODELS, 401, error=OPENAI_ERROR))
     async def models() -> dict[str, Any]:
         return openai.models(predictor.name, created, predictor.context_tokens)
 
-    @router.get("/openai/v1/models/{model_name}", name="openai_model", responses=_failures(404))
+    @router.get(
+        "/openai/v1/models/{model_name}",
+        name="openai_model",
+        **gives(description.OPENAI_MODEL, 401, 404, error=OPENAI_ERROR),
+    )
     async def model(request: Request) -> dict[str, Any]:
         _known(request, predictor)
         return described()
 
-    @router.get("/v1/models", name="v1_models")
+    @router.get("/v1/models", name="v1_models", **gives(description.BOTH_MODELS, 401))
     async def both_models() -> dict[str, Any]:
         """OpenAI's list and KServe v1's in one object: each client finds its own and ignores the other."""
         return {**openai.models(predictor.name, created, predictor.context_tokens), "models": [predictor.name]}
 
-    @router.get("/v1/models/{model_name}", name="v1_model", responses=_failures(404, 503))
+    @router.get("/v1/models/{model_name}", name="v1_model", **gives(description.BOTH_MODEL, 401, 404, 503))
     async def both_model(request: Request) -> dict[str, Any]:
         """OpenAI's model and KServe v1's readiness in one object."""
         _known(request, predictor)
@@ -188,7 +197,8 @@ def _openai(predictor: Predictor) -> APIRouter:
         @router.post(
             f"{prefix}/completions",
             name=f"completions {prefix}",
-            **_takes(openai.COMPLETIONS_SCHEMA, 400, 404, 413, 429, 500, 503, 504),
+            **takes(openai.COMPLETIONS_SCHEMA),
+            **gives(description.COMPLETION, 400, *GENERATING, also=EVENTS, error=OPENAI_ERROR),
         )
         async def completions(request: Request) -> Response:
             asked = openai.decode_completions(await _body(request, "openai"), predictor.name)
@@ -197,7 +207,8 @@ def _openai(predictor: Predictor) -> APIRouter:
         @router.post(
             f"{prefix}/chat/completions",
             name=f"chat {prefix}",
-            **_takes(openai.CHAT_SCHEMA, 400, 404, 413, 429, 500, 503, 504),
+            **takes(openai.CHAT_SCHEMA),
+            **gives(description.CHAT_COMPLETION, 400, *GENERATING, also=EVENTS, error=OPENAI_ERROR),
         )
         async def chat_completions(request: Request) -> Response:
             asked = openai.decode_chat(await _body(request, "openai"), predictor.name)
@@ -214,11 +225,20 @@ def _openai(predictor: Predictor) -> APIRouter:
 def _v1(predictor: Predictor) -> APIRouter:
     router = _router(prefix="/v1", tags=["KServe v1"])
 
-    @router.post("/models/{model_name}:predict", **_takes(v1.REQUEST_SCHEMA, 400, 404, 413, 429, 500, 503, 504))
+    @router.post(
+        "/models/{model_name}:predict",
+        **takes(v1.REQUEST_SCHEMA),
+        **gives(description.PREDICTIONS, 400, *GENERATING),
+    )
     async def predict(request: Request) -> JSONResponse:
         _known(request, predictor)
         requests = v1.decode(await _body(request, "v1"))
         return JSONResponse(v1.encode(await _completions(request, predictor, requests)))
+
+    @router.get("/models/{model_name}:predict", include_in_schema=False)
+    async def predict_by_get() -> None:
+        """Elsewhere the router says this itself; here the path of a model's readiness would match."""
+        raise HTTPException(405, headers={"Allow": "POST"})
 
     @router.post("/models/{model_name}:explain", include_in_schema=False)
     async def explain(request: Request) -> None:
@@ -332,34 +352,3 @@ def _known(request: Request, predictor: Predictor) -> str | None:
 async def _require_ready(predictor: Predictor) -> None:
     if not await predictor.healthy():
         raise ModelNotReady(f"The model {predictor.name} is not ready: {predictor.unreadiness}.")
-
-
-_FAILURES = {
-    400: "The request is malformed.",
-    404: "No such model or version.",
-    413: "The body is too large.",
-    422: "The request is malformed.",
-    424: "The engine failed on this request.",
-    429: "The server is busy.",
-    500: "The server failed.",
-    503: "The server is not ready, or shutting down.",
-    504: "The request's time is over.",
-}
-
-
-def _failures(*statuses: int, media_type: str = "application/json") -> dict[int | str, dict[str, Any]]:
-    """Responses of an operation, for the OpenAPI document; every operation may ask for a key, too."""
-    return {status: {"description": _FAILURES[status], "content": {media_type: {}}} for status in statuses}
-
-
-def _takes(schema: dict[str, Any], *statuses: int, media_type: str = "application/json") -> dict[str, Any]:
-    """An operation with a JSON body of this schema."""
-    return {
-        "openapi_extra": {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}},
-        "responses": _failures(*statuses, media_type=media_type),
-        "response_class": JSONResponse if media_type == "application/json" else _Events,
-    }
-
-
-class _Events(Response):
-    media_type = "text/event-stream"

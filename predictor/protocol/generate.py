@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictor.errors import InvalidRequest, RequestError
-from predictor.fields import Sampling, loads, sentence
+from predictor.fields import Sampling, loads, schema, sentence
 from predictor.generation import Completion, GenerationRequest, Piece, Token
 
 
@@ -32,7 +32,7 @@ class _Body(BaseModel):
     parameters: _Parameters = _Parameters()
 
 
-REQUEST_SCHEMA = _Body.model_json_schema()
+REQUEST_SCHEMA = schema(_Body)
 """JSON schema of a request's body."""
 
 

@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 
 from predictor import errors
 from predictor.errors import InvalidRequest, NotFound, RequestError
-from predictor.fields import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOPS, Sampling, sentence
+from predictor.fields import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOPS, Sampling, schema, sentence
 from predictor.generation import Chat, Completion, FinishReason, GenerationRequest, Piece, Token
 
 COMPLETION_TOKENS = 16
@@ -63,13 +63,13 @@ _ERROR_CODES: Mapping[type[RequestError], str] = {
 """Codes that clients know to act upon; other errors have none."""
 
 
-def _closed_and_nullable(schema: dict[str, Any]) -> None:
+def _closed_and_nullable(described: dict[str, Any]) -> None:
     """Put into an object's JSON schema what `_Object` and `_Inner` do."""
-    schema["additionalProperties"] = False
-    for name, field in schema["properties"].items():
+    described["additionalProperties"] = False
+    for name, field in described["properties"].items():
         nullable = any(option.get("type") == "null" for option in field.get("anyOf", [field]))
-        if name not in schema.get("required", ()) and not nullable:
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        if name not in described.get("required", ()) and not nullable:
+            described["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 class _Object(BaseModel):
@@ -245,26 +245,8 @@ class _Chats(_Body):
     safety_identifier: str | None = None
 
 
-def _schema(body: type[BaseModel]) -> dict[str, Any]:
-    """A body's JSON schema with its definitions in place, so that it may stand anywhere in a larger document."""
-    schema = body.model_json_schema()
-    definitions = schema.pop("$defs")
-
-    def inline(node: Any) -> Any:
-        if isinstance(node, list):
-            return [inline(element) for element in node]
-        if not isinstance(node, dict):
-            return node
-        if "$ref" in node:
-            return inline(definitions[node["$ref"].rpartition("/")[2]])
-        # Titles are the names of private classes.
-        return {key: inline(value) for key, value in node.items() if key != "title"}
-
-    return {key: inline(value) for key, value in schema.items() if key not in ("title", "description")}
-
-
-COMPLETIONS_SCHEMA = _schema(_Completions)
-CHAT_SCHEMA = _schema(_Chats)
+COMPLETIONS_SCHEMA = schema(_Completions)
+CHAT_SCHEMA = schema(_Chats)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ Specification: kserve/website, docs on the v1 protocol. Sampling stands in `para
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.fields import Sampling, loads, sentence
+from predictor.fields import Sampling, loads, schema, sentence
 from predictor.generation import Chat, Completion, GenerationRequest
 
 
@@ -20,18 +20,27 @@ class _Message(BaseModel):
     content: str
 
 
-_Prompt = Annotated[str, Field(min_length=1)]
-_Messages = Annotated[list[_Message], Field(min_length=1)]
+def _kind(instance: object) -> str | None:
+    if isinstance(instance, str):
+        return "prompt"
+    return "messages" if isinstance(instance, list) else None
+
+
+_Instance = Annotated[
+    Annotated[str, Field(min_length=1), Tag("prompt")]
+    | Annotated[list[_Message], Field(min_length=1), Tag("messages")],
+    Discriminator(_kind, custom_error_type="kind", custom_error_message="expected a prompt or a list of messages"),
+]
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    instances: list[_Prompt | _Messages] = Field(min_length=1)
+    instances: list[_Instance] = Field(min_length=1)
     parameters: Sampling = Sampling()
 
 
-REQUEST_SCHEMA = _Body.model_json_schema()
+REQUEST_SCHEMA = schema(_Body)
 """JSON schema of a request's body."""
 
 

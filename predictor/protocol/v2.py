@@ -13,6 +13,7 @@ Specification: kserve/open-inference-protocol, specification/protocol/inference_
 import contextlib
 import json
 import math
+import re
 import struct
 import uuid
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from kserve.protocol.infer_type import (
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.fields import MAX_LOGPROBS, Sampling, loads, sentence
+from predictor.fields import MAX_LOGPROBS, Sampling, loads, schema, sentence
 from predictor.generation import Chat, Completion, GenerationRequest, Message, SamplingParams
 
 TEXT_INPUT = "text_input"
@@ -102,7 +103,7 @@ class _Binary(BaseModel):
     binary_data: bool | None = None
 
 
-REQUEST_SCHEMA = _Body.model_json_schema()
+REQUEST_SCHEMA = schema(_Body)
 """JSON schema of a request's body."""
 
 
@@ -225,6 +226,8 @@ def from_grpc(message: Any) -> InferRequest:
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise InvalidRequest(f"raw_input_contents has {len(raw)} tensors, and inputs {len(message.inputs)}.")
+    if raw and any(tensor.HasField("contents") for tensor in message.inputs):
+        raise InvalidRequest("inputs has contents, and there are raw_input_contents; send one of them.")
     inputs = []
     for index, tensor in enumerate(message.inputs):
         data = _elements(raw[index], f"inputs.{index}") if raw else list(tensor.contents.bytes_contents)
@@ -280,7 +283,7 @@ def _binary(parameters: Mapping[str, Any] | None) -> _Binary:
 def _header_size(header_length: str | None, body_bytes: int) -> int:
     if header_length is None:
         return body_bytes
-    if not header_length.isascii() or not header_length.isdigit() or int(header_length) > body_bytes:
+    if not re.fullmatch(r"[0-9]{1,18}", header_length) or int(header_length) > body_bytes:
         raise InvalidRequest(f"The header {HEADER_LENGTH} is not a number of bytes of this body.")
     return int(header_length)
 
@@ -357,8 +360,8 @@ def _raw(text: str, field: str) -> str:
 
 def _chat(text: str, field: str) -> Chat:
     try:
-        messages = json.loads(text)
-    except ValueError:
+        messages = loads(text.encode())
+    except InvalidRequest:
         messages = None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest(f'{field} is not a JSON list of messages, as in [{{"role": "user", "content": "Hi"}}].')

@@ -75,7 +75,7 @@ def test_an_inputs_own_parameters_come_first() -> None:
     [
         (b"{", "The body is not JSON"),
         (b"\xff", "The body is not JSON"),
-        (b"[]", "the body: input should be a valid dictionary"),
+        (b"[]", "the body: input should be an object"),
         (b"{}", "inputs: field required"),
         (b'{"inputs": []}', "inputs: list should have at least 1 item"),
         (body(shape="one"), "inputs.0.shape: input should be a valid list"),
@@ -251,3 +251,20 @@ def test_a_timeout_is_a_positive_number(text: str) -> None:
         timeout_seconds({TIMEOUT_HEADER: text})
     assert timeout_seconds({TIMEOUT_HEADER: "1.5"}) == 1.5
     assert timeout_seconds({}) is None
+
+
+def test_nothing_is_too_deep_or_too_long_to_be_refused() -> None:
+    deep = "[" * 100_000
+    half = json.dumps([{"role": "user", "content": "\ud800"}])
+    for raw in (
+        body(parameters={"stop": deep, "max_tokens": 0}),
+        body(name="messages", data=[deep]),
+        body(name="messages", data=[half]),
+        b"1" * 5000,
+        deep.encode(),
+    ):
+        with pytest.raises(InvalidRequest):
+            decoded(raw)
+    for length in ("9" * 5000, "-1", "²", "", "1.0"):
+        with pytest.raises(InvalidRequest, match=v2.HEADER_LENGTH):
+            v2.parse(body(), "m", length)
