@@ -25,10 +25,6 @@ from predictor.generation import Completion, GenerationRequest, Piece
 from predictor.model import Predictor
 from predictor.protocol import generate, openai, v1, v2
 
-DISTRIBUTION = "kserve-llm"
-PLATFORM = "transformers_safetensors"
-"""What v2's metadata calls the model's format: project and format."""
-
 _T = TypeVar("_T")
 
 
@@ -55,7 +51,7 @@ def add(app: FastAPI, predictor: Predictor, *, with_admin_routes: bool) -> None:
         routers.append(_closed(predictor))
     for router in routers:
         app.include_router(router)
-    described = description.document(DISTRIBUTION, [route for router in routers for route in router.routes])
+    described = description.document(v2.SERVER, [route for router in routers for route in router.routes])
     # /openapi.json is a route of FastAPI's own; with KServe's routes in it, it would describe what is shadowed here.
     app.openapi = lambda: described  # type: ignore[method-assign]
 
@@ -89,8 +85,8 @@ def _v2(predictor: Predictor) -> APIRouter:
     @router.get("", **gives(description.SERVER, 401))
     @router.get("/", include_in_schema=False)
     async def server_metadata() -> dict[str, Any]:
-        version = installed_version(DISTRIBUTION)
-        return {"name": DISTRIBUTION, "version": version, "extensions": list(v2.EXTENSIONS)}
+        version = installed_version(v2.SERVER)
+        return {"name": v2.SERVER, "version": version, "extensions": list(v2.EXTENSIONS)}
 
     @router.get("/models", **gives(description.MODEL_NAMES, 401))
     async def models() -> dict[str, Any]:
@@ -105,7 +101,7 @@ def _v2(predictor: Predictor) -> APIRouter:
             return {
                 "name": predictor.name,
                 "versions": [v2.VERSION],
-                "platform": PLATFORM,
+                "platform": v2.PLATFORM,
                 "inputs": predictor.get_input_types(),
                 "outputs": predictor.get_output_types(),
                 "properties": predictor.facts,

@@ -32,7 +32,6 @@ from predictor.protocol import v2
 logger = logging.getLogger(__name__)
 request_logger = logging.getLogger("predictor.request")
 
-PLATFORM = "transformers_safetensors"
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -81,8 +80,8 @@ class _Service(service.GRPCInferenceServiceServicer):
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         async with self._request(context):
-            version = installed_version("kserve-llm")
-            return messages.ServerMetadataResponse(name="kserve-llm", version=version, extensions=[])
+            version = installed_version(v2.SERVER)
+            return messages.ServerMetadataResponse(name=v2.SERVER, version=version, extensions=[])
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         async with self._request(context):
@@ -90,7 +89,7 @@ class _Service(service.GRPCInferenceServiceServicer):
             return messages.ModelMetadataResponse(
                 name=self._predictor.name,
                 versions=[v2.VERSION],
-                platform=PLATFORM,
+                platform=v2.PLATFORM,
                 inputs=self._predictor.get_input_types(),
                 outputs=self._predictor.get_output_types(),
             )

@@ -54,6 +54,11 @@ of tokens."""
 EXTENSIONS = ("binary_tensor_data", "generate", "generate_stream")
 """What the server's metadata says it speaks beyond the protocol."""
 
+SERVER = "kserve-llm"
+"""The server's name in its metadata, and the distribution whose version it tells."""
+PLATFORM = "transformers_safetensors"
+"""What the model's metadata calls its format: project and format."""
+
 VERSION = "1"
 """The one version of the one model, for routes that name a version."""
 
