@@ -69,9 +69,16 @@ class GenerationRequest:
     """Put the prompt's text before the completion's."""
 
 
+UNLIKELY = -9999.0
+"""What OpenAI's API gives for a log probability too low to tell; JSON knows no infinity."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token's log probability under the model, before temperature and penalties, and its rivals'."""
+    """A chosen token's log probability under the model, before temperature and penalties, and its rivals'.
+
+    Finite, and not less than UNLIKELY.
+    """
 
     token_id: int
     logprob: float

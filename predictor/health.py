@@ -48,6 +48,9 @@ class SelfCheck:
                 await engine.check(self._period_seconds)
             except RequestError as error:
                 logger.error("the self-check failed: %s", error)
+            except Exception:
+                # The age tells; a loop that ended here would leave it growing where the model is well again.
+                logger.exception("the self-check failed for a reason that was not foreseen")
             else:
                 self._passed = time.monotonic()
         self._seen_steps = engine.steps

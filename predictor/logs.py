@@ -8,12 +8,16 @@ and prompts and completions never get here.
 import json
 import logging
 import logging.config
-from collections.abc import Iterator
+import re
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 @dataclass(slots=True)
@@ -49,6 +53,11 @@ class RequestRecord:
 
 
 _in_use: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
+
+
+def request_id(sent: Sequence[str]) -> str:
+    """The id of a request: what its client sent as `x-request-id`, if that is one and printable anywhere, else new."""
+    return sent[0] if len(sent) == 1 and _REQUEST_ID.fullmatch(sent[0]) else uuid.uuid4().hex
 
 
 def current() -> RequestRecord:

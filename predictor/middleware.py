@@ -12,7 +12,6 @@ import asyncio
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from urllib.parse import quote
@@ -35,7 +34,6 @@ LINGER_SECONDS = 2.0
 """How long a client may go on sending a body that was refused, before its connection is closed."""
 
 _PROBE = re.compile(r"/(health|metrics)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def is_probe(scope: Scope) -> bool:
@@ -66,7 +64,7 @@ class Requests(_Middleware):
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
-        exchange = _Exchange(_request_id(scope), receive, send)
+        exchange = _Exchange(logs.request_id(Headers(scope=scope).getlist("x-request-id")), receive, send)
         with logs.use(logs.RequestRecord(exchange.request_id)) as record:
             try:
                 await self._app(scope, exchange.receive, exchange.send)
@@ -214,11 +212,6 @@ class BodyLimit(_Middleware):
                 raise
         if read > limit and not answered:
             raise error
-
-
-def _request_id(scope: Scope) -> str:
-    ids = Headers(scope=scope).getlist("x-request-id")
-    return ids[0] if len(ids) == 1 and _REQUEST_ID.fullmatch(ids[0]) else uuid.uuid4().hex
 
 
 def _log(scope: Scope, status: int, seconds: float, record: logs.RequestRecord) -> None:

@@ -6,7 +6,6 @@ the same protocol module; knows the same keys, drain and limits.
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version as installed_version
@@ -115,7 +114,8 @@ class _Service(service.GRPCInferenceServiceServicer):
     async def _request(self, context: Any, *, checks_key: bool = True) -> AsyncIterator[None]:
         """What surrounds every call: the record and line of the request, the key, errors as status codes."""
         metadata = dict(context.invocation_metadata())
-        record = logs.RequestRecord(str(metadata.get("x-request-id") or uuid.uuid4().hex), protocol="grpc")
+        ids = [str(value) for name, value in context.invocation_metadata() if name == "x-request-id"]
+        record = logs.RequestRecord(logs.request_id(ids), protocol="grpc")
         with logs.use(record):
             try:
                 if checks_key and self._keys is not None:

@@ -18,7 +18,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 
-from predictor.generation import SamplingParams, TokenLogprob
+from predictor.generation import UNLIKELY, SamplingParams, TokenLogprob
 
 logger = logging.getLogger(__name__)
 
@@ -179,5 +179,6 @@ def draw(
 
 def _logprob(model: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
     """What the model's log probabilities (vocabulary,) say of a token and of the `top` most probable ones."""
+    model = model.nan_to_num(nan=UNLIKELY).clamp(min=UNLIKELY)
     values, token_ids = model.topk(min(top, model.numel()))
     return TokenLogprob(token_id, float(model[token_id]), tuple(zip(token_ids.tolist(), values.tolist(), strict=True)))

@@ -167,6 +167,20 @@ def test_a_self_check_that_fails_is_logged_and_grows_old(
     asyncio.run(look())
 
 
+def test_a_self_check_that_fails_in_an_unforeseen_way_is_logged_and_made_again(
+    engine: Engine, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = SelfCheck(engine, period_seconds=60)
+    clock(200)
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "check", None)
+        asyncio.run(check.look())
+    assert "the self-check failed for a reason that was not foreseen" in caplog.text
+    assert not check.is_fresh
+    asyncio.run(check.look())
+    assert check.is_fresh
+
+
 def test_a_self_check_runs_until_cancelled_and_a_period_of_zero_turns_it_off(
     engine: Engine, clock: Callable[[float], None]
 ) -> None:

@@ -17,7 +17,16 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from predictor import errors
 from predictor.errors import InvalidRequest, NotFound, RequestError
-from predictor.generation import Chat, Completion, FinishReason, GenerationRequest, Piece, SamplingParams, Token
+from predictor.generation import (
+    UNLIKELY,
+    Chat,
+    Completion,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    SamplingParams,
+    Token,
+)
 from predictor.protocol import openai
 from predictor.protocol.openai import Asked, Stream
 
@@ -395,7 +404,7 @@ def token(text: str, logprob: float = -0.5, *, special: bool = False, top: tuple
 
 TOKENS = (
     token("Hé", top=(token("Hé"), token("Ho", -1.5))),
-    token("llo", -2.0, top=(token("p", -0.1), token("\ufffd", float("-inf")))),
+    token("llo", -2.0, top=(token("p", -0.1), token("\ufffd", UNLIKELY))),
     token("<|end|>", -0.1, special=True, top=(token("<|end|>", -0.1),)),
 )
 HELLO = Completion("Héllo", FinishReason.EOS_TOKEN, prompt_tokens=3, completion_tokens=3, tokens=TOKENS)
@@ -449,7 +458,7 @@ def test_tells_log_probabilities_of_completions_with_the_chosen_token_among_its_
     assert answer["choices"][0]["logprobs"] == {
         "tokens": ["Hé", "llo"],
         "token_logprobs": [-0.5, -2.0],
-        "top_logprobs": [{"Hé": -0.5, "Ho": -1.5}, {"p": -0.1, "\ufffd": openai.UNLIKELY, "llo": -2.0}],
+        "top_logprobs": [{"Hé": -0.5, "Ho": -1.5}, {"p": -0.1, "\ufffd": UNLIKELY, "llo": -2.0}],
         "text_offset": [0, 2],
     }
 
@@ -473,7 +482,7 @@ def test_tells_log_probabilities_of_a_chat_with_bytes_where_they_are_known() -> 
             "bytes": [108, 108, 111],
             "top_logprobs": [
                 {"token": "p", "logprob": -0.1, "bytes": [112]},
-                {"token": "\ufffd", "logprob": openai.UNLIKELY, "bytes": None},
+                {"token": "\ufffd", "logprob": UNLIKELY, "bytes": None},
             ],
         },
     ]
@@ -607,7 +616,7 @@ def test_offsets_of_streamed_tokens_count_on() -> None:
     assert [logprobs["text_offset"] for logprobs in told] == [[0], [2], []]
 
 
-@given(st.text(), st.lists(st.text(), max_size=3), st.floats(max_value=0) | st.just(float("nan")))
+@given(st.text(), st.lists(st.text(), max_size=3), st.floats(UNLIKELY, 0))
 def test_any_text_and_probability_makes_whole_events(text: str, tokens: list[str], logprob: float) -> None:
     told = tuple(token(one, logprob, top=(token(one, logprob),)) for one in tokens)
     piece = Piece(0, text, 1, len(tokens), FinishReason.LENGTH, told)

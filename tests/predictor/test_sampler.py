@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from predictor import sampler
-from predictor.generation import SamplingParams
+from predictor.generation import UNLIKELY, SamplingParams
 from predictor.sampler import Chooser
 
 VOCABULARY = 5000
@@ -130,3 +130,10 @@ def test_reports_the_models_own_log_probabilities() -> None:
     assert reported.token_id == 1, "after the penalty"
     assert reported.logprob == pytest.approx(float(expected[1])), "before the penalty"
     assert [token_id for token_id, _ in reported.top] == [0, 1]
+
+
+def test_reports_what_cannot_be_as_unlikely_since_json_knows_no_infinity() -> None:
+    sure = chooser(logprobs=2)
+    chosen(torch.tensor([[3.0, -torch.inf]]), sure)
+    [reported] = sure.logprobs
+    assert (reported.logprob, reported.top) == (0.0, ((0, 0.0), (1, UNLIKELY)))

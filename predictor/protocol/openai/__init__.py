@@ -1,46 +1,32 @@
 """OpenAI's completions and chat completions: JSON bodies <-> generation requests, completions and pieces of streams.
 
-Every field of the API is served with its meaning or refused by name, and null means absent. Labels, which have no
-influence on what is generated, are taken as they are: user, metadata, safety_identifier, all of prompt_cache_*, and
-parallel_tool_calls, since tool calls come as text and are never split. vLLM's extra sampling fields are served, too.
-
-Answers are plain dicts: importing the `openai` package would cost the server's start more than it would give.
-Knows nothing of HTTP, tokenizers or the engine. Specification: https://platform.openai.com/docs/api-reference.
+What a body may say stands in `bodies.py`. Answers are plain dicts: importing the `openai` package would cost the
+server's start more than it would give. Knows nothing of HTTP, tokenizers or the engine.
+Specification: https://platform.openai.com/docs/api-reference.
 """
 
 import json
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    Json,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import ValidationError
 
 from predictor import errors
 from predictor.errors import InvalidRequest, NotFound, RequestError
-from predictor.fields import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOPS, Sampling, schema, sentence
+from predictor.fields import schema, sentence
 from predictor.generation import Chat, Completion, FinishReason, GenerationRequest, Piece, Token
+from predictor.protocol.openai.bodies import Body, Chats, Completions
 
-COMPLETION_TOKENS = 16
-"""The API's default for max_tokens of completions; a chat's is the model's own."""
-UNLIKELY = -9999.0
-"""What the API gives for a log probability too low to tell; JSON knows no infinity."""
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Stands in a token's text for bytes that are no character without the next token."""
 OWNER = "kserve-llm"
+COMPLETIONS_SCHEMA = schema(Completions)
+CHAT_SCHEMA = schema(Chats)
 
 _FINISH_REASONS = {
     None: None,
@@ -61,192 +47,6 @@ _ERROR_CODES: Mapping[type[RequestError], str] = {
     errors.Overloaded: "rate_limit_exceeded",
 }
 """Codes that clients know to act upon; other errors have none."""
-
-
-def _closed_and_nullable(described: dict[str, Any]) -> None:
-    """Put into an object's JSON schema what `_Object` and `_Inner` do."""
-    described["additionalProperties"] = False
-    for name, field in described["properties"].items():
-        nullable = any(option.get("type") == "null" for option in field.get("anyOf", [field]))
-        if name not in described.get("required", ()) and not nullable:
-            described["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-
-
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_closed_and_nullable)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
-
-
-class _Inner(_Object):
-    """An object inside the body: refuses unknown fields itself, to suggest its own and not the body's."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="after")
-    def _is_known(self) -> Self:
-        if self.model_extra:
-            names, known = ", ".join(self.model_extra), ", ".join(sorted(type(self).model_fields))
-            raise PydanticCustomError("unknown", f"{names}: not known here; known are {known}")
-        return self
-
-
-def _refuse(why: str, *accepted: object) -> BeforeValidator:
-    """Marks a field that is not served, but for the values accepted."""
-
-    def check(value: object) -> object:
-        if value not in accepted:
-            raise PydanticCustomError("refused", why)
-        return value
-
-    return BeforeValidator(check)
-
-
-class _TextPart(_Inner):
-    type: Annotated[Literal["text"], _refuse("only text parts are served; images, audio and files are not", "text")]
-    text: str
-    prompt_cache_breakpoint: dict[str, Any] = {}
-
-
-def _parts(content: object) -> object:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-class _Call(_Inner):
-    name: str
-    arguments: Json[dict[str, Any]]
-    """On the wire JSON in a string; chat templates take an object."""
-
-
-class _ToolCall(_Inner):
-    id: str
-    type: Annotated[Literal["function"], _refuse("only function calls are served", "function")]
-    function: _Call
-
-
-class _Message(_Inner):
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[_TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_parts, str | list[_TextPart])
-    ] = []
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
-    reasoning_content: str | None = None
-    """Not of the API, but what templates of reasoning models read of the assistant's earlier turns."""
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> Self:
-        assistant = self.role == "assistant"
-        if not (self.content or (assistant and self.tool_calls)):
-            raise PydanticCustomError("content", "content is required, unless the assistant has tool_calls instead")
-        if not assistant and (self.tool_calls or self.reasoning_content):
-            raise PydanticCustomError("role", "tool_calls and reasoning_content are the assistant's alone")
-        if (self.role == "tool") is (self.tool_call_id is None):
-            raise PydanticCustomError("role", "tool_call_id belongs to every message of role tool, and to no other")
-        return self
-
-    def for_template(self) -> dict[str, Any]:
-        """The message with its parts as one text, nothing put between them."""
-        return {**self.model_dump(exclude_unset=True), "content": "".join(part.text for part in self.content)}
-
-
-class _Function(_Inner):
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False], _refuse("arguments are not held to their schema", False)] = False
-
-
-class _Tool(_Inner):
-    type: Annotated[Literal["function"], _refuse("only function tools are served", "function")]
-    function: _Function
-
-
-class _StreamOptions(_Inner):
-    include_usage: bool = False
-    include_obfuscation: Annotated[Literal[False], _refuse("events are not padded", False)] = False
-
-
-_Text = Annotated[str, Field(min_length=1)]
-_Prompt = _Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-
-
-def _stops(stop: object) -> object:
-    return [stop] if isinstance(stop, str) else stop
-
-
-def _prompts(prompt: object, validate: Callable[[object], Any]) -> Any:
-    """One prompt as a list of one, and one issue for a prompt that is neither text nor token ids."""
-    single = isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(next(iter(prompt), None), int))
-    try:
-        return validate([prompt] if single else prompt)
-    except ValidationError:
-        why = "expected a string, a list of strings, of token ids or of lists of token ids, none of them empty"
-        raise PydanticCustomError("prompt", why) from None
-
-
-class _Body(_Object, Sampling):
-    """What completions and chats have in common."""
-
-    model: str
-    n: int = Field(default=1, ge=1, le=MAX_COMPLETIONS)
-    temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
-    stop: Annotated[list[_Text], Field(max_length=MAX_STOPS), BeforeValidator(_stops, _Text | list[_Text])] = []
-    stream: bool = False
-    stream_options: _StreamOptions | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0), _refuse("not served; leave it out", {})] = {}
-    user: str | None = None
-
-
-class _Completions(_Body):
-    prompt: Annotated[
-        list[_Prompt], Field(min_length=1, fail_fast=True), WrapValidator(_prompts, _Prompt | list[_Prompt])
-    ]
-    max_tokens: int | None = Field(default=COMPLETION_TOKENS, ge=1, description="New tokens at most.")
-    best_of: int | None = None
-    echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    suffix: Annotated[None, _refuse("text is continued, never inserted")] = None
-
-
-_TOOL_CHOICE = "expected none or auto; a call cannot be required, as calls are not parsed: the answer comes as text"
-_TEXT: dict[Literal["type"], Literal["text"]] = {"type": "text"}
-_TEXT_FORMAT = 'expected {"type": "text"}; json_object and json_schema are not enforced here'
-
-
-class _Chats(_Body):
-    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="New tokens at most.")
-    logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    tools: Annotated[list[_Tool], Field(fail_fast=True)] = []
-    tool_choice: Annotated[Literal["none", "auto"], _refuse(_TOOL_CHOICE, "none", "auto")] = "auto"
-    response_format: Annotated[dict[Literal["type"], Literal["text"]], _refuse(_TEXT_FORMAT, _TEXT)] = _TEXT
-    modalities: Annotated[list[Literal["text"]], _refuse("only text is generated", ["text"])] = ["text"]
-    service_tier: Literal["auto", "default"] | None = None
-    store: Annotated[Literal[False], _refuse("completions are not stored", False)] = False
-    audio: Annotated[None, _refuse("only text is generated")] = None
-    function_call: Annotated[None, _refuse("deprecated, and not served; use tool_choice")] = None
-    functions: Annotated[None, _refuse("deprecated, and not served; use tools")] = None
-    moderation: Annotated[None, _refuse("nothing is moderated here")] = None
-    prediction: Annotated[None, _refuse("predicted outputs are not served")] = None
-    reasoning_effort: Annotated[None, _refuse("not served; ask for it in a message")] = None
-    verbosity: Annotated[None, _refuse("not served; ask for it in a message")] = None
-    web_search_options: Annotated[None, _refuse("there is no web search here")] = None
-    metadata: dict[str, str] = {}
-    parallel_tool_calls: bool = True
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] = {}
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    safety_identifier: str | None = None
-
-
-COMPLETIONS_SCHEMA = schema(_Completions)
-CHAT_SCHEMA = schema(_Chats)
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,7 +94,7 @@ def decode_completions(body: bytes, model_name: str) -> Asked:
         InvalidRequest: not JSON, or a field that is missing, wrong or not served; the message names it.
         NotFound: a model that is not `model_name`.
     """
-    content = _validate(_Completions, body, model_name)
+    content = _validate(Completions, body, model_name)
     if content.best_of not in (None, content.n):
         raise _invalid("best_of", "no more than n are generated; leave it out")
     if content.echo and content.logprobs is not None:
@@ -311,7 +111,7 @@ def decode_chat(body: bytes, model_name: str) -> Asked:
         InvalidRequest: not JSON, or a field that is missing, wrong or not served; the message names it.
         NotFound: a model that is not `model_name`.
     """
-    content = _validate(_Chats, body, model_name)
+    content = _validate(Chats, body, model_name)
     if content.max_completion_tokens and content.max_tokens not in (None, content.max_completion_tokens):
         raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it; leave it out")
     if content.top_logprobs is not None and not content.logprobs:
@@ -324,7 +124,7 @@ def decode_chat(body: bytes, model_name: str) -> Asked:
     return _asked(content, [GenerationRequest(chat, sampling, content.n)])
 
 
-_BodyType = TypeVar("_BodyType", bound=_Body)
+_BodyType = TypeVar("_BodyType", bound=Body)
 
 
 def _validate(body_type: type[_BodyType], body: bytes, model_name: str) -> _BodyType:
@@ -345,8 +145,8 @@ def _invalid(field: str, why: str) -> InvalidRequest:
     return InvalidRequest(f"{field}: {why}.", field)
 
 
-def _asked(content: _Completions | _Chats, requests: list[GenerationRequest]) -> Asked:
-    chat = isinstance(content, _Chats)
+def _asked(content: Completions | Chats, requests: list[GenerationRequest]) -> Asked:
+    chat = isinstance(content, Chats)
     return Asked(
         requests=requests,
         n=content.n,
@@ -489,7 +289,7 @@ def _logprobs(chat: bool, tokens: Sequence[Token], offset: int) -> dict[str, Any
         return {"content": content, "refusal": None}
     return {
         "tokens": [token.text for token in tokens],
-        "token_logprobs": [_finite(token.logprob) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
         "top_logprobs": [_by_text(token) for token in tokens],
         "text_offset": list(accumulate((len(token.text) for token in tokens), initial=offset))[:-1],
     }
@@ -498,14 +298,10 @@ def _logprobs(chat: bool, tokens: Sequence[Token], offset: int) -> dict[str, Any
 def _by_text(token: Token) -> dict[str, float]:
     """The rivals and the token itself; where several have the same text, the most probable of them."""
     ranked = sorted((token, *token.top), key=lambda rival: rival.logprob)
-    return {rival.text: _finite(rival.logprob) for rival in ranked}
+    return {rival.text: rival.logprob for rival in ranked}
 
 
 def _with_bytes(token: Token) -> dict[str, Any]:
     whole = UNFINISHED_CHARACTER not in token.text
     octets = list(token.text.encode()) if whole else None
-    return {"token": token.text, "logprob": _finite(token.logprob), "bytes": octets}
-
-
-def _finite(logprob: float) -> float:
-    return max(UNLIKELY, logprob)
+    return {"token": token.text, "logprob": token.logprob, "bytes": octets}
