@@ -20,7 +20,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
-from predictor import memory, sampler
+from predictor import attention, memory, sampler
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, Overloaded, StartupError
 from predictor.generation import FinishReason, SamplingParams, Step
 
@@ -76,6 +76,7 @@ class Engine:
         self._seen_step = (0, time.monotonic())
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = _fitting_tokens(model, context_tokens, max_running, max_batch_tokens, memory_fraction)
+        attention.use(model)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -89,6 +90,9 @@ class Engine:
                 # prepared before the last one has ended would look too early.
                 use_cuda_graph=False,
                 use_async_batching=False,
+                # Tables of blocks are for kernels of flash attention, which read the cache by themselves.
+                max_blocks_per_request=None if model.device.type == "cuda" else 0,
+                auto_switch_to_flash=model.device.type == "cuda",
             ),
         )
         self._manager.logit_processor = sampler.processors()

@@ -12,6 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from predictor import linears, memory
 from predictor import quantization as quantizing
 from predictor.errors import StartupError, UnsupportedModel
 from predictor.generation import SamplingParams
@@ -34,7 +35,7 @@ class LoadedModel:
     """Token ids are below this."""
     eos_token_ids: frozenset[int]
     quantization: str
-    """What was asked for, or the method by which the checkpoint comes quantized."""
+    """`none`, `8bit` or `4bit`, or the method by which the checkpoint comes quantized."""
     defaults: SamplingParams
     """From the generation config; greedy where that does not ask for sampling."""
 
@@ -49,7 +50,7 @@ def load(
         device: "auto", "cuda", "mps" or "cpu".
         dtype: "auto", "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code of the directory.
-        quantization: "none", "8bit" or "4bit".
+        quantization: "auto", "none", "8bit" or "4bit".
 
     Raises:
         UnsupportedModel: no weights that can be read, or an architecture that transformers does not know.
@@ -60,7 +61,10 @@ def load(
     _check_weights(directory)
     target = choose_device(device)
     number_format = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    fewer_bits = quantizing.config(quantization, target, number_format, getattr(config, "quantization_config", None))
+    of_checkpoint = getattr(config, "quantization_config", None)
+    weights_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    quantization = quantizing.choose(quantization, target, of_checkpoint, weights_bytes, memory.available_bytes(target))
+    fewer_bits = quantizing.config(quantization, target, number_format, of_checkpoint)
     logger.info(
         "loading %s on %s in %s, quantization %s",
         directory,
@@ -86,13 +90,16 @@ def load(
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
     text_config = config.get_text_config()
+    effective = _effective(model, quantization)
+    if target.type == "cpu":
+        linears.pack(model, head_int8=effective == "8bit")
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
         context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
         vocabulary_tokens=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model, tokenizer),
-        quantization=_effective(model, quantization),
+        quantization=effective,
         defaults=_defaults(model.generation_config),
     )
 
@@ -181,7 +188,8 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _effective(model: Any, asked: str) -> str:
     of_checkpoint = getattr(model.config, "quantization_config", None) if asked == "none" else None
-    return asked if of_checkpoint is None else str(getattr(of_checkpoint, "quant_method", "unknown"))
+    method = asked if of_checkpoint is None else str(getattr(of_checkpoint, "quant_method", "unknown"))
+    return "8bit" if method == quantizing.INT8 else method
 
 
 def _defaults(config: Any) -> SamplingParams:

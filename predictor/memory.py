@@ -51,8 +51,8 @@ def kv_cache_tokens(model: Any, *, budget_bytes: int, max_batch_tokens: int, max
 
     Counted for each token of the cache: keys and values of all layers; the row that it takes in the dense attention
     mask (one per step, all queries by all keys) and in the index; keys and values of one layer once more, gathered
-    and repeated for every query head. Counted once: logits in float32 and their copies in the sampler, and
-    activations of the largest step.
+    and padded to twice their length, or repeated for every query head. Counted once: logits in float32 and their
+    copies in the sampler, and activations of the largest step.
 
     Args:
         model: a transformers causal language model, on its device.
@@ -67,7 +67,7 @@ def kv_cache_tokens(model: Any, *, budget_bytes: int, max_batch_tokens: int, max
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     keys_and_values = 2 * config.num_hidden_layers * kv_heads * head_dim * number_bytes
     mask_and_index = max_batch_tokens * number_bytes + 8
-    gathered = 2 * heads * head_dim * number_bytes
+    gathered = 2 * max(heads, 2 * kv_heads) * head_dim * number_bytes
     logits = 3 * max_running * config.vocab_size * 4
     widest = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
     activations = max_batch_tokens * (4 * config.hidden_size + 3 * widest) * number_bytes

@@ -1,22 +1,53 @@
-"""Fewer bits behind one word: `none`, `8bit` or `4bit`, and what each becomes on each device.
+"""Fewer bits behind one word: `none`, `8bit`, `4bit` or `auto`, and what each becomes on each device.
 
-             8bit                    4bit
-    cuda     bitsandbytes LLM.int8   bitsandbytes NF4
-    cpu      bitsandbytes int8       bitsandbytes NF4, both smaller but slower than bfloat16
-    mps      refused                 refused
+             8bit                        4bit                             auto
+    cuda     bitsandbytes LLM.int8       bitsandbytes NF4                 none where the weights fit, else 8bit
+    cpu      int8 of our own, `linears`  bitsandbytes NF4, small but slow 8bit
+    mps      refused                     refused                          none
 
-Weights are quantized while they load, by transformers' own quantizers. Weights that come quantized load as they are.
+Weights are quantized while they load, by transformers' quantizers, of which the CPU's is registered here. Weights that
+come quantized load as they are.
 """
 
 import logging
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import BitsAndBytesConfig
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from predictor.errors import StartupError
+from predictor.linears import Int8Linear, has_int8, to_int8
 
 logger = logging.getLogger(__name__)
+
+INT8 = "kserve_llm_int8"
+"""The method's name in a config.json."""
+_ROOM = 1.2
+"""Free memory over the size of the weights, at which `auto` leaves them as they are on an accelerator."""
+
+
+def choose(word: str, device: torch.device, of_checkpoint: Any | None, weights_bytes: int, free_bytes: int) -> str:
+    """What `auto` stands for; other words as they are.
+
+    Args:
+        word: "auto", "none", "8bit" or "4bit".
+        device: where the model will run.
+        of_checkpoint: the checkpoint's own quantization config, if it has one.
+        weights_bytes: of the checkpoint.
+        free_bytes: on the device.
+    """
+    if word != "auto":
+        return word
+    if of_checkpoint is not None or device.type == "mps":
+        return "none"
+    if device.type == "cpu":
+        return "8bit" if has_int8() else "none"
+    return "8bit" if weights_bytes * _ROOM > free_bytes else "none"
 
 
 def config(word: str, device: torch.device, dtype: torch.dtype, of_checkpoint: Any | None) -> Any | None:
@@ -37,10 +68,71 @@ def config(word: str, device: torch.device, dtype: torch.dtype, of_checkpoint: A
         raise StartupError(f"The weights are quantized already; use --quantization none instead of {word}.")
     if device.type == "mps":
         raise StartupError(f"--quantization {word} is not served on mps; use none, or --device cpu.")
+    if word == "8bit" and device.type == "cpu" and not has_int8():
+        raise StartupError("--quantization 8bit needs an x86 CPU; use none.")
+    if word == "8bit":
+        return Int8Config() if device.type == "cpu" else BitsAndBytesConfig(load_in_8bit=True)
     if device.type == "cpu":
-        logger.warning("%s weights are smaller than bfloat16 ones on a CPU, but slower", word)
+        logger.warning("4bit weights are smaller than bfloat16 ones on a CPU, but slower; 8bit ones are faster")
         # It says so at every layer of every step.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    if word == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+@register_quantization_config(INT8)
+class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """Linear layers as int8, a scale for each output; but for the last one, and those that share their weights.
+
+    Args:
+        modules_to_not_convert: names, or parts of names, of layers to leave as they are, too.
+        other: what transformers keeps in a config.json beside it.
+    """
+
+    def __init__(self, modules_to_not_convert: list[str] | None = None, **other: Any) -> None:
+        super().__init__(INT8)
+        del other
+        self.modules_to_not_convert = modules_to_not_convert
+
+
+@register_quantizer(INT8)
+class _Int8Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Puts an `Int8Linear` in place of each linear layer before weights are loaded, and rounds those that come."""
+
+    requires_calibration = False
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 1
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Int8Linear) and name == "weight"
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        left_alone = self.get_modules_to_not_convert(
+            model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and should_convert_module(name, left_alone):
+                bias = None if module.bias is None else module.bias.dtype
+                with torch.device("meta"):
+                    model.set_submodule(name, Int8Linear(module.in_features, module.out_features, bias))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Round()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class _Round(ConversionOps):  # type: ignore[misc]
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
+        rounded: dict[str, torch.Tensor] = {}
+        for name, weights in input_dict.items():
+            weight, scale = to_int8(weights[0] if isinstance(weights, list) else weights)
+            rounded |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
+        return rounded

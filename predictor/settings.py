@@ -52,8 +52,8 @@ class Settings(BaseSettings):
     """Where the model runs; auto takes the first of cuda, mps, cpu that is there."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the checkpoint's own where the device computes in it."""
-    quantization: Literal["none", "8bit", "4bit"] = "none"
-    """Bits of the weights of linear layers: none leaves them as they are; 8bit and 4bit by bitsandbytes."""
+    quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
+    """Bits of the weights of linear layers: none leaves them as they are, auto takes what fits and is fastest."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Only for snapshots whose code you have read."""
     max_model_len: int | None = Field(default=None, ge=2)

@@ -1,0 +1,179 @@
+"""Linear layers for a CPU: weights in the order in which its kernels read them, in bfloat16 or as int8.
+
+    bfloat16  onednn's blocked order, found once and not at every call
+    int8      fbgemm: weights with a scale for each output, activations with a scale for each token
+
+An activation's scale is its token's own and sums of integers are exact, so that a token's result is bit by bit the same
+whoever else is in the batch. `torch.ops.quantized.linear_dynamic` would take one scale for all of them.
+
+Layers that read the same input, the projections to queries, keys and values or to gate and up, are computed at once:
+few large kernels are faster than many small ones. That changes no single sum.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of neighbours that read the same input, in most architectures."""
+
+_ENGINE = "fbgemm"
+_SMALLEST = 1e-30
+"""Instead of a scale of zero, for a token of nothing but zeros."""
+_ACTIVATION_STEP, _ACTIVATION_ZERO = 1 / 127, 128
+"""A token over its largest number is in -1..1; as an unsigned byte, 1..255."""
+
+
+class Int8Linear(nn.Module):  # type: ignore[misc]
+    """The weights of a linear layer as int8, as they lie in memory or in a file; `pack` makes them ready to compute.
+
+    Args:
+        inputs: size of an input.
+        outputs: size of an output.
+        bias: of which format it is, or None.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: torch.dtype | None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=torch.int8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(outputs, dtype=torch.float32), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(torch.empty(outputs, dtype=bias), requires_grad=False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """As `pack` computes it, for a layer that is asked before."""
+        return _Int8(self.weight, self.scale, self.bias)(inputs)
+
+
+def has_int8() -> bool:
+    """Whether this CPU has the kernels: x86 with AVX2, as torch is built."""
+    return _ENGINE in torch.backends.quantized.supported_engines
+
+
+def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round weights (outputs, inputs) to int8, with a scale (outputs,) in float32 for each output."""
+    scale = weight.abs().amax(dim=1).float().clamp(min=_SMALLEST) / 127
+    return (weight / scale[:, None]).round_().to(torch.int8), scale
+
+
+def pack(model: nn.Module, *, head_int8: bool) -> None:
+    """Make the linear layers of `model` ready to compute on a CPU, in place; their plain weights are let go.
+
+    Args:
+        model: on a CPU, with `nn.Linear` in bfloat16 or `Int8Linear`; other layers are left as they are.
+        head_int8: round the last layer, which makes the logits, to int8, too.
+    """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for parent in list(model.modules()):
+        for names in _groups(parent):
+            layers = [parent.get_submodule(name) for name in names]
+            kernel = _kernel(layers, int8=head_int8 and layers == [head])
+            if kernel is None:
+                continue
+            sizes = [layer.out_features for layer in layers]
+            for place, name in enumerate(names):
+                parent.register_module(name, _Packed(kernel, sizes, place))
+
+
+def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
+    """Names of children, those that are computed at once together."""
+    linear = {name: child for name, child in parent.named_children() if isinstance(child, (nn.Linear, Int8Linear))}
+    for names in TOGETHER:
+        layers = [linear[name] for name in names if name in linear]
+        alike = {(type(layer), layer.in_features, layer.bias is None) for layer in layers}
+        if len(layers) == len(names) and len(alike) == 1:
+            for name in names:
+                del linear[name]
+            yield names
+    yield from ((name,) for name in linear)
+
+
+def _kernel(layers: Sequence[nn.Module], *, int8: bool) -> "_Int8 | _Bfloat16 | None":
+    weights: list[torch.Tensor] = [layer.weight.detach() for layer in layers]
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    bias = torch.cat(biases) if biases else None
+    if isinstance(layers[0], Int8Linear):
+        return _Int8(torch.cat(weights), torch.cat([layer.scale.detach() for layer in layers]), bias)
+    if type(layers[0]) is not nn.Linear or weights[0].device.type != "cpu":
+        return None
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if int8:
+        return _Int8(*to_int8(weight), bias)
+    return _Bfloat16(weight, bias) if weight.dtype == torch.bfloat16 and _has_bfloat16_kernels() else None
+
+
+def _has_bfloat16_kernels() -> bool:
+    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Packed(nn.Module):  # type: ignore[misc]
+    """One of the layers that a kernel computes at once."""
+
+    def __init__(self, kernel: Any, sizes: Sequence[int], place: int) -> None:
+        super().__init__()
+        self.out_features = sizes[place]
+        self._kernel = kernel
+        self._from = sum(sizes[:place])
+        self._alone = len(sizes) == 1
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) to (…, outputs)."""
+        if self._alone:
+            return self._kernel(inputs)
+        return self._kernel.shared(inputs).narrow(-1, self._from, self.out_features)
+
+
+class _Kernel:
+    """Remembers its last input and what came of it: the neighbours ask for the same one after the other."""
+
+    def __init__(self) -> None:
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+
+    def shared(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self._output is None or self._input is not inputs:
+            self._input, self._output = inputs, self(inputs)
+        return self._output
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class _Bfloat16(_Kernel):
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
+        self._bias = bias
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+
+
+class _Int8(_Kernel):
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        zero = torch.zeros(len(scale), dtype=torch.long)
+        engine = torch.backends.quantized.engine
+        torch.backends.quantized.engine = _ENGINE
+        try:
+            with warnings.catch_warnings():
+                # That quantized tensors will go one day; they are the only way to this kernel's order of weights.
+                warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+                quantized = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
+            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
+        finally:
+            torch.backends.quantized.engine = engine
+        self._bias = bias
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        rows = inputs.float()
+        largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=_SMALLEST)
+        outputs = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
+            rows / largest, _ACTIVATION_STEP, _ACTIVATION_ZERO, self._packed
+        ).mul_(largest)
+        if self._bias is not None:
+            outputs += self._bias
+        return outputs.to(inputs.dtype)
