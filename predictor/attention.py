@@ -1,7 +1,7 @@
 """Attention over the paged cache on a CPU: each sequence sees its own keys, and no mask over all of them is built.
 
 transformers' batching manager computes one dense attention for a whole batch, all queries by all keys, whose cost grows
-with the square of the batch. Here sequences that decode, one query each, are padded to one length and computed together;
+with the square of the batch. Here sequences that decode, one query each, are padded to one length and computed at once;
 a prompt, or a chunk of one, is computed by itself.
 
 A function for transformers' `AttentionInterface`. Its name has `flash` in it: the manager builds no mask for those.

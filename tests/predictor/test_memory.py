@@ -164,7 +164,7 @@ def used(budget):
     asyncio.run(fill())
     processor = engine._manager.batch_processor
     masks = processor.inputs_and_outputs.attention_mask
-    allocated = processor.cache.cache_tensor.nbytes + sum(mask.nbytes for mask in masks.values())
+    allocated = processor.cache.cache_tensor.nbytes + sum(mask.nbytes for mask in (masks or {}).values())
     engine.stop()
     return engine, allocated
 
