@@ -47,7 +47,10 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-render: ## every overlay into tests/kustomize/golden, for git diff to show
+RULE := manifests/monitoring/prometheus-rule.yaml
+
+render: ## every overlay into tests/kustomize/golden, for git diff to show, and the rules into the PrometheusRule
+	@rule=$$(sed '/^spec:/q' $(RULE); sed -e '/^#/d' -e 's/^./  &/' manifests/prometheus/rules.yaml) && echo "$$rule" > $(RULE)
 	@for overlay in kustomize/overlays/*/; do \
 	  golden=tests/kustomize/golden/$$(basename $$overlay).yaml; \
 	  kubectl kustomize $$overlay > $$golden || exit 1; \

@@ -4,6 +4,7 @@ Between the engine, which knows no text, and the protocols, which know no sequen
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ class Ended:
     """A finish reason, CANCELLED, DEADLINE or FAILED."""
     prompt_tokens: int
     completion_tokens: int
+    seconds: float
+    """From the admission to the end."""
     queue_seconds: float | None
     first_token_seconds: float | None
 
@@ -92,6 +95,7 @@ def begin(
     engine: Engine,
     deadline: float,
     on_end: Callable[["Ended"], None],
+    on_tokens: Callable[[int, float | None], None],
 ) -> Answer:
     """Begin to answer requests, `n` sequences for each; all of them or none.
 
@@ -101,6 +105,7 @@ def begin(
         engine: started.
         deadline: by `time.monotonic()`.
         on_end: told of each sequence, once, when it has ended in whatever way.
+        on_tokens: told how many tokens a sequence has made, and how many seconds after those before; None: the first.
 
     Raises:
         RequestError: a request is wrong, or there is no room.
@@ -124,6 +129,7 @@ def begin(
                 len(ids),
                 echo,
                 on_end,
+                on_tokens,
             )
             for stream, (ids, sampling, echo) in zip(streams, prepared, strict=True)
         ]
@@ -141,6 +147,7 @@ class _Sequence:
         prompt_tokens: int,
         echo: str,
         on_end: Callable[[Ended], None],
+        on_tokens: Callable[[int, float | None], None],
     ) -> None:
         self._stream = stream
         self._detokenizer = detokenizer
@@ -148,6 +155,9 @@ class _Sequence:
         self._prompt_tokens = prompt_tokens
         self._echo = echo
         self._on_end: Callable[[Ended], None] | None = on_end
+        self._on_tokens = on_tokens
+        self._began = time.monotonic()
+        self._last_step: float | None = None
         self._generated = 0
         self._outcome = CANCELLED
 
@@ -158,6 +168,7 @@ class _Sequence:
         try:
             async for step in self._stream:
                 text, tokens, finish_reason = "", [], step.finish_reason
+                self._count(len(step.token_ids))
                 for position, token_id in enumerate(step.token_ids):
                     last = finish_reason is not None and position == len(step.token_ids) - 1
                     self._generated += 1
@@ -178,6 +189,12 @@ class _Sequence:
             raise
         raise GenerationFailed("The engine ended without saying why; the server's log says more.")
 
+    def _count(self, tokens: int) -> None:
+        if tokens:
+            now = time.monotonic()
+            self._on_tokens(tokens, None if self._last_step is None else now - self._last_step)
+            self._last_step = now
+
     def fail(self, error: Exception) -> None:
         """What ends this one, or the whole answer, is no leaving of the client."""
         self._outcome = DEADLINE if isinstance(error, DeadlineExceeded) else FAILED
@@ -191,6 +208,7 @@ class _Sequence:
                     self._outcome,
                     self._prompt_tokens,
                     self._generated,
+                    time.monotonic() - self._began,
                     stream.queue_seconds,
                     stream.first_token_seconds,
                 )

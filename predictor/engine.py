@@ -74,9 +74,11 @@ class Engine:
         self._streams: set[Stream] = set()
         self._stopping = False
         self._seen_step = (0, time.monotonic())
+        dense = not attention.use(model)
         if kv_cache_tokens is None and model.device.type != "cuda":
-            kv_cache_tokens = _fitting_tokens(model, context_tokens, max_running, max_batch_tokens, memory_fraction)
-        attention.use(model)
+            kv_cache_tokens = _fitting_tokens(
+                model, context_tokens, max_running, max_batch_tokens, memory_fraction, dense=dense
+            )
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -373,7 +375,9 @@ class _Scheduler(FIFOScheduler):  # type: ignore[misc]
 SCHEDULER_MAPPING[_SCHEDULER] = _Scheduler
 
 
-def _fitting_tokens(model: Any, context_tokens: int, max_running: int, max_batch_tokens: int, fraction: float) -> int:
+def _fitting_tokens(
+    model: Any, context_tokens: int, max_running: int, max_batch_tokens: int, fraction: float, *, dense: bool
+) -> int:
     """Capacity of the KV cache from free memory, and no more than is of use.
 
     Raises:
@@ -385,6 +389,7 @@ def _fitting_tokens(model: Any, context_tokens: int, max_running: int, max_batch
         budget_bytes=int(free_bytes * fraction),
         max_batch_tokens=max_batch_tokens,
         max_running=max_running,
+        context_tokens=None if dense else context_tokens,
     )
     fitting -= 2 * PAGE_TOKENS  # the manager keeps two blocks more, for padding
     if fitting < PAGE_TOKENS:

@@ -21,6 +21,8 @@ class SelfCheck:
         self._period_seconds = period_seconds
         self._seen_steps = engine.steps
         self._passed = time.monotonic()
+        self.succeeded = True
+        """Whether the last look, if there was one, saw the model generate."""
 
     @property
     def age_seconds(self) -> float:
@@ -42,15 +44,21 @@ class SelfCheck:
         """Take steps made since the last look as proof; without any, and idle, generate."""
         engine = self._engine
         if engine.steps != self._seen_steps:
-            self._passed = time.monotonic()
+            self._pass()
         elif not engine.running and not engine.waiting:
             try:
                 await engine.check(self._period_seconds)
             except RequestError as error:
+                self.succeeded = False
                 logger.error("the self-check failed: %s", error)
             except Exception:
+                self.succeeded = False
                 # The age tells; a loop that ended here would leave it growing where the model is well again.
                 logger.exception("the self-check failed for a reason that was not foreseen")
             else:
-                self._passed = time.monotonic()
+                self._pass()
         self._seen_steps = engine.steps
+
+    def _pass(self) -> None:
+        self._passed = time.monotonic()
+        self.succeeded = True

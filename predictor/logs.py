@@ -17,6 +17,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+CLIENT_GONE = 499
+"""Status in log and metrics where the client did not wait for the answer; nginx's number for it."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 

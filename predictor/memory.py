@@ -46,19 +46,23 @@ def cgroup_available_bytes(root: Path) -> int:
     return min(left)
 
 
-def kv_cache_tokens(model: Any, *, budget_bytes: int, max_batch_tokens: int, max_running: int) -> int:
-    """Tokens of KV cache for which a budget is enough, with all that the manager allocates beside it; may be negative.
+def kv_cache_tokens(
+    model: Any, *, budget_bytes: int, max_batch_tokens: int, max_running: int, context_tokens: int | None = None
+) -> int:
+    """Tokens of KV cache for which a budget is enough, with all that is allocated beside it; may be negative.
 
-    Counted for each token of the cache: keys and values of all layers; the row that it takes in the dense attention
-    mask (one per step, all queries by all keys) and in the index; keys and values of one layer once more, gathered
-    and padded to twice their length, or repeated for every query head. Counted once: logits in float32 and their
-    copies in the sampler, and activations of the largest step.
+    Counted for each token of the cache: keys and values of all layers; its place in the index; keys and values of one
+    layer once more, gathered and padded to twice their length, or repeated for every query head; and the row that it
+    takes in an attention mask, all queries of a step by all keys that they could see. Counted once: logits in float32
+    and their copies in the sampler, and activations of the largest step.
 
     Args:
         model: a transformers causal language model, on its device.
         budget_bytes: for all of it.
         max_batch_tokens: tokens computed in one step at most.
         max_running: sequences in one batch at most.
+        context_tokens: keys that a query could see, where masks are made for one sequence at a time, twice, as booleans
+            and as numbers; None: one dense mask is made for the whole cache.
     """
     config = model.config.get_text_config()
     number_bytes = model.dtype.itemsize
@@ -66,12 +70,18 @@ def kv_cache_tokens(model: Any, *, budget_bytes: int, max_batch_tokens: int, max
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     keys_and_values = 2 * config.num_hidden_layers * kv_heads * head_dim * number_bytes
-    mask_and_index = max_batch_tokens * number_bytes + 8
     gathered = 2 * max(heads, 2 * kv_heads) * head_dim * number_bytes
+    index = 8
     logits = 3 * max_running * config.vocab_size * 4
     widest = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
     activations = max_batch_tokens * (4 * config.hidden_size + 3 * widest) * number_bytes
-    return int((budget_bytes - logits - activations) // (keys_and_values + mask_and_index + gathered))
+    left = budget_bytes - logits - activations
+    each = keys_and_values + index + gathered
+    if context_tokens is None:
+        return int(left // (each + max_batch_tokens * number_bytes))
+    mask_row = max_batch_tokens * (1 + number_bytes)
+    # Either the cache is shorter than a context, or a context's mask is the largest there will be.
+    return int(max(min(left // (each + mask_row), context_tokens), (left - context_tokens * mask_row) // each))
 
 
 def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:

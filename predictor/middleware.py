@@ -28,8 +28,6 @@ from predictor.keys import KeyFile
 logger = logging.getLogger(__name__)
 request_logger = logging.getLogger("predictor.request")
 
-CLIENT_GONE = 499
-"""Status in the log where the client did not wait for the answer; nginx's number for it."""
 LINGER_SECONDS = 2.0
 """How long a client may go on sending a body that was refused, before its connection is closed."""
 
@@ -59,8 +57,16 @@ class Requests(_Middleware):
     """Gives every request an id and a record, answers errors that nothing else answered, and logs one line at the end.
 
     The id is the client's `x-request-id` where that can be printed anywhere, else a new one; the response carries it.
-    Probes are not logged.
+    Probes are not logged, and not counted.
+
+    Args:
+        app: what answers.
+        count: told protocol, where one was reached, and status of each request.
     """
+
+    def __init__(self, app: ASGIApp, count: Callable[[str | None, int], None]) -> None:
+        super().__init__(app)
+        self._count = count
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
@@ -82,6 +88,7 @@ class Requests(_Middleware):
                 await exchange.answer(error, scope["path"])
             finally:
                 if not is_probe(scope):
+                    self._count(record.protocol, exchange.outcome)
                     _log(scope, exchange.outcome, time.perf_counter() - began, record)
 
 
@@ -100,7 +107,7 @@ class _Exchange:
     @property
     def outcome(self) -> int:
         """The status for the log."""
-        return CLIENT_GONE if self.client_gone else self.status or GenerationFailed.status
+        return logs.CLIENT_GONE if self.client_gone else self.status or GenerationFailed.status
 
     async def receive(self) -> Message:
         message = await self._receive()

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 import kserve
+import psutil
 
 from predictor import decoding, loader, logs, metrics, snapshot
 from predictor.decoding import Answer, Ended
@@ -64,6 +65,8 @@ class Predictor(kserve.Model):
         # the engine's start take turns, and nothing starts after a stop.
         self._turn = threading.Lock()
         self.phase = Phase.CREATED
+        self._metrics = metrics.ModelMetrics(settings.model_name)
+        self._metrics.watch(ready=lambda: self._would_answer, live=lambda: self.live)
 
     def load(self) -> bool:
         """Load the weights, start the engine and answer a first prompt; blocks, for as long as that takes.
@@ -78,15 +81,19 @@ class Predictor(kserve.Model):
         self.phase = Phase.WAITING
         settings = self._settings
         started = time.monotonic()
-        found = snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
+        # Python and its imports: what has passed since the process began.
+        self._metrics.tell_phase("imports", max(0.0, time.time() - psutil.Process().create_time()))
+        with self._metrics.phase("snapshot"):
+            found = snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
         self.phase = Phase.LOADING
-        loaded = loader.load(
-            found.directory,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            quantization=settings.quantization,
-        )
+        with self._metrics.phase("weights"):
+            loaded = loader.load(
+                found.directory,
+                device=settings.device,
+                dtype=settings.dtype,
+                trust_remote_code=settings.trust_remote_code,
+                quantization=settings.quantization,
+            )
         engine = Engine(
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,
@@ -103,9 +110,11 @@ class Predictor(kserve.Model):
                 return False
             self.phase = Phase.WARMING_UP
             self._engine = engine
-            engine.start()
+            with self._metrics.phase("kv_cache"):
+                engine.start()
         try:
-            asyncio.run(engine.check(WARM_UP_SECONDS))
+            with self._metrics.phase("warm_up"):
+                asyncio.run(engine.check(WARM_UP_SECONDS))
         except RequestError as error:
             raise StartupError(f"The model loaded, but cannot generate: {error}") from error
         prompts = Prompts(
@@ -157,7 +166,15 @@ class Predictor(kserve.Model):
 
     async def healthy(self) -> bool:
         """Whether a request would be answered now."""
+        return self._would_answer
+
+    @property
+    def _would_answer(self) -> bool:
         return self.ready and self._parts is not None and self.live and self._parts.self_check.is_fresh
+
+    def count_request(self, protocol: str | None, status: int) -> None:
+        """For the metrics: a request was answered with that status."""
+        self._metrics.count_request(protocol, status)
 
     @property
     def unreadiness(self) -> str:
@@ -227,7 +244,9 @@ class Predictor(kserve.Model):
         record = logs.current()
 
         def on_end(ended: Ended) -> None:
-            metrics.count_finished(self.name, ended.outcome, ended.prompt_tokens, ended.completion_tokens)
+            self._metrics.count_finished(
+                ended.outcome, ended.prompt_tokens, ended.seconds, ended.queue_seconds, ended.first_token_seconds
+            )
             record.sequences += 1
             record.prompt_tokens += ended.prompt_tokens
             record.completion_tokens += ended.completion_tokens
@@ -236,9 +255,9 @@ class Predictor(kserve.Model):
             record.first_token_seconds = max(record.first_token_seconds or 0.0, ended.first_token_seconds or 0.0)
 
         try:
-            return decoding.begin(requests, parts.prompts, parts.engine, deadline, on_end)
+            return decoding.begin(requests, parts.prompts, parts.engine, deadline, on_end, self._metrics.count_tokens)
         except Overloaded:
-            metrics.count_rejected(self.name)
+            self._metrics.count_rejected()
             raise
 
     async def predict(
@@ -263,12 +282,14 @@ class Predictor(kserve.Model):
 
     def _watch(self, parts: _Parts) -> None:
         engine = parts.engine
-        metrics.watch(
-            self.name,
+        facts = self.facts
+        self._metrics.tell_model(**{name: facts[name] for name in ("commit", "device", "dtype", "quantization")})
+        self._metrics.watch(
             num_requests_running=lambda: engine.running,
             num_requests_waiting=lambda: engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
             self_check_age_seconds=lambda: parts.self_check.age_seconds,
+            self_check_success=lambda: parts.self_check.succeeded,
         )

@@ -121,19 +121,20 @@ class _Service(service.GRPCInferenceServiceServicer):
                 if checks_key and self._keys is not None:
                     record.key = _key_name(metadata, self._keys.name_of)
                 yield
-                status = "OK"
+                status, number = "OK", 200
             except asyncio.CancelledError:
-                status = "CANCELLED"
+                status, number = "CANCELLED", logs.CLIENT_GONE
                 raise
             except Exception as error:
                 if not isinstance(error, RequestError):
                     logger.exception("A call failed for a reason that was not foreseen.")
                     error = GenerationFailed("The server failed on this request; its log says why.")
                 code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
-                record.error, status = type(error).__name__, code.name
+                record.error, status, number = type(error).__name__, code.name, error.status
                 await context.abort(code, str(error))
             finally:
                 if checks_key:
+                    self._predictor.count_request(record.protocol, number)
                     known = record.known()
                     words = " ".join(f"{name}={value}" for name, value in known.items())
                     request_logger.info("gRPC %s %s", status, words, extra={"fields": {"status": status, **known}})

@@ -187,7 +187,7 @@ def equip(app: FastAPI, predictor: Predictor, settings: Settings, keys: KeyFile 
     if keys is not None:
         app.add_middleware(middleware.Authenticate, keys=keys)
     app.add_middleware(middleware.Gate, is_open=lambda: predictor.phase not in (Phase.DRAINING, Phase.STOPPED))
-    app.add_middleware(middleware.Requests)
+    app.add_middleware(middleware.Requests, count=predictor.count_request)
 
 
 def _check_port(port: int, flag: str) -> None:
@@ -243,4 +243,4 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
 async def _answer_nobody(_: Request, error: Exception) -> Response:
     """The client has left in the middle of its request."""
     del error
-    return Response(status_code=middleware.CLIENT_GONE)
+    return Response(status_code=logs.CLIENT_GONE)

@@ -41,15 +41,17 @@ def _publish(command: Publish, settings: Settings) -> None:
         # Whatever a library prints belongs to the log: stdout is for the summaries.
         with contextlib.redirect_stdout(sys.stderr):
             outcome = initialize(reference, root, settings, Progress(settings))
+        seconds = time.monotonic() - started
         say(
             settings,
-            _summary(outcome, time.monotonic() - started),
+            _summary(outcome, seconds),
             path=str(outcome.place.directory),
             reference=str(outcome.reference),
             commit=outcome.place.commit,
             files=len(outcome.record.files),
             size_bytes=outcome.record.size_bytes,
             fresh=outcome.fresh,
+            seconds=round(seconds, 3),
         )
 
 

@@ -1,10 +1,14 @@
 """What each component does to base, and that those which may meet get along."""
 
 import itertools
+import json
 import re
+import shutil
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from preflight import knative
 
@@ -100,10 +104,15 @@ def test_autoscaling_hpa(added):
     assert {each["name"]: each["target"]["averageUtilization"] for each in metrics} == {"cpu": 80, "memory": 80}
 
 
-def test_autoscaling_keda_asks_for_less_than_a_batch(added):
+def test_knative_gives_a_replica_as_many_requests_as_it_decodes_together(base):
+    running = int(base.settings["PREDICTOR_MAX_RUNNING"])
+    assert (base.predictor["scaleTarget"], base.predictor["containerConcurrency"]) == (running, running)
+
+
+def test_autoscaling_keda_asks_for_three_quarters_of_a_batch(added):
     keda = added("autoscaling-keda")
     [metric] = keda.predictor["autoScaling"]["metrics"]
-    assert int(metric["external"]["target"]["value"]) < int(keda.settings["PREDICTOR_MAX_RUNNING"])
+    assert int(metric["external"]["target"]["value"]) == 0.75 * int(keda.settings["PREDICTOR_MAX_RUNNING"])
     assert 'kserve_llm_num_requests_waiting{model_name="llm"}' in metric["external"]["metric"]["query"]
 
 
@@ -179,3 +188,44 @@ def test_the_cluster_storage_container_is_ours_for_pinned_references_with_an_at(
     assert "args" not in spec["container"]
     assert spec["container"]["name"] == "storage-initializer"
     assert ":" in spec["container"]["image"]
+
+
+def test_monitoring_brings_monitor_rules_and_a_dashboard(added):
+    monitoring = added("monitoring")
+    [group, _] = monitoring.one("PrometheusRule")["spec"]["groups"]
+    assert group["name"] == "kserve-llm-recording"
+    [dashboard] = [each for each in monitoring.all("ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"]]
+    assert json.loads(dashboard["data"]["kserve-llm.json"])["title"] == "KServe LLM"
+
+
+def test_prometheus_reads_the_predictor_and_may_list_pods_and_nothing_else(added):
+    prometheus = added("prometheus")
+    [config] = [each for each in prometheus.all("ConfigMap") if "prometheus.yml" in each.get("data", {})]
+    [job] = yaml.safe_load(config["data"]["prometheus.yml"])["scrape_configs"]
+    assert job["kubernetes_sd_configs"] == [{"role": "pod", "namespaces": {"own_namespace": True}}]
+    [port] = [port["containerPort"] for port in prometheus.server["ports"]]
+    assert f"$1:{port}" in [each.get("replacement") for each in job["relabel_configs"]]
+    [rule] = prometheus.one("Role")["rules"]
+    assert (rule["resources"], rule["verbs"]) == (["pods"], ["get", "list", "watch"])
+    pod = prometheus.one("Deployment")["spec"]["template"]["spec"]
+    assert config["metadata"]["name"] in [volume.get("configMap", {}).get("name") for volume in pod["volumes"]]
+    [container] = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert re.fullmatch(r"docker\.io/prom/prometheus:v\d+\.\d+\.\d+", container["image"])
+
+
+def test_promtool_takes_the_configuration_of_prometheus(tree, tmp_path):
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        pytest.skip("promtool is not installed; it is in Debian's package prometheus")
+    folder = tree.manifests / "prometheus"
+    configuration = yaml.safe_load((folder / "prometheus.yml").read_text())
+    # Debian's is built without Kubernetes' discovery.
+    del configuration["scrape_configs"][0]["kubernetes_sd_configs"]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(configuration))
+    shutil.copy(folder / "rules.yaml", tmp_path)
+    command = [promtool, "check", "config", tmp_path / "prometheus.yml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr

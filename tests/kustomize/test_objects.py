@@ -47,8 +47,8 @@ def test_the_schema_check_finds_a_misspelt_field(render, tree, schemas, kind, pa
 
 def test_the_kserve_sdk_and_the_kubernetes_client_keep_every_field(overlay, sdk_round_trip):
     for manifest in overlay.objects:
-        if manifest["kind"] == "PodMonitor":
-            continue  # Neither knows it.
+        if manifest["kind"] in ("PodMonitor", "PrometheusRule"):
+            continue  # Neither knows them.
         version = manifest["apiVersion"].rpartition("/")[2]
         written = sdk_round_trip(manifest, f"{version.capitalize()}{manifest['kind']}")
         if manifest["kind"] == "InferenceService":
@@ -101,11 +101,23 @@ def test_every_config_map_is_used(deployment):
     for pod in deployment.pods:
         for container in pod.containers:
             named |= {source["configMapRef"]["name"] for source in container.get("envFrom", [])}
-    assert named == {config["metadata"]["name"] for config in deployment.all("ConfigMap")}
+    for manifest in deployment.all("Deployment"):
+        volumes = manifest["spec"]["template"]["spec"]["volumes"]
+        named |= {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
+    # Grafana finds its dashboards by their label.
+    dashboards = {each["metadata"]["name"] for each in deployment.all("ConfigMap") if is_dashboard(each)}
+    assert named == {config["metadata"]["name"] for config in deployment.all("ConfigMap")} - dashboards
+
+
+def is_dashboard(config_map):
+    return "grafana_dashboard" in config_map["metadata"]["labels"]
 
 
 def test_every_service_account_is_used(deployment):
     accounts = {pod.spec["serviceAccountName"] for pod in deployment.pods}
+    accounts |= {
+        manifest["spec"]["template"]["spec"]["serviceAccountName"] for manifest in deployment.all("Deployment")
+    }
     assert accounts == {account["metadata"]["name"] for account in deployment.all("ServiceAccount")}
 
 

@@ -136,7 +136,9 @@ def test_several_completions_with_a_seed_differ_and_repeat(engine: Engine, loade
 
     async def texts(seed: int, n: int) -> list[str]:
         request = GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n)
-        completions = await decoding.begin([request], prompts, engine, math.inf, lambda _: None).complete()
+        completions = await decoding.begin(
+            [request], prompts, engine, math.inf, lambda _: None, lambda *_: None
+        ).complete()
         return [completion.text for completion in completions]
 
     several = asyncio.run(texts(seed=5, n=4))

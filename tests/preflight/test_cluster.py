@@ -52,6 +52,7 @@ def fit(cluster, rendered):
                 definition("serving.kserve.io", "v1beta1", "InferenceService"),
                 definition("serving.kserve.io", "v1alpha1", "ServingRuntime"),
                 definition("serving.knative.dev", "v1", "Service"),
+                definition("monitoring.coreos.com", "v1", "PrometheusRule"),
                 definition("monitoring.coreos.com", "v1", "PodMonitor"),
             ]
         },

@@ -223,6 +223,7 @@ def test_json_logs_are_objects_on_both_streams_and_the_last_line_a_sentence(
     (summary,) = map(json.loads, done.stdout.splitlines())
     assert summary["commit"] == hub.commit("demo/arithmetic")
     assert (summary["files"], summary["fresh"]) == (4, True)
+    assert summary["seconds"] > 0
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert {line["level"] for line in lines} == {"INFO"}
     assert any("done_bytes" in line and line["done_bytes"] == line["total_bytes"] for line in lines)
