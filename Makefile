@@ -9,8 +9,12 @@ MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
 
+# One lock for all Pythons and processors; the versions are those that the tests run with.
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constraint constraints.txt --generate-hashes \
+  --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-fast lint format render preflight checkov clean
+.PHONY: help install demo serve test test-fast lint lock format images images-check render preflight checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +46,12 @@ lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/yamllint --strict .
+
+lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml and constraints.txt
+	@$(LOCK) --group build --output-file requirements-build.txt
+	@$(LOCK) pyproject.toml --output-file storage_initializer/requirements.txt
+	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file storage_initializer/requirements-prepare.txt
+	@$(LOCK) pyproject.toml --extra predictor --group beside-torch --output-file predictor/requirements.txt
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
