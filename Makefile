@@ -8,6 +8,10 @@ CODE := predictor storage_initializer preflight benchmarks demo examples tests
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell command -v $(tool))))
+IMAGE_PREFIX ?=
+IMAGE_TAG ?= dev
+TORCH_INDEX_URL ?=
 
 # One lock for all Pythons and processors; the versions are those that the tests run with.
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constraint constraints.txt --generate-hashes \
@@ -40,12 +44,17 @@ test: $(INSTALLED) ## all tests
 test-fast: $(INSTALLED) ## all tests but the slow ones
 	@$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint
+lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint, Dockerfiles, workflows, locks
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/yamllint --strict .
+	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
+	@$(BIN)/zizmor --offline --quiet .github
+	@$(BIN)/python -m pytest --quiet tests/images/test_locks.py
 
 lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml and constraints.txt
 	@$(LOCK) --group build --output-file requirements-build.txt
@@ -56,6 +65,16 @@ lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
+
+images: ## both images, with docker, podman or buildah; TORCH_INDEX_URL=URL of the index of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
+	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is needed"; exit 1; }
+	@$(BUILDER) build --file storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
+	@$(BUILDER) build --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
+
+images-check: $(INSTALLED) ## hadolint, and both images built, run and searched; as root, with buildah and debootstrap
+	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
+	@BUILD_IMAGES=storage_initializer,predictor $(BIN)/python -m pytest tests/images
 
 render: ## every overlay into tests/kustomize/golden, for git diff to show
 	@for overlay in kustomize/overlays/*/; do \
