@@ -8,7 +8,8 @@ CODE := predictor storage_initializer preflight benchmarks demo examples tests
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
-BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell command -v $(tool))))
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info > /dev/null 2>&1 && echo $(tool))))
+BUILD_ARGS ?=
 IMAGE_PREFIX ?=
 IMAGE_TAG ?= dev
 TORCH_INDEX_URL ?=
@@ -66,10 +67,10 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 
-images: ## both images, with docker, podman or buildah; TORCH_INDEX_URL=URL of the index of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
-	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is needed"; exit 1; }
-	@$(BUILDER) build --file storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
-	@$(BUILDER) build --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+images: ## both, with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
+	@test -n "$(BUILDER)" || { echo "none of docker, podman and buildah works here"; exit 1; }
+	@$(BUILDER) build $(BUILD_ARGS) --file storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
+	@$(BUILDER) build $(BUILD_ARGS) --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
 
 images-check: $(INSTALLED) ## hadolint, and both images built, run and searched; as root, with buildah and debootstrap
