@@ -233,15 +233,24 @@ def test_an_image_holds_no_secret(image: Image) -> None:
     assert not TOKEN.search(image.history.encode())
     assert CANARY not in image.history
     found = {
-        str(path.relative_to(image.root)): match[0]
+        str(path.relative_to(image.root)): tokens
         for path in image.root.rglob("*")
-        if path.is_file() and not path.is_symlink() and (match := TOKEN.search(path.read_bytes()))
+        if path.is_file() and not path.is_symlink() and (tokens := _tokens(path))
     }
     assert not found
 
 
-def test_a_token_would_be_found() -> None:
-    assert TOKEN.search(f"token={CANARY}".encode())
+def test_a_token_would_be_found(tmp_path: Path) -> None:
+    for name in ("config.json", "testing_utils.py"):
+        file = tmp_path / name
+        file.write_text(f"token={CANARY}")
+        assert _tokens(file) == {CANARY.encode()}
+
+
+def _tokens(path: Path) -> set[bytes]:
+    found = set(TOKEN.findall(path.read_bytes()))
+    # transformers publishes the token of its own test account with its source.
+    return found & {CANARY.encode()} if path.name.startswith("testing_utils.") else found
 
 
 def _path(image: Image) -> list[str]:
