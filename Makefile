@@ -8,9 +8,18 @@ CODE := predictor storage_initializer preflight benchmarks demo examples tests
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
+BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info > /dev/null 2>&1 && echo $(tool))))
+BUILD_ARGS ?=
+IMAGE_PREFIX ?=
+IMAGE_TAG ?= dev
+TORCH_INDEX_URL ?=
+
+# One lock for all Pythons and processors; the versions are those that the tests run with.
+LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constraint constraints.txt --generate-hashes \
+  --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-fast lint format render preflight checkov clean
+.PHONY: help install demo serve test test-fast lint lock format images images-check render preflight checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,16 +45,37 @@ test: $(INSTALLED) ## all tests
 test-fast: $(INSTALLED) ## all tests but the slow ones
 	@$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
 
-lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint
+lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint, Dockerfiles, workflows, locks
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/yamllint --strict .
+	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
+	@$(BIN)/zizmor --offline --quiet .github
+	@$(BIN)/python -m pytest --quiet tests/images/test_locks.py
+
+lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml and constraints.txt
+	@$(LOCK) --group build --output-file requirements-build.txt
+	@$(LOCK) pyproject.toml --output-file storage_initializer/requirements.txt
+	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file storage_initializer/requirements-prepare.txt
+	@$(LOCK) pyproject.toml --extra predictor --group beside-torch --output-file predictor/requirements.txt
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
+
+images: ## both, with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
+	@test -n "$(BUILDER)" || { echo "none of docker, podman and buildah works here"; exit 1; }
+	@$(BUILDER) build $(BUILD_ARGS) --file storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
+	@$(BUILDER) build $(BUILD_ARGS) --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
+
+images-check: $(INSTALLED) ## hadolint, and both images built, run and searched; as root, with buildah and debootstrap
+	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
+	@BUILD_IMAGES=storage_initializer,predictor $(BIN)/python -m pytest tests/images
 
 RULE := manifests/monitoring/prometheus-rule.yaml
 

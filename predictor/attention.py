@@ -29,16 +29,19 @@ def use(model: Any) -> bool:
     Layers with a sliding window keep their own cache in another order, so their models stay with the manager's way.
     """
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["sliding" if _window(config) else "full_attention"])
-    if model.device.type != "cpu" or model.config._attn_implementation != "sdpa" or kinds != {"full_attention"}:
+    kinds = set(
+        getattr(config, "layer_types", None)
+        or ["sliding" if getattr(config, "sliding_window", None) else "full_attention"]
+    )
+    if (
+        model.device.type != "cpu"
+        or model.config._attn_implementation not in ("sdpa", NAME)
+        or kinds != {"full_attention"}
+    ):
         return False
     # Not by `set_attn_implementation`, which takes every unknown name with `flash` in it for a kernel to download.
     model.config._attn_implementation = NAME
     return True
-
-
-def _window(config: Any) -> int | None:
-    return getattr(config, "sliding_window", None)
 
 
 @dataclass(frozen=True, slots=True)

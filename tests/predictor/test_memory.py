@@ -136,6 +136,17 @@ def test_what_the_steps_need_is_left_out(model: Any) -> None:
     assert tokens(model, 256 * MIB, max_running=2000) < tokens(model, 256 * MIB)
 
 
+def test_masks_of_one_sequence_at_a_time_leave_room_for_more(model: Any) -> None:
+    def fitting(context_tokens: int | None) -> int:
+        return memory.kv_cache_tokens(
+            model, budget_bytes=64 * MIB, max_batch_tokens=512, max_running=32, context_tokens=context_tokens
+        )
+
+    dense, short, long = fitting(None), fitting(1024), fitting(4096)
+    assert dense < long < short
+    assert fitting(1 << 20) == fitting(1 << 21), "where not one context fits, its length does not matter"
+
+
 HONEST = """
 import asyncio, json, pathlib, random, sys
 import psutil

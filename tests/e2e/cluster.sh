@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Overlay dev on the cluster that kubectl talks to, in the mode of the first argument, with images of ours that are already there:
+# deployed, asked, scaled, asked again. For a cluster of one node that may be thrown away: .github/workflows/e2e.yaml makes one.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+mode=$1
+namespace=kserve-llm-dev
+question='{"inputs": [{"name": "messages", "datatype": "BYTES", "shape": [1],
+  "data": ["[{\"role\": \"user\", \"content\": \"Say hello.\"}]"]}], "parameters": {"max_tokens": 8, "temperature": 0}}'
+
+# The overlay below is dev with images that are on the node, and in Standard mode with Kubernetes' own autoscaler.
+overlay=$(mktemp --directory kustomize/overlays/e2e.XXXXXX)
+trap 'rm -r "$overlay"' EXIT
+case $mode in
+  knative) components='' ;;
+  standard) components='components: [../../components/autoscaling-hpa]' ;;
+  *) echo "usage: $0 knative|standard" >&2; exit 2 ;;
+esac
+cat > "$overlay/kustomization.yaml" <<YAML
+apiVersion: kustomize.config.k8s.io/v1beta1
+kind: Kustomization
+resources: [../dev]
+$components
+images:
+  - name: ghcr.io/example/kserve-llm-predictor
+    newName: kind.local/kserve-llm-predictor
+    newTag: dev
+  - name: ghcr.io/example/kserve-llm-storage-initializer
+    newName: kind.local/kserve-llm-storage-initializer
+    newTag: dev
+YAML
+
+selector=serving.kserve.io/inferenceservice=llm
+pods() { kubectl get pods --namespace $namespace --selector $selector --no-headers 2> /dev/null | wc --lines; }
+
+# In Knative mode the question goes through the gateway, whose activator wakes the predictor; in Standard mode to its Service.
+ask() {
+  local host=() service=llm-predictor gateway=$namespace
+  if [ "$mode" = knative ]; then
+    host=(--header "Host: $(kubectl get inferenceservice llm --namespace $namespace --output jsonpath='{.status.url}' | cut --delimiter=/ --fields=3)")
+    read -r gateway service < <(kubectl get services --all-namespaces --no-headers | awk '$3 == "LoadBalancer" {print $1, $2; exit}')
+  fi
+  kubectl port-forward --namespace "$gateway" "service/$service" 8000:80 > /dev/null &
+  local forward=$!
+  curl --fail --silent --show-error --retry 30 --retry-connrefused --retry-delay 1 --max-time 600 "${host[@]}" \
+    --header 'Content-Type: application/json' --data "$question" http://127.0.0.1:8000/v2/models/llm/infer
+  echo
+  kill $forward
+}
+
+kubectl apply --kustomize "$overlay"
+kubectl wait --namespace $namespace --for=condition=Complete --timeout=600s job --all
+kubectl wait --namespace $namespace --for=condition=Ready --timeout=900s inferenceservice/llm
+ask
+
+if [ "$mode" = knative ]; then
+  echo "waiting for the last pod to leave"
+  # Window and retention of the InferenceService are six minutes; what then terminates may still finish a request.
+  for _ in $(seq 120); do
+    [ "$(pods)" = 0 ] && break
+    sleep 5
+  done
+  [ "$(pods)" = 0 ] || { echo "still there after ten minutes" >&2; exit 1; }
+  ask
+else
+  kubectl get hpa --namespace $namespace
+  [ "$(kubectl get hpa --namespace $namespace --no-headers | wc --lines)" = 1 ] || { echo "no autoscaler" >&2; exit 1; }
+fi

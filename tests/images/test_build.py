@@ -1,0 +1,276 @@
+"""The images as they are built by buildah from a base made on the spot, and run as the manifests have them run.
+
+No registry and no daemon: Debian's own Python by debootstrap stands in for `python:3.12-slim`. Minutes and gigabytes,
+hence only for the programs that BUILD_IMAGES names, with commas between them; `make images-check` names both.
+"""
+
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from demo import processes
+from demo.processes import ROOT
+
+DEMO_MODEL = ROOT / "demo" / "model"
+WANTED = os.environ.get("BUILD_IMAGES", "").split(",")
+CANARY = f"hf_{secrets.token_hex(20)}"
+TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{34,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,})\b")
+BUILD_SECONDS = 900
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(BUILD_SECONDS + 300)]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A built image: its root file system and what a container runtime reads about it."""
+
+    root: Path
+    config: dict
+    history: str
+
+    @property
+    def scratch(self) -> str:
+        """HOME, where the manifests mount an emptyDir."""
+        (home,) = (variable.removeprefix("HOME=") for variable in self.config["Env"] if variable.startswith("HOME="))
+        return home
+
+    def command(self, words: list[str], mounts: dict[Path, str], environment: dict[str, str]) -> list[str]:
+        """What runs `words` as process 1 and the image's user, with nothing writable but HOME and what is mounted."""
+        script = ["set -e", f'mount --rbind "{self.root}" "{self.root}"', f'mount -o remount,ro,bind "{self.root}"']
+        script += [f'mount -t tmpfs -o mode=1777 tmpfs "{self.root}{self.scratch}"']
+        script += [f'mount -t proc proc "{self.root}/proc"']
+        script += [f'mount --rbind /dev "{self.root}/dev"']
+        script += [f'mount --bind "{source}" "{self.root}{target}"' for source, target in mounts.items()]
+        script += ['exec "$@"']
+        variables = [*self.config["Env"], *(f"{name}={value}" for name, value in environment.items())]
+        chroot = [
+            "chroot",
+            f"--userspec={self.config['User']}",
+            str(self.root),
+            "env",
+            "--ignore-environment",
+            *variables,
+        ]
+        return [
+            "unshare",
+            "--mount",
+            "--pid",
+            "--fork",
+            "--kill-child",
+            "sh",
+            "-c",
+            "\n".join(script),
+            "sh",
+            *chroot,
+            *words,
+        ]
+
+
+@pytest.fixture(scope="module")
+def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Buildah with a store of its own, which does not stay: it has every layer in full."""
+    if os.geteuid() != 0:
+        pytest.skip("not root: neither debootstrap nor a chroot without a daemon can be had")
+    for tool in ("buildah", "debootstrap", "unshare"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed")
+    store = tmp_path_factory.mktemp("store")
+    yield ["buildah", "--storage-driver", "vfs", "--root", str(store / "root"), "--runroot", str(store / "run")]
+    shutil.rmtree(store)
+
+
+@pytest.fixture(scope="module")
+def base(buildah: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An image of Debian bookworm with its Python, and with the mount points that a runtime would make."""
+    folder = tmp_path_factory.mktemp("base")
+    _run(
+        [
+            "debootstrap",
+            "--variant=minbase",
+            "--include=python3,python3-venv,ca-certificates",
+            "bookworm",
+            folder / "root",
+        ]
+    )
+    (folder / "root/mnt/models").mkdir()
+    _run(["tar", "--create", "--directory", folder / "root", "--exclude=./dev/*", "--file", folder / "base.tar", "."])
+    shutil.rmtree(folder / "root")
+    (folder / "Dockerfile").write_text("FROM scratch\nADD base.tar /\nENV PATH=/usr/local/bin:/usr/bin:/bin\n")
+    _run([*buildah, "build", "--isolation", "chroot", "--tag", "localhost/base", folder])
+    return "localhost/base"
+
+
+@pytest.fixture(scope="module")
+def pip_configuration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """How pip finds packages here, as the secret that a build takes; and the folders that it speaks of, as mounts."""
+    said = _run([sys.executable, "-m", "pip", "config", "list"])
+    options = dict(re.findall(r"^[\w:]+\.(cert|find-links|index-url|proxy|trusted-host)='(.*)'$", said, re.MULTILINE))
+    file = tmp_path_factory.mktemp("pip") / "pip.conf"
+    file.write_text("\n".join([f"# {CANARY}", "[global]", *(f"{name} = {value}" for name, value in options.items())]))
+    paths = [Path(word) for value in options.values() for word in value.split() if word.startswith("/")]
+    folders = {path if path.is_dir() else path.parent for path in paths}
+    return file, [f"--volume={folder}:{folder}:ro" for folder in sorted(folders)]
+
+
+def _build(program: str, request: pytest.FixtureRequest) -> Iterator[Image]:
+    if program not in WANTED:
+        pytest.skip(f"BUILD_IMAGES does not name {program}: `make images-check` builds it")
+    buildah, base = request.getfixturevalue("buildah"), request.getfixturevalue("base")
+    secret, volumes = request.getfixturevalue("pip_configuration")
+    tag = f"localhost/{program.replace('_', '-')}"
+    arguments = ["--isolation", "chroot", "--layers=false", "--build-arg", f"BASE={base}"]
+    arguments += ["--secret", f"id=pip,src={secret}", *volumes, "--file", f"{program}/Dockerfile", "--tag", tag]
+    # A token that lies about where images are built must stay there.
+    _run([*buildah, "build", *arguments, ROOT], cwd=ROOT, env=os.environ | {"HF_TOKEN": CANARY})
+    described = json.loads(_run([*buildah, "inspect", "--type", "image", tag]))["OCIv1"]
+    container = _run([*buildah, "from", tag]).strip()
+    root = Path(_run([*buildah, "mount", container]).strip())
+    yield Image(root, described["config"], json.dumps(described))
+    _run([*buildah, "rm", container])
+
+
+@pytest.fixture(scope="module")
+def storage_initializer(request: pytest.FixtureRequest) -> Iterator[Image]:
+    yield from _build("storage_initializer", request)
+
+
+@pytest.fixture(scope="module")
+def predictor(request: pytest.FixtureRequest) -> Iterator[Image]:
+    yield from _build("predictor", request)
+
+
+@pytest.fixture(params=["storage_initializer", "predictor"])
+def image(request: pytest.FixtureRequest) -> Image:
+    return request.getfixturevalue(request.param)
+
+
+def test_the_initializer_publishes_from_a_hub(storage_initializer: Image, tmp_path: Path) -> None:
+    volume = tmp_path / "volume"
+    volume.mkdir()
+    os.chown(volume, *map(int, storage_initializer.config["User"].split(":")))
+    words = [*storage_initializer.config["Entrypoint"], "hf://demo/arithmetic", "/mnt/models"]
+    with processes.local_hub({"demo/arithmetic": DEMO_MODEL}) as hub_url:
+        command = storage_initializer.command(words, {volume: "/mnt/models"}, {"HF_ENDPOINT": hub_url})
+        _run(command)
+    (weights,) = volume.glob("demo--arithmetic/*/model.safetensors")
+    assert weights.read_bytes() == (DEMO_MODEL / "model.safetensors").read_bytes()
+    assert (weights.stat().st_uid, weights.stat().st_gid) == (1000, 1000)
+
+
+def test_the_predictor_answers_and_ends_as_process_one(predictor: Image) -> None:
+    port = processes.free_port()
+    words = [*predictor.config["Entrypoint"], "--model_name=arithmetic", f"--http_port={port}"]
+    command = predictor.command(words, {DEMO_MODEL: "/mnt/models"}, {"HF_HUB_OFFLINE": "1"})
+    url = f"http://127.0.0.1:{port}/v2/models/arithmetic"
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            while not _is_ready(client, f"{url}/ready"):
+                assert running.poll() is None, running.stderr.read()
+                time.sleep(0.5)
+            question = json.dumps([{"role": "user", "content": "What is 17 + 25?"}])
+            body = {
+                "inputs": [{"name": "messages", "datatype": "BYTES", "shape": [1], "data": [question]}],
+                "parameters": {"max_tokens": 64, "temperature": 0},
+            }
+            answer = client.post(f"{url}/infer", json=body).raise_for_status().json()
+        assert "42" in answer["outputs"][0]["data"][0]
+        (first,) = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        status = Path(f"/proc/{first}/status").read_text()
+        assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
+        assert re.search(r"^Uid:\s+1000\s+1000\s+1000\s+1000$", status, re.MULTILINE)
+        os.kill(int(first), signal.SIGTERM)
+        assert running.wait(60) == 0, running.stderr.read()
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def test_the_predictor_holds_its_lock_and_torch(predictor: Image) -> None:
+    lock = (ROOT / "predictor/requirements.txt").read_text()
+    locked = set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE))
+    code = "import importlib.metadata as m; print(*(each.name for each in m.distributions()))"
+    installed = {
+        name.lower().replace("_", "-") for name in _run(predictor.command(["python", "-c", code], {}, {})).split()
+    }
+    assert installed - locked == {"torch", "kserve-llm"}
+    # What is for other systems.
+    assert locked - installed <= {"colorama", "httpx2-jsfetch"}
+
+
+def test_nothing_in_an_image_can_install_or_compile(image: Image) -> None:
+    for tool in ("pip", "cc", "gcc"):
+        assert shutil.which(tool, path=":".join(f"{image.root}{folder}" for folder in _path(image))) is None
+    failing = subprocess.run(
+        image.command(["python", "-m", "pip"], {}, {}), capture_output=True, text=True, check=False
+    )
+    assert "No module named pip" in failing.stderr
+
+
+def test_an_image_has_no_weights_and_nothing_that_its_user_could_change(image: Image) -> None:
+    assert not list((image.root / "opt").rglob("*.safetensors"))
+    assert not list((image.root / "opt").rglob("pytorch_model*.bin"))
+    writable = [
+        path for path in (image.root / "opt").rglob("*") if not path.is_symlink() and path.stat().st_mode & 0o022
+    ]
+    assert not writable
+    assert not [path for path in (image.root / "opt").rglob("*") if path.lstat().st_uid]
+
+
+def test_an_image_holds_no_secret(image: Image) -> None:
+    assert not TOKEN.search(image.history.encode())
+    assert CANARY not in image.history
+    found = {
+        str(path.relative_to(image.root)): tokens
+        for path in image.root.rglob("*")
+        if path.is_file() and not path.is_symlink() and (tokens := _tokens(path))
+    }
+    assert not found
+
+
+def test_a_token_would_be_found(tmp_path: Path) -> None:
+    for name in ("config.json", "testing_utils.py"):
+        file = tmp_path / name
+        file.write_text(f"token={CANARY}")
+        assert _tokens(file) == {CANARY.encode()}
+
+
+def _tokens(path: Path) -> set[bytes]:
+    found = set(TOKEN.findall(path.read_bytes()))
+    # transformers publishes the token of its own test account with its source.
+    return found & {CANARY.encode()} if path.name.startswith("testing_utils.") else found
+
+
+def _path(image: Image) -> list[str]:
+    (path,) = (variable.removeprefix("PATH=") for variable in image.config["Env"] if variable.startswith("PATH="))
+    return path.split(":")
+
+
+def _is_ready(client: httpx.Client, url: str) -> bool:
+    try:
+        return client.get(url).status_code == 200
+    except httpx.TransportError:
+        # The port is not open yet.
+        return False
+
+
+def _run(command: list[object], **options: object) -> str:
+    """What a command says; where it fails, why."""
+    words = [str(word) for word in command]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS, **options)
+    assert done.returncode == 0, (
+        f"{' '.join(words[:8])} … ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    )
+    return done.stdout
