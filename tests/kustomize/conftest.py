@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -66,8 +67,11 @@ def _render(folder: Path) -> tuple[Manifest, ...]:
 def render_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rendered]:
     """Renders a folder below a throw-away overlay, which adds components and says its own MODEL_REFERENCE."""
 
+    overlays = tmp_path_factory.mktemp("overlays").resolve()
+
     def render(folder: Path, *components: Path, reference: str = PINNED, **predictor: str) -> Rendered:
-        above = tmp_path_factory.mktemp("overlay").resolve()
+        # Not by the factory, whose numbers several threads would fight for.
+        above = Path(tempfile.mkdtemp(dir=overlays))
         kustomization = {
             "resources": [os.path.relpath(ROOT / folder, above)],
             "components": [os.path.relpath(ROOT / component, above) for component in components],
