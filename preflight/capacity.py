@@ -129,8 +129,16 @@ def _gpu(deployment: Deployment) -> Iterator[Finding]:
 
 def _claim(deployment: Deployment) -> Iterator[Finding]:
     replicas = deployment.predictor.get("maxReplicas", 0)
+    uri = deployment.predictor.get("model", {}).get("storageUri", "")
+    mounted = {uri.removeprefix("pvc://").partition("/")[0]} | {
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in deployment.predictor_pod.spec.get("volumes", [])
+        if "persistentVolumeClaim" in volume
+    }
     for claim in deployment.all("PersistentVolumeClaim"):
         modes = claim["spec"].get("accessModes", [])
+        if claim["metadata"]["name"] not in mounted:
+            continue
         if not {"ReadWriteMany", "ReadOnlyMany"} & set(modes) and replicas != 1:
             yield Finding(
                 name_of(claim),
