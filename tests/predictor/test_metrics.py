@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -130,6 +131,10 @@ def test_a_request_is_counted_by_protocol_and_status(
     client: httpx.Client, change: Callable[..., float], path: str, body: dict[str, Any], protocol: str, status: int
 ) -> None:
     assert client.post(path, json=body).status_code == status
+    # It is counted when the last byte is on its way, which the client may see before.
+    until = time.monotonic() + 10
+    while not change("requests_total", protocol=protocol, status=str(status)) and time.monotonic() < until:
+        time.sleep(0.01)
     assert change("requests_total", protocol=protocol, status=str(status)) == 1
 
 
