@@ -1,7 +1,9 @@
 """The baseline: `model.generate` for one request at a time, as KServe's own transformers backend has it.
 
-Everything else is as in the predictor: its loader, its detokenizer, FastAPI on uvicorn, one event a token, torch's own
-choice of threads. Speaks as much of OpenAI's completions as the benchmark needs: one greedy, streamed completion.
+The model is loaded as transformers loads it, in the device and number format that the predictor would choose, its
+layers as they are. Everything else is as in the predictor: its detokenizer, FastAPI on uvicorn, one event a token,
+torch's own choice of threads. Speaks as much of OpenAI's completions as the benchmark needs: one greedy, streamed
+completion.
 `python -m benchmarks.sequential --model_dir DIR --port PORT`; listens on loopback once the model is loaded.
 """
 
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import StreamingResponse
@@ -24,7 +27,6 @@ from pydantic import BaseModel, Field
 from transformers.generation.streamers import BaseStreamer
 
 from predictor import loader
-from predictor.loader import LoadedModel
 from predictor.tokenization import Detokenizer
 
 MODEL_NAME = "model"
@@ -67,10 +69,17 @@ class TokenStreamer(BaseStreamer):
 class SequentialModel:
     """A model and the one thread in which it generates; requests wait for it in their order."""
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.tokenizer = loaded.tokenizer
-        self.context_tokens = loaded.context_tokens
-        self._model = loaded.model
+    def __init__(self, directory: Path, device: str, dtype: str) -> None:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        target = loader.choose_device(device)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self.context_tokens = int(config.max_position_embeddings)
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype=loader.choose_dtype(dtype, config.dtype, target),
+            device_map={"": target},
+            local_files_only=True,
+        ).eval()
         self._model.generation_config.eos_token_id = None  # all completions have the length that was asked for
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
@@ -165,8 +174,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     arguments = parser.parse_args()
-    loaded = loader.load(arguments.model_dir, device=arguments.device, dtype=arguments.dtype, trust_remote_code=False)
-    uvicorn.run(make_app(SequentialModel(loaded)), host="127.0.0.1", port=arguments.port, log_level="warning")
+    model = SequentialModel(arguments.model_dir, arguments.device, arguments.dtype)
+    uvicorn.run(make_app(model), host="127.0.0.1", port=arguments.port, log_level="warning")
 
 
 if __name__ == "__main__":

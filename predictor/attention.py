@@ -53,8 +53,8 @@ class _Decodes:
     keys: slice
     """Their places among the keys read, sequences x length of them."""
     length: int
-    padding: torch.Tensor | None
-    """Added to the scores: 0 for a key, -inf for padding, (sequences, 1, 1, length); None where there is no padding."""
+    padding: torch.Tensor
+    """Added to the scores: 0 for a key, -inf for padding, (sequences, 1, 1, length)."""
 
 
 @dataclass(frozen=True, slots=True)

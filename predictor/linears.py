@@ -7,7 +7,7 @@ An activation's scale is its token's own and sums of integers are exact, so that
 whoever else is in the batch. `torch.ops.quantized.linear_dynamic` would take one scale for all of them.
 
 Layers that read the same input, the projections to queries, keys and values or to gate and up, are computed at once:
-few large kernels are faster than many small ones. That changes no single sum.
+few large kernels are faster than many small ones.
 """
 
 import warnings
@@ -43,10 +43,6 @@ class Int8Linear(nn.Module):  # type: ignore[misc]
         self.scale = nn.Parameter(torch.empty(outputs, dtype=torch.float32), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(torch.empty(outputs, dtype=bias), requires_grad=False)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """As `pack` computes it, for a layer that is asked before."""
-        return _Int8(self.weight, self.scale, self.bias)(inputs)
-
 
 def has_int8() -> bool:
     """Whether this CPU has the kernels: x86 with AVX2, as torch is built."""
@@ -59,18 +55,17 @@ def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scale[:, None]).round_().to(torch.int8), scale
 
 
-def pack(model: nn.Module, *, head_int8: bool) -> None:
+def pack(model: nn.Module, round_too: nn.Module | None = None) -> None:
     """Make the linear layers of `model` ready to compute on a CPU, in place; their plain weights are let go.
 
     Args:
         model: on a CPU, with `nn.Linear` in bfloat16 or `Int8Linear`; other layers are left as they are.
-        head_int8: round the last layer, which makes the logits, to int8, too.
+        round_too: an `nn.Linear` of it to round to int8: the one that makes the logits, say.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for parent in list(model.modules()):
         for names in _groups(parent):
             layers = [parent.get_submodule(name) for name in names]
-            kernel = _kernel(layers, int8=head_int8 and layers == [head])
+            kernel = _kernel(layers, int8=layers == [round_too])
             if kernel is None:
                 continue
             sizes = [layer.out_features for layer in layers]

@@ -92,7 +92,7 @@ def load(
     text_config = config.get_text_config()
     effective = _effective(model, quantization)
     if target.type == "cpu":
-        linears.pack(model, head_int8=effective == "8bit")
+        linears.pack(model, model.get_output_embeddings() if effective == "8bit" else None)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,

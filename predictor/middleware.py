@@ -64,7 +64,7 @@ class Requests(_Middleware):
         count: told protocol, where one was reached, and status of each request.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str | None, int], None] = lambda *_: None) -> None:
+    def __init__(self, app: ASGIApp, count: Callable[[str | None, int], None]) -> None:
         super().__init__(app)
         self._count = count
 

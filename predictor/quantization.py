@@ -62,6 +62,12 @@ def config(word: str, device: torch.device, dtype: torch.dtype, of_checkpoint: A
     Raises:
         StartupError: this device cannot do it, or the weights are quantized already.
     """
+    method = of_checkpoint.get("quant_method") if isinstance(of_checkpoint, dict) else None
+    if method == INT8 and (device.type != "cpu" or not has_int8()):
+        raise StartupError(
+            f"These weights were rounded for the int8 kernels of an x86 CPU, and this is {device.type}; "
+            "use --device cpu on one, or the weights as they were."
+        )
     if word == "none":
         return None
     if of_checkpoint is not None:

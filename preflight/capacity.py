@@ -129,16 +129,11 @@ def _gpu(deployment: Deployment) -> Iterator[Finding]:
 
 def _claim(deployment: Deployment) -> Iterator[Finding]:
     replicas = deployment.predictor.get("maxReplicas", 0)
-    uri = deployment.predictor.get("model", {}).get("storageUri", "")
-    mounted = {uri.removeprefix("pvc://").partition("/")[0]} | {
-        volume["persistentVolumeClaim"]["claimName"]
-        for volume in deployment.predictor_pod.spec.get("volumes", [])
-        if "persistentVolumeClaim" in volume
-    }
-    for claim in deployment.all("PersistentVolumeClaim"):
-        modes = claim["spec"].get("accessModes", [])
-        if claim["metadata"]["name"] not in mounted:
+    for name in {deployment.claim, *deployment.predictor_pod.claims}:
+        claim = deployment.find("PersistentVolumeClaim", name)
+        if claim is None:
             continue
+        modes = claim["spec"].get("accessModes", [])
         if not {"ReadWriteMany", "ReadOnlyMany"} & set(modes) and replicas != 1:
             yield Finding(
                 name_of(claim),

@@ -38,6 +38,12 @@ class Pod:
         """Init containers and containers."""
         return [*self.spec.get("initContainers", []), *self.spec.get("containers", [])]
 
+    @property
+    def claims(self) -> list[str]:
+        """Names of the PersistentVolumeClaims that it mounts."""
+        sources = [volume.get("persistentVolumeClaim") for volume in self.spec.get("volumes", [])]
+        return [source["claimName"] for source in sources if source]
+
 
 @dataclass(frozen=True)
 class Deployment:
@@ -89,6 +95,12 @@ class Deployment:
     def model(self) -> Manifest:
         """`spec.predictor.model`."""
         return self.predictor.get("model") or {}
+
+    @property
+    def claim(self) -> str | None:
+        """The PersistentVolumeClaim that `storageUri` names, if it names one."""
+        uri = self.model.get("storageUri", "")
+        return uri.removeprefix("pvc://").partition("/")[0] if uri.startswith("pvc://") else None
 
     @property
     def is_knative(self) -> bool:

@@ -61,18 +61,19 @@ def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
             f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model names no runtime",
             "set model.runtime to the ServingRuntime that is",
         )
-    uri = deployment.model.get("storageUri", "")
-    claim = uri.removeprefix("pvc://").partition("/")[0]
-    if uri.startswith("pvc://") and not deployment.find("PersistentVolumeClaim", claim):
-        yield _missing(deployment.where, "PersistentVolumeClaim", claim)
+    if deployment.claim is not None and not deployment.find("PersistentVolumeClaim", deployment.claim):
+        yield _missing(deployment.where, "PersistentVolumeClaim", deployment.claim)
 
 
 def _of_pod(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
     volumes = {volume["name"]: volume for volume in pod.spec.get("volumes", [])}
     for volume in volumes.values():
-        for kind, name in _volume_sources(volume):
-            if not deployment.find(kind, name):
-                yield _missing(pod.where, kind, name)
+        source = volume.get("configMap", {})
+        if source and not source.get("optional") and not deployment.find("ConfigMap", source["name"]):
+            yield _missing(pod.where, "ConfigMap", source["name"])
+    for claim in pod.claims:
+        if not deployment.find("PersistentVolumeClaim", claim):
+            yield _missing(pod.where, "PersistentVolumeClaim", claim)
     account = pod.spec.get("serviceAccountName")
     if account and not deployment.find("ServiceAccount", account):
         yield _missing(pod.where, "ServiceAccount", account)
@@ -85,13 +86,6 @@ def _of_pod(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
                     "correct the name or add the volume",
                 )
         yield from _config_maps(deployment, pod, container)
-
-
-def _volume_sources(volume: Manifest) -> Iterator[tuple[str, str]]:
-    if source := volume.get("persistentVolumeClaim"):
-        yield "PersistentVolumeClaim", source["claimName"]
-    if (source := volume.get("configMap")) and not source.get("optional"):
-        yield "ConfigMap", source["name"]
 
 
 def _config_maps(deployment: Deployment, pod: Pod, container: Manifest) -> Iterator[Finding]:

@@ -14,10 +14,18 @@ from predictor.generation import SamplingParams
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
 
 
-def answers(prompts: list[str], *, own: bool, max_batch_tokens: int, quantization: str = "none") -> list[list[int]]:
-    """Greedy tokens of all prompts at once, and again, when prefixes are known."""
+def answers(
+    prompts: list[str],
+    *,
+    own: bool = True,
+    max_batch_tokens: int = 2048,
+    dtype: str = "float32",
+    quantization: str = "none",
+    alone: bool = False,
+) -> list[list[int]]:
+    """Greedy tokens of all prompts, one by one or at once; and again, when prefixes are known."""
     loaded = loader.load(
-        ROOT / "demo" / "model", device="cpu", dtype="float32", trust_remote_code=False, quantization=quantization
+        ROOT / "demo" / "model", device="cpu", dtype=dtype, trust_remote_code=False, quantization=quantization
     )
     with pytest.MonkeyPatch.context() as patch:
         if not own:
@@ -26,10 +34,10 @@ def answers(prompts: list[str], *, own: bool, max_batch_tokens: int, quantizatio
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
-            max_running=8,
-            max_waiting=64,
+            max_running=32,
+            max_waiting=32,
             max_batch_tokens=max_batch_tokens,
-            kv_cache_tokens=8192,
+            kv_cache_tokens=16384,
         )
     assert (loaded.model.config._attn_implementation == attention.NAME) is own
     engine.start()
@@ -44,8 +52,11 @@ def answers(prompts: list[str], *, own: bool, max_batch_tokens: int, quantizatio
             stream.close()
 
     async def everything() -> list[list[int]]:
-        first = await asyncio.gather(*(read(number, prompt) for number, prompt in enumerate(prompts)))
-        return [*first, *await asyncio.gather(*(read(number, prompt) for number, prompt in enumerate(prompts)))]
+        reading = [read(number, prompt) for number, prompt in [*enumerate(prompts)] * 2]
+        if alone:
+            return [await one for one in reading]
+        half = len(prompts)
+        return [*await asyncio.gather(*reading[:half]), *await asyncio.gather(*reading[half:])]
 
     try:
         return asyncio.run(everything())
@@ -58,25 +69,18 @@ PROMPTS = [f"{a}+{a * b}=" * (1 + 6 * (b % 4)) for a in range(2, 6) for b in ran
 
 @pytest.mark.parametrize("max_batch_tokens", [2048, 16], ids=["whole prompts", "chunks of prompts"])
 def test_gives_the_tokens_that_the_managers_own_gives(max_batch_tokens: int) -> None:
-    ours = answers(PROMPTS, own=True, max_batch_tokens=max_batch_tokens)
-    theirs = answers(PROMPTS, own=False, max_batch_tokens=2048)
+    ours = answers(PROMPTS, max_batch_tokens=max_batch_tokens)
+    theirs = answers(PROMPTS, own=False)
     assert ours == theirs
     assert any(len(tokens) > 1 for tokens in ours)
 
 
-def test_neighbours_change_no_token_in_8bit_either() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_thirty_two_prompts_alone_and_together_give_the_same_tokens_in_8bit(dtype: str) -> None:
     prompts = [f"{a}+{b}=" for a in range(10, 18) for b in range(20, 24)]
-    together = answers(prompts, own=True, max_batch_tokens=2048, quantization="8bit")
-    alone = [
-        tokens
-        for some in range(0, 32, 4)
-        for tokens in [answers(prompts[some : some + 1], own=True, max_batch_tokens=2048, quantization="8bit")[0]]
-    ]
-    # The n-th of all and the only one have different limits: the shorter is the beginning of the longer.
-    for number, tokens in zip(range(0, 32, 4), alone, strict=True):
-        among = together[number]
-        shorter = min(len(among), len(tokens))
-        assert among[:shorter] == tokens[:shorter]
+    assert len(prompts) == 32
+    together = answers(prompts, dtype=dtype, quantization="8bit")
+    assert together == answers(prompts, dtype=dtype, quantization="8bit", alone=True)
 
 
 def test_models_with_a_sliding_window_stay_with_the_managers_own() -> None:

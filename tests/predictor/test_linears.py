@@ -49,7 +49,7 @@ def test_bfloat16_is_what_it_was(bias: bool) -> None:
     given = inputs(5, torch.bfloat16)
     expected = Block(torch.bfloat16, bias=bias)(given)
     packed = Block(torch.bfloat16, bias=bias)
-    linears.pack(packed, head_int8=False)
+    linears.pack(packed)
     assert not list(packed.parameters()), "the plain weights are let go"
     for was, now in zip(expected, packed(given), strict=True):
         torch.testing.assert_close(now, was, rtol=0.02, atol=0.02)
@@ -61,7 +61,7 @@ def test_int8_is_close_to_what_it_was(bias: bool, dtype: torch.dtype) -> None:
     given = inputs(5, dtype)
     expected = Block(dtype, bias=bias)(given)
     packed = Block(dtype, bias=bias).rounded()
-    linears.pack(packed, head_int8=False)
+    linears.pack(packed)
     for was, now in zip(expected, packed(given), strict=True):
         assert now.dtype == dtype
         assert (now - was).float().norm() < 0.02 * was.float().norm()
@@ -69,7 +69,7 @@ def test_int8_is_close_to_what_it_was(bias: bool, dtype: torch.dtype) -> None:
 
 def test_int8_of_a_token_is_bit_by_bit_the_same_beside_any_others() -> None:
     packed = Block(torch.bfloat16, bias=True).rounded()
-    linears.pack(packed, head_int8=False)
+    linears.pack(packed)
     together = inputs(33, torch.bfloat16)
     together[0, 0] *= 1000  # one scale for all would leave the others next to nothing
     of_all = packed(together)
@@ -80,7 +80,7 @@ def test_int8_of_a_token_is_bit_by_bit_the_same_beside_any_others() -> None:
 
 def test_zeros_stay_zeros() -> None:
     packed = Block(torch.float32, bias=False).rounded()
-    linears.pack(packed, head_int8=False)
+    linears.pack(packed)
     assert not any(output.any() for output in packed(torch.zeros(1, 3, 64)))
 
 
@@ -95,7 +95,7 @@ def test_weights_are_rounded_by_less_than_half_a_step() -> None:
 def test_neighbours_of_another_input_are_computed_anew() -> None:
     packed = Block(torch.bfloat16, bias=False)
     plain = Block(torch.bfloat16, bias=False)
-    linears.pack(packed, head_int8=False)
+    linears.pack(packed)
     one, other = inputs(2, torch.bfloat16), inputs(3, torch.bfloat16)
     packed.q_proj(one)
     torch.testing.assert_close(packed.k_proj(other), plain.k_proj(other), rtol=0.02, atol=0.02)
@@ -103,5 +103,17 @@ def test_neighbours_of_another_input_are_computed_anew() -> None:
 
 def test_layers_in_float32_are_left_as_they_are() -> None:
     block = Block(torch.float32, bias=True)
-    linears.pack(block, head_int8=False)
+    linears.pack(block)
     assert all(type(layer) is nn.Linear for layer in block.children())
+
+
+def test_one_layer_may_be_rounded_too() -> None:
+    given = inputs(5, torch.bfloat16)
+    packed, plain = Block(torch.bfloat16, bias=True), Block(torch.bfloat16, bias=True)
+    linears.pack(packed, packed.out_proj)
+    linears.pack(plain)
+    *same, rounded = packed(given)
+    *expected, exact = plain(given)
+    assert all(torch.equal(now, was) for now, was in zip(same, expected, strict=True))
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).float().norm() < 0.02 * exact.float().norm()

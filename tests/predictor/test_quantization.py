@@ -73,3 +73,10 @@ def test_leaves_weights_alone_unless_asked() -> None:
 def test_refuses_by_name(device: str, of_checkpoint: dict[str, str] | None, message: str) -> None:
     with pytest.raises(StartupError, match=message):
         quantization.config("8bit", torch.device(device), torch.float16, of_checkpoint)
+
+
+def test_weights_rounded_for_a_cpu_are_refused_elsewhere() -> None:
+    of_checkpoint = quantization.Int8Config().to_dict()
+    with pytest.raises(StartupError, match="int8 kernels of an x86 CPU, and this is cuda"):
+        quantization.config("none", torch.device("cuda"), torch.float16, of_checkpoint)
+    assert quantization.config("none", CPU, torch.bfloat16, of_checkpoint) is None
