@@ -48,8 +48,8 @@ def use(model: Any) -> bool:
 class _Decodes:
     """Sequences with one query each, and keys padded to one length."""
 
-    queries: torch.Tensor
-    """Their places in the batch, (sequences,)."""
+    queries: torch.Tensor | None
+    """Their places in the batch, (sequences,); None where they are the whole batch."""
     keys: slice
     """Their places among the keys read, sequences x length of them."""
     length: int
@@ -138,11 +138,14 @@ def attend(
     output = query.new_empty(tokens, heads, size)
     for group in plan.decodes:
         # Query heads that share a key head become its queries: nothing has to be repeated.
-        asked = query[:, group.queries].transpose(0, 1).unflatten(1, (shared, heads // shared))
+        asked = query if group.queries is None else query[:, group.queries]
+        asked = asked.transpose(0, 1).unflatten(1, (shared, heads // shared))
         keys, values = (them[:, group.keys].unflatten(1, (-1, group.length)).transpose(0, 1) for them in (key, value))
         found = torch.nn.functional.scaled_dot_product_attention(
             asked, keys, values, attn_mask=group.padding, scale=scaling
         )
+        if group.queries is None:
+            return found.flatten(1, 2)[None], None
         output[group.queries] = found.flatten(1, 2)
     for prompt in plan.prompts:
         found = torch.nn.functional.scaled_dot_product_attention(
@@ -183,7 +186,7 @@ def _plan(starts_q: torch.Tensor, starts_k: torch.Tensor, read_index: torch.Tens
         places.append(read_index[begins + steps.minimum(lengths - 1)].flatten())
         padding = torch.zeros(len(rows), 1, 1, length, dtype=dtype)
         padding.masked_fill_((steps >= lengths)[:, None, None], -torch.inf)
-        asked = torch.tensor([queries[row].start for row in rows])
+        asked = None if len(rows) == len(queries) else torch.tensor([queries[row].start for row in rows])
         decodes.append(_Decodes(asked, slice(read, read + places[-1].numel()), length, padding))
         read += places[-1].numel()
     for asked_for, seen in zip(queries, keys, strict=True):

@@ -11,6 +11,7 @@ few large kernels are faster than many small ones.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def pack(model: nn.Module, round_too: nn.Module | None = None) -> None:
     for parent in list(model.modules()):
         for names in _groups(parent):
             layers = [parent.get_submodule(name) for name in names]
-            kernel = _kernel(layers, int8=layers == [round_too])
+            kernel = join(layers, int8=layers == [round_too])
             if kernel is None:
                 continue
             sizes = [layer.out_features for layer in layers]
@@ -77,24 +78,29 @@ def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
     """Names of children, those that are computed at once together."""
     linear = {name: child for name, child in parent.named_children() if isinstance(child, (nn.Linear, Int8Linear))}
     for names in TOGETHER:
-        layers = [linear[name] for name in names if name in linear]
-        alike = {(type(layer), layer.in_features, layer.bias is None) for layer in layers}
-        if len(layers) == len(names) and len(alike) == 1:
+        if all(name in linear for name in names) and len({type(linear[name]) for name in names}) == 1:
             for name in names:
                 del linear[name]
             yield names
     yield from ((name,) for name in linear)
 
 
-def _kernel(layers: Sequence[nn.Module], *, int8: bool) -> "_Int8 | _Bfloat16 | None":
-    weights: list[torch.Tensor] = [layer.weight.detach() for layer in layers]
-    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
-    bias = torch.cat(biases) if biases else None
-    if isinstance(layers[0], Int8Linear):
-        return _Int8(torch.cat(weights), torch.cat([layer.scale.detach() for layer in layers]), bias)
-    if type(layers[0]) is not nn.Linear or weights[0].device.type != "cpu":
+def join(layers: Sequence[nn.Module], *, int8: bool = False) -> "Kernel | None":
+    """One kernel for layers that read the same input, their outputs side by side; None if there is none for them.
+
+    Args:
+        layers: alike, but for the number of outputs.
+        int8: round them first.
+    """
+    first = layers[0]
+    alike = {(type(layer), layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
+    if len(alike) > 1 or type(first) not in (nn.Linear, Int8Linear) or first.weight.device.type != "cpu":
         return None
+    weights: list[torch.Tensor] = [layer.weight.detach() for layer in layers]
+    bias = None if first.bias is None else torch.cat([layer.bias.detach() for layer in layers])
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    if isinstance(first, Int8Linear):
+        return _Int8(weight, torch.cat([layer.scale.detach() for layer in layers]), bias)
     if int8:
         return _Int8(*to_int8(weight), bias)
     return _Bfloat16(weight, bias) if weight.dtype == torch.bfloat16 and _has_bfloat16_kernels() else None
@@ -121,33 +127,57 @@ class _Packed(nn.Module):  # type: ignore[misc]
         return self._kernel.shared(inputs).narrow(-1, self._from, self.out_features)
 
 
-class _Kernel:
-    """Remembers its last input and what came of it: the neighbours ask for the same one after the other."""
+class Kernel(ABC):
+    """A matrix product with weights in the order in which it reads them, and a bias where the layers have one."""
 
     def __init__(self) -> None:
+        # The neighbours ask for the same one after the other.
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
 
     def shared(self, inputs: torch.Tensor) -> torch.Tensor:
+        """`self(inputs)`, or what came of it the last time if the input is the last one."""
         if self._output is None or self._input is not inputs:
             self._input, self._output = inputs, self(inputs)
         return self._output
 
+    @abstractmethod
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        """(…, inputs) to (…, outputs), in the format of the inputs."""
+
+    @abstractmethod
+    def rows(
+        self, rows: torch.Tensor, gain: torch.Tensor | None = None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """(tokens, inputs) to (tokens, outputs), both float32.
+
+        Args:
+            rows: the inputs.
+            gain: by which each token is multiplied first, (tokens, 1).
+            onto: what the product is added to, (tokens, outputs).
+        """
 
 
-class _Bfloat16(_Kernel):
+class _Bfloat16(Kernel):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self._bias = bias
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, "none", [], "")
+        outputs = torch.ops.mkldnn._linear_pointwise(
+            inputs.to(torch.bfloat16), self._weight, self._bias, "none", [], ""
+        )
+        return outputs.to(inputs.dtype)
+
+    def rows(
+        self, rows: torch.Tensor, gain: torch.Tensor | None = None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        outputs = self(rows if gain is None else rows * gain)
+        return outputs if onto is None else outputs.add_(onto)
 
 
-class _Int8(_Kernel):
+class _Int8(Kernel):
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
         zero = torch.zeros(len(scale), dtype=torch.long)
@@ -161,14 +191,21 @@ class _Int8(_Kernel):
             self._packed = torch.ops.quantized.linear_prepack(quantized, None)
         finally:
             torch.backends.quantized.engine = engine
-        self._bias = bias
+        self._bias = None if bias is None else bias.float()
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows = inputs.float()
-        largest = torch.linalg.vector_norm(rows, torch.inf, -1, keepdim=True).clamp_(min=_SMALLEST)
+        return self.rows(inputs.float()).to(inputs.dtype)
+
+    def rows(
+        self, rows: torch.Tensor, gain: torch.Tensor | None = None, onto: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        # A token's gain changes nothing of its rounding, so that it joins the scale. `vector_norm` takes far longer.
+        largest = rows.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST)
         outputs = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(
             rows / largest, _ACTIVATION_STEP, _ACTIVATION_ZERO, self._packed
-        ).mul_(largest)
-        if self._bias is not None:
-            outputs += self._bias
-        return outputs.to(inputs.dtype)
+        )
+        scale = largest if gain is None else largest.mul_(gain)
+        if onto is not None:
+            outputs = torch.addcmul(onto, outputs, scale)
+            return outputs if self._bias is None else outputs.add_(self._bias)
+        return outputs.mul_(scale) if self._bias is None else torch.addcmul(self._bias, outputs, scale)

@@ -12,7 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import linears, memory
+from predictor import layers, linears, memory
 from predictor import quantization as quantizing
 from predictor.errors import StartupError, UnsupportedModel
 from predictor.generation import SamplingParams
@@ -92,6 +92,7 @@ def load(
     text_config = config.get_text_config()
     effective = _effective(model, quantization)
     if target.type == "cpu":
+        layers.fuse(model)
         linears.pack(model, model.get_output_embeddings() if effective == "8bit" else None)
     return LoadedModel(
         model=model.eval(),
