@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import layers, linears, memory
+from predictor import cgroup, layers, linears, memory
 from predictor import quantization as quantizing
 from predictor.errors import StartupError, UnsupportedModel
 from predictor.generation import SamplingParams
@@ -41,16 +42,27 @@ class LoadedModel:
 
 
 def load(
-    directory: Path, *, device: str, dtype: str, trust_remote_code: bool, quantization: str = "none"
+    directory: Path,
+    *,
+    device: str,
+    dtype: str,
+    trust_remote_code: bool,
+    quantization: str = "none",
+    keep: Sequence[str] = (),
+    fallback: bool = False,
+    phase: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> LoadedModel:
     """Load the model and tokenizer of `directory`.
 
     Args:
         directory: holds config.json, *.safetensors and the tokenizer's files; never the Hub.
-        device: "auto", "cuda", "mps" or "cpu".
+        device: "auto", "cuda", "cuda:1" and so on, "mps" or "cpu".
         dtype: "auto", "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code of the directory.
         quantization: "auto", "none", "8bit" or "4bit".
+        keep: names, or parts of names, of linear layers whose weights are left as they are.
+        fallback: leave the weights as they are where the quantization cannot be had.
+        phase: entered for each part of the load, with its name: "tokenizer", "weights", "pack".
 
     Raises:
         UnsupportedModel: no weights that can be read, or an architecture that transformers does not know.
@@ -63,8 +75,10 @@ def load(
     number_format = choose_dtype(dtype, getattr(config, "dtype", None), target)
     of_checkpoint = getattr(config, "quantization_config", None)
     weights_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    quantization = quantizing.choose(quantization, target, of_checkpoint, weights_bytes, memory.available_bytes(target))
-    fewer_bits = quantizing.config(quantization, target, number_format, of_checkpoint)
+    quantization = quantizing.choose(
+        quantization, target, of_checkpoint, weights_bytes, memory.available_bytes(target), fallback=fallback
+    )
+    fewer_bits = quantizing.config(quantization, target, number_format, keep)
     logger.info(
         "loading %s on %s in %s, quantization %s",
         directory,
@@ -74,26 +88,31 @@ def load(
     )
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
+        with phase("tokenizer"):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UnsupportedModel(f"The tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            directory,
-            config=config,
-            dtype=number_format,
-            device_map={"": target},
-            use_safetensors=True,
-            quantization_config=fewer_bits,
-            **common,
-        )
+        with phase("weights"):
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                directory,
+                config=config,
+                dtype=number_format,
+                device_map={"": target},
+                use_safetensors=True,
+                quantization_config=fewer_bits,
+                **common,
+            )
     except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
         raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
     text_config = config.get_text_config()
     effective = _effective(model, quantization)
     if target.type == "cpu":
-        layers.fuse(model)
-        linears.pack(model, model.get_output_embeddings() if effective == "8bit" else None)
+        head = model.get_output_embeddings()
+        rounds_head = effective == "8bit" and not any(part in "lm_head" for part in keep)
+        with phase("pack"):
+            layers.fuse(model)
+            linears.pack(model, head if rounds_head else None)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -103,6 +122,18 @@ def load(
         quantization=effective,
         defaults=_defaults(model.generation_config),
     )
+
+
+def set_threads(number: int | None) -> None:
+    """Have torch compute with so many threads; None: with as many as this process gets CPU time for.
+
+    Torch counts the machine's cores. In a container with a limit, threads beyond it are stopped for most of the time,
+    and those that are not wait for them.
+    """
+    granted = cgroup.cpus(Path("/"))
+    cores = torch.get_num_threads()
+    torch.set_num_threads(number or (cores if granted is None else max(1, min(cores, round(granted)))))
+    logger.info("%d threads", torch.get_num_threads())
 
 
 def choose_device(device: str) -> torch.device:
@@ -118,9 +149,16 @@ def choose_device(device: str) -> torch.device:
     }
     if device == "auto":
         device = next(name for name, is_available in available.items() if is_available())
-    elif not available[device]():
+    kind, _, index = device.partition(":")
+    if not available[kind]():
         raise StartupError(f"--device is {device}, but torch sees no such device here; use --device auto or cpu.")
-    return torch.device(device, 0) if device == "cuda" else torch.device(device)
+    if kind != "cuda":
+        return torch.device(kind)
+    if int(index or 0) >= torch.cuda.device_count():
+        raise StartupError(
+            f"--device is {device}, but the last GPU that torch sees is cuda:{torch.cuda.device_count() - 1}."
+        )
+    return torch.device(kind, int(index or 0))
 
 
 def choose_dtype(dtype: str, of_checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:

@@ -1,6 +1,5 @@
 """How much memory this process may really use, and how many tokens of KV cache fit into it.
 
-A container's limit is not the host's memory: what the kernel would kill for is asked of the cgroup, version 2 or 1.
 Knows nothing of sequences or weights: those are loaded already when it is asked.
 """
 
@@ -10,8 +9,7 @@ from typing import Any
 import psutil
 import torch
 
-_UNLIMITED_BYTES = 1 << 60
-"""Version 1 writes a number near 2**63 for no limit."""
+from predictor import cgroup
 
 
 def available_bytes(device: torch.device) -> int:
@@ -21,29 +19,7 @@ def available_bytes(device: torch.device) -> int:
         return int(free)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    return min(int(psutil.virtual_memory().available), cgroup_available_bytes(Path("/")))
-
-
-def cgroup_available_bytes(root: Path) -> int:
-    """What the tightest of this process's cgroups still grants; a very large number where none has a limit.
-
-    Args:
-        root: of the file system, where /proc and /sys are.
-    """
-    left = [_UNLIMITED_BYTES]
-    for line in _lines(root / "proc/self/cgroup"):
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            mount, limit, usage, reclaimable = "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"
-        elif "memory" in controllers.split(","):
-            mount, limit = "sys/fs/cgroup/memory", "memory.limit_in_bytes"
-            usage, reclaimable = "memory.usage_in_bytes", "total_inactive_file"
-        else:
-            continue
-        # A container sees its own cgroup as the root of the mount, whatever the path says; parents limit too.
-        own = Path(path.lstrip("/"))
-        left += [_left_bytes(root / mount / part, limit, usage, reclaimable) for part in (own, *own.parents)]
-    return min(left)
+    return min(int(psutil.virtual_memory().available), cgroup.available_bytes(Path("/")))
 
 
 def kv_cache_tokens(
@@ -82,25 +58,3 @@ def kv_cache_tokens(
     mask_row = max_batch_tokens * (1 + number_bytes)
     # Either the cache is shorter than a context, or a context's mask is the largest there will be.
     return int(max(min(left // (each + mask_row), context_tokens), (left - context_tokens * mask_row) // each))
-
-
-def _left_bytes(folder: Path, limit: str, usage: str, reclaimable: str) -> int:
-    limit_bytes = _number(folder / limit)
-    usage_bytes = _number(folder / usage)
-    if limit_bytes is None or usage_bytes is None or limit_bytes >= _UNLIMITED_BYTES:
-        return _UNLIMITED_BYTES
-    counters = dict(line.split(" ", 1) for line in _lines(folder / "memory.stat"))
-    return max(0, limit_bytes - usage_bytes + int(counters.get(reclaimable, 0)))
-
-
-def _number(file: Path) -> int | None:
-    """The number in a file; None where there is no file, or "max" in it."""
-    [text] = _lines(file) or [""]
-    return int(text) if text.isdigit() else None
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return file.read_text().splitlines()
-    except OSError:
-        return []

@@ -86,14 +86,17 @@ class Predictor(kserve.Model):
         with self._metrics.phase("snapshot"):
             found = snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
         self.phase = Phase.LOADING
-        with self._metrics.phase("weights"):
-            loaded = loader.load(
-                found.directory,
-                device=settings.device,
-                dtype=settings.dtype,
-                trust_remote_code=settings.trust_remote_code,
-                quantization=settings.quantization,
-            )
+        loader.set_threads(settings.threads)
+        loaded = loader.load(
+            found.directory,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            quantization=settings.quantization,
+            keep=settings.kept_layers,
+            fallback=settings.quantization_fallback,
+            phase=self._metrics.phase,
+        )
         engine = Engine(
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,

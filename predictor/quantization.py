@@ -10,6 +10,7 @@ come quantized load as they are.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,8 +32,16 @@ _ROOM = 1.2
 """Free memory over the size of the weights, at which `auto` leaves them as they are on an accelerator."""
 
 
-def choose(word: str, device: torch.device, of_checkpoint: Any | None, weights_bytes: int, free_bytes: int) -> str:
-    """What `auto` stands for; other words as they are.
+def choose(
+    word: str,
+    device: torch.device,
+    of_checkpoint: Any | None,
+    weights_bytes: int,
+    free_bytes: int,
+    *,
+    fallback: bool = False,
+) -> str:
+    """What is done where a word is said: "none", "8bit" or "4bit".
 
     Args:
         word: "auto", "none", "8bit" or "4bit".
@@ -40,24 +49,7 @@ def choose(word: str, device: torch.device, of_checkpoint: Any | None, weights_b
         of_checkpoint: the checkpoint's own quantization config, if it has one.
         weights_bytes: of the checkpoint.
         free_bytes: on the device.
-    """
-    if word != "auto":
-        return word
-    if of_checkpoint is not None or device.type == "mps":
-        return "none"
-    if device.type == "cpu":
-        return "8bit" if has_int8() else "none"
-    return "8bit" if weights_bytes * _ROOM > free_bytes else "none"
-
-
-def config(word: str, device: torch.device, dtype: torch.dtype, of_checkpoint: Any | None) -> Any | None:
-    """What `from_pretrained` takes as `quantization_config`; None where nothing is to be quantized.
-
-    Args:
-        word: "none", "8bit" or "4bit".
-        device: where the model will run.
-        dtype: in which 4-bit weights compute.
-        of_checkpoint: the checkpoint's own quantization config, if it has one.
+        fallback: go on with "none", and a warning, where the word cannot be had.
 
     Raises:
         StartupError: this device cannot do it, or the weights are quantized already.
@@ -68,21 +60,60 @@ def config(word: str, device: torch.device, dtype: torch.dtype, of_checkpoint: A
             f"These weights were rounded for the int8 kernels of an x86 CPU, and this is {device.type}; "
             "use --device cpu on one, or the weights as they were."
         )
+    if word == "auto":
+        return _fastest(device, of_checkpoint, weights_bytes, free_bytes)
+    refusal = None if word == "none" else _refusal(word, device, of_checkpoint)
+    if refusal is None:
+        return word
+    if not fallback:
+        raise StartupError(f"{refusal} Or allow --quantization_fallback.")
+    logger.warning("%s Going on with none, as --quantization_fallback has it.", refusal)
+    return "none"
+
+
+def config(word: str, device: torch.device, dtype: torch.dtype, keep: Sequence[str] = ()) -> Any | None:
+    """What `from_pretrained` takes as `quantization_config`; None where nothing is to be quantized.
+
+    Args:
+        word: as `choose` returned it.
+        device: where the model will run.
+        dtype: in which 4-bit weights compute.
+        keep: names, or parts of names, of layers to leave as they are, too.
+    """
     if word == "none":
         return None
-    if of_checkpoint is not None:
-        raise StartupError(f"The weights are quantized already; use --quantization none instead of {word}.")
-    if device.type == "mps":
-        raise StartupError(f"--quantization {word} is not served on mps; use none, or --device cpu.")
-    if word == "8bit" and device.type == "cpu" and not has_int8():
-        raise StartupError("--quantization 8bit needs an x86 CPU; use none.")
-    if word == "8bit":
-        return Int8Config() if device.type == "cpu" else BitsAndBytesConfig(load_in_8bit=True)
+    if word == "8bit" and device.type == "cpu":
+        return Int8Config(list(keep) or None)
     if device.type == "cpu":
         logger.warning("4bit weights are smaller than bfloat16 ones on a CPU, but slower; 8bit ones are faster")
         # It says so at every layer of every step.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    # Named layers stand in place of bitsandbytes' own exception, the one that makes the logits.
+    skipped = ["lm_head", *keep] if keep else None
+    if word == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
+    )
+
+
+def _fastest(device: torch.device, of_checkpoint: Any | None, weights_bytes: int, free_bytes: int) -> str:
+    if of_checkpoint is not None or device.type == "mps":
+        return "none"
+    if device.type == "cpu":
+        return "8bit" if has_int8() else "none"
+    return "8bit" if weights_bytes * _ROOM > free_bytes else "none"
+
+
+def _refusal(word: str, device: torch.device, of_checkpoint: Any | None) -> str | None:
+    """Why a word cannot be had, and what to say instead; None where it can."""
+    if of_checkpoint is not None:
+        return f"The weights are quantized already; use --quantization none instead of {word}."
+    if device.type == "mps":
+        return f"--quantization {word} is not served on mps; use none, or --device cpu."
+    if word == "8bit" and device.type == "cpu" and not has_int8():
+        return "--quantization 8bit needs an x86 CPU; use none."
+    return None
 
 
 @register_quantization_config(INT8)

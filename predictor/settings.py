@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from predictor.errors import InvalidSettings
@@ -48,12 +49,18 @@ class Settings(BaseSettings):
     """How long to wait for the snapshot to be published before giving up, in seconds."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    """Where the model runs; auto takes the first of cuda, mps, cpu that is there."""
+    device: str = "auto"
+    """Where the model runs: auto takes the first of cuda, mps, cpu that is there; cuda:1 is the second GPU."""
+    threads: int | None = Field(default=None, ge=1)
+    """Of torch on a CPU; default: as many as the container's CPU limit, else the machine's cores."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the checkpoint's own where the device computes in it."""
     quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
     """Bits of the weights of linear layers: none leaves them as they are, auto takes what fits and is fastest."""
+    quantization_keep: str = ""
+    """Linear layers to leave as they are, too: parts of their names with commas between, as in lm_head,down_proj."""
+    quantization_fallback: bool = False
+    """Go on with the weights as they are, and a warning, where the quantization cannot be had; else an error."""
     trust_remote_code: bool = False
     """Run Python code that comes with the weights. Only for snapshots whose code you have read."""
     max_model_len: int | None = Field(default=None, ge=2)
@@ -97,10 +104,22 @@ class Settings(BaseSettings):
     )
     """Least severe log lines that are written."""
 
+    @property
+    def kept_layers(self) -> tuple[str, ...]:
+        """`quantization_keep`, part by part."""
+        return tuple(part.strip() for part in self.quantization_keep.split(",") if part.strip())
+
     @field_validator("model_reference", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
         return value or None
+
+    @field_validator("device", mode="after")
+    @classmethod
+    def _is_device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise PydanticCustomError("device", "should be auto, cuda, cuda:N, mps or cpu")
+        return value
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -5,7 +5,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from preflight import quantities
 from preflight.deployment import Deployment, name_of
 from preflight.findings import Finding
 
@@ -38,7 +37,7 @@ def check(deployment: Deployment, known: set[str]) -> Iterator[Finding]:
                     f"write {close[0]}" if close else "remove it",
                 )
     yield from _reference(deployment)
-    yield from _threads_and_device(deployment)
+    yield from _device(deployment)
 
 
 def _reference(deployment: Deployment) -> Iterator[Finding]:
@@ -68,17 +67,8 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
         )
 
 
-def _threads_and_device(deployment: Deployment) -> Iterator[Finding]:
+def _device(deployment: Deployment) -> Iterator[Finding]:
     settings, limits = deployment.settings, deployment.server.get("resources", {}).get("limits", {})
-    if "cpu" in limits:
-        threads, cores = settings.get("OMP_NUM_THREADS", "not set"), quantities.number(limits["cpu"])
-        if threads != f"{max(1, int(cores))}":
-            yield Finding(
-                deployment.where,
-                f"OMP_NUM_THREADS is {threads} and the CPU limit {cores:g}, so torch is throttled or idle",
-                "make them equal",
-                "warning",
-            )
     gpus = [name for name in limits if name.startswith("nvidia.com/")]
     device = settings.get("PREDICTOR_DEVICE", "auto")
     if gpus and device != "cuda":

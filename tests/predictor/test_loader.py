@@ -67,8 +67,30 @@ def test_keeps_the_checkpoints_dtype_where_a_cpu_computes_in_it() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_names_a_device_that_is_not_there() -> None:
     assert loader.choose_device("auto").type in ("cpu", "mps")
-    with pytest.raises(StartupError, match="--device is cuda, but torch sees no such device here"):
-        loader.choose_device("cuda")
+    for device in ("cuda", "cuda:1"):
+        with pytest.raises(StartupError, match=f"--device is {device}, but torch sees no such device here"):
+            loader.choose_device(device)
+
+
+def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loader.choose_device("cuda") == torch.device("cuda", 0)
+    assert loader.choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(StartupError, match="--device is cuda:2, but the last GPU that torch sees is cuda:1"):
+        loader.choose_device("cuda:2")
+
+
+def test_computes_with_as_many_threads_as_it_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    try:
+        for granted, number, threads in ((0.5, None, 1), (100.0, None, before), (None, None, before), (1.0, 2, 2)):
+            torch.set_num_threads(before)
+            monkeypatch.setattr(loader.cgroup, "cpus", lambda _, granted=granted: granted)
+            loader.set_threads(number)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_refuses_an_architecture_that_transformers_does_not_know(weights: Path) -> None:

@@ -148,7 +148,7 @@ def test_probes_are_not_counted(client: httpx.Client) -> None:
 def test_the_start_is_told_phase_by_phase_and_what_is_served(client: httpx.Client) -> None:
     found = samples(client)
     phases = {dict(labels)["phase"]: number for (name, labels), number in found.items() if name == "load_phase_seconds"}
-    assert set(phases) == {"imports", "snapshot", "weights", "kv_cache", "warm_up"}
+    assert set(phases) == {"imports", "snapshot", "tokenizer", "weights", "pack", "kv_cache", "warm_up"}
     assert phases["imports"] > 0.1
     assert phases["weights"] > 0
     [info] = [dict(labels) for name, labels in found if name == "model_info"]
@@ -200,7 +200,7 @@ def test_ten_thousand_hostile_requests_add_no_series(server: Predictor, client: 
 def test_every_label_value_is_one_of_a_known_set(client: httpx.Client) -> None:
     allowed = {
         "protocol": {*metrics.PROTOCOLS, metrics.OTHER},
-        "phase": {"imports", "snapshot", "weights", "kv_cache", "warm_up"},
+        "phase": {"imports", "snapshot", "tokenizer", "weights", "pack", "kv_cache", "warm_up"},
         "finished_reason": {"eos_token", "length", "stop_sequence", "cancelled", "deadline", "failed"},
         "status": {str(status) for status in (*(200, 499), *range(400, 430), *(500, 503, 504))},
     }

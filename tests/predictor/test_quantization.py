@@ -55,28 +55,66 @@ def test_weights_rounded_before_load_as_they_are(tmp_path: Path) -> None:
 def test_auto_takes_what_fits_and_is_fastest(device: str, free: int, chosen: str) -> None:
     assert quantization.choose("auto", torch.device(device), None, 100, free) == chosen
     assert quantization.choose("auto", torch.device(device), {"quant_method": "gptq"}, 100, free) == "none"
-    assert quantization.choose("4bit", torch.device(device), None, 100, free) == "4bit"
 
 
 def test_leaves_weights_alone_unless_asked() -> None:
-    assert quantization.config("none", CPU, torch.float32, of_checkpoint=None) is None
-    assert quantization.config("none", CPU, torch.float32, of_checkpoint={"quant_method": "gptq"}) is None
+    for of_checkpoint in (None, {"quant_method": "gptq"}):
+        assert quantization.choose("none", CPU, of_checkpoint, 100, 1000) == "none"
+    assert quantization.config("none", CPU, torch.float32) is None
 
 
-@pytest.mark.parametrize(
-    ("device", "of_checkpoint", "message"),
-    [
-        ("mps", None, "--quantization 8bit is not served on mps; use none, or --device cpu"),
-        ("cuda", {"quant_method": "gptq"}, "The weights are quantized already; use --quantization none"),
-    ],
-)
+REFUSED = [
+    ("mps", None, "--quantization 8bit is not served on mps; use none, or --device cpu"),
+    ("cuda", {"quant_method": "gptq"}, "The weights are quantized already; use --quantization none instead of 8bit"),
+]
+
+
+@pytest.mark.parametrize(("device", "of_checkpoint", "message"), REFUSED)
 def test_refuses_by_name(device: str, of_checkpoint: dict[str, str] | None, message: str) -> None:
-    with pytest.raises(StartupError, match=message):
-        quantization.config("8bit", torch.device(device), torch.float16, of_checkpoint)
+    with pytest.raises(StartupError, match=f"{message}. Or allow --quantization_fallback"):
+        quantization.choose("8bit", torch.device(device), of_checkpoint, 100, 1000)
+
+
+@pytest.mark.parametrize(("device", "of_checkpoint", "message"), REFUSED)
+def test_falls_back_where_that_is_allowed(
+    device: str, of_checkpoint: dict[str, str] | None, message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert quantization.choose("8bit", torch.device(device), of_checkpoint, 100, 1000, fallback=True) == "none"
+    assert message in caplog.text
 
 
 def test_weights_rounded_for_a_cpu_are_refused_elsewhere() -> None:
     of_checkpoint = quantization.Int8Config().to_dict()
     with pytest.raises(StartupError, match="int8 kernels of an x86 CPU, and this is cuda"):
-        quantization.config("none", torch.device("cuda"), torch.float16, of_checkpoint)
-    assert quantization.config("none", CPU, torch.bfloat16, of_checkpoint) is None
+        quantization.choose("none", torch.device("cuda"), of_checkpoint, 100, 1000, fallback=True)
+    assert quantization.choose("none", CPU, of_checkpoint, 100, 1000) == "none"
+
+
+def test_layers_can_be_kept_as_they_are() -> None:
+    plain, rounded = load(DEMO_MODEL, "none"), load(DEMO_MODEL, "8bit")
+    kept = loader.load(
+        DEMO_MODEL,
+        device="cpu",
+        dtype="bfloat16",
+        trust_remote_code=False,
+        quantization="8bit",
+        keep=("down_proj", "o_proj", "lm_head"),
+    )
+    right = logits(plain)
+    assert 0 < (logits(kept) - right).norm() < (logits(rounded) - right).norm()
+    all_kept = loader.load(
+        DEMO_MODEL,
+        device="cpu",
+        dtype="bfloat16",
+        trust_remote_code=False,
+        quantization="8bit",
+        keep=("proj", "lm_head"),
+    )
+    assert torch.equal(logits(all_kept), right)
+
+
+@pytest.mark.parametrize("word", ["8bit", "4bit"])
+def test_bitsandbytes_keeps_what_it_is_told_and_the_head(word: str) -> None:
+    config = quantization.config(word, torch.device("cuda"), torch.bfloat16, ["down_proj"])
+    assert config is not None
+    assert config.llm_int8_skip_modules == ["lm_head", "down_proj"]

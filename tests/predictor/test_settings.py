@@ -49,7 +49,7 @@ def test_an_empty_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         (["/some/dir"], "'/some/dir' stands alone; values follow a flag, as in --model_dir DIR."),
         (["--http_port", "http"], "--http_port (PREDICTOR_HTTP_PORT) is 'http': input should be a valid integer"),
         (["--http_port", "70000"], "--http_port (PREDICTOR_HTTP_PORT) is '70000': input should be less than"),
-        (["--device", "tpu"], "--device (PREDICTOR_DEVICE) is 'tpu': input should be 'auto', 'cuda', 'mps' or 'cpu'"),
+        (["--device", "tpu"], "--device (PREDICTOR_DEVICE) is 'tpu': should be auto, cuda, cuda:N, mps or cpu"),
         (["--model_name", "owner/model"], "--model_name (PREDICTOR_MODEL_NAME) is 'owner/model'"),
         (["--http_port"], "argument --http_port: expected one argument"),
     ],

@@ -169,7 +169,6 @@ MISTAKES = {
         "differ from limits",
     ),
     "a GPU that may be missing": (lambda d: d.settings.update(PREDICTOR_DEVICE="auto"), "serves from its CPU"),
-    "threads that are throttled": (lambda d: d.settings.update(OMP_NUM_THREADS="64"), "OMP_NUM_THREADS is 64"),
     "no memory limit": (remove_memory_limit, "does not say how much memory"),
     "a request over its limit": (lambda d: d.model["resources"]["requests"].update(cpu="9"), "requests cpu 9"),
     # Security
