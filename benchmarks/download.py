@@ -66,7 +66,7 @@ def make_model(directory: Path, size_bytes: int, shards: int) -> None:
 def served(directory: Path) -> Iterator[str]:
     """The URL of a Hub that runs as a program of its own, as tests have it."""
     command = [sys.executable, "-m", "tests.local_hub", f"{REPOSITORY}={directory}"]
-    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as hub:  # noqa: S603 - our own program
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE) as hub:
         try:
             yield hub.stdout.readline().strip() if hub.stdout else ""
         finally:
@@ -79,9 +79,7 @@ def run(who: str, words: list[str], url: str) -> Fetch:
     environment |= {"HF_ENDPOINT": url, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1"}
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
-        program = subprocess.Popen(  # noqa: S603 - our own program
-            [sys.executable, *words], env=environment, stdout=output, stderr=output
-        )
+        program = subprocess.Popen([sys.executable, *words], env=environment, stdout=output, stderr=output)
         _, status, used = os.wait4(program.pid, 0)
         seconds = time.perf_counter() - began
         program.returncode = os.waitstatus_to_exitcode(status)

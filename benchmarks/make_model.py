@@ -39,6 +39,8 @@ class Shape:
 SHAPES = {
     # Qwen2-0.5B's: 0.36 B parameters in the layers, 0.14 B more in the embedding, which is the output's projection too.
     "0.4b": Shape(896, 4864, 24, 14, 2, 151936),
+    # Qwen2-1.5B's.
+    "1.5b": Shape(1536, 8960, 28, 12, 2, 151936),
     "tiny": Shape(64, 128, 2, 4, 2, WORDS),
 }
 

@@ -26,48 +26,29 @@ import math
 import os
 import random
 import signal
-import socket
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 
 import httpx
 
-from demo import processes
+from benchmarks import servers
+from benchmarks.servers import CONNECT_SECONDS, BenchmarkError, Server
 from demo.processes import DemoError
 
 WORDS = 2000
 """Prompts are drawn from so many different words; each is one token for the models of `benchmarks.make_model`."""
 WARM_UP_TOKENS = 4
-START_SECONDS = 300
-"""How long a server may take to load its model."""
-CONNECT_SECONDS = 30
 ANSWER_SECONDS = 600
 """How long a request may wait for its next piece: with a sequential server, until all before it are done."""
 KEEP_ALIVE_SECONDS = 2
 """Less than servers keep an idle connection, so that none is closed just when a request is sent on it."""
 HEADER = f"{'server':<24} concurrency requests tokens/s TTFT_p50 TTFT_p99  ITL_p50  ITL_p99 client_CPU_% spread_% ratio"
-
-
-class BenchmarkError(Exception):
-    """A measurement would be worthless; the message is one sentence for whoever runs it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Server:
-    """What is measured: `url` up to and with OpenAI's version segment, and the model's name in its requests.
-
-    Each is equal to itself only, so that one can be compared with itself, to see the noise.
-    """
-
-    name: str
-    url: str
-    model: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +215,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 async def compare(
-    servers: Sequence[Server], load: Load, levels: Sequence[int], baseline_levels: Sequence[int]
+    compared: Sequence[Server], load: Load, levels: Sequence[int], baseline_levels: Sequence[int]
 ) -> list[Measurement]:
     """Measure the first server at all `levels`, the others at those that are `baseline_levels` too.
 
@@ -247,9 +228,9 @@ async def compare(
         limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
         trust_env=False,
     ) as client:
-        words = {server: await count_words(client, server, rng, load.input_tokens) for server in servers}
+        words = {server: await count_words(client, server, rng, load.input_tokens) for server in compared}
         for concurrency in levels:
-            measured = servers if concurrency in baseline_levels else servers[:1]
+            measured = compared if concurrency in baseline_levels else compared[:1]
             for server in measured:
                 prompts = make_prompts(rng, concurrency, words[server])
                 await run(client, server, prompts, concurrency, WARM_UP_TOKENS)
@@ -259,7 +240,9 @@ async def compare(
                     prompts = make_prompts(rng, max(load.requests, concurrency), words[server])
                     runs[server].append(await run(client, server, prompts, concurrency, load.output_tokens))
                     print(row(server.name, concurrency, runs[server][-1]), file=sys.stderr, flush=True)
-            measurements += [summarize(server.name, concurrency, runs[server], runs[servers[0]]) for server in measured]
+            measurements += [
+                summarize(server.name, concurrency, runs[server], runs[compared[0]]) for server in measured
+            ]
     return measurements
 
 
@@ -298,65 +281,6 @@ def row(server: str, concurrency: int, of: Run) -> str:
     )
 
 
-@contextmanager
-def local_servers(model_dir: Path, dtype: str) -> Iterator[list[Server]]:
-    """The predictor and the baseline on one model, side by side, with the settings that each has by itself."""
-    with ExitStack() as stack:
-        predictor = stack.enter_context(
-            processes.predictor(
-                ["--model_dir", str(model_dir.resolve()), "--dtype", dtype, "--log_level", "WARNING"],
-                model_name="model",
-                port=processes.free_port(),
-                timeout_seconds=START_SECONDS,
-            )
-        )
-        baseline = stack.enter_context(sequential(model_dir, dtype))
-        yield [Server("predictor", f"{predictor.url}/v1", predictor.model_name), baseline]
-
-
-@contextmanager
-def sequential(model_dir: Path, dtype: str) -> Iterator[Server]:
-    """The baseline in a process of its own, once its model is loaded; stopped at the end.
-
-    Raises:
-        BenchmarkError: it ended, or did not load in time.
-    """
-    port = processes.free_port()
-    process = processes.start(
-        ["benchmarks.sequential", "--model_dir", str(model_dir.resolve()), "--dtype", dtype, "--port", str(port)]
-    )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not listens(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise BenchmarkError("The sequential server did not start; its output says why.")
-            time.sleep(0.1)
-        yield find("sequential", f"http://127.0.0.1:{port}/v1")
-    finally:
-        processes.stop(process)
-
-
-def listens(port: int) -> bool:
-    """Whether a connection to this port of loopback is taken."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def find(name: str, url: str) -> Server:
-    """The server at `url`, with the first model that it lists.
-
-    Raises:
-        BenchmarkError: there is none.
-    """
-    try:
-        answer = httpx.get(f"{url}/models", timeout=CONNECT_SECONDS, trust_env=False).raise_for_status()
-        return Server(name, url, answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise BenchmarkError(
-            f"{url}/models lists no model; URL goes up to the /v1 of an OpenAI server: {error}"
-        ) from None
-
-
 def main() -> int:
     """Measure and print; the exit code."""
     arguments = parse(sys.argv[1:])
@@ -366,11 +290,13 @@ def main() -> int:
     try:
         with ExitStack() as stack:
             if arguments.model_dir:
-                servers = stack.enter_context(local_servers(arguments.model_dir, arguments.dtype))
+                flags = ["--dtype", arguments.dtype]
+                ours = stack.enter_context(servers.predictor("predictor", arguments.model_dir, flags))
+                compared = [ours, stack.enter_context(servers.sequential(arguments.model_dir, arguments.dtype))]
             else:
-                servers = [find(url, url.rstrip("/")) for url in arguments.urls]
+                compared = [servers.find(url, url.rstrip("/")) for url in arguments.urls]
             print(HEADER, file=sys.stderr)
-            measurements = asyncio.run(compare(servers, load, arguments.levels, arguments.baseline_levels))
+            measurements = asyncio.run(compare(compared, load, arguments.levels, arguments.baseline_levels))
     except (BenchmarkError, DemoError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

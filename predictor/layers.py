@@ -27,12 +27,13 @@ def fuse(model: nn.Module) -> int:
     Args:
         model: on a CPU, with weights in bfloat16 or rounded to int8.
     """
-    fused = [
-        _fuse(parent, name)
-        for parent in list(model.modules())
-        for name, layer in list(parent.named_children())
+    known = [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
         if type(layer).__name__ in KINDS and type(layer).__module__.startswith("transformers.models.")
     ]
+    fused = linears.on_all_cores(_fuse, known)
     for parent in model.modules():
         for layer, following in pairwise([*parent.children(), None]):
             if isinstance(layer, DecoderLayer) and isinstance(following, DecoderLayer):

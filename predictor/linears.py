@@ -12,7 +12,8 @@ few large kernels are faster than many small ones.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _ENGINE = "fbgemm"
 _SMALLEST = 1e-30
 """Instead of a scale of zero, for a token of nothing but zeros."""
+_ROUNDED_AT_ONCE = 4096
+"""Outputs."""
 _ACTIVATION_STEP, _ACTIVATION_ZERO = 1 / 127, 128
 """A token over its largest number is in -1..1; as an unsigned byte, 1..255."""
 
@@ -52,8 +55,13 @@ def has_int8() -> bool:
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Round weights (outputs, inputs) to int8, with a scale (outputs,) in float32 for each output."""
-    scale = weight.abs().amax(dim=1).float().clamp(min=_SMALLEST) / 127
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
+    rounded = torch.empty_like(weight, dtype=torch.int8)
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for start in range(0, len(weight), _ROUNDED_AT_ONCE):  # of a vocabulary's width, float32 copies would be large
+        part = slice(start, start + _ROUNDED_AT_ONCE)
+        scale[part] = weight[part].abs().amax(dim=1).float().clamp(min=_SMALLEST) / 127
+        rounded[part] = (weight[part] / scale[part, None]).round_()
+    return rounded, scale
 
 
 def pack(model: nn.Module, round_too: nn.Module | None = None) -> None:
@@ -63,15 +71,27 @@ def pack(model: nn.Module, round_too: nn.Module | None = None) -> None:
         model: on a CPU, with `nn.Linear` in bfloat16 or `Int8Linear`; other layers are left as they are.
         round_too: an `nn.Linear` of it to round to int8: the one that makes the logits, say.
     """
-    for parent in list(model.modules()):
-        for names in _groups(parent):
-            layers = [parent.get_submodule(name) for name in names]
-            kernel = join(layers, int8=layers == [round_too])
-            if kernel is None:
-                continue
+
+    def put(parent: nn.Module, names: tuple[str, ...]) -> None:
+        layers = [parent.get_submodule(name) for name in names]
+        kernel = join(layers, int8=layers == [round_too])
+        if kernel is not None:
             sizes = [layer.out_features for layer in layers]
             for place, name in enumerate(names):
                 parent.register_module(name, _Packed(kernel, sizes, place))
+
+    on_all_cores(put, [(parent, names) for parent in list(model.modules()) for names in _groups(parent)])
+
+
+def on_all_cores(build: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """What `build` makes of each: a kernel orders its weights in one thread, without Python's lock.
+
+    In threads that end: each that computes has a team of OpenMP's, and where those are more than cores, all are slow.
+    """
+    with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        # That quantized tensors will go one day; they are the only way to fbgemm's order of weights.
+        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
+        return list(pool.map(lambda each: build(*each), given))
 
 
 def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
@@ -99,10 +119,17 @@ def join(layers: Sequence[nn.Module], *, int8: bool = False) -> "Kernel | None":
     weights: list[torch.Tensor] = [layer.weight.detach() for layer in layers]
     bias = None if first.bias is None else torch.cat([layer.bias.detach() for layer in layers])
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-    if isinstance(first, Int8Linear):
-        return _Int8(weight, torch.cat([layer.scale.detach() for layer in layers]), bias)
-    if int8:
-        return _Int8(*to_int8(weight), bias)
+    if isinstance(first, Int8Linear) or int8:
+        # Not one function of another: of a vocabulary's width, a copy more would be the most memory that a load takes.
+        if int8:
+            weight, scale = to_int8(weight)
+        else:
+            scale = torch.cat([layer.scale.detach() for layer in layers])
+        zero = torch.zeros(len(scale), dtype=torch.long)
+        torch.backends.quantized.engine = _ENGINE
+        quantized = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
+        del weights, weight
+        return _Int8(torch.ops.quantized.linear_prepack(quantized, None), bias)
     return _Bfloat16(weight, bias) if weight.dtype == torch.bfloat16 and _has_bfloat16_kernels() else None
 
 
@@ -178,19 +205,9 @@ class _Bfloat16(Kernel):
 
 
 class _Int8(Kernel):
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, packed: Any, bias: torch.Tensor | None) -> None:
         super().__init__()
-        zero = torch.zeros(len(scale), dtype=torch.long)
-        engine = torch.backends.quantized.engine
-        torch.backends.quantized.engine = _ENGINE
-        try:
-            with warnings.catch_warnings():
-                # That quantized tensors will go one day; they are the only way to this kernel's order of weights.
-                warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-                quantized = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
-            self._packed = torch.ops.quantized.linear_prepack(quantized, None)
-        finally:
-            torch.backends.quantized.engine = engine
+        self._packed = packed
         self._bias = None if bias is None else bias.float()
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:

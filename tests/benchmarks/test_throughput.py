@@ -11,8 +11,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from benchmarks import make_model, throughput
-from benchmarks.throughput import BenchmarkError, Server
+from benchmarks import make_model, servers, throughput
+from benchmarks.servers import BenchmarkError, Server
 from demo import processes
 from demo.processes import ROOT
 from predictor import loader
@@ -29,7 +29,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def baseline(model_dir: Path) -> Iterator[Server]:
-    with throughput.sequential(model_dir, "float32") as server:
+    with servers.sequential(model_dir, "float32") as server:
         yield server
 
 
