@@ -73,9 +73,9 @@ images: ## both, with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's 
 	@$(BUILDER) build $(BUILD_ARGS) --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
 
-images-check: $(INSTALLED) ## hadolint, and both images built, run and searched; as root, with buildah and debootstrap
+images-check: $(INSTALLED) ## hadolint, and every image built, run and searched; as root, with buildah and debootstrap
 	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
-	@BUILD_IMAGES=storage_initializer,predictor $(BIN)/python -m pytest tests/images
+	@BUILD_IMAGES=storage_initializer,prepare,predictor $(BIN)/python -m pytest tests/images
 
 RULE := manifests/monitoring/prometheus-rule.yaml
 
