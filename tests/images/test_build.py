@@ -230,6 +230,13 @@ def test_an_image_holds_its_lock_torch_and_us(name: str, request: pytest.Fixture
     assert locked - installed <= {"colorama", "httpx2-jsfetch"}
 
 
+def test_an_image_says_what_it_is(image: Image) -> None:
+    said = image.config["Labels"]
+    words = ("title", "description", "licenses", "version", "revision")
+    assert all(said[f"org.opencontainers.image.{word}"] for word in words)
+    assert image.config["StopSignal"] == "SIGTERM"
+
+
 def test_nothing_in_an_image_can_install_or_compile(image: Image) -> None:
     for tool in ("pip", "cc", "gcc"):
         assert shutil.which(tool, path=":".join(f"{image.root}{folder}" for folder in _path(image))) is None

@@ -70,3 +70,27 @@ def test_a_lock_wants_for_nothing_beside_torch(path: str, torch: Environment, tm
     # Where the index has CUDA's build, its libraries come with torch.
     others = {name for name in installed.keys() - wanted.keys() if not name.startswith(("cuda-", "nvidia-", "triton"))}
     assert others == {"torch"}
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "aarch64"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "requirements-build.txt",
+        "storage_initializer/requirements.txt",
+        "storage_initializer/requirements-prepare.txt",
+        "predictor/requirements.txt",
+    ],
+)
+def test_a_lock_has_wheels_for_the_images_python(path: str, processor: str, tmp_path: Path) -> None:
+    (python,) = re.findall(r"^ARG BASE=python:(3\.\d+)", (ROOT / "predictor/Dockerfile").read_text(), re.MULTILINE)
+    words = ["--dry-run", "--target", tmp_path, "--python-platform", f"{processor}-unknown-linux-gnu"]
+    words += ["--python-version", python, "--require-hashes", "--no-deps", "--only-binary", ":all:"]
+    if processor == "aarch64":
+        # The Dockerfiles bring a compiler for this one.
+        words += ["--no-binary", "psutil"]
+    uv = Path(sys.executable).parent / "uv"
+    done = subprocess.run(
+        [uv, "pip", "install", *words, "--requirement", ROOT / path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
