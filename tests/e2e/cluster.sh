@@ -12,7 +12,7 @@ question='{"inputs": [{"name": "messages", "datatype": "BYTES", "shape": [1],
 # The overlay below is dev with images that are on the node, and in Standard mode with Kubernetes' own autoscaler. Without a registry
 # their names are Docker Hub's: KServe's installer has Knative ask every other registry for a tag's digest, also where there is none.
 overlay=$(mktemp --directory kustomize/overlays/e2e.XXXXXX)
-trap 'rm -r "$overlay"' EXIT
+trap 'rm -rf "$overlay"' EXIT
 case $mode in
   knative) components='' ;;
   standard) components='components: [../../components/autoscaling-hpa]' ;;
