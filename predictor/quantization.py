@@ -80,7 +80,7 @@ def config(word: str, device: torch.device, dtype: torch.dtype, of_checkpoint: A
         return Int8Config() if device.type == "cpu" else BitsAndBytesConfig(load_in_8bit=True)
     if device.type == "cpu":
         logger.warning("4bit weights are smaller than bfloat16 ones on a CPU, but slower; 8bit ones are faster")
-        # It says so at every layer of every step.
+        # It says so at every layer of every step, and wants `kernels` on AVX-512: that would fetch code from the Hub.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 

@@ -9,8 +9,8 @@ namespace=kserve-llm-dev
 question='{"inputs": [{"name": "messages", "datatype": "BYTES", "shape": [1],
   "data": ["[{\"role\": \"user\", \"content\": \"Say hello.\"}]"]}], "parameters": {"max_tokens": 8, "temperature": 0}}'
 
-# The overlay below is dev with images that are on the node, and in Standard mode with Kubernetes' own autoscaler. Without a registry
-# their names are Docker Hub's: KServe's installer has Knative ask every other registry for a tag's digest, also where there is none.
+# The overlay below is dev with images that are on the node, whatever component images names, and in Standard mode with Kubernetes' own
+# autoscaler. Without a registry their names are Docker Hub's: KServe's installer has Knative ask every other one for a tag's digest.
 overlay=$(mktemp --directory kustomize/overlays/e2e.XXXXXX)
 trap 'rm -rf "$overlay"' EXIT
 case $mode in
@@ -23,13 +23,13 @@ apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 resources: [../dev]
 $components
-images:
-  - name: ghcr.io/example/kserve-llm-predictor
-    newName: kserve-llm-predictor
-    newTag: dev
-  - name: ghcr.io/example/kserve-llm-storage-initializer
-    newName: kserve-llm-storage-initializer
-    newTag: dev
+patches:
+  - target: {kind: ServingRuntime}
+    patch: |-
+      - {op: replace, path: /spec/containers/0/image, value: kserve-llm-predictor:dev}
+  - target: {kind: Job}
+    patch: |-
+      - {op: replace, path: /spec/template/spec/containers/0/image, value: kserve-llm-storage-initializer:dev}
 YAML
 
 selector=serving.kserve.io/inferenceservice=llm
