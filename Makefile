@@ -19,7 +19,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-fast lint lock format images images-check render preflight checkov clean
+.PHONY: help install demo serve test test-fast lint lock format images images-check pin render preflight checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,9 +73,23 @@ images: ## both, with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's 
 	@$(BUILDER) build $(BUILD_ARGS) --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
 
-images-check: $(INSTALLED) ## hadolint, and both images built, run and searched; as root, with buildah and debootstrap
+images-check: $(INSTALLED) ## hadolint, and every image built, run and searched; as root, with buildah and debootstrap
 	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
-	@BUILD_IMAGES=storage_initializer,predictor $(BIN)/python -m pytest tests/images
+	@BUILD_IMAGES=storage_initializer,prepare,predictor $(BIN)/python -m pytest tests/images
+
+# `kustomize edit set image` would write the files anew, comments elsewhere and lists at the margin.
+IMAGE_NAMES := kustomize/components/images/kustomization.yaml manifests/cluster/storage-container/kustomization.yaml
+DIGEST := [^ @]+@sha256:[0-9a-f]{64}
+pinned = -e '/- name: $(1)$$/{n;s|: .*|: $(firstword $(subst @, ,$(2)))|;n;s|[a-zA-Z]*: .*|digest: $(lastword $(subst @, ,$(2)))|;}'
+
+pin: ## what overlays run: PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…
+	@echo '$(PREDICTOR) $(STORAGE_INITIALIZER)' | grep -qE '^$(DIGEST) $(DIGEST)$$' \
+	  || { echo 'say make pin PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…'; exit 1; }
+	@for file in $(IMAGE_NAMES); do \
+	  text=$$(sed $(call pinned,kserve-llm-predictor,$(PREDICTOR)) \
+	    $(call pinned,kserve-llm-storage-initializer,$(STORAGE_INITIALIZER)) $$file) && echo "$$text" > $$file || exit 1; \
+	done
+	@$(MAKE) --no-print-directory render
 
 RULE := manifests/monitoring/prometheus-rule.yaml
 

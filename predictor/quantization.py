@@ -86,7 +86,7 @@ def config(word: str, device: torch.device, dtype: torch.dtype, keep: Sequence[s
         return Int8Config(list(keep) or None)
     if device.type == "cpu":
         logger.warning("4bit weights are smaller than bfloat16 ones on a CPU, but slower; 8bit ones are faster")
-        # It says so at every layer of every step.
+        # It says so at every layer of every step, and wants `kernels` on AVX-512: that would fetch code from the Hub.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Named layers stand in place of bitsandbytes' own exception, the one that makes the logits.
     skipped = ["lm_head", *keep] if keep else None

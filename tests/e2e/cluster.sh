@@ -9,9 +9,10 @@ namespace=kserve-llm-dev
 question='{"inputs": [{"name": "messages", "datatype": "BYTES", "shape": [1],
   "data": ["[{\"role\": \"user\", \"content\": \"Say hello.\"}]"]}], "parameters": {"max_tokens": 8, "temperature": 0}}'
 
-# The overlay below is dev with images that are on the node, and in Standard mode with Kubernetes' own autoscaler.
+# The overlay below is dev with images that are on the node, whatever component images names, and in Standard mode with Kubernetes' own
+# autoscaler. Without a registry their names are Docker Hub's: KServe's installer has Knative ask every other one for a tag's digest.
 overlay=$(mktemp --directory kustomize/overlays/e2e.XXXXXX)
-trap 'rm -r "$overlay"' EXIT
+trap 'rm -rf "$overlay"' EXIT
 case $mode in
   knative) components='' ;;
   standard) components='components: [../../components/autoscaling-hpa]' ;;
@@ -22,13 +23,13 @@ apiVersion: kustomize.config.k8s.io/v1beta1
 kind: Kustomization
 resources: [../dev]
 $components
-images:
-  - name: ghcr.io/example/kserve-llm-predictor
-    newName: kind.local/kserve-llm-predictor
-    newTag: dev
-  - name: ghcr.io/example/kserve-llm-storage-initializer
-    newName: kind.local/kserve-llm-storage-initializer
-    newTag: dev
+patches:
+  - target: {kind: ServingRuntime}
+    patch: |-
+      - {op: replace, path: /spec/containers/0/image, value: kserve-llm-predictor:dev}
+  - target: {kind: Job}
+    patch: |-
+      - {op: replace, path: /spec/template/spec/containers/0/image, value: kserve-llm-storage-initializer:dev}
 YAML
 
 selector=serving.kserve.io/inferenceservice=llm
@@ -36,12 +37,13 @@ pods() { kubectl get pods --namespace $namespace --selector $selector --no-heade
 
 # In Knative mode the question goes through the gateway, whose activator wakes the predictor; in Standard mode to its Service.
 ask() {
-  local host=() service=llm-predictor gateway=$namespace
+  local url host=() target=(--namespace "$namespace" service/llm-predictor)
   if [ "$mode" = knative ]; then
-    host=(--header "Host: $(kubectl get inferenceservice llm --namespace $namespace --output jsonpath='{.status.url}' | cut --delimiter=/ --fields=3)")
-    read -r gateway service < <(kubectl get services --all-namespaces --no-headers | awk '$3 == "LoadBalancer" {print $1, $2; exit}')
+    url=$(kubectl get inferenceservice llm --namespace $namespace --output jsonpath='{.status.url}')
+    host=(--header "Host: ${url#*://}")
+    target=(--namespace istio-system service/istio-ingressgateway)
   fi
-  kubectl port-forward --namespace "$gateway" "service/$service" 8000:80 > /dev/null &
+  kubectl port-forward "${target[@]}" 8000:80 > /dev/null &
   local forward=$!
   curl --fail --silent --show-error --retry 30 --retry-connrefused --retry-delay 1 --max-time 600 "${host[@]}" \
     --header 'Content-Type: application/json' --data "$question" http://127.0.0.1:8000/v2/models/llm/infer

@@ -1,7 +1,7 @@
 """The images as they are built by buildah from a base made on the spot, and run as the manifests have them run.
 
 No registry and no daemon: Debian's own Python by debootstrap stands in for `python:3.12-slim`. Minutes and gigabytes,
-hence only for the programs that BUILD_IMAGES names, with commas between them; `make images-check` names both.
+hence only for the images that BUILD_IMAGES names, with commas between them; `make images-check` names all.
 """
 
 import json
@@ -19,11 +19,22 @@ from pathlib import Path
 
 import httpx
 import pytest
+from packaging.utils import canonicalize_name
 
 from demo import processes
 from demo.processes import ROOT
 
 DEMO_MODEL = ROOT / "demo" / "model"
+IMAGES = {
+    "storage_initializer": ["--file", "storage_initializer/Dockerfile"],
+    "prepare": ["--file", "storage_initializer/Dockerfile", "--target", "prepare"],
+    "predictor": ["--file", "predictor/Dockerfile"],
+}
+LOCKS = {
+    "storage_initializer": "storage_initializer/requirements.txt",
+    "prepare": "storage_initializer/requirements-prepare.txt",
+    "predictor": "predictor/requirements.txt",
+}
 WANTED = os.environ.get("BUILD_IMAGES", "").split(",")
 CANARY = f"hf_{secrets.token_hex(20)}"
 TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{34,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,})\b")
@@ -80,14 +91,14 @@ class Image:
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Buildah with a store of its own, which does not stay: it has every layer in full."""
+    """Buildah with a store of its own, which does not stay."""
     if os.geteuid() != 0:
         pytest.skip("not root: neither debootstrap nor a chroot without a daemon can be had")
     for tool in ("buildah", "debootstrap", "unshare"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
     store = tmp_path_factory.mktemp("store")
-    yield ["buildah", "--storage-driver", "vfs", "--root", str(store / "root"), "--runroot", str(store / "run")]
+    yield ["buildah", "--root", str(store / "root"), "--runroot", str(store / "run")]
     shutil.rmtree(store)
 
 
@@ -124,14 +135,14 @@ def pip_configuration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
     return file, [f"--volume={folder}:{folder}:ro" for folder in sorted(folders)]
 
 
-def _build(program: str, request: pytest.FixtureRequest) -> Iterator[Image]:
-    if program not in WANTED:
-        pytest.skip(f"BUILD_IMAGES does not name {program}: `make images-check` builds it")
+def _build(name: str, request: pytest.FixtureRequest) -> Iterator[Image]:
+    if name not in WANTED:
+        pytest.skip(f"BUILD_IMAGES does not name {name}: `make images-check` builds it")
     buildah, base = request.getfixturevalue("buildah"), request.getfixturevalue("base")
     secret, volumes = request.getfixturevalue("pip_configuration")
-    tag = f"localhost/{program.replace('_', '-')}"
+    tag = f"localhost/{name}"
     arguments = ["--isolation", "chroot", "--layers=false", "--build-arg", f"BASE={base}"]
-    arguments += ["--secret", f"id=pip,src={secret}", *volumes, "--file", f"{program}/Dockerfile", "--tag", tag]
+    arguments += ["--secret", f"id=pip,src={secret}", *volumes, *IMAGES[name], "--tag", tag]
     # A token that lies about where images are built must stay there.
     _run([*buildah, "build", *arguments, ROOT], cwd=ROOT, env=os.environ | {"HF_TOKEN": CANARY})
     described = json.loads(_run([*buildah, "inspect", "--type", "image", tag]))["OCIv1"]
@@ -147,11 +158,16 @@ def storage_initializer(request: pytest.FixtureRequest) -> Iterator[Image]:
 
 
 @pytest.fixture(scope="module")
+def prepare(request: pytest.FixtureRequest) -> Iterator[Image]:
+    yield from _build("prepare", request)
+
+
+@pytest.fixture(scope="module")
 def predictor(request: pytest.FixtureRequest) -> Iterator[Image]:
     yield from _build("predictor", request)
 
 
-@pytest.fixture(params=["storage_initializer", "predictor"])
+@pytest.fixture(params=IMAGES)
 def image(request: pytest.FixtureRequest) -> Image:
     return request.getfixturevalue(request.param)
 
@@ -198,16 +214,27 @@ def test_the_predictor_answers_and_ends_as_process_one(predictor: Image) -> None
         running.communicate()
 
 
-def test_the_predictor_holds_its_lock_and_torch(predictor: Image) -> None:
-    lock = (ROOT / "predictor/requirements.txt").read_text()
-    locked = set(re.findall(r"^([\w.-]+)==", lock, re.MULTILINE))
+def test_preparation_has_what_loads_and_saves_a_model(prepare: Image) -> None:
+    _run(prepare.command(["python", "-c", "import accelerate, bitsandbytes, safetensors, torch, transformers"], {}, {}))
+    assert "hf://" in _run(prepare.command([*prepare.config["Entrypoint"], "--help"], {}, {}))
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_holds_its_lock_torch_and_us(name: str, request: pytest.FixtureRequest) -> None:
+    image: Image = request.getfixturevalue(name)
+    locked = set(re.findall(r"^([\w.-]+)==", (ROOT / LOCKS[name]).read_text(), re.MULTILINE))
     code = "import importlib.metadata as m; print(*(each.name for each in m.distributions()))"
-    installed = {
-        name.lower().replace("_", "-") for name in _run(predictor.command(["python", "-c", code], {}, {})).split()
-    }
-    assert installed - locked == {"torch", "kserve-llm"}
+    installed = {canonicalize_name(each) for each in _run(image.command(["python", "-c", code], {}, {})).split()}
+    assert installed - locked == {"kserve-llm"} | (set() if name == "storage_initializer" else {"torch"})
     # What is for other systems.
     assert locked - installed <= {"colorama", "httpx2-jsfetch"}
+
+
+def test_an_image_says_what_it_is(image: Image) -> None:
+    said = image.config["Labels"]
+    words = ("title", "description", "licenses", "version", "revision")
+    assert all(said[f"org.opencontainers.image.{word}"] for word in words)
+    assert image.config["StopSignal"] == "SIGTERM"
 
 
 def test_nothing_in_an_image_can_install_or_compile(image: Image) -> None:

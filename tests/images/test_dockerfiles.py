@@ -60,6 +60,22 @@ def test_every_stage_begins_with_the_base_or_another_stage(program: str) -> None
     assert re.search(r"^ARG BASE=python:3\.\d+-slim(@sha256:[0-9a-f]{64})?$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_what_comes_from_an_index_comes_by_hash_and_through_a_cache_into_a_stage_without_our_code(program: str) -> None:
+    text = re.sub(r"^ *#.*\n", "", _dockerfile(program), flags=re.MULTILINE).replace("\\\n", "")
+    stages = re.split(r"^(?=FROM )", text, flags=re.MULTILINE)
+    fetched = 0
+    for stage in stages:
+        for line in stage.splitlines():
+            for words in re.findall(r"\bpip [^&]*\binstall (?!.*--no-index)([^&]*)", line):
+                fetched += 1
+                assert "--require-hashes --no-deps" in words or '"torch==${TORCH_VERSION}"' in words
+                assert "--mount=type=cache,target=/opt/.cache/pip" in line
+                # A change of ours must not have it fetched again.
+                assert "COPY" not in stage
+    assert fetched >= 3
+
+
 def test_no_weights_tests_or_history_reach_the_builder() -> None:
     """Everything is left out but what stands here: a line more must be thought about."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]

@@ -7,17 +7,14 @@ this one too.
 import importlib.metadata
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.images.conftest import PINNED, ROOT, locked
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PINNED = re.compile(
-    r"^([A-Za-z0-9._-]+)==(\S+)(?: ; (.+?))? \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
-)
 
 
 def _needs(*, extra: str | None = None, group: str | None = None) -> list[str]:
@@ -37,16 +34,6 @@ LOCKS = {
     "storage_initializer/requirements-prepare.txt": _needs(extra="prepare", group="beside-torch"),
     "predictor/requirements.txt": _needs(extra="predictor", group="beside-torch"),
 }
-
-
-def _locked(path: str) -> dict[str, str]:
-    """What pip would install here from a lock: versions by name."""
-    found = PINNED.findall((ROOT / path).read_text())
-    return {
-        name: version
-        for name, version, marker, _ in found
-        if not marker or Requirement(f"{name} ; {marker}").marker.evaluate()
-    }
 
 
 def _constrained() -> dict[str, str]:
@@ -77,18 +64,18 @@ def _closure(words: list[str]) -> set[str]:
 # What builds the wheel is installed only where pip builds one, so there is nothing here to ask.
 @pytest.mark.parametrize("path", sorted(LOCKS.keys() - {"requirements-build.txt"}))
 def test_a_lock_holds_what_is_needed_and_nothing_else(path: str) -> None:
-    assert set(_locked(path)) == _closure(LOCKS[path]), "run `make lock`"
+    assert set(locked(path)) == _closure(LOCKS[path]), "run `make lock`"
 
 
 @pytest.mark.parametrize("path", LOCKS)
 def test_a_lock_has_the_versions_that_the_tests_run_with(path: str) -> None:
-    constrained, locked = _constrained(), _locked(path)
-    differing = {name: version for name, version in locked.items() if constrained.get(name, version) != version}
+    constrained, ours = _constrained(), locked(path)
+    differing = {name: version for name, version in ours.items() if constrained.get(name, version) != version}
     assert not differing, "run `make lock`"
     for word in LOCKS[path]:
         requirement = Requirement(word)
         name = canonicalize_name(requirement.name)
-        assert name == "torch" or requirement.specifier.contains(locked[name]), f"{word}: run `make lock`"
+        assert name == "torch" or requirement.specifier.contains(ours[name]), f"{word}: run `make lock`"
 
 
 @pytest.mark.parametrize("path", LOCKS)

@@ -175,7 +175,7 @@ def test_stop(added):
 
 def test_images_replaces_every_image_of_the_manifests(base):
     images = [container["image"] for pod in base.pods for container in pod.containers]
-    assert all(re.fullmatch(r"[\w.-]+\.\w+/[\w./-]+:\d[\w.-]*", image) for image in images)
+    assert all(re.fullmatch(r"[\w.-]+\.\w+/[\w./-]+(:\d[\w.-]*|@sha256:[0-9a-f]{64})", image) for image in images)
     assert {each["imagePullPolicy"] for pod in base.pods for each in pod.containers} == {"IfNotPresent"}
 
 

@@ -1,0 +1,99 @@
+"""What a lock installs, really: into an environment that has torch and nothing else, as the Dockerfiles do it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from packaging.utils import canonicalize_name
+
+from tests.images.conftest import ROOT, locked
+
+# Where torch is CUDA's, gigabytes of it are fetched.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Environment:
+    """An empty virtual environment, and the pip of this one to fill it."""
+
+    def __init__(self, folder: Path) -> None:
+        venv.create(folder, symlinks=True)
+        self.python = folder / "bin/python"
+        (self.packages,) = folder.glob("lib/python3.*/site-packages")
+
+    def pip(self, *words: str | Path) -> str:
+        """What pip says; where it fails, why."""
+        command = [sys.executable, "-m", "pip", "--python", self.python, *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    def install(self, *words: str | Path) -> None:
+        self.pip("install", "--quiet", "--no-compile", "--only-binary", ":all:", *words)
+
+    def installed(self) -> dict[str, str]:
+        """Versions by name."""
+        return {
+            canonicalize_name(each["name"]): each["version"] for each in json.loads(self.pip("list", "--format=json"))
+        }
+
+
+@pytest.fixture(scope="module")
+def torch(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    environment = Environment(tmp_path_factory.mktemp("torch"))
+    environment.install(*re.findall(r"^torch==\S+$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    return environment
+
+
+def test_the_initializers_lock_wants_for_nothing(tmp_path: Path) -> None:
+    environment = Environment(tmp_path)
+    path = "storage_initializer/requirements.txt"
+    environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / path)
+    assert "No broken requirements" in environment.pip("check")
+    assert environment.installed() == locked(path)
+
+
+@pytest.mark.parametrize("path", ["storage_initializer/requirements-prepare.txt", "predictor/requirements.txt"])
+def test_a_lock_wants_for_nothing_beside_torch(path: str, torch: Environment, tmp_path: Path) -> None:
+    environment = Environment(tmp_path)
+    # Hard links: pip replaces files and never writes into one, and torch is half a gigabyte.
+    shutil.copytree(torch.packages, environment.packages, copy_function=os.link, dirs_exist_ok=True)
+    environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / path)
+    assert "No broken requirements" in environment.pip("check")
+    installed, wanted = environment.installed(), locked(path)
+    assert installed.items() >= wanted.items()
+    # Where the index has CUDA's build, its libraries come with torch.
+    others = {name for name in installed.keys() - wanted.keys() if not name.startswith(("cuda-", "nvidia-", "triton"))}
+    assert others == {"torch"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "requirements-build.txt",
+        "storage_initializer/requirements.txt",
+        "storage_initializer/requirements-prepare.txt",
+        "predictor/requirements.txt",
+    ],
+)
+def test_a_lock_has_wheels_for_arm64(path: str, tmp_path: Path) -> None:
+    (python,) = re.findall(r"^ARG BASE=python:(3\.\d+)", (ROOT / "predictor/Dockerfile").read_text(), re.MULTILINE)
+    words = [
+        "--dry-run",
+        "--target",
+        tmp_path,
+        "--python-platform",
+        "aarch64-unknown-linux-gnu",
+        "--python-version",
+        python,
+    ]
+    # The Dockerfiles bring a compiler for psutil.
+    words += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "--no-binary", "psutil"]
+    uv = [Path(sys.executable).parent / "uv", "pip", "install"]
+    done = subprocess.run([*uv, *words, "--requirement", ROOT / path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,61 @@
+"""`make pin`, with which a release moves what is deployed onto its images."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PREDICTOR = f"registry.example/team/predictor@sha256:{'1' * 64}"
+STORAGE_INITIALIZER = f"registry.example/team/storage-initializer@sha256:{'2' * 64}"
+
+
+def _make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["make", "pin", *words], cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for tree in ("kustomize", "manifests", "tests/kustomize/golden"):
+        shutil.copytree(ROOT / tree, tmp_path / tree)
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    return tmp_path
+
+
+# The second time there is a digest already.
+@pytest.mark.parametrize("times", [1, 2])
+def test_every_deployment_then_runs_these_images_by_their_digest(copy: Path, times: int) -> None:
+    if shutil.which("kubectl") is None:
+        pytest.skip("kubectl is not installed: it renders")
+    for _ in range(times):
+        done = _make(copy, f"PREDICTOR={PREDICTOR}", f"STORAGE_INITIALIZER={STORAGE_INITIALIZER}")
+        assert done.returncode == 0, done.stderr
+    for golden in copy.glob("tests/kustomize/golden/*.yaml"):
+        text = golden.read_text()
+        assert {PREDICTOR, STORAGE_INITIALIZER} <= set(text.split())
+        assert "ghcr.io/example/kserve-llm" not in text
+    files = [copy / "kustomize/components/images", copy / "manifests/cluster/storage-container"]
+    component, cluster = (yaml.safe_load((file / "kustomization.yaml").read_text())["images"] for file in files)
+    assert all(image in component for image in cluster)
+
+
+def test_nothing_else_in_the_files_changes(copy: Path) -> None:
+    _make(copy, f"PREDICTOR={PREDICTOR}", f"STORAGE_INITIALIZER={STORAGE_INITIALIZER}")
+    for name in (
+        "kustomize/components/images/kustomization.yaml",
+        "manifests/cluster/storage-container/kustomization.yaml",
+    ):
+        before, after = (ROOT / name).read_text().splitlines(), (copy / name).read_text().splitlines()
+        changed = {new for old, new in zip(before, after, strict=True) if old != new}
+        assert {line.split(":")[0].strip() for line in changed} == {"newName", "digest"}
+
+
+@pytest.mark.parametrize("word", ["PREDICTOR=registry.example/predictor:latest", f"PREDICTOR={PREDICTOR}"])
+def test_less_than_two_digests_are_refused_and_nothing_is_written(copy: Path, word: str) -> None:
+    done = _make(copy, word)
+    assert done.returncode != 0
+    assert "say make pin PREDICTOR=" in done.stdout
+    name = "kustomize/components/images/kustomization.yaml"
+    assert (copy / name).read_text() == (ROOT / name).read_text()
