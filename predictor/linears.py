@@ -10,6 +10,7 @@ Layers that read the same input, the projections to queries, keys and values or 
 few large kernels are faster than many small ones.
 """
 
+import ctypes
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -91,7 +92,14 @@ def on_all_cores(build: Callable[..., Any], given: Sequence[tuple[Any, ...]]) ->
     with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # That quantized tensors will go one day; they are the only way to fbgemm's order of weights.
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-        return list(pool.map(lambda each: build(*each), given))
+        return list(pool.map(lambda each: (build(*each), _give_back())[0], given))
+
+
+def _give_back() -> None:
+    """Return freed memory to the kernel. glibc keeps it for each thread by itself: a second copy of all weights."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
