@@ -89,10 +89,16 @@ def on_all_cores(build: Callable[..., Any], given: Sequence[tuple[Any, ...]]) ->
 
     In threads that end: each that computes has a team of OpenMP's, and where those are more than cores, all are slow.
     """
+
+    def build_and_trim(arguments: tuple[Any, ...]) -> Any:
+        built = build(*arguments)
+        _give_back()
+        return built
+
     with warnings.catch_warnings(), ThreadPoolExecutor(torch.get_num_threads()) as pool:
         # That quantized tensors will go one day; they are the only way to fbgemm's order of weights.
         warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-        return list(pool.map(lambda each: (build(*each), _give_back())[0], given))
+        return list(pool.map(build_and_trim, given))
 
 
 def _give_back() -> None:
