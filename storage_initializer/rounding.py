@@ -194,8 +194,8 @@ def _tensors(path: Path, rounded: frozenset[str], dtype: Any) -> Iterator[_Tenso
             stored = opened.get_slice(name)
             shape = tuple(stored.get_shape())
             if name in rounded:
-                tensors.append(_Tensor(name, "I8", shape, 1, partial(_read_rounded, name, dtype, 0)))
-                tensors.append(_Tensor(_beside(name), "F32", shape[:1], 4, partial(_read_rounded, name, dtype, 1)))
+                tensors.append(_Tensor(name, "I8", shape, 1, partial(_read_as, _to_int8, name, dtype)))
+                tensors.append(_Tensor(_beside(name), "F32", shape[:1], 4, partial(_read_as, _scale, name, dtype)))
             else:
                 item_bytes = (stored[:0] if shape else opened.get_tensor(name)).element_size()
                 tensors.append(_Tensor(name, stored.get_dtype(), shape, item_bytes, partial(_read, name)))
@@ -218,16 +218,20 @@ def _read(name: str, opened: Any) -> Iterator[Any]:
         yield stored[start : start + rows]
 
 
-def _read_rounded(name: str, dtype: Any, which: int, opened: Any) -> Iterator[Any]:
-    """The weights as int8 (0) or their scales (1): each output's depend on its own weights only."""
+def _read_as(what: Callable[[Any], Any], name: str, dtype: Any, opened: Any) -> Iterator[Any]:
+    """What becomes of a weight, block by block: it is another one for each output, which depends on its own row only."""
     for block in _read(name, opened):
-        yield _to_int8(block.to(dtype).float())[which]
+        yield what(block.to(dtype))
 
 
-def _to_int8(weight: Any) -> tuple[Any, Any]:
-    """Weights (outputs, inputs) in float32 as int8, and a scale (outputs,) in float32 for each output."""
-    scale = weight.abs().amax(dim=1).clamp(min=_SMALLEST) / 127
-    return (weight / scale[:, None]).round_().to(torch.int8), scale
+def _scale(weight: Any) -> Any:
+    """For weights (outputs, inputs) a scale (outputs,) in float32."""
+    return torch.linalg.vector_norm(weight, torch.inf, dim=1).float().clamp(min=_SMALLEST) / 127
+
+
+def _to_int8(weight: Any) -> Any:
+    """Weights (outputs, inputs), divided by their scales in float32 and rounded."""
+    return weight.float().div_(_scale(weight)[:, None]).round_().to(torch.int8)
 
 
 def _weights(directory: Path, shard: str, tensors: Sequence[_Tensor]) -> Draft:
