@@ -52,7 +52,7 @@ def local_hub(repositories: Mapping[str, Path]) -> Iterator[str]:
         stop(process)
 
 
-def initialize(reference: str, root: Path, hub_url: str | None) -> float:
+def initialize(reference: str, root: Path, hub_url: str | None, *flags: str) -> float:
     """Run the storage initializer to its end; gives the seconds that it took.
 
     Raises:
@@ -60,7 +60,7 @@ def initialize(reference: str, root: Path, hub_url: str | None) -> float:
     """
     started = time.monotonic()
     environment = {"HF_ENDPOINT": hub_url} if hub_url else {}
-    exit_code = start(["storage_initializer", reference, str(root)], environment).wait()
+    exit_code = start(["storage_initializer", *flags, reference, str(root)], environment).wait()
     if exit_code:
         raise DemoError(f"The storage initializer ended with exit code {exit_code}; its last line says why.")
     return time.monotonic() - started

@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import cgroup, layers, linears, memory
+from predictor import cgroup, layers, linears, memory, snapshot
 from predictor import quantization as quantizing
 from predictor.errors import StartupError, UnsupportedModel
 from predictor.generation import SamplingParams
@@ -39,6 +39,8 @@ class LoadedModel:
     """`none`, `8bit` or `4bit`, or the method by which the checkpoint comes quantized."""
     defaults: SamplingParams
     """From the generation config; greedy where that does not ask for sampling."""
+    prepared: bool = False
+    """Whether its weights were rounded ahead of loading, by the storage initializer."""
 
 
 def load(
@@ -86,6 +88,10 @@ def load(
         str(number_format).removeprefix("torch."),
         quantization,
     )
+    ahead = _prepared(directory, fewer_bits, number_format)
+    if ahead is not None:
+        logger.info("taking what was rounded ahead, %s", ahead)
+        directory, config, quantization, fewer_bits = ahead, _config(ahead, trust_remote_code), "none", None
     common = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         with phase("tokenizer"):
@@ -121,6 +127,7 @@ def load(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         quantization=effective,
         defaults=_defaults(model.generation_config),
+        prepared=ahead is not None,
     )
 
 
@@ -171,6 +178,14 @@ def choose_dtype(dtype: str, of_checkpoint: torch.dtype | None, device: torch.de
     if device.type == "cuda" and chosen == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         return torch.float16
     return chosen
+
+
+def _prepared(directory: Path, fewer_bits: Any, number_format: torch.dtype) -> Path | None:
+    """Where weights lie that are rounded already, as they would be here; None where they are not, or need not be."""
+    if not isinstance(fewer_bits, quantizing.Int8Config):
+        return None
+    dtype = str(number_format).removeprefix("torch.")
+    return snapshot.prepared(directory, dtype, fewer_bits.modules_to_not_convert or ())
 
 
 def _config(directory: Path, trust_remote_code: bool) -> Any:

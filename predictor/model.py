@@ -207,6 +207,7 @@ class Predictor(kserve.Model):
             "device": str(parts.loaded.model.device),
             "dtype": str(parts.loaded.model.dtype).removeprefix("torch."),
             "quantization": parts.loaded.quantization,
+            "prepared": str(parts.loaded.prepared).lower(),
             "context_tokens": str(parts.engine.context_tokens),
             "kv_cache_tokens": str(parts.engine.cache_tokens),
         }

@@ -4,6 +4,7 @@ The volume's layout is the contract with the storage initializer, which alone wr
 
     <root>/<owner>--<model>/<commit>/                 the files of the snapshot
     <root>/<owner>--<model>/<commit>/.snapshot.json   the record, part of the one rename that publishes it
+    <root>/<owner>--<model>/<commit>-8bit-cpu/        what was prepared of it; its record says by which recipe
     <root>/<owner>--<model>/refs/<revision>           a file that holds the commit; the revision percent-encoded
 
 A `file:///some/dir/NAME` reference lies under `file--NAME`, percent-encoded too. Only names and sizes are read here;
@@ -11,11 +12,13 @@ what the weights mean is not known.
 """
 
 import json
+import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from predictor.errors import InvalidSettings, SnapshotMissing
@@ -24,6 +27,12 @@ RECORD = ".snapshot.json"
 FORMAT_VERSION = 1
 DEFAULT_REVISION = "main"
 POLL_SECONDS = 1.0
+PREPARED = "8bit-cpu"
+"""What the storage initializer calls linear layers that it has rounded for `linears.Int8Linear`."""
+RECIPE_VERSION = 1
+"""By which it must have rounded them, to be what `linears.to_int8` makes; another one makes other weights."""
+
+logger = logging.getLogger(__name__)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_REFERENCE = re.compile(r"hf://(?P<owner>[\w.-]+)/(?P<model>[\w.-]+)(?:[:@](?P<revision>.+))?")
@@ -81,6 +90,44 @@ def wait(
             if time.monotonic() >= deadline:
                 raise
         sleep(POLL_SECONDS)
+
+
+def prepared(directory: Path, dtype: str, keep: Sequence[str]) -> Path | None:
+    """The snapshot that was prepared of the one in `directory`, if its weights are what rounding them now would make.
+
+    Args:
+        directory: a published snapshot, or any other one, beside which there is none.
+        dtype: in which its weights would be rounded, "bfloat16" say.
+        keep: patterns of layers that would not be.
+    """
+    directory = directory.resolve()
+    beside = directory.parent / f"{directory.name}-{PREPARED}"
+    if not beside.is_dir():
+        return None
+    try:
+        _checked(Snapshot(beside, directory.name))
+        differs = _difference(json.loads((beside / RECORD).read_text()), directory.name, dtype, keep)
+    except (SnapshotMissing, ValueError, KeyError, TypeError, AttributeError) as error:
+        differs = str(error) or type(error).__name__
+    if differs:
+        logger.warning("not using %s, but rounding weights while they load: %s", beside, differs)
+        return None
+    return beside
+
+
+def _difference(record: Any, commit: str, dtype: str, keep: Sequence[str]) -> str:
+    """Why prepared weights are not those that this predictor would make; empty if they are."""
+    origin = record["derived_from"]
+    recipe = f"{origin['recipe']} version {origin['version']}"
+    if recipe != (known := f"{PREPARED} version {RECIPE_VERSION}"):
+        return f"it was made by {recipe}, and this predictor knows {known}; use both programs of one release"
+    if origin["commit"] != commit:
+        return f"it was made of {origin['commit']}"
+    if origin["dtype"] != dtype:
+        return f"it was rounded from {origin['dtype']}, and this predictor would from {dtype}; use --dtype auto"
+    if sorted(origin["keep"]) != sorted(keep):
+        return f"layers kept as they were are {origin['keep']}, and this predictor would keep {list(keep)}"
+    return ""
 
 
 def _locate(reference: str) -> tuple[str, str]:

@@ -8,11 +8,14 @@ import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
 from storage_initializer.errors import InvalidUsage
 
 PROGRAM = "python -m storage_initializer"
+
+Form = Literal["8bit-cpu"]
+"""What can be made of a snapshot ahead of serving: linear layers rounded for the int8 kernels of a CPU."""
 
 EPILOG = """\
 SOURCE is hf://owner/model, hf://owner/model:revision (a branch, a tag or a commit), or file:///absolute/path of a
@@ -121,6 +124,12 @@ def _publish(words: Sequence[str]) -> Publish:
     )
     parser.add_argument(
         "--offline", action="store_true", default=None, help="ask no Hub; a revision is what it was the last time"
+    )
+    parser.add_argument(
+        "--prepare", choices=get_args(Form), help="publish beside each snapshot what is made of it; needs torch"
+    )
+    parser.add_argument(
+        "--prepare-keep", action="append", metavar="PATTERN", help="layers that are not to be rounded; repeatable"
     )
     given = vars(parser.parse_intermixed_args(words))
     pairs: list[str] = given.pop("words")

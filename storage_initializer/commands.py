@@ -1,11 +1,13 @@
 """What each command of the command line does, and what it says on stdout when it is done."""
 
 import contextlib
+import functools
 import shutil
 import sys
 import time
+from collections.abc import Callable
 
-from storage_initializer import inventory, record, verify, volume
+from storage_initializer import inventory, preparation, record, verify, volume
 from storage_initializer.command_line import Collect, Command, List, Publish, Verify
 from storage_initializer.errors import DamagedSnapshot, NotFound
 from storage_initializer.initializer import Outcome, initialize
@@ -36,31 +38,43 @@ def run(command: Command, settings: Settings) -> None:
 def _publish(command: Publish, settings: Settings) -> None:
     # All references are read before the first is fetched: a typing error in the last should not cost hours.
     pairs = [(parse(source), root.absolute()) for source, root in command.pairs]
+    preparation.require(settings)
     for reference, root in pairs:
-        started = time.monotonic()
-        # Whatever a library prints belongs to the log: stdout is for the summaries.
-        with contextlib.redirect_stdout(sys.stderr):
-            outcome = initialize(reference, root, settings, Progress(settings))
-        seconds = time.monotonic() - started
-        say(
-            settings,
-            _summary(outcome, seconds),
-            path=str(outcome.place.directory),
-            reference=str(outcome.reference),
-            commit=outcome.place.commit,
-            files=len(outcome.record.files),
-            size_bytes=outcome.record.size_bytes,
-            fresh=outcome.fresh,
-            seconds=round(seconds, 3),
-        )
+        initialized = functools.partial(initialize, reference, root, settings, Progress(settings))
+        outcome = _told(settings, "published", initialized)
+        if settings.prepare:
+            progress = Progress(settings, "prepared")
+            _told(settings, "prepared", functools.partial(preparation.prepare, outcome, settings, progress))
 
 
-def _summary(outcome: Outcome, seconds: float) -> str:
+def _told(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome:
+    """Do a piece of work and say what came of it."""
+    started = time.monotonic()
+    # Whatever a library prints belongs to the log: stdout is for the summaries.
+    with contextlib.redirect_stdout(sys.stderr):
+        outcome = work()
+    seconds = time.monotonic() - started
+    say(
+        settings,
+        _summary(verb, outcome, seconds),
+        path=str(outcome.place.directory),
+        reference=str(outcome.reference),
+        commit=outcome.place.commit,
+        form=outcome.place.form,
+        files=len(outcome.record.files),
+        size_bytes=outcome.record.size_bytes,
+        fresh=outcome.fresh,
+        seconds=round(seconds, 3),
+    )
+    return outcome
+
+
+def _summary(verb: str, outcome: Outcome, seconds: float) -> str:
     what = f"{outcome.reference.name}@{outcome.place.commit[:12]}"
     size = f"{len(outcome.record.files)} files, {readable(outcome.record.size_bytes)}"
     if outcome.fresh:
-        return f"published {what} at {outcome.place.directory}: {size} in {seconds:.1f} s"
-    return f"already published {what} at {outcome.place.directory}: {size}, nothing to do ({seconds:.2f} s)"
+        return f"{verb} {what} at {outcome.place.directory}: {size} in {seconds:.1f} s"
+    return f"already {verb} {what} at {outcome.place.directory}: {size}, nothing to do ({seconds:.2f} s)"
 
 
 def _verify(command: Verify, settings: Settings) -> None:
@@ -91,12 +105,13 @@ def _list(command: List, settings: Settings) -> None:
         published = snapshot.record
         size_bytes = published.size_bytes if published else 0
         reference = published.reference if published else "(no readable record)"
-        revisions = ", ".join(f"refs/{revision}" for revision in snapshot.revisions) or "-"
+        revisions = ", ".join(f"refs/{revision}" for revision in snapshot.revisions) or snapshot.place.form or "-"
         say(
             settings,
             f"{snapshot.name}  {readable(size_bytes):>10}  {_age(snapshot):>10}  {revisions}  {reference}",
             path=str(snapshot.place.directory),
             reference=reference,
+            form=snapshot.place.form,
             size_bytes=size_bytes,
             age_seconds=round(snapshot.age_seconds),
             revisions=snapshot.revisions,

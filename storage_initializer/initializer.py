@@ -1,10 +1,9 @@
-"""The story: resolve, plan, stage, fetch, verify, prepare, publish.
+"""The story: resolve, plan, stage, fetch, verify, publish.
 
 Composes the modules below and owns the order of the steps, nothing else.
 """
 
 import contextlib
-import datetime
 import itertools
 import logging
 import time
@@ -13,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from storage_initializer import lease, plan, verify, volume
+from storage_initializer import lease, plan, record, verify, volume
 from storage_initializer.errors import HubUnavailable, NotFound, RefusedVolume, VerificationFailed
 from storage_initializer.lease import Lease
 from storage_initializer.plan import Choice, File
-from storage_initializer.record import Derivation, Record
+from storage_initializer.record import Record
 from storage_initializer.reference import DirectoryReference, ModelReference
 from storage_initializer.settings import Settings
 
@@ -56,34 +55,25 @@ class Source(Protocol):
 
 
 class Progress(Protocol):
-    """Who is told how the fetching goes."""
+    """Who is told how the work goes."""
 
     def begin(self, total_bytes: int) -> None:
-        """So many bytes are to be fetched."""
+        """So many bytes are to come."""
 
     def advance(self, size_bytes: int) -> None:
-        """So many more are here, or must be fetched again if negative. Called from several threads."""
+        """So many more are here, or must come again if negative. Called from several threads."""
 
     def end(self) -> None:
         """No more will come."""
 
 
-Preparation = Callable[[Path, tuple[File, ...]], tuple[Derivation, ...]]
-"""Adds files to a verified staging directory, made of the files that are there, and says which of which.
-
-It is where weights will be converted ahead of serving. It leaves what was verified as it is.
-"""
-
-
-def initialize(
-    reference: ModelReference, root: Path, settings: Settings, progress: Progress, prepare: Preparation | None = None
-) -> Outcome:
+def initialize(reference: ModelReference, root: Path, settings: Settings, progress: Progress) -> Outcome:
     """Make sure that the volume at `root` holds the snapshot that a reference stands for.
 
     Raises:
         InitializerError: one sentence says why not; nothing half-done is visible to readers.
     """
-    work = _Work(reference, root, settings, progress, prepare, time.monotonic())
+    work = _Work(reference, root, settings, progress, time.monotonic())
     with volume.created_with(settings.umask):
         return work.outcome()
 
@@ -96,7 +86,6 @@ class _Work:
     root: Path
     settings: Settings
     progress: Progress
-    prepare: Preparation | None
     started: float
     """By the monotonic clock."""
 
@@ -108,9 +97,9 @@ class _Work:
         source = self._source()
         commit = self._resolve(source)
         place = volume.Place(self.root, self.reference.slug, commit)
-        record = self._find(place)
-        fresh = record is None
-        if record is None:
+        published = self._find(place)
+        fresh = published is None
+        if published is None:
             if self._must_not_ask:
                 raise NotFound(f"{self.reference} is not published on {self.root}: run once without --offline")
             log.info("%s is commit %s", self.reference, commit)
@@ -120,14 +109,14 @@ class _Work:
             log.info("%d files, %s%s", len(chosen.files), plan.readable(chosen.size_bytes), left_out)
             with volume.explained(self.root), self._lease(place) as held:
                 # Whoever held the lease before may have published meanwhile.
-                record = self._find(place)
-                fresh = record is None
-                if record is None:
-                    record = self._publish(source, place, chosen, held)
+                published = self._find(place)
+                fresh = published is None
+                if published is None:
+                    published = self._publish(source, place, chosen, held)
         if not self.reference.is_commit:
             with volume.explained(self.root):
                 volume.point(place, self.reference.revision)
-        return Outcome(self.reference, place, record, fresh)
+        return Outcome(self.reference, place, published, fresh)
 
     @property
     def _must_not_ask(self) -> bool:
@@ -175,37 +164,27 @@ class _Work:
             RefusedVolume: other files of that commit than those that are wanted now.
         """
         with volume.explained(self.root):
-            record = volume.find(place)
-        if record is not None and not self.choice.agrees_with(record.choice):
+            published = volume.find(place)
+        if published is not None and not self.choice.agrees_with(published.choice):
             raise RefusedVolume(
-                f"{place.directory} was published with {record.choice}, not with {self.choice}: ask for the same, "
+                f"{place.directory} was published with {published.choice}, not with {self.choice}: ask for the same, "
                 f"or remove it first (gc {self.root} --reference {self.reference.name}:{place.commit} --force)"
             )
-        return record
+        return published
 
     def _publish(self, source: Source, place: volume.Place, chosen: plan.Plan, held: Lease) -> Record:
-        """Stage, fetch, verify, prepare and publish, under a lease."""
+        """Stage, fetch, verify and publish, under a lease."""
         staging = volume.stage(place, held.token)
         files = self._fetch(source, place, chosen, staging, held)
         volume.tidy(staging)
-        derived = self.prepare(staging, files) if self.prepare else ()
-        files += tuple(verify.measure(staging, one.path) for one in derived)
         # Every checksum was compared when the file came; now nothing may be missing, and nothing else be there.
         self._require(verify.check(staging, files, fast=True).issues, staging)
         log.info("verified %d files", len(files))
-        record = Record(
-            reference=str(self.reference),
-            commit=place.commit,
-            files=files,
-            choice=self.choice.taken(chosen),
-            derived=derived,
-            tool=_tool(),
-            published_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-            duration_seconds=round(time.monotonic() - self.started, 3),
-        )
+        seconds = time.monotonic() - self.started
+        published = record.make(str(self.reference), place.commit, files, self.choice.taken(chosen), seconds)
         held.check()
-        volume.publish(place, staging, record)
-        return record
+        volume.publish(place, staging, published)
+        return published
 
     def _fetch(
         self, source: Source, place: volume.Place, chosen: plan.Plan, staging: Path, held: Lease
@@ -267,11 +246,3 @@ class _Work:
             f"{self.reference} was not published, {len(issues)} of its files are wrong: {problems}; "
             "run again to fetch these anew"
         )
-
-
-def _tool() -> str:
-    """This program and its version."""
-    # Imported when a record is written, since it takes longer than finding a published snapshot.
-    import importlib.metadata
-
-    return f"kserve-llm {importlib.metadata.version('kserve-llm')}"

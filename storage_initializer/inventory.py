@@ -11,7 +11,7 @@ import logging
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -25,7 +25,8 @@ from storage_initializer.volume import Place
 _FORGOTTEN_SECONDS = 3600.0
 """A draft of a ref, or a clock of a lease, lives for milliseconds: what is so old was left behind."""
 
-_KEY = re.compile(r"(?P<slug>[^@]+)@(?P<commit>[0-9a-f]{40})\.")
+_KEY = re.compile(r"(?P<slug>[^@]+)@(?P<commit>[0-9a-f]{40})(-[\w-]+)?\.")
+"""What begins the name of anything that belongs to a lease: that of a snapshot, and of all that is made of it."""
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Snapshot:
     @property
     def name(self) -> str:
         """Its directory, relative to the root of the volume."""
-        return f"{self.place.slug}/{self.place.commit}"
+        return f"{self.place.slug}/{self.place.name}"
 
     @property
     def age_seconds(self) -> float:
@@ -77,8 +78,8 @@ def take(root: Path) -> tuple[Snapshot, ...]:
 def collect(command: Collect, stale_seconds: float) -> Iterator[Removal]:
     """Remove what a command says, one thing after the other; nothing on a dry run.
 
-    What a `refs/` entry leads to stays unless the command is to be forced, and then the entry goes first. What an
-    initializer is writing stays.
+    What a `refs/` entry leads to stays unless the command is to be forced, and then the entry goes first. What was made
+    of a snapshot goes right before it. What an initializer is writing, or is making something of, stays.
 
     Raises:
         InvalidReference: the command names no reference.
@@ -89,8 +90,10 @@ def collect(command: Collect, stale_seconds: float) -> Iterator[Removal]:
             if token is not None and (command.force or _revisions(snapshot.place) == snapshot.revisions):
                 if token:
                     volume.unpoint(snapshot.place, snapshot.revisions)
-                    volume.remove(snapshot.place, token)
-                yield Removal(snapshot.name, snapshot.record.size_bytes if snapshot.record else 0)
+                for one in (*_made_of(snapshot.place), snapshot):
+                    if token:
+                        volume.remove(one.place, token)
+                    yield Removal(one.name, one.record.size_bytes if one.record else 0)
     if command.reference is None:
         yield from _collect_leavings(command, stale_seconds)
 
@@ -103,14 +106,28 @@ def _superfluous(snapshots: tuple[Snapshot, ...], command: Collect) -> Iterator[
         if reference.is_commit:
             snapshots = tuple(one for one in snapshots if one.place.commit == reference.revision)
             keep = command.keep or 0
-    for _, group in itertools.groupby(snapshots, key=lambda snapshot: snapshot.place.slug):
-        for snapshot in list(group)[keep:]:
+    there = {snapshot.place for snapshot in snapshots}
+    outlived = [one for one in snapshots if one.place.form and replace(one.place, form="") not in there]
+    snapshots = tuple(one for one in snapshots if not one.place.form)
+    groups = itertools.groupby(snapshots, key=lambda snapshot: snapshot.place.slug)
+    for group in (outlived, *(list(group)[keep:] for _, group in groups)):
+        for snapshot in group:
             if snapshot.record is None:
                 log.warning("keeping %s, whose record cannot be read", snapshot.name)
             elif snapshot.revisions and not command.force:
                 log.info("keeping %s, since refs/%s leads to it", snapshot.name, ", refs/".join(snapshot.revisions))
             else:
                 yield snapshot
+
+
+def _made_of(source: Place) -> Iterator[Snapshot]:
+    """What was made of a snapshot, and can be made again."""
+    for directory in sorted(source.directory.parent.glob(f"{source.name}-*")):
+        snapshot = _snapshot(_place(source.root, directory))
+        if snapshot.record is None:
+            log.warning("keeping %s, whose record cannot be read", snapshot.name)
+        else:
+            yield snapshot
 
 
 def _collect_leavings(command: Collect, stale_seconds: float) -> Iterator[Removal]:
@@ -153,11 +170,18 @@ def _leased(place: Place, command: Collect, stale_seconds: float) -> Iterator[st
 def _places(root: Path) -> Iterator[Place]:
     for directory in root.glob("*--*/*"):
         if directory.name != volume.REFS and directory.is_dir():
-            yield Place(root, directory.parent.name, directory.name)
+            yield _place(root, directory)
+
+
+def _place(root: Path, directory: Path) -> Place:
+    commit, _, form = directory.name.partition("-")
+    return Place(root, directory.parent.name, commit, form)
 
 
 def _revisions(place: Place) -> tuple[str, ...]:
-    """The revisions that lead to a snapshot."""
+    """The revisions that lead to a snapshot; none to what was made of it."""
+    if place.form:
+        return ()
     refs = sorted(path.name for path in (place.root / place.slug / volume.REFS).glob("*"))
     revisions = (unquote(name) for name in refs)
     return tuple(one for one in revisions if volume.resolved(place.root, place.slug, one) == place.commit)

@@ -67,7 +67,7 @@ class Directory:
             AccessDenied, SourceFailed: as above.
         """
         for file, content in self._open(files):
-            volume.write(staging, file, _chunks(self._reference, content), advance)
+            volume.write(staging, file.path, _chunks(self._reference, content), advance)
             finished(file)
 
     def _describe(self) -> tuple[File, ...]:

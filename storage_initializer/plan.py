@@ -137,6 +137,11 @@ def guard(path: str, name: str) -> None:
         raise RefusedSnapshot(f"{name} holds a file with the unsafe path {path!r}: ask its owner to rename it")
 
 
+def holds_weights(file: File) -> bool:
+    """Whether a file holds weights, or is an index of weights, in whatever format."""
+    return _is_other_weights(file.path, ())
+
+
 def is_index(file: File) -> bool:
     """Whether a file says which shard holds which tensor."""
     return file.path.endswith(tuple(suffix + INDEX for suffix in (WEIGHTS, *PICKLES)))

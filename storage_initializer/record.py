@@ -6,18 +6,27 @@
       "commit": "4f0a…c1",
       "files": [{"path": "config.json", "size": 612, "sha256": "9b1c…"}],
       "choice": {"allow": [], "ignore": ["*.md"], "pickle": false},
-      "derived": [{"path": "model-int8.safetensors", "from": ["model.safetensors"], "by": "int8 1.0"}],
+      "derived_from": null,
       "tool": "kserve-llm 0.1.0",
       "published_at": "2026-11-24T04:00:13Z",
       "duration_seconds": 12.5
     }
 
+In a snapshot that was made of another one beside it, which has the same reference and commit, `derived_from` says how:
+
+      "derived_from": {
+        "reference": "hf://demo/arithmetic:main", "commit": "4f0a…c1",
+        "recipe": "8bit-cpu", "version": 1, "dtype": "bfloat16", "keep": []
+      }
+
 Readers ignore fields they do not know. Who writes it, and when, is for `volume.py` to say.
 """
 
+import datetime
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from storage_initializer.errors import RefusedVolume
 from storage_initializer.plan import Choice, File
@@ -29,14 +38,16 @@ RECORD = ".snapshot.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Derivation:
-    """One file that does not come from the source, but was made of files that do."""
+class Recipe:
+    """How a snapshot was made of another one."""
 
-    path: str
-    sources: tuple[str, ...]
-    """Paths in the same snapshot."""
-    by: str
-    """The tool that made it, with its version."""
+    name: str
+    version: int
+    """Another one makes other weights of the same ones."""
+    dtype: str
+    """In which the weights were rounded."""
+    keep: tuple[str, ...]
+    """Patterns of layers that were not rounded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,8 @@ class Record:
     commit: str
     files: tuple[File, ...]
     choice: Choice
-    derived: tuple[Derivation, ...]
+    recipe: Recipe | None
+    """None for a snapshot as it is on the Hub; otherwise it was made of that, of the same commit."""
     tool: str
     published_at: str
     """UTC, RFC 3339."""
@@ -67,12 +79,39 @@ class Record:
             "commit": self.commit,
             "files": [{"path": file.path, "size": file.size_bytes, "sha256": file.sha256} for file in self.files],
             "choice": asdict(self.choice),
-            "derived": [{"path": one.path, "from": one.sources, "by": one.by} for one in self.derived],
+            "derived_from": self.recipe
+            and {
+                "reference": self.reference,
+                "commit": self.commit,
+                "recipe": self.recipe.name,
+                "version": self.recipe.version,
+                "dtype": self.recipe.dtype,
+                "keep": self.recipe.keep,
+            },
             "tool": self.tool,
             "published_at": self.published_at,
             "duration_seconds": self.duration_seconds,
         }
         return json.dumps(fields, indent=2) + "\n"
+
+
+def make(
+    reference: str, commit: str, files: tuple[File, ...], choice: Choice, seconds: float, recipe: Recipe | None = None
+) -> Record:
+    """The record of what is published now, by this program; `seconds` is how long the work took."""
+    # Imported when a record is written, since it takes longer than finding a published snapshot.
+    import importlib.metadata
+
+    return Record(
+        reference=reference,
+        commit=commit,
+        files=files,
+        choice=choice,
+        recipe=recipe,
+        tool=f"kserve-llm {importlib.metadata.version('kserve-llm')}",
+        published_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        duration_seconds=round(seconds, 3),
+    )
 
 
 def read(snapshot: Path) -> Record:
@@ -94,9 +133,7 @@ def read(snapshot: Path) -> Record:
                 choice=Choice(
                     tuple(choice.get("allow", ())), tuple(choice.get("ignore", ())), bool(choice.get("pickle"))
                 ),
-                derived=tuple(
-                    Derivation(one["path"], tuple(one["from"]), one["by"]) for one in fields.get("derived", ())
-                ),
+                recipe=_recipe(fields.get("derived_from")),
                 tool=str(fields["tool"]),
                 published_at=str(fields["published_at"]),
                 duration_seconds=float(fields["duration_seconds"]),
@@ -109,3 +146,9 @@ def read(snapshot: Path) -> Record:
         f"{path} has format version {version}, and this program knows {FORMAT_VERSION} only: "
         "use the version of the program that published it"
     )
+
+
+def _recipe(origin: Any) -> Recipe | None:
+    if origin is None:
+        return None
+    return Recipe(str(origin["recipe"]), int(origin["version"]), str(origin["dtype"]), tuple(origin["keep"]))

@@ -62,9 +62,10 @@ def _json(level: str, message: str, facts: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Tells how the fetching goes: a live bar on a terminal, a line every few seconds in a log."""
+    """Tells how the work goes: a live bar on a terminal, a line every few seconds in a log."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, verb: str = "fetched") -> None:
+        self._verb = verb
         self._output: TextIO = sys.stderr
         self._live = self._output.isatty() and settings.log_format == "text"
         self._interval_seconds = _LIVE_SECONDS if self._live else settings.progress_seconds
@@ -75,7 +76,7 @@ class Progress:
         self._told = 0.0
 
     def begin(self, total_bytes: int) -> None:
-        """So many bytes are to be fetched."""
+        """So many bytes are to come."""
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._began = self._told = time.monotonic()
@@ -102,7 +103,7 @@ class Progress:
         rate = self._done_bytes / max(now - self._began, 1e-3)
         eta_seconds = left_bytes / rate if rate > 0 else None
         line = (
-            f"fetched {readable(self._done_bytes)} of {readable(self._total_bytes)} "
+            f"{self._verb} {readable(self._done_bytes)} of {readable(self._total_bytes)} "
             f"({percent:.0f} %), {readable(rate)}/s"
         )
         if left_bytes and eta_seconds is not None:

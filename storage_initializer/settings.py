@@ -17,7 +17,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from storage_initializer import command_line
-from storage_initializer.command_line import Command, Publish
+from storage_initializer.command_line import Command, Form, Publish
 from storage_initializer.errors import InvalidUsage
 
 PREFIX = "STORAGE_INITIALIZER_"
@@ -125,6 +125,12 @@ class Settings(BaseSettings):
 
     offline: bool = Field(default=False, validation_alias=AliasChoices(f"{PREFIX}OFFLINE", "HF_HUB_OFFLINE"))
     """Ask no Hub: a branch or tag stands for the commit that it was resolved to the last time."""
+
+    prepare: Form | None = None
+    """What to publish beside each snapshot, made of it: `8bit-cpu`, its linear layers rounded to int8. Needs torch."""
+
+    prepare_keep: Patterns = ()
+    """Layers that are not to be rounded then; a predictor takes what was prepared only if it would keep the same ones."""
 
     umask: Annotated[int, BeforeValidator(_umask)] = 0o022
     """Rights that nothing on the volume gets, in octal; the group must be able to read (fsGroup)."""

@@ -5,12 +5,13 @@
             4f0a…c1/                                  one directory per snapshot: the commit
                 config.json  model.safetensors  …     as on the Hub
                 .snapshot.json                        the record, see `record.py`
+            4f0a…c1-8bit-cpu/                         what was prepared of it, with a record of its own
             refs/
                 main                                  holds the commit and a line feed
                 refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
         .staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot being fetched; the suffix is the lease's token
             .partial/model.safetensors                a file whose end is still missing; gone on with after a kill
-        .locks/demo--arithmetic@4f0a…c1.lease         who fetches it, see `lease.py`
+        .locks/demo--arithmetic@4f0a…c1.lease         who fetches or prepares it, see `lease.py`
 
 Readers look at `<slug>/` only, and see no snapshot or a complete one: the record is written last into staging, then one
 rename publishes the whole directory. Nothing is ever written into a published snapshot.
@@ -36,7 +37,7 @@ from storage_initializer.errors import (
     RefusedVolume,
     VolumeFailed,
 )
-from storage_initializer.plan import File, readable
+from storage_initializer.plan import readable
 from storage_initializer.record import RECORD, Record, read
 from storage_initializer.reference import escape
 
@@ -57,16 +58,23 @@ class Place:
     root: Path
     slug: str
     commit: str
+    form: str = ""
+    """What was made of the snapshot of that commit, `8bit-cpu` say; empty for the snapshot itself."""
+
+    @property
+    def name(self) -> str:
+        """Of the directory."""
+        return f"{self.commit}-{self.form}" if self.form else self.commit
 
     @property
     def directory(self) -> Path:
         """The published snapshot."""
-        return self.root / self.slug / self.commit
+        return self.root / self.slug / self.name
 
     @property
     def key(self) -> str:
-        """The name of this snapshot in staging and among the leases; no slug holds an `@`."""
-        return f"{self.slug}@{self.commit}"
+        """The name of this snapshot in staging; no slug holds an `@`."""
+        return f"{self.slug}@{self.name}"
 
 
 def find(place: Place) -> Record | None:
@@ -109,15 +117,16 @@ def unpoint(place: Place, revisions: Iterable[str]) -> None:
 
 
 def lease_path(place: Place, *, make: bool = True) -> Path:
-    """Where the lease of a snapshot lies; makes the directory, if it shall."""
+    """Where the lease of a snapshot and of all that is made of it lies; makes the directory, if it shall."""
     locks = place.root / LOCKS
-    return (_make(locks) if make else locks) / f"{place.key}{LEASE}"
+    return (_make(locks) if make else locks) / f"{place.slug}@{place.commit}{LEASE}"
 
 
-def stage(place: Place, token: str) -> Path:
-    """The staging directory of a lease, by its token, with all that earlier ones left behind for the same commit.
+def stage(place: Place, token: str, *, afresh: bool = False) -> Path:
+    """The staging directory of a lease, by its token, with all that earlier ones left behind for the same snapshot.
 
-    What another user left there is removed as far as this one may, and fetched anew.
+    What another user left there is removed as far as this one may, and fetched anew; so is all of it, if it is to be
+    begun afresh.
     """
     staging = _make(place.root / STAGING)
     own = staging / f"{place.key}.{token}"
@@ -126,7 +135,7 @@ def stage(place: Place, token: str) -> Path:
             if left.stat().st_uid != os.geteuid():
                 # Its modes cannot be set by this user, so it cannot be published. Renamed first: its author loses it.
                 shutil.rmtree(left.rename(f"{own}.{secrets.token_hex(8)}"), ignore_errors=True)
-            elif own.exists():
+            elif afresh or own.exists():
                 shutil.rmtree(left, ignore_errors=True)
             else:
                 left.rename(own)
@@ -182,9 +191,9 @@ def discard(staging: Path, paths: Iterable[str]) -> None:
         (staging / path).unlink(missing_ok=True)
 
 
-def write(staging: Path, file: File, chunks: Iterable[bytes], advance: Callable[[int], None]) -> None:
+def write(staging: Path, path: str, chunks: Iterable[bytes], advance: Callable[[int], None]) -> None:
     """Write a file into staging; `advance` gets the number of bytes of every chunk. Half a file does not stay."""
-    unfinished = partial(staging, file.path)
+    unfinished = partial(staging, path)
     try:
         with unfinished.open("wb") as into:
             for chunk in chunks:
@@ -193,7 +202,7 @@ def write(staging: Path, file: File, chunks: Iterable[bytes], advance: Callable[
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-    complete(staging, file.path)
+    complete(staging, path)
 
 
 def require_space(place: Place, needed_bytes: int) -> None:

@@ -1,15 +1,27 @@
-"""The directory format that the two packages share: what one publishes, the other finds."""
+"""The directory format that the two packages share: what one publishes or prepares, the other finds."""
 
 import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
 
 from demo import processes
 from demo.processes import ROOT
-from predictor import snapshot
+from predictor import loader, quantization, snapshot
+from predictor.loader import LoadedModel
+from storage_initializer import preparation, rounding
+from tests import tiny_llama
 
 DEMO_MODEL = ROOT / "demo" / "model"
+PROMPTS = ["60-91=", "3+4=", "7*8=", "100-1="]
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +51,197 @@ def test_the_predictor_finds_what_the_storage_initializer_published(volume: Path
 def test_the_predictor_finds_a_published_directory(volume: Path) -> None:
     found = snapshot.find(volume, "file:///anywhere/my%20model")
     assert found.directory.parent.name == "file--my%20model"
+
+
+# What is prepared
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A published snapshot, and what was made of it."""
+
+    published: Path
+    made: Path
+
+    def load(self, word: str = "8bit", dtype: str = "auto") -> LoadedModel:
+        return loader.load(self.published, device="cpu", dtype=dtype, trust_remote_code=False, quantization=word)
+
+    def say(self, **changes: object) -> None:
+        """Change what the record says of how it was made."""
+        path = self.made / snapshot.RECORD
+        record = json.loads(path.read_text())
+        record["derived_from"] |= changes
+        path.write_text(json.dumps(record))
+
+
+def prepare(source: Path, root: Path, *flags: str) -> Prepared:
+    processes.initialize(source.as_uri(), root, None, "--prepare", snapshot.PREPARED, *flags)
+    published = snapshot.find(root, source.as_uri()).directory
+    return Prepared(published, published.with_name(f"{published.name}-{snapshot.PREPARED}"))
+
+
+@pytest.fixture(scope="module")
+def demo_volume(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """The demo model: float32, one file, tied embeddings; not to be changed."""
+    return prepare(DEMO_MODEL, tmp_path_factory.mktemp("demo") / "volume")
+
+
+@pytest.fixture
+def prepared(demo_volume: Prepared, tmp_path: Path) -> Prepared:
+    """A copy of that, to be changed."""
+    root = shutil.copytree(demo_volume.published.parents[1], tmp_path / "volume")
+    places = (
+        root / path.relative_to(demo_volume.published.parents[1]) for path in (demo_volume.published, demo_volume.made)
+    )
+    return Prepared(*places)
+
+
+@pytest.fixture(
+    scope="module",
+    params=["sharded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "tied", "float16"))],
+)
+def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    """Prepared snapshots of models of several shapes; not to be changed."""
+    root = tmp_path_factory.mktemp(request.param)
+    model = root / "model"
+    match request.param:
+        case "demo":
+            model = DEMO_MODEL
+        case "sharded":
+            tiny_llama.make(model, shard_size="150KB")
+        case "tied":
+            tiny_llama.make(model, tied=True)
+        case "float16":
+            tiny_llama.make(model, dtype=torch.float16)
+    return prepare(model, root / "volume")
+
+
+def logits(loaded: LoadedModel) -> Iterator[torch.Tensor]:
+    for prompt in PROMPTS:
+        with torch.inference_mode():
+            yield loaded.model(torch.tensor([loaded.tokenizer.encode(prompt)])).logits
+
+
+def greedy(loaded: LoadedModel) -> list[list[int]]:
+    texts = []
+    for prompt in PROMPTS:
+        ids = loaded.tokenizer.encode(prompt)
+        for _ in range(8):
+            with torch.inference_mode():
+                ids.append(int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        texts.append(ids)
+    return texts
+
+
+def test_both_packages_mean_the_same() -> None:
+    assert rounding.METHOD == quantization.INT8
+    assert preparation.VERSION == snapshot.RECIPE_VERSION
+
+
+def test_prepared_weights_are_bit_by_bit_what_the_predictor_makes_while_it_loads(
+    each: Prepared, tmp_path: Path
+) -> None:
+    dtype = json.loads((each.made / snapshot.RECORD).read_text())["derived_from"]["dtype"]
+    rounded = transformers.AutoModelForCausalLM.from_pretrained(
+        each.published, dtype=getattr(torch, dtype), quantization_config=quantization.Int8Config()
+    )
+    rounded.save_pretrained(tmp_path)
+    expected = load_file(tmp_path / "model.safetensors")
+    made = {name: tensor for path in each.made.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    assert made.keys() == expected.keys()
+    for name, tensor in expected.items():
+        if name.endswith("proj.weight"):
+            assert (tensor.dtype, made[name].dtype) == (torch.int8, torch.int8)
+        assert torch.equal(made[name].to(tensor.dtype), tensor), name
+
+
+def test_the_predictor_finds_what_is_prepared_by_itself_and_says_the_same_tokens(
+    each: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        loaded = each.load()
+    assert loaded.prepared
+    assert loaded.quantization == "8bit"
+    assert f"taking what was rounded ahead, {each.made}" in caplog.text
+    away = each.made.rename(each.made.with_name("away"))
+    try:
+        rounding_now = each.load()
+    finally:
+        away.rename(each.made)
+    assert not rounding_now.prepared
+    assert all(torch.equal(one, other) for one, other in zip(logits(loaded), logits(rounding_now), strict=True))
+    assert greedy(loaded) == greedy(rounding_now)
+
+
+def test_auto_takes_it_and_none_never_does(prepared: Prepared) -> None:
+    assert prepared.load("auto").prepared == (quantization.choose("auto", torch.device("cpu"), None, 1, 1) == "8bit")
+    loaded = prepared.load("none")
+    assert not loaded.prepared
+    assert loaded.quantization == "none"
+
+
+def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_versions(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    prepared.say(version=7)
+    loaded = prepared.load()
+    assert not loaded.prepared
+    assert loaded.quantization == "8bit"
+    [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert f"not using {prepared.made}, but rounding weights while they load" in warning
+    assert "made by 8bit-cpu version 7, and this predictor knows 8bit-cpu version 1" in warning
+
+
+def test_weights_rounded_from_another_format_are_passed_over(
+    prepared: Prepared, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not prepared.load(dtype="bfloat16").prepared
+    assert "rounded from float32, and this predictor would from bfloat16; use --dtype auto" in caplog.text
+
+
+def test_what_keeps_other_layers_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = prepare(DEMO_MODEL, tmp_path / "volume", "--prepare-keep", "down_proj")
+    assert not prepared.load().prepared
+    assert "layers kept as they were are ['down_proj'], and this predictor would keep []" in caplog.text
+
+    class Keeping(quantization.Int8Config):  # type: ignore[misc]
+        def __init__(self, *_: object) -> None:
+            super().__init__(["down_proj"])
+
+    monkeypatch.setattr(quantization, "config", lambda *_: Keeping())
+    loaded = prepared.load()
+    assert loaded.prepared
+
+
+@pytest.mark.parametrize("change", ["no record", "a file less", "nonsense"])
+def test_what_is_not_whole_is_passed_over(prepared: Prepared, caplog: pytest.LogCaptureFixture, change: str) -> None:
+    match change:
+        case "no record":
+            (prepared.made / snapshot.RECORD).unlink()
+        case "a file less":
+            (prepared.made / "tokenizer.json").unlink()
+        case "nonsense":
+            prepared.say(version=1, keep=None)
+    assert not prepared.load().prepared
+    assert f"not using {prepared.made}" in caplog.text
+
+
+@pytest.mark.slow
+def test_a_predictor_serves_what_was_prepared_and_says_so(prepared: Prepared, tmp_path: Path) -> None:
+    arguments = ["--model_dir", str(prepared.published.parents[1]), "--model_reference", DEMO_MODEL.as_uri()]
+    arguments += ["--quantization", "8bit"]
+    log = tmp_path / "log"
+    with (
+        log.open("w") as stderr,
+        processes.predictor(arguments, model_name="demo", port=processes.free_port(), stderr=stderr) as server,
+        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+    ):
+        properties = client.get("/v2/models/demo").json()["properties"]
+        asked = {"text_input": "60-91=", "parameters": {"temperature": 0, "max_tokens": 64}}
+        answer = client.post("/v2/models/demo/generate", json=asked).json()["text_output"]
+    assert (properties["quantization"], properties["prepared"]) == ("8bit", "true")
+    assert properties["commit"] == prepared.published.name
+    assert f"taking what was rounded ahead, {prepared.made}" in log.read_text()
+    assert "-31" in answer

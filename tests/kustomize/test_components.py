@@ -152,6 +152,16 @@ def test_quantization_8bit(added):
     assert added("quantization-8bit").settings["PREDICTOR_QUANTIZATION"] == "8bit"
 
 
+def test_prepared_8bit_is_another_job_in_the_image_with_torch(added, base):
+    prepared = added("prepared-8bit")
+    assert prepared.settings["PREDICTOR_QUANTIZATION"] == "8bit"
+    assert prepared.one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]
+    told = prepared.environment(prepared.download)
+    assert told["STORAGE_INITIALIZER_PREPARE"] == "8bit-cpu"
+    assert told["OMP_NUM_THREADS"] == prepared.download["resources"]["limits"]["cpu"]
+    assert prepared.download["image"] == told["DOWNLOAD_IMAGE"] == f"{base.download['image']}-prepare"
+
+
 def test_api_keys_are_read_where_they_are_mounted(added):
     keys = added("api-keys")
     [mount] = [each for each in keys.server["volumeMounts"] if each["name"] == "api-keys"]

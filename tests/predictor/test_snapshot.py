@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,50 @@ def test_waits_until_it_is_published(tmp_path: Path) -> None:
 def test_gives_up_after_the_time_to_wait(tmp_path: Path) -> None:
     with pytest.raises(SnapshotMissing):
         snapshot.wait(tmp_path, "hf://owner/model", timeout_seconds=0)
+
+
+def prepare(directory: Path, **changes: object) -> Path:
+    """Put beside a snapshot what could have been prepared of it."""
+    made = directory.with_name(f"{directory.name}-8bit-cpu")
+    made.mkdir()
+    (made / "config.json").write_text("{}")
+    origin = {"commit": COMMIT, "recipe": "8bit-cpu", "version": 1, "dtype": "bfloat16", "keep": ["a", "b"]}
+    (made / snapshot.RECORD).write_text(json.dumps({**RECORD, "derived_from": origin | changes}))
+    return made
+
+
+def test_finds_what_was_prepared_of_a_snapshot_wherever_that_is_mounted(tmp_path: Path) -> None:
+    directory = publish(tmp_path)
+    assert snapshot.prepared(directory, "bfloat16", ["b", "a"]) is None
+    made = prepare(directory)
+    assert snapshot.prepared(directory, "bfloat16", ["b", "a"]) == made
+    (tmp_path / "link").symlink_to(directory)
+    assert snapshot.prepared(tmp_path / "link", "bfloat16", ["b", "a"]) == made
+    assert snapshot.find(tmp_path, "hf://owner/model").directory == directory
+
+
+@pytest.mark.parametrize("directory", [".", "/"])
+def test_beside_any_other_directory_nothing_is_prepared(directory: str) -> None:
+    assert snapshot.prepared(Path(directory), "bfloat16", []) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 2}, "made by 8bit-cpu version 2, and this predictor knows 8bit-cpu version 1"),
+        ({"recipe": "4bit-cpu"}, "made by 4bit-cpu version 1, and this predictor knows 8bit-cpu version 1"),
+        ({"commit": "f" * 40}, "made of ffff"),
+        ({"dtype": "float32"}, "rounded from float32, and this predictor would from bfloat16"),
+        ({"keep": []}, r"are \[\], and this predictor would keep \['b', 'a'\]"),
+        ({"keep": None}, "not iterable"),
+    ],
+)
+def test_passes_over_what_was_prepared_in_another_way_and_says_why(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], why: str
+) -> None:
+    directory = publish(tmp_path)
+    made = prepare(directory, **changes)
+    assert snapshot.prepared(directory, "bfloat16", ["b", "a"]) is None
+    [message] = caplog.messages
+    assert message.startswith(f"not using {made}, but rounding weights while they load: ")
+    assert re.search(why, message)

@@ -156,6 +156,9 @@ def test_promised_settings_are_documented_with_their_defaults() -> None:
                 promised = str(value).lower()
             case str(value):
                 promised = value
+            case None | ():
+                assert f"`{variable}` | |" in readme
+                continue
             case value:
                 promised = f"{value:04o}" if name == "umask" else f"{value:g}"
         assert f"`{variable}` | `{promised}` |" in readme

@@ -1,18 +1,11 @@
-"""What a volume gets and what it withstands: modes, no room, files derived from others."""
+"""What a volume gets and what it withstands: modes, no room."""
 
-import json
 import os
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from storage_initializer import verify
-from storage_initializer.initializer import initialize
-from storage_initializer.plan import File
-from storage_initializer.record import Derivation, read
-from storage_initializer.reference import parse
-from storage_initializer.settings import Settings
 from tests.local_hub import LocalHub
 from tests.storage_initializer.conftest import Run, make_model, problems
 
@@ -68,33 +61,3 @@ def test_a_volume_that_fills_up_ends_in_one_sentence_and_goes_on_when_there_is_r
         assert sum(hub.sent_bytes().values()) < 400_000
     finally:
         subprocess.run(["umount", str(tiny)], check=True)
-
-
-class Silence:
-    """Nobody is told."""
-
-    def begin(self, total_bytes: int) -> None:
-        pass
-
-    def advance(self, size_bytes: int) -> None:
-        pass
-
-    def end(self) -> None:
-        pass
-
-
-def test_what_a_preparation_derives_is_part_of_the_snapshot_and_of_the_record(model: Path, volume: Path) -> None:
-    def halve(staging: Path, files: tuple[File, ...]) -> tuple[Derivation, ...]:
-        assert "model.safetensors" in [file.path for file in files]
-        content = (staging / "model.safetensors").read_bytes()
-        (staging / "model-half.safetensors").write_bytes(content[::2])
-        return (Derivation("model-half.safetensors", ("model.safetensors",), "halve 1"),)
-
-    reference = parse(f"file://{model}")
-    outcome = initialize(reference, volume, Settings(), Silence(), prepare=halve)
-    directory = outcome.place.directory
-    record = json.loads((directory / ".snapshot.json").read_text())
-    assert record["derived"] == [{"path": "model-half.safetensors", "from": ["model.safetensors"], "by": "halve 1"}]
-    assert problems(directory) == []
-    assert read(directory) == outcome.record
-    assert verify.check(directory, outcome.record.files).issues == ()
