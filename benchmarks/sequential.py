@@ -26,7 +26,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from transformers.generation.streamers import BaseStreamer
 
-from predictor import loader
+from predictor import loader, placement
 from predictor.tokenization import Detokenizer
 
 MODEL_NAME = "model"
@@ -71,7 +71,7 @@ class SequentialModel:
 
     def __init__(self, directory: Path, device: str, dtype: str) -> None:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        target = loader.choose_device(device)
+        target = placement.choose_device(device)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
         self.context_tokens = int(config.max_position_embeddings)
         self._model = transformers.AutoModelForCausalLM.from_pretrained(

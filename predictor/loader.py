@@ -13,9 +13,9 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import cgroup, layers, linears, memory, snapshot
+from predictor import cgroup, layers, linears, memory, placement, snapshot
 from predictor import quantization as quantizing
-from predictor.errors import StartupError, UnsupportedModel
+from predictor.errors import UnsupportedModel
 from predictor.generation import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class LoadedModel:
     """`none`, `8bit` or `4bit`, or the method by which the checkpoint comes quantized."""
     defaults: SamplingParams
     """From the generation config; greedy where that does not ask for sampling."""
+    device_map: dict[str, str]
+    """Where each part of the model lies, if that is more than one place; else empty."""
     prepared: bool = False
     """Whether its weights were rounded ahead of loading, by the storage initializer."""
 
@@ -73,14 +75,16 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     config = _config(directory, trust_remote_code)
     _check_weights(directory)
-    target = choose_device(device)
+    target = placement.choose_device(device)
     number_format = choose_dtype(dtype, getattr(config, "dtype", None), target)
     of_checkpoint = getattr(config, "quantization_config", None)
     weights_bytes = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-    quantization = quantizing.choose(
-        quantization, target, of_checkpoint, weights_bytes, memory.available_bytes(target), fallback=fallback
-    )
+    free_bytes = memory.available_bytes(target)
+    quantization = quantizing.choose(quantization, target, of_checkpoint, weights_bytes, free_bytes, fallback=fallback)
     fewer_bits = quantizing.config(quantization, target, number_format, keep)
+    placed = placement.place(
+        target, quantization, weights_bytes, free_bytes, lambda: memory.available_bytes(torch.device("cpu"))
+    )
     logger.info(
         "loading %s on %s in %s, quantization %s",
         directory,
@@ -104,7 +108,8 @@ def load(
                 directory,
                 config=config,
                 dtype=number_format,
-                device_map={"": target},
+                device_map=placed.device_map,
+                max_memory=placed.max_memory,
                 use_safetensors=True,
                 quantization_config=fewer_bits,
                 **common,
@@ -127,6 +132,7 @@ def load(
         eos_token_ids=_eos_token_ids(model, tokenizer),
         quantization=effective,
         defaults=_defaults(model.generation_config),
+        device_map=placement.describe(model),
         prepared=ahead is not None,
     )
 
@@ -141,31 +147,6 @@ def set_threads(number: int | None) -> None:
     cores = torch.get_num_threads()
     torch.set_num_threads(number or (cores if granted is None else max(1, min(cores, round(granted)))))
     logger.info("%d threads", torch.get_num_threads())
-
-
-def choose_device(device: str) -> torch.device:
-    """The device asked for; "auto" takes the first of cuda, mps, cpu that is there.
-
-    Raises:
-        StartupError: the device asked for is not there.
-    """
-    available: dict[str, Callable[[], bool]] = {
-        "cuda": torch.cuda.is_available,
-        "mps": torch.backends.mps.is_available,
-        "cpu": lambda: True,
-    }
-    if device == "auto":
-        device = next(name for name, is_available in available.items() if is_available())
-    kind, _, index = device.partition(":")
-    if not available[kind]():
-        raise StartupError(f"--device is {device}, but torch sees no such device here; use --device auto or cpu.")
-    if kind != "cuda":
-        return torch.device(kind)
-    if int(index or 0) >= torch.cuda.device_count():
-        raise StartupError(
-            f"--device is {device}, but the last GPU that torch sees is cuda:{torch.cuda.device_count() - 1}."
-        )
-    return torch.device(kind, int(index or 0))
 
 
 def choose_dtype(dtype: str, of_checkpoint: torch.dtype | None, device: torch.device) -> torch.dtype:

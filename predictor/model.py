@@ -1,6 +1,7 @@
 """The KServe model: wires snapshot, loader, tokenization, engine and protocol together, and owns no logic."""
 
 import asyncio
+import json
 import logging
 import threading
 import time
@@ -208,6 +209,7 @@ class Predictor(kserve.Model):
             "dtype": str(parts.loaded.model.dtype).removeprefix("torch."),
             "quantization": parts.loaded.quantization,
             "prepared": str(parts.loaded.prepared).lower(),
+            **({"device_map": json.dumps(parts.loaded.device_map)} if parts.loaded.device_map else {}),
             "context_tokens": str(parts.engine.context_tokens),
             "kv_cache_tokens": str(parts.engine.cache_tokens),
         }

@@ -90,11 +90,11 @@ def config(word: str, device: torch.device, dtype: torch.dtype, keep: Sequence[s
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Named layers stand in place of bitsandbytes' own exception, the one that makes the logits.
     skipped = ["lm_head", *keep] if keep else None
+    # Parts that do not fit onto a GPU lie in the host's memory, and stay as they are.
+    common = {"llm_int8_skip_modules": skipped, "llm_int8_enable_fp32_cpu_offload": True}
     if word == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
-    )
+        return BitsAndBytesConfig(load_in_8bit=True, **common)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **common)
 
 
 def _fastest(device: torch.device, of_checkpoint: Any | None, weights_bytes: int, free_bytes: int) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from demo.processes import ROOT
 from predictor import loader
-from predictor.errors import StartupError, UnsupportedModel
+from predictor.errors import UnsupportedModel
 from predictor.generation import SamplingParams
 from predictor.loader import LoadedModel
 
@@ -62,23 +62,6 @@ def test_keeps_the_checkpoints_dtype_where_a_cpu_computes_in_it() -> None:
     assert loader.choose_dtype("auto", torch.float16, CPU) == torch.bfloat16
     assert loader.choose_dtype("auto", None, CPU) == torch.float32
     assert loader.choose_dtype("float16", torch.float32, CPU) == torch.float16
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
-def test_names_a_device_that_is_not_there() -> None:
-    assert loader.choose_device("auto").type in ("cpu", "mps")
-    for device in ("cuda", "cuda:1"):
-        with pytest.raises(StartupError, match=f"--device is {device}, but torch sees no such device here"):
-            loader.choose_device(device)
-
-
-def test_a_gpu_is_chosen_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert loader.choose_device("cuda") == torch.device("cuda", 0)
-    assert loader.choose_device("cuda:1") == torch.device("cuda", 1)
-    with pytest.raises(StartupError, match="--device is cuda:2, but the last GPU that torch sees is cuda:1"):
-        loader.choose_device("cuda:2")
 
 
 def test_computes_with_as_many_threads_as_it_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
