@@ -219,7 +219,7 @@ def _read(name: str, opened: Any) -> Iterator[Any]:
 
 
 def _read_as(what: Callable[[Any], Any], name: str, dtype: Any, opened: Any) -> Iterator[Any]:
-    """What becomes of a weight, block by block: it is another one for each output, which depends on its own row only."""
+    """What becomes of a weight, block by block: an output depends on its own row only."""
     for block in _read(name, opened):
         yield what(block.to(dtype))
 

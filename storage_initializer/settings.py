@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     """What to publish beside each snapshot, made of it: `8bit-cpu`, its linear layers rounded to int8. Needs torch."""
 
     prepare_keep: Patterns = ()
-    """Layers that are not to be rounded then; a predictor takes what was prepared only if it would keep the same ones."""
+    """Layers that are not to be rounded then: a predictor takes what was prepared only if it would keep the same."""
 
     umask: Annotated[int, BeforeValidator(_umask)] = 0o022
     """Rights that nothing on the volume gets, in octal; the group must be able to read (fsGroup)."""
