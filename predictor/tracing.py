@@ -25,6 +25,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
+from predictor.errors import InvalidSettings
 from predictor.generation import DEADLINE, FAILED, Ended
 from predictor.logs import RequestRecord
 
@@ -34,6 +35,7 @@ CLOSE_SECONDS = 5.0
 """What the last spans get to leave: a collector that does not answer must not hold up the end."""
 
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
+"""What is named as it is; a client may send any other word."""
 _RPC_SERVICE = "inference.GRPCInferenceService"
 _W3C = TraceContextTextMapPropagator()
 
@@ -43,6 +45,9 @@ class Tracing:
 
     Args:
         model_name: of the model that answers.
+
+    Raises:
+        InvalidSettings: the SDK does not take what one of its variables says.
     """
 
     def __init__(self, model_name: str) -> None:
@@ -51,7 +56,10 @@ class Tracing:
         resource = Resource.create().merge(service).merge(OTELResourceDetector().detect())
         # Nobody else's: FastAPI would make spans of its own, with the query in them, if this were the process's.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        try:
+            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        except (RuntimeError, ValueError) as error:
+            raise InvalidSettings(f"OpenTelemetry does not take one of its variables OTEL_*: {error}") from None
         self._tracer = self._provider.get_tracer("predictor")
 
     def tell_http(self, scope: Scope, status: int, began: float, record: RequestRecord) -> None:

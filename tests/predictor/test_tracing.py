@@ -27,6 +27,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
 from demo import processes
 from demo.processes import ROOT
 from predictor import logs
+from predictor.errors import InvalidSettings
 from predictor.generation import Ended
 from predictor.logs import RequestRecord
 from predictor.tracing import Tracing
@@ -725,6 +726,12 @@ def test_which_requests_are_kept_is_opentelemetrys_variables_to_say(monkeypatch:
     with telling(monkeypatch, OTEL_TRACES_SAMPLER="always_off") as (tracing, collector):
         tracing.tell_http(scope(("traceparent", f"00-{TRACE}-{SPAN}-01")), 200, time.monotonic(), record)
     assert (collector.spans, record.trace_id) == ([], TRACE)
+
+
+def test_a_variable_of_opentelemetrys_that_makes_no_sense_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "-1")
+    with pytest.raises(InvalidSettings, match=r"OTEL_.*schedule_delay_millis must be positive"):
+        Tracing("demo")
 
 
 def test_nothing_is_told_where_opentelemetry_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
