@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,preflight,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,preflight,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## the main job, offline: hub, storage initializer, predictor, answers
@@ -61,7 +61,7 @@ lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml 
 	@$(LOCK) --group build --output-file requirements-build.txt
 	@$(LOCK) pyproject.toml --output-file storage_initializer/requirements.txt
 	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file storage_initializer/requirements-prepare.txt
-	@$(LOCK) pyproject.toml --extra predictor --group beside-torch --output-file predictor/requirements.txt
+	@$(LOCK) pyproject.toml --extra predictor --extra tracing --group beside-torch --output-file predictor/requirements.txt
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)

@@ -6,29 +6,23 @@ Between the engine, which knows no text, and the protocols, which know no sequen
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from predictor.engine import Engine, Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
-from predictor.generation import Completion, FinishReason, GenerationRequest, Piece, SamplingParams, Token
+from predictor.generation import (
+    CANCELLED,
+    DEADLINE,
+    FAILED,
+    Completion,
+    Ended,
+    FinishReason,
+    GenerationRequest,
+    Piece,
+    SamplingParams,
+    Token,
+)
 from predictor.tokenization import Detokenizer, Prompts, TokenNames
-
-CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
-"""How a sequence may end, beside the finish reasons: its reader left, its time was over, the engine failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ended:
-    """What became of a sequence."""
-
-    outcome: str
-    """A finish reason, CANCELLED, DEADLINE or FAILED."""
-    prompt_tokens: int
-    completion_tokens: int
-    seconds: float
-    """From the admission to the end."""
-    queue_seconds: float | None
-    first_token_seconds: float | None
 
 
 class Answer:
@@ -45,14 +39,14 @@ class Answer:
         """
         news: asyncio.Queue[Piece | Exception] = asyncio.Queue()
 
-        async def read(index: int, sequence: _Sequence) -> None:
+        async def read(sequence: _Sequence) -> None:
             try:
-                async for piece in sequence.pieces(index):
+                async for piece in sequence.pieces():
                     news.put_nowait(piece)
             except Exception as error:  # noqa: BLE001, whoever reads the pieces raises it
                 news.put_nowait(error)
 
-        tasks = [asyncio.create_task(read(index, sequence)) for index, sequence in enumerate(self._sequences)]
+        tasks = [asyncio.create_task(read(sequence)) for sequence in self._sequences]
         unfinished = len(tasks)
         try:
             while unfinished:
@@ -94,7 +88,7 @@ def begin(
     prompts: Prompts,
     engine: Engine,
     deadline: float,
-    on_end: Callable[["Ended"], None],
+    on_end: Callable[[Ended], None],
     on_tokens: Callable[[int, float | None], None],
 ) -> Answer:
     """Begin to answer requests, `n` sequences for each; all of them or none.
@@ -123,6 +117,7 @@ def begin(
     return Answer(
         [
             _Sequence(
+                index,
                 stream,
                 Detokenizer(prompts.tokenizer, sampling.stop, sampling.min_tokens),
                 names,
@@ -131,7 +126,7 @@ def begin(
                 on_end,
                 on_tokens,
             )
-            for stream, (ids, sampling, echo) in zip(streams, prepared, strict=True)
+            for index, (stream, (ids, sampling, echo)) in enumerate(zip(streams, prepared, strict=True))
         ]
     )
 
@@ -141,6 +136,7 @@ class _Sequence:
 
     def __init__(
         self,
+        index: int,
         stream: Stream,
         detokenizer: Detokenizer,
         names: TokenNames,
@@ -149,6 +145,7 @@ class _Sequence:
         on_end: Callable[[Ended], None],
         on_tokens: Callable[[int, float | None], None],
     ) -> None:
+        self._index = index
         self._stream = stream
         self._detokenizer = detokenizer
         self._names = names
@@ -156,13 +153,13 @@ class _Sequence:
         self._echo = echo
         self._on_end: Callable[[Ended], None] | None = on_end
         self._on_tokens = on_tokens
-        self._began = time.monotonic()
         self._last_step: float | None = None
         self._generated = 0
         self._outcome = CANCELLED
 
-    async def pieces(self, index: int) -> AsyncGenerator[Piece]:
+    async def pieces(self) -> AsyncGenerator[Piece]:
         """The pieces, up to the one with a finish reason."""
+        index = self._index
         if self._echo:
             yield Piece(index, self._echo, self._prompt_tokens, 0)
         try:
@@ -205,10 +202,12 @@ class _Sequence:
             stream = self._stream
             self._on_end(
                 Ended(
+                    self._index,
                     self._outcome,
                     self._prompt_tokens,
                     self._generated,
-                    time.monotonic() - self._began,
+                    stream.submitted,
+                    time.monotonic() - stream.submitted,
                     stream.queue_seconds,
                     stream.first_token_seconds,
                 )

@@ -251,6 +251,7 @@ class Stream:
     """One sequence's steps as they are made; ends by itself, or when it is closed."""
 
     def __init__(self, engine: Engine, prompt: Sequence[int], sampling: SamplingParams, deadline: float) -> None:
+        self.submitted = time.monotonic()
         self.first_token_seconds: float | None = None
         """From the submission to the first token."""
         self.queue_seconds: float | None = None
@@ -259,7 +260,6 @@ class Stream:
         self._manager = engine._manager
         self._sampling = sampling
         self._deadline = deadline
-        self._submitted = time.monotonic()
         self._eos_token_ids = frozenset() if sampling.ignore_eos else engine._eos_token_ids
         ends = self._eos_token_ids | set(sampling.stop_token_ids)
         self._chooser = sampler.Chooser(sampling, len(prompt), ends)
@@ -297,15 +297,15 @@ class Stream:
             raise StopAsyncIteration
         try:
             output = await self._next()
+            self._see_start(output)
             finished = output.is_finished()
             if reason := output.error or self._chooser.failure:
                 raise self._failure(reason)
         except BaseException:
             self.close()
             raise
-        if self.queue_seconds is None:
-            self.queue_seconds = max(0.0, output.lifespan[0] - output.created_time)
-            self.first_token_seconds = time.monotonic() - self._submitted
+        if self.first_token_seconds is None:
+            self.first_token_seconds = time.monotonic() - self.submitted
         token_ids = output.generated_tokens[self._seen :]  # the manager repeats what came before
         logprobs = tuple(self._chooser.logprobs[self._seen : self._seen + len(token_ids)])
         self._seen = len(output.generated_tokens)
@@ -318,18 +318,26 @@ class Stream:
         if self not in self._engine._streams:
             return
         self._engine._streams.discard(self)
+        processor = self._manager.batch_processor
+        if processor and (running := processor.scheduler.active_requests.get(self._id)):
+            self._see_start(running)
         self._manager.cancel_request(self._id)
         # The manager says nothing more of a cancelled sequence, and keeps its handler unless it is taken.
         router = self._manager.output_router
         with router._lock:
             router.result_handlers.pop(self._id, None)
 
+    def _see_start(self, state: Any) -> None:
+        """Take from the manager's state, or an output with the same fields, when its first step began, if it did."""
+        if self.queue_seconds is None and state.lifespan[0] >= 0:
+            self.queue_seconds = max(0.0, state.lifespan[0] - state.created_time)
+
     async def _next(self) -> Any:
         """The newest output: each holds what those before it held."""
         while True:
             if time.monotonic() >= self._deadline:
                 raise DeadlineExceeded(
-                    f"The request's time is over after {time.monotonic() - self._submitted:.1f} s; "
+                    f"The request's time is over after {time.monotonic() - self.submitted:.1f} s; "
                     "ask for fewer tokens, or allow more time."
                 )
             try:

@@ -124,6 +124,30 @@ class Piece:
     """The tokens generated since the piece before, if asked for; text held back for a stop string may lag behind."""
 
 
+CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
+"""How a sequence may end, beside the finish reasons: its reader left, its time was over, the engine failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """What became of a sequence, and when: instants of its life in seconds after its admission."""
+
+    index: int
+    """Which completion, as in `Piece`."""
+    outcome: str
+    """A finish reason, CANCELLED, DEADLINE or FAILED."""
+    prompt_tokens: int
+    completion_tokens: int
+    admitted: float
+    """By `time.monotonic()`."""
+    seconds: float
+    """To its end."""
+    queue_seconds: float | None
+    """To the first step that computed some of the prompt; None: it never ran."""
+    first_token_seconds: float | None
+    """None: it has none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """A whole answer to one generation request."""

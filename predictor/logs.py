@@ -10,12 +10,14 @@ import logging
 import logging.config
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
+
+from predictor.generation import Ended
 
 CLIENT_GONE = 499
 """Status in log and metrics where the client did not wait for the answer; nginx's number for it."""
@@ -25,34 +27,41 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What the one log line of a request says, beside method, path, status and duration."""
+    """What is known of a request, beside method, path, status and duration: for its one log line, and its spans."""
 
     request_id: str = ""
     key: str | None = None
     """Name of the bearer key."""
     protocol: str | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    """Over all sequences."""
-    sequences: int = 0
-    """Completions that were asked for: prompts times n."""
-    finish_reasons: list[str] = field(default_factory=list)
-    """One per sequence that has ended."""
-    queue_seconds: float | None = None
-    """From admission to the first step."""
-    first_token_seconds: float | None = None
-    """From admission to the first token."""
+    operation: str | None = None
+    """`chat` or `text_completion`, as OpenTelemetry has it, once that is known; not in the log."""
+    trace_id: str | None = None
+    """W3C's, 32 hexadecimal digits, where requests are traced."""
+    ended: list[Ended] = field(default_factory=list)
+    """Every sequence, prompts times n of them, in the order of their ends."""
     error: str | None = None
     """Name of the error's class; its message may repeat what the client sent."""
 
     def known(self) -> dict[str, Any]:
-        """The fields that have been set, by name, without the id; seconds to a tenth of a millisecond."""
-        blank = asdict(RequestRecord(self.request_id))
-        return {
-            name: round(value, 4) if isinstance(value, float) else value
-            for name, value in asdict(self).items()
-            if value != blank[name]
-        }
+        """What the log's line says, by name, without the id: tokens over all sequences, the longest times of one."""
+        known: dict[str, Any] = {"trace_id": self.trace_id, "key": self.key, "protocol": self.protocol}
+        if self.ended:
+            known |= {
+                "prompt_tokens": sum(each.prompt_tokens for each in self.ended),
+                "completion_tokens": sum(each.completion_tokens for each in self.ended),
+                "sequences": len(self.ended),
+                "finish_reasons": [each.outcome for each in self.ended],
+                "queue_seconds": _longest(each.queue_seconds for each in self.ended),
+                "first_token_seconds": _longest(each.first_token_seconds for each in self.ended),
+            }
+        known["error"] = self.error
+        return {name: value for name, value in known.items() if value is not None}
+
+
+def _longest(seconds: Iterable[float | None]) -> float | None:
+    """To a tenth of a millisecond."""
+    told = [each for each in seconds if each is not None]
+    return round(max(told), 4) if told else None
 
 
 _in_use: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
@@ -102,6 +111,9 @@ def configure(level: str, format: Literal["text", "json"]) -> None:  # noqa: A00
                 "kserve.trace": {"level": "CRITICAL", "propagate": False},
                 "uvicorn.access": {"level": "CRITICAL", "propagate": False},
                 "httpx": {"level": "WARNING"},
+                # The first says what clients send wrongly, the second that it tries again: what is lost is an error.
+                "opentelemetry.trace": {"level": "ERROR"},
+                "opentelemetry.exporter": {"level": "ERROR"},
                 "ContinuousBatchingLogger": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
             },
         }

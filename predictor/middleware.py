@@ -57,19 +57,26 @@ class Requests(_Middleware):
     """Gives every request an id and a record, answers errors that nothing else answered, and logs one line at the end.
 
     The id is the client's `x-request-id` where that can be printed anywhere, else a new one; the response carries it.
-    Probes are not logged, and not counted.
+    Probes are not logged, counted or traced.
 
     Args:
         app: what answers.
         count: told protocol, where one was reached, and status of each request.
+        trace: told of each request what `Tracing.tell_http` takes.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str | None, int], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        count: Callable[[str | None, int], None],
+        trace: Callable[[Scope, int, float, logs.RequestRecord], None] | None = None,
+    ) -> None:
         super().__init__(app)
         self._count = count
+        self._trace = trace
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.perf_counter()
+        began = time.monotonic()
         exchange = _Exchange(logs.request_id(Headers(scope=scope).getlist("x-request-id")), receive, send)
         with logs.use(logs.RequestRecord(exchange.request_id)) as record:
             try:
@@ -89,7 +96,9 @@ class Requests(_Middleware):
             finally:
                 if not is_probe(scope):
                     self._count(record.protocol, exchange.outcome)
-                    _log(scope, exchange.outcome, time.perf_counter() - began, record)
+                    if self._trace:
+                        self._trace(scope, exchange.outcome, began, record)
+                    _log(scope, exchange.outcome, time.monotonic() - began, record)
 
 
 class _Exchange:

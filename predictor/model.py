@@ -14,11 +14,11 @@ import kserve
 import psutil
 
 from predictor import decoding, loader, logs, metrics, snapshot
-from predictor.decoding import Answer, Ended
+from predictor.decoding import Answer
 from predictor.engine import Engine
 from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.fields import timeout_seconds
-from predictor.generation import GenerationRequest
+from predictor.generation import Chat, Ended, GenerationRequest
 from predictor.health import SelfCheck
 from predictor.loader import LoadedModel
 from predictor.protocol import v2
@@ -237,6 +237,9 @@ class Predictor(kserve.Model):
         Raises:
             RequestError: a request is wrong, or cannot be taken now.
         """
+        record = logs.current()
+        chats = any(isinstance(request.prompt, Chat) for request in requests)
+        record.operation = "chat" if chats else "text_completion"
         if self._parts is None or not self.ready:
             if self.phase in (Phase.DRAINING, Phase.STOPPED):
                 raise Draining("The server is shutting down; ask again in a moment.")
@@ -247,18 +250,12 @@ class Predictor(kserve.Model):
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
         limit = self._settings.request_timeout_seconds
         deadline = time.monotonic() + min(limit, timeout_seconds or limit)
-        record = logs.current()
 
         def on_end(ended: Ended) -> None:
             self._metrics.count_finished(
                 ended.outcome, ended.prompt_tokens, ended.seconds, ended.queue_seconds, ended.first_token_seconds
             )
-            record.sequences += 1
-            record.prompt_tokens += ended.prompt_tokens
-            record.completion_tokens += ended.completion_tokens
-            record.finish_reasons.append(ended.outcome)
-            record.queue_seconds = max(record.queue_seconds or 0.0, ended.queue_seconds or 0.0)
-            record.first_token_seconds = max(record.first_token_seconds or 0.0, ended.first_token_seconds or 0.0)
+            record.ended.append(ended)
 
         try:
             return decoding.begin(requests, parts.prompts, parts.engine, deadline, on_end, self._metrics.count_tokens)

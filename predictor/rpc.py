@@ -6,10 +6,11 @@ the same protocol module; knows the same keys, drain and limits.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version as installed_version
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
@@ -28,6 +29,9 @@ from predictor.keys import KeyFile
 from predictor.model import Predictor
 from predictor.protocol import v2
 
+if TYPE_CHECKING:
+    from predictor.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 request_logger = logging.getLogger("predictor.request")
 
@@ -45,12 +49,12 @@ _CODES = {
 
 @asynccontextmanager
 async def serving(
-    predictor: Predictor, *, port: int, max_message_bytes: int, keys: KeyFile | None
+    predictor: Predictor, *, port: int, max_message_bytes: int, keys: KeyFile | None, tracing: "Tracing | None"
 ) -> AsyncIterator[int]:
     """A gRPC server on `port` (0: any that is free) for the time of the context; gives the port."""
     options = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(options=options)
-    service.add_GRPCInferenceServiceServicer_to_server(_Service(predictor, keys), server)
+    service.add_GRPCInferenceServiceServicer_to_server(_Service(predictor, keys, tracing), server)
     bound = server.add_insecure_port(f"0.0.0.0:{port}")
     await server.start()
     try:
@@ -62,9 +66,10 @@ async def serving(
 class _Service(service.GRPCInferenceServiceServicer):
     """The seven calls."""
 
-    def __init__(self, predictor: Predictor, keys: KeyFile | None) -> None:
+    def __init__(self, predictor: Predictor, keys: KeyFile | None, tracing: "Tracing | None") -> None:
         self._predictor = predictor
         self._keys = keys
+        self._tracing = tracing
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         return messages.ServerLiveResponse(live=self._predictor.live)
@@ -73,17 +78,17 @@ class _Service(service.GRPCInferenceServiceServicer):
         return messages.ServerReadyResponse(ready=await self._predictor.healthy())
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async with self._request(context, checks_key=False):
+        async with self._request(context, "ModelReady", checks_key=False):
             self._known(request.name, request.version)
             return messages.ModelReadyResponse(ready=await self._predictor.healthy())
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        async with self._request(context):
+        async with self._request(context, "ServerMetadata"):
             version = installed_version(v2.SERVER)
             return messages.ServerMetadataResponse(name=v2.SERVER, version=version, extensions=[])
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async with self._request(context):
+        async with self._request(context, "ModelMetadata"):
             self._known(request.name, request.version)
             return messages.ModelMetadataResponse(
                 name=self._predictor.name,
@@ -94,7 +99,7 @@ class _Service(service.GRPCInferenceServiceServicer):
             )
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async with self._request(context):
+        async with self._request(context, "ModelInfer"):
             self._known(request.model_name, request.model_version)
             payload = v2.from_grpc(request)
             remaining = context.time_remaining()
@@ -103,23 +108,24 @@ class _Service(service.GRPCInferenceServiceServicer):
             return v2.to_grpc(request, response)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        async with self._request(context):
+        async with self._request(context, "RepositoryModelLoad"):
             self._refuse("load")
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        async with self._request(context):
+        async with self._request(context, "RepositoryModelUnload"):
             self._refuse("unload")
 
     @asynccontextmanager
-    async def _request(self, context: Any, *, checks_key: bool = True) -> AsyncIterator[None]:
-        """What surrounds every call: the record and line of the request, the key, errors as status codes."""
-        metadata = dict(context.invocation_metadata())
-        ids = [str(value) for name, value in context.invocation_metadata() if name == "x-request-id"]
+    async def _request(self, context: Any, method: str, *, checks_key: bool = True) -> AsyncIterator[None]:
+        """What surrounds every call: the record, line and span of the request, the key, errors as status codes."""
+        began = time.monotonic()
+        metadata = context.invocation_metadata()
+        ids = [str(value) for name, value in metadata if name == "x-request-id"]
         record = logs.RequestRecord(logs.request_id(ids), protocol="grpc")
         with logs.use(record):
             try:
                 if checks_key and self._keys is not None:
-                    record.key = _key_name(metadata, self._keys.name_of)
+                    record.key = _key_name(dict(metadata), self._keys.name_of)
                 yield
                 status, number = "OK", 200
             except asyncio.CancelledError:
@@ -135,6 +141,8 @@ class _Service(service.GRPCInferenceServiceServicer):
             finally:
                 if checks_key:
                     self._predictor.count_request(record.protocol, number)
+                    if self._tracing:
+                        self._tracing.tell_grpc(method, metadata, status, number, began, record)
                     known = record.known()
                     words = " ".join(f"{name}={value}" for name, value in known.items())
                     request_logger.info("gRPC %s %s", status, words, extra={"fields": {"status": status, **known}})

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import kserve
 from fastapi import FastAPI, Request
@@ -26,6 +26,7 @@ from predictor import answers, logs, middleware, routes, rpc
 from predictor.errors import (
     BodyTooLarge,
     InvalidRequest,
+    InvalidSettings,
     MethodNotAllowed,
     NotFound,
     PortInUse,
@@ -35,6 +36,9 @@ from predictor.errors import (
 from predictor.keys import KeyFile
 from predictor.model import Phase, Predictor
 from predictor.settings import Settings
+
+if TYPE_CHECKING:
+    from predictor.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class Server(kserve.ModelServer):
     """Opens the port, then loads the model behind it; ends when it is told to, or when the load fails.
 
     Raises:
-        InvalidSettings: the keys cannot be read.
+        InvalidSettings: the keys cannot be read, or what a setting needs is not installed.
     """
 
     def __init__(self, predictor: Predictor, settings: Settings) -> None:
@@ -68,6 +72,7 @@ class Server(kserve.ModelServer):
         self._drain: asyncio.Task[None] | None = None
         self._told_again = False
         self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
+        self._tracing = _tracing(settings)
 
     @property
     def still_working(self) -> bool:
@@ -83,12 +88,14 @@ class Server(kserve.ModelServer):
         _check_port(self.http_port, "--http_port")
         if self._settings.enable_grpc:
             _check_port(self._settings.grpc_port, "--grpc_port")
-        equip(kserve_app, self._predictor, self._settings, self._keys)
+        equip(kserve_app, self._predictor, self._settings, self._keys, self._tracing)
         try:
             # A model that is not ready must not be given to start(): it would refuse to start at all.
             self.start([])
         finally:
             self._predictor.stop()
+            if self._tracing:
+                self._tracing.close()
 
     async def _serve(self) -> None:
         """What `start` runs on its event loop; overridden so that the load begins once the port is about to open."""
@@ -107,6 +114,7 @@ class Server(kserve.ModelServer):
                         port=self._settings.grpc_port,
                         max_message_bytes=self._settings.max_request_bytes,
                         keys=self._keys,
+                        tracing=self._tracing,
                     )
                 )
             await self._serve_and_load(asyncio.gather(*self.servers))
@@ -175,7 +183,9 @@ class Server(kserve.ModelServer):
         loaded.get_loop().call_soon_threadsafe(settle)
 
 
-def equip(app: FastAPI, predictor: Predictor, settings: Settings, keys: KeyFile | None) -> None:
+def equip(
+    app: FastAPI, predictor: Predictor, settings: Settings, keys: KeyFile | None, tracing: "Tracing | None"
+) -> None:
     """Add our routes, error handlers and middlewares to KServe's app."""
     routes.add(app, predictor, with_admin_routes=settings.enable_admin_routes)
     app.add_exception_handler(RequestError, _answer_request_error)
@@ -187,7 +197,21 @@ def equip(app: FastAPI, predictor: Predictor, settings: Settings, keys: KeyFile 
     if keys is not None:
         app.add_middleware(middleware.Authenticate, keys=keys)
     app.add_middleware(middleware.Gate, is_open=lambda: predictor.phase not in (Phase.DRAINING, Phase.STOPPED))
-    app.add_middleware(middleware.Requests, count=predictor.count_request)
+    trace = tracing.tell_http if tracing else None
+    app.add_middleware(middleware.Requests, count=predictor.count_request, trace=trace)
+
+
+def _tracing(settings: Settings) -> "Tracing | None":
+    """Imported where it is wanted only: OpenTelemetry is an extra, and would delay every start."""
+    if not settings.tracing:
+        return None
+    try:
+        from predictor.tracing import Tracing
+    except ImportError as error:
+        raise InvalidSettings(
+            f"--tracing needs OpenTelemetry, and {error.name} is not installed; pip install 'kserve-llm[tracing]'."
+        ) from None
+    return Tracing(settings.model_name)
 
 
 def _check_port(port: int, flag: str) -> None:

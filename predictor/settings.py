@@ -1,7 +1,8 @@
 """What the predictor can be told, and the only reader of argv and environment.
 
 Every setting is a flag (`--http_port 8080`, dashes work too) and a variable (`PREDICTOR_HTTP_PORT`); the flag wins.
-Unknown flags and unknown `PREDICTOR_*` variables are errors: a misspelt setting must not be silently ignored.
+Unknown flags and unknown `PREDICTOR_*` variables are errors: a misspelt setting must not be silently ignored. Variables
+`OTEL_*` are no settings of ours: OpenTelemetry's SDK reads them, where `tracing` is on.
 """
 
 import difflib
@@ -95,6 +96,8 @@ class Settings(BaseSettings):
     """TCP port of the gRPC server."""
     enable_admin_routes: bool = False
     """Open KServe's routes to load and unload models, which anyone who reaches the port may then use."""
+    tracing: bool = False
+    """Tell OpenTelemetry of every request, by OTLP over HTTP; where its collector is, its own variables OTEL_* say."""
     log_format: Literal["text", "json"] = "text"
     """Log lines as text or as JSON objects."""
     log_prompts: bool = False

@@ -9,6 +9,8 @@ from preflight.findings import Clauses, Finding
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 VOLUMES = {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected", "downwardAPI", "csi", "ephemeral"}
 """The volume types that `restricted` allows."""
+TRUE = {"1", "on", "t", "true", "y", "yes"}
+"""What the predictor takes for true."""
 HOST = ("hostNetwork", "hostPID", "hostIPC")
 
 
@@ -120,13 +122,30 @@ def _namespace(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _policies(deployment: Deployment) -> Iterator[Finding]:
-    """A default deny leaves the predictor's pod no way out, which is right unless it downloads."""
-    denied = [each for each in deployment.all("NetworkPolicy") if not each["spec"].get("podSelector")]
-    if any(pod is deployment.predictor_pod for pod, _ in deployment.downloads):
-        for policy in denied:
-            if "Egress" in policy["spec"].get("policyTypes", []) and not policy["spec"].get("egress"):
-                yield Finding(
-                    name_of(policy),
-                    "it lets the predictor's pod out to nobody, and an init container of it downloads the model",
-                    "leave the download to the Job, or remove component network-policy",
-                )
+    """A default deny leaves the predictor's pod no way out, which is right unless it downloads or tells of requests."""
+    policies = deployment.all("NetworkPolicy")
+    downloads = any(pod is deployment.predictor_pod for pod, _ in deployment.downloads)
+    traces = deployment.settings.get("PREDICTOR_TRACING", "").lower() in TRUE
+    let_out = any(each["spec"].get("egress") and _selects(each, deployment) for each in policies)
+    for policy in policies:
+        spec = policy["spec"]
+        if spec.get("podSelector") or "Egress" not in spec.get("policyTypes", []) or spec.get("egress"):
+            continue
+        if downloads:
+            yield Finding(
+                name_of(policy),
+                "it lets the predictor's pod out to nobody, and an init container of it downloads the model",
+                "leave the download to the Job, or remove component network-policy",
+            )
+        if traces and not let_out:
+            yield Finding(
+                name_of(policy),
+                "it lets the predictor's pod out to nobody, and PREDICTOR_TRACING has spans for a collector",
+                "list component tracing after network-policy",
+            )
+
+
+def _selects(policy: Manifest, deployment: Deployment) -> bool:
+    """Whether a policy is about the predictor's pods by KServe's label."""
+    labels = policy["spec"].get("podSelector", {}).get("matchLabels", {})
+    return bool(labels.get("serving.kserve.io/inferenceservice") == deployment.name)

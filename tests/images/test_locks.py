@@ -17,11 +17,11 @@ from tests.images.conftest import PINNED, ROOT, locked
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
-def _needs(*, extra: str | None = None, group: str | None = None) -> list[str]:
+def _needs(*extras: str, group: str | None = None) -> list[str]:
     """Requirements as pyproject.toml says them."""
     project = PROJECT["project"]
     words = [] if group == "build" else list(project["dependencies"])
-    if extra:
+    for extra in extras:
         words += project["optional-dependencies"][extra]
     if group:
         words += PROJECT["dependency-groups"][group]
@@ -31,8 +31,8 @@ def _needs(*, extra: str | None = None, group: str | None = None) -> list[str]:
 LOCKS = {
     "requirements-build.txt": _needs(group="build"),
     "storage_initializer/requirements.txt": _needs(),
-    "storage_initializer/requirements-prepare.txt": _needs(extra="prepare", group="beside-torch"),
-    "predictor/requirements.txt": _needs(extra="predictor", group="beside-torch"),
+    "storage_initializer/requirements-prepare.txt": _needs("prepare", group="beside-torch"),
+    "predictor/requirements.txt": _needs("predictor", "tracing", group="beside-torch"),
 }
 
 

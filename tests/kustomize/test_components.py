@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -167,6 +168,38 @@ def test_api_keys_are_read_where_they_are_mounted(added):
     [mount] = [each for each in keys.server["volumeMounts"] if each["name"] == "api-keys"]
     assert keys.settings["PREDICTOR_API_KEYS_FILE"] == f"{mount['mountPath']}/keys"
     assert "subPath" not in mount
+
+
+def test_tracing_is_on_and_lets_the_predictor_out_to_its_collector_alone(render_with, tree):
+    tracing = render_with(tree.base, tree.component("network-policy"), tree.component("tracing"), tree.images)
+    assert tracing.settings["PREDICTOR_TRACING"] == "true"
+    policy = tracing.find("NetworkPolicy", "predictor")["spec"]
+    assert policy["policyTypes"] == ["Ingress", "Egress"]
+    assert (
+        policy["ingress"]
+        == render_with(tree.base, tree.component("network-policy")).find("NetworkPolicy", "predictor")["spec"][
+            "ingress"
+        ]
+    )
+    [names, collector] = policy["egress"]
+    assert names == {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
+    [to], [port] = collector["to"], collector["ports"]
+    namespace = to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+    endpoint = urlsplit(tracing.settings["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    assert (endpoint.hostname.partition(".")[2], endpoint.port) == (namespace, port["port"])
+
+
+def test_tracing_adds_no_policy_where_there_is_none_and_leaves_the_collector_to_the_overlay(render_with, tree):
+    endpoint = "http://collector.example.internal:4318"
+    tracing = render_with(tree.base, tree.component("tracing"), tree.images, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    assert tracing.all("NetworkPolicy") == []
+    assert tracing.settings["OTEL_EXPORTER_OTLP_ENDPOINT"] == endpoint
+
+
+def test_tracing_before_the_policy_that_it_patches_is_noticed(render_with, tree, look):
+    components = (tree.component(name) for name in ("tracing", "network-policy", "images"))
+    [finding] = look(render_with(tree.base, *components))
+    assert "list component tracing after network-policy" in finding
 
 
 def test_ingress_is_the_only_one(added):

@@ -136,6 +136,26 @@ def test_closing_a_stream_frees_the_place(engine: Engine, loaded: LoadedModel) -
     assert not engine._manager.output_router.result_handlers
 
 
+def test_a_stream_that_is_closed_before_its_first_token_knows_whether_it_ran(
+    engine: Engine, loaded: LoadedModel
+) -> None:
+    endless = SamplingParams(max_tokens=900, temperature=0.0, top_p=1.0, top_k=0, ignore_eos=True)
+
+    async def close_all() -> list[bool]:
+        streams = engine.submit([(prompt(loaded, "Hello!"), endless)] * 17)
+        while engine.running < 16:  # noqa: ASYNC110, there is no event for it
+            await asyncio.sleep(0.01)
+        # The one that waits first, lest it gets a place.
+        for stream in reversed(streams):
+            stream.close()
+        assert [stream.first_token_seconds for stream in streams] == [None] * 17
+        while engine.running:  # noqa: ASYNC110, there is no event for it
+            await asyncio.sleep(0.01)
+        return [stream.queue_seconds is not None for stream in streams]
+
+    assert asyncio.run(close_all()) == [True] * 16 + [False]
+
+
 def test_a_small_cache_limits_the_context_and_is_shared_out(loaded: LoadedModel) -> None:
     small = started(load(), kv_cache_tokens=512)
     sampling = SamplingParams(max_tokens=112, temperature=0.0, top_p=1.0, top_k=0)

@@ -11,6 +11,7 @@ import pytest
 
 from demo.processes import ROOT
 from predictor import logs
+from predictor.generation import Ended
 from predictor.logs import RequestRecord
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z"
@@ -133,20 +134,20 @@ def test_outside_of_a_request_what_is_noted_is_forgotten() -> None:
 
 
 def test_a_request_has_one_record_also_in_its_tasks_and_threads() -> None:
-    async def note(prompt_tokens: int) -> None:
+    async def note(key: str) -> None:
         await asyncio.sleep(0)
-        logs.current().prompt_tokens += prompt_tokens
+        logs.current().key = (logs.current().key or "") + key
 
-    async def answer(request_id: str, prompt_tokens: int) -> RequestRecord:
+    async def answer(request_id: str, key: str) -> RequestRecord:
         with logs.use(RequestRecord(request_id)) as record:
-            await asyncio.gather(note(prompt_tokens), note(prompt_tokens))
+            await asyncio.gather(note(key), note(key))
             assert await asyncio.to_thread(logs.current) is record
         return record
 
     async def answer_two() -> list[RequestRecord]:
-        return list(await asyncio.gather(answer("a", 1), answer("b", 10)))
+        return list(await asyncio.gather(answer("a", "x"), answer("b", "y")))
 
-    assert asyncio.run(answer_two()) == [RequestRecord("a", prompt_tokens=2), RequestRecord("b", prompt_tokens=20)]
+    assert asyncio.run(answer_two()) == [RequestRecord("a", "xx"), RequestRecord("b", "yy")]
     assert logs.current() == RequestRecord()
 
 
@@ -158,12 +159,32 @@ def test_a_record_is_out_of_use_after_a_failure() -> None:
 
 def test_a_record_tells_what_is_known() -> None:
     assert RequestRecord("a").known() == {}
-    record = RequestRecord("a", "alice", prompt_tokens=3, queue_seconds=0.0, first_token_seconds=0.123456)
-    record.finish_reasons.append("stop")
-    assert record.known() == {
+    assert RequestRecord("a", "alice", operation="chat", error="Overloaded").known() == {
         "key": "alice",
+        "error": "Overloaded",
+    }
+
+
+def test_a_record_tells_of_all_sequences_tokens_and_of_the_slowest_ones_times() -> None:
+    record = RequestRecord("a", trace_id="0af7651916cd43dd8448eb211c80319c")
+    record.ended.append(Ended(1, "length", 3, 5, 100.0, 0.7, 0.0, 0.123456))
+    assert record.known() == {
+        "trace_id": "0af7651916cd43dd8448eb211c80319c",
         "prompt_tokens": 3,
-        "finish_reasons": ["stop"],
+        "completion_tokens": 5,
+        "sequences": 1,
+        "finish_reasons": ["length"],
         "queue_seconds": 0.0,
         "first_token_seconds": 0.1235,
     }
+    record.ended.append(Ended(0, "cancelled", 3, 0, 100.0, 0.9, 0.2, None))
+    known = record.known()
+    assert (known["prompt_tokens"], known["completion_tokens"], known["sequences"]) == (6, 5, 2)
+    assert known["finish_reasons"] == ["length", "cancelled"]
+    assert (known["queue_seconds"], known["first_token_seconds"]) == (0.2, 0.1235)
+
+
+def test_a_record_does_not_tell_of_times_that_no_sequence_has() -> None:
+    record = RequestRecord("a")
+    record.ended.append(Ended(0, "cancelled", 3, 0, 100.0, 0.9, None, None))
+    assert {"queue_seconds", "first_token_seconds"}.isdisjoint(record.known())

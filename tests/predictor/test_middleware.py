@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from predictor import logs, middleware
 from predictor.errors import InvalidRequest
+from predictor.generation import Ended
 from predictor.keys import KeyFile
 from predictor.middleware import Authenticate, BodyLimit, Gate, Requests
 
@@ -138,7 +139,10 @@ def test_a_response_has_one_id() -> None:
 def test_a_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def endpoint(_: Request) -> Response:
         record = logs.current()
-        record.protocol, record.completion_tokens, record.finish_reasons = "v2", 7, ["stop", "length"]
+        record.protocol = "v2"
+        record.ended += [
+            Ended(index, reason, 2, 4, 0, 0.3, 0.1, 0.2) for index, reason in enumerate(("stop", "length"))
+        ]
         return Response(status_code=201)
 
     ask(serving(endpoint=endpoint), "/v2/models/demo/infer?prompt=secret")
@@ -148,13 +152,17 @@ def test_a_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> N
             "path": "/v2/models/demo/infer",
             "status": 201,
             "protocol": "v2",
-            "completion_tokens": 7,
+            "prompt_tokens": 4,
+            "completion_tokens": 8,
+            "sequences": 2,
             "finish_reasons": ["stop", "length"],
+            "queue_seconds": 0.1,
+            "first_token_seconds": 0.2,
         }
     ]
     [message] = [record.getMessage() for record in caplog.records if record.name == "predictor.request"]
     assert message.startswith("POST /v2/models/demo/infer 201 duration_ms=")
-    assert message.endswith(" protocol=v2 completion_tokens=7 finish_reasons=stop,length")
+    assert message.endswith(" finish_reasons=stop,length queue_seconds=0.1 first_token_seconds=0.2")
 
 
 def test_a_path_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -257,7 +265,7 @@ def test_a_client_that_leaves_a_stream_ends_it(implementation: Any, tmp_path: Pa
                 yield "one"
                 await asyncio.Event().wait()
             finally:
-                logs.current().completion_tokens = 1
+                logs.current().error = "Stopped"
                 ended.set()
 
         return StreamingResponse(pieces())
@@ -267,7 +275,7 @@ def test_a_client_that_leaves_a_stream_ends_it(implementation: Any, tmp_path: Pa
             assert next(answer.iter_text()) == "one"
         assert ended.wait(WAIT_SECONDS)
         line = server.line()
-    assert (line["status"], line["completion_tokens"], line["key"]) == (499, 1, "alice")
+    assert (line["status"], line["error"], line["key"]) == (499, "Stopped", "alice")
 
 
 def test_a_route_that_waits_learns_that_its_client_has_left(implementation: Any, tmp_path: Path) -> None:

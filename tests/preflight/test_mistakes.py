@@ -267,6 +267,17 @@ def test_a_download_in_the_pod_that_may_ask_nobody(draft):
     assert "NetworkPolicy/default-deny: it lets the predictor's pod out to nobody" in str(finding)
 
 
+def test_spans_that_may_reach_nobody(draft):
+    prod = draft("prod")
+    prod.settings["PREDICTOR_TRACING"] = "true"
+    [finding] = prod.look()
+    assert "NetworkPolicy/default-deny: it lets the predictor's pod out to nobody, and PREDICTOR_TRACING" in str(
+        finding
+    )
+    prod["NetworkPolicy/predictor"]["spec"]["egress"] = [{"ports": [{"port": 4318}]}]
+    assert prod.look() == []
+
+
 def test_a_runtime_that_is_not_there(draft):
     prod = draft("prod")
     prod.model["runtime"] = "kserve-lm"
