@@ -23,6 +23,7 @@ import httpx
 import yaml
 
 from benchmarks import throughput
+from benchmarks.servers import Server
 from demo import processes
 from demo.processes import ROOT, Predictor
 
@@ -105,12 +106,12 @@ def main() -> int:
     ):
         wait_for(client, "kserve_llm_ready == 1")
         began = time.time()
-        asyncio.run(load(throughput.Server("predictor", f"{predictor.url}/v1", "demo")))
+        asyncio.run(load(Server("predictor", f"{predictor.url}/v1", "demo")))
         draw(client, began, time.time(), arguments.file)
     return 0
 
 
-async def load(server: throughput.Server) -> None:
+async def load(server: Server) -> None:
     """More and more callers."""
     rng = random.Random(0)
     async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:

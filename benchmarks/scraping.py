@@ -1,7 +1,7 @@
 """What it costs to be watched: `python -m benchmarks.scraping`.
 
-One predictor on the demo model, whose steps are so short that counting weighs more than with any real model. Runs
-with somebody who reads `/metrics` every second take turns with runs without, A B B A …; printed are output tokens/s of
+One predictor, by default on the demo model, whose steps are so short that answering weighs more than with any real
+one. Runs with somebody who reads `/metrics` every second take turns with runs without, A B B A …; printed are output tokens/s of
 each, the medians, and their ratio. What the counting itself costs is in both and does not show.
 """
 
@@ -11,19 +11,18 @@ import random
 import statistics
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 
-from benchmarks import throughput
-from demo import processes
+from benchmarks import servers, throughput
+from benchmarks.servers import Server
 from demo.processes import ROOT
 
 PERIOD_SECONDS = 1.0
 
 
-async def measure(
-    server: throughput.Server, metrics_url: str, arguments: argparse.Namespace
-) -> dict[bool, list[float]]:
+async def measure(server: Server, metrics_url: str, arguments: argparse.Namespace) -> dict[bool, list[float]]:
     """Output tokens/s of the runs, by whether they were watched."""
     rng = random.Random(0)
     rates: dict[bool, list[float]] = {False: [], True: []}
@@ -62,11 +61,14 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=64, help="of a run (default: %(default)s)")
     parser.add_argument("--output_tokens", type=int, default=64, help="of each (default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=6, help="runs of each kind (default: %(default)s)")
+    parser.add_argument("--model_dir", type=Path, default=ROOT / "demo/model", help="default: the demo model")
+    parser.add_argument(
+        "--flags", default="--dtype float32", help="of the predictor, in one word (default: %(default)s)"
+    )
     arguments = parser.parse_args()
-    flags = ["--model_dir", str(ROOT / "demo/model"), "--dtype", "float32", "--log_level", "WARNING"]
-    with processes.predictor(flags, model_name="demo", port=processes.free_port()) as predictor:
-        server = throughput.Server("predictor", f"{predictor.url}/v1", "demo")
-        rates = asyncio.run(measure(server, f"{predictor.url}/metrics", arguments))
+    with servers.predictor("predictor", arguments.model_dir, arguments.flags.split()) as server:
+        metrics_url = server.url.removesuffix("/v1") + "/metrics"
+        rates = asyncio.run(measure(server, metrics_url, arguments))
     alone, watched = (statistics.median(rates[kind]) for kind in (False, True))
     print(f"median: {alone:.1f} tokens/s alone, {watched:.1f} watched, ratio {watched / alone:.3f}")
     return 0

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from benchmarks import dashboard, throughput
+from benchmarks.servers import Server
 from demo import processes
 from demo.processes import ROOT
 
@@ -45,7 +46,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]
         processes.predictor(arguments, model_name="demo", port=processes.free_port()) as predictor,
         dashboard.prometheus(folder, predictor) as client,
     ):
-        server = throughput.Server("predictor", f"{predictor.url}/v1", "demo")
+        server = Server("predictor", f"{predictor.url}/v1", "demo")
         dashboard.wait_for(client, "kserve_llm_ready == 1")
         asyncio.run(load(server))
         # The last of the rules needs two samples of everything.
@@ -55,7 +56,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]
         yield client
 
 
-async def load(server: throughput.Server) -> None:
+async def load(server: Server) -> None:
     prompts = [f"{number}+1=" for number in random.Random(0).sample(range(100), 20)]
     async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
         # Series begin with the first request of their kind, and a rate needs to see one grow.
