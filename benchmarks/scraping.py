@@ -1,8 +1,8 @@
 """What it costs to be watched: `python -m benchmarks.scraping`.
 
 One predictor, by default on the demo model, whose steps are so short that answering weighs more than with any real
-one. Runs with somebody who reads `/metrics` every second take turns with runs without, A B B A …; printed are output tokens/s of
-each, the medians, and their ratio. What the counting itself costs is in both and does not show.
+one. Runs with somebody who reads `/metrics` every second take turns with runs without, A B B A …; printed are output
+tokens/s of each, the medians, and their ratio. What the counting itself costs is in both and does not show.
 """
 
 import argparse
