@@ -89,8 +89,7 @@ def plan(directory: Path, name: str, keep: Sequence[str]) -> Rounded:
     """
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    model = _skeleton(directory, name)
-    dtype = _dtype(model.config)
+    model, dtype = _skeleton(directory, name)
     shards = _shards(directory, name)
     try:
         stored = {shard: _names(directory / shard) for shard in shards}
@@ -105,24 +104,21 @@ def plan(directory: Path, name: str, keep: Sequence[str]) -> Rounded:
     return Rounded(str(dtype).removeprefix("torch."), tuple(drafts))
 
 
-def _skeleton(directory: Path, name: str) -> Any:
-    """The model without weights: which of them belong to linear layers only its modules can tell."""
+def _skeleton(directory: Path, name: str) -> tuple[Any, Any]:
+    """The model without weights, since only its modules tell which of them to round, and the format to round in."""
     try:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise RefusedSnapshot(f"{name} holds weights that are quantized already: leave out --prepare")
+        dtype = getattr(config, "dtype", None) or torch.float32
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise RefusedSnapshot(
             f"{name} is no language model that transformers {transformers.__version__} knows without remote code, "
             "so it cannot be prepared: leave out --prepare"
         ) from error
-
-
-def _dtype(config: Any) -> Any:
-    dtype = getattr(config, "dtype", None) or torch.float32
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+    return model, torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def _shards(directory: Path, name: str) -> list[str]:

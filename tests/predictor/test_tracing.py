@@ -201,9 +201,10 @@ class Served:
         self.ask(OPENAI, completing(1), last)
         self.collector.of(last)
 
-    def until_running(self) -> None:
-        """Wait until one sequence runs, for as long as the run's own limit allows."""
-        while 'kserve_llm_num_requests_running{model_name="demo"} 1.0' not in self.client.get("/metrics").text:
+    def until(self, running: int) -> None:
+        """Wait until so many sequences run, for as long as the run's own limit allows."""
+        gauge = f'kserve_llm_num_requests_running{{model_name="demo"}} {running}.0\n'
+        while gauge not in self.client.get("/metrics").text:
             time.sleep(0.01)
 
     def line(self, trace_id: str) -> dict[str, Any]:
@@ -443,8 +444,9 @@ def test_a_client_that_leaves_is_no_error(served: Served, trace_id: str, stream:
         f"POST {OPENAI} HTTP/1.1\r\nHost: here\r\nTraceparent: 00-{trace_id}-{SPAN}-01\r\nContent-Length: {len(body)}"
     )
     with socket.create_connection((served.client.base_url.host, served.client.base_url.port or 0)) as connection:
+        served.until(running=0)
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
-        served.until_running()
+        served.until(running=1)
     trace = served.collector.of(trace_id)
     assert (trace.request.name, trace.request.status) == ("text_completion demo", UNSET)
     assert trace.request.attributes["http.response.status_code"] == logs.CLIENT_GONE
@@ -511,8 +513,9 @@ def test_a_call_over_grpc_that_fails_says_so(served: Served, trace_id: str) -> N
 
 
 def test_a_call_over_grpc_that_is_cancelled_is_no_error(served: Served, trace_id: str) -> None:
+    served.until(running=0)
     call = served.stub.ModelInfer.future(inferring(1000), metadata=[("traceparent", f"00-{trace_id}-{SPAN}-01")])
-    served.until_running()
+    served.until(running=1)
     assert call.cancel()
     trace = served.collector.of(trace_id)
     assert (trace.request.status, trace.request.attributes["rpc.response.status_code"]) == (UNSET, "CANCELLED")

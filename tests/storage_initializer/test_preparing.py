@@ -473,6 +473,11 @@ def test_rounds_what_the_predictor_would_compute_in(tmp_path: Path, dtype: str, 
     assert [draft.path for draft in plan.drafts] == ["model.safetensors", "config.json"]
 
 
+def test_without_a_format_in_the_configuration_it_is_float32(llama: Path, tmp_path: Path) -> None:
+    model = copy(llama, tmp_path / "unsaid", dtype=None)
+    assert rounding.plan(model, "it", ()).dtype == "float32"
+
+
 def test_odd_sizes_scalars_and_nothing_at_all_are_aligned_and_read_back(tmp_path: Path) -> None:
     model = tiny_llama.make(tmp_path / "model", hidden_size=20)
     weights = tensors(model)
