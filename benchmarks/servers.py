@@ -43,7 +43,7 @@ def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Serv
         DemoError: it ended, or was not ready in time.
     """
     with processes.predictor(
-        ["--model_dir", str(model_dir.resolve()), "--log_level", "WARNING", *flags],
+        ["--model_dir", str(model_dir.resolve()), "--log_level", "WARNING", "--self_check_seconds", "0", *flags],
         model_name="model",
         port=processes.free_port(),
         timeout_seconds=START_SECONDS,
