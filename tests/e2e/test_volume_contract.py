@@ -116,10 +116,10 @@ def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return prepare(model, root / "volume")
 
 
-def logits(loaded: LoadedModel) -> Iterator[torch.Tensor]:
-    for prompt in PROMPTS:
-        with torch.inference_mode():
-            yield loaded.model(torch.tensor([loaded.tokenizer.encode(prompt)])).logits
+def logits(loaded: LoadedModel) -> list[torch.Tensor]:
+    # Not a generator: one that is not read to its end leaves its thread in this mode.
+    with torch.inference_mode():
+        return [loaded.model(torch.tensor([loaded.tokenizer.encode(prompt)])).logits for prompt in PROMPTS]
 
 
 def greedy(loaded: LoadedModel) -> list[list[int]]:
