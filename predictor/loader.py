@@ -120,7 +120,7 @@ def load(
     effective = _effective(model, quantization)
     if target.type == "cpu":
         head = model.get_output_embeddings()
-        rounds_head = effective == "8bit" and not any(part in "lm_head" for part in keep)
+        rounds_head = effective == "8bit" and quantizing.rounds(model, head, keep)
         with phase("pack"):
             layers.fuse(model)
             linears.pack(model, head if rounds_head else None)

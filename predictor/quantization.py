@@ -97,6 +97,11 @@ def config(word: str, device: torch.device, dtype: torch.dtype, keep: Sequence[s
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, **common)
 
 
+def rounds(model: Any, layer: Any, keep: Sequence[str]) -> bool:
+    """Whether a layer of the model is not among those to keep, by the rule that all its layers are held to."""
+    return any(part is layer and should_convert_module(name, list(keep)) for name, part in model.named_modules())
+
+
 def _fastest(device: torch.device, of_checkpoint: Any | None, weights_bytes: int, free_bytes: int) -> str:
     if of_checkpoint is not None or device.type == "mps":
         return "none"
