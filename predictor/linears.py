@@ -1,7 +1,8 @@
 """Linear layers for a CPU: weights in the order in which its kernels read them, in bfloat16 or as int8.
 
     bfloat16  onednn's blocked order, found once and not at every call
-    int8      fbgemm: weights with a scale for each output, activations with a scale for each token
+    int8      fbgemm: weights with a scale for each output, activations with a scale for each token; these have 8 bits
+              where the CPU has AVX-512 VNNI, else 7
 
 An activation's scale is its token's own and sums of integers are exact, so that a token's result is bit by bit the same
 whoever else is in the batch. `torch.ops.quantized.linear_dynamic` would take one scale for all of them.
@@ -28,8 +29,11 @@ _SMALLEST = 1e-30
 """Instead of a scale of zero, for a token of nothing but zeros."""
 _ROUNDED_AT_ONCE = 4096
 """Outputs."""
-_ACTIVATION_STEP, _ACTIVATION_ZERO = 1 / 127, 128
-"""A token over its largest number is in -1..1; as an unsigned byte, 1..255."""
+_ACTIVATION_BITS = 8 if torch.cpu.get_capabilities().get("avx512_vnni") else 7
+"""Without that instruction fbgemm adds two products in 16 bits: 8 by 8 bits would be cut off there, 7 by 8 fit."""
+_ACTIVATION_ZERO = 2 ** (_ACTIVATION_BITS - 1)
+_ACTIVATION_STEP = 1 / (_ACTIVATION_ZERO - 1)
+"""A token over its largest number is in -1..1; as an unsigned byte, 1..255 or 1..127."""
 
 
 class Int8Linear(nn.Module):  # type: ignore[misc]

@@ -1,5 +1,10 @@
 """Linear layers packed for a CPU, against the plain ones."""
 
+import platform
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -117,3 +122,35 @@ def test_one_layer_may_be_rounded_too() -> None:
     assert all(torch.equal(now, was) for now, was in zip(same, expected, strict=True))
     assert not torch.equal(rounded, exact)
     assert (rounded - exact).float().norm() < 0.02 * exact.float().norm()
+
+
+_ON_AN_OLDER_CPU = """
+import torch
+from torch import nn
+from predictor import linears
+
+assert not torch.cpu.get_capabilities()["avx512_vnni"]
+torch.manual_seed(0)
+plain = nn.Linear(512, 256)
+plain.weight.data[0], plain.bias.data[0] = 1, 0  # all weights and inputs at the end of their range
+given = torch.cat((torch.ones(1, 512), torch.randn(8, 512)))
+expected, found = plain(given), linears.join([plain], int8=True)(given)
+torch.testing.assert_close(found[0, 0].item(), 512.0)
+assert (found - expected).norm() < 0.02 * expected.norm()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.machine() != "x86_64" or not shutil.which("qemu-x86_64"),
+    reason="qemu-x86_64 (Debian: qemu-user) is not here",
+)
+def test_int8_is_as_close_on_a_cpu_without_vnni() -> None:
+    # qemu knows AVX2, and no AVX-512.
+    ran = subprocess.run(
+        ["qemu-x86_64", "-cpu", "max", sys.executable, "-c", _ON_AN_OLDER_CPU],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert ran.returncode == 0, ran.stderr
