@@ -124,6 +124,13 @@ def test_one_layer_may_be_rounded_too() -> None:
     assert (rounded - exact).float().norm() < 0.02 * exact.float().norm()
 
 
+def test_int8_of_a_vocabularys_width_is_close_to_what_it_was() -> None:
+    given = inputs(3, torch.float32)
+    wide = nn.Linear(64, 3 * linears._PACKED_AT_ONCE + 5)
+    found = linears.join([wide], int8=True)(given)
+    assert (found - wide(given)).norm() < 0.02 * wide(given).norm()
+
+
 _ON_AN_OLDER_CPU = """
 import torch
 from torch import nn
