@@ -10,25 +10,33 @@ from preflight.findings import Finding
 
 PREFIXES = ("PREDICTOR_", "STORAGE_INITIALIZER_")
 """Keys that the programs refuse where they do not know them."""
-_KEY = re.compile(r"^#?([A-Z][A-Z0-9_]*)=", re.MULTILINE)
+_KEY = re.compile(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", re.MULTILINE)
+_NUMBER = re.compile(r"\d+(\.\d+)?")
+_MOUNT = "/mnt/models"
+"""Where KServe mounts what `storageUri` names; nobody can tell it another place."""
+_TRUTH = {"1", "0", "on", "off", "t", "f", "true", "false", "y", "n", "yes", "no"}
 _PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+[:@][0-9a-f]{40}")
 _REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+([:@].+)?|file:///.+")
 
 
-def known_keys(base: Path) -> set[str]:
-    """Every key of base's *.env files, which hold all settings, those that are commented out included."""
-    return {key for path in base.glob("*.env") for key in _KEY.findall(path.read_text())}
+def known_keys(base: Path) -> dict[str, str]:
+    """Every key of base's *.env files, which hold all settings, with its value there; empty where it is not set."""
+    return {key: value for path in base.glob("*.env") for key, value in _KEY.findall(path.read_text())}
 
 
-def check(deployment: Deployment, known: set[str]) -> Iterator[Finding]:
-    """Misspelt keys, a reference that is missing, moving or not the same everywhere, threads and devices.
+def check(deployment: Deployment, known: dict[str, str]) -> Iterator[Finding]:
+    """Misspelt keys, values of another kind, a reference that is missing, moving or not the same everywhere, devices.
 
     Args:
         deployment: what is rendered.
-        known: every key that is a setting; where it is empty, keys are not looked at.
+        known: every key that is a setting, with its default; where it is empty, keys are not looked at.
     """
     for config in deployment.all("ConfigMap"):
-        for key in sorted(config.get("data") or {}):
+        for key, value in sorted((config.get("data") or {}).items()):
+            if _NUMBER.fullmatch(default := known.get(key, "")) and not _NUMBER.fullmatch(value):
+                yield Finding(name_of(config), f"{key} is {value!r}, which is no number", f"write one, as in {default}")
+            if default in ("true", "false") and value.lower() not in _TRUTH:
+                yield Finding(name_of(config), f"{key} is {value!r}", "write true or false")
             if known and key.startswith(PREFIXES) and key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 yield Finding(
@@ -36,6 +44,13 @@ def check(deployment: Deployment, known: set[str]) -> Iterator[Finding]:
                     f"{key} is not a setting, and the program refuses to start",
                     f"write {close[0]}" if close else "remove it",
                 )
+    directory = deployment.settings.get("PREDICTOR_MODEL_DIR", _MOUNT)
+    if deployment.claim and directory != _MOUNT:
+        yield Finding(
+            deployment.where,
+            f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {_MOUNT}",
+            f"leave it at {_MOUNT}; the directory below it follows from MODEL_REFERENCE",
+        )
     yield from _reference(deployment)
     yield from _device(deployment)
 

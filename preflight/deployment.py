@@ -140,7 +140,8 @@ class Deployment:
     @property
     def pods(self) -> list[Pod]:
         """Every pod that this overlay makes run."""
-        return [self.predictor_pod, *self.jobs]
+        beside = [Pod(name_of(each), each["spec"]["template"]["spec"]) for each in self.all("Deployment")]
+        return [self.predictor_pod, *self.jobs, *beside]
 
     @property
     def downloads(self) -> list[tuple[Pod, Manifest]]:

@@ -1,9 +1,10 @@
 """What KServe's webhooks deny, and what its controller fails at after apply has succeeded.
 
-From KServe v0.20's inference_service_validation.go, component.go and predictor_model.go; rules on what no overlay here
-has (transformers, explainers, workers) are left to the webhook.
+From KServe v0.20's inference_service_validation.go, component.go and predictor_model.go; rules on components that no
+overlay here has (transformers and explainers of their own, `spec.canary`) are left to the webhook.
 """
 
+import os.path
 import re
 from collections.abc import Iterator
 
@@ -25,7 +26,7 @@ LONGEST_NAME = 39
 
 def check(deployment: Deployment) -> Iterator[Finding]:
     """The InferenceService by itself, and against the runtime that it names."""
-    for check_ in (_name, _implementation, _storage, _scaling, _mode, _runtime):
+    for check_ in (_name, _implementation, _storage, _logger, _worker, _scaling, _mode, _runtime):
         for problem, remedy in check_(deployment):
             yield Finding(deployment.where, problem, remedy)
 
@@ -58,9 +59,16 @@ def _implementation(deployment: Deployment) -> Clauses:
         )
     if "name" in deployment.model:
         yield "spec.predictor.model.name is set, which KServe denies", "remove it; the container's name is KServe's"
-    for container in deployment.predictor_pod.containers:
-        if any(variable["name"] == "PYTHONPATH" for variable in container.get("env", [])):
+    for container in [*deployment.predictor_pod.containers, *(predictor.get("workerSpec") or {}).get("containers", [])]:
+        variables = {variable["name"]: variable.get("value") for variable in container.get("env", [])}
+        if "PYTHONPATH" in variables:
             yield f"container {container['name']} sets PYTHONPATH, which KServe denies", "set it in the image"
+        if container["name"] == "transformer-container" and "STORAGE_URI" in variables:
+            yield "container transformer-container sets STORAGE_URI, which KServe denies", "give it to the predictor"
+        if container["name"] == KSERVE_CONTAINER and not deployment.model:
+            protocol = variables.get("PROTOCOL", "v1")
+            if protocol not in ("v1", "v2"):
+                yield f"container {KSERVE_CONTAINER} sets PROTOCOL to {protocol!r}, which KServe denies", "use v1 or v2"
 
 
 def _storage(deployment: Deployment) -> Clauses:
@@ -85,10 +93,63 @@ def _storage(deployment: Deployment) -> Clauses:
             f"storageUri {uri!r} mounts a sub-path, which never follows a rename and is silently empty if missing",
             "mount the claim's root, pvc://<claim>; the snapshot's directory follows from MODEL_REFERENCE",
         )
-    paths = [entry.get("mountPath", "/mnt/models") for entry in predictor.get("storageUris") or []]
-    for path in paths:
+    yield from _storage_uris(predictor.get("storageUris") or [])
+
+
+def _storage_uris(entries: list[Manifest]) -> Clauses:
+    paths: dict[bool, list[str]] = {True: [], False: []}
+    for entry in entries:
+        path = entry.get("mountPath", "/mnt/models")
+        if not entry.get("uri"):
+            yield "storageUris has an entry without a uri, which KServe denies", "set uri"
         if path == "/" or not path.startswith("/") or ".." in path:
             yield f"storageUris has mountPath {path!r}, which KServe denies", "use an absolute path below the root"
+        else:
+            paths[entry.get("uri", "").startswith("pvc://")].append(path)
+    claims, others = paths[True], paths[False]
+    if len(claims) != len(set(claims)):
+        yield "storageUris mounts two claims at one path, which KServe denies", "give each a mountPath of its own"
+    if len(others) > 1 and os.path.commonpath(others) == "/":
+        yield (
+            f"storageUris has mountPaths without a common parent ({', '.join(others)}), which KServe denies",
+            "put them below one directory",
+        )
+
+
+def _logger(deployment: Deployment) -> Clauses:
+    logger = deployment.predictor.get("logger")
+    if logger is None:
+        return
+    if logger.get("mode") not in ("all", "request", "response"):
+        yield f"logger.mode is {logger.get('mode')!r}, which KServe denies", "use all, request or response"
+    storage = logger.get("storage")
+    lacking = [field for field in ("path", "parameters", "key") if storage is not None and not storage.get(field)]
+    if lacking:
+        yield f"logger.storage lacks {' and '.join(lacking)}, which KServe denies", "set path, parameters and key"
+
+
+def _worker(deployment: Deployment) -> Clauses:
+    """Several nodes for one replica."""
+    worker = deployment.predictor.get("workerSpec")
+    if worker is None:
+        return
+    if len(worker.get("containers", [])) > 1:
+        yield "workerSpec has several containers, which KServe denies", "keep one"
+    for field, variable in (
+        ("pipelineParallelSize", "PIPELINE_PARALLEL_SIZE"),
+        ("tensorParallelSize", "TENSOR_PARALLEL_SIZE"),
+    ):
+        if worker.get(field, 1) < 1:
+            yield f"workerSpec.{field} is {worker[field]}, which KServe denies", "use 1 or more"
+        if any(each["name"] == variable for each in deployment.model.get("env", [])):
+            yield f"model sets {variable} beside workerSpec, which KServe denies", f"set workerSpec.{field}"
+    if deployment.model and not re.match("(pvc|oci)://", deployment.model.get("storageUri", "")):
+        yield "workerSpec wants a storageUri of pvc:// or oci://, and KServe denies others", "use pvc://<claim>"
+    if deployment.model and deployment.annotations.get("serving.kserve.io/autoscalerClass") != "none":
+        yield (
+            "workerSpec cannot be scaled, and KServe denies it so",
+            "annotate it with serving.kserve.io/autoscalerClass: none",
+        )
 
 
 def _scaling(deployment: Deployment) -> Clauses:

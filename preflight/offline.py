@@ -12,7 +12,7 @@ from preflight.schema import Schemas
 def check(
     deployment: Deployment,
     schemas: Schemas,
-    known_settings: set[str],
+    known_settings: dict[str, str],
     model: Model | None = None,
     max_timeout_seconds: float = knative.MAX_TIMEOUT_SECONDS,
 ) -> list[Finding]:
@@ -21,7 +21,7 @@ def check(
     Args:
         deployment: what is rendered.
         schemas: of the custom kinds; those of core kinds are built in.
-        known_settings: every key that is a setting.
+        known_settings: every key that is a setting, with its default.
         model: how large the model is, where that is known.
         max_timeout_seconds: Knative's cap on `timeout`.
     """

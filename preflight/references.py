@@ -1,10 +1,15 @@
 """Names that must lead somewhere: within the overlay, or to a Secret that somebody must make."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
 from preflight.findings import Finding
+
+PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
+PODS_OF = "serving.kserve.io/inferenceservice"
+"""KServe's label of the pods of an InferenceService."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +55,9 @@ def check(deployment: Deployment) -> Iterator[Finding]:
         yield from _of_pod(deployment, pod)
     yield from _probes(deployment)
     yield from _backends(deployment)
+    yield from _selectors(deployment)
+    yield from _services(deployment)
+    yield from _roles(deployment)
     yield from _images(deployment)
 
 
@@ -61,8 +69,17 @@ def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
             f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model names no runtime",
             "set model.runtime to the ServingRuntime that is",
         )
+    uri = deployment.model.get("storageUri", "")
     if deployment.claim is not None and not deployment.find("PersistentVolumeClaim", deployment.claim):
         yield _missing(deployment.where, "PersistentVolumeClaim", deployment.claim)
+    elif deployment.claim or (uri.startswith("hf://") and "storageContainerName" not in deployment.predictor):
+        filled = [claim for pod, _ in deployment.downloads for claim in pod.claims]
+        if filled and deployment.claim not in filled:
+            yield Finding(
+                deployment.where,
+                f"storageUri is {uri!r}, and the model is downloaded onto {' and '.join(filled)}",
+                f"set storageUri: pvc://{filled[0]}",
+            )
 
 
 def _of_pod(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
@@ -109,9 +126,7 @@ def _config_maps(deployment: Deployment, pod: Pod, container: Manifest) -> Itera
 
 
 def _probes(deployment: Deployment) -> Iterator[Finding]:
-    ports = {port["containerPort"] for port in deployment.server.get("ports", [])}
-    ports |= {port["name"] for port in deployment.server.get("ports", []) if "name" in port}
-    for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
+    for kind in PROBES:
         probe = deployment.server.get(kind)
         if probe is None:
             yield Finding(
@@ -119,12 +134,25 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                 f"container {KSERVE_CONTAINER} has no {kind}",
                 "put back the one of manifests/serving/serving-runtime.yaml",
             )
-        elif (port := probe.get("httpGet", {}).get("port")) is not None and port not in ports:
+            continue
+        asked = re.fullmatch(r"/v2/models/([^/]+)/ready", probe.get("httpGet", {}).get("path", ""))
+        if asked and asked[1] != deployment.name:
             yield Finding(
                 deployment.where,
-                f"the {kind} asks port {port!r}, which container {KSERVE_CONTAINER} does not open",
-                f"use {' or '.join(map(str, sorted(ports, key=str))) or 'a containerPort'}",
+                f"the {kind} asks for model {asked[1]!r}, and {deployment.name} is served",
+                "ask /v2/models/{{.Name}}/ready",
             )
+    for pod in deployment.pods:
+        for container in pod.containers:
+            for kind in PROBES:
+                port = container.get(kind, {}).get("httpGet", {}).get("port")
+                if port is not None and port not in _ports(container):
+                    yield Finding(
+                        pod.where,
+                        f"the {kind} asks port {port!r}, which container {container['name']} does not open",
+                        f"use {' or '.join(sorted(map(str, _ports(container)))) or 'a containerPort'}",
+                    )
+    ports = _ports(deployment.server)
     told = deployment.settings.get("PREDICTOR_HTTP_PORT")
     if told and ports and int(told) not in ports:
         yield Finding(
@@ -146,6 +174,60 @@ def _backends(deployment: Deployment) -> Iterator[Finding]:
                 "it bypasses Knative's gateway and activator, so nothing wakes a service at zero",
                 "use Standard mode, or remove it and use the gateway's host",
             )
+
+
+def _ports(container: Manifest) -> set[int | str]:
+    """Numbers and names of the ports that a container opens."""
+    return {port[key] for port in container.get("ports", []) for key in ("containerPort", "name") if key in port}
+
+
+def _selectors(deployment: Deployment) -> Iterator[Finding]:
+    """Policies and monitors of the predictor, which find its pods by the name of the InferenceService."""
+    for manifest in [*deployment.all("NetworkPolicy"), *deployment.all("PodMonitor")]:
+        spec = manifest["spec"]
+        selected = (spec.get("podSelector") or spec.get("selector") or {}).get("matchLabels", {}).get(PODS_OF)
+        if selected not in (None, deployment.name):
+            yield Finding(
+                name_of(manifest),
+                f"it selects the pods of InferenceService {selected!r}, which is not in this overlay",
+                f"write {PODS_OF}: {deployment.name}",
+            )
+        for endpoint in spec.get("podMetricsEndpoints", []) if selected else []:
+            port = endpoint.get("portNumber")
+            if port is not None and port not in _ports(deployment.server):
+                yield Finding(
+                    name_of(manifest),
+                    f"it asks port {port}, which container {KSERVE_CONTAINER} does not open",
+                    "use the containerPort of the ServingRuntime",
+                )
+
+
+def _services(deployment: Deployment) -> Iterator[Finding]:
+    """Services of the overlay's own, which stand before Deployments of its own."""
+    for service in deployment.all("Service"):
+        selector = service["spec"].get("selector") or {}
+        templates = [each["spec"]["template"] for each in deployment.all("Deployment")]
+        chosen = [each for each in templates if selector.items() <= each["metadata"].get("labels", {}).items()]
+        if not chosen:
+            yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector")
+            continue
+        ports = {port for each in chosen for container in each["spec"]["containers"] for port in _ports(container)}
+        for port in service["spec"].get("ports", []):
+            target = port.get("targetPort", port["port"])
+            if target not in ports:
+                yield Finding(
+                    name_of(service),
+                    f"it leads to port {target!r}, which no container behind it opens",
+                    f"use {' or '.join(sorted(map(str, ports))) or 'a containerPort'}",
+                )
+
+
+def _roles(deployment: Deployment) -> Iterator[Finding]:
+    for binding in deployment.all("RoleBinding"):
+        named = [binding["roleRef"], *binding.get("subjects", [])]
+        for each in named:
+            if each["kind"] in ("Role", "ServiceAccount") and not deployment.find(each["kind"], each["name"]):
+                yield _missing(name_of(binding), each["kind"], each["name"])
 
 
 def _images(deployment: Deployment) -> Iterator[Finding]:

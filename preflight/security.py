@@ -16,20 +16,24 @@ HOST = ("hostNetwork", "hostPID", "hostIPC")
 
 def check(deployment: Deployment) -> Iterator[Finding]:
     """Every pod and its containers, the namespace, and where secrets go."""
+    granted = {each["name"] for binding in deployment.all("RoleBinding") for each in binding.get("subjects", [])}
+    programs = {deployment.where, *(pod.where for pod in deployment.jobs)}
     for pod in deployment.pods:
-        for problem, remedy in _pod(pod):
+        for problem, remedy in _pod(pod, granted):
             yield Finding(pod.where, problem, remedy)
         for container in pod.containers:
-            for problem, remedy in [*_container(pod, container), *_scratch(container)]:
+            scratch = _scratch(container) if pod.where in programs else ()
+            for problem, remedy in [*_container(pod, container), *scratch]:
                 yield Finding(pod.where, f"container {container['name']} {problem}", remedy)
-    for problem, remedy in _secrets(deployment):
+    for problem, remedy in [*_secrets(deployment), *_weights(deployment)]:
         yield Finding(deployment.where, problem, remedy)
     yield from _namespace(deployment)
     yield from _policies(deployment)
 
 
-def _pod(pod: Pod) -> Clauses:
-    if pod.spec.get("automountServiceAccountToken") is not False:
+def _pod(pod: Pod, granted: set[str]) -> Clauses:
+    """A token is for accounts that a RoleBinding grants something."""
+    if pod.spec.get("automountServiceAccountToken") is not False and pod.spec.get("serviceAccountName") not in granted:
         yield "its pod gets a service-account token", "set automountServiceAccountToken: false"
     for field in HOST:
         if pod.spec.get(field):
@@ -58,6 +62,8 @@ def _container(pod: Pod, container: Manifest) -> Clauses:
         yield "keeps capabilities", "drop ALL of them"
     if context.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
         yield "has no seccomp profile", "set seccompProfile: {type: RuntimeDefault}"
+    if "readOnlyRootFilesystem" not in own:
+        yield "has a writable root", "set readOnlyRootFilesystem: true; component pod-security says false on purpose"
 
 
 def _scratch(container: Manifest) -> Clauses:
@@ -73,6 +79,14 @@ def _scratch(container: Manifest) -> Clauses:
                 f"has a read-only root and {name} is {path or 'not set'!r}, which it cannot write to",
                 "mount an emptyDir there, or add component pod-security",
             )
+
+
+def _weights(deployment: Deployment) -> Clauses:
+    if deployment.annotations.get("storage.kserve.io/readonly") == "false":
+        yield (
+            "storage.kserve.io/readonly is false, so whoever serves the weights may change them",
+            "remove the annotation: KServe then mounts them read-only",
+        )
 
 
 def _secrets(deployment: Deployment) -> Clauses:
@@ -123,6 +137,9 @@ def _namespace(deployment: Deployment) -> Iterator[Finding]:
 
 def _policies(deployment: Deployment) -> Iterator[Finding]:
     """A default deny leaves the predictor's pod no way out, which is right unless it downloads or tells of requests."""
+    for policy in deployment.all("NetworkPolicy"):
+        if _selects(policy, deployment) and {} in policy["spec"].get("egress", []):
+            yield Finding(name_of(policy), "it lets the predictor out to everybody", "name whom it may ask, or nobody")
     policies = deployment.all("NetworkPolicy")
     downloads = any(pod is deployment.predictor_pod for pod, _ in deployment.downloads)
     traces = deployment.settings.get("PREDICTOR_TRACING", "").lower() in TRUE

@@ -33,6 +33,12 @@ def test_a_changed_reference_is_a_new_job_and_a_new_revision(overlay, render_wit
     assert changed.predictor != overlay.predictor
 
 
+def test_the_old_one_serves_until_the_new_one_is_ready(deployment):
+    # Knative sees to it. In Standard mode a replica that goes first would be missed for as long as a download.
+    rollout = deployment.predictor.get("deploymentStrategy", {}).get("rollingUpdate", {})
+    assert rollout.get("maxUnavailable", 0) == 0
+
+
 def test_a_changed_image_is_a_new_job(render_with, tree):
     bare, replaced = render_with(tree.base), render_with(tree.base, tree.images)
     assert replaced.environment(replaced.download)["DOWNLOAD_IMAGE"] == replaced.download["image"]

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from preflight import knative, kserve, references
+from preflight.deployment import Deployment
 
 UNCHECKED = {"KnativeServing"}
 """Kinds that no CRD is at hand for."""
@@ -69,6 +70,30 @@ def test_kserve_and_knative_admit_it(deployment):
     assert [str(finding) for finding in findings] == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "path", "sentence"),
+    [
+        ("Deployment", ("spec", "template", "spec", "volumes", 1, "persistentVolumeClaim", "claimName"), "Claim 'x'"),
+        ("Deployment", ("spec", "template", "spec", "volumes", 0, "configMap", "name"), "ConfigMap 'x'"),
+        ("Deployment", ("spec", "template", "spec", "serviceAccountName"), "ServiceAccount 'x'"),
+        ("Deployment", ("spec", "template", "spec", "containers", 0, "volumeMounts", 0, "name"), "volume 'x'"),
+        ("Deployment", ("spec", "template", "spec", "containers", 0, "livenessProbe", "httpGet", "port"), "port 'x'"),
+        ("Service", ("spec", "ports", 0, "targetPort"), "port 'x'"),
+        ("Service", ("spec", "selector", "app.kubernetes.io/name"), "selects no pod"),
+        ("RoleBinding", ("roleRef", "name"), "Role 'x'"),
+        ("RoleBinding", ("subjects", 0, "name"), "ServiceAccount 'x'"),
+    ],
+)
+def test_a_name_that_leads_nowhere_is_found_beside_the_predictor_as_well(render, tree, kind, path, sentence):
+    objects = copy.deepcopy(render(tree.component("prometheus")).objects)
+    inner = next(each for each in objects if each["kind"] == kind)
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = "x"
+    [finding] = references.check(Deployment(objects))
+    assert sentence in str(finding)
+
+
 def test_every_object_is_labelled(rendered):
     for manifest in rendered.objects:
         if f"{manifest['kind']}/{manifest['metadata']['name']}" not in NOT_OURS:
@@ -101,9 +126,7 @@ def test_every_config_map_is_used(deployment):
     for pod in deployment.pods:
         for container in pod.containers:
             named |= {source["configMapRef"]["name"] for source in container.get("envFrom", [])}
-    for manifest in deployment.all("Deployment"):
-        volumes = manifest["spec"]["template"]["spec"]["volumes"]
-        named |= {volume["configMap"]["name"] for volume in volumes if "configMap" in volume}
+        named |= {volume["configMap"]["name"] for volume in pod.spec["volumes"] if "configMap" in volume}
     # Grafana finds its dashboards by their label.
     dashboards = {each["metadata"]["name"] for each in deployment.all("ConfigMap") if is_dashboard(each)}
     assert named == {config["metadata"]["name"] for config in deployment.all("ConfigMap")} - dashboards
@@ -115,9 +138,6 @@ def is_dashboard(config_map):
 
 def test_every_service_account_is_used(deployment):
     accounts = {pod.spec["serviceAccountName"] for pod in deployment.pods}
-    accounts |= {
-        manifest["spec"]["template"]["spec"]["serviceAccountName"] for manifest in deployment.all("Deployment")
-    }
     assert accounts == {account["metadata"]["name"] for account in deployment.all("ServiceAccount")}
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from preflight import capacity
+from preflight import capacity, kserve
+from preflight.deployment import Deployment
 
 KNATIVE_CAP = "over the 600 s that Knative allows"
 
@@ -59,6 +60,15 @@ def add_secret(draft):
     draft.objects.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"a": "b"}})
 
 
+def remove_read_only_root(draft):
+    del draft.container["securityContext"]["readOnlyRootFilesystem"]
+
+
+def policy_of_another_service(draft):
+    selector = {"matchLabels": {"serving.kserve.io/inferenceservice": "x"}}
+    draft["NetworkPolicy/predictor"]["spec"]["podSelector"] = selector
+
+
 def other_reference_in_the_job(draft):
     draft.job["containers"][0]["env"].append({"name": "MODEL_REFERENCE", "value": f"hf://owner/other:{'b' * 40}"})
 
@@ -67,6 +77,18 @@ MISTAKES = {
     # Fields and names
     "a misspelt field of the Job": (lambda d: d.job.update(restartPolice="Never"), "'restartPolice' was unexpected"),
     "a misspelt setting": (lambda d: d.settings.update(PREDICTOR_MAX_RUNING="8"), "write PREDICTOR_MAX_RUNNING"),
+    "a setting that is no number": (
+        lambda d: d.settings.update(PREDICTOR_MAX_WAITING="lots"),
+        "PREDICTOR_MAX_WAITING is 'lots', which is no number",
+    ),
+    "a setting that is neither true nor false": (
+        lambda d: d.download.update(STORAGE_INITIALIZER_OFFLINE="maybe"),
+        "STORAGE_INITIALIZER_OFFLINE is 'maybe'",
+    ),
+    "a directory that nothing is mounted at": (
+        lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/models"),
+        "KServe mounts the claim at /mnt/models",
+    ),
     "a claim that is not there": (lambda d: d.model.update(storageUri="pvc://model"), "PersistentVolumeClaim 'model'"),
     "a format that no runtime has": (lambda d: d.model.update(modelFormat={"name": "llm"}), "NoSupportingRuntime"),
     "a protocol that the runtime lacks": (lambda d: d.model.update(protocolVersion="v1"), "does not speak v1"),
@@ -83,6 +105,15 @@ MISTAKES = {
         lambda d: d.container["livenessProbe"]["httpGet"].update(port=9000),
         "livenessProbe asks port 9000",
     ),
+    "a probe of another model": (
+        lambda d: d.container["readinessProbe"]["httpGet"].update(path="/v2/models/x/ready"),
+        "readinessProbe asks for model 'x'",
+    ),
+    "a policy of another service": (policy_of_another_service, "selects the pods of InferenceService 'x'"),
+    "a monitor of another port": (
+        lambda d: d["PodMonitor"]["spec"]["podMetricsEndpoints"][0].update(portNumber=9000),
+        "asks port 9000",
+    ),
     "a port that the server does not open": (
         lambda d: d.settings.update(PREDICTOR_HTTP_PORT="9000"),
         "is 9000, and the",
@@ -91,14 +122,14 @@ MISTAKES = {
         lambda d: d.container.update(image="registry.example.com/predictor"),
         "without a registry",
     ),
-    "a name that KServe denies": (
-        lambda d: d["InferenceService"]["metadata"].update(name="7b"),
-        "its name is '7b'",
-    ),
     # The model
     "an unpinned revision": (lambda d: d.download.update(MODEL_REFERENCE="hf://owner/model:main"), "is not pinned"),
     "a reference that is none": (lambda d: d.download.update(MODEL_REFERENCE="owner/model"), "write hf://owner/model"),
     "a sub-path of the claim": (lambda d: d.model.update(storageUri="pvc://models/7b"), "mounts a sub-path"),
+    "weights by KServe's own initializer, beside the Job": (
+        lambda d: d.model.update(storageUri="hf://owner/model"),
+        "the model is downloaded onto models",
+    ),
     "no storageUri": (remove_storage_uri, "takes it for a multi-model server"),
     "a scheme that nobody knows": (lambda d: d.model.update(storageUri="nfs://server/models"), "'nfs://server/models'"),
     "another model in the Job": (other_reference_in_the_job, "hf://owner/other"),
@@ -107,6 +138,7 @@ MISTAKES = {
         lambda d: d.predictor.update(minReplicas=3),
         "minReplicas is 3 and maxReplicas 2",
     ),
+    "a logger without a mode": (lambda d: d.predictor.update(logger={"url": "http://x"}), "logger.mode is None"),
     "a canary of 101 percent": (lambda d: d.predictor.update(canaryTrafficPercent=101), "is 101"),
     "three replicas on a volume of one node": (three_replicas_on_one_node, "ReadWriteOnce, which one node can mount"),
     "a batch that is not what Knative sends": (lambda d: d.predictor.update(containerConcurrency=100), "is 100"),
@@ -178,6 +210,15 @@ MISTAKES = {
         "the predictor may ask the Hub",
     ),
     "root": (lambda d: d.container["securityContext"].update(runAsUser=0), "may run as root"),
+    "a writable root": (remove_read_only_root, "has a writable root"),
+    "weights that can be changed": (
+        lambda d: d.annotations.update({"storage.kserve.io/readonly": "false"}),
+        "may change them",
+    ),
+    "a predictor that may ask everybody": (
+        lambda d: d["NetworkPolicy/predictor"]["spec"].update(egress=[{}]),
+        "lets the predictor out to everybody",
+    ),
     "capabilities": (lambda d: d.container["securityContext"].update(capabilities={}), "keeps capabilities"),
     "privileges to gain": (
         lambda d: d.job["containers"][0]["securityContext"].update(allowPrivilegeEscalation=True),
@@ -217,6 +258,15 @@ def test_one_mistake_is_one_sentence(draft, mistake, sentence):
     assert "\n" not in str(finding)
     assert str(finding).startswith(f"{finding.severity}: ")
     assert str(finding).endswith(".")
+
+
+def test_a_name_that_kserve_denies_and_that_a_policy_and_a_monitor_do_not_know(draft):
+    prod = draft("prod")
+    prod["InferenceService"]["metadata"]["name"] = "7b"
+    said = "\n".join(map(str, prod.look()))
+    assert "its name is '7b'" in said
+    assert "NetworkPolicy/predictor: it selects the pods of InferenceService 'llm'" in said
+    assert "PodMonitor/predictor: it selects the pods of InferenceService 'llm'" in said
 
 
 def test_the_reference_is_missed_by_name_and_by_meaning(draft):
@@ -288,6 +338,42 @@ def test_two_implementations(draft):
     prod = draft("prod")
     prod.predictor["containers"] = [{**prod.container, "name": "kserve-container"}]
     assert "2 implementations" in "\n".join(map(str, prod.look()))
+
+
+HF, HTTPS = {"uri": "hf://a/b"}, {"uri": "https://x/y", "mountPath": "/srv/y"}
+S3_STORAGE = {"path": "x", "parameters": {"type": "s3"}}
+
+
+@pytest.mark.parametrize(
+    ("predictor", "sentence"),
+    [
+        ({"storageUris": [{"uri": ""}]}, "an entry without a uri"),
+        ({"storageUris": [{"uri": "hf://a/b", "mountPath": "/mnt/../x"}]}, "mountPath '/mnt/../x'"),
+        ({"storageUris": [{"uri": "pvc://a"}, {"uri": "pvc://b"}]}, "two claims at one path"),
+        ({"storageUris": [HF, HTTPS]}, "without a common parent (/mnt/models, /srv/y)"),
+        ({"logger": {"mode": "all", "storage": S3_STORAGE}}, "logger.storage lacks key"),
+        ({"containers": [{"name": "transformer-container", "env": [{"name": "STORAGE_URI"}]}]}, "sets STORAGE_URI"),
+        ({"workerSpec": {"containers": [{"name": "a"}, {"name": "b"}]}}, "several containers"),
+        ({"workerSpec": {"containers": [{"name": "a", "env": [{"name": "PYTHONPATH"}]}]}}, "a sets PYTHONPATH"),
+        ({"workerSpec": {"tensorParallelSize": 0}}, "tensorParallelSize is 0"),
+        ({"workerSpec": {}}, "autoscalerClass: none"),
+    ],
+)
+def test_what_the_webhook_denies_of_what_no_overlay_has(draft, predictor, sentence):
+    prod = draft("prod")
+    prod.predictor.update(predictor)
+    if "storageUris" in predictor:
+        del prod.model["storageUri"]
+    denied = [str(finding) for finding in kserve.check(Deployment(tuple(prod.objects)))]
+    assert [finding for finding in denied if sentence in finding], denied
+
+
+def test_a_container_of_ones_own_that_speaks_no_protocol_of_kserve(draft):
+    prod = draft("prod")
+    del prod.predictor["model"]
+    prod.predictor["containers"] = [{"name": "kserve-container", "env": [{"name": "PROTOCOL", "value": "grpc"}]}]
+    [finding] = kserve.check(Deployment(tuple(prod.objects)))
+    assert "sets PROTOCOL to 'grpc'" in str(finding)
 
 
 def test_an_overlay_without_a_service(draft):
