@@ -13,7 +13,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import cgroup, layers, linears, memory, placement, snapshot
+from predictor import cgroup, layers, linears, memory, placement, reading, snapshot
 from predictor import quantization as quantizing
 from predictor.errors import UnsupportedModel
 from predictor.generation import SamplingParams
@@ -82,9 +82,7 @@ def load(
     free_bytes = memory.available_bytes(target)
     quantization = quantizing.choose(quantization, target, of_checkpoint, weights_bytes, free_bytes, fallback=fallback)
     fewer_bits = quantizing.config(quantization, target, number_format, keep)
-    placed = placement.place(
-        target, quantization, weights_bytes, free_bytes, lambda: memory.available_bytes(torch.device("cpu"))
-    )
+    placed = placement.place(target, quantization, weights_bytes, free_bytes, _host_bytes)
     logger.info(
         "loading %s on %s in %s, quantization %s",
         directory,
@@ -102,28 +100,30 @@ def load(
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UnsupportedModel(f"The tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
-    try:
-        with phase("weights"):
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                directory,
-                config=config,
-                dtype=number_format,
-                device_map=placed.device_map,
-                max_memory=placed.max_memory,
-                use_safetensors=True,
-                quantization_config=fewer_bits,
-                **common,
-            )
-    except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-        raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
-    text_config = config.get_text_config()
-    effective = _effective(model, quantization)
-    if target.type == "cpu":
-        head = model.get_output_embeddings()
-        rounds_head = effective == "8bit" and quantizing.rounds(model, head, keep)
-        with phase("pack"):
-            layers.fuse(model)
-            linears.pack(model, head if rounds_head else None)
+    # To the end of packing: what is mapped may be touched there first.
+    with reading.ahead(sorted(directory.glob("*.safetensors")), _host_bytes()):
+        try:
+            with phase("weights"):
+                model = transformers.AutoModelForCausalLM.from_pretrained(
+                    directory,
+                    config=config,
+                    dtype=number_format,
+                    device_map=placed.device_map,
+                    max_memory=placed.max_memory,
+                    use_safetensors=True,
+                    quantization_config=fewer_bits,
+                    **common,
+                )
+        except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
+            raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
+        text_config = config.get_text_config()
+        effective = _effective(model, quantization)
+        if target.type == "cpu":
+            head = model.get_output_embeddings()
+            rounds_head = effective == "8bit" and quantizing.rounds(model, head, keep)
+            with phase("pack"):
+                layers.fuse(model)
+                linears.pack(model, head if rounds_head else None)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -159,6 +159,10 @@ def choose_dtype(dtype: str, of_checkpoint: torch.dtype | None, device: torch.de
     if device.type == "cuda" and chosen == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         return torch.float16
     return chosen
+
+
+def _host_bytes() -> int:
+    return memory.available_bytes(torch.device("cpu"))
 
 
 def _prepared(directory: Path, fewer_bits: Any, number_format: torch.dtype) -> Path | None:
