@@ -4,7 +4,9 @@ import io
 import json
 import logging
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -257,6 +259,26 @@ def test_goes_through_a_proxy(start: Start, hub: LocalHub, volume: Path) -> None
     assert result.code == 0, result.stderr
     assert all(request.path.startswith("http://hub.invalid/") for request in hub.requests)
     assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
+
+
+def test_trusts_a_private_certificate_that_it_is_told_of(
+    start: Start, model: Path, volume: Path, tmp_path: Path
+) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    key, private, both = tmp_path / "key.pem", tmp_path / "private.pem", tmp_path / "both.pem"
+    words = f"req -x509 -newkey rsa:2048 -nodes -subj /CN=hub -addext subjectAltName=IP:127.0.0.1 -keyout {key}"
+    subprocess.run([openssl, *words.split(), "-out", private], check=True, capture_output=True)
+    both.write_text(key.read_text() + private.read_text())
+    with LocalHub({"demo/arithmetic": model}, certificate=both) as hub:
+        env = {"HF_ENDPOINT": hub.url, "STORAGE_INITIALIZER_ATTEMPTS": "1"}
+        unknown = finish(start("hf://demo/arithmetic", volume, env=env))
+        known = finish(start("hf://demo/arithmetic", volume, env=env | {"SSL_CERT_FILE": str(private)}))
+        assert unknown.code == 1
+        assert "certificate verify failed" in unknown.reason
+        assert known.code == 0, known.stderr
+        assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
 
 
 def test_what_the_library_itself_fetches_is_verified_and_published_without_its_bookkeeping(
