@@ -1,8 +1,9 @@
 """The Hub: what a revision is, what a commit holds, and its files; the only importer of huggingface_hub.
 
 Uses that library's session, headers and Xet downloads, and turns its exceptions into ours. Plain downloads are read
-here, since the library begins a file anew after a kill and cannot be interrupted while a connection trickles. It is
-imported when the first question is asked, since that takes longer than finding a published snapshot.
+here, since the library begins a file anew after a kill and cannot be interrupted while a connection trickles; so are
+listings, which it may wait for without end. It is imported when the first question is asked, since that takes longer
+than finding a published snapshot.
 """
 
 import contextlib
@@ -38,8 +39,6 @@ from storage_initializer.threads import work_on
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_ANSWER_SECONDS = 30.0
-
 _Result = TypeVar("_Result")
 
 
@@ -70,7 +69,8 @@ class Hub:
 
         def ask() -> str | None:
             repository, revision = self._reference.repository, self._reference.revision
-            return api.model_info(repository, revision=revision, expand=["sha"], timeout=_ANSWER_SECONDS).sha
+            timeout = self._settings.stall_seconds
+            return api.model_info(repository, revision=revision, expand=["sha"], timeout=timeout).sha
 
         commit = self._answer(ask, self._patience if patient else Patience(1, 1.0))
         if commit is None or not replace(self._reference, revision=commit).is_commit:
@@ -85,16 +85,25 @@ class Hub:
             AccessDenied: the repository is gated, or the token is not accepted.
             HubUnavailable: no answer, or none for now.
         """
-        api = self._api()
-        from huggingface_hub import RepoFile, constants
+        self._api()
+        from huggingface_hub import constants, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers
 
-        def ask() -> list[Any]:
-            return list(api.list_repo_tree(self._reference.repository, revision=commit, recursive=True))
+        def ask() -> list[tuple[File, bool]]:
+            # The library's own function has no timeout, and asks again by rules of its own.
+            headers, entries = build_hf_headers(token=self._token), []
+            page = f"{self._endpoint}/api/models/{self._reference.repository}/tree/{commit}?recursive=true"
+            while page:
+                response = get_session().get(page, headers=headers, timeout=self._settings.stall_seconds)
+                hf_raise_for_status(response)
+                entries += response.json()
+                page = response.links.get("next", {}).get("url", "")
+            return [(_file(entry), bool(entry.get("xetHash"))) for entry in entries if entry["type"] == "file"]
 
-        entries = [entry for entry in self._answer(ask, self._patience) if isinstance(entry, RepoFile)]
+        listed = self._answer(ask, self._patience)
         if not constants.HF_HUB_DISABLE_XET:
-            self._over_xet = frozenset(entry.path for entry in entries if entry.xet_hash)
-        return tuple(_file(entry) for entry in entries)
+            self._over_xet = frozenset(file.path for file, over_xet in listed if over_xet)
+        return tuple(file for file, _ in listed)
 
     def fetch(
         self,
@@ -148,9 +157,9 @@ class Hub:
                 headers = build_hf_headers(token=self._token) | {"Accept-Encoding": "identity"}
                 if begun:
                     headers["Range"] = f"bytes={begun}-"
-                timeout = httpx2.Timeout(_ANSWER_SECONDS, read=self._settings.stall_seconds)
                 url = hf_hub_url(self._reference.repository, file.path, revision=commit, endpoint=self._endpoint)
-                with get_session().stream("GET", url, headers=headers, timeout=timeout) as response:
+                stall_seconds = self._settings.stall_seconds
+                with get_session().stream("GET", url, headers=headers, timeout=stall_seconds) as response:
                     hf_raise_for_status(response)
                     if begun and response.status_code != httpx2.codes.PARTIAL_CONTENT:
                         # A mirror that knows no ranges sends all of it.
@@ -292,10 +301,10 @@ def _retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def _file(entry: Any) -> File:
-    if entry.lfs is not None:
-        return File(entry.path, entry.lfs.size, sha256=entry.lfs.sha256)
-    return File(entry.path, entry.size, git_sha1=entry.blob_id)
+def _file(entry: dict[str, Any]) -> File:
+    if lfs := entry.get("lfs"):
+        return File(entry["path"], lfs["size"], sha256=lfs["oid"])
+    return File(entry["path"], entry["size"], git_sha1=entry["oid"])
 
 
 def _bar(advance: Callable[[int], None]) -> type[Any]:

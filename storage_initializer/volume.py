@@ -181,7 +181,7 @@ def complete(staging: Path, path: str) -> None:
 def tidy(staging: Path, *, keep_partial: bool = False) -> None:
     """Remove bookkeeping from staging: whatever is hidden at its top is no part of a snapshot."""
     for path in staging.iterdir():
-        if path.name.startswith(".") and not (keep_partial and path.name == _PARTIAL):
+        if path.name.startswith(".") and not (keep_partial and path.name in (_PARTIAL, _LEFT)):
             clear(path)
 
 
@@ -303,16 +303,28 @@ def explained(root: Path) -> Iterator[None]:
 def _adopt_partial(staging: Path) -> None:
     """Go on with copies of unfinished files: who began them may be alive still, and write to those it has opened."""
     left = staging / _LEFT
-    try:
+    # Killed while it copied, an earlier run has left what it had not copied to the end.
+    for begun, path in _files(left):
+        begun.replace(partial(staging, path))
+    shutil.rmtree(left, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
         (staging / _PARTIAL).rename(left)
-    except FileNotFoundError:
-        return
-    for folder, _, names in os.walk(left):
+    for begun, path in _files(left):
+        try:
+            shutil.copyfile(begun, partial(staging, path))
+        except OSError as error:
+            # Without room for both, what was copied is gone on with.
+            if not is_full(error):
+                raise
+        begun.unlink()
+    shutil.rmtree(left, ignore_errors=True)
+
+
+def _files(directory: Path) -> Iterator[tuple[Path, str]]:
+    """All files below a directory, each with its path relative to it; none where there is no directory."""
+    for folder, _, names in os.walk(directory):
         for name in names:
-            begun = Path(folder, name)
-            shutil.copyfile(begun, partial(staging, begun.relative_to(left).as_posix()))
-            begun.unlink()
-    shutil.rmtree(left)
+            yield Path(folder, name), Path(folder, name).relative_to(directory).as_posix()
 
 
 def _make(directory: Path) -> Path:

@@ -24,6 +24,7 @@ import json
 import re
 import signal
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -109,7 +110,8 @@ class LocalHub:
     """A Hub that listens on 127.0.0.1 from construction on and answers between `__enter__` and `__exit__`.
 
     `bytes_per_second` throttles the bodies of each response; `token` opens gated and private repositories; `fault` is
-    asked about every response. All three may be changed while the hub runs.
+    asked about every response. All three may be changed while the hub runs. With a `certificate`, a file that holds its
+    key too, it speaks https.
     """
 
     def __init__(
@@ -120,6 +122,7 @@ class LocalHub:
         token: str = "hf_local",  # noqa: S107 - opens nothing but this hub
         bytes_per_second: float | None = None,
         fault: Fault | None = None,
+        certificate: Path | None = None,
     ) -> None:
         self.token = token
         self.bytes_per_second = bytes_per_second
@@ -129,11 +132,17 @@ class LocalHub:
         for name, directory in (repositories or {}).items():
             self.add(name, directory)
         self._server = _Server(("127.0.0.1", port), self)
+        self._scheme = "http"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self._scheme = "https"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="local-hub", daemon=True)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}"
+        return f"{self._scheme}://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -4,7 +4,10 @@ import io
 import json
 import logging
 import os
+import shutil
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import unquote
@@ -14,7 +17,26 @@ from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressRep
 
 from storage_initializer.hub import _bar
 from tests.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import Run, Start, finish, make_model, problems
+from tests.storage_initializer.conftest import ROOT, Run, Start, finish, make_model, problems
+
+WATCHED = """\
+import sys, threading
+from pathlib import Path
+from storage_initializer.__main__ import main
+from tests.storage_initializer.conftest import problems
+volume, seen, looking = Path(sys.argv[-1]), set(), threading.local()
+def look(event, _):
+    if event.startswith(("open", "os.")) and not vars(looking):
+        looking.now = True
+        snapshots = [path for path in volume.glob("*--*/*") if path.name != "refs"]
+        seen.update([str(problems(path)) for path in snapshots] or ["nothing"])
+        del looking.now
+sys.addaudithook(look)
+code = main()
+print(*sorted(seen), sep="\\n")
+sys.exit(code)
+"""
+"""The program, with a reader who looks before every single step on a file or directory, and tells at the end."""
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -39,6 +61,33 @@ def test_publishes_a_snapshot_with_its_record_and_its_ref(run: Run, hub: LocalHu
     assert {"path": "tokenizer.json", "size": 2, "sha256": hub.blobs("demo/arithmetic")["tokenizer.json"].sha256} in (
         record["files"]
     )
+
+
+def test_between_any_two_steps_a_reader_sees_nothing_or_all_of_it(environment: dict[str, str], volume: Path) -> None:
+    command = [sys.executable, "-c", WATCHED, "hf://demo/arithmetic", str(volume)]
+    watched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert watched.returncode == 0, watched.stderr
+    assert watched.stdout.splitlines()[1:] == ["[]", "nothing"]
+
+
+def test_all_of_it_is_on_the_disk_before_anybody_can_see_it(
+    run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = volume / "demo--arithmetic" / hub.commit("demo/arithmetic")
+    synced: dict[int, bool] = {}
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        fsync(descriptor)
+        synced[os.fstat(descriptor).st_ino] = snapshot.exists()
+
+    monkeypatch.setattr("os.fsync", note)
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert {path.name: synced.get(path.stat().st_ino) for path in (snapshot, *snapshot.iterdir())} == dict.fromkeys(
+        [snapshot.name, ".snapshot.json", "README.md", "config.json", "model.safetensors", "tokenizer.json"], False
+    )
+    # The rename, too.
+    assert synced[snapshot.parent.stat().st_ino]
 
 
 def test_leaves_nothing_behind_in_staging_and_among_the_leases(run: Run, volume: Path) -> None:
@@ -257,6 +306,26 @@ def test_goes_through_a_proxy(start: Start, hub: LocalHub, volume: Path) -> None
     assert result.code == 0, result.stderr
     assert all(request.path.startswith("http://hub.invalid/") for request in hub.requests)
     assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
+
+
+def test_trusts_a_private_certificate_that_it_is_told_of(
+    start: Start, model: Path, volume: Path, tmp_path: Path
+) -> None:
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl makes the certificate")
+    key, private, both = tmp_path / "key.pem", tmp_path / "private.pem", tmp_path / "both.pem"
+    words = f"req -x509 -newkey rsa:2048 -nodes -subj /CN=hub -addext subjectAltName=IP:127.0.0.1 -keyout {key}"
+    subprocess.run([openssl, *words.split(), "-out", private], check=True, capture_output=True)
+    both.write_text(key.read_text() + private.read_text())
+    with LocalHub({"demo/arithmetic": model}, certificate=both) as hub:
+        env = {"HF_ENDPOINT": hub.url, "STORAGE_INITIALIZER_ATTEMPTS": "1"}
+        unknown = finish(start("hf://demo/arithmetic", volume, env=env))
+        known = finish(start("hf://demo/arithmetic", volume, env=env | {"SSL_CERT_FILE": str(private)}))
+        assert unknown.code == 1
+        assert "certificate verify failed" in unknown.reason
+        assert known.code == 0, known.stderr
+        assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
 
 
 def test_what_the_library_itself_fetches_is_verified_and_published_without_its_bookkeeping(

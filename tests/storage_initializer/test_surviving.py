@@ -140,6 +140,19 @@ def test_waits_for_a_living_holder_no_longer_than_told(run: Run, hub: LocalHub, 
     assert lease.exists()
 
 
+def test_does_not_wait_for_the_holder_of_another_snapshot(
+    run: Run, hub: LocalHub, volume: Path, tmp_path: Path
+) -> None:
+    lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
+    lease.parent.mkdir(parents=True)
+    lease.write_text(json.dumps({"token": "0" * 16, "name": "other:7"}))
+    newer = hub.add("demo/arithmetic", make_model(tmp_path / "newer", seed=1))
+    result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS": "0"})
+    assert result.code == 0, result.stderr
+    assert problems(volume / "demo--arithmetic" / newer) == []
+    assert lease.exists()
+
+
 def test_takes_over_from_a_dead_holder_at_once_when_its_heartbeat_is_old(run: Run, hub: LocalHub, volume: Path) -> None:
     commit = hub.commit("demo/arithmetic")
     lease = volume / ".locks" / f"demo--arithmetic@{commit}.lease"
@@ -176,6 +189,21 @@ def test_one_that_was_taken_for_dead_cannot_write_into_what_another_publishes(
         hub.fault = write_on
         result = run("hf://demo/arithmetic", volume)
         held_open.write(b"and on")
+    assert result.code == 0, result.stderr
+    assert [r.headers["range"] for r in hub.requests if r.file == "model.safetensors"] == ["bytes=5000-"]
+    assert problems(volume / "demo--arithmetic" / commit) == []
+
+
+def test_killed_while_it_copied_what_was_begun_it_loses_nothing(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    commit = hub.commit("demo/arithmetic")
+    staging = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}"
+    weights = (model / "model.safetensors").read_bytes()
+    for folder, size_bytes in ((".left", 5_000), (".partial", 2_000)):
+        (staging / folder).mkdir(parents=True)
+        (staging / folder / "model.safetensors").write_bytes(weights[:size_bytes])
+    result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
     assert [r.headers["range"] for r in hub.requests if r.file == "model.safetensors"] == ["bytes=5000-"]
     assert problems(volume / "demo--arithmetic" / commit) == []

@@ -61,3 +61,19 @@ def test_a_volume_that_fills_up_ends_in_one_sentence_and_goes_on_when_there_is_r
         assert sum(hub.sent_bytes().values()) < 400_000
     finally:
         subprocess.run(["umount", str(tiny)], check=True)
+
+
+def test_without_room_for_a_copy_of_what_was_begun_it_goes_on_with_less(
+    run: Run, hub: LocalHub, tiny: Path, tmp_path: Path
+) -> None:
+    try:
+        commit = hub.add("demo/large", make_model(tmp_path / "large", shard_bytes=180_000))
+        left = tiny / ".staging" / f"demo--large@{commit}.{'0' * 16}" / ".partial"
+        left.mkdir(parents=True)
+        (left / "model.safetensors").write_bytes((tmp_path / "large" / "model.safetensors").read_bytes()[:150_000])
+        result = run("hf://demo/large", tiny)
+        assert result.code == 0, result.stderr
+        assert problems(tiny / "demo--large" / commit) == []
+        assert 30_000 < hub.sent_bytes()["model.safetensors"] < 180_000
+    finally:
+        subprocess.run(["umount", str(tiny)], check=True)
