@@ -241,6 +241,22 @@ def test_monitoring_brings_monitor_rules_and_a_dashboard(added):
     assert json.loads(dashboard["data"]["kserve-llm.json"])["title"] == "KServe LLM"
 
 
+def test_prometheus_reads_the_predictor_always_and_the_queue_proxy_where_kserve_is_asked_to(added):
+    monitoring = added("monitoring")
+    predictor, queue_proxy = monitoring.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    [port] = [port["containerPort"] for port in monitoring.server["ports"]]
+    assert predictor["portNumber"] == port
+    assert "relabelings" not in predictor
+    assert queue_proxy["port"] == "http-usermetric"
+    [kept] = queue_proxy["relabelings"]
+    annotation = re.sub(r"\W", "_", "serving.kserve.io/enable-prometheus-scraping")
+    assert kept["sourceLabels"] == [f"__meta_kubernetes_pod_annotation_{annotation}"]
+    assert (kept["action"], kept["regex"]) == ("keep", "true")
+    for prefix in ("prometheus.io", "prometheus.kserve.io"):
+        assert monitoring.annotations[f"{prefix}/port"] == str(port)
+        assert monitoring.annotations[f"{prefix}/path"] == predictor["path"]
+
+
 def test_prometheus_reads_the_predictor_and_may_list_pods_and_nothing_else(added):
     prometheus = added("prometheus")
     [config] = [each for each in prometheus.all("ConfigMap") if "prometheus.yml" in each.get("data", {})]

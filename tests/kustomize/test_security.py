@@ -6,6 +6,8 @@ from preflight import references, security
 
 VISIBLE = {"api-keys": {"predictor-api-keys"}}
 """Components after which the predictor sees a Secret."""
+QUEUE_PROXY_PORT = 9091
+"""Where Knative's queue-proxy tells its own metrics; it calls the port http-usermetric."""
 
 
 def test_no_pod_of_any_rendering_is_less_than_restricted(deployment):
@@ -76,8 +78,8 @@ def test_whoever_is_let_in_finds_an_open_port(render, tree):
     prod = render(tree.prod)
     [gateways, prometheus] = prod.find("NetworkPolicy", "predictor")["spec"]["ingress"]
     [port] = [port["containerPort"] for port in prod.server["ports"]]
-    [endpoint] = prod.one("PodMonitor")["spec"]["podMetricsEndpoints"]
+    endpoint, _ = prod.one("PodMonitor")["spec"]["podMetricsEndpoints"]
     assert port in [each["port"] for each in gateways["ports"]]
     assert port == endpoint["portNumber"]
-    assert port in [each["port"] for each in prometheus["ports"]]
+    assert [each["port"] for each in prometheus["ports"]] == [port, QUEUE_PROXY_PORT]
     assert prod.annotations["prometheus.io/port"] == str(port)
