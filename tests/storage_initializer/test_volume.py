@@ -1,4 +1,4 @@
-"""What a volume gets and what it withstands: modes, no room."""
+"""What a volume gets and what it withstands: modes, no room; and that a snapshot comes to it whole."""
 
 import os
 import subprocess
@@ -61,3 +61,21 @@ def test_a_volume_that_fills_up_ends_in_one_sentence_and_goes_on_when_there_is_r
         assert sum(hub.sent_bytes().values()) < 400_000
     finally:
         subprocess.run(["umount", str(tiny)], check=True)
+
+
+def test_a_snapshot_appears_whole_by_one_rename(
+    run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = volume / "demo--arithmetic" / hub.commit("demo/arithmetic")
+    seen: list[tuple[bool, list[str]]] = []
+    rename = Path.rename
+
+    def look(self: Path, target: Path) -> Path:
+        if target == snapshot:
+            seen.append((snapshot.exists(), problems(self)))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", look)
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert seen == [(False, [])]
+    assert problems(snapshot) == []
