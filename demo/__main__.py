@@ -144,7 +144,8 @@ def serve(reference: str | None, root: Path, port: int) -> None:
         step("Ready; try these in another terminal, and end with Ctrl-C")
         show_commands(server)
         sys.stdout.flush()
-        server.process.wait()
+        if exit_code := server.process.wait():
+            raise DemoError(f"The predictor ended with exit code {exit_code}; its log says why.")
 
 
 def _interrupt(*_: object) -> None:

@@ -30,14 +30,17 @@ def ask_server(url: str, model_name: str, questions: list[str]) -> list[str]:
     with httpx.Client(base_url=url, timeout=120) as client:
         for asked in batches(questions):
             messages = [json.dumps([{"role": "user", "content": question}]) for question in asked]
-            response = client.post(
-                f"/v2/models/{model_name}/infer",
-                json={
-                    "inputs": [{"name": "messages", "datatype": "BYTES", "shape": [len(asked)], "data": messages}],
-                    "outputs": [{"name": "text_output"}],
-                    "parameters": {"temperature": 0.0, "max_tokens": MAX_TOKENS},
-                },
-            )
+            try:
+                response = client.post(
+                    f"/v2/models/{model_name}/infer",
+                    json={
+                        "inputs": [{"name": "messages", "datatype": "BYTES", "shape": [len(asked)], "data": messages}],
+                        "outputs": [{"name": "text_output"}],
+                        "parameters": {"temperature": 0.0, "max_tokens": MAX_TOKENS},
+                    },
+                )
+            except httpx.TransportError as error:
+                raise SystemExit(f"{url} does not answer ({error}); is the predictor running there?") from None
             if response.is_error:
                 raise SystemExit(f"{url} answered {response.status_code}: {response.text}")
             answers += response.json()["outputs"][0]["data"]
@@ -86,6 +89,8 @@ def main() -> None:
     questions, results = [question for question, _ in asked], [result for _, result in asked]
     if arguments.target.startswith(("http://", "https://")):
         answers = ask_server(arguments.target, arguments.model_name, questions)
+    elif not (Path(arguments.target) / "config.json").is_file():
+        sys.exit(f"{arguments.target} has no config.json; give a directory of weights, or a server's http:// URL.")
     else:
         answers = ask_directory(Path(arguments.target), questions)
     for question, result, answer in zip(questions, results, answers, strict=True):

@@ -87,8 +87,9 @@ def predictor(
         timeout_seconds: how long to wait for readiness.
 
     Raises:
-        DemoError: it ended, or was not ready in time.
+        DemoError: the port is taken, it ended, or was not ready in time.
     """
+    _check_free(port)
     flags = ["--model_name", model_name, "--http_port", str(port), *arguments]
     process = start(["predictor", *flags], stderr=stderr)
     started = Predictor(process, f"http://127.0.0.1:{port}", model_name)
@@ -130,6 +131,17 @@ def stop(process: "subprocess.Popen[str]") -> int:
         if stream is not None:
             stream.close()
     return process.returncode
+
+
+def _check_free(port: int) -> None:
+    """Before the predictor finds out for itself, whoever has the port would be asked whether it is ready."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("0.0.0.0", port))  # noqa: S104
+        except OSError as error:
+            reason = error.strerror
+            raise DemoError(f"Port {port} cannot be opened ({reason}); choose another: make serve PORT=8081.") from None
 
 
 def _wait_ready(server: Predictor, on_wait: Callable[[str], object] | None, timeout_seconds: float) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor import cgroup, layers, linears, memory, placement, reading, snapshot
@@ -98,24 +98,22 @@ def load(
     try:
         with phase("tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UnsupportedModel(f"The tokenizer in {directory} cannot be loaded: {_first_line(error)}") from error
+    except Exception as error:
+        raise UnsupportedModel(
+            f"The tokenizer in {directory} cannot be loaded ({_first_line(error)}); download the model again."
+        ) from error
     # To the end of packing: what is mapped may be touched there first.
     with reading.ahead(sorted(directory.glob("*.safetensors")), _host_bytes()):
-        try:
-            with phase("weights"):
-                model = transformers.AutoModelForCausalLM.from_pretrained(
-                    directory,
-                    config=config,
-                    dtype=number_format,
-                    device_map=placed.device_map,
-                    max_memory=placed.max_memory,
-                    use_safetensors=True,
-                    quantization_config=fewer_bits,
-                    **common,
-                )
-        except (SafetensorError, OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-            raise UnsupportedModel(f"The weights in {directory} cannot be loaded: {_first_line(error)}") from error
+        with phase("weights"):
+            model = _weights(
+                directory,
+                config=config,
+                dtype=number_format,
+                device_map=placed.device_map,
+                max_memory=placed.max_memory,
+                quantization_config=fewer_bits,
+                **common,
+            )
         text_config = config.get_text_config()
         effective = _effective(model, quantization)
         if target.type == "cpu":
@@ -161,6 +159,28 @@ def choose_dtype(dtype: str, of_checkpoint: torch.dtype | None, device: torch.de
     return chosen
 
 
+def _weights(directory: Path, **options: Any) -> Any:
+    """A model with all its weights from the directory.
+
+    Raises:
+        UnsupportedModel: they cannot be read, are not all there, or find no room.
+    """
+    try:
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            directory, use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **options
+        )
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise UnsupportedModel(
+            f"The weights in {directory} find no room ({_first_line(error)}); give more memory, or use --quantization."
+        ) from error
+    except Exception as error:
+        raise UnsupportedModel(
+            f"The weights in {directory} cannot be loaded ({_first_line(error)}); download the model again."
+        ) from error
+    _check_filled(directory, told)
+    return model
+
+
 def _host_bytes() -> int:
     return memory.available_bytes(torch.device("cpu"))
 
@@ -178,8 +198,12 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
         config = transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # what the fields of a config can raise has no common class
         model_type = _declared(directory).get("model_type")
+        if trust_remote_code or str(model_type) in CONFIG_MAPPING:
+            raise UnsupportedModel(
+                f"{directory / 'config.json'} cannot be used ({_first_line(error)}); download the model again."
+            ) from error
         raise UnsupportedModel(
             f"{directory / 'config.json'} names the model type {model_type!r}, which transformers "
             f"{transformers.__version__} cannot serve without remote code; use a supported model, a newer "
@@ -197,11 +221,11 @@ def _config(directory: Path, trust_remote_code: bool) -> Any:
 def _declared(directory: Path) -> dict[str, Any]:
     try:
         declared = json.loads((directory / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(
-            f"{directory / 'config.json'} is not readable JSON; download the model again."
-        ) from error
-    return declared if isinstance(declared, dict) else {}
+    except (OSError, ValueError):
+        declared = None
+    if not isinstance(declared, dict):
+        raise UnsupportedModel(f"{directory / 'config.json'} is no JSON object; download the model again.")
+    return declared
 
 
 def _check_weights(directory: Path) -> None:
@@ -215,7 +239,19 @@ def _check_weights(directory: Path) -> None:
         raise UnsupportedModel(f"{directory} lacks {', '.join(missing)}, named in {WEIGHTS_INDEX}; download it again.")
     if not any(directory.glob("*.safetensors")):
         raise UnsupportedModel(
-            f"{directory} has no *.safetensors; only that format is loaded, since pickled weights can run code."
+            f"{directory} has no *.safetensors; only that format is loaded, since pickled weights can run code: "
+            "choose a model or revision that has it."
+        )
+
+
+def _check_filled(directory: Path, told: dict[str, Any]) -> None:
+    """Transformers fills what the files lack, or have in another shape, with random numbers, and only logs it."""
+    unlike = sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])})
+    if unlike:
+        more = f" and {len(unlike) - 1} more" if unlike[1:] else ""
+        raise UnsupportedModel(
+            f"The weights in {directory} do not fit its config.json (missing or of another shape: {unlike[0]}{more}); "
+            "download the model again."
         )
 
 
@@ -247,4 +283,6 @@ def _defaults(config: Any) -> SamplingParams:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    # Config classes wrap what a field is refused for.
+    cause = error.__cause__ if isinstance(error.__cause__, ValueError | TypeError) else error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")

@@ -155,32 +155,37 @@ def read(argv: Sequence[str]) -> Settings:
 def _refuse_unknown_variables(variables: Iterable[str]) -> None:
     known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for variable in sorted(variables):
-        if variable.startswith(ENV_PREFIX) and variable not in known and not _SERVICE_LINK.fullmatch(variable):
-            raise InvalidSettings(f"{variable} is not a setting; {_suggestion(variable, known)}.")
+        name = variable.upper()  # pydantic-settings reads lower case as well
+        if name.startswith(ENV_PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name):
+            raise InvalidSettings(f"{variable} is not a setting; {_suggestion(name, ENV_PREFIX, known)}.")
 
 
 def _refuse_flags(message: str) -> NoReturn:
     unknown = re.search(r"unrecognized arguments: (--)?(\S+)", message)
     if unknown and unknown[1]:
-        known = {f"--{name}" for name in Settings.model_fields}
         flag = f"--{unknown[2].partition('=')[0]}"
-        raise InvalidSettings(f"{flag} is not a flag; {_suggestion(flag, known)}.") from None
+        prefix = "--no-" if flag.startswith("--no-") else "--"
+        known = {prefix + name for name in Settings.model_fields}
+        raise InvalidSettings(f"{flag} is not a flag; {_suggestion(flag, prefix, known)}.") from None
     if unknown:
         raise InvalidSettings(f"{unknown[2]!r} stands alone; values follow a flag, as in --model_dir DIR.") from None
     raise InvalidSettings(f"{message.removeprefix('error parsing CLI: ')}; `python -m predictor --help` lists them.")
 
 
-def _suggestion(name: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"did you mean {close[0]}" if close else "`python -m predictor --help` lists them all"
+def _suggestion(name: str, prefix: str, known: set[str]) -> str:
+    """What all names begin with makes none of them alike."""
+    rests = [other.removeprefix(prefix) for other in known]
+    close = difflib.get_close_matches(name.removeprefix(prefix), rests, n=1, cutoff=0.7)
+    return f"did you mean {prefix}{close[0]}" if close else "`python -m predictor --help` lists them all"
 
 
 def _with_underscores(argument: str) -> str:
-    """`--http-port=1` as `--http_port=1`; values stay as they are."""
-    if not argument.startswith("--") or argument.startswith("--no-"):
+    """`--http-port=1` as `--http_port=1`, `--no-enable-grpc` as `--no-enable_grpc`; values stay as they are."""
+    if not argument.startswith("--"):
         return argument
-    flag, equals, value = argument.partition("=")
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
+    prefix = "--no-" if argument.startswith("--no-") else "--"
+    flag, equals, value = argument.removeprefix(prefix).partition("=")
+    return f"{prefix}{flag.replace('-', '_')}{equals}{value}"
 
 
 def _lower_first(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,3 +65,34 @@ def test_says_in_one_sentence_what_failed(tmp_path: Path) -> None:
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith("error: The storage initializer ended with exit code 2")
     assert "Traceback" not in ended.stderr
+
+
+def test_names_a_port_that_another_has(tmp_path: Path) -> None:
+    with socket.socket() as busy:
+        busy.bind(("0.0.0.0", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        ended = subprocess.run(
+            [sys.executable, "-m", "demo", "--serve", "--port", str(port), "--root", str(tmp_path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1] == (
+        f"error: Port {port} cannot be opened (Address already in use); choose another: make serve PORT=8081."
+    )
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "why"), [("/nowhere", "has no config.json; "), ("http://127.0.0.1:9", "does not answer (")]
+)
+def test_the_exam_says_in_one_sentence_what_cannot_be_examined(target: str, why: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "demo.evaluate", target], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith(f"{target} {why}")
+    assert ended.stderr.count("\n") == 1

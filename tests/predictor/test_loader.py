@@ -88,11 +88,41 @@ def test_refuses_a_model_that_does_not_generate_text(weights: Path) -> None:
         load(weights)
 
 
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"hidden_size": "abc"}, r"\(Field 'hidden_size' expected int, got str \(value: 'abc'\)\)"),
+        ({"hidden_size": 129}, r"\(The hidden size \(129\) is not a multiple of the number of attention heads \(4\)\)"),
+        ({"dtype": "float99"}, r"\(.*float99.*\)"),
+    ],
+)
+def test_says_what_in_a_config_cannot_be_used(weights: Path, fields: dict[str, Any], why: str) -> None:
+    rewrite(weights, "config.json", **fields)
+    with pytest.raises(UnsupportedModel, match=rf"config\.json cannot be used {why}; download the model again\.$"):
+        load(weights)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"num_hidden_layers": 5}, r"model\.layers\.4\.\S+ and \d+ more"),
+        ({"vocab_size": 700}, r"model\.embed_tokens\.weight"),
+    ],
+)
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_refuses_weights_that_do_not_fit_the_config(
+    weights: Path, fields: dict[str, Any], named: str, quantization: str
+) -> None:
+    rewrite(weights, "config.json", **fields)
+    with pytest.raises(UnsupportedModel, match=rf"config\.json \(missing or of another shape: {named}\); download"):
+        load(weights, quantization=quantization)
+
+
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_refuses_a_config_that_is_not_json(weights: Path, text: str) -> None:
     (weights / "config.json").unlink()
     (weights / "config.json").write_text(text)
-    with pytest.raises(UnsupportedModel, match=r"config\.json"):
+    with pytest.raises(UnsupportedModel, match=r"config\.json is no JSON object; download the model again"):
         load(weights)
 
 
@@ -114,12 +144,12 @@ def test_names_the_shard_that_is_missing(weights: Path) -> None:
 def test_says_that_the_weights_are_damaged(weights: Path) -> None:
     (weights / "model.safetensors").unlink()
     (weights / "model.safetensors").write_bytes((ROOT / "demo/model/model.safetensors").read_bytes()[:5000])
-    with pytest.raises(UnsupportedModel, match=r"The weights in .* cannot be loaded"):
+    with pytest.raises(UnsupportedModel, match=r"The weights in .* cannot be loaded \(.*\); download the model"):
         load(weights)
 
 
 def test_says_that_the_tokenizer_is_missing(weights: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (weights / name).unlink()
-    with pytest.raises(UnsupportedModel, match=r"The tokenizer in .* cannot be loaded"):
+    with pytest.raises(UnsupportedModel, match=r"The tokenizer in .* cannot be loaded \(.*\); download the model"):
         load(weights)

@@ -27,6 +27,7 @@ def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_takes_dashes_for_underscores() -> None:
     assert settings.read(["--http-port=9003", "--max-running", "4"]).http_port == 9003
+    assert settings.read(["--no-enable-grpc"]).enable_grpc is False
 
 
 def test_reads_what_the_storage_initializer_shares_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,6 +46,7 @@ def test_an_empty_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     ("argv", "expected"),
     [
         (["--modl_dir", "/x"], "--modl_dir is not a flag; did you mean --model_dir."),
+        (["--no-enable-grcp"], "--no-enable_grcp is not a flag; did you mean --no-enable_grpc."),
         (["--frobnicate"], "--frobnicate is not a flag; `python -m predictor --help` lists them all."),
         (["/some/dir"], "'/some/dir' stands alone; values follow a flag, as in --model_dir DIR."),
         (["--http_port", "http"], "--http_port (PREDICTOR_HTTP_PORT) is 'http': input should be a valid integer"),
@@ -66,6 +68,18 @@ def test_refuses_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         InvalidSettings, match=r"^PREDICTOR_HTTPPORT is not a setting; did you mean PREDICTOR_HTTP_PORT"
     ):
+        settings.read([])
+
+
+def test_refuses_an_unknown_variable_in_lower_case_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("predictor_httpport", "8080")
+    with pytest.raises(InvalidSettings, match=r"^predictor_httpport is not a setting; did you mean PREDICTOR_HTTP"):
+        settings.read([])
+
+
+def test_suggests_no_variable_that_has_only_the_prefix_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREDICTOR_FOO", "1")
+    with pytest.raises(InvalidSettings, match=r"^PREDICTOR_FOO is not a setting; `python -m predictor --help`"):
         settings.read([])
 
 
