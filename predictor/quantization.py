@@ -85,7 +85,7 @@ def config(word: str, device: torch.device, dtype: torch.dtype, keep: Sequence[s
     if word == "8bit" and device.type == "cpu":
         return Int8Config(list(keep) or None)
     if device.type == "cpu":
-        logger.warning("4bit weights are smaller than bfloat16 ones on a CPU, but slower; 8bit ones are faster")
+        logger.warning("4bit weights are the smallest on a CPU, and slower than 8bit ones")
         # It says so at every layer of every step, and wants `kernels` on AVX-512: that would fetch code from the Hub.
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Named layers stand in place of bitsandbytes' own exception, the one that makes the logits.
