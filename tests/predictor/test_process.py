@@ -60,7 +60,7 @@ def test_the_port_is_open_while_the_snapshot_is_awaited_and_503_says_so(tmp_path
     )
     try:
         response = None
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while response is None and time.monotonic() < deadline:
             try:
                 response = httpx.get(f"http://127.0.0.1:{port}/v2/models/demo/ready", trust_env=False)
@@ -103,7 +103,7 @@ def test_a_signal_at_any_phase_of_the_start_ends_the_process(phase: str, tmp_pat
         flags = ["--model_name", "demo", "--model_dir", DEMO_MODEL, "--http_port", str(port := processes.free_port())]
         process = processes.start(["predictor", *flags], stderr=log)
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while time.monotonic() < deadline:
                 try:
                     response = httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", trust_env=False)
