@@ -95,7 +95,8 @@ peak = [0]
 threading.Thread(target=watch, daemon=True).start()
 before = anonymous()
 loaded = weights.load(Path(sys.argv[1]), "8bit")
-print(before, anonymous(), peak[0])
+after = anonymous()
+print(before, after, max(after, peak[0]))
 """
 
 
