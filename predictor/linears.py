@@ -30,7 +30,7 @@ _SMALLEST = 1e-30
 _ROUNDED_AT_ONCE = 4096
 """Outputs."""
 _PACKED_AT_ONCE = 16384
-"""Outputs. A vocabulary's width packed in one takes four times as long, since nothing of it stays in a core's cache."""
+"""Outputs. A vocabulary's width in one piece takes four times as long: one thread, and nothing stays in its cache."""
 _ACTIVATION_BITS = 8 if torch.cpu.get_capabilities().get("avx512_vnni") else 7
 """Without that instruction fbgemm adds two products in 16 bits: 8 by 8 bits would be cut off there, 7 by 8 fit."""
 _ACTIVATION_ZERO = 2 ** (_ACTIVATION_BITS - 1)
@@ -94,6 +94,7 @@ def on_all_cores(build: Callable[..., Any], given: Sequence[tuple[Any, ...]]) ->
     """What `build` makes of each: a kernel orders its weights in one thread, without Python's lock.
 
     In threads that end: each that computes has a team of OpenMP's, and where those are more than cores, all are slow.
+    What is alone is built in the thread that asks.
     """
 
     def build_and_trim(arguments: tuple[Any, ...]) -> Any:

@@ -99,9 +99,7 @@ def load(
         with phase("tokenizer"):
             tokenizer = transformers.AutoTokenizer.from_pretrained(directory, **common)
     except Exception as error:
-        raise UnsupportedModel(
-            f"The tokenizer in {directory} cannot be loaded ({_first_line(error)}); download the model again."
-        ) from error
+        raise _not_loaded("tokenizer", directory, error) from error
     # To the end of packing: what is mapped may be touched there first.
     with reading.ahead(sorted(directory.glob("*.safetensors")), _host_bytes()):
         with phase("weights"):
@@ -171,14 +169,20 @@ def _weights(directory: Path, **options: Any) -> Any:
         )
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise UnsupportedModel(
-            f"The weights in {directory} find no room ({_first_line(error)}); give more memory, or use --quantization."
+            f"The weights in {directory} find no room ({_first_line(error)}); give more memory, or fewer bits by "
+            "--quantization."
         ) from error
     except Exception as error:
-        raise UnsupportedModel(
-            f"The weights in {directory} cannot be loaded ({_first_line(error)}); download the model again."
-        ) from error
+        raise _not_loaded("weights", directory, error) from error
     _check_filled(directory, told)
     return model
+
+
+def _not_loaded(what: str, directory: Path, error: Exception) -> UnsupportedModel:
+    """Of whatever transformers raises: it has no class for a file that it cannot use."""
+    lacking = isinstance(error, ImportError)
+    remedy = "add that to the image" if lacking else "download the model again if its files are damaged"
+    return UnsupportedModel(f"The {what} in {directory} cannot be loaded ({_first_line(error)}); {remedy}.")
 
 
 def _host_bytes() -> int:

@@ -1,12 +1,10 @@
-"""Weights come into the page cache in the order in which they lie in their files, before they are asked for.
+"""Weights across a network come into the page cache in the order in which they lie in their files.
 
-They are mapped, and what is mapped is fetched in small pieces, when each is first touched. A disk is told what will be
-read, and goes on by itself. A file system in user space or across a network takes a round trip for each piece: a thread
-reads it from start to end instead, and is soon ahead of who touches.
+They are mapped, and what is mapped is fetched in small pieces, when each is first touched. A disk does that well; a
+file system in user space or across a network takes a round trip for each piece: a thread reads it from start to end.
 """
 
 import logging
-import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,8 +20,8 @@ REMOTE = ("nfs", "fuse", "cifs", "smb", "9p", "virtiofs", "ceph", "lustre", "gpf
 _PIECE_BYTES = 8 << 20
 
 
-def is_remote(path: Path, mounts: Sequence[tuple[str, str]] | None = None) -> bool:
-    """Whether a path lies on such a file system.
+def file_system(path: Path, mounts: Sequence[tuple[str, str]] | None = None) -> str:
+    """The name of the file system that a path lies on; empty where that is not known.
 
     Args:
         path: of something that exists.
@@ -31,25 +29,22 @@ def is_remote(path: Path, mounts: Sequence[tuple[str, str]] | None = None) -> bo
     """
     if mounts is None:
         mounts = [(mount.mountpoint, mount.fstype) for mount in psutil.disk_partitions(all=True)]
-    of_path = [mount for mount in mounts if path.resolve().is_relative_to(mount[0])]
-    return max(of_path, key=lambda mount: len(mount[0]), default=("", ""))[1].startswith(REMOTE)
+    # Of two at one place, the later one is seen.
+    of_path = [mount for mount in reversed(mounts) if path.resolve().is_relative_to(mount[0])]
+    return max(of_path, key=lambda mount: len(mount[0]), default=("", ""))[1]
 
 
 @contextmanager
 def ahead(files: Sequence[Path], free_bytes: int) -> Iterator[None]:
-    """Have files read while the block runs; at its end no longer.
+    """Have files of a remote file system read while the block runs; at its end no longer.
 
     Args:
         files: in the order in which they will be touched.
         free_bytes: what the page cache can take. Files that are larger together are left alone: they would push
             each other out.
     """
-    if not files or sum(file.stat().st_size for file in files) > free_bytes:
-        yield
-        return
-    if not is_remote(files[0]):
-        for file in files:
-            _announce(file)
+    remote = bool(files) and file_system(files[0]).startswith(REMOTE)
+    if not remote or sum(file.stat().st_size for file in files) > free_bytes:
         yield
         return
     left = threading.Event()
@@ -60,12 +55,6 @@ def ahead(files: Sequence[Path], free_bytes: int) -> Iterator[None]:
     finally:
         left.set()
         reader.join()
-
-
-def _announce(file: Path) -> None:
-    if hasattr(os, "posix_fadvise"):  # not on macOS
-        with file.open("rb") as opened:
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
 def _read(files: Sequence[Path], left: threading.Event) -> None:

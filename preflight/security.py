@@ -137,10 +137,10 @@ def _namespace(deployment: Deployment) -> Iterator[Finding]:
 
 def _policies(deployment: Deployment) -> Iterator[Finding]:
     """A default deny leaves the predictor's pod no way out, which is right unless it downloads or tells of requests."""
-    for policy in deployment.all("NetworkPolicy"):
+    policies = deployment.all("NetworkPolicy")
+    for policy in policies:
         if _selects(policy, deployment) and {} in policy["spec"].get("egress", []):
             yield Finding(name_of(policy), "it lets the predictor out to everybody", "name whom it may ask, or nobody")
-    policies = deployment.all("NetworkPolicy")
     downloads = any(pod is deployment.predictor_pod for pod, _ in deployment.downloads)
     traces = deployment.settings.get("PREDICTOR_TRACING", "").lower() in TRUE
     let_out = any(each["spec"].get("egress") and _selects(each, deployment) for each in policies)

@@ -8,26 +8,32 @@ import pytest
 
 from predictor import reading
 
-MOUNTS = [("/", "overlay"), ("/mnt", "ext4"), ("/mnt/models", "nfs4"), ("/mnt/bucket", "fuse.gcsfuse"), ("/a", "9p")]
+MOUNTS = [
+    ("/", "rootfs"),
+    ("/", "overlay"),
+    ("/mnt", "ext4"),
+    ("/mnt/models", "nfs4"),
+    ("/mnt/bucket", "fuse.gcsfuse"),
+    ("/a", "9p"),
+]
 
 
 @pytest.mark.parametrize(
-    ("path", "remote"),
+    ("path", "name"),
     [
-        ("/mnt/models/x", True),
-        ("/mnt/bucket", True),
-        ("/mnt/other/models", False),
-        ("/mnt/models2", False),
-        ("/ab", False),
+        ("/mnt/models/x", "nfs4"),
+        ("/mnt/bucket", "fuse.gcsfuse"),
+        ("/mnt/other/models", "ext4"),
+        ("/mnt/models2", "ext4"),
+        ("/ab", "overlay"),
     ],
 )
-def test_the_innermost_mount_says_what_a_path_lies_on(path: str, remote: bool) -> None:
-    assert reading.is_remote(Path(path), MOUNTS) is remote
+def test_the_innermost_mount_says_what_a_path_lies_on(path: str, name: str) -> None:
+    assert reading.file_system(Path(path), MOUNTS) == name
 
 
-def test_the_mounts_of_this_machine_are_known(tmp_path: Path) -> None:
-    assert reading.is_remote(tmp_path) in (True, False)
-    assert reading.is_remote(Path("/proc")) is False
+def test_the_mounts_of_this_machine_are_known() -> None:
+    assert reading.file_system(Path("/proc/self")) == "proc"
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def read_bytes() -> int:
 
 
 def test_a_remote_file_is_read_to_its_end(weights: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "is_remote", lambda _: True)
+    monkeypatch.setattr(reading, "file_system", lambda _: "nfs4")
     before = read_bytes()
     with reading.ahead(weights[:2], 128 << 20):
         for _ in range(1000):
@@ -59,7 +65,7 @@ def test_a_remote_file_is_read_to_its_end(weights: list[Path], monkeypatch: pyte
 def test_who_has_what_they_need_does_not_wait_for_the_rest(
     weights: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "is_remote", lambda _: True)
+    monkeypatch.setattr(reading, "file_system", lambda _: "nfs4")
     with reading.ahead(weights, 2 << 40):
         pass
     after = read_bytes()
@@ -67,11 +73,11 @@ def test_who_has_what_they_need_does_not_wait_for_the_rest(
     assert read_bytes() - after < 1 << 20
 
 
-@pytest.mark.parametrize(("remote", "free_bytes"), [(True, 100 << 20), (False, 2 << 40)])
-def test_nothing_is_read_that_would_not_stay_or_comes_by_itself(
-    weights: list[Path], monkeypatch: pytest.MonkeyPatch, remote: bool, free_bytes: int
+@pytest.mark.parametrize(("name", "free_bytes"), [("fuse", 100 << 20), ("ext4", 2 << 40)])
+def test_nothing_is_read_that_would_not_stay_or_lies_on_a_disk(
+    weights: list[Path], monkeypatch: pytest.MonkeyPatch, name: str, free_bytes: int
 ) -> None:
-    monkeypatch.setattr(reading, "is_remote", lambda _: remote)
+    monkeypatch.setattr(reading, "file_system", lambda _: name)
     before = read_bytes()
     with reading.ahead(weights[:2], free_bytes):
         time.sleep(0.1)
@@ -81,7 +87,7 @@ def test_nothing_is_read_that_would_not_stay_or_comes_by_itself(
 def test_a_file_that_cannot_be_read_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reading, "is_remote", lambda _: True)
+    monkeypatch.setattr(reading, "file_system", lambda _: "nfs4")
     (tmp_path / "a.safetensors").mkdir()
     with reading.ahead([tmp_path / "a.safetensors"], 1 << 40):
         pass

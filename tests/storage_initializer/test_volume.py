@@ -1,4 +1,4 @@
-"""What a volume gets and what it withstands: modes, no room; and that a snapshot comes to it whole."""
+"""What a volume gets and what it withstands: modes, no room."""
 
 import os
 import subprocess
@@ -77,21 +77,3 @@ def test_without_room_for_a_copy_of_what_was_begun_it_goes_on_with_less(
         assert 30_000 < hub.sent_bytes()["model.safetensors"] < 180_000
     finally:
         subprocess.run(["umount", str(tiny)], check=True)
-
-
-def test_a_snapshot_appears_whole_by_one_rename(
-    run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    snapshot = volume / "demo--arithmetic" / hub.commit("demo/arithmetic")
-    seen: list[tuple[bool, list[str]]] = []
-    rename = Path.rename
-
-    def look(self: Path, target: Path) -> Path:
-        if target == snapshot:
-            seen.append((snapshot.exists(), problems(self)))
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", look)
-    assert run("hf://demo/arithmetic", volume).code == 0
-    assert seen == [(False, [])]
-    assert problems(snapshot) == []
