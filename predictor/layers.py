@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from predictor import linears
+from predictor import kernels, linears
+from predictor.kernels import Kernel, Norm
 
 KINDS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
 """transformers' layers that compute what is computed here."""
@@ -33,7 +34,7 @@ def fuse(model: nn.Module) -> int:
         for name, layer in parent.named_children()
         if type(layer).__name__ in KINDS and type(layer).__module__.startswith("transformers.models.")
     ]
-    fused = linears.on_all_cores(_fuse, known)
+    fused = kernels.on_all_cores(_fuse, known)
     for parent in model.modules():
         for layer, following in pairwise([*parent.children(), None]):
             if isinstance(layer, DecoderLayer) and isinstance(following, DecoderLayer):
@@ -54,19 +55,6 @@ def _fuse(parent: nn.Module, name: str) -> bool:
     return True
 
 
-class _Norm:
-    """A root-mean-square norm in two parts: a weight for each feature, and a gain for each token."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        self.weight = norm.weight.detach().float()
-        self._epsilon = torch.tensor(norm.variance_epsilon)
-
-    def gain(self, rows: torch.Tensor) -> torch.Tensor:
-        """(…, features) to (…, 1)."""
-        length = torch.linalg.vector_norm(rows, 2, -1, keepdim=True)
-        return torch.addcmul(self._epsilon, length, length, value=1 / rows.shape[-1]).rsqrt_()
-
-
 class DecoderLayer(nn.Module):  # type: ignore[misc]
     """Computes what `layer` does.
 
@@ -79,14 +67,14 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
     """
 
     def __init__(
-        self, layer: nn.Module, qkv: linears.Kernel, o: linears.Kernel, gate_up: linears.Kernel, down: linears.Kernel
+        self, layer: nn.Module, qkv: Kernel, o: Kernel, gate_up: Kernel, down: Kernel
     ) -> None:
         super().__init__()
         attention = layer.self_attn
         self.config, self.layer_idx = attention.config, attention.layer_idx
         self.num_key_value_groups, self.is_causal = attention.num_key_value_groups, True
         self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
-        self._before, self._after = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._before, self._after = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self._activation = layer.mlp.act_fn
         self._size = attention.head_dim
         keys = attention.k_proj.out_features // self._size
@@ -111,7 +99,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
     ) -> torch.Tensor:
         """(batch, tokens, features) to the same; arguments as those of transformers' layers."""
         rows = hidden_states.float().flatten(0, 1)
-        heads = self._qkv.rows(rows * self._before.weight, self._before.gain(rows))
+        heads = self._qkv.rows(rows, self._before)
         heads = heads.view(*hidden_states.shape[:2], -1, self._size)
         turned = heads[:, :, : sum(self._heads[:2])]
         if self._norm_of_heads is not None:
@@ -130,17 +118,19 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         return (rows.to(self._format) if self.rounds else rows).view(*hidden_states.shape[:2], -1)
 
     def _feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
-        gate, up = self._gate_up.rows(rows * self._after.weight, self._after.gain(rows)).chunk(2, -1)
+        gate, up = self._gate_up.rows(rows, self._after).chunk(2, -1)
         return self._down.rows(self._activation(gate).mul_(up), onto=rows)
 
 
-def _norm_of_heads(attention: nn.Module, queries: int, keys: int) -> _Norm | None:
+def _norm(norm: nn.Module) -> Norm:
+    return Norm(norm.weight, norm.variance_epsilon)
+
+
+def _norm_of_heads(attention: nn.Module, queries: int, keys: int) -> Norm | None:
     if not hasattr(attention, "q_norm"):
         return None
-    norm = _Norm(attention.q_norm)
-    weights = [norm.weight.expand(queries, -1), attention.k_norm.weight.detach().float().expand(keys, -1)]
-    norm.weight = torch.cat(weights)
-    return norm
+    norms = attention.q_norm.weight.expand(queries, -1), attention.k_norm.weight.expand(keys, -1)
+    return Norm(torch.cat(norms), attention.q_norm.variance_epsilon)
 
 
 _last: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None

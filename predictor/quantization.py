@@ -22,7 +22,8 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from predictor.errors import StartupError
-from predictor.linears import Int8Linear, has_int8, to_int8
+from predictor.kernels import has_int8, to_int8
+from predictor.linears import Int8Linear
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ POLL_SECONDS = 1.0
 PREPARED = "8bit-cpu"
 """What the storage initializer calls linear layers that it has rounded for `linears.Int8Linear`."""
 RECIPE_VERSION = 1
-"""By which it must have rounded them, to be what `linears.to_int8` makes; another one makes other weights."""
+"""By which it must have rounded them, to be what `kernels.to_int8` makes; another one makes other weights."""
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from predictor import layers, linears
+from predictor import kernels, layers, linears
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = torch.randint(0, 500, (2, 300), generator=torch.Generator().manual_seed(1))
@@ -72,7 +72,7 @@ def test_a_token_rounded_to_int8_does_not_know_its_neighbours() -> None:
 
 
 def _rounded(layer: nn.Linear) -> linears.Int8Linear:
-    weight, scale = linears.to_int8(layer.weight)
+    weight, scale = kernels.to_int8(layer.weight)
     bias = {} if layer.bias is None else {"bias": layer.bias}
     rounded = linears.Int8Linear(layer.in_features, layer.out_features, bias["bias"].dtype if bias else None)
     rounded.load_state_dict({"weight": weight, "scale": scale} | bias)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from predictor import linears
+from predictor import kernels, linears
 from predictor.linears import Int8Linear
 
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
         for name, layer in list(self.named_children()):
             bias = None if layer.bias is None else layer.bias.dtype
             int8 = Int8Linear(layer.in_features, layer.out_features, bias)
-            weight, scale = linears.to_int8(layer.weight.detach())
+            weight, scale = kernels.to_int8(layer.weight.detach())
             int8.load_state_dict({"weight": weight, "scale": scale} | ({"bias": layer.bias} if bias else {}))
             self.register_module(name, int8)
         return self
@@ -92,7 +92,7 @@ def test_zeros_stay_zeros() -> None:
 def test_weights_are_rounded_by_less_than_half_a_step() -> None:
     weight = torch.randn(8, 64)
     weight[3] = 0
-    rounded, scale = linears.to_int8(weight)
+    rounded, scale = kernels.to_int8(weight)
     assert ((rounded * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
     assert rounded.abs().amax(dim=1).tolist() == [127, 127, 127, 0, 127, 127, 127, 127]
 
@@ -126,7 +126,7 @@ def test_one_layer_may_be_rounded_too() -> None:
 
 def test_int8_of_a_vocabularys_width_is_close_to_what_it_was() -> None:
     given = inputs(3, torch.float32)
-    wide = nn.Linear(64, 3 * linears._PACKED_AT_ONCE + 5)
+    wide = nn.Linear(64, 3 * kernels._PACKED_AT_ONCE + 5)
     found = linears.join([wide], int8=True)(given)
     assert (found - wide(given)).norm() < 0.02 * wide(given).norm()
 
@@ -134,7 +134,7 @@ def test_int8_of_a_vocabularys_width_is_close_to_what_it_was() -> None:
 _ON_AN_OLDER_CPU = """
 import torch
 from torch import nn
-from predictor import linears
+from predictor import kernels, linears
 
 assert not torch.cpu.get_capabilities()["avx512_vnni"]
 torch.manual_seed(0)

@@ -1,0 +1,215 @@
+/* Products of float32 tokens with int8 weights on an x86 CPU: AMX where it is there, else AVX-512 VNNI.
+ *
+ * A token is rounded to int8 by a scale of its own, and sums of integers are exact: its result is bit by bit the same whoever else
+ * is in the batch, and on either kind of instruction. Both read the same order of weights:
+ *
+ *     a panel      PANEL outputs, one after the other through memory
+ *     in a panel   for each 4 inputs, of each output those 4 weights: [inputs / 4][PANEL][4]
+ *     a weight     + 128, since the instructions multiply signed by unsigned; 128 times the sum of the token is taken off again
+ *
+ * Inputs are filled up to a multiple of BLOCK, outputs to one of PANEL. Threads are OpenMP's, by the runtime that torch has loaded:
+ * its team is the one that computes everything else. Knows nothing of models; `int8.py` says what the functions want.
+ */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+enum {
+    LANES = 16,  /* 32-bit numbers in a register, and rows of a tile */
+    PANEL = 32,  /* outputs: two registers, or two tiles */
+    BLOCK = 64,  /* inputs: a tile's width */
+    ROWS = 12,   /* tokens at once without AMX: two sums of each fit into the registers */
+    TILED = 32,  /* tokens at once with AMX: two tiles */
+    AHEAD = 2048 /* bytes: so far ahead weights are asked for. At 1 token nothing else hides the memory's latency. */
+};
+
+enum { NONE, VNNI, AMX };
+
+typedef struct {
+    const float *gains;   /* (tokens) */
+    const int32_t *sums;  /* (tokens), of the rounded inputs */
+    const float *scales;  /* (outputs) */
+    const float *bias;    /* (outputs), or NULL */
+    const float *onto;    /* (tokens, outputs), or NULL */
+    float *outputs;       /* (tokens, outputs) */
+    size_t width;         /* outputs */
+} Ends;
+
+static size_t up(size_t number, size_t of) { return (number + of - 1) / of * of; }
+
+static __mmask16 first(size_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
+
+int int8_level(void) {
+    const int xcomp_perm = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM: Linux keeps tiles from who did not ask */
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vnni")) return NONE;
+    return __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, xcomp_perm, tile_data) ? AMX : VNNI;
+}
+
+size_t int8_packed_bytes(size_t outputs, size_t inputs) { return up(outputs, PANEL) * up(inputs, BLOCK); }
+
+size_t int8_room_bytes(size_t tokens, size_t inputs) {
+    return up(tokens, TILED) * (up(inputs, BLOCK) + BLOCK) + tokens * (sizeof(float) + sizeof(int32_t));
+}
+
+void int8_pack(const int8_t *weights, uint8_t *packed, size_t outputs, size_t inputs, int threads) {
+    const size_t fours = up(inputs, BLOCK) / 4, whole = inputs / 4;
+#pragma omp parallel for num_threads(threads)
+    for (size_t panel = 0; panel < up(outputs, PANEL) / PANEL; panel++) {
+        uint8_t *to = packed + panel * fours * 4 * PANEL;
+        for (size_t four = 0; four < fours; four++)
+            for (size_t column = 0; column < PANEL; column++, to += 4) {
+                const size_t output = panel * PANEL + column;
+                uint32_t taken = 0;
+                if (output < outputs && four < whole)
+                    memcpy(&taken, weights + output * inputs + four * 4, 4);
+                else if (output < outputs && four * 4 < inputs)
+                    memcpy(&taken, weights + output * inputs + four * 4, inputs % 4);
+                taken ^= 0x80808080;
+                memcpy(to, &taken, 4);
+            }
+    }
+}
+
+/* One token to int8: over its largest number, times 127. What a norm multiplies all of it with joins the gain. */
+static void round_token(const float *token, const float *norm, float epsilon, size_t inputs, int8_t *rounded, float *gain, int32_t *sum) {
+    __m512 largest = _mm512_set1_ps(1e-30f), squares = _mm512_setzero_ps(); /* no scale is zero, not even of zeros */
+    __mmask16 nan = 0;
+    for (size_t k = 0; k < inputs; k += LANES) {
+        const __mmask16 in = first(inputs - k);
+        __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
+        nan |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
+        if (norm) {
+            squares = _mm512_fmadd_ps(numbers, numbers, squares);
+            numbers = _mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(in, norm + k));
+        }
+        largest = _mm512_max_ps(largest, _mm512_abs_ps(numbers));
+    }
+    const float most = nan ? NAN : _mm512_reduce_max_ps(largest);
+    const __m512 by = _mm512_set1_ps(127 / most);
+    __m512i total = _mm512_setzero_si512();
+    for (size_t k = 0; k < inputs; k += LANES) {
+        const __mmask16 in = first(inputs - k);
+        __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
+        if (norm) numbers = _mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(in, norm + k));
+        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, by));
+        total = _mm512_add_epi32(total, integers);
+        _mm_storeu_si128((__m128i *)(rounded + k), _mm512_cvtepi32_epi8(integers));
+    }
+    memset(rounded + up(inputs, LANES), 0, up(inputs, BLOCK) - up(inputs, LANES));
+    *gain = most / 127 * (norm ? 1 / sqrtf(_mm512_reduce_add_ps(squares) / (float)inputs + epsilon) : 1);
+    *sum = _mm512_reduce_add_epi32(total);
+}
+
+/* LANES sums of a token, from `output` on, become outputs. */
+static void put(__m512i products, const Ends *ends, size_t token, size_t output) {
+    if (output >= ends->width) return;
+    const __mmask16 in = first(ends->width - output);
+    const size_t place = token * ends->width + output;
+    const __m512i exact = _mm512_sub_epi32(products, _mm512_set1_epi32(128 * ends->sums[token]));
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_maskz_loadu_ps(in, ends->scales + output));
+    __m512 base = _mm512_setzero_ps();
+    if (ends->bias) base = _mm512_maskz_loadu_ps(in, ends->bias + output);
+    if (ends->onto) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(in, ends->onto + place));
+    _mm512_mask_storeu_ps(ends->outputs + place, in, _mm512_fmadd_ps(scaled, _mm512_set1_ps(ends->gains[token]), base));
+}
+
+/* `rows` tokens from `token` on by a panel. The number is a constant wherever this is inlined, so that sums stay in registers. */
+static inline __attribute__((always_inline)) void by_vnni(
+    const size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs, const Ends *ends, size_t token, size_t output
+) {
+    __m512i left[ROWS], right[ROWS];
+    for (size_t row = 0; row < rows; row++) left[row] = right[row] = _mm512_setzero_si512();
+    for (size_t k = 0; k < inputs; k += 4, weights += 4 * PANEL) {
+        _mm_prefetch(weights + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(weights + AHEAD + 64, _MM_HINT_T0);
+        const __m512i some = _mm512_loadu_si512(weights), others = _mm512_loadu_si512(weights + 64);
+#pragma GCC unroll 12
+        for (size_t row = 0; row < rows; row++) {
+            int32_t four;
+            memcpy(&four, rounded + row * stride + k, 4);
+            left[row] = _mm512_dpbusd_epi32(left[row], some, _mm512_set1_epi32(four));
+            right[row] = _mm512_dpbusd_epi32(right[row], others, _mm512_set1_epi32(four));
+        }
+    }
+#pragma GCC unroll 12
+    for (size_t row = 0; row < rows; row++) {
+        put(left[row], ends, token + row, output);
+        put(right[row], ends, token + row, output + LANES);
+    }
+}
+
+static void rows_by_vnni(
+    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs, const Ends *ends, size_t token, size_t output
+) {
+#define OF(number) case number: by_vnni(number, rounded, stride, weights, inputs, ends, token, output); break;
+    switch (rows) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12) }
+#undef OF
+}
+
+/* Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights. */
+static void rows_by_amx(
+    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs, const Ends *ends, size_t token, size_t output
+) {
+    int32_t sums[2][2][LANES][LANES] __attribute__((aligned(64)));
+    const int two = rows > LANES;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (size_t k = 0; k < inputs; k += BLOCK, weights += BLOCK * PANEL) {
+        if (!token)
+            for (size_t line = 0; line < BLOCK * PANEL; line += 64) _mm_prefetch(weights + AHEAD + line, _MM_HINT_T0);
+        _tile_loadd(6, weights, 4 * PANEL);
+        _tile_loadd(7, weights + 64, 4 * PANEL);
+        _tile_loadd(4, rounded + k, stride);
+        _tile_dpbsud(0, 4, 6);
+        _tile_dpbsud(1, 4, 7);
+        if (two) {
+            _tile_loadd(5, rounded + LANES * stride + k, stride);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+    }
+    _tile_stored(0, sums[0][0], sizeof sums[0][0][0]);
+    _tile_stored(1, sums[0][1], sizeof sums[0][0][0]);
+    _tile_stored(2, sums[1][0], sizeof sums[0][0][0]);
+    _tile_stored(3, sums[1][1], sizeof sums[0][0][0]);
+    for (size_t row = 0; row < rows; row++)
+        for (size_t half = 0; half < 2; half++)
+            put(_mm512_load_si512(sums[row / LANES][half][row % LANES]), ends, token + row, output + half * LANES);
+}
+
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_in_row[16];
+    uint8_t rows[16];
+} TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+void int8_product(
+    const float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon, const float *onto,
+    float *outputs, int8_t *room, size_t number, size_t inputs, size_t width, int level, int threads
+) {
+    const size_t padded = up(inputs, BLOCK), stride = padded + BLOCK; /* a power of two would have all rows share few lines of a cache */
+    const size_t at_once = level == AMX ? TILED : ROWS;
+    float *gains = (float *)(room + up(number, TILED) * stride);
+    int32_t *sums = (int32_t *)(gains + number);
+    const Ends ends = {gains, sums, scales, bias, onto, outputs, width};
+#pragma omp parallel num_threads(threads)
+    {
+        /* Not by the intrinsic, of whose argument gcc 12 keeps the first 8 bytes. */
+        if (level == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILES));
+#pragma omp for
+        for (size_t token = 0; token < number; token++)
+            round_token(tokens + token * inputs, norm, epsilon, inputs, room + token * stride, gains + token, sums + token);
+#pragma omp for schedule(dynamic)
+        for (size_t output = 0; output < width; output += PANEL)
+            for (size_t token = 0; token < number; token += at_once) {
+                const size_t rows = number - token < at_once ? number - token : at_once;
+                (level == AMX ? rows_by_amx : rows_by_vnni)(
+                    rows, room + token * stride, stride, packed + output * padded, padded, &ends, token, output
+                );
+            }
+        if (level == AMX) _tile_release();
+    }
+}
