@@ -74,13 +74,30 @@ void int8_pack(const int8_t *weights, uint8_t *packed, size_t outputs, size_t in
     }
 }
 
-/* One token to int8: over its largest number, times 127. What a norm multiplies all of it with joins the gain. */
-static void round_token(const float *token, const float *norm, float epsilon, size_t inputs, int8_t *rounded, float *gain, int32_t *sum) {
+/* x / (1 + exp(-x)). exp(-x) is 2^whole * exp(rest) with |rest| <= ln(2) / 2, and that is Taylor's polynomial: within 2e-7. */
+static __m512 silu(__m512 x) {
+    const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(power, whole), _mm512_set1_ps(0.69314718f));
+    __m512 sum = _mm512_set1_ps(1.f / 720);
+    for (int n = 5, of = 720; n >= 0; n--) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.f / (of /= n + 1)));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(sum, whole)));
+}
+
+/* One token to int8: over its largest number, times 127. What a norm multiplies all of it with joins the gain.
+ * Where it is gated, as many numbers follow, and it becomes silu(it) * those first, in place. */
+static void round_token(
+    float *token, int gated, const float *norm, float epsilon, size_t inputs, int8_t *rounded, float *gain, int32_t *sum
+) {
     __m512 largest = _mm512_set1_ps(1e-30f), squares = _mm512_setzero_ps(); /* no scale is zero, not even of zeros */
     __mmask16 nan = 0;
     for (size_t k = 0; k < inputs; k += LANES) {
         const __mmask16 in = first(inputs - k);
         __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
+        if (gated) {
+            numbers = _mm512_mul_ps(silu(numbers), _mm512_maskz_loadu_ps(in, token + inputs + k));
+            _mm512_mask_storeu_ps(token + k, in, numbers);
+        }
         nan |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
         if (norm) {
             squares = _mm512_fmadd_ps(numbers, numbers, squares);
@@ -187,8 +204,8 @@ static const struct {
 } TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 void int8_product(
-    const float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon, const float *onto,
-    float *outputs, int8_t *room, size_t number, size_t inputs, size_t width, int level, int threads
+    float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon, int gated,
+    const float *onto, float *outputs, int8_t *room, size_t number, size_t inputs, size_t width, int level, int threads
 ) {
     const size_t padded = up(inputs, BLOCK), stride = padded + BLOCK; /* a power of two would have all rows share few lines of a cache */
     const size_t at_once = level == AMX ? TILED : ROWS;
@@ -201,7 +218,9 @@ void int8_product(
         if (level == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILES));
 #pragma omp for
         for (size_t token = 0; token < number; token++)
-            round_token(tokens + token * inputs, norm, epsilon, inputs, room + token * stride, gains + token, sums + token);
+            round_token(
+                tokens + token * inputs * (gated ? 2 : 1), gated, norm, epsilon, inputs, room + token * stride, gains + token, sums + token
+            );
 #pragma omp for schedule(dynamic)
         for (size_t output = 0; output < width; output += PANEL)
             for (size_t token = 0; token < number; token += at_once) {

@@ -19,7 +19,7 @@ _FUNCTIONS = {
     "int8_packed_bytes": (_SIZE, [_SIZE] * 2),
     "int8_room_bytes": (_SIZE, [_SIZE] * 2),
     "int8_pack": (None, [_POINTER] * 2 + [_SIZE] * 2 + [_INT]),
-    "int8_product": (None, [_POINTER] * 5 + [_FLOAT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
+    "int8_product": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
 }
 _LEVELS = (None, "avx512_vnni", "amx")
 
@@ -61,6 +61,7 @@ def product(
     *,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
+    gated: bool = False,
     onto: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """(tokens, inputs) to (tokens, outputs), both float32, with the inputs rounded to int8 by a scale for each token.
@@ -71,12 +72,13 @@ def product(
         scales: of the weights, (outputs,), float32.
         bias: (outputs,), float32.
         norm: weight (inputs,), float32, and epsilon of a root-mean-square norm of each token, to be computed first.
+        gated: rows are (tokens, 2 x inputs): silu of the first half times the second is computed first, in their place.
         onto: what the product is added to, (tokens, outputs), float32.
     """
     assert _library is not None
     rows = rows.contiguous()
     onto = None if onto is None else onto.contiguous()
-    tokens, inputs = rows.shape
+    tokens, inputs = len(rows), rows.shape[1] // (2 if gated else 1)
     outputs = rows.new_empty(tokens, len(scales))
     room = torch.empty(_library.int8_room_bytes(tokens, inputs), dtype=torch.int8)
     _library.int8_product(
@@ -86,6 +88,7 @@ def product(
         None if bias is None else bias.data_ptr(),
         None if norm is None else norm[0].data_ptr(),
         0.0 if norm is None else norm[1],
+        gated,
         None if onto is None else onto.data_ptr(),
         outputs.data_ptr(),
         room.data_ptr(),

@@ -125,6 +125,11 @@ class Kernel(ABC):
             onto: what the product is added to, (tokens, outputs).
         """
 
+    def gated(self, rows: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        """The same of silu(gate) * up, where rows (tokens, 2 x inputs) have gate and up side by side; may overwrite them."""
+        gate, up = rows.chunk(2, -1)
+        return self.rows(nn.functional.silu(gate).mul_(up), onto=onto)
+
 
 class _Bfloat16(Kernel):
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -158,6 +163,9 @@ class _Int8(_OnFloat32):
     def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
         first = None if norm is None else (norm.weight, norm.epsilon)
         return int8.product(rows, self._weight, self._scale, bias=self._bias, norm=first, onto=onto)
+
+    def gated(self, rows: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
+        return int8.product(rows, self._weight, self._scale, bias=self._bias, gated=True, onto=onto)
 
 
 class _Fbgemm(_OnFloat32):

@@ -76,6 +76,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self._qkv, self._o, self._gate_up, self._down = qkv, o, gate_up, down
         self._before, self._after = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
         self._activation = layer.mlp.act_fn
+        self._gated = self.config.hidden_act in ("silu", "swish")
         self._size = attention.head_dim
         keys = attention.k_proj.out_features // self._size
         self._heads = [attention.q_proj.out_features // self._size, keys, keys]
@@ -118,7 +119,10 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         return (rows.to(self._format) if self.rounds else rows).view(*hidden_states.shape[:2], -1)
 
     def _feed_forward(self, rows: torch.Tensor) -> torch.Tensor:
-        gate, up = self._gate_up.rows(rows, self._after).chunk(2, -1)
+        both = self._gate_up.rows(rows, self._after)
+        if self._gated:
+            return self._down.gated(both, onto=rows)
+        gate, up = both.chunk(2, -1)
         return self._down.rows(self._activation(gate).mul_(up), onto=rows)
 
 

@@ -39,16 +39,18 @@ def pack(model: nn.Module, round_too: nn.Module | None = None) -> None:
 
     Args:
         model: on a CPU, with `nn.Linear` in bfloat16 or `Int8Linear`; other layers are left as they are.
-        round_too: an `nn.Linear` of it to round to int8: the one that makes the logits, say.
+        round_too: the `nn.Linear` of it that makes the logits, to round it to int8, too.
     """
 
     def put(parent: nn.Module, names: tuple[str, ...]) -> None:
         layers = [parent.get_submodule(name) for name in names]
-        kernel = join(layers, int8=layers == [round_too])
+        is_last = layers == [round_too]
+        kernel = join(layers, int8=is_last)
         if kernel is not None:
             sizes = [layer.out_features for layer in layers]
             for place, name in enumerate(names):
-                parent.register_module(name, _Packed(kernel, sizes, place))
+                packed: nn.Module = _Last(kernel) if is_last else _Packed(kernel, sizes, place)
+                parent.register_module(name, packed)
 
     kernels.on_all_cores(put, [(parent, names) for parent in list(model.modules()) for names in _groups(parent)])
 
@@ -92,7 +94,7 @@ def join(layers: Sequence[nn.Module], *, int8: bool = False) -> Kernel | None:
 class _Packed(nn.Module):  # type: ignore[misc]
     """One of the layers that a kernel computes at once."""
 
-    def __init__(self, kernel: Any, sizes: Sequence[int], place: int) -> None:
+    def __init__(self, kernel: Kernel, sizes: Sequence[int], place: int) -> None:
         super().__init__()
         self.out_features = sizes[place]
         self._kernel = kernel
@@ -104,3 +106,15 @@ class _Packed(nn.Module):  # type: ignore[misc]
         if self._alone:
             return self._kernel(inputs)
         return self._kernel.shared(inputs).narrow(-1, self._from, self.out_features)
+
+
+class _Last(nn.Module):  # type: ignore[misc]
+    """The layer that makes the logits. Its kernel makes float32, and that is what chooses tokens wants."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self._kernel = kernel
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(…, inputs) to (…, outputs) in float32."""
+        return self._kernel(inputs.float())
