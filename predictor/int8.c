@@ -221,7 +221,7 @@ void int8_product(
             round_token(
                 tokens + token * inputs * (gated ? 2 : 1), gated, norm, epsilon, inputs, room + token * stride, gains + token, sums + token
             );
-#pragma omp for schedule(dynamic)
+#pragma omp for
         for (size_t output = 0; output < width; output += PANEL)
             for (size_t token = 0; token < number; token += at_once) {
                 const size_t rows = number - token < at_once ? number - token : at_once;
