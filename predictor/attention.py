@@ -1,8 +1,8 @@
 """Attention over the paged cache on a CPU: each sequence sees its own keys, and no mask over all of them is built.
 
 transformers' batching manager computes one dense attention for a whole batch, all queries by all keys, whose cost grows
-with the square of the batch. Here sequences that decode, one query each, are padded to one length and computed at once;
-a prompt, or a chunk of one, is computed by itself.
+with the square of the batch. Here sequences that decode, one query each, are computed where their keys lie, in C; where
+that cannot be, they are padded to one length and computed at once. A prompt, or a chunk of one, is computed by itself.
 
 A function for transformers' `AttentionInterface`. Its name has `flash` in it: the manager builds no mask for those.
 """
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from predictor import native
 
 NAME = "cpu_flash_paged"
 
@@ -45,6 +47,14 @@ def use(model: Any) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class _InPlace:
+    """Sequences with one query each, as `native.attention` takes them."""
+
+    tokens: torch.Tensor
+    spans: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class _Decodes:
     """Sequences with one query each, and keys padded to one length."""
 
@@ -73,7 +83,10 @@ class _Plan:
 
     of: torch.Tensor
     """The step's `cu_seq_lens_q`, by which it is known again."""
+    native: bool
+    """Whether sequences that decode are computed in C."""
     read_index: torch.Tensor
+    in_place: _InPlace | None
     decodes: list[_Decodes]
     prompts: list[_Prompt]
 
@@ -121,10 +134,12 @@ def attend(
     del attention_mask
     if other.get("softcap") is not None or other.get("s_aux") is not None:
         raise NotImplementedError("Soft-capped scores and attention sinks are not computed here.")
-    plan = _last
-    if plan is None or plan.of is not cu_seq_lens_q:
+    _, heads, tokens, size = query.shape
+    shared = key.shape[1]
+    plan, in_c = _last, native.attends(query.dtype, heads, shared, size)
+    if plan is None or plan.of is not cu_seq_lens_q or plan.native is not in_c:
         [starts_k] = cu_seq_lens_k.values()
-        plan = _last = _plan(cu_seq_lens_q, starts_k, read_index[0], query.dtype)
+        plan = _last = _plan(cu_seq_lens_q, starts_k, read_index[0], query.dtype, in_c)
     moved = {
         "cu_seq_lens_k": cu_seq_lens_k,
         "max_length_k": max_length_k,
@@ -133,9 +148,24 @@ def attend(
     }
     key, value = cache.update(key, value, module.layer_idx, moved)
     query, key, value = query[0], key[0], value[0]
-    heads, tokens, size = query.shape
-    shared = key.shape[0]
     output = query.new_empty(tokens, heads, size)
+    if plan.in_place is not None:
+        keys, values = (
+            them.flatten(0, 1)
+            for them in cache.layer_to_allocator[module.layer_idx].get_cache_for_block_table(module.layer_idx)
+        )
+        found = native.attention(
+            query.transpose(0, 1),
+            keys,
+            values,
+            tokens=plan.in_place.tokens,
+            places=read_index[0],
+            spans=plan.in_place.spans,
+            scaling=scaling,
+        )
+        if len(found) == tokens:
+            return found.to(query.dtype)[None], None
+        output[plan.in_place.tokens] = found.to(query.dtype)
     for group in plan.decodes:
         # Query heads that share a key head become its queries: nothing has to be repeated.
         asked = query if group.queries is None else query[:, group.queries]
@@ -161,7 +191,9 @@ def attend(
     return output[None], None
 
 
-def _plan(starts_q: torch.Tensor, starts_k: torch.Tensor, read_index: torch.Tensor, dtype: torch.dtype) -> _Plan:
+def _plan(
+    starts_q: torch.Tensor, starts_k: torch.Tensor, read_index: torch.Tensor, dtype: torch.dtype, in_c: bool
+) -> _Plan:
     """What a step reads, in the order in which it is computed: first the sequences that decode, then prompts."""
     q, k = starts_q.tolist(), starts_k.tolist()
     queries = [slice(start, end) for start, end in pairwise(q)]
@@ -169,6 +201,10 @@ def _plan(starts_q: torch.Tensor, starts_k: torch.Tensor, read_index: torch.Tens
     reads = read_index.numel() > 0
     # Without anything to read, keys and values are those of the prompts, as they come.
     decoding = [row for row, one in enumerate(queries) if reads and one.stop - one.start == 1]
+    in_place = None
+    if decoding and in_c:
+        spans = torch.tensor([[keys[row].start, keys[row].stop] for row in decoding])
+        in_place, decoding = _InPlace(torch.tensor([queries[row].start for row in decoding]), spans), []
     decoding.sort(key=lambda row: keys[row].stop - keys[row].start)
     places: list[torch.Tensor] = []
     read = 0
@@ -199,7 +235,7 @@ def _plan(starts_q: torch.Tensor, starts_k: torch.Tensor, read_index: torch.Tens
             seen = slice(read, read + all_keys)
             read += all_keys
         prompts.append(_Prompt(asked_for, seen, mask))
-    return _Plan(starts_q, torch.cat(places) if places else read_index, decodes, prompts)
+    return _Plan(starts_q, in_c, torch.cat(places) if places else read_index[:0], in_place, decodes, prompts)
 
 
 AttentionInterface.register(NAME, attend)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from predictor import int8
+from predictor import native
 
 _ENGINE = "fbgemm"
 _SMALLEST = 1e-30
@@ -37,12 +37,12 @@ _ACTIVATION_STEP = 1 / (_ACTIVATION_ZERO - 1)
 
 def has_int8() -> bool:
     """Whether this CPU has kernels for int8: x86 with AVX2, as torch is built."""
-    return int8.level is not None or _ENGINE in torch.backends.quantized.supported_engines
+    return native.level is not None or _ENGINE in torch.backends.quantized.supported_engines
 
 
 def int8_by() -> str:
     """What computes int8 here."""
-    return int8.level or _ENGINE
+    return native.level or _ENGINE
 
 
 def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,15 +157,15 @@ class _OnFloat32(Kernel):
 class _Int8(_OnFloat32):
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._weight, self._scale = int8.pack(weight), scale.contiguous()
+        self._weight, self._scale = native.pack(weight), scale.contiguous()
         self._bias = None if bias is None else bias.float()
 
     def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
         first = None if norm is None else (norm.weight, norm.epsilon)
-        return int8.product(rows, self._weight, self._scale, bias=self._bias, norm=first, onto=onto)
+        return native.product(rows, self._weight, self._scale, bias=self._bias, norm=first, onto=onto)
 
     def gated(self, rows: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        return int8.product(rows, self._weight, self._scale, bias=self._bias, gated=True, onto=onto)
+        return native.product(rows, self._weight, self._scale, bias=self._bias, gated=True, onto=onto)
 
 
 class _Fbgemm(_OnFloat32):
@@ -209,4 +209,4 @@ def of_bfloat16(weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel | Non
 
 def of_int8(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
     """For int8 weights (outputs, inputs) with a scale (outputs,) for each output, as `to_int8` made them."""
-    return (_Fbgemm if int8.level is None else _Int8)(weight, scale, bias)
+    return (_Fbgemm if native.level is None else _Int8)(weight, scale, bias)

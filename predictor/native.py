@@ -1,17 +1,18 @@
-"""Products with int8 weights, computed by `int8.c`, which is compiled where the package is built: see `hatch_build.py`.
+"""What is computed in C, for torch's tensors: `int8.c` and `paged.c`, compiled where the package is built (`hatch_build.py`).
 
-Hands torch's tensors over; knows nothing of layers.
+Hands tensors over; knows nothing of layers or sequences. Nothing here may be called where `level` is None.
 """
 
 import ctypes
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-LIBRARY = Path(__file__).with_name("libint8.so")
+LIBRARY = Path(__file__).with_name("libnative.so")
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
 _FUNCTIONS = {
@@ -20,6 +21,10 @@ _FUNCTIONS = {
     "int8_room_bytes": (_SIZE, [_SIZE] * 2),
     "int8_pack": (None, [_POINTER] * 2 + [_SIZE] * 2 + [_INT]),
     "int8_product": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
+    "paged_attention": (
+        None,
+        [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE] + [_POINTER] * 3 + [_SIZE] * 4 + [_FLOAT, _POINTER, _INT],
+    ),
 }
 _LEVELS = (None, "avx512_vnni", "amx")
 
@@ -39,7 +44,7 @@ def _load() -> ctypes.CDLL | None:
     return library
 
 
-_library = _load()
+_library: Any = _load()
 level: str | None = _LEVELS[_library.int8_level()] if _library else None
 """What computes here: "amx", "avx512_vnni", or None if this CPU has neither or nothing was compiled for it."""
 
@@ -47,7 +52,6 @@ level: str | None = _LEVELS[_library.int8_level()] if _library else None
 def pack(weight: torch.Tensor) -> torch.Tensor:
     """int8 weights (outputs, inputs) in the order in which `product` reads them: bytes, about as many."""
     outputs, inputs = weight.shape
-    assert _library is not None
     packed = torch.empty(_library.int8_packed_bytes(outputs, inputs), dtype=torch.uint8)
     weight = weight.contiguous()
     _library.int8_pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs, torch.get_num_threads())
@@ -75,7 +79,6 @@ def product(
         gated: rows are (tokens, 2 x inputs): silu of the first half times the second is computed first, in their place.
         onto: what the product is added to, (tokens, outputs), float32.
     """
-    assert _library is not None
     rows = rows.contiguous()
     onto = None if onto is None else onto.contiguous()
     tokens, inputs = len(rows), rows.shape[1] // (2 if gated else 1)
@@ -96,6 +99,59 @@ def product(
         inputs,
         len(scales),
         _LEVELS.index(level),
+        torch.get_num_threads(),
+    )
+    return outputs
+
+
+def attends(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
+    """Whether `attention` computes heads of this kind."""
+    return level is not None and dtype == torch.bfloat16 and heads <= 16 * key_heads and size in (32, 64, 96, 128)
+
+
+def attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    tokens: torch.Tensor,
+    places: torch.Tensor,
+    spans: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of sequences with one query each, over keys and values where they lie in a cache.
+
+    Args:
+        queries: (tokens, heads, size), bfloat16; those of other sequences may be among them.
+        keys: the cache, (places, key heads, size), bfloat16.
+        values: as `keys`.
+        tokens: the place of each sequence's query, (sequences,), int64.
+        places: in the cache, of the keys of all sequences, int64.
+        spans: from where to where among those a sequence's own are, (sequences, 2), int64.
+        scaling: of the scores.
+
+    Returns:
+        (sequences, heads, size), float32.
+    """
+    _, heads, size = queries.shape
+    if queries.stride()[1:] != (size, 1):
+        queries = queries.contiguous()
+    outputs = torch.empty(len(tokens), heads, size)
+    _library.paged_attention(
+        queries.data_ptr(),
+        queries.stride(0),
+        keys.data_ptr(),
+        values.data_ptr(),
+        keys.stride(0),
+        places.data_ptr(),
+        spans.data_ptr(),
+        tokens.data_ptr(),
+        len(tokens),
+        heads,
+        keys.shape[1],
+        size,
+        scaling,
+        outputs.data_ptr(),
         torch.get_num_threads(),
     )
     return outputs
