@@ -1,4 +1,4 @@
-"""Compiles `predictor/int8.c` when the package is built, on the platform that it is for, if there is a C compiler.
+"""Compiles `predictor/int8.c` when the wheel is built, on the platform that it is for, if there is a C compiler.
 
 Without, nothing is missing but speed: the predictor says which kernels it uses.
 """
@@ -14,8 +14,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
 SOURCE, LIBRARY = "predictor/int8.c", "predictor/libint8.so"
-# The instructions are asked for where they are used, once the CPU has been asked. OpenMP's runtime is not linked: torch brings one.
-FLAGS = "-O3 -std=gnu11 -fno-math-errno -fPIC -fopenmp -mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mamx-tile -mamx-int8"
+# Every CPU gets the same code, which asks it first. OpenMP's runtime is not linked: torch brings one.
+FLAGS = "-O3 -std=gnu11 -fno-math-errno -fPIC -fopenmp"
+INSTRUCTIONS = "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mamx-tile -mamx-int8"
 
 
 class Int8Library(BuildHookInterface):
@@ -24,16 +25,18 @@ class Int8Library(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Put the library beside its source, and into the wheel."""
         del version
-        if sys.platform != "linux" or platform.machine() != "x86_64":
+        # What lies there may be older than the source, or for another platform. A process that has it open keeps it.
+        Path(self.root, LIBRARY).unlink(missing_ok=True)
+        # The storage initializer's image is built without the predictor.
+        if not Path(self.root, SOURCE).is_file() or (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
-        compiler = [os.environ.get("CC", "cc"), *FLAGS.split()]
-        compiled = f"{LIBRARY}.o"
+        compiler, compiled = os.environ.get("CC") or "cc", f"{LIBRARY}.o"
         try:
-            for command in (
-                [*compiler, "-c", SOURCE, "-o", compiled],
-                [compiler[0], "-shared", compiled, "-o", LIBRARY],
+            for arguments in (
+                [*FLAGS.split(), *INSTRUCTIONS.split(), "-c", SOURCE, "-o", compiled],
+                ["-shared", compiled, "-o", LIBRARY],
             ):
-                subprocess.run(command, cwd=self.root, check=True, capture_output=True, text=True)
+                subprocess.run([compiler, *arguments], cwd=self.root, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error)
             self.app.display_warning(f"{SOURCE} is not compiled, and 8 bits will be slower on a CPU: {said.strip()}")
