@@ -32,10 +32,10 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """What a wheel is made of, as git has it, and a library that lies about."""
+    """What a wheel is made of, with a library that lies about and, as in an image, no .gitignore to keep it out."""
     folder = tmp_path / "sources"
     folder.mkdir()
-    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE", ".gitignore"):
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     for name in ("predictor", "preflight", "storage_initializer"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
@@ -87,6 +87,7 @@ def test_the_initializers_sources_are_a_wheel_by_themselves(builder: Environment
 
 
 def test_a_source_distribution_has_what_is_compiled_and_nothing_that_was(builder: Environment, sources: Path) -> None:
+    shutil.copy(ROOT / ".gitignore", sources)
     command = [builder.python, "-m", "hatchling", "build", "--target", "sdist", "--directory", sources.parent]
     subprocess.run(command, cwd=sources, check=True)
     (archive,) = sources.parent.glob("*.tar.gz")
