@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := predictor storage_initializer preflight benchmarks demo examples tests
+CODE := predictor storage_initializer preflight benchmarks demo examples tests hatch_build.py
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
@@ -26,7 +26,8 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make the virtual environment
 
-$(INSTALLED): pyproject.toml constraints.txt
+# The last ones are what is compiled.
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/*.c)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)
@@ -111,5 +112,5 @@ checkov: $(INSTALLED) ## scan the rendered prod; checkov gets a virtual environm
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
 clean: ## remove what was made here, the virtual environment and ./models included
-	@rm -rf $(VENV) .venv-checkov build dist models .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .venv-checkov build dist models predictor/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""Compiles what of the predictor is in C when the package is built, on the platform that it is for, if there is a C compiler.
+"""Compiles what of the predictor is in C when the wheel is built, on the platform that it is for, if there is a C compiler.
 
 Without, nothing is missing but speed: the predictor says which kernels it uses.
 """
@@ -15,9 +15,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
 SOURCES, LIBRARY = ("predictor/int8.c", "predictor/paged.c"), "predictor/libnative.so"
-INSTRUCTIONS = "-mfma -mavx512f -mavx512bw -mavx512vl -mavx512vnni -mamx-tile -mamx-int8"
-"""What no CPU is used for before it was asked."""
-FLAGS = f"-std=gnu11 -O3 -fno-math-errno {INSTRUCTIONS} -fopenmp -fPIC".split()
+FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp"]
+INSTRUCTIONS = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mamx-tile", "-mamx-int8"]
+"""Every CPU gets the same code, which asks it first."""
 
 
 class NativeLibrary(BuildHookInterface):
@@ -26,25 +26,31 @@ class NativeLibrary(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Put the library beside its sources, and into the wheel."""
         del version
-        if sys.platform != "linux" or platform.machine() != "x86_64":
+        sources, library = [Path(self.root, name) for name in SOURCES], Path(self.root, LIBRARY)
+        # What lies there may be older than the sources, or for another platform. A process that has it open keeps it.
+        library.unlink(missing_ok=True)
+        # The storage initializer's image is built without the predictor.
+        if not sources[0].is_file() or (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
-        compiler = os.environ.get("CC", "cc")
-        root = Path(self.root)
         try:
-            with tempfile.TemporaryDirectory() as scratch:
-                compiled = [str(Path(scratch, Path(source).stem + ".o")) for source in SOURCES]
-                for source, to in zip(SOURCES, compiled, strict=True):
-                    _run([compiler, *FLAGS, "-c", str(root / source), "-o", to])
-                # Without OpenMP's runtime: torch brings one, and two would each have threads.
-                _run([compiler, "-shared", *compiled, "-o", str(root / LIBRARY)])
+            _compile(sources, library)
         except (OSError, subprocess.CalledProcessError) as error:
             said = getattr(error, "stderr", None) or str(error)
-            self.app.display_warning(f"{LIBRARY} is not compiled, and 8 bits will be slower on a CPU: {said.strip()}")
+            self.app.display_warning(f"{LIBRARY} is not compiled, and a CPU will be slower: {said.strip()}")
             return
         build_data["artifacts"].append(LIBRARY)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{next(platform_tags())}"
 
 
-def _run(command: list[str]) -> None:
-    subprocess.run(command, check=True, capture_output=True, text=True)
+def _compile(sources: list[Path], library: Path) -> None:
+    compiler = os.environ.get("CC") or "cc"
+    with tempfile.TemporaryDirectory() as scratch:
+        objects = [Path(scratch, f"{source.stem}.o") for source in sources]
+        commands = [
+            [compiler, *FLAGS, *INSTRUCTIONS, "-c", source, "-o", to]
+            for source, to in zip(sources, objects, strict=True)
+        ]
+        # OpenMP's runtime is not linked: torch brings one, and two would each have threads.
+        for command in (*commands, [compiler, "-shared", *objects, "-o", library]):
+            subprocess.run(command, check=True, capture_output=True, text=True)

@@ -8,7 +8,7 @@
  *     a weight     + 128, since the instructions multiply signed by unsigned; 128 times the sum of the token is taken off again
  *
  * Inputs are filled up to a multiple of BLOCK, outputs to one of PANEL. Threads are OpenMP's, by the runtime that torch has loaded:
- * its team is the one that computes everything else. Knows nothing of models; `int8.py` says what the functions want.
+ * its team is the one that computes everything else. Knows nothing of models; `native.py` says what the functions want.
  */
 #include <immintrin.h>
 #include <math.h>

@@ -6,6 +6,7 @@ hence only for the images that BUILD_IMAGES names, with commas between them; `ma
 
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -212,6 +213,12 @@ def test_the_predictor_answers_and_ends_as_process_one(predictor: Image) -> None
     finally:
         running.kill()
         running.communicate()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the C code is compiled for x86_64 only")
+def test_the_predictor_has_its_kernels_for_8_bits(predictor: Image) -> None:
+    code = "from predictor import native; print(native.LIBRARY.is_file(), native._library is not None)"
+    assert _run(predictor.command(["python", "-c", code], {}, {})).split() == ["True", "True"]
 
 
 def test_preparation_has_what_loads_and_saves_a_model(prepare: Image) -> None:

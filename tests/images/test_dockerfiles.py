@@ -76,6 +76,18 @@ def test_what_comes_from_an_index_comes_by_hash_and_through_a_cache_into_a_stage
     assert fetched >= 3
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_compiler_is_in_a_stage_without_our_code_that_no_image_begins_with(program: str) -> None:
+    stages = re.findall(r"(?ms)^FROM (\S+)(?: AS (\S+))?\n(.*?)(?=^FROM |\Z)", _dockerfile(program))
+    sources = {name: source for source, name, _ in stages}
+    (compiler,) = (name for _, name, text in stages if "apt-get install" in text)
+    assert all("COPY" not in text for _, name, text in stages if name == compiler)
+    (image,) = (name for _, name, text in stages if "\nUSER " in text)
+    while image in sources:
+        assert image != compiler
+        image = sources[image]
+
+
 def test_no_weights_tests_or_history_reach_the_builder() -> None:
     """Everything is left out but what stands here: a line more must be thought about."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
@@ -83,6 +95,7 @@ def test_no_weights_tests_or_history_reach_the_builder() -> None:
     assert {line for line in lines if line.startswith("!")} == {
         "!LICENSE",
         "!README.md",
+        "!hatch_build.py",
         "!predictor",
         "!pyproject.toml",
         "!requirements-build.txt",

@@ -1,46 +1,18 @@
 """What a lock installs, really: into an environment that has torch and nothing else, as the Dockerfiles do it."""
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
-from packaging.utils import canonicalize_name
 
-from tests.images.conftest import ROOT, locked
+from tests.images.conftest import ROOT, Environment, locked
 
 # Where torch is CUDA's, gigabytes of it are fetched.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-
-
-class Environment:
-    """An empty virtual environment, and the pip of this one to fill it."""
-
-    def __init__(self, folder: Path) -> None:
-        venv.create(folder, symlinks=True)
-        self.python = folder / "bin/python"
-        (self.packages,) = folder.glob("lib/python3.*/site-packages")
-
-    def pip(self, *words: str | Path) -> str:
-        """What pip says; where it fails, why."""
-        command = [sys.executable, "-m", "pip", "--python", self.python, *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def install(self, *words: str | Path) -> None:
-        self.pip("install", "--quiet", "--no-compile", "--only-binary", ":all:", *words)
-
-    def installed(self) -> dict[str, str]:
-        """Versions by name."""
-        return {
-            canonicalize_name(each["name"]): each["version"] for each in json.loads(self.pip("list", "--format=json"))
-        }
 
 
 @pytest.fixture(scope="module")
