@@ -13,7 +13,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import cgroup, layers, linears, memory, placement, reading, snapshot
+from predictor import cgroup, kernels, layers, linears, memory, placement, reading, snapshot
 from predictor import quantization as quantizing
 from predictor.errors import UnsupportedModel
 from predictor.generation import SamplingParams
@@ -37,6 +37,8 @@ class LoadedModel:
     eos_token_ids: frozenset[int]
     quantization: str
     """`none`, `8bit` or `4bit`, or the method by which the checkpoint comes quantized."""
+    int8_kernels: str
+    """What computes 8 bits on a CPU: `amx`, `avx512_vnni` or `fbgemm`; empty where that is not done."""
     defaults: SamplingParams
     """From the generation config; greedy where that does not ask for sampling."""
     device_map: dict[str, str]
@@ -114,12 +116,15 @@ def load(
             )
         text_config = config.get_text_config()
         effective = _effective(model, quantization)
+        int8_kernels = kernels.int8_by() if effective == "8bit" and target.type == "cpu" else ""
         if target.type == "cpu":
             head = model.get_output_embeddings()
             rounds_head = effective == "8bit" and quantizing.rounds(model, head, keep)
             with phase("pack"):
                 layers.fuse(model)
                 linears.pack(model, head if rounds_head else None)
+            if int8_kernels:
+                logger.info("8 bits are computed by %s", int8_kernels)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
@@ -127,6 +132,7 @@ def load(
         vocabulary_tokens=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         quantization=effective,
+        int8_kernels=int8_kernels,
         defaults=_defaults(model.generation_config),
         device_map=placement.describe(model),
         prepared=ahead is not None,

@@ -208,6 +208,7 @@ class Predictor(kserve.Model):
             "device": str(parts.loaded.model.device),
             "dtype": str(parts.loaded.model.dtype).removeprefix("torch."),
             "quantization": parts.loaded.quantization,
+            **({"int8_kernels": parts.loaded.int8_kernels} if parts.loaded.int8_kernels else {}),
             "prepared": str(parts.loaded.prepared).lower(),
             **({"device_map": json.dumps(parts.loaded.device_map)} if parts.loaded.device_map else {}),
             "context_tokens": str(parts.engine.context_tokens),
