@@ -98,11 +98,11 @@ static void round_token(
             numbers = _mm512_mul_ps(silu(numbers), _mm512_maskz_loadu_ps(in, token + inputs + k));
             _mm512_mask_storeu_ps(token + k, in, numbers);
         }
-        nan |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
         if (norm) {
             squares = _mm512_fmadd_ps(numbers, numbers, squares);
             numbers = _mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(in, norm + k));
         }
+        nan |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
         largest = _mm512_max_ps(largest, _mm512_abs_ps(numbers));
     }
     const float most = nan ? NAN : _mm512_reduce_max_ps(largest);
@@ -126,7 +126,7 @@ static void put(__m512i products, const Ends *ends, size_t token, size_t output)
     if (output >= ends->width) return;
     const __mmask16 in = first(ends->width - output);
     const size_t place = token * ends->width + output;
-    const __m512i exact = _mm512_sub_epi32(products, _mm512_set1_epi32(128 * ends->sums[token]));
+    const __m512i exact = _mm512_sub_epi32(products, _mm512_slli_epi32(_mm512_set1_epi32(ends->sums[token]), 7));
     const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_maskz_loadu_ps(in, ends->scales + output));
     __m512 base = _mm512_setzero_ps();
     if (ends->bias) base = _mm512_maskz_loadu_ps(in, ends->bias + output);

@@ -12,6 +12,21 @@ from demo.processes import ROOT, Predictor
 DEMO_MODEL = ROOT / "demo" / "model"
 
 
+@pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
+def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What computes int8: each that this machine has, and not only the one that the predictor would take."""
+    from predictor import int8, kernels
+
+    name = str(request.param)
+    by_ours = {None: [], "avx512_vnni": ["avx512_vnni"], "amx": ["avx512_vnni", "amx"]}[int8.level]
+    if name != "fbgemm" and name not in by_ours:
+        pytest.skip(f"{name}: this CPU has none" if int8.LIBRARY.is_file() else f"{int8.LIBRARY} is not compiled")
+    monkeypatch.setattr(int8, "level", None if name == "fbgemm" else name)
+    if not kernels.has_int8():
+        pytest.skip("fbgemm: torch has none on this CPU")
+    return name
+
+
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Predictor]:
     log = tmp_path_factory.mktemp("predictor") / "log"

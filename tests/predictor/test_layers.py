@@ -56,19 +56,37 @@ def test_reads_its_cache(kind: str) -> None:
     assert error(last, model(TOKENS).logits[:, -1].float()) < 0.01
 
 
-def test_a_token_rounded_to_int8_does_not_know_its_neighbours() -> None:
-    model = made("qwen2")
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and name != "lm_head":
-                parent.register_module(name, _rounded(layer))
-    right = made("qwen2").float()(TOKENS).logits
+@pytest.mark.parametrize("activation", ["swish", "gelu", "relu"])
+def test_computes_the_activation_that_the_model_has(activation: str) -> None:
+    model = made("llama", hidden_act=activation)
+    right = copy.deepcopy(model).float()(TOKENS).logits
+    assert layers.fuse(model) == 3
+    assert error(model(TOKENS).logits, right) < 0.05
+    rounded = _all_rounded(made("llama", hidden_act=activation))
+    assert layers.fuse(rounded) == 3
+    assert error(rounded(TOKENS).logits, right) < 0.1
+
+
+@pytest.mark.usefixtures("int8_kernel")
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_token_rounded_to_int8_does_not_know_its_neighbours(activation: str) -> None:
+    model = _all_rounded(made("qwen2", hidden_act=activation))
+    right = made("qwen2", hidden_act=activation).float()(TOKENS).logits
     assert layers.fuse(model) == 3
     linears.pack(model)
     together = model(TOKENS).logits
     assert error(together, right) < 0.1
     for row in range(2):
         torch.testing.assert_close(model(TOKENS[row : row + 1]).logits[0], together[row], rtol=0, atol=0)
+
+
+def _all_rounded(model: Any) -> Any:
+    """All but what makes the logits."""
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and name != "lm_head":
+                parent.register_module(name, _rounded(layer))
+    return model
 
 
 def _rounded(layer: nn.Linear) -> linears.Int8Linear:

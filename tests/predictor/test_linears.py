@@ -1,5 +1,6 @@
 """Linear layers packed for a CPU, against the plain ones."""
 
+import copy
 import platform
 import shutil
 import subprocess
@@ -60,6 +61,7 @@ def test_bfloat16_is_what_it_was(bias: bool) -> None:
         torch.testing.assert_close(now, was, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.usefixtures("int8_kernel")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_int8_is_close_to_what_it_was(bias: bool, dtype: torch.dtype) -> None:
@@ -72,6 +74,7 @@ def test_int8_is_close_to_what_it_was(bias: bool, dtype: torch.dtype) -> None:
         assert (now - was).float().norm() < 0.02 * was.float().norm()
 
 
+@pytest.mark.usefixtures("int8_kernel")
 def test_int8_of_a_token_is_bit_by_bit_the_same_beside_any_others() -> None:
     packed = Block(torch.bfloat16, bias=True).rounded()
     linears.pack(packed)
@@ -83,6 +86,7 @@ def test_int8_of_a_token_is_bit_by_bit_the_same_beside_any_others() -> None:
             assert torch.equal(alone[0, 0], among[0, row])
 
 
+@pytest.mark.usefixtures("int8_kernel")
 def test_zeros_stay_zeros() -> None:
     packed = Block(torch.float32, bias=False).rounded()
     linears.pack(packed)
@@ -112,6 +116,7 @@ def test_layers_in_float32_are_left_as_they_are() -> None:
     assert all(type(layer) is nn.Linear for layer in block.children())
 
 
+@pytest.mark.usefixtures("int8_kernel")
 def test_one_layer_may_be_rounded_too() -> None:
     given = inputs(5, torch.bfloat16)
     packed, plain = Block(torch.bfloat16, bias=True), Block(torch.bfloat16, bias=True)
@@ -124,6 +129,19 @@ def test_one_layer_may_be_rounded_too() -> None:
     assert (rounded - exact).float().norm() < 0.02 * exact.float().norm()
 
 
+@pytest.mark.usefixtures("int8_kernel")
+def test_logits_of_a_rounded_last_layer_are_as_exact_as_their_kernel_makes_them() -> None:
+    given = torch.randn(1, 5, 96, dtype=torch.bfloat16)
+    block = Block(torch.bfloat16, bias=True)
+    exact = copy.deepcopy(block.out_proj).float()(given.float())
+    linears.pack(block, block.out_proj)
+    logits = block.out_proj(given)
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float()), "and nothing rounded them on their way"
+    assert (logits - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.usefixtures("int8_kernel")
 def test_int8_of_a_vocabularys_width_is_close_to_what_it_was() -> None:
     given = inputs(3, torch.float32)
     wide = nn.Linear(64, 3 * kernels._PACKED_AT_ONCE + 5)
