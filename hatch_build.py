@@ -1,4 +1,4 @@
-"""Compiles what of the predictor is in C when the wheel is built, on the platform that it is for, if there is a C compiler.
+"""Compiles what of the predictor is in C when the wheel is built, on its platform, if there is a C compiler.
 
 Without, nothing is missing but speed: the predictor says which kernels it uses.
 """

@@ -27,7 +27,7 @@ _SMALLEST = 1e-30
 _ROUNDED_AT_ONCE = 4096
 """Outputs."""
 _PACKED_AT_ONCE = 16384
-"""Outputs. A vocabulary's width in one piece takes fbgemm four times as long: one thread, and nothing stays in its cache."""
+"""Outputs. A vocabulary's width in one piece takes fbgemm four times as long: by one thread, uncached."""
 _ACTIVATION_BITS = 8 if torch.cpu.get_capabilities().get("avx512_vnni") else 7
 """Without that instruction fbgemm adds two products in 16 bits: 8 by 8 bits would be cut off there, 7 by 8 fit."""
 _ACTIVATION_ZERO = 2 ** (_ACTIVATION_BITS - 1)
@@ -126,7 +126,7 @@ class Kernel(ABC):
         """
 
     def gated(self, rows: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        """The same of silu(gate) * up, where rows (tokens, 2 x inputs) have gate and up side by side; may overwrite them."""
+        """The same of silu(gate) * up; rows are (tokens, 2 x inputs), gate and up side by side, and are overwritten."""
         gate, up = rows.chunk(2, -1)
         return self.rows(nn.functional.silu(gate).mul_(up), onto=onto)
 
@@ -150,14 +150,13 @@ class _Bfloat16(Kernel):
 
 class _OnFloat32(Kernel):
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = self.rows(inputs.float().reshape(-1, inputs.shape[-1])).to(inputs.dtype)
-        return outputs.view(*inputs.shape[:-1], -1)
+        return self.rows(inputs.float().flatten(0, -2)).to(inputs.dtype).unflatten(0, inputs.shape[:-1])
 
 
 class _Int8(_OnFloat32):
     def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._weight, self._scale = native.pack(weight), scale.contiguous()
+        self._weight, self._scale = native.pack(weight), scale.float().contiguous()
         self._bias = None if bias is None else bias.float()
 
     def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:

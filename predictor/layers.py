@@ -66,9 +66,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         down: the one out of it.
     """
 
-    def __init__(
-        self, layer: nn.Module, qkv: Kernel, o: Kernel, gate_up: Kernel, down: Kernel
-    ) -> None:
+    def __init__(self, layer: nn.Module, qkv: Kernel, o: Kernel, gate_up: Kernel, down: Kernel) -> None:
         super().__init__()
         attention = layer.self_attn
         self.config, self.layer_idx = attention.config, attention.layer_idx

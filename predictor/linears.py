@@ -5,7 +5,6 @@ few large kernels are faster than many small ones.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What is computed in C, for torch's tensors: `int8.c` and `paged.c`, compiled where the package is built (`hatch_build.py`).
+"""What is computed in C, for torch's tensors: `int8.c` and `paged.c`, compiled where the wheel is built.
 
 Hands tensors over; knows nothing of layers or sequences. Nothing here may be called where `level` is None.
 """
@@ -35,12 +35,12 @@ def _load() -> ctypes.CDLL | None:
         return None
     try:
         library = ctypes.CDLL(str(LIBRARY))
-    except OSError as error:
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
         logger.warning("%s cannot be used: %s", LIBRARY, error)
         return None
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
     return library
 
 

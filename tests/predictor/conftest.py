@@ -15,13 +15,13 @@ DEMO_MODEL = ROOT / "demo" / "model"
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
 def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes int8: each that this machine has, and not only the one that the predictor would take."""
-    from predictor import int8, kernels
+    from predictor import kernels, native
 
     name = str(request.param)
-    by_ours = {None: [], "avx512_vnni": ["avx512_vnni"], "amx": ["avx512_vnni", "amx"]}[int8.level]
+    by_ours = {None: [], "avx512_vnni": ["avx512_vnni"], "amx": ["avx512_vnni", "amx"]}[native.level]
     if name != "fbgemm" and name not in by_ours:
-        pytest.skip(f"{name}: this CPU has none" if int8.LIBRARY.is_file() else f"{int8.LIBRARY} is not compiled")
-    monkeypatch.setattr(int8, "level", None if name == "fbgemm" else name)
+        pytest.skip(f"{name}: this CPU has none" if native.LIBRARY.is_file() else f"{native.LIBRARY} is not compiled")
+    monkeypatch.setattr(native, "level", None if name == "fbgemm" else name)
     if not kernels.has_int8():
         pytest.skip("fbgemm: torch has none on this CPU")
     return name

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from demo.processes import ROOT
-from predictor import attention, loader
+from predictor import attention, loader, native
 from predictor.engine import Engine
 from predictor.generation import SamplingParams
 
@@ -73,6 +73,14 @@ def test_gives_the_tokens_that_the_managers_own_gives(max_batch_tokens: int) -> 
     theirs = answers(PROMPTS, own=False)
     assert ours == theirs
     assert any(len(tokens) > 1 for tokens in ours)
+
+
+@pytest.mark.skipif(native.level is None, reason="nothing is computed in C here")
+@pytest.mark.parametrize("max_batch_tokens", [2048, 16], ids=["whole prompts", "chunks of prompts"])
+def test_in_c_gives_the_tokens_that_torch_gives(max_batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_c = answers(PROMPTS, max_batch_tokens=max_batch_tokens, dtype="bfloat16")
+    monkeypatch.setattr(native, "attends", lambda *_: False)
+    assert in_c == answers(PROMPTS, max_batch_tokens=max_batch_tokens, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

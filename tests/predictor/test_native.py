@@ -1,4 +1,4 @@
-"""Products with int8 weights, against the same sums of integers in torch."""
+"""What is computed in C, against the same in torch: products with int8 weights, attention over a paged cache."""
 
 import logging
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from predictor import int8, kernels
+from predictor import kernels, native
 
 in_each_form = pytest.mark.parametrize("form", ["plain", "norm", "gated"])
 many = settings(
@@ -34,7 +34,7 @@ class Layer:
     def __init__(self, tokens: int, inputs: int, outputs: int, form: str = "plain") -> None:
         torch.manual_seed(tokens * 1000 + inputs * 10 + outputs)
         self.weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        self.packed = int8.pack(self.weight)
+        self.packed = native.pack(self.weight)
         self.scales = (torch.rand(outputs) + 0.5) / 100 / inputs**0.5
         self.rows = torch.randn(tokens, inputs * (2 if form == "gated" else 1)) * (torch.rand(tokens, 1) * 10)
         self.more: dict[str, Any] = {
@@ -47,7 +47,7 @@ class Layer:
 
     def __call__(self, rows: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
         rows = (self.rows if rows is None else rows).clone()  # what is gated is overwritten
-        return int8.product(rows, self.packed, self.scales, **self.more | more)
+        return native.product(rows, self.packed, self.scales, **self.more | more)
 
 
 def expected(
@@ -86,7 +86,7 @@ def test_is_the_sum_of_integers(tokens: int, inputs: int, outputs: int, form: st
     layer = Layer(tokens, inputs, outputs, form)
     more = ({"bias": layer.bias} if bias else {}) | ({"onto": layer.onto} if onto else {})
     rows = layer.rows.clone()
-    found = int8.product(rows, layer.packed, layer.scales, **layer.more, **more)
+    found = native.product(rows, layer.packed, layer.scales, **layer.more, **more)
     if form == "gated":
         gate, up = layer.rows.double().chunk(2, -1)
         torch.testing.assert_close(rows[:, :inputs], (nn.functional.silu(gate) * up).float(), rtol=2e-6, atol=1e-9)
@@ -100,8 +100,8 @@ def test_is_the_sum_of_integers(tokens: int, inputs: int, outputs: int, form: st
 @at_each_level
 def test_rounds_halves_to_even() -> None:
     rows = torch.tensor([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -127, 126.5]])
-    identity = int8.pack(torch.eye(8, dtype=torch.int8))
-    assert int8.product(rows, identity, torch.ones(8)).tolist() == [[127, 0, 2, 2, 0, -2, -127, 126]]
+    identity = native.pack(torch.eye(8, dtype=torch.int8))
+    assert native.product(rows, identity, torch.ones(8)).tolist() == [[127, 0, 2, 2, 0, -2, -127, 126]]
 
 
 @at_each_level
@@ -109,8 +109,8 @@ def test_rounds_halves_to_even() -> None:
 @pytest.mark.parametrize("weight", [-127, 127])
 def test_all_at_their_ranges_end_do_not_overflow(weight: int, sign: int) -> None:
     width = 32768
-    packed = int8.pack(torch.full((33, width), weight, dtype=torch.int8))
-    found = int8.product(torch.full((2, width), 3.0 * sign), packed, torch.full((33,), 1 / 127))
+    packed = native.pack(torch.full((33, width), weight, dtype=torch.int8))
+    found = native.product(torch.full((2, width), 3.0 * sign), packed, torch.full((33,), 1 / 127))
     torch.testing.assert_close(found, torch.full((2, 33), weight / 127 * 3.0 * sign * width))
 
 
@@ -130,7 +130,7 @@ def test_a_token_is_bit_by_bit_the_same_beside_any_others(form: str) -> None:
 def test_is_bit_by_bit_the_same_by_either_instruction(form: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(tokens, 130, 37, form)
     by_amx = layer(bias=layer.bias, onto=layer.onto)
-    monkeypatch.setattr(int8, "level", "avx512_vnni")
+    monkeypatch.setattr(native, "level", "avx512_vnni")
     assert torch.equal(layer(bias=layer.bias, onto=layer.onto), by_amx)
 
 
@@ -183,8 +183,8 @@ def test_silu_is_right_at_any_size() -> None:
         [0, -0.0, 1e-30, -1e-30, 0.34, -0.35, 1, -1, 20, -20, 80, -80, 100, -100, 1e4, -1e4, 1e30, -1e30]
     )
     rows = torch.stack((gate, torch.full_like(gate, 3.0)), 1)  # each alone in its token, so that its scale is its own
-    found = int8.product(
-        rows, int8.pack(torch.full((1, 1), 127, dtype=torch.int8)), torch.tensor([1 / 127]), gated=True
+    found = native.product(
+        rows, native.pack(torch.full((1, 1), 127, dtype=torch.int8)), torch.tensor([1 / 127]), gated=True
     )
     torch.testing.assert_close(found[:, 0], 3 * nn.functional.silu(gate), rtol=1e-5, atol=1e-29)
 
@@ -198,9 +198,9 @@ def test_reads_what_does_not_lie_row_by_row(form: str) -> None:
         rows, onto = apart(layer.rows), apart(layer.onto)
         assert not rows.is_contiguous()
         assert not onto.is_contiguous()
-        found = int8.product(rows, layer.packed, layer.scales, bias=layer.bias, onto=onto, **layer.more)
+        found = native.product(rows, layer.packed, layer.scales, bias=layer.bias, onto=onto, **layer.more)
         assert torch.equal(found, right)
-    assert torch.equal(int8.pack(layer.weight.T.contiguous().T), layer.packed)
+    assert torch.equal(native.pack(layer.weight.T.contiguous().T), layer.packed)
 
 
 @at_each_level
@@ -208,7 +208,7 @@ def test_nothing_but_the_outputs_is_written() -> None:
     layer = Layer(13, 50, 37)
     given = [layer.rows, layer.packed, layer.scales, layer.bias, layer.onto]
     before = [tensor.clone() for tensor in given]
-    int8.product(*given[:3], bias=layer.bias, onto=layer.onto)
+    native.product(*given[:3], bias=layer.bias, onto=layer.onto)
     assert all(torch.equal(now, was) for now, was in zip(given, before, strict=True))
 
 
@@ -220,23 +220,95 @@ def test_no_tokens_give_no_outputs() -> None:
 def test_is_not_there_where_nothing_was_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(int8, "LIBRARY", tmp_path / "libint8.so")
-    assert int8._load() is None
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libnative.so")
+    assert native._load() is None
     assert not caplog.records
 
 
 def test_says_which_file_is_no_library(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    file = tmp_path / "libint8.so"
+    file = tmp_path / "libnative.so"
     file.write_text("of another architecture")
-    monkeypatch.setattr(int8, "LIBRARY", file)
-    assert int8._load() is None
+    monkeypatch.setattr(native, "LIBRARY", file)
+    assert native._load() is None
     [record] = caplog.records
     assert record.levelno == logging.WARNING
     assert str(file) in record.getMessage()
 
 
 def test_fbgemm_computes_where_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(int8, "level", None)
+    monkeypatch.setattr(native, "level", None)
     assert kernels.int8_by() == "fbgemm"
+
+
+class Cache:
+    """Keys and values of sequences, scattered over a cache, and one query of each among others'."""
+
+    def __init__(self, lengths: list[int], heads: int = 14, key_heads: int = 2, size: int = 64) -> None:
+        torch.manual_seed(sum(lengths))
+        places = torch.randperm(sum(lengths) + 50)[: sum(lengths)]
+        ends = torch.tensor(lengths).cumsum(0)
+        self.keys, self.values = torch.randn(2, sum(lengths) + 50, key_heads, size).to(torch.bfloat16).unbind()
+        self.queries = torch.randn(2 * len(lengths), heads, size).to(torch.bfloat16)
+        self.asked = {
+            "tokens": torch.arange(len(lengths)) * 2 + 1,
+            "places": places,
+            "spans": torch.stack((ends - torch.tensor(lengths), ends), 1),
+        }
+        self.scaling = size**-0.5
+
+    def attention(self, sequences: slice = slice(None)) -> torch.Tensor:
+        asked = {name: those if name == "places" else those[sequences] for name, those in self.asked.items()}
+        return native.attention(self.queries, self.keys, self.values, scaling=self.scaling, **asked)
+
+    def right(self) -> torch.Tensor:
+        found = []
+        for token, (start, end) in zip(self.asked["tokens"], self.asked["spans"].tolist(), strict=True):
+            places = self.asked["places"][start:end]
+            keys, values = (
+                those[places].transpose(0, 1).repeat_interleave(self.queries.shape[1] // those.shape[1], 0).double()
+                for those in (self.keys, self.values)
+            )
+            scores = keys @ self.queries[token].double()[:, :, None] * self.scaling
+            found.append((scores.softmax(1) * values).sum(1))
+        return torch.stack(found).float()
+
+
+@pytest.mark.skipif(native.level is None, reason="nothing is computed in C here")
+class TestAttention:
+    @pytest.mark.parametrize(("heads", "key_heads", "size"), [(4, 2, 32), (14, 2, 64), (3, 3, 96), (16, 1, 128)])
+    def test_is_exact(self, heads: int, key_heads: int, size: int) -> None:
+        assert native.attends(torch.bfloat16, heads, key_heads, size)
+        cache = Cache([1, 2, 31, 32, 33, 64, 100, 700], heads, key_heads, size)
+        torch.testing.assert_close(cache.attention(), cache.right(), rtol=1e-5, atol=2e-6)
+
+    def test_of_a_sequence_is_bit_by_bit_the_same_beside_any_others(self) -> None:
+        cache = Cache([5, 90, 33, 1])
+        together = cache.attention()
+        for row in range(4):
+            assert torch.equal(cache.attention(slice(row, row + 1))[0], together[row])
+
+    def test_survives_scores_of_any_size(self) -> None:
+        cache = Cache([3, 40, 200])
+        cache.queries *= 3000
+        found = cache.attention()
+        assert found.isfinite().all()
+        torch.testing.assert_close(found, cache.right(), rtol=1e-3, atol=1e-3)
+
+    def test_reads_queries_that_lie_among_keys_and_values(self) -> None:
+        cache = Cache([9, 17])
+        expected = cache.attention()
+        cache.queries = torch.cat((cache.queries, torch.full_like(cache.queries, torch.nan)), 1)[:, :14]
+        assert torch.equal(cache.attention(), expected)
+        cache.queries = cache.queries.transpose(0, 1).contiguous().transpose(0, 1)
+        assert torch.equal(cache.attention(), expected)
+
+    @pytest.mark.parametrize(
+        ("dtype", "heads", "key_heads", "size"),
+        [(torch.float32, 14, 2, 64), (torch.bfloat16, 34, 2, 64), (torch.bfloat16, 14, 2, 80)],
+    )
+    def test_leaves_what_it_cannot_compute_to_torch(
+        self, dtype: torch.dtype, heads: int, key_heads: int, size: int
+    ) -> None:
+        assert not native.attends(dtype, heads, key_heads, size)
