@@ -27,7 +27,7 @@ help: ## list the targets
 install: $(INSTALLED) ## make the virtual environment
 
 # The last ones are what is compiled.
-$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/*.c)
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)

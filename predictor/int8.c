@@ -1,16 +1,17 @@
 /* Products of float32 tokens with int8 weights on an x86 CPU: AMX where it is there, else AVX-512 VNNI.
  *
- * A token is rounded to int8 by a scale of its own, and sums of integers are exact: its result is bit by bit the same whoever else
- * is in the batch, and on either kind of instruction. Both read the same order of weights:
+ * A token is rounded to int8 by a scale of its own, and sums of integers are exact: its result is bit by bit the same
+ * whoever else is in the batch, and on either kind of instruction. Both read the same order of weights:
  *
  *     a panel      PANEL outputs, one after the other through memory
  *     in a panel   for each 4 inputs, of each output those 4 weights: [inputs / 4][PANEL][4]
- *     a weight     + 128, since the instructions multiply signed by unsigned; 128 times the sum of the token is taken off again
+ *     a weight     + 128: the instructions multiply signed by unsigned; 128 times a token's sum is taken off again
  *
- * Inputs are filled up to a multiple of BLOCK, outputs to one of PANEL. Threads are OpenMP's, by the runtime that torch has loaded:
- * its team is the one that computes everything else. Knows nothing of models; `native.py` says what the functions want.
+ * Inputs are filled up to a multiple of BLOCK, outputs to one of PANEL. Threads are OpenMP's, by the runtime that torch
+ * has loaded: its team is the one that computes everything else. Knows nothing of models; `native.py` says what the
+ * functions want.
  */
-#include <immintrin.h>
+#include "avx512.h"
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -18,8 +19,7 @@
 #include <unistd.h>
 
 enum {
-    LANES = 16,  /* 32-bit numbers in a register, and rows of a tile */
-    PANEL = 32,  /* outputs: two registers, or two tiles */
+    PANEL = 32,  /* outputs: two registers, or two tiles, of LANES each */
     BLOCK = 64,  /* inputs: a tile's width */
     ROWS = 12,   /* tokens at once without AMX: two sums of each fit into the registers */
     TILED = 32,  /* tokens at once with AMX: two tiles */
@@ -74,14 +74,9 @@ void int8_pack(const int8_t *weights, uint8_t *packed, size_t outputs, size_t in
     }
 }
 
-/* x / (1 + exp(-x)). exp(-x) is 2^whole * exp(rest) with |rest| <= ln(2) / 2, and that is Taylor's polynomial: within 2e-7. */
 static __m512 silu(__m512 x) {
-    const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f));
-    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(power, whole), _mm512_set1_ps(0.69314718f));
-    __m512 sum = _mm512_set1_ps(1.f / 720);
-    for (int n = 5, of = 720; n >= 0; n--) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.f / (of /= n + 1)));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), _mm512_scalef_ps(sum, whole)));
+    const __m512 other = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), other));
 }
 
 /* One token to int8: over its largest number, times 127. What a norm multiplies all of it with joins the gain.
@@ -134,9 +129,10 @@ static void put(__m512i products, const Ends *ends, size_t token, size_t output)
     _mm512_mask_storeu_ps(ends->outputs + place, in, _mm512_fmadd_ps(scaled, _mm512_set1_ps(ends->gains[token]), base));
 }
 
-/* `rows` tokens from `token` on by a panel. The number is a constant wherever this is inlined, so that sums stay in registers. */
+/* `rows` tokens from `token` on by a panel. How many is a constant wherever this is inlined: sums stay in registers. */
 static inline __attribute__((always_inline)) void by_vnni(
-    const size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs, const Ends *ends, size_t token, size_t output
+    const size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
+    const Ends *ends, size_t token, size_t output
 ) {
     __m512i left[ROWS], right[ROWS];
     for (size_t row = 0; row < rows; row++) left[row] = right[row] = _mm512_setzero_si512();
@@ -160,7 +156,8 @@ static inline __attribute__((always_inline)) void by_vnni(
 }
 
 static void rows_by_vnni(
-    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs, const Ends *ends, size_t token, size_t output
+    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
+    const Ends *ends, size_t token, size_t output
 ) {
 #define OF(number) case number: by_vnni(number, rounded, stride, weights, inputs, ends, token, output); break;
     switch (rows) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12) }
@@ -169,7 +166,8 @@ static void rows_by_vnni(
 
 /* Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights. */
 static void rows_by_amx(
-    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs, const Ends *ends, size_t token, size_t output
+    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
+    const Ends *ends, size_t token, size_t output
 ) {
     int32_t sums[2][2][LANES][LANES] __attribute__((aligned(64)));
     const int two = rows > LANES;
@@ -204,10 +202,12 @@ static const struct {
 } TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 void int8_product(
-    float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon, int gated,
-    const float *onto, float *outputs, int8_t *room, size_t number, size_t inputs, size_t width, int level, int threads
+    float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon,
+    int gated, const float *onto, float *outputs, int8_t *room, size_t number, size_t inputs, size_t width, int level,
+    int threads
 ) {
-    const size_t padded = up(inputs, BLOCK), stride = padded + BLOCK; /* a power of two would have all rows share few lines of a cache */
+    const size_t padded = up(inputs, BLOCK), row = inputs * (gated ? 2 : 1);
+    const size_t stride = padded + BLOCK; /* a power of two would have all tokens share few lines of a cache */
     const size_t at_once = level == AMX ? TILED : ROWS;
     float *gains = (float *)(room + up(number, TILED) * stride);
     int32_t *sums = (int32_t *)(gains + number);
@@ -217,16 +217,17 @@ void int8_product(
         /* Not by the intrinsic, of whose argument gcc 12 keeps the first 8 bytes. */
         if (level == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILES));
 #pragma omp for
-        for (size_t token = 0; token < number; token++)
-            round_token(
-                tokens + token * inputs * (gated ? 2 : 1), gated, norm, epsilon, inputs, room + token * stride, gains + token, sums + token
-            );
+        for (size_t token = 0; token < number; token++) {
+            int8_t *rounded = room + token * stride;
+            round_token(tokens + token * row, gated, norm, epsilon, inputs, rounded, gains + token, sums + token);
+        }
 #pragma omp for
         for (size_t output = 0; output < width; output += PANEL)
             for (size_t token = 0; token < number; token += at_once) {
                 const size_t rows = number - token < at_once ? number - token : at_once;
+                const uint8_t *weights = packed + output * padded;
                 (level == AMX ? rows_by_amx : rows_by_vnni)(
-                    rows, room + token * stride, stride, packed + output * padded, padded, &ends, token, output
+                    rows, room + token * stride, stride, weights, padded, &ends, token, output
                 );
             }
         if (level == AMX) _tile_release();

@@ -61,7 +61,7 @@ def test_a_wheel_has_what_was_compiled_for_this_platform(
     assert re.fullmatch(r"kserve_llm-[\d.]+-py3-none-\w*linux\w*_x86_64\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(LIBRARY).startswith(b"\x7fELF")
-        unwanted = (".c", ".o", "Dockerfile", "requirements.txt")
+        unwanted = (".c", ".h", ".o", "Dockerfile", "requirements.txt")
         assert not [name for name in archive.namelist() if name.endswith(unwanted)]
 
 
@@ -73,7 +73,7 @@ def test_a_wheel_without_a_compiler_is_for_every_platform_and_has_nothing_stale(
     wheel = _wheel(builder, sources)
     assert wheel.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(wheel) as archive:
-        assert not [name for name in archive.namelist() if name.endswith((".c", ".o", ".so"))]
+        assert not [name for name in archive.namelist() if name.endswith((".c", ".h", ".o", ".so"))]
 
 
 def test_the_initializers_sources_are_a_wheel_by_themselves(builder: Environment, sources: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_source_distribution_has_what_is_compiled_and_nothing_that_was(builder
     (archive,) = sources.parent.glob("*.tar.gz")
     shutil.unpack_archive(archive, sources.parent, filter="data")
     (unpacked,) = (path.parent for path in sources.parent.glob("*/PKG-INFO"))
-    assert {path.name for path in (unpacked / "predictor").glob("*.c")} == {"int8.c", "paged.c"}
+    assert {path.name for path in (unpacked / "predictor").glob("*.[ch]")} == {"avx512.h", "int8.c", "paged.c"}
     assert (unpacked / "hatch_build.py").is_file()
     assert not list(unpacked.rglob("*.so"))
     # Building one leaves what an editable installation has in its place.
