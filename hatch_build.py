@@ -1,6 +1,6 @@
 """Compiles what of the predictor is in C when the wheel is built, on its platform, if there is a C compiler.
 
-Without, nothing is missing but speed: the predictor says which kernels it uses.
+Without, nothing is missing but speed, and the predictor's log says so.
 """
 
 import os

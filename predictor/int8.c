@@ -26,7 +26,7 @@ enum {
     AHEAD = 2048 /* bytes: so far ahead weights are asked for. At 1 token nothing else hides the memory's latency. */
 };
 
-enum { NONE, VNNI, AMX };
+enum { NONE, VNNI, AMX }; /* as `native.py` has them */
 
 typedef struct {
     const float *gains;   /* (tokens) */
@@ -35,30 +35,32 @@ typedef struct {
     const float *bias;    /* (outputs), or NULL */
     const float *onto;    /* (tokens, outputs), or NULL */
     float *outputs;       /* (tokens, outputs) */
-    size_t width;         /* outputs */
-} Ends;
+    size_t width;         /* of a row of those */
+} Epilogue;
 
-static size_t up(size_t number, size_t of) { return (number + of - 1) / of * of; }
+static size_t round_up(size_t number, size_t of) { return (number + of - 1) / of * of; }
 
-static __mmask16 first(size_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
+static __mmask16 mask_of(size_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
 
-int int8_level(void) {
+/* What asks the CPU must itself run on any. */
+__attribute__((target("no-avx"))) int int8_level(void) {
     const int xcomp_perm = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM: Linux keeps tiles from who did not ask */
     __builtin_cpu_init();
-    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vnni")) return NONE;
+    if (!__builtin_cpu_supports("fma") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
+        !__builtin_cpu_supports("avx512vnni"))
+        return NONE;
     return __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, xcomp_perm, tile_data) ? AMX : VNNI;
 }
 
-size_t int8_packed_bytes(size_t outputs, size_t inputs) { return up(outputs, PANEL) * up(inputs, BLOCK); }
+size_t int8_packed_bytes(size_t outputs, size_t inputs) { return round_up(outputs, PANEL) * round_up(inputs, BLOCK); }
 
-size_t int8_room_bytes(size_t tokens, size_t inputs) {
-    return up(tokens, TILED) * (up(inputs, BLOCK) + BLOCK) + tokens * (sizeof(float) + sizeof(int32_t));
+size_t int8_scratch_bytes(size_t tokens, size_t inputs) {
+    return round_up(tokens, TILED) * (round_up(inputs, BLOCK) + BLOCK) + tokens * (sizeof(float) + sizeof(int32_t));
 }
 
-void int8_pack(const int8_t *weights, uint8_t *packed, size_t outputs, size_t inputs, int threads) {
-    const size_t fours = up(inputs, BLOCK) / 4, whole = inputs / 4;
-#pragma omp parallel for num_threads(threads)
-    for (size_t panel = 0; panel < up(outputs, PANEL) / PANEL; panel++) {
+void int8_pack(const int8_t *weights, uint8_t *packed, size_t outputs, size_t inputs) {
+    const size_t fours = round_up(inputs, BLOCK) / 4, whole = inputs / 4;
+    for (size_t panel = 0; panel < round_up(outputs, PANEL) / PANEL; panel++) {
         uint8_t *to = packed + panel * fours * 4 * PANEL;
         for (size_t four = 0; four < fours; four++)
             for (size_t column = 0; column < PANEL; column++, to += 4) {
@@ -87,7 +89,7 @@ static void round_token(
     __m512 largest = _mm512_set1_ps(1e-30f), squares = _mm512_setzero_ps(); /* no scale is zero, not even of zeros */
     __mmask16 nan = 0;
     for (size_t k = 0; k < inputs; k += LANES) {
-        const __mmask16 in = first(inputs - k);
+        const __mmask16 in = mask_of(inputs - k);
         __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
         if (gated) {
             numbers = _mm512_mul_ps(silu(numbers), _mm512_maskz_loadu_ps(in, token + inputs + k));
@@ -104,35 +106,37 @@ static void round_token(
     const __m512 by = _mm512_set1_ps(127 / most);
     __m512i total = _mm512_setzero_si512();
     for (size_t k = 0; k < inputs; k += LANES) {
-        const __mmask16 in = first(inputs - k);
+        const __mmask16 in = mask_of(inputs - k);
         __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
         if (norm) numbers = _mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(in, norm + k));
         const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, by));
         total = _mm512_add_epi32(total, integers);
         _mm_storeu_si128((__m128i *)(rounded + k), _mm512_cvtepi32_epi8(integers));
     }
-    memset(rounded + up(inputs, LANES), 0, up(inputs, BLOCK) - up(inputs, LANES));
+    memset(rounded + round_up(inputs, LANES), 0, round_up(inputs, BLOCK) - round_up(inputs, LANES));
     *gain = most / 127 * (norm ? 1 / sqrtf(_mm512_reduce_add_ps(squares) / (float)inputs + epsilon) : 1);
     *sum = _mm512_reduce_add_epi32(total);
 }
 
 /* LANES sums of a token, from `output` on, become outputs. */
-static void put(__m512i products, const Ends *ends, size_t token, size_t output) {
-    if (output >= ends->width) return;
-    const __mmask16 in = first(ends->width - output);
-    const size_t place = token * ends->width + output;
-    const __m512i exact = _mm512_sub_epi32(products, _mm512_slli_epi32(_mm512_set1_epi32(ends->sums[token]), 7));
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_maskz_loadu_ps(in, ends->scales + output));
+static void store(__m512i products, const Epilogue *epilogue, size_t token, size_t output) {
+    if (output >= epilogue->width) return;
+    const __mmask16 in = mask_of(epilogue->width - output);
+    const size_t place = token * epilogue->width + output;
+    const __m512i exact = _mm512_sub_epi32(products, _mm512_slli_epi32(_mm512_set1_epi32(epilogue->sums[token]), 7));
+    const __m512 scales = _mm512_maskz_loadu_ps(in, epilogue->scales + output);
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scales);
     __m512 base = _mm512_setzero_ps();
-    if (ends->bias) base = _mm512_maskz_loadu_ps(in, ends->bias + output);
-    if (ends->onto) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(in, ends->onto + place));
-    _mm512_mask_storeu_ps(ends->outputs + place, in, _mm512_fmadd_ps(scaled, _mm512_set1_ps(ends->gains[token]), base));
+    if (epilogue->bias) base = _mm512_maskz_loadu_ps(in, epilogue->bias + output);
+    if (epilogue->onto) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(in, epilogue->onto + place));
+    const __m512 gain = _mm512_set1_ps(epilogue->gains[token]);
+    _mm512_mask_storeu_ps(epilogue->outputs + place, in, _mm512_fmadd_ps(scaled, gain, base));
 }
 
 /* `rows` tokens from `token` on by a panel. How many is a constant wherever this is inlined: sums stay in registers. */
 static inline __attribute__((always_inline)) void by_vnni(
     const size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
-    const Ends *ends, size_t token, size_t output
+    const Epilogue *epilogue, size_t token, size_t output
 ) {
     __m512i left[ROWS], right[ROWS];
     for (size_t row = 0; row < rows; row++) left[row] = right[row] = _mm512_setzero_si512();
@@ -150,16 +154,16 @@ static inline __attribute__((always_inline)) void by_vnni(
     }
 #pragma GCC unroll 12
     for (size_t row = 0; row < rows; row++) {
-        put(left[row], ends, token + row, output);
-        put(right[row], ends, token + row, output + LANES);
+        store(left[row], epilogue, token + row, output);
+        store(right[row], epilogue, token + row, output + LANES);
     }
 }
 
 static void rows_by_vnni(
     size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
-    const Ends *ends, size_t token, size_t output
+    const Epilogue *epilogue, size_t token, size_t output
 ) {
-#define OF(number) case number: by_vnni(number, rounded, stride, weights, inputs, ends, token, output); break;
+#define OF(number) case number: by_vnni(number, rounded, stride, weights, inputs, epilogue, token, output); break;
     switch (rows) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12) }
 #undef OF
 }
@@ -167,13 +171,13 @@ static void rows_by_vnni(
 /* Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights. */
 static void rows_by_amx(
     size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
-    const Ends *ends, size_t token, size_t output
+    const Epilogue *epilogue, size_t token, size_t output
 ) {
     int32_t sums[2][2][LANES][LANES] __attribute__((aligned(64)));
     const int two = rows > LANES;
     _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
     for (size_t k = 0; k < inputs; k += BLOCK, weights += BLOCK * PANEL) {
-        if (!token)
+        if (!token) /* later tokens find them in the cache */
             for (size_t line = 0; line < BLOCK * PANEL; line += 64) _mm_prefetch(weights + AHEAD + line, _MM_HINT_T0);
         _tile_loadd(6, weights, 4 * PANEL);
         _tile_loadd(7, weights + 64, 4 * PANEL);
@@ -191,8 +195,10 @@ static void rows_by_amx(
     _tile_stored(2, sums[1][0], sizeof sums[0][0][0]);
     _tile_stored(3, sums[1][1], sizeof sums[0][0][0]);
     for (size_t row = 0; row < rows; row++)
-        for (size_t half = 0; half < 2; half++)
-            put(_mm512_load_si512(sums[row / LANES][half][row % LANES]), ends, token + row, output + half * LANES);
+        for (size_t half = 0; half < 2; half++) {
+            const __m512i products = _mm512_load_si512(sums[row / LANES][half][row % LANES]);
+            store(products, epilogue, token + row, output + half * LANES);
+        }
 }
 
 static const struct {
@@ -203,31 +209,31 @@ static const struct {
 
 void int8_product(
     float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon,
-    int gated, const float *onto, float *outputs, int8_t *room, size_t number, size_t inputs, size_t width, int level,
+    int gated, const float *onto, float *outputs, int8_t *scratch, size_t count, size_t inputs, size_t width, int level,
     int threads
 ) {
-    const size_t padded = up(inputs, BLOCK), row = inputs * (gated ? 2 : 1);
+    const size_t padded = round_up(inputs, BLOCK), row = inputs * (gated ? 2 : 1);
     const size_t stride = padded + BLOCK; /* a power of two would have all tokens share few lines of a cache */
     const size_t at_once = level == AMX ? TILED : ROWS;
-    float *gains = (float *)(room + up(number, TILED) * stride);
-    int32_t *sums = (int32_t *)(gains + number);
-    const Ends ends = {gains, sums, scales, bias, onto, outputs, width};
+    float *gains = (float *)(scratch + round_up(count, TILED) * stride);
+    int32_t *sums = (int32_t *)(gains + count);
+    const Epilogue epilogue = {gains, sums, scales, bias, onto, outputs, width};
 #pragma omp parallel num_threads(threads)
     {
         /* Not by the intrinsic, of whose argument gcc 12 keeps the first 8 bytes. */
         if (level == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILES));
 #pragma omp for
-        for (size_t token = 0; token < number; token++) {
-            int8_t *rounded = room + token * stride;
+        for (size_t token = 0; token < count; token++) {
+            int8_t *rounded = scratch + token * stride;
             round_token(tokens + token * row, gated, norm, epsilon, inputs, rounded, gains + token, sums + token);
         }
 #pragma omp for
         for (size_t output = 0; output < width; output += PANEL)
-            for (size_t token = 0; token < number; token += at_once) {
-                const size_t rows = number - token < at_once ? number - token : at_once;
+            for (size_t token = 0; token < count; token += at_once) {
+                const size_t rows = count - token < at_once ? count - token : at_once;
                 const uint8_t *weights = packed + output * padded;
                 (level == AMX ? rows_by_amx : rows_by_vnni)(
-                    rows, room + token * stride, stride, weights, padded, &ends, token, output
+                    rows, scratch + token * stride, stride, weights, padded, &epilogue, token, output
                 );
             }
         if (level == AMX) _tile_release();

@@ -150,7 +150,8 @@ class _Bfloat16(Kernel):
 
 class _OnFloat32(Kernel):
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.rows(inputs.float().flatten(0, -2)).to(inputs.dtype).unflatten(0, inputs.shape[:-1])
+        outputs = self.rows(inputs.float().reshape(-1, inputs.shape[-1])).to(inputs.dtype)
+        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 
 class _Int8(_OnFloat32):

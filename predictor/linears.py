@@ -43,12 +43,12 @@ def pack(model: nn.Module, round_too: nn.Module | None = None) -> None:
 
     def put(parent: nn.Module, names: tuple[str, ...]) -> None:
         layers = [parent.get_submodule(name) for name in names]
-        is_last = layers == [round_too]
-        kernel = join(layers, int8=is_last)
+        is_head = layers == [round_too]
+        kernel = join(layers, int8=is_head)
         if kernel is not None:
             sizes = [layer.out_features for layer in layers]
             for place, name in enumerate(names):
-                packed: nn.Module = _Last(kernel) if is_last else _Packed(kernel, sizes, place)
+                packed: nn.Module = _Head(kernel) if is_head else _Packed(kernel, sizes, place)
                 parent.register_module(name, packed)
 
     kernels.on_all_cores(put, [(parent, names) for parent in list(model.modules()) for names in _groups(parent)])
@@ -107,7 +107,7 @@ class _Packed(nn.Module):  # type: ignore[misc]
         return self._kernel.shared(inputs).narrow(-1, self._from, self.out_features)
 
 
-class _Last(nn.Module):  # type: ignore[misc]
+class _Head(nn.Module):  # type: ignore[misc]
     """The layer that makes the logits. Its kernel makes float32, and that is what chooses tokens wants."""
 
     def __init__(self, kernel: Kernel) -> None:

@@ -13,7 +13,7 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor import cgroup, kernels, layers, linears, memory, placement, reading, snapshot
+from predictor import cgroup, kernels, layers, linears, memory, native, placement, reading, snapshot
 from predictor import quantization as quantizing
 from predictor.errors import UnsupportedModel
 from predictor.generation import SamplingParams
@@ -125,6 +125,8 @@ def load(
                 linears.pack(model, head if rounds_head else None)
             if int8_kernels:
                 logger.info("8 bits are computed by %s", int8_kernels)
+            if native.lack():
+                logger.warning("this CPU could be faster: %s", native.lack())
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,

@@ -4,13 +4,10 @@ Hands tensors over; knows nothing of layers or sequences. Nothing here may be ca
 """
 
 import ctypes
-import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-
-logger = logging.getLogger(__name__)
 
 LIBRARY = Path(__file__).with_name("libnative.so")
 
@@ -18,8 +15,8 @@ _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, 
 _FUNCTIONS = {
     "int8_level": (_INT, []),
     "int8_packed_bytes": (_SIZE, [_SIZE] * 2),
-    "int8_room_bytes": (_SIZE, [_SIZE] * 2),
-    "int8_pack": (None, [_POINTER] * 2 + [_SIZE] * 2 + [_INT]),
+    "int8_scratch_bytes": (_SIZE, [_SIZE] * 2),
+    "int8_pack": (None, [_POINTER] * 2 + [_SIZE] * 2),
     "int8_product": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
     "paged_attention": (
         None,
@@ -29,32 +26,39 @@ _FUNCTIONS = {
 _LEVELS = (None, "avx512_vnni", "amx")
 
 
-def _load() -> ctypes.CDLL | None:
-    """After torch, whose OpenMP it calls."""
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none. After torch, whose OpenMP it calls."""
     if not LIBRARY.is_file():
-        return None
+        return None, f"{LIBRARY} is not there; build where there is a C compiler"
+    if any(source.stat().st_mtime > LIBRARY.stat().st_mtime for source in LIBRARY.parent.glob("*.[ch]")):
+        return None, f"{LIBRARY} is older than its sources; install again"
     try:
         library = ctypes.CDLL(str(LIBRARY))
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        logger.warning("%s cannot be used: %s", LIBRARY, error)
-        return None
-    return library
+        return None, f"{LIBRARY} cannot be used ({error}); install again, with gcc"
+    return library, ""
 
 
-_library: Any = _load()
+_library: Any
+_library, _lack = _load()
 level: str | None = _LEVELS[_library.int8_level()] if _library else None
 """What computes here: "amx", "avx512_vnni", or None if this CPU has neither or nothing was compiled for it."""
 
 
+def lack() -> str:
+    """Why this CPU is slower than it could be; empty where it is not."""
+    return _lack if torch.cpu.get_capabilities().get("avx512_vnni") else ""
+
+
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """int8 weights (outputs, inputs) in the order in which `product` reads them: bytes, about as many."""
+    """int8 weights (outputs, inputs) in the order in which `product` reads them, as bytes; by one thread."""
     outputs, inputs = weight.shape
     packed = torch.empty(_library.int8_packed_bytes(outputs, inputs), dtype=torch.uint8)
     weight = weight.contiguous()
-    _library.int8_pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs, torch.get_num_threads())
+    _library.int8_pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs)
     return packed
 
 
@@ -82,8 +86,8 @@ def product(
     rows = rows.contiguous()
     onto = None if onto is None else onto.contiguous()
     tokens, inputs = len(rows), rows.shape[1] // (2 if gated else 1)
-    outputs = rows.new_empty(tokens, len(scales))
-    room = torch.empty(_library.int8_room_bytes(tokens, inputs), dtype=torch.int8)
+    outputs = torch.empty(tokens, len(scales), dtype=torch.float32)
+    scratch = torch.empty(_library.int8_scratch_bytes(tokens, inputs), dtype=torch.int8)
     _library.int8_product(
         rows.data_ptr(),
         packed.data_ptr(),
@@ -94,7 +98,7 @@ def product(
         gated,
         None if onto is None else onto.data_ptr(),
         outputs.data_ptr(),
-        room.data_ptr(),
+        scratch.data_ptr(),
         tokens,
         inputs,
         len(scales),
@@ -136,7 +140,7 @@ def attention(
     _, heads, size = queries.shape
     if queries.stride()[1:] != (size, 1):
         queries = queries.contiguous()
-    outputs = torch.empty(len(tokens), heads, size)
+    outputs = torch.empty(len(tokens), heads, size, dtype=torch.float32)
     _library.paged_attention(
         queries.data_ptr(),
         queries.stride(0),

@@ -50,7 +50,7 @@ static inline void widen(const bfloat16 *numbers, size_t size, float *to) {
 /* `queries` queries of one sequence that share a key head. The size is a constant wherever this is inlined: its loops
  * unroll. */
 static inline __attribute__((always_inline)) void attend(
-    const bfloat16 *query, const bfloat16 *keys, const bfloat16 *values, size_t row, const int64_t *place,
+    const bfloat16 *query, const bfloat16 *keys, const bfloat16 *values, size_t stride, const int64_t *place,
     const int64_t *end, size_t queries, size_t size, float scaling, float *outputs
 ) {
     float asked[QUERIES][SIZE], block[KEYS][SIZE], scores[QUERIES][KEYS], most[QUERIES], sums[QUERIES];
@@ -64,7 +64,7 @@ static inline __attribute__((always_inline)) void attend(
     }
     for (; place < end; place += KEYS) {
         const size_t many = end - place < KEYS ? (size_t)(end - place) : KEYS;
-        for (size_t k = 0; k < many; k++) widen(keys + place[k] * row, size, block[k]);
+        for (size_t k = 0; k < many; k++) widen(keys + place[k] * stride, size, block[k]);
         for (size_t q = 0; q < queries; q++) {
             for (size_t some = 0; some < KEYS; some += LANES) {
                 __m512 sum[LANES];
@@ -81,7 +81,7 @@ static inline __attribute__((always_inline)) void attend(
             }
             for (size_t k = many; k < KEYS; k++) scores[q][k] = -INFINITY;
         }
-        for (size_t k = 0; k < many; k++) widen(values + place[k] * row, size, block[k]);
+        for (size_t k = 0; k < many; k++) widen(values + place[k] * stride, size, block[k]);
         for (size_t q = 0; q < queries; q++) {
             const __m512 left = _mm512_loadu_ps(scores[q]), right = _mm512_loadu_ps(scores[q] + LANES);
             const float highest = _mm512_reduce_max_ps(_mm512_max_ps(left, right));
@@ -115,19 +115,19 @@ static inline __attribute__((always_inline)) void attend(
 }
 
 void paged_attention(
-    const bfloat16 *queries, size_t query_row, const bfloat16 *keys, const bfloat16 *values, size_t row,
+    const bfloat16 *queries, size_t query_stride, const bfloat16 *keys, const bfloat16 *values, size_t stride,
     const int64_t *places, const int64_t *spans, const int64_t *tokens, size_t sequences, size_t heads,
     size_t key_heads, size_t size, float scaling, float *outputs, int threads
 ) {
     const size_t group = heads / key_heads;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) schedule(dynamic) /* lengths differ */
     for (size_t job = 0; job < sequences * key_heads; job++) {
         const size_t sequence = job / key_heads, head = job % key_heads, token = (size_t)tokens[sequence];
-        const bfloat16 *query = queries + token * query_row + head * group * size;
+        const bfloat16 *query = queries + token * query_stride + head * group * size;
         const int64_t *from = places + spans[2 * sequence], *to = places + spans[2 * sequence + 1];
         const bfloat16 *key = keys + head * size, *value = values + head * size;
         float *output = outputs + (sequence * heads + head * group) * size;
-#define OF(number) case number: attend(query, key, value, row, from, to, group, number, scaling, output); break;
+#define OF(number) case number: attend(query, key, value, stride, from, to, group, number, scaling, output); break;
         switch (size) { OF(32) OF(64) OF(96) OF(128) }
 #undef OF
     }

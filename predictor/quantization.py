@@ -2,7 +2,7 @@
 
              8bit                        4bit                             auto
     cuda     bitsandbytes LLM.int8       bitsandbytes NF4                 none where the weights fit, else 8bit
-    cpu      int8 of our own, `linears`  bitsandbytes NF4, small but slow 8bit
+    cpu      int8 of our own, `kernels`  bitsandbytes NF4, small but slow 8bit
     mps      refused                     refused                          none
 
 Weights are quantized while they load, by transformers' quantizers, of which the CPU's is registered here. Weights that

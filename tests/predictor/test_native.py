@@ -1,6 +1,8 @@
 """What is computed in C, against the same in torch: products with int8 weights, attention over a paged cache."""
 
-import logging
+import os
+import platform
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -217,24 +219,37 @@ def test_no_tokens_give_no_outputs() -> None:
     assert Layer(0, 50, 37)().shape == (0, 37)
 
 
-def test_is_not_there_where_nothing_was_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libnative.so")
-    assert native._load() is None
-    assert not caplog.records
+@pytest.mark.skipif(
+    platform.system() != "Linux" or platform.machine() != "x86_64" or not shutil.which("gcc"),
+    reason="needs gcc on Linux on x86_64",
+)
+def test_is_compiled_for_the_cpus_that_it_is_for() -> None:
+    assert (native.level is not None) == torch.cpu.get_capabilities()["avx512_vnni"], native._lack
+    assert not native.lack()
 
 
-def test_says_which_file_is_no_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("content", "said"), [(None, "build where there is a C compiler"), (b"of another architecture", "install again")]
+)
+def test_says_why_nothing_is_computed_in_c(
+    content: bytes | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "libnative.so"
-    file.write_text("of another architecture")
+    if content is not None:
+        file.write_bytes(content)
     monkeypatch.setattr(native, "LIBRARY", file)
-    assert native._load() is None
-    [record] = caplog.records
-    assert record.levelno == logging.WARNING
-    assert str(file) in record.getMessage()
+    library, lack = native._load()
+    assert library is None
+    assert str(file) in lack
+    assert said in lack
+
+
+def test_is_not_used_when_a_source_is_newer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("libnative.so", "int8.c"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "libnative.so", (1, 1))
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libnative.so")
+    assert "older than its sources" in native._load()[1]
 
 
 def test_fbgemm_computes_where_ours_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
