@@ -83,7 +83,7 @@ class Predictor(kserve.Model):
         settings = self._settings
         started = time.monotonic()
         # Python and its imports: what has passed since the process began.
-        self._metrics.tell_phase("imports", max(0.0, time.time() - psutil.Process().create_time()))
+        self._metrics.tell_phase("imports", _age_seconds())
         with self._metrics.phase("snapshot"):
             found = snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
         self.phase = Phase.LOADING
@@ -297,3 +297,12 @@ class Predictor(kserve.Model):
             self_check_age_seconds=lambda: parts.self_check.age_seconds,
             self_check_success=lambda: parts.self_check.succeeded,
         )
+
+
+def _age_seconds() -> float:
+    """Of this process."""
+    began = psutil.Process().create_time()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time() - began
+    # On Linux, processes begin so many ticks after the boot, and that is known to a second only.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())

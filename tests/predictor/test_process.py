@@ -1,5 +1,6 @@
 """The predictor as a process: how it starts, fails and ends."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -54,6 +55,7 @@ def test_names_a_busy_port() -> None:
 def test_the_port_is_open_while_the_snapshot_is_awaited_and_503_says_so(tmp_path: Path) -> None:
     port = processes.free_port()
     reference = ["--model_reference", "hf://demo/arithmetic", "--snapshot_wait_seconds", "600"]
+    began = time.monotonic()
     process = processes.start(
         ["predictor", "--model_name", "demo", "--model_dir", str(tmp_path), "--http_port", str(port), *reference],
         stderr=subprocess.PIPE,
@@ -72,6 +74,9 @@ def test_the_port_is_open_while_the_snapshot_is_awaited_and_503_says_so(tmp_path
         assert "Retry-After" in response.headers
         live = httpx.get(f"http://127.0.0.1:{port}/v2/health/live", trust_env=False)
         assert live.status_code == 200
+        told = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+        [imports] = re.findall(r'load_phase_seconds{.*phase="imports".*} (\S+)', told)
+        assert 0 < float(imports) < time.monotonic() - began + 0.02, "no longer than it was there, but for a tick"
         body = {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["1+1="]}]}
         asked = httpx.post(f"http://127.0.0.1:{port}/v2/models/demo/infer", json=body, trust_env=False)
         assert asked.status_code == 503
