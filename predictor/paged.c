@@ -7,11 +7,10 @@
 #include "avx512.h"
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
 
 enum {
     KEYS = 32,     /* at once: they and their values stay in the first cache */
-    QUERIES = 16,  /* at most, that share a key head */
+    QUERIES = 16,  /* at most, that share a key head; `attends` in `native.py` holds callers to that and to sizes */
     SIZE = 128     /* at most, of a head */
 };
 

@@ -152,7 +152,7 @@ def test_int8_of_a_vocabularys_width_is_close_to_what_it_was() -> None:
 _ON_AN_OLDER_CPU = """
 import torch
 from torch import nn
-from predictor import kernels, linears
+from predictor import linears
 
 assert not torch.cpu.get_capabilities()["avx512_vnni"]
 torch.manual_seed(0)
