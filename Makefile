@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := predictor storage_initializer preflight benchmarks demo examples tests hatch_build.py
+CODE := predictor storage_initializer preflight snapshot_format devtools benchmarks demo examples tests hatch_build.py
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
@@ -27,7 +27,7 @@ help: ## list the targets
 install: $(INSTALLED) ## make the virtual environment
 
 # The last ones are what is compiled.
-$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/*.[ch])
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/kernels/csrc/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV), once"
 	@$(PYTHON) -m venv $(VENV)
@@ -52,17 +52,17 @@ lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint, Dockerfiles, work
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
+	@$(BIN)/hadolint images/predictor/Dockerfile images/storage_initializer/Dockerfile
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --offline --quiet .github
 	@$(BIN)/python -m pytest --quiet tests/images/test_locks.py
 
 lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml and constraints.txt
-	@$(LOCK) --group build --output-file requirements-build.txt
-	@$(LOCK) pyproject.toml --output-file storage_initializer/requirements.txt
-	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file storage_initializer/requirements-prepare.txt
-	@$(LOCK) pyproject.toml --extra predictor --extra tracing --group beside-torch --output-file predictor/requirements.txt
+	@$(LOCK) --group build --output-file images/requirements-build.txt
+	@$(LOCK) pyproject.toml --output-file images/storage_initializer/requirements.txt
+	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file images/storage_initializer/requirements-prepare.txt
+	@$(LOCK) pyproject.toml --extra predictor --extra tracing --group beside-torch --output-file images/predictor/requirements.txt
 
 format: $(INSTALLED) ## let ruff rewrite what it can
 	@$(BIN)/ruff check --fix $(CODE)
@@ -70,12 +70,12 @@ format: $(INSTALLED) ## let ruff rewrite what it can
 
 images: ## both, with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
 	@test -n "$(BUILDER)" || { echo "none of docker, podman and buildah works here"; exit 1; }
-	@$(BUILDER) build $(BUILD_ARGS) --file storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
-	@$(BUILDER) build $(BUILD_ARGS) --file predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	@$(BUILDER) build $(BUILD_ARGS) --file images/storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
+	@$(BUILDER) build $(BUILD_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
 
 images-check: $(INSTALLED) ## hadolint, and every image built, run and searched; as root, with buildah and debootstrap
-	@$(BIN)/hadolint predictor/Dockerfile storage_initializer/Dockerfile
+	@$(BIN)/hadolint images/predictor/Dockerfile images/storage_initializer/Dockerfile
 	@BUILD_IMAGES=storage_initializer,prepare,predictor $(BIN)/python -m pytest tests/images
 
 # `kustomize edit set image` would write the files anew, comments elsewhere and lists at the margin.
@@ -112,5 +112,5 @@ checkov: $(INSTALLED) ## scan the rendered prod; checkov gets a virtual environm
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
 clean: ## remove what was made here, the virtual environment and ./models included
-	@rm -rf $(VENV) .venv-checkov build dist models predictor/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .venv-checkov build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

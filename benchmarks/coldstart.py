@@ -19,7 +19,7 @@ import httpx
 
 from benchmarks import servers
 from benchmarks.servers import BenchmarkError, Server
-from demo.processes import DemoError
+from devtools.processes import DemoError
 
 FLOOR = "import torch, transformers, kserve"
 _PHASE = re.compile(r'^kserve_llm_load_phase_seconds\{.*phase="(\w+)".*\} (\S+)$', re.MULTILINE)

@@ -19,7 +19,7 @@ from pathlib import Path
 from benchmarks import servers, throughput
 from benchmarks.servers import BenchmarkError
 from benchmarks.throughput import Load, Measurement
-from demo.processes import DemoError
+from devtools.processes import DemoError
 
 OURS = ("8bit", "none")
 """Values of --quantization, each a server of its own."""

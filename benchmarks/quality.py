@@ -15,7 +15,7 @@ import torch
 from benchmarks import servers
 from benchmarks.weights import load
 from demo import evaluate, exam
-from demo.processes import ROOT
+from devtools.processes import ROOT
 
 MODES = {"float32": ["--dtype", "float32"], "bfloat16": ["--dtype", "bfloat16"]} | {
     word: ["--dtype", "bfloat16", "--quantization", word] for word in ("8bit", "4bit")

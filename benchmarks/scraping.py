@@ -21,7 +21,7 @@ import httpx
 
 from benchmarks import servers, throughput
 from benchmarks.servers import Server
-from demo.processes import ROOT
+from devtools.processes import ROOT
 
 PERIOD_SECONDS = 1.0
 

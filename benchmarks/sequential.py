@@ -26,8 +26,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from transformers.generation.streamers import BaseStreamer
 
-from predictor import loader, placement
-from predictor.tokenization import Detokenizer
+from predictor.generation.detokenizer import Detokenizer
+from predictor.models import loader, placement
 
 MODEL_NAME = "model"
 

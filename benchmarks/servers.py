@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 
-from demo import processes
+from devtools import processes
 
 CONNECT_SECONDS = 30
 START_SECONDS = 300
@@ -43,7 +43,15 @@ def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Serv
         DemoError: it ended, or was not ready in time.
     """
     with processes.predictor(
-        ["--model_dir", str(model_dir.resolve()), "--log_level", "WARNING", "--self_check_seconds", "0", *flags],
+        [
+            "--model_dir",
+            str(model_dir.resolve()),
+            "--log_level",
+            "WARNING",
+            "--self_check_interval_seconds",
+            "0",
+            *flags,
+        ],
         model_name="model",
         port=processes.free_port(),
         timeout_seconds=START_SECONDS,

@@ -39,7 +39,7 @@ import httpx
 
 from benchmarks import servers
 from benchmarks.servers import CONNECT_SECONDS, BenchmarkError, Server
-from demo.processes import DemoError
+from devtools.processes import DemoError
 
 WORDS = 2000
 """Prompts are drawn from so many different words; each is one token for the models of `benchmarks.make_model`."""

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from benchmarks import make_model
-from predictor import loader
-from predictor.engine import Engine
-from predictor.generation import SamplingParams
-from predictor.loader import LoadedModel
+from predictor.engine.engine import Engine
+from predictor.models import loader
+from predictor.models.loader import LoadedModel
+from predictor.types import SamplingParams
 
 PROBE_BYTES = 1 << 30
 STEPS = 48
@@ -121,9 +121,9 @@ def _engine(loaded: LoadedModel) -> Engine:
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
-        max_running=4,
-        max_waiting=1,
-        max_batch_tokens=512,
+        max_num_seqs=4,
+        max_queued_requests=1,
+        max_num_batched_tokens=512,
         kv_cache_tokens=4096,
     )
 

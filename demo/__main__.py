@@ -18,8 +18,9 @@ from pathlib import Path
 
 import httpx
 
-from demo import exam, processes
-from demo.processes import ROOT, DemoError, Predictor
+from demo import exam
+from devtools import processes
+from devtools.processes import ROOT, DemoError, Predictor
 
 REFERENCE = "hf://demo/arithmetic"
 SYSTEM = "You are a careful calculator."

@@ -79,7 +79,7 @@ def main() -> None:
     """Ask, count, print; exit code 1 when fewer than `--at_least` are right."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", help="a server's URL or a directory of weights")
-    parser.add_argument("--model_name", default="demo", help="name in the server's URLs (default: %(default)s)")
+    parser.add_argument("--served_model_name", default="demo", help="name in the server's URLs (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=500, help="how many sums (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at_least", type=float, default=0.97, help="share that passes (default: %(default)s)")

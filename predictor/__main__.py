@@ -1,6 +1,5 @@
-"""The composition root: settings -> model -> server. `python -m predictor --model_name NAME --model_dir DIR`."""
+"""The composition root: settings -> model -> server. `python -m predictor --served_model_name NAME --model_dir DIR`."""
 
-import logging
 import os
 import sys
 
@@ -14,11 +13,12 @@ def main() -> int:
         read = settings.read(sys.argv[1:])
         # kserve parses argv when it is imported, and would take our flags for abbreviations of its own.
         del sys.argv[1:]
-        from predictor import logs, server
-        from predictor.model import Predictor
+        from predictor.entrypoints import lifecycle
+        from predictor.entrypoints.kserve_model import Predictor
+        from predictor.observability import logging
 
-        logs.configure(read.log_level, read.log_format)
-        serving = server.Server(Predictor(read), read)
+        logging.configure(read.log_level, read.log_format)
+        serving = lifecycle.Server(Predictor(read), read)
         serving.run()
         if serving.still_working:
             # Python's own end, under a thread that is deep inside torch, aborts the process.

@@ -38,7 +38,7 @@ class Settings(BaseSettings):
         cli_implicit_flags=True,
     )
 
-    model_name: str = Field(default="model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    served_model_name: str = Field(default="model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name in the URLs, /v2/models/NAME; no slash, since it is a path segment."""
     model_dir: Path = Path("/mnt/models")
     """A snapshot directory, or, with a model reference, the root of the volume that holds it."""
@@ -52,13 +52,13 @@ class Settings(BaseSettings):
     """TCP port of the HTTP server."""
     device: str = "auto"
     """Where the model runs: auto takes the first of cuda, mps, cpu that is there; cuda:1 is the second GPU."""
-    threads: int | None = Field(default=None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1)
     """Of torch on a CPU; default: as many as the container's CPU limit, else the machine's cores."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Number format of the weights; auto keeps the checkpoint's own where the device computes in it."""
     quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
     """Bits of the weights of linear layers: none leaves them as they are, auto takes what fits and is fastest."""
-    quantization_keep: str = ""
+    quantization_skip_modules: str = ""
     """Linear layers to leave as they are, too: parts of their names with commas between, as in lm_head,down_proj."""
     quantization_fallback: bool = False
     """Go on with the weights as they are, and a warning, where the quantization cannot be had; else an error."""
@@ -66,15 +66,15 @@ class Settings(BaseSettings):
     """Run Python code that comes with the weights. Only for snapshots whose code you have read."""
     max_model_len: int | None = Field(default=None, ge=2)
     """Tokens of prompt and completion together at most; default: the model's own context."""
-    max_running: int = Field(default=32, ge=1)
+    max_num_seqs: int = Field(default=32, ge=1)
     """Sequences that are decoded together in one batch at most; the others wait."""
-    max_waiting: int = Field(default=128, ge=0)
+    max_queued_requests: int = Field(default=128, ge=0)
     """Sequences that may wait for a place in the batch; requests beyond are refused at once, with 429."""
-    max_batch_tokens: int = Field(default=512, ge=1)
+    max_num_batched_tokens: int = Field(default=512, ge=1)
     """Tokens computed in one step at most; longer prompts are spread over steps so that other sequences go on."""
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences; default: from the memory that is free."""
-    memory_fraction: float = Field(default=0.8, gt=0, le=1)
+    kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
     """Share of the memory that is free beside the weights, within the container's limit, for the KV cache."""
     default_max_tokens: int = Field(default=256, ge=1)
     """New tokens at most where neither the request nor the model's generation config says."""
@@ -84,7 +84,7 @@ class Settings(BaseSettings):
     """Largest body of a request, in bytes."""
     step_timeout_seconds: float = Field(default=120, gt=0, allow_inf_nan=False)
     """A step loop that has work and makes no step for so long is not live any more: the cluster restarts it."""
-    self_check_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
+    self_check_interval_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
     """Period of the background self-check while idle, in seconds; without success for three, not ready. 0: off."""
     shutdown_grace_seconds: int = Field(default=600, ge=0)
     """How long running requests may go on after SIGTERM, in seconds; keep it at the InferenceService's timeout."""
@@ -109,8 +109,8 @@ class Settings(BaseSettings):
 
     @property
     def kept_layers(self) -> tuple[str, ...]:
-        """`quantization_keep`, part by part."""
-        return tuple(part.strip() for part in self.quantization_keep.split(",") if part.strip())
+        """`quantization_skip_modules`, part by part."""
+        return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
     @field_validator("model_reference", mode="after")
     @classmethod

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from preflight import capacity, cluster, configuration, knative, offline, references, rendering, schema
-from preflight.connection import Connection
+from preflight import offline, rendering
+from preflight.checks import knative, references, resources, schema, settings
+from preflight.cluster import checks
+from preflight.cluster.client import Connection
 from preflight.deployment import Deployment
 from preflight.findings import CannotLook, Finding
 
@@ -64,12 +66,12 @@ def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Fin
     findings = offline.check(
         deployment,
         schema.Schemas(definitions),
-        known_settings=configuration.known_keys(BASE),
-        model=capacity.read(config) if config else None,
-        max_timeout_seconds=cluster.max_timeout_seconds(connection) if connection else knative.MAX_TIMEOUT_SECONDS,
+        known_settings=settings.known_keys(BASE),
+        model=resources.read(config) if config else None,
+        max_timeout_seconds=checks.max_timeout_seconds(connection) if connection else knative.MAX_TIMEOUT_SECONDS,
     )
     if connection and deployment.service:
-        findings += cluster.check(deployment, connection)
+        findings += checks.check(deployment, connection)
     return findings
 
 

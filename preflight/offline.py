@@ -2,11 +2,11 @@
 
 from functools import partial
 
-from preflight import capacity, configuration, knative, kserve, references, schema, security, times
-from preflight.capacity import Model
+from preflight.checks import knative, kserve, references, resources, schema, security, settings, timeouts
+from preflight.checks.resources import Model
+from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment
 from preflight.findings import Finding
-from preflight.schema import Schemas
 
 
 def check(
@@ -35,9 +35,9 @@ def check(
         knative.check,
         references.check,
         security.check,
-        partial(configuration.check, known=known_settings),
-        partial(times.check, max_timeout_seconds=max_timeout_seconds),
-        partial(capacity.check, model=model),
+        partial(settings.check, known=known_settings),
+        partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
+        partial(resources.check, model=model),
     ):
         try:
             findings += check_(deployment)

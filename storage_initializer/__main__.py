@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from storage_initializer import commands, reporting
+from storage_initializer.cli import commands, output
 from storage_initializer.errors import InitializerError, Stopped
 from storage_initializer.settings import concealed, read
 
@@ -40,7 +40,7 @@ def _run(words: Sequence[str] | None) -> InitializerError | None:
     """All of it, but signals; the failure is a value, so that a signal may come while it is told."""
     try:
         command, settings = read(words)
-        reporting.configure(settings)
+        output.configure(settings)
         commands.run(command, settings)
     except InitializerError as error:
         log.debug("the cause:", exc_info=True)
@@ -68,10 +68,10 @@ def _leave(exit_code: int) -> NoReturn:
     Not by `sys.exit`: the interpreter would wait for those that libraries have started, for as long as a Hub likes to
     keep them. Files need no farewell: what matters was brought to the disk, and the lease is free, before `main` ends.
     """
-    for output in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr):
         # Nobody may be listening any more.
         with contextlib.suppress(OSError, ValueError):
-            output.flush()
+            stream.flush()
     os._exit(exit_code)
 
 

@@ -16,8 +16,8 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from storage_initializer import command_line
-from storage_initializer.command_line import Command, Form, Publish
+from storage_initializer.cli import arguments
+from storage_initializer.cli.arguments import Command, Form, Publish
 from storage_initializer.errors import InvalidUsage
 
 PREFIX = "STORAGE_INITIALIZER_"
@@ -127,7 +127,7 @@ class Settings(BaseSettings):
     """Ask no Hub: a branch or tag stands for the commit that it was resolved to the last time."""
 
     prepare: Form | None = None
-    """What to publish beside each snapshot, made of it: `8bit-cpu`, its linear layers rounded to int8. Needs torch."""
+    """What to publish beside each snapshot, made of it: `int8-cpu`, its linear layers rounded to int8. Needs torch."""
 
     prepare_keep: Patterns = ()
     """Layers that are not to be rounded then: a predictor takes what was prepared only if it would keep the same."""
@@ -176,7 +176,7 @@ def read(words: Sequence[str] | None = None) -> tuple[Command, Settings]:
         InvalidUsage: a flag, a number of arguments, a variable's name or a value that is not understood.
         SystemExit: with code 0, after `--help`.
     """
-    command = command_line.parse(sys.argv[1:] if words is None else list(words))
+    command = arguments.parse(sys.argv[1:] if words is None else list(words))
     _refuse_unknown_variables()
     try:
         settings = Settings()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import compare, make_model, servers, weights
 from benchmarks.throughput import Measurement, Run
-from demo.processes import ROOT
+from devtools.processes import ROOT
 
 
 @pytest.fixture(scope="module")

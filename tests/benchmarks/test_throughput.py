@@ -13,9 +13,9 @@ import pytest
 
 from benchmarks import make_model, servers, throughput
 from benchmarks.servers import BenchmarkError, Server
-from demo import processes
-from demo.processes import ROOT
-from predictor import loader
+from devtools import processes
+from devtools.processes import ROOT
+from predictor.models import loader
 
 ANYWHERE = Server("it", "http://127.0.0.1/v1", "model")
 

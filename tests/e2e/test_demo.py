@@ -10,8 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from demo import exam, processes
-from demo.processes import ROOT
+from demo import exam
+from devtools import processes
+from devtools.processes import ROOT
 
 
 def test_the_demo_answers_sums_and_ends(tmp_path: Path) -> None:

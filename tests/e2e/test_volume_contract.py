@@ -12,12 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from demo import processes
-from demo.processes import ROOT
-from predictor import loader, quantization, snapshot
-from predictor.loader import LoadedModel
-from storage_initializer import preparation, rounding
-from tests import tiny_llama
+from devtools import processes, tiny_llama
+from devtools.processes import ROOT
+from predictor.models import loader, quantization, snapshot
+from predictor.models.loader import LoadedModel
+from storage_initializer.prepare import int8_weights, pipeline
 
 DEMO_MODEL = ROOT / "demo" / "model"
 PROMPTS = ["60-91=", "3+4=", "7*8=", "100-1="]
@@ -133,8 +132,8 @@ def greedy(loaded: LoadedModel) -> list[list[int]]:
 
 
 def test_both_packages_mean_the_same() -> None:
-    assert rounding.METHOD == quantization.INT8
-    assert preparation.VERSION == snapshot.RECIPE_VERSION
+    assert int8_weights.METHOD == quantization.INT8
+    assert pipeline.VERSION == snapshot.RECIPE_VERSION
 
 
 def test_prepared_weights_are_bit_by_bit_what_the_predictor_makes_while_it_loads(
@@ -188,7 +187,7 @@ def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_version
     assert loaded.quantization == "8bit"
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"not using {prepared.made}, but rounding weights while they load" in warning
-    assert "made by 8bit-cpu version 7, and this predictor knows 8bit-cpu version 1" in warning
+    assert "made by int8-cpu version 7, and this predictor knows int8-cpu version 1" in warning
 
 
 def test_weights_rounded_from_another_format_are_passed_over(

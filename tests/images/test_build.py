@@ -22,19 +22,19 @@ import httpx
 import pytest
 from packaging.utils import canonicalize_name
 
-from demo import processes
-from demo.processes import ROOT
+from devtools import processes
+from devtools.processes import ROOT
 
 DEMO_MODEL = ROOT / "demo" / "model"
 IMAGES = {
-    "storage_initializer": ["--file", "storage_initializer/Dockerfile"],
-    "prepare": ["--file", "storage_initializer/Dockerfile", "--target", "prepare"],
-    "predictor": ["--file", "predictor/Dockerfile"],
+    "storage_initializer": ["--file", "images/storage_initializer/Dockerfile"],
+    "prepare": ["--file", "images/storage_initializer/Dockerfile", "--target", "prepare"],
+    "predictor": ["--file", "images/predictor/Dockerfile"],
 }
 LOCKS = {
-    "storage_initializer": "storage_initializer/requirements.txt",
-    "prepare": "storage_initializer/requirements-prepare.txt",
-    "predictor": "predictor/requirements.txt",
+    "storage_initializer": "images/storage_initializer/requirements.txt",
+    "prepare": "images/storage_initializer/requirements-prepare.txt",
+    "predictor": "images/predictor/requirements.txt",
 }
 WANTED = os.environ.get("BUILD_IMAGES", "").split(",")
 CANARY = f"hf_{secrets.token_hex(20)}"
@@ -188,7 +188,7 @@ def test_the_initializer_publishes_from_a_hub(storage_initializer: Image, tmp_pa
 
 def test_the_predictor_answers_and_ends_as_process_one(predictor: Image) -> None:
     port = processes.free_port()
-    words = [*predictor.config["Entrypoint"], "--model_name=arithmetic", f"--http_port={port}"]
+    words = [*predictor.config["Entrypoint"], "--served_model_name=arithmetic", f"--http_port={port}"]
     command = predictor.command(words, {DEMO_MODEL: "/mnt/models"}, {"HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}/v2/models/arithmetic"
     running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

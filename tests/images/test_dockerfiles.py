@@ -98,6 +98,6 @@ def test_no_weights_tests_or_history_reach_the_builder() -> None:
         "!hatch_build.py",
         "!predictor",
         "!pyproject.toml",
-        "!requirements-build.txt",
+        "!images/requirements-build.txt",
         "!storage_initializer",
     }

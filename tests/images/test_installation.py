@@ -24,13 +24,15 @@ def torch(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 def test_the_initializers_lock_wants_for_nothing(tmp_path: Path) -> None:
     environment = Environment(tmp_path)
-    path = "storage_initializer/requirements.txt"
+    path = "images/storage_initializer/requirements.txt"
     environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / path)
     assert "No broken requirements" in environment.pip("check")
     assert environment.installed() == locked(path)
 
 
-@pytest.mark.parametrize("path", ["storage_initializer/requirements-prepare.txt", "predictor/requirements.txt"])
+@pytest.mark.parametrize(
+    "path", ["images/storage_initializer/requirements-prepare.txt", "images/predictor/requirements.txt"]
+)
 def test_a_lock_wants_for_nothing_beside_torch(path: str, torch: Environment, tmp_path: Path) -> None:
     environment = Environment(tmp_path)
     # Hard links: pip replaces files and never writes into one, and torch is half a gigabyte.
@@ -47,14 +49,16 @@ def test_a_lock_wants_for_nothing_beside_torch(path: str, torch: Environment, tm
 @pytest.mark.parametrize(
     "path",
     [
-        "requirements-build.txt",
-        "storage_initializer/requirements.txt",
-        "storage_initializer/requirements-prepare.txt",
-        "predictor/requirements.txt",
+        "images/requirements-build.txt",
+        "images/storage_initializer/requirements.txt",
+        "images/storage_initializer/requirements-prepare.txt",
+        "images/predictor/requirements.txt",
     ],
 )
 def test_a_lock_has_wheels_for_arm64(path: str, tmp_path: Path) -> None:
-    (python,) = re.findall(r"^ARG BASE=python:(3\.\d+)", (ROOT / "predictor/Dockerfile").read_text(), re.MULTILINE)
+    (python,) = re.findall(
+        r"^ARG BASE=python:(3\.\d+)", (ROOT / "images/predictor/Dockerfile").read_text(), re.MULTILINE
+    )
     words = [
         "--dry-run",
         "--target",

@@ -29,10 +29,10 @@ def _needs(*extras: str, group: str | None = None) -> list[str]:
 
 
 LOCKS = {
-    "requirements-build.txt": _needs(group="build"),
-    "storage_initializer/requirements.txt": _needs(),
-    "storage_initializer/requirements-prepare.txt": _needs("prepare", group="beside-torch"),
-    "predictor/requirements.txt": _needs("predictor", "tracing", group="beside-torch"),
+    "images/requirements-build.txt": _needs(group="build"),
+    "images/storage_initializer/requirements.txt": _needs(),
+    "images/storage_initializer/requirements-prepare.txt": _needs("prepare", group="beside-torch"),
+    "images/predictor/requirements.txt": _needs("predictor", "tracing", group="beside-torch"),
 }
 
 
@@ -62,7 +62,7 @@ def _closure(words: list[str]) -> set[str]:
 
 
 # What builds the wheel is installed only where pip builds one, so there is nothing here to ask.
-@pytest.mark.parametrize("path", sorted(LOCKS.keys() - {"requirements-build.txt"}))
+@pytest.mark.parametrize("path", sorted(LOCKS.keys() - {"images/requirements-build.txt"}))
 def test_a_lock_holds_what_is_needed_and_nothing_else(path: str) -> None:
     assert set(locked(path)) == _closure(LOCKS[path]), "run `make lock`"
 
@@ -87,6 +87,6 @@ def test_a_lock_says_a_hash_for_everything_and_no_index(path: str) -> None:
     assert not re.search(r"^-", text, re.MULTILINE)
 
 
-@pytest.mark.parametrize("path", ["predictor/Dockerfile", "storage_initializer/Dockerfile"])
+@pytest.mark.parametrize("path", ["images/predictor/Dockerfile", "images/storage_initializer/Dockerfile"])
 def test_torch_is_the_version_that_the_tests_run_with(path: str) -> None:
     assert f"ARG TORCH_VERSION={_constrained()['torch']}\n" in (ROOT / path).read_text()

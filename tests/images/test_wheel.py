@@ -12,7 +12,7 @@ import pytest
 
 from tests.images.conftest import ROOT, Environment
 
-LIBRARY = "predictor/libnative.so"
+LIBRARY = "predictor/kernels/cpu/libnative.so"
 STALE = b"of another platform"
 
 pytestmark = pytest.mark.slow
@@ -26,7 +26,7 @@ on_amd64 = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     environment = Environment(tmp_path_factory.mktemp("builder"))
-    environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / "requirements-build.txt")
+    environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / "images/requirements-build.txt")
     return environment
 
 

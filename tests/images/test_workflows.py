@@ -57,6 +57,9 @@ def test_a_workflow_names_files_that_are_there(name: str) -> None:
 def test_an_image_is_built_from_a_target_that_is_there() -> None:
     jobs = yaml.safe_load(TEXTS["images.yaml"])["jobs"].values()
     built = [(job["with"]["dockerfile"], job["with"].get("target")) for job in jobs if "with" in job]
-    assert {dockerfile for dockerfile, _ in built} == {"predictor/Dockerfile", "storage_initializer/Dockerfile"}
+    assert {dockerfile for dockerfile, _ in built} == {
+        "images/predictor/Dockerfile",
+        "images/storage_initializer/Dockerfile",
+    }
     for dockerfile, target in built:
         assert not target or re.search(rf"^FROM .* AS {target}$", (ROOT / dockerfile).read_text(), re.MULTILINE)

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
-from preflight import configuration, offline, schema
+from preflight import offline
+from preflight.checks import schema, settings
+from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
-from preflight.schema import Schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(
@@ -174,7 +175,7 @@ def schemas(definitions: list[Manifest]) -> Schemas:
 @pytest.fixture(scope="session")
 def look(definitions: list[Manifest]) -> Callable[[Deployment], list[str]]:
     """What preflight says of a rendering; without CRD_DIR, custom kinds are taken as they are."""
-    schemas, known = Remembering(definitions), configuration.known_keys(ROOT / BASE)
+    schemas, known = Remembering(definitions), settings.known_keys(ROOT / BASE)
 
     def look(rendered: Deployment) -> list[str]:
         findings = offline.check(rendered, schemas, known)

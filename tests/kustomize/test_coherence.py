@@ -4,7 +4,7 @@ import itertools
 import re
 
 from predictor import settings as predictor_settings
-from preflight import capacity, knative, times
+from preflight.checks import knative, resources, timeouts
 from storage_initializer import settings as initializer_settings
 
 FLAG = re.compile(r"kubernetes\.podspec-[a-z-]+")
@@ -91,12 +91,12 @@ def test_the_storage_initializer_accepts_its_arguments_and_environment(deploymen
 
 
 def test_times_fit_into_each_other(deployment):
-    assert [str(finding) for finding in times.check(deployment)] == []
+    assert [str(finding) for finding in timeouts.check(deployment)] == []
 
 
 def test_the_readme_writes_down_every_inequality_that_preflight_checks(tree):
     readme = (tree.kustomize / "README.md").read_text()
-    for line in re.findall(r"^    (\S.*(?:<=|<|=).*?)\s{2,}", times.__doc__, re.MULTILINE):
+    for line in re.findall(r"^    (\S.*(?:<=|<|=).*?)\s{2,}", timeouts.__doc__, re.MULTILINE):
         assert f"`{line}`" in readme, line
 
 
@@ -118,7 +118,7 @@ def test_the_ingress_lets_through_what_the_predictor_takes(render, tree):
 
 def test_a_replica_is_sent_as_many_requests_as_its_batch_holds(deployment):
     if deployment.is_knative:
-        batch = int(deployment.settings["PREDICTOR_MAX_RUNNING"])
+        batch = int(deployment.settings["PREDICTOR_MAX_NUM_SEQS"])
         assert deployment.predictor["scaleTarget"] == deployment.predictor["containerConcurrency"] == batch
         assert deployment.predictor["scaleMetric"] == "concurrency"
 
@@ -126,7 +126,7 @@ def test_a_replica_is_sent_as_many_requests_as_its_batch_holds(deployment):
 def test_the_model_of_an_overlay_fits_into_its_memory(overlay, tree):
     path = tree.root / overlay.path / "model-config.json"
     if path.exists():
-        assert list(capacity.check(overlay, capacity.read(path))) == []
+        assert list(resources.check(overlay, resources.read(path))) == []
     else:
         assert overlay.path.name == "prod-multi-gpu"
 

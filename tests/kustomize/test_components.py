@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from preflight import knative
+from preflight.checks import knative
 
 
 @pytest.fixture(scope="session")
@@ -106,14 +106,14 @@ def test_autoscaling_hpa(added):
 
 
 def test_knative_gives_a_replica_as_many_requests_as_it_decodes_together(base):
-    running = int(base.settings["PREDICTOR_MAX_RUNNING"])
+    running = int(base.settings["PREDICTOR_MAX_NUM_SEQS"])
     assert (base.predictor["scaleTarget"], base.predictor["containerConcurrency"]) == (running, running)
 
 
 def test_autoscaling_keda_asks_for_three_quarters_of_a_batch(added):
     keda = added("autoscaling-keda")
     [metric] = keda.predictor["autoScaling"]["metrics"]
-    assert int(metric["external"]["target"]["value"]) == 0.75 * int(keda.settings["PREDICTOR_MAX_RUNNING"])
+    assert int(metric["external"]["target"]["value"]) == 0.75 * int(keda.settings["PREDICTOR_MAX_NUM_SEQS"])
     assert 'kserve_llm_num_requests_waiting{model_name="llm"}' in metric["external"]["metric"]["query"]
 
 
@@ -158,7 +158,7 @@ def test_prepared_8bit_is_another_job_in_the_image_with_torch(added, base):
     assert prepared.settings["PREDICTOR_QUANTIZATION"] == "8bit"
     assert prepared.one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]
     told = prepared.environment(prepared.download)
-    assert told["STORAGE_INITIALIZER_PREPARE"] == "8bit-cpu"
+    assert told["STORAGE_INITIALIZER_PREPARE"] == "int8-cpu"
     assert told["OMP_NUM_THREADS"] == prepared.download["resources"]["limits"]["cpu"]
     assert prepared.download["image"] == told["DOWNLOAD_IMAGE"] == f"{base.download['image']}-prepare"
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from preflight import knative, kserve, references
+from preflight.checks import knative, kserve, references
 from preflight.deployment import Deployment
 
 UNCHECKED = {"KnativeServing"}

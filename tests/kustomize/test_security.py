@@ -2,7 +2,7 @@
 
 import re
 
-from preflight import references, security
+from preflight.checks import references, security
 
 VISIBLE = {"api-keys": {"predictor-api-keys"}}
 """Components after which the predictor sees a Secret."""

@@ -10,10 +10,11 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks import dashboard, throughput
+from benchmarks import throughput
 from benchmarks.servers import Server
-from demo import processes
-from demo.processes import ROOT
+from devtools import processes
+from devtools import render_dashboard as dashboard
+from devtools.processes import ROOT
 
 SECONDS_AT_MOST = 600.0
 

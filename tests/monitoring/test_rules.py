@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from demo.processes import ROOT
-from predictor import metrics
+from devtools.processes import ROOT
+from predictor.observability import metrics
 
 RULES = ROOT / "manifests" / "prometheus" / "rules.yaml"
 CASES = Path(__file__).with_name("rules_test.yaml")

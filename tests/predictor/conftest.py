@@ -6,8 +6,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from demo import processes
-from demo.processes import ROOT, Predictor
+from devtools import processes
+from devtools.processes import ROOT, Predictor
 
 DEMO_MODEL = ROOT / "demo" / "model"
 
@@ -15,14 +15,14 @@ DEMO_MODEL = ROOT / "demo" / "model"
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
 def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes int8: each that this machine has, and not only the one that the predictor would take."""
-    from predictor import kernels, native
+    from predictor.kernels.cpu import gemm, ops
 
     name = str(request.param)
-    by_ours = {None: [], "avx512_vnni": ["avx512_vnni"], "amx": ["avx512_vnni", "amx"]}[native.level]
+    by_ours = {None: [], "avx512_vnni": ["avx512_vnni"], "amx": ["avx512_vnni", "amx"]}[ops.level]
     if name != "fbgemm" and name not in by_ours:
-        pytest.skip(f"{name}: this CPU has none" if native.LIBRARY.is_file() else f"{native.LIBRARY} is not compiled")
-    monkeypatch.setattr(native, "level", None if name == "fbgemm" else name)
-    if not kernels.has_int8():
+        pytest.skip(f"{name}: this CPU has none" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
+    monkeypatch.setattr(ops, "level", None if name == "fbgemm" else name)
+    if not gemm.has_int8():
         pytest.skip("fbgemm: torch has none on this CPU")
     return name
 

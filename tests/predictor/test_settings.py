@@ -52,7 +52,7 @@ def test_an_empty_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--http_port", "http"], "--http_port (PREDICTOR_HTTP_PORT) is 'http': input should be a valid integer"),
         (["--http_port", "70000"], "--http_port (PREDICTOR_HTTP_PORT) is '70000': input should be less than"),
         (["--device", "tpu"], "--device (PREDICTOR_DEVICE) is 'tpu': should be auto, cuda, cuda:N, mps or cpu"),
-        (["--model_name", "owner/model"], "--model_name (PREDICTOR_MODEL_NAME) is 'owner/model'"),
+        (["--served_model_name", "owner/model"], "--served_model_name (PREDICTOR_SERVED_MODEL_NAME) is 'owner/model'"),
         (["--http_port"], "argument --http_port: expected one argument"),
     ],
 )
@@ -84,8 +84,8 @@ def test_suggests_no_variable_that_has_only_the_prefix_in_common(monkeypatch: py
 
 
 def test_names_the_variable_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREDICTOR_MAX_RUNNING", "none")
-    with pytest.raises(InvalidSettings, match=r"PREDICTOR_MAX_RUNNING\) is 'none'"):
+    monkeypatch.setenv("PREDICTOR_MAX_NUM_SEQS", "none")
+    with pytest.raises(InvalidSettings, match=r"PREDICTOR_MAX_NUM_SEQS\) is 'none'"):
         settings.read([])
 
 

@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from preflight import configuration, offline, rendering, schema
-from preflight.capacity import Model
+from preflight import offline, rendering
+from preflight.checks import schema, settings
+from preflight.checks.resources import Model
+from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 from preflight.findings import Finding
-from preflight.schema import Schemas
 
 ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ROOT / "kustomize/overlays"
@@ -79,7 +80,7 @@ class Draft:
         found = offline.check(
             Deployment(tuple(self.objects)),
             schemas or Schemas(),
-            configuration.known_keys(ROOT / "kustomize/base"),
+            settings.known_keys(ROOT / "kustomize/base"),
             model,
         )
         return [finding for finding in found if "were not checked" not in finding.problem]

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from preflight import cluster as judge
-from preflight.connection import Connection
+from preflight.checks.knative import flags
+from preflight.cluster import checks as judge
+from preflight.cluster.client import Connection
 from preflight.findings import CannotLook
-from preflight.knative import flags
 
 DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
 CLASSES = "/apis/storage.k8s.io/v1/storageclasses"

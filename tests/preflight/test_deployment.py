@@ -2,7 +2,8 @@
 
 import pytest
 
-from preflight import knative, quantities
+from preflight import quantities
+from preflight.checks import knative
 from preflight.deployment import Deployment
 
 
@@ -36,7 +37,7 @@ def runtime(**container):
 
 def test_the_service_is_merged_over_the_runtime():
     below = runtime(
-        args=["--model_name={{.Name}}"],
+        args=["--served_model_name={{.Name}}"],
         env=[{"name": "A", "value": "1"}, {"name": "B", "value": "2"}],
         resources={"limits": {"cpu": "1"}},
         readinessProbe={"httpGet": {"path": "/v2/models/{{ .Name }}/ready"}},
@@ -52,7 +53,7 @@ def test_the_service_is_merged_over_the_runtime():
         maxReplicas=2,
     )
     read = Deployment((below, above))
-    assert read.server["args"] == ["--model_name=llm", "--x"]
+    assert read.server["args"] == ["--served_model_name=llm", "--x"]
     assert read.environment(read.server) == {"A": "1", "B": "3"}
     assert read.server["resources"] == {"limits": {"cpu": "1", "memory": "1Gi"}}
     assert read.server["readinessProbe"]["httpGet"]["path"] == "/v2/models/llm/ready"

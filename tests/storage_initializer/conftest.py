@@ -17,8 +17,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from devtools.local_hub import LocalHub
 from storage_initializer.__main__ import main
-from tests.local_hub import LocalHub
 
 ROOT = Path(__file__).parents[2]
 NOBODY, SOMEBODY = 65534, 60_001
@@ -29,7 +29,7 @@ AS_USER = """\
 import os, runpy, sys
 # As root still: that other user may not reach the interpreter's library.
 import encodings.idna, hf_xet, httpx2, huggingface_hub.file_download, huggingface_hub.hf_api
-import storage_initializer.hub, storage_initializer.initializer, storage_initializer.local
+import storage_initializer.publish, storage_initializer.sources.hub, storage_initializer.sources.local
 user, group = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 os.setgroups([])
 os.setresgid(group, group, group)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.local_hub import LocalHub, Response
+from devtools.local_hub import LocalHub, Response
 from tests.storage_initializer.conftest import ROOT, Run, make_model
 
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}

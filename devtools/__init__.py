@@ -1,0 +1,1 @@
+"""Tools that the demo, the tests and the benchmarks share."""

@@ -1,0 +1,1 @@
+"""How requests come in: process lifecycle, HTTP, gRPC and KServe."""

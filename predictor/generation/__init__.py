@@ -1,0 +1,1 @@
+"""Prompts, detokenization, output streams: text around the engine."""

@@ -1,0 +1,1 @@
+"""CPU layers and C code."""

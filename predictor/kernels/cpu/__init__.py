@@ -1,0 +1,1 @@
+"""CPU kernels and the modules that call them."""

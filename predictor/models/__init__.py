@@ -1,0 +1,1 @@
+"""A snapshot directory becomes a model on a device."""

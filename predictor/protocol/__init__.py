@@ -1,1 +1,0 @@
-"""Wire formats: each module turns one protocol's bytes into generation requests, and completions back. No torch."""

@@ -1,0 +1,1 @@
+"""Wire formats to and from `predictor.types`; no torch, no HTTP."""

@@ -1,0 +1,1 @@
+"""What this machine or container grants: CPU time, memory, threads."""

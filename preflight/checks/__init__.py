@@ -1,0 +1,1 @@
+"""Checks of rendered objects, one module for each subject."""

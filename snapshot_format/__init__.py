@@ -1,0 +1,1 @@
+"""The directory format that the storage initializer writes and the predictor reads."""

@@ -1,0 +1,1 @@
+"""Quantize weights ahead of serving."""

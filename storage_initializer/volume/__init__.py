@@ -1,0 +1,1 @@
+"""The volume: layout, lease, record, verification and garbage collection."""

@@ -1,0 +1,137 @@
+"""Clients that are not ours, against a running predictor: OpenAI's and Triton's. KServe's is in `test_server.py`."""
+
+from collections.abc import Iterator
+
+import numpy
+import openai
+import pytest
+from tritonclient import http as triton
+
+from devtools.processes import Predictor
+
+QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
+ANSWER = "7+5=12 1+2+1=4 42"
+
+
+@pytest.fixture(params=["/v1", "/openai/v1"])
+def openai_client(server: Predictor, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=server.url + request.param, api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def triton_client(server: Predictor) -> Iterator[triton.InferenceServerClient]:
+    client = triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=60)
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def test_openai_lists_and_retrieves_the_model(openai_client: openai.OpenAI) -> None:
+    assert [model.id for model in openai_client.models.list()] == ["demo"]
+    assert openai_client.models.retrieve("demo").object == "model"
+    with pytest.raises(openai.NotFoundError):
+        openai_client.models.retrieve("other")
+
+
+def test_openai_gets_a_chat_completion(openai_client: openai.OpenAI) -> None:
+    completion = openai_client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
+    [choice] = completion.choices
+    assert (choice.message.content, choice.finish_reason) == (ANSWER, "stop")
+    assert completion.usage is not None
+    assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
+
+
+def test_openai_streams_a_chat_with_its_usage(openai_client: openai.OpenAI) -> None:
+    chunks = list(
+        openai_client.chat.completions.create(
+            model="demo", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == ANSWER
+    assert len([piece for piece in pieces if piece]) > 5, "piece by piece, not in one lump"
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].choices == []
+
+
+def test_openai_gets_several_completions_that_a_seed_repeats(openai_client: openai.OpenAI) -> None:
+    def ask() -> list[str]:
+        completion = openai_client.completions.create(
+            model="demo", prompt="17+25=", n=2, seed=5, temperature=2, top_p=1, max_tokens=12
+        )
+        return [choice.text for choice in completion.choices]
+
+    assert ask() == ask()
+    assert len(set(ask())) == 2
+
+
+def test_openai_streams_completions_with_stop_and_echo(openai_client: openai.OpenAI) -> None:
+    stream = openai_client.completions.create(
+        model="demo", prompt="17+25=", echo=True, stop=" 1+", temperature=0, stream=True
+    )
+    chunks = [chunk.choices[0] for chunk in stream]
+    assert "".join(chunk.text for chunk in chunks) == "17+25= 7+5=12"
+    assert chunks[-1].finish_reason == "stop"
+
+
+def test_openai_gets_log_probabilities(openai_client: openai.OpenAI) -> None:
+    completion = openai_client.chat.completions.create(
+        model="demo", messages=QUESTION, temperature=0, max_completion_tokens=3, logprobs=True, top_logprobs=2
+    )
+    [choice] = completion.choices
+    assert choice.finish_reason == "length"
+    assert choice.logprobs is not None
+    tokens = choice.logprobs.content or []
+    assert "".join(token.token for token in tokens) == choice.message.content == "7+5"
+    assert all(token.top_logprobs[0].token == token.token and len(token.top_logprobs) == 2 for token in tokens)
+    old = openai_client.completions.create(model="demo", prompt="17+25=", temperature=0, max_tokens=3, logprobs=1)
+    assert old.choices[0].logprobs is not None
+    assert len(old.choices[0].logprobs.tokens or []) == 3
+
+
+def test_openai_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        openai_client.chat.completions.create(model="other", messages=QUESTION)
+    with pytest.raises(openai.BadRequestError) as raised:
+        openai_client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=5000)
+    assert raised.value.param == "max_tokens"
+    with pytest.raises(openai.BadRequestError, match="json_schema"):
+        openai_client.chat.completions.create(
+            model="demo",
+            messages=QUESTION,
+            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {}}},
+        )
+
+
+def test_triton_sees_a_ready_server_and_its_model(triton_client: triton.InferenceServerClient) -> None:
+    assert triton_client.is_server_live()
+    assert triton_client.is_server_ready()
+    assert triton_client.is_model_ready("demo")
+    assert triton_client.is_model_ready("demo", "1")
+    assert triton_client.get_server_metadata()["name"] == "kserve-llm"
+    assert triton_client.get_model_metadata("demo")["inputs"][0]["name"] == "text_input"
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_triton_infers_with_binary_and_with_json_tensors(
+    triton_client: triton.InferenceServerClient, binary: bool
+) -> None:
+    prompts = numpy.array([b"17+25=", b"60-91="], dtype=numpy.object_)
+    tensor = triton.InferInput("text_input", [2], "BYTES")
+    tensor.set_data_from_numpy(prompts, binary_data=binary)
+    outputs = [triton.InferRequestedOutput(name, binary_data=binary) for name in ("text_output", "completion_tokens")]
+    result = triton_client.infer("demo", [tensor], outputs=outputs, request_id="7", parameters={"max_tokens": 40})
+    assert result.get_response()["id"] == "7"
+    texts = [text.decode() if isinstance(text, bytes) else text for text in result.as_numpy("text_output")]
+    assert texts[0] == f" {ANSWER}"
+    assert result.as_numpy("completion_tokens").tolist()[0] == 19
+
+
+def test_triton_raises_what_the_server_says(triton_client: triton.InferenceServerClient) -> None:
+    tensor = triton.InferInput("text_input", [1], "BYTES")
+    tensor.set_data_from_numpy(numpy.array([b"1"], dtype=numpy.object_))
+    with pytest.raises(triton.InferenceServerException, match="max_tokens: input should be greater"):
+        triton_client.infer("demo", [tensor], parameters={"max_tokens": 0})

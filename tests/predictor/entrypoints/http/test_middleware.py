@@ -1,0 +1,546 @@
+"""The middlewares around a real Starlette application, behind a real uvicorn server where connections matter."""
+
+import asyncio
+import logging
+import queue
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from predictor.entrypoints.api_keys import KeyFile
+from predictor.entrypoints.http import middleware
+from predictor.entrypoints.http.middleware import Authenticate, BodyLimit, Gate, Requests
+from predictor.errors import InvalidRequest
+from predictor.observability import request_record
+from predictor.types import FinishedSequence
+
+KEY = "alices-key-0123456789"
+LIMIT = 1000
+WAIT_SECONDS = 20
+PROBES = ["/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready"]
+COMPLETIONS = "/openai/v1/completions"
+FORESEEN_BY_NOBODY = "The server failed on this request; its log says why."
+
+
+async def echo(request: Request) -> Response:
+    return Response(await request.body(), headers={"x-seen-id": request_record.current().request_id})
+
+
+def serving(*inner: Middleware, endpoint: Any = echo, lifespan: Any = None) -> Starlette:
+    """An application with one route for all paths, inside of `Requests` and then `inner`."""
+    routes = [Route("/{path:path}", endpoint, methods=["GET", "POST"])]
+    return Starlette(routes=routes, middleware=[Middleware(Requests, count=lambda *_: None), *inner], lifespan=lifespan)
+
+
+def ask(app: ASGIApp, path: str = "/v2/models/demo/infer", **fields: Any) -> httpx.Response:
+    """The answer without a server between; an exception that leaves `app` is raised here."""
+
+    async def request() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+            return await client.request(fields.pop("method", "POST"), path, **fields)
+
+    return asyncio.run(request())
+
+
+class Server:
+    """Where a real server listens, and the lines that it has logged for requests."""
+
+    def __init__(self, port: int, lines: "queue.SimpleQueue[logging.LogRecord]") -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self._lines = lines
+
+    def line(self) -> dict[str, Any]:
+        """The fields of the next request's line, which comes after the client has its answer."""
+        fields: dict[str, Any] = self._lines.get(timeout=WAIT_SECONDS).fields  # type: ignore[attr-defined]
+        return fields
+
+    def connect(self, head: str) -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=WAIT_SECONDS)
+        connection.sendall(head.replace("\n", "\r\n").encode())
+        return connection
+
+
+@pytest.fixture(params=["httptools", "h11"])
+def implementation(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@contextmanager
+def running(app: ASGIApp, implementation: Any = "auto", lifespan: Any = "off") -> Iterator[Server]:
+    lines: queue.SimpleQueue[logging.LogRecord] = queue.SimpleQueue()
+    listener = logging.Handler()
+    listener.emit = lines.put  # type: ignore[assignment, method-assign]
+    config = uvicorn.Config(app, http=implementation, ws="none", lifespan=lifespan, log_config=None)
+    config.timeout_graceful_shutdown = 5
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, args=([listening],))
+        middleware.request_logger.addHandler(listener)
+        thread.start()
+        try:
+            yield Server(listening.getsockname()[1], lines)
+        finally:
+            server.should_exit = True
+            thread.join()
+            middleware.request_logger.removeHandler(listener)
+
+
+@pytest.fixture(autouse=True)
+def everything_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """The fields of the requests' lines so far; the time it took is only known to be a number."""
+    lines = [dict(vars(record)["fields"]) for record in caplog.records if record.name == "predictor.request"]
+    assert all(line.pop("duration_ms") >= 0 for line in lines)
+    return lines
+
+
+# Requests
+
+
+@pytest.mark.parametrize("given", ["a", "7f0c:trace/1.2_3+4=5-6", "x" * 128])
+def test_a_request_keeps_its_id(given: str) -> None:
+    answer = ask(serving(), headers={"X-Request-ID": given})
+    assert answer.headers["x-request-id"] == answer.headers["x-seen-id"] == given
+
+
+@pytest.mark.parametrize("given", [[], [""], ["x" * 129], ["a b"], ['{"a":1}'], ["ü".encode()], ["a", "b"]])
+def test_a_request_without_a_usable_id_gets_a_new_one(given: list[Any]) -> None:
+    first, second = (
+        ask(serving(), headers=[("x-request-id", value) for value in given]).headers["x-request-id"] for _ in range(2)
+    )
+    assert first != second
+    assert {len(first), len(second)} == {32}
+
+
+def test_a_response_has_one_id() -> None:
+    async def endpoint(_: Request) -> Response:
+        return Response(headers={"X-Request-Id": "another"})
+
+    answer = ask(serving(endpoint=endpoint), headers={"x-request-id": "mine"})
+    assert answer.headers.get_list("x-request-id") == ["mine"]
+
+
+def test_a_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def endpoint(_: Request) -> Response:
+        record = request_record.current()
+        record.protocol = "v2"
+        record.ended += [
+            FinishedSequence(index, reason, 2, 4, 0, 0.3, 0.1, 0.2) for index, reason in enumerate(("stop", "length"))
+        ]
+        return Response(status_code=201)
+
+    ask(serving(endpoint=endpoint), "/v2/models/demo/infer?prompt=secret")
+    assert logged(caplog) == [
+        {
+            "method": "POST",
+            "path": "/v2/models/demo/infer",
+            "status": 201,
+            "protocol": "v2",
+            "prompt_tokens": 4,
+            "completion_tokens": 8,
+            "sequences": 2,
+            "finish_reasons": ["stop", "length"],
+            "queue_seconds": 0.1,
+            "first_token_seconds": 0.2,
+        }
+    ]
+    [message] = [record.getMessage() for record in caplog.records if record.name == "predictor.request"]
+    assert message.startswith("POST /v2/models/demo/infer 201 duration_ms=")
+    assert message.endswith(" finish_reasons=stop,length queue_seconds=0.1 first_token_seconds=0.2")
+
+
+def test_a_path_cannot_forge_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    ask(serving(), "/v1/models/demo:predict%0Aforged%20line")
+    assert [line["path"] for line in logged(caplog)] == ["/v1/models/demo:predict%0Aforged%20line"]
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_probes_are_not_logged(caplog: pytest.LogCaptureFixture, path: str) -> None:
+    assert ask(serving(), path, method="GET").headers["x-request-id"]
+    assert logged(caplog) == []
+
+
+async def fail(_: Request) -> Response:
+    raise KeyError("secret prompt")
+
+
+def test_an_unforeseen_error_is_answered_and_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+    answer = ask(serving(endpoint=fail), headers={"x-request-id": "mine"})
+    assert (answer.status_code, answer.json()) == (500, {"error": FORESEEN_BY_NOBODY})
+    assert answer.headers["x-request-id"] == "mine"
+    assert [(line["status"], line["error"]) for line in logged(caplog)] == [(500, "KeyError")]
+    assert "Traceback" in caplog.text
+    assert "secret" not in " ".join(caplog.messages)
+
+
+def test_an_unforeseen_error_has_the_form_of_its_protocol() -> None:
+    assert ask(serving(endpoint=fail), COMPLETIONS).json()["error"]["message"] == FORESEEN_BY_NOBODY
+    assert ask(serving(endpoint=fail), "/v2/models/demo/generate").status_code == 424
+
+
+def test_an_error_that_no_route_answered_is_answered(caplog: pytest.LogCaptureFixture) -> None:
+    async def endpoint(_: Request) -> Response:
+        raise InvalidRequest("The field `n` is wrong.")
+
+    answer = ask(serving(endpoint=endpoint))
+    assert (answer.status_code, answer.json()) == (400, {"error": "The field `n` is wrong."})
+    assert [line["error"] for line in logged(caplog)] == ["InvalidRequest"]
+    assert "Traceback" not in caplog.text
+
+
+def test_a_request_that_is_cut_off_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    async def cancel() -> None:
+        started = asyncio.Event()
+
+        async def endpoint(_: Request) -> Response:
+            started.set()
+            await asyncio.Event().wait()
+            return Response()
+
+        transport = httpx.ASGITransport(serving(endpoint=endpoint))
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            asking = asyncio.create_task(client.get("/v2/models/demo"))
+            await started.wait()
+            asking.cancel()
+            await asyncio.wait([asking])
+
+    asyncio.run(cancel())
+    assert [(line["status"], line["error"]) for line in logged(caplog)] == [(500, "CancelledError")]
+
+
+def full(tmp_path: Path, *, endpoint: Any = echo, is_open: bool = True, lifespan: Any = None) -> ASGIApp:
+    """All middlewares, in their order."""
+    (tmp_path / "keys").write_text(f"alice:{KEY}\n")
+    keys = KeyFile(tmp_path / "keys")
+    inner = [Middleware(Gate, lambda: is_open), Middleware(Authenticate, keys), Middleware(BodyLimit, LIMIT)]
+    return serving(*inner, endpoint=endpoint, lifespan=lifespan)
+
+
+AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
+
+
+def test_a_stream_is_not_held_back(implementation: Any, tmp_path: Path) -> None:
+    received = threading.Event()
+
+    async def endpoint(_: Request) -> Response:
+        async def pieces() -> AsyncIterator[str]:
+            yield "one"
+            yield "two" if await asyncio.to_thread(received.wait, WAIT_SECONDS) else "held back"
+
+        return StreamingResponse(pieces())
+
+    with (
+        running(full(tmp_path, endpoint=endpoint), implementation) as server,
+        httpx.stream("POST", server.url, headers=AUTHORIZED, trust_env=False, timeout=WAIT_SECONDS * 2) as answer,
+    ):
+        pieces = answer.iter_text()
+        assert next(pieces) == "one"
+        received.set()
+        assert next(pieces) == "two"
+        assert (server.line()["status"], list(pieces)) == (200, [])
+
+
+def test_a_client_that_leaves_a_stream_ends_it(implementation: Any, tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    async def endpoint(_: Request) -> Response:
+        async def pieces() -> AsyncIterator[str]:
+            try:
+                yield "one"
+                await asyncio.Event().wait()
+            finally:
+                request_record.current().error = "Stopped"
+                ended.set()
+
+        return StreamingResponse(pieces())
+
+    with running(full(tmp_path, endpoint=endpoint), implementation) as server:
+        with httpx.stream("POST", server.url, headers=AUTHORIZED, trust_env=False) as answer:
+            assert next(answer.iter_text()) == "one"
+        assert ended.wait(WAIT_SECONDS)
+        line = server.line()
+    assert (line["status"], line["error"], line["key"]) == (499, "Stopped", "alice")
+
+
+def test_a_route_that_waits_learns_that_its_client_has_left(implementation: Any, tmp_path: Path) -> None:
+    waiting = threading.Event()
+
+    async def endpoint(request: Request) -> Response:
+        await request.body()
+        waiting.set()
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        return Response("for nobody")
+
+    with running(full(tmp_path, endpoint=endpoint), implementation) as server:
+        with server.connect(f"GET /v2/models/demo HTTP/1.1\nHost: server\nAuthorization: Bearer {KEY}\n\n"):
+            assert waiting.wait(WAIT_SECONDS)
+        assert server.line()["status"] == 499
+
+
+def test_a_client_that_leaves_before_its_body_is_there_is_no_failure(
+    implementation: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reading = threading.Event()
+
+    async def endpoint(request: Request) -> Response:
+        reading.set()
+        return await echo(request)
+
+    head = f"POST /v2/models/demo/infer HTTP/1.1\nHost: server\nAuthorization: Bearer {KEY}\nContent-Length: 9\n\nhalf"
+    with running(full(tmp_path, endpoint=endpoint), implementation) as server:
+        with server.connect(head):
+            assert reading.wait(WAIT_SECONDS)
+        line = server.line()
+    assert (line["status"], "error" in line) == (499, False)
+    assert "Traceback" not in caplog.text
+
+
+def test_an_error_in_a_stream_breaks_it_off(
+    implementation: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def endpoint(_: Request) -> Response:
+        async def pieces() -> AsyncIterator[str]:
+            yield "one"
+            raise KeyError("lost")
+
+        return StreamingResponse(pieces())
+
+    headers = {**AUTHORIZED, "x-request-id": "mine"}
+    with running(full(tmp_path, endpoint=endpoint), implementation) as server:
+        with pytest.raises(httpx.RemoteProtocolError):
+            httpx.post(server.url, headers=headers, trust_env=False)
+        line = server.line()
+    assert (line["status"], line["error"]) == (200, "KeyError")
+    assert caplog.text.count("KeyError: 'lost'") == 1
+    assert "This broke off the answer to request mine." in caplog.text
+
+
+def test_startup_and_shutdown_pass_through(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        seen.append("started")
+        yield
+        seen.append("stopped")
+
+    with running(full(tmp_path, is_open=False, lifespan=lifespan), lifespan="on") as server:
+        assert httpx.get(server.url + "/v2", trust_env=False).status_code == 503
+    assert seen == ["started", "stopped"]
+
+
+# Gate
+
+
+def test_a_closed_gate_sends_requests_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
+    answer = ask(serving(Middleware(Gate, lambda: False)), headers={"x-request-id": "mine"})
+    assert (answer.status_code, int(answer.headers["retry-after"]) > 0) == (503, True)
+    assert (answer.headers["connection"], answer.headers["x-request-id"]) == ("close", "mine")
+    assert "shutting down" in answer.json()["error"]
+    assert [(line["status"], line["error"]) for line in logged(caplog)] == [(503, "Draining")]
+
+
+def test_a_gate_is_asked_for_every_request() -> None:
+    states = iter([True, False, True])
+    app = serving(Middleware(Gate, lambda: next(states)))
+    assert [ask(app).status_code for _ in range(3)] == [200, 503, 200]
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_probes_pass_a_closed_gate(path: str) -> None:
+    assert ask(serving(Middleware(Gate, lambda: False)), path, method="GET").status_code == 200
+
+
+# Authenticate
+
+
+@pytest.fixture
+def closed(tmp_path: Path) -> ASGIApp:
+    """An application for Alice only."""
+    (tmp_path / "keys").write_text(f"alice:{KEY}\n")
+    return serving(Middleware(Authenticate, KeyFile(tmp_path / "keys")))
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR", "Bearer "])
+def test_a_known_key_is_let_in_and_named(closed: ASGIApp, caplog: pytest.LogCaptureFixture, scheme: str) -> None:
+    assert ask(closed, headers={"Authorization": f"{scheme} {KEY}"}).status_code == 200
+    assert [line["key"] for line in logged(caplog)] == ["alice"]
+    assert KEY not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [b""],
+        [b"Bearer"],
+        [b"Bearer "],
+        [KEY.encode()],
+        [f"Basic {KEY}".encode()],
+        [f"Bearer{KEY}".encode()],
+        [f"Bearer, {KEY}".encode()],
+        [f"Bearer {KEY[:-1]}".encode()],
+        [f"Bearer alice:{KEY}".encode()],
+        [f"Bearer {KEY} {KEY}".encode()],
+        [f"Bearer {KEY}ü".encode()],
+        [f"Bearer {KEY}".encode(), b"Bearer wrong"],
+        [b"Bearer wrong", f"Bearer {KEY}".encode()],
+        [f"Bearer {KEY}".encode(), f"Bearer {KEY}".encode()],
+    ],
+)
+def test_nothing_else_is_let_in(closed: ASGIApp, caplog: pytest.LogCaptureFixture, headers: list[bytes]) -> None:
+    answer = ask(closed, headers=[(b"Authorization", value) for value in headers])
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert "key" in answer.json()["error"]
+    assert KEY not in answer.text
+    [line] = logged(caplog)
+    assert (line["error"], "key" in line) == ("Unauthorized", False)
+
+
+def test_a_refusal_has_the_form_of_its_protocol(closed: ASGIApp) -> None:
+    assert "wants a key" in ask(closed, COMPLETIONS).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", PROBES)
+def test_probes_need_no_key(closed: ASGIApp, path: str) -> None:
+    assert ask(closed, path, method="GET").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v2/models/demo/ready"),
+        ("POST", "/metrics"),
+        ("GET", "/metrics/"),
+        ("GET", "/v2/health/live/ready"),
+        ("GET", "/v2/models/demo/infer/ready"),
+        ("GET", "/v2/models/demo%2Finfer/ready"),
+        ("GET", "/v2/models/demo/infer%0A/ready"),
+        ("GET", "/v2/models/demo?/ready"),
+        ("GET", "/v2/repository/index/ready"),
+        ("GET", "/openapi.json"),
+    ],
+)
+def test_what_looks_like_a_probe_needs_a_key(closed: ASGIApp, method: str, path: str) -> None:
+    assert ask(closed, path, method=method).status_code == 401
+
+
+# BodyLimit
+
+
+def limited(endpoint: Any = echo) -> ASGIApp:
+    return serving(Middleware(BodyLimit, LIMIT), endpoint=endpoint)
+
+
+def in_pieces(size: int) -> Iterator[bytes]:
+    for start in range(0, size, 100):
+        yield b"x" * min(100, size - start)
+
+
+def test_a_body_up_to_the_limit_is_read(implementation: Any) -> None:
+    with running(limited(), implementation) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        assert client.post("/v2", content=b"x" * LIMIT).content == b"x" * LIMIT
+        assert client.post("/v2", content=in_pieces(LIMIT)).content == b"x" * LIMIT
+
+
+def test_a_longer_body_is_refused_and_the_client_can_go_on(implementation: Any) -> None:
+    with running(limited(), implementation) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        for content in (b"x" * (LIMIT + 1), in_pieces(LIMIT + 1)):
+            answer = client.post("/v2", content=content)
+            assert answer.status_code == 413
+            sentence = f"The body has more than {LIMIT} bytes; send less, or raise --max_request_bytes."
+            assert answer.json() == {"error": sentence}
+            line = server.line()
+            assert (line["status"], line["error"]) == (413, "BodyTooLarge")
+            assert client.post("/v2", content=b"x").content == b"x"
+            assert server.line()["status"] == 200
+
+
+def test_a_route_that_swallows_the_error_does_not_answer(implementation: Any) -> None:
+    async def endpoint(request: Request) -> Response:
+        for _ in range(3):
+            with suppress(Exception):
+                await request.body()
+        return PlainTextResponse("There was an error parsing the body", 400)
+
+    with running(limited(endpoint), implementation) as server:
+        assert httpx.post(server.url, content=in_pieces(LIMIT * 3), trust_env=False).status_code == 413
+        assert httpx.post(server.url, content=in_pieces(LIMIT), trust_env=False).status_code == 400
+
+
+def test_an_answer_that_has_begun_is_broken_off(implementation: Any) -> None:
+    async def begin_then_read(_: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        more = True
+        while more:
+            message: Message = await receive()
+            more = message["more_body"]
+        await send({"type": "http.response.body", "body": b"whole"})
+
+    with running(Requests(BodyLimit(begin_then_read, LIMIT), count=lambda *_: None), implementation) as server:
+        with pytest.raises(httpx.TransportError):
+            httpx.post(server.url, content=in_pieces(LIMIT * 2), trust_env=False)
+        line = server.line()
+    assert (line["status"], line["error"]) == (200, "BodyTooLarge")
+
+
+HEAD = "POST /v2 HTTP/1.1\nHost: server\n"
+BIG = 4_000_000
+
+
+@pytest.mark.parametrize("head", [f"{HEAD}Content-Length: {BIG}\n\n", f"{HEAD}Transfer-Encoding: chunked\n\n{BIG:x}\n"])
+def test_the_answer_reaches_a_client_that_sends_everything_first(implementation: Any, head: str) -> None:
+    with running(limited(), implementation) as server, server.connect(head) as connection:
+        connection.sendall(b"x" * BIG)
+        if "chunked" in head:
+            connection.sendall(b"\r\n0\r\n\r\n")
+        answer = connection.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"\r\nconnection: close\r\n" in answer.lower()
+        assert answer.endswith(b'--max_request_bytes."}')
+        assert server.line()["status"] == 413
+
+
+def test_a_client_that_never_sends_its_body_is_not_waited_for(
+    implementation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "LINGER_SECONDS", 0.05)
+    with running(limited(), implementation) as server:
+        with server.connect(f"{HEAD}Content-Length: {BIG}\n\n") as connection:
+            assert connection.makefile("rb").read().endswith(b'--max_request_bytes."}')
+        assert server.line()["status"] == 413
+
+
+def test_a_client_that_leaves_once_it_is_refused_has_its_answer(implementation: Any) -> None:
+    with running(limited(), implementation) as server:
+        with server.connect(f"{HEAD}Content-Length: {BIG}\n\n") as connection:
+            assert connection.recv(9) == b"HTTP/1.1 "
+        assert server.line()["status"] == 413
+
+
+def test_a_refused_key_leaves_the_connection_in_order(implementation: Any, tmp_path: Path) -> None:
+    with (
+        running(full(tmp_path), implementation) as server,
+        httpx.Client(base_url=server.url, trust_env=False) as client,
+    ):
+        for _ in range(3):
+            assert client.post("/v2", content=b"x" * LIMIT).status_code == 401
+            assert client.post("/v2", content=b"x", headers=AUTHORIZED).content == b"x"

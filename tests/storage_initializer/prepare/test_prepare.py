@@ -1,0 +1,511 @@
+"""What is made of a snapshot ahead of serving: its place, its record, its bytes; made once, and made again."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from devtools import tiny_llama
+from devtools.local_hub import LocalHub
+from storage_initializer.prepare import int8_weights
+from tests.storage_initializer.conftest import ROOT, Result, Run, finish, problems
+
+KILLED = """\
+import os, runpy, signal, sys
+from storage_initializer.volume import layout
+left, complete = int(sys.argv.pop(1)), layout.complete
+def complete_or_die(staging, path):
+    global left
+    left -= "int8-cpu" in staging.name
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    complete(staging, path)
+layout.complete = complete_or_die
+runpy.run_module("storage_initializer", run_name="__main__", alter_sys=True)
+"""
+"""The program, killed in the middle of writing what it prepares, after so many files."""
+FILES = 8
+"""Of the model below: three shards, their index, two configurations, two files of the tokenizer."""
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llama.make(tmp_path_factory.mktemp("llama") / "model", shard_size="150KB")
+
+
+@pytest.fixture
+def model(llama: Path) -> Path:
+    """What the hub has."""
+    return llama
+
+
+@pytest.fixture
+def commit(hub: LocalHub) -> str:
+    return hub.commit("demo/arithmetic")
+
+
+@pytest.fixture
+def made(volume: Path, commit: str) -> Path:
+    """Where it is to be."""
+    return volume / "demo--arithmetic" / f"{commit}-int8-cpu"
+
+
+def prepare(run: Run, volume: Path, *flags: str) -> Result:
+    return run("--prepare", "int8-cpu", *flags, "hf://demo/arithmetic", volume)
+
+
+def tensors(snapshot: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in snapshot.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def weights_bytes(snapshot: Path) -> int:
+    return sum(path.stat().st_size for path in snapshot.glob("*.safetensors"))
+
+
+def test_what_is_prepared_lies_beside_its_snapshot_with_a_record_that_says_of_what_it_was_made(
+    run: Run, volume: Path, commit: str, made: Path
+) -> None:
+    result = prepare(run, volume)
+    assert result.code == 0, result.stderr
+    published, prepared = result.stdout.splitlines()
+    assert published.startswith("published hf://demo/arithmetic@")
+    assert prepared.startswith(f"prepared hf://demo/arithmetic@{commit[:12]} at {made}: {FILES} files, ")
+
+    assert problems(made) == problems(made.with_name(commit)) == []
+    record = json.loads((made / ".snapshot.json").read_text())
+    assert record["commit"] == commit
+    assert record["derived_from"] == {
+        "reference": "hf://demo/arithmetic:main",
+        "commit": commit,
+        "recipe": "int8-cpu",
+        "version": 1,
+        "dtype": "bfloat16",
+        "keep": [],
+    }
+    assert json.loads((made.with_name(commit) / ".snapshot.json").read_text())["derived_from"] is None
+    assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{commit}\n"
+    assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
+
+
+def test_linear_layers_are_half_of_bfloat16_and_all_else_is_byte_for_byte_as_it_was(
+    run: Run, volume: Path, made: Path, llama: Path
+) -> None:
+    assert prepare(run, volume).code == 0
+    before, after = tensors(llama), tensors(made)
+    rounded = {name for name, tensor in after.items() if tensor.dtype == torch.int8}
+    assert len(rounded) == tiny_llama.ROUNDED
+    for name in rounded:
+        scale = after.pop(f"{name.removesuffix('weight')}scale")
+        weight = before.pop(name)
+        assert scale.dtype == torch.float32
+        # Rounded to the nearest: off by half a step at most, and a little for bfloat16's own roughness.
+        assert ((after.pop(name) * scale[:, None] - weight.float()).abs() <= 0.501 * scale[:, None]).all()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    linear_bytes = sum(tensor.nbytes for name, tensor in tensors(llama).items() if name in rounded)
+    scales_bytes = weights_bytes(made) - (weights_bytes(llama) - linear_bytes / 2)
+    assert 0 < scales_bytes < 0.1 * linear_bytes
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (made / name).read_bytes() == (llama / name).read_bytes()
+    config = json.loads((made / "config.json").read_text())
+    said = config.pop("quantization_config")
+    assert said == {"quant_method": "kserve_llm_int8", "modules_to_not_convert": []}
+    assert config == json.loads((llama / "config.json").read_text())
+
+
+def test_the_index_names_every_tensor_where_it_is(run: Run, volume: Path, made: Path) -> None:
+    assert prepare(run, volume).code == 0
+    index = json.loads((made / "model.safetensors.index.json").read_text())
+    there: dict[str, str] = {}
+    for path in made.glob("*.safetensors"):
+        with safe_open(path, "pt") as opened:
+            there |= dict.fromkeys(opened.keys(), path.name)
+    assert index["weight_map"] == there
+    assert len(set(there.values())) == 3
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(made).values())
+
+
+def test_layers_to_be_kept_are_kept_and_it_is_written_down(run: Run, volume: Path, made: Path) -> None:
+    keep = ("--prepare-keep", "down_proj", "--prepare-keep", r"model\.layers\.0")
+    assert prepare(run, volume, *keep).code == 0
+    kept = {
+        name for name, tensor in tensors(made).items() if name.endswith("proj.weight") and tensor.is_floating_point()
+    }
+    assert len(kept) == 7 + (tiny_llama.LAYERS - 1)
+    patterns = ["down_proj", r"model\.layers\.0"]
+    said = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert said["modules_to_not_convert"] == patterns
+    assert json.loads((made / ".snapshot.json").read_text())["derived_from"]["keep"] == patterns
+
+
+def test_what_is_prepared_already_is_done_without_hub_and_torch(
+    run: Run, hub: LocalHub, volume: Path, made: Path
+) -> None:
+    assert prepare(run, volume).code == 0
+    before = made.stat().st_ino
+    hub.forget()
+    code = (
+        "import sys\n"
+        "from storage_initializer.__main__ import main\n"
+        "code = main(sys.argv[1:])\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "sys.exit(code)"
+    )
+    words = ["--prepare", "int8-cpu", "--offline", "hf://demo/arithmetic", str(volume)]
+    again = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [line.split(" hf:")[0] for line in again.stdout.splitlines()] == ["already published", "already prepared"]
+    assert hub.requests == []
+    assert made.stat().st_ino == before
+
+
+def test_a_snapshot_that_is_there_already_is_prepared_later(run: Run, hub: LocalHub, volume: Path, made: Path) -> None:
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert not made.exists()
+    hub.forget()
+    result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PREPARE": "int8-cpu"})
+    assert result.code == 0, result.stderr
+    assert sum(hub.downloads().values()) == 0
+    assert problems(made) == []
+
+
+@pytest.mark.parametrize("other", [{"version": 0}, {"version": 2}, {"keep": ["down_proj"]}])
+def test_what_another_recipe_has_made_is_replaced(run: Run, volume: Path, made: Path, other: dict[str, object]) -> None:
+    assert prepare(run, volume).code == 0
+    path = made / ".snapshot.json"
+    record = json.loads(path.read_text())
+    record["derived_from"] |= other
+    path.write_text(json.dumps(record))
+    result = prepare(run, volume)
+    assert result.code == 0, result.stderr
+    assert "replacing what another recipe has made" in result.stderr
+    assert json.loads(path.read_text())["derived_from"] == record["derived_from"] | {"version": 1, "keep": []}
+    assert problems(made) == []
+    assert list((volume / ".staging").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0, 4, FILES - 1])
+def test_killed_in_the_middle_it_begins_afresh(
+    run: Run, environment: dict[str, str], volume: Path, commit: str, made: Path, after: int
+) -> None:
+    words = [str(after), "--prepare", "int8-cpu", "hf://demo/arithmetic", str(volume)]
+    killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert problems(made.with_name(commit)) == []
+    assert not made.exists()
+    [left] = (volume / ".staging").iterdir()
+    assert left.name.startswith(f"demo--arithmetic@{commit}-int8-cpu.")
+    # What is left may be anything.
+    for path in left.rglob("*.*"):
+        if path.is_file():
+            path.write_bytes(b"half")
+
+    again = run(
+        "--prepare",
+        "int8-cpu",
+        "hf://demo/arithmetic",
+        volume,
+        env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"},
+    )
+    assert again.code == 0, again.stderr
+    assert problems(made) == []
+    assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
+
+
+def test_stopped_in_the_middle_it_leaves_nothing(
+    run: Run, volume: Path, commit: str, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_int8 = int8_weights._to_int8
+
+    def interrupted(weight: torch.Tensor) -> object:
+        signal.raise_signal(signal.SIGTERM)
+        return to_int8(weight)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(int8_weights, "_to_int8", interrupted)
+        result = prepare(run, volume)
+    assert result.code == 1
+    assert result.reason == "stopped by SIGTERM: run the same command again to go on"
+    assert problems(made.with_name(commit)) == []
+    assert not made.exists()
+    assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_of_four_at_once_one_prepares_and_all_succeed(environment: dict[str, str], volume: Path, made: Path) -> None:
+    words = ["--prepare", "int8-cpu", "hf://demo/arithmetic", str(volume)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "storage_initializer", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    results = [finish(process) for process in processes]
+    assert [result.code for result in results] == [0] * 4, [result.stderr for result in results]
+    assert sorted(result.stdout.splitlines()[1].split()[0] for result in results) == ["already"] * 3 + ["prepared"]
+    assert problems(made) == []
+
+
+def test_without_torch_it_names_the_image_before_anything_is_fetched(
+    run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How Python is told that a package is not there.
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = prepare(run, volume)
+    assert result.code == 2
+    assert result.reason == (
+        "--prepare int8-cpu needs torch, which this image lacks: "
+        "use the one that is built with --target prepare, or install kserve-llm[prepare]"
+    )
+    assert hub.requests == []
+    assert run("hf://demo/arithmetic", volume).code == 0
+
+
+def test_a_damaged_source_is_told_of_and_nothing_is_made_of_it(run: Run, volume: Path, commit: str, made: Path) -> None:
+    assert run("hf://demo/arithmetic", volume).code == 0
+    tokenizer = made.with_name(commit) / "tokenizer.json"
+    tokenizer.write_bytes(b"x" + tokenizer.read_bytes()[1:])
+    result = prepare(run, volume)
+    assert result.code == 2
+    assert f"{made.with_name(commit)} is damaged: tokenizer.json has sha256" in result.reason
+    assert not made.exists()
+    assert list((volume / ".staging").iterdir()) == []
+
+
+def refused(run: Run, hub: LocalHub, volume: Path, model: Path) -> str:
+    """Why it is not prepared; it is published all the same."""
+    hub.add("demo/other", model)
+    result = run("--prepare", "int8-cpu", "--allow-pickle", "hf://demo/other", volume)
+    assert result.code == 2
+    assert result.stdout.startswith("published hf://demo/other@")
+    assert len(result.stdout.splitlines()) == 1
+    assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
+    assert "Traceback" not in result.stderr
+    return result.reason
+
+
+def copy(model: Path, to: Path, **config: object) -> Path:
+    to.mkdir()
+    for path in model.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    fields = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(fields | config))
+    return to
+
+
+def test_pickles_are_never_opened(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
+    model = copy(llama, tmp_path / "pickled")
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nabort\n(tR.")
+    assert "neither model.safetensors nor a readable" in refused(run, hub, volume, model)
+
+
+def test_refuses_what_is_quantized_already(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
+    model = copy(llama, tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
+    assert "quantized already: leave out --prepare" in refused(run, hub, volume, model)
+
+
+def test_refuses_what_needs_remote_code(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
+    model = copy(llama, tmp_path / "remote", model_type="unheard-of", auto_map=auto_map)
+    (model / "modeling.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    assert "without remote code, so it cannot be prepared" in refused(run, hub, volume, model)
+    assert not ran.exists()
+
+
+def test_refuses_weights_that_are_put_together_while_they_are_loaded(
+    run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
+) -> None:
+    model = copy(llama, tmp_path / "apart")
+    weights = tensors(model)
+    for path in model.glob("*.safetensors*"):
+        path.unlink()
+    whole = weights.pop("model.layers.1.mlp.up_proj.weight")
+    weights |= {
+        "model.layers.1.mlp.up_proj.left": whole[:7].clone(),
+        "model.layers.1.mlp.up_proj.right": whole[7:].clone(),
+    }
+    save_file(weights, model / "model.safetensors")
+    reason = refused(run, hub, volume, model)
+    assert "since model.layers.1.mlp.up_proj is put together of others while it is loaded" in reason
+
+
+def test_refuses_weights_that_cannot_be_read(
+    run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
+) -> None:
+    model = copy(llama, tmp_path / "broken")
+    next(model.glob("*.safetensors")).write_bytes(b"\xff" * 100)
+    assert "has weights that cannot be read" in refused(run, hub, volume, model)
+
+
+@pytest.mark.parametrize("words", [["--prepare", "4bit"], ["--prepare"]])
+def test_refuses_a_preparation_that_is_none(run: Run, volume: Path, words: list[str]) -> None:
+    assert run("hf://demo/arithmetic", volume, *words).code == 2
+    said = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PREPARE": "4bit"})
+    assert said.code == 2
+    assert "STORAGE_INITIALIZER_PREPARE has a wrong value: Input should be 'int8-cpu'" in said.reason
+
+
+def test_an_administrator_sees_it_verifies_it_and_is_told_of_its_damage(run: Run, volume: Path, made: Path) -> None:
+    assert prepare(run, volume).code == 0
+    listed = run("list", volume).stdout.splitlines()
+    assert sum(line.startswith(f"demo--arithmetic/{made.name} ") for line in listed) == 1
+    assert any("0 min  int8-cpu  hf://demo/arithmetic:main" in line for line in listed)
+    assert f"verified {made}: sizes and checksums of {FILES} files" in run("verify", made).stdout
+    weights = next(made.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert f"{made} is damaged, 1 files are wrong" in run("verify", made).reason
+
+
+@pytest.fixture
+def two(run: Run, hub: LocalHub, volume: Path, commit: str, llama: Path, tmp_path: Path) -> tuple[str, str]:
+    """The commits of two snapshots that are both prepared, the older one first."""
+    assert prepare(run, volume).code == 0
+    new = hub.add("demo/arithmetic", copy(llama, tmp_path / "newer", bos_token_id=3))
+    assert prepare(run, volume).code == 0
+    record = volume / "demo--arithmetic" / commit / ".snapshot.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"published_at": "2026-01-01T00:00:00Z"}))
+    return commit, new
+
+
+def there(volume: Path) -> set[str]:
+    return {path.name for path in (volume / "demo--arithmetic").iterdir()} - {"refs"}
+
+
+def test_gc_removes_what_was_made_of_a_snapshot_with_it_and_counts_it_not(
+    run: Run, volume: Path, two: tuple[str, str]
+) -> None:
+    old, new = two
+    everything = {old, new, f"{old}-int8-cpu", f"{new}-int8-cpu"}
+    assert run("gc", volume, "--keep", "2").stdout.startswith("removed 0 in all")
+    dry = run("gc", volume, "--dry-run").stdout.splitlines()
+    assert [line.partition(":")[0] for line in dry[:2]] == [
+        f"would remove demo--arithmetic/{old}-int8-cpu",
+        f"would remove demo--arithmetic/{old}",
+    ]
+    assert there(volume) == everything
+
+    assert "removed 2 in all" in run("gc", volume).stdout
+    assert there(volume) == {new, f"{new}-int8-cpu"}
+    assert run("gc", volume, "--reference", f"hf://demo/arithmetic:{new}", "--force").code == 0
+    assert there(volume) == set()
+    assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
+
+
+def test_gc_removes_what_has_outlived_the_snapshot_that_it_was_made_of(
+    run: Run, volume: Path, two: tuple[str, str]
+) -> None:
+    old, new = two
+    (volume / "demo--arithmetic" / old).rename(volume / "moved-away")
+    assert "removed 1 in all" in run("gc", volume).stdout
+    assert there(volume) == {new, f"{new}-int8-cpu"}
+
+
+def test_gc_leaves_a_snapshot_alone_of_which_somebody_alive_is_making_something(
+    run: Run, volume: Path, two: tuple[str, str]
+) -> None:
+    old, _ = two
+    before = there(volume)
+    lease = volume / ".locks" / f"demo--arithmetic@{old}.lease"
+    lease.write_text(json.dumps({"token": "0" * 16, "name": "other:7"}))
+    staging = volume / ".staging" / f"demo--arithmetic@{old}-int8-cpu.{'0' * 16}"
+    staging.mkdir()
+    assert run("gc", volume).code == 0
+    assert there(volume) == before
+    assert staging.exists()
+    os.utime(lease, (0, 0))
+    assert run("gc", volume).code == 0
+    assert not staging.exists()
+    assert not lease.exists()
+
+
+# The files themselves
+
+
+def write(plan: int8_weights.Rounded, directory: Path) -> None:
+    directory.mkdir()
+    for draft in plan.drafts:
+        content = b"".join(draft.chunks())
+        assert len(content) == draft.size_bytes
+        (directory / draft.path).write_bytes(content)
+
+
+def test_never_is_more_than_a_block_of_a_tensor_in_memory_and_blocks_change_nothing(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(int8_weights.plan(llama, "it", ()), tmp_path / "whole")
+    monkeypatch.setattr(int8_weights, "_BLOCK_NUMBERS", 200)
+    plan = int8_weights.plan(llama, "it", ())
+    write(plan, tmp_path / "blocks")
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "blocks" / path.name).read_bytes()
+    pieces = [
+        chunk for draft in plan.drafts if draft.path.endswith(".safetensors") for chunk in list(draft.chunks())[1:]
+    ]
+    assert max(map(len, pieces)) <= 200 * 4
+
+
+@pytest.mark.parametrize(("dtype", "rounded_in"), [("float32", "float32"), ("float16", "bfloat16")])
+def test_rounds_what_the_predictor_would_compute_in(tmp_path: Path, dtype: str, rounded_in: str) -> None:
+    model = tiny_llama.make(tmp_path / "model", dtype=getattr(torch, dtype), tied=True)
+    plan = int8_weights.plan(model, "it", ())
+    assert plan.dtype == rounded_in
+    assert [draft.path for draft in plan.drafts] == ["model.safetensors", "config.json"]
+
+
+def test_without_a_format_in_the_configuration_it_is_float32(llama: Path, tmp_path: Path) -> None:
+    model = copy(llama, tmp_path / "unsaid", dtype=None)
+    assert int8_weights.plan(model, "it", ()).dtype == "float32"
+
+
+def test_odd_sizes_scalars_and_nothing_at_all_are_aligned_and_read_back(tmp_path: Path) -> None:
+    model = tiny_llama.make(tmp_path / "model", hidden_size=20)
+    weights = tensors(model)
+    extra = {
+        "odd": torch.arange(7, dtype=torch.uint8),
+        "one": torch.tensor(3.5, dtype=torch.float64),
+        "none": torch.empty(0, 4),
+        "flags": torch.tensor([True, False, True]),
+        "odder": torch.arange(5, dtype=torch.bfloat16),
+    }
+    save_file(weights | extra, model / "model.safetensors", metadata={"format": "pt"})
+    write(int8_weights.plan(model, "it", ()), tmp_path / "made")
+    path = tmp_path / "made" / "model.safetensors"
+    header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
+    header = json.loads(path.read_bytes()[8 : 8 + header_bytes])
+    items = {"F64": 8, "F32": 4, "BF16": 2}
+    assert header_bytes % 8 == 0
+    assert all(
+        tensor["data_offsets"][0] % items.get(tensor["dtype"], 1) == 0
+        for name, tensor in header.items()
+        if name != "__metadata__"
+    )
+    assert any(math.prod(tensor["shape"]) % 8 for name, tensor in header.items() if name != "__metadata__")
+    made = load_file(path)
+    assert all(torch.equal(made[name], tensor) for name, tensor in extra.items())
+
+
+def test_an_output_without_weights_is_no_division_by_zero() -> None:
+    zeros = torch.zeros(2, 8, dtype=torch.bfloat16)
+    assert torch.equal(int8_weights._to_int8(zeros), zeros.to(torch.int8))
+    assert (int8_weights._scale(zeros) > 0).all()

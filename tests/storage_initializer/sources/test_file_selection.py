@@ -1,0 +1,138 @@
+"""Which files of a repository become the snapshot, as patterns and settings say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from devtools.local_hub import LocalHub
+from tests.storage_initializer.conftest import Run, make_model, problems
+
+
+def published(volume: Path) -> set[str]:
+    (snapshot,) = (path for path in volume.glob("*--*/*") if path.name != "refs")
+    assert problems(snapshot) == []
+    return {file["path"] for file in json.loads((snapshot / ".snapshot.json").read_text())["files"]}
+
+
+ALL = {"config.json", "tokenizer.json", "README.md", "model.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "expected"),
+    [
+        (["--ignore", "*.md"], {}, ALL - {"README.md"}),
+        (["--allow", "*.json", "--allow", "*.safetensors"], {}, ALL - {"README.md"}),
+        (["--allow", "*.json", "--ignore", "tok*"], {}, {"config.json"}),
+        ([], {"STORAGE_IGNORE_PATTERNS": "*.md,tokenizer.*"}, ALL - {"README.md", "tokenizer.json"}),
+        ([], {"STORAGE_IGNORE_PATTERNS": '["*.md", "tokenizer.*"]'}, ALL - {"README.md", "tokenizer.json"}),
+        ([], {"STORAGE_ALLOW_PATTERNS": '["config.json", "model*"]'}, {"config.json", "model.safetensors"}),
+        (["--ignore", "nothing"], {"STORAGE_IGNORE_PATTERNS": "*.md"}, ALL),
+    ],
+)
+def test_takes_what_the_patterns_say(
+    run: Run, volume: Path, flags: list[str], env: dict[str, str], expected: set[str]
+) -> None:
+    assert run(*flags, "hf://demo/arithmetic", volume, env=env).code == 0
+    assert published(volume) == expected
+
+
+def test_a_pattern_crosses_folders_and_a_slash_at_its_end_means_all_below(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    for name in ("onnx/a/b.json", "original/c.json"):
+        (model / name).parent.mkdir(parents=True)
+        (model / name).write_text("{}")
+    hub.add("demo/nested", model)
+    assert run("--ignore", "onnx/*", "--ignore", "original/", "hf://demo/nested", volume).code == 0
+    assert published(volume) == ALL
+
+
+def test_refuses_patterns_that_leave_nothing(run: Run, volume: Path) -> None:
+    result = run("--allow", "*.gguf", "hf://demo/arithmetic", volume)
+    assert result.code == 2
+    assert result.reason == (
+        "hf://demo/arithmetic:main has no file that the patterns let through: check --allow and --ignore"
+    )
+
+
+def test_refuses_variables_that_are_no_patterns(run: Run, volume: Path) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"STORAGE_ALLOW_PATTERNS": '["*.json"'})
+    assert result.code == 2
+    assert result.reason.startswith("STORAGE_ALLOW_PATTERNS has a wrong value: expected a JSON list")
+
+
+def test_refuses_the_same_commit_with_other_patterns(run: Run, hub: LocalHub, volume: Path) -> None:
+    assert run("--ignore", "*.md", "hf://demo/arithmetic", volume).code == 0
+    assert run("--ignore", "*.md", "hf://demo/arithmetic", volume).code == 0
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 2
+    assert "was published with --ignore *.md, not with no patterns: ask for the same" in result.reason
+    assert f"gc {volume} --reference hf://demo/arithmetic:{hub.commit('demo/arithmetic')} --force" in result.reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "env"), [(["--allow-pickle"], {}), ([], {"STORAGE_INITIALIZER_ALLOW_PICKLE": "true"})]
+)
+def test_takes_pickles_on_request_only(
+    run: Run, hub: LocalHub, model: Path, volume: Path, flags: list[str], env: dict[str, str]
+) -> None:
+    (model / "model.safetensors").unlink()
+    (model / "model.gguf").write_bytes(b"of another engine")
+    hub.add("demo/pickle", model)
+    refused = run("hf://demo/pickle", volume)
+    assert refused.code == 2
+    assert "STORAGE_INITIALIZER_ALLOW_PICKLE=true" in refused.reason
+    assert run(*flags, "hf://demo/pickle", volume, env=env).code == 0
+    assert published(volume) == ALL - {"model.safetensors"} | {"pytorch_model.bin"}
+
+
+def test_prefers_safetensors_even_where_pickles_are_allowed(run: Run, volume: Path) -> None:
+    assert run("--allow-pickle", "hf://demo/arithmetic", volume).code == 0
+    assert published(volume) == ALL
+    assert "nothing to do" in run("hf://demo/arithmetic", volume).stdout
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "h5", "msgpack", "onnx", "gguf", "BIN"])
+def test_leaves_out_weights_in_other_formats(run: Run, hub: LocalHub, model: Path, volume: Path, suffix: str) -> None:
+    (model / f"weights.{suffix}").write_bytes(b"weights")
+    hub.add("demo/many", model)
+    result = run("hf://demo/many", volume)
+    assert f"weights.{suffix}" in result.stderr
+    assert published(volume) == ALL
+
+
+@pytest.mark.parametrize("excluded", [False, True])
+def test_a_missing_shard_is_told_before_any_weights_are_fetched(
+    run: Run, hub: LocalHub, volume: Path, tmp_path: Path, excluded: bool
+) -> None:
+    model = make_model(tmp_path / "sharded", shards=3)
+    if not excluded:
+        (model / "model-00002-of-00003.safetensors").unlink()
+    hub.add("demo/sharded", model)
+    flags = ["--ignore", "*00002*"] if excluded else []
+    result = run(*flags, "hf://demo/sharded", volume)
+    assert result.code == 2
+    assert "lacks model-00002-of-00003.safetensors, which its model.safetensors.index.json names" in result.reason
+    assert set(hub.downloads()) == {"model.safetensors.index.json"}
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{", '{"weight_map": 1}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": 1}}']
+)
+def test_refuses_an_index_that_is_none(run: Run, hub: LocalHub, volume: Path, tmp_path: Path, index: str) -> None:
+    model = make_model(tmp_path / "sharded", shards=2)
+    (model / "model.safetensors.index.json").write_text(index)
+    hub.add("demo/sharded", model)
+    result = run("hf://demo/sharded", volume)
+    assert result.code == 2
+    assert "has an unreadable model.safetensors.index.json" in result.reason
+
+
+def test_an_index_that_points_outside_names_no_file_of_the_plan(
+    run: Run, hub: LocalHub, volume: Path, tmp_path: Path
+) -> None:
+    model = make_model(tmp_path / "sharded", shards=2)
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
+    hub.add("demo/sharded", model)
+    assert run("hf://demo/sharded", volume).code == 2

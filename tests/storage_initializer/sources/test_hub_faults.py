@@ -1,0 +1,286 @@
+"""A Hub that misbehaves: what passes is asked again, what does not ends in the documented way."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from devtools.local_hub import LocalHub, Request, Response
+from tests.storage_initializer.conftest import Run, problems
+
+WEIGHTS = "model.safetensors"
+
+Change = Callable[[Response], Response]
+
+
+class Once:
+    """A fault that befalls the first answers to one question, and counts all of them."""
+
+    def __init__(self, kind: str, change: Change, times: int = 1) -> None:
+        self.asked: list[Request] = []
+        self._kind, self._change, self._times = kind, change, times
+
+    def __call__(self, request: Request, response: Response) -> Response:
+        if request.kind != self._kind or (self._kind == "resolve" and request.file != WEIGHTS):
+            return response
+        self.asked.append(request)
+        return self._change(response) if len(self.asked) <= self._times else response
+
+
+def answer(status: int, **headers: str) -> Change:
+    return lambda _response: Response(status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+def cut(in_order: bool) -> Change:
+    def change(response: Response) -> Response:
+        response.cut_after_bytes, response.ends_in_order = 7_000, in_order
+        return response
+
+    return change
+
+
+@pytest.fixture
+def snapshot(hub: LocalHub, volume: Path) -> Path:
+    return volume / "demo--arithmetic" / hub.commit("demo/arithmetic")
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [(kind, status) for kind in ("info", "tree", "resolve") for status in (408, 429, 500, 502, 503, 504)],
+)
+def test_asks_a_busy_hub_again(run: Run, hub: LocalHub, volume: Path, snapshot: Path, kind: str, status: int) -> None:
+    hub.fault = fault = Once(kind, answer(status), times=2)
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 0, result.stderr
+    assert len(fault.asked) == 3
+    assert f"attempt 2 of 3: hf://demo/arithmetic:main at {hub.url} answered {status}" in result.stderr
+    assert problems(snapshot) == []
+
+
+@pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
+def test_waits_as_long_as_retry_after_says(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
+    hub.fault = fault = Once(kind, answer(429, Retry_After="1"))
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 0
+    assert len(fault.asked) == 2
+    assert "attempt 1 of 3: " in result.stderr
+    assert "asking again in 1.0 s" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
+def test_leaves_a_hub_alone_that_asks_for_hours(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
+    hub.fault = fault = Once(kind, answer(429, Retry_After="7200"), times=9)
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 1
+    assert "answered 429" in result.reason
+    assert len(fault.asked) == 1
+
+
+@pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
+def test_gives_up_after_as_many_attempts_as_were_set(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
+    hub.fault = fault = Once(kind, answer(500), times=9)
+    result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "2"})
+    assert result.code == 1
+    assert "answered 500" in result.reason
+    assert len(fault.asked) == 2
+    assert not (volume / "demo--arithmetic").exists()
+
+
+def test_goes_on_where_a_body_was_truncated(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
+    hub.fault = fault = Once("resolve", cut(in_order=True))
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 0, result.stderr
+    assert [request.headers.get("range") for request in fault.asked] == [None, "bytes=7000-"]
+    assert hub.sent_bytes()[WEIGHTS] == (model / WEIGHTS).stat().st_size
+    assert problems(snapshot) == []
+
+
+def test_goes_on_after_a_reset_in_mid_file(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
+    hub.fault = fault = Once("resolve", cut(in_order=False))
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 0, result.stderr
+    assert len(fault.asked) == 2
+    # What was under way when the reset came is lost.
+    assert hub.sent_bytes()[WEIGHTS] <= (model / WEIGHTS).stat().st_size + 7_000
+    assert problems(snapshot) == []
+
+
+def test_goes_on_in_the_next_run_where_this_one_gave_up(
+    run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path
+) -> None:
+    hub.fault = Once("resolve", cut(in_order=True))
+    assert run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "1"}).code == 1
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 0, result.stderr
+    assert "going on with what an earlier run has fetched" in result.stderr
+    assert hub.sent_bytes()[WEIGHTS] == (model / WEIGHTS).stat().st_size
+    assert problems(snapshot) == []
+
+
+def test_begins_anew_at_a_mirror_that_knows_no_ranges(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
+    first = Once("resolve", cut(in_order=True))
+
+    def no_ranges(request: Request, response: Response) -> Response:
+        if request.file == WEIGHTS and request.headers.get("range"):
+            blob = hub.blobs("demo/arithmetic")[WEIGHTS]
+            return Response(200, body=blob.source, length=blob.size)
+        return first(request, response)
+
+    hub.fault = no_ranges
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert problems(snapshot) == []
+
+
+def test_a_body_shorter_than_listed_is_not_published(run: Run, hub: LocalHub, volume: Path) -> None:
+    def shorten(response: Response) -> Response:
+        response.length = 7_000
+        return response
+
+    hub.fault = Once("resolve", shorten)
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 1
+    assert f"{WEIGHTS} has 7000 bytes instead of" in result.reason
+    assert not (volume / "demo--arithmetic").exists()
+    assert run("hf://demo/arithmetic", volume).code == 0
+
+
+def test_begins_anew_when_what_an_earlier_run_left_does_not_fit(run: Run, hub: LocalHub, volume: Path) -> None:
+    commit = hub.commit("demo/arithmetic")
+    left = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}" / ".partial"
+    left.mkdir(parents=True)
+    (left / WEIGHTS).write_bytes(b"x" * 100)
+    (left / "config.json").write_bytes(b"x" * 100_000)
+
+    result = run("hf://demo/arithmetic", volume)
+
+    assert result.code == 1
+    assert f"1 of its files are wrong: {WEIGHTS} has sha256" in result.reason
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert problems(volume / "demo--arithmetic" / commit) == []
+
+
+@pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
+def test_believes_the_listing_and_not_a_wrong_header(
+    run: Run, hub: LocalHub, volume: Path, snapshot: Path, header: str
+) -> None:
+    def mislead(_request: Request, response: Response) -> Response:
+        if header in response.headers:
+            response.headers[header] = '"' + "0" * 40 + '"'
+        return response
+
+    hub.fault = mislead
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert problems(snapshot) == []
+
+
+@pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
+@pytest.mark.parametrize("times", [1, 9])
+def test_a_silent_connection_is_made_anew(
+    run: Run, hub: LocalHub, volume: Path, snapshot: Path, times: int, kind: str
+) -> None:
+    released = threading.Event()
+
+    def fall_silent(response: Response) -> Response:
+        released.wait(60)
+        return response
+
+    hub.fault = fault = Once(kind, fall_silent, times)
+    env = {"STORAGE_INITIALIZER_STALL_SECONDS": "0.2", "STORAGE_INITIALIZER_ATTEMPTS": "2"}
+    try:
+        result = run("hf://demo/arithmetic", volume, env=env)
+    finally:
+        released.set()
+    assert len(fault.asked) == 2
+    assert "stalled" in result.stderr
+    if times == 1:
+        assert result.code == 0
+        assert problems(snapshot) == []
+    else:
+        assert result.code == 1
+        assert "stalled: check the network" in result.reason
+
+
+def test_a_connection_that_only_trickles_is_made_anew(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
+    def trickle(response: Response) -> Response:
+        response.bytes_per_second = 1_000
+        return response
+
+    hub.fault = fault = Once("resolve", trickle)
+    env = {"STORAGE_INITIALIZER_STALL_SECONDS": "0.3", "STORAGE_INITIALIZER_STALL_BYTES_PER_SECOND": "100000"}
+    result = run("hf://demo/arithmetic", volume, env=env)
+    assert result.code == 0, result.stderr
+    assert "stalled at" in result.stderr
+    assert len(fault.asked) == 2
+    assert fault.asked[1].headers["range"].startswith("bytes=")
+    assert problems(snapshot) == []
+
+
+def test_reads_a_listing_of_several_pages(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
+    def one_entry_a_page(request: Request, response: Response) -> Response:
+        if request.kind == "tree":
+            assert isinstance(response.body, bytes)
+            path, _, page = request.path.partition("&page=")
+            number, entries = int(page or 0), json.loads(response.body)
+            if number + 1 < len(entries):
+                response.headers["Link"] = f'<{hub.url}{path}&page={number + 1}>; rel="next"'
+            response.body = json.dumps(entries[number : number + 1]).encode()
+            response.length = len(response.body)
+        return response
+
+    hub.fault = one_entry_a_page
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert problems(snapshot) == []
+    assert sorted(path.name for path in snapshot.iterdir()) == [
+        ".snapshot.json",
+        "README.md",
+        "config.json",
+        WEIGHTS,
+        "tokenizer.json",
+    ]
+
+
+def test_follows_to_a_content_network_and_keeps_the_token_from_it(
+    run: Run, hub: LocalHub, model: Path, volume: Path, snapshot: Path
+) -> None:
+    with LocalHub({"demo/arithmetic": model}) as network:
+        hub.fault = fault = Once(
+            "resolve", lambda _response: Response(302, {"Location": network.url + fault.asked[-1].path}), times=9
+        )
+        result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": "hf_s3cr3t"})
+    assert result.code == 0, result.stderr
+    assert problems(snapshot) == []
+    assert fault.asked[0].headers["authorization"] == "Bearer hf_s3cr3t"
+    assert [request.file for request in network.requests] == [WEIGHTS]
+    assert "authorization" not in network.requests[0].headers
+
+
+def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, hub: LocalHub, volume: Path) -> None:
+    hub.fault = fault = Once("resolve", answer(404, X_Error_Code="EntryNotFound"))
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 1
+    assert "lacks a file that it listed a moment ago: run again later" in result.reason
+    assert len(fault.asked) == 1
+    assert not (volume / "demo--arithmetic").exists()
+
+
+@pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (answer(401), ("401", "set HF_TOKEN")),
+        (answer(403), ("403", "set HF_TOKEN")),
+        (answer(403, X_Error_Code="GatedRepo"), ("is gated", "accept its licence at", "set HF_TOKEN")),
+    ],
+    ids=["401", "403", "403-gated"],
+)
+def test_a_closed_door_is_not_knocked_at_twice(
+    run: Run, hub: LocalHub, volume: Path, kind: str, change: Change, words: tuple[str, ...]
+) -> None:
+    hub.fault = fault = Once(kind, change, times=9)
+    result = run("hf://demo/arithmetic", volume)
+    assert result.code == 2, result.stderr
+    assert [word for word in words if word not in result.reason] == []
+    assert len(fault.asked) == 1
+    assert not (volume / "demo--arithmetic").exists()

@@ -1,0 +1,350 @@
+"""What cannot be done ends with the promised code and one sentence, never with a traceback or half a snapshot."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from devtools.local_hub import LocalHub, Request, Response
+from storage_initializer.settings import Settings, known_variables
+from tests.storage_initializer.conftest import ROOT, Result, Run, Start, finish, make_model, problems
+
+
+def assert_refused(result: Result, code: int, *words: str) -> None:
+    assert result.code == code, result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.reason
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), "0 arguments do not make pairs"),
+        (("hf://demo/arithmetic",), "1 arguments do not make pairs"),
+        (("hf://demo/arithmetic", "VOLUME", "hf://demo/other"), "3 arguments do not make pairs"),
+        (("--force", "hf://demo/arithmetic", "VOLUME"), "unrecognized arguments: --force"),
+        (("s3://bucket/model", "VOLUME"), "'s3://bucket/model' is not a reference: expected hf://owner/model"),
+        (("arithmetic", "VOLUME"), "'arithmetic' is not a reference"),
+        (("hf://arithmetic", "VOLUME"), "is not a reference"),
+        (("hf://demo/arithmetic/main", "VOLUME"), "is not a reference"),
+        (("hf://demo/a--b", "VOLUME"), "'a--b', which is no name on the Hub"),
+        (("hf://demo/..", "VOLUME"), "'..', which is no name on the Hub"),
+        (("hf://demo/arithmetic:../../etc", "VOLUME"), "'../../etc', which is no branch, tag or commit"),
+        (("file://relative/model", "VOLUME"), "is not an absolute directory"),
+        (("file:///", "VOLUME"), "has no name"),
+        (("file:///does/not/exist", "VOLUME"), "file:///does/not/exist does not exist: check the path"),
+        (("hf://demo/absent", "VOLUME"), "hf://demo/absent:main at http://127.0.0.1"),
+        (("hf://demo/arithmetic:absent", "VOLUME"), "hf://demo/arithmetic has no revision absent"),
+        (("hf://demo/arithmetic:" + "0" * 40, "VOLUME"), "has no revision 0000"),
+    ],
+)
+def test_refuses_bad_words(run: Run, volume: Path, words: tuple[str, ...], expected: str) -> None:
+    result = run(*(volume if word == "VOLUME" else word for word in words))
+    assert_refused(result, 2, expected)
+    assert not volume.exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("STORAGE_INITIALIZER_LOCK_STALE", "5", "STORAGE_INITIALIZER_LOCK_STALE is no setting"),
+        ("STORAGE_INITIALIZER_PARALLEL_FILES", "many", "STORAGE_INITIALIZER_PARALLEL_FILES has a wrong value"),
+        ("STORAGE_INITIALIZER_PARALLEL_FILES", "0", "STORAGE_INITIALIZER_PARALLEL_FILES has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "nan", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "3601", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "1e-9", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has a wrong"),
+        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "1e10", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has a wrong"),
+        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "nan", "STORAGE_INITIALIZER_PROGRESS_SECONDS has a wrong value"),
+        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "1e10", "STORAGE_INITIALIZER_PROGRESS_SECONDS has a wrong value"),
+        ("LOG_LEVEL", "LOUD", "LOG_LEVEL has a wrong value"),
+        ("STORAGE_INITIALIZER_LOG_LEVEL", "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL has a wrong value"),
+    ],
+)
+def test_refuses_bad_variables(run: Run, volume: Path, variable: str, value: str, expected: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={variable: value})
+    assert_refused(result, 2)
+    assert result.reason.startswith(expected)
+    assert result.stderr == f"{result.reason}\n"
+
+
+def test_blames_the_log_level_that_counts(run: Run, volume: Path) -> None:
+    both = {"LOG_LEVEL": "INFO", "STORAGE_INITIALIZER_LOG_LEVEL": "LOUD"}
+    assert run("hf://demo/arithmetic", volume, env=both).reason.startswith("STORAGE_INITIALIZER_LOG_LEVEL has")
+    empty = {"LOG_LEVEL": "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL": ""}
+    assert run("hf://demo/arithmetic", volume, env=empty).reason.startswith("LOG_LEVEL has")
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "huggingface.co",
+        "http://",
+        "http://:80",
+        "http://[:::1",
+        "http://127.0.0.1:99999",
+        "http://127.0.0.1:0",
+        "http://127.0.0.1:port",
+        "http://two words",
+        "http://two\nlines",
+        "http://a..b",
+        "http://host?query",
+        "ftp://host",
+    ],
+)
+def test_refuses_an_endpoint_that_can_never_answer(run: Run, volume: Path, endpoint: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint})
+    assert_refused(result, 2, "HF_ENDPOINT has a wrong value: expected https://host")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://user:s3cr3t@127.0.0.1:9", "https://s3cr3t@host", "http://user:s3cr3t@h:x"]
+)
+def test_refuses_a_password_in_the_endpoint_and_never_shows_it(run: Run, volume: Path, endpoint: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint, "LOG_LEVEL": "DEBUG"})
+    assert_refused(result, 2, "HF_ENDPOINT has a wrong value")
+    assert "s3cr3t" not in result.stderr
+
+
+@pytest.mark.parametrize("token", ["hf_s3cr3ts3cr3t\nfoo", "hf_s3cr3t foo", "hf_s3cr3té", "hf_s3cr3t\x7f"])
+def test_refuses_a_token_that_no_header_can_hold_and_never_shows_it(run: Run, volume: Path, token: str) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": token, "LOG_LEVEL": "DEBUG"})
+    assert_refused(result, 2, "HF_TOKEN has a wrong value")
+    assert "s3cr3t" not in result.stderr
+    assert "foo" not in result.stderr
+
+
+def test_conceals_secrets_that_a_library_puts_into_its_error(
+    run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError(r"b'Bearer hf_0th3r' of http://user:p@ss@proxy:1/x is not hf_s3cr3t\'s")
+
+    monkeypatch.setattr("storage_initializer.sources.file_selection.make", explode)
+    result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": "hf_s3cr3t\\'s", "LOG_LEVEL": "DEBUG"})
+    shown = "unexpected RuntimeError (b'Bearer ***' of http://***@proxy:1/x is not ***): run again"
+    assert_refused(dataclasses.replace(result, stderr=result.reason), 1, shown)
+    assert not any(secret in result.stderr for secret in ("s3cr3t", "0th3r", "p@ss"))
+
+
+def test_a_library_that_cannot_be_loaded_is_told_on_stderr_only(start: Start, volume: Path) -> None:
+    result = finish(start("hf://demo/arithmetic", volume, env={"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}))
+    assert_refused(result, 2, "huggingface_hub cannot be loaded", "'soon'", "HF_*")
+
+
+def test_help_tells_the_exit_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("--help")
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "SOURCE DEST" in shown
+    assert "0 done, 1 worth a retry, 2 pointless to retry" in shown
+
+
+def test_promised_settings_are_documented_with_their_defaults() -> None:
+    readme = (ROOT / "storage_initializer" / "README.md").read_text()
+    defaults = Settings.model_construct()
+    for variable in known_variables():
+        name = variable.removeprefix("STORAGE_INITIALIZER_").lower()
+        match getattr(defaults, name):
+            case bool(value):
+                promised = str(value).lower()
+            case str(value):
+                promised = value
+            case None | ():
+                assert f"`{variable}` | |" in readme
+                continue
+            case value:
+                promised = f"{value:04o}" if name == "umask" else f"{value:g}"
+        assert f"`{variable}` | `{promised}` |" in readme
+    assert f"`HF_ENDPOINT` | `{defaults.hf_endpoint}` |" in readme
+    assert defaults.allow_patterns == defaults.ignore_patterns == ()
+    assert "`STORAGE_ALLOW_PATTERNS`, `STORAGE_IGNORE_PATTERNS` | |" in readme
+
+
+def test_refuses_a_gated_repository_without_a_token(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    hub.add("demo/gated", model, gated=True)
+    assert_refused(run("hf://demo/gated", volume), 2, "is gated", f"{hub.url}/demo/gated", "set HF_TOKEN")
+
+
+def test_refuses_a_token_that_the_hub_does_not_accept(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    hub.add("demo/private", model, private=True)
+    assert_refused(run("hf://demo/private", volume, env={"HF_TOKEN": "hf_wrong"}), 2, "401", "check HF_TOKEN")
+    assert_refused(run("hf://demo/private", volume), 2, "does not exist or is private", "set HF_TOKEN")
+
+
+def test_an_unreachable_hub_is_worth_a_retry(run: Run, volume: Path) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert_refused(result, 1, "http://127.0.0.1:9 cannot be reached", "HF_ENDPOINT")
+
+
+def test_a_hub_that_fails_is_worth_a_retry(run: Run, hub: LocalHub, volume: Path) -> None:
+    hub.fault = lambda _request, _response: Response(503)
+    assert_refused(run("hf://demo/arithmetic", volume), 1, "answered 503", "run again later")
+
+
+def test_an_endpoint_that_is_no_hub_is_not(run: Run, hub: LocalHub, volume: Path) -> None:
+    result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": f"{hub.url}/elsewhere"})
+    assert_refused(result, 2, "answered 404", "check HF_ENDPOINT")
+
+
+def test_refuses_a_repository_with_pickles_only(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    (model / "model.safetensors").unlink()
+    hub.add("demo/pickle", model)
+    assert_refused(
+        run("hf://demo/pickle", volume), 2, "hf://demo/pickle:main has no weights as safetensors", "pytorch_model.bin"
+    )
+
+
+def test_refuses_a_repository_without_a_configuration(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    (model / "config.json").unlink()
+    hub.add("demo/bare", model)
+    assert_refused(run("hf://demo/bare", volume), 2, "has no config.json")
+    assert_refused(run(f"file://{model}", volume), 2, "has no config.json")
+
+
+def test_refuses_an_index_that_names_a_missing_shard(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
+    model = make_model(tmp_path / "sharded", shards=3)
+    (model / "model-00002-of-00003.safetensors").unlink()
+    commit = hub.add("demo/sharded", model)
+    assert_refused(run("hf://demo/sharded", volume), 2, "lacks model-00002-of-00003.safetensors")
+    assert not (volume / "demo--sharded" / commit).exists()
+
+
+@pytest.mark.parametrize("path", ["../evil.txt", "/etc/evil.txt", "a/../../evil.txt", "a\\..\\evil.txt", ".cache/../x"])
+def test_refuses_a_path_that_leaves_the_snapshot(run: Run, hub: LocalHub, volume: Path, path: str) -> None:
+    blobs = hub.blobs("demo/arithmetic")
+    blobs[path] = blobs["README.md"]
+    assert_refused(run("hf://demo/arithmetic", volume), 2, "unsafe path")
+    assert not volume.exists()
+
+
+def test_refuses_links_in_a_directory(run: Run, model: Path, volume: Path) -> None:
+    (model / "extra.json").symlink_to("/etc/passwd")
+    assert_refused(run(f"file://{model}", volume), 2, "extra.json is a link or a device")
+
+
+def test_wrong_bytes_are_never_published_and_all_are_reported_at_once(
+    run: Run, hub: LocalHub, model: Path, volume: Path
+) -> None:
+    right = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
+    (model / "tokenizer.json").write_text("[]")
+
+    result = run("hf://demo/arithmetic", volume)
+
+    assert_refused(
+        result, 1, "2 of its files are wrong", "model.safetensors has sha256", "tokenizer.json has git blob id"
+    )
+    assert not (volume / "demo--arithmetic").exists()
+
+    (model / "model.safetensors").write_bytes(right)
+    (model / "tokenizer.json").write_text("{}")
+    hub.forget()
+    assert run("hf://demo/arithmetic", volume).code == 0
+    assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
+    assert hub.downloads() == {"model.safetensors": 1, "tokenizer.json": 1}
+
+
+def test_goes_on_after_a_failure_without_fetching_finished_files_again(run: Run, hub: LocalHub, volume: Path) -> None:
+    def lose_weights(request: Request, response: Response) -> Response:
+        return Response(404, {"X-Error-Code": "EntryNotFound"}) if request.file == "model.safetensors" else response
+
+    hub.fault = lose_weights
+    one_by_one = {"STORAGE_INITIALIZER_PARALLEL_FILES": "1"}
+    assert run("hf://demo/arithmetic", volume, env=one_by_one).code == 1
+
+    hub.fault = None
+    assert run("hf://demo/arithmetic", volume, env=one_by_one).code == 0
+    # tokenizer.json may have been begun when the failure was noticed, and is then fetched anew.
+    fetched = hub.downloads()
+    assert fetched["README.md"] == fetched["config.json"] == fetched["model.safetensors"] == 1
+
+
+def test_too_little_space_is_told_before_the_first_byte(run: Run, hub: LocalHub, volume: Path) -> None:
+    blobs = hub.blobs("demo/arithmetic")
+    blobs["model.safetensors"] = dataclasses.replace(blobs["model.safetensors"], size=1 << 60)
+    result = run("hf://demo/arithmetic", volume)
+    assert_refused(result, 1, "needs 1048576.0 TiB", f"free on {volume}", "enlarge it", "(gc)")
+    assert hub.downloads() == {}
+
+
+def test_refuses_a_destination_that_is_a_file(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert_refused(run("hf://demo/arithmetic", tmp_path / "file"), 2, "is no directory: give the root of a volume")
+
+
+def test_refuses_a_destination_that_cannot_be_written(start: Start, public: Path, unprivileged: int | None) -> None:
+    (public / "volume").mkdir()
+    (public / "volume").chmod(0o555)
+    result = finish(start("hf://demo/arithmetic", public / "volume", user=unprivileged))
+    assert_refused(result, 2, f"{public}/volume/.locks cannot be used (Permission denied)", "writable", "fsGroup")
+
+
+@pytest.mark.parametrize("closed", ["model", "model/model.safetensors", "model/extra"])
+def test_names_what_cannot_be_read_in_a_directory(
+    start: Start, public: Path, unprivileged: int | None, closed: str
+) -> None:
+    make_model(public / "model")
+    (public / "model" / "extra").mkdir()
+    (public / "volume").mkdir()
+    (public / "volume").chmod(0o777)
+    (public / closed).chmod(0)
+
+    result = finish(start(f"file://{public}/model", public / "volume", user=unprivileged))
+
+    (public / closed).chmod(0o755)
+    assert_refused(
+        result, 2, f"file://{public}/model cannot be read ({public}/{closed}: Permission denied)", "chmod -R a+rX"
+    )
+    assert "volume" not in result.reason
+    assert list((public / "volume").iterdir()) == []
+
+
+def test_a_file_that_can_no_longer_be_read_is_the_directorys_fault(
+    run: Run, model: Path, volume: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Between the reading for the fingerprint and the copying.
+    monkeypatch.setattr("storage_initializer.volume.layout.require_space", lambda *_: (model / "README.md").unlink())
+    result = run(f"file://{model}", volume)
+    assert_refused(result, 1, f"file://{model} failed ({model}/README.md: No such file", "run again")
+    assert list((volume / ".locks").iterdir()) == []
+
+
+def test_a_missing_certificate_file_is_not_the_volumes_fault(start: Start, volume: Path) -> None:
+    env = {"SSL_CERT_FILE": "/does/not/exist.pem", "HF_ENDPOINT": "https://127.0.0.1:9"}
+    result = finish(start("hf://demo/arithmetic", volume, env=env))
+    assert_refused(result, 1, "hf://demo/arithmetic:main at https://127.0.0.1:9 failed", "No such file", "run again")
+
+
+def test_refuses_a_record_of_another_format(run: Run, hub: LocalHub, volume: Path) -> None:
+    run("hf://demo/arithmetic", volume)
+    path = volume / "demo--arithmetic" / hub.commit("demo/arithmetic") / ".snapshot.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
+    assert_refused(run("hf://demo/arithmetic", volume), 2, "format version 2", "knows 1 only", "use the version")
+    path.unlink()
+    assert_refused(run("hf://demo/arithmetic", volume), 2, "no readable .snapshot.json", "remove it")
+
+
+def test_an_unexpected_error_is_one_sentence_too(run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("storage_initializer.sources.file_selection.make", explode)
+    assert_refused(run("hf://demo/arithmetic", volume), 1, "unexpected RuntimeError (two lines)", "LOG_LEVEL=DEBUG")
+    told = run("hf://demo/arithmetic", volume, env={"LOG_LEVEL": "debug"})
+    assert "Traceback" in told.stderr
+    assert told.reason.startswith("unexpected RuntimeError")
+
+
+def test_a_published_snapshot_needs_no_source_any_more(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    commit = hub.commit("demo/arithmetic")
+    run(f"hf://demo/arithmetic:{commit}", volume)
+    shutil.rmtree(model)
+    result = run(f"hf://demo/arithmetic:{commit}", volume, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert result.code == 0
