@@ -87,7 +87,7 @@ class Engine:
                 page_size=PAGE_TOKENS,
                 num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
                 max_memory_percent=kv_cache_memory_fraction,
-                max_num_batched_tokens=max_num_batched_tokens,
+                max_batch_tokens=max_num_batched_tokens,
                 max_requests_per_batch=max_num_seqs,
                 scheduler_type=_SCHEDULER,
                 # The sampler looks at each sequence on the host: a recorded graph would not do that again, and a step
