@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own, made once: .venv.
+# Every target runs in the virtual environment .venv, which the first one creates.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,22 +14,22 @@ IMAGE_PREFIX ?=
 IMAGE_TAG ?= dev
 TORCH_INDEX_URL ?=
 
-# One lock for all Pythons and processors; the versions are those that the tests run with.
+# One lock for all Python versions and CPU architectures, with the versions that the tests use.
 LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constraint constraints.txt --generate-hashes \
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-fast lint lock format images images-check pin render preflight checkov clean
+.PHONY: help install demo serve test test-all test-packaging lint lock format images images-check pin render preflight checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-install: $(INSTALLED) ## make the virtual environment
+install: $(INSTALLED) ## create the virtual environment
 
-# The last ones are what is compiled.
+# The C sources are compiled on installation.
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/kernels/csrc/*.[ch])
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ...")'
-	@echo "==> installing into $(VENV), once"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Choose one: make PYTHON=python3.12 ...")'
+	@echo "==> installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,preflight,dev]'
 	@touch $@
@@ -37,22 +37,32 @@ $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor
 demo: $(INSTALLED) ## the main job, offline: hub, storage initializer, predictor, answers
 	@$(BIN)/python -m demo
 
-serve: $(INSTALLED) ## the same, and stay; MODEL=hf://owner/name serves from the Hub, PORT=8080
+serve: $(INSTALLED) ## the same, and keep serving; MODEL=hf://owner/name serves from the Hub, PORT=8080
 	@$(BIN)/python -m demo --serve --port $(PORT) $(if $(MODEL),--model $(MODEL))
 
-test: $(INSTALLED) ## all tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+# Every worker computes with one thread, since there are as many workers as cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 15 $(PYTEST_ARGS)
 
-test-fast: $(INSTALLED) ## all tests but the slow ones
-	@$(BIN)/python -m pytest -m 'not slow' $(PYTEST_ARGS)
+test: $(INSTALLED) ## unit and component tests, and one process of each program; some minutes
+	@$(PYTEST) -m 'not slow and not serial and not packaging'
 
-lint: $(INSTALLED) ## ruff, mypy, import directions, yamllint, Dockerfiles, workflows, locks
+test-all: test ## test, then the slow tests and those that need the machine for themselves
+	@$(PYTEST) -m 'slow and not serial and not packaging'
+	@$(PYTEST) -m 'serial and not packaging' --numprocesses 0
+
+test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
+	@$(BIN)/python -m pytest --durations 15 -m packaging $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## style, types, imports, dependencies, wording, YAML, C, Dockerfiles, workflows, locks
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/deptry .
+	@$(BIN)/codespell
+	@$(BIN)/clang-format --dry-run --Werror predictor/kernels/csrc/*
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/hadolint images/predictor/Dockerfile images/storage_initializer/Dockerfile
+	@$(BIN)/hadolint images/*/Dockerfile
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
 	@$(BIN)/zizmor --offline --quiet .github
@@ -64,28 +74,29 @@ lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml 
 	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file images/storage_initializer/requirements-prepare.txt
 	@$(LOCK) pyproject.toml --extra predictor --extra tracing --group beside-torch --output-file images/predictor/requirements.txt
 
-format: $(INSTALLED) ## let ruff rewrite what it can
+format: $(INSTALLED) ## format Python and C
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
+	@$(BIN)/clang-format -i predictor/kernels/csrc/*
 
-images: ## both, with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
-	@test -n "$(BUILDER)" || { echo "none of docker, podman and buildah works here"; exit 1; }
+images: ## build both images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
+	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is required"; exit 1; }
 	@$(BUILDER) build $(BUILD_ARGS) --file images/storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
 	@$(BUILDER) build $(BUILD_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
 
-images-check: $(INSTALLED) ## hadolint, and every image built, run and searched; as root, with buildah and debootstrap
-	@$(BIN)/hadolint images/predictor/Dockerfile images/storage_initializer/Dockerfile
+images-check: $(INSTALLED) ## build, run and inspect every image; as root, with buildah and debootstrap
+	@$(BIN)/hadolint images/*/Dockerfile
 	@BUILD_IMAGES=storage_initializer,prepare,predictor $(BIN)/python -m pytest tests/images
 
-# `kustomize edit set image` would write the files anew, comments elsewhere and lists at the margin.
+# `kustomize edit set image` would reformat the files and move their comments.
 IMAGE_NAMES := kustomize/components/images/kustomization.yaml manifests/cluster/storage-container/kustomization.yaml
 DIGEST := [^ @]+@sha256:[0-9a-f]{64}
 pinned = -e '/- name: $(1)$$/{n;s|: .*|: $(firstword $(subst @, ,$(2)))|;n;s|[a-zA-Z]*: .*|digest: $(lastword $(subst @, ,$(2)))|;}'
 
-pin: ## what overlays run: PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…
+pin: ## pin the overlays' images: PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…
 	@echo '$(PREDICTOR) $(STORAGE_INITIALIZER)' | grep -qE '^$(DIGEST) $(DIGEST)$$' \
-	  || { echo 'say make pin PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…'; exit 1; }
+	  || { echo 'usage: make pin PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…'; exit 1; }
 	@for file in $(IMAGE_NAMES); do \
 	  text=$$(sed $(call pinned,kserve-llm-predictor,$(PREDICTOR)) \
 	    $(call pinned,kserve-llm-storage-initializer,$(STORAGE_INITIALIZER)) $$file) && echo "$$text" > $$file || exit 1; \
@@ -94,7 +105,7 @@ pin: ## what overlays run: PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sh
 
 RULE := manifests/monitoring/prometheus-rule.yaml
 
-render: ## every overlay into tests/kustomize/golden, for git diff to show, and the rules into the PrometheusRule
+render: ## render every overlay into tests/kustomize/golden, and the rules into the PrometheusRule
 	@rule=$$(sed '/^spec:/q' $(RULE); sed -e '/^#/d' -e 's/^./  &/' manifests/prometheus/rules.yaml) && echo "$$rule" > $(RULE)
 	@for overlay in kustomize/overlays/*/; do \
 	  golden=tests/kustomize/golden/$$(basename $$overlay).yaml; \
@@ -102,15 +113,15 @@ render: ## every overlay into tests/kustomize/golden, for git diff to show, and 
 	  echo $$golden; \
 	done
 
-preflight: $(INSTALLED) ## look every overlay over; CRD_DIR=folder checks custom kinds as well
+preflight: $(INSTALLED) ## check every overlay; CRD_DIR=folder validates custom resources too
 	@for overlay in kustomize/overlays/*/; do \
 	  $(BIN)/python -m preflight $$overlay $(if $(CRD_DIR),--crds $(CRD_DIR)) || exit 1; \
 	done
 
-checkov: $(INSTALLED) ## scan the rendered prod; checkov gets a virtual environment of its own
+checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual environment
 	@test -x .venv-checkov/bin/checkov || { $(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/python -m pip install --quiet checkov==3.3.30; }
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
-clean: ## remove what was made here, the virtual environment and ./models included
+clean: ## remove everything generated, including the virtual environment and ./models
 	@rm -rf $(VENV) .venv-checkov build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,7 +12,7 @@ import pytest
 from tests.images.conftest import ROOT, Environment, locked
 
 # Where torch is CUDA's, gigabytes of it are fetched.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from tests.images.conftest import ROOT, Environment
 LIBRARY = "predictor/kernels/cpu/libnative.so"
 STALE = b"of another platform"
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.packaging
 
 on_amd64 = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
