@@ -14,7 +14,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
-SOURCES, LIBRARY = ("predictor/kernels/csrc/gemm_int8.c", "predictor/kernels/csrc/paged_attention.c"), "predictor/kernels/cpu/libnative.so"
+SOURCES = ("predictor/kernels/csrc/gemm_int8.c", "predictor/kernels/csrc/paged_attention.c")
+LIBRARY = "predictor/kernels/cpu/libnative.so"
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp"]
 INSTRUCTIONS = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mamx-tile", "-mamx-int8"]
 """Every CPU gets the same code, which asks it first."""

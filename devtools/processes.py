@@ -138,7 +138,7 @@ def _check_free(port: int) -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("0.0.0.0", port))  # noqa: S104
+            probe.bind(("0.0.0.0", port))
         except OSError as error:
             reason = error.strerror
             raise DemoError(f"Port {port} cannot be opened ({reason}); choose another: make serve PORT=8081.") from None

@@ -60,7 +60,7 @@ def prometheus(folder: Path, predictor: Predictor) -> Iterator[httpx.Client]:
     address = f"127.0.0.1:{processes.free_port()}"
     flags = ["--config.file=prometheus.yml", "--storage.tsdb.path=data", f"--web.listen-address={address}"]
     with (folder / "log").open("w") as log:
-        process = subprocess.Popen(["prometheus", *flags], cwd=folder, stderr=log, text=True)  # noqa: S607
+        process = subprocess.Popen(["prometheus", *flags], cwd=folder, stderr=log, text=True)
         try:
             with httpx.Client(base_url=f"http://{address}/api/v1/", timeout=30, trust_env=False) as client:
                 yield client

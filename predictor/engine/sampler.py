@@ -115,7 +115,7 @@ def processors() -> ContinuousBatchingLogitsProcessorList:
 
 
 class _Sampler(ContinuousBatchingLogitsProcessor):
-    """Each request's `SequenceSampler` reaches it through `add_request`; between the two calls of a step it remembers them."""
+    """Each request's `SequenceSampler` comes through `add_request`; kept between the two calls of a step."""
 
     supported_kwargs: ClassVar[dict[str, type]] = {"chooser": SequenceSampler}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
