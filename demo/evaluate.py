@@ -88,7 +88,7 @@ def main() -> None:
     asked = exam.held_out_questions(arguments.questions, arguments.seed)
     questions, results = [question for question, _ in asked], [result for _, result in asked]
     if arguments.target.startswith(("http://", "https://")):
-        answers = ask_server(arguments.target, arguments.model_name, questions)
+        answers = ask_server(arguments.target, arguments.served_model_name, questions)
     elif not (Path(arguments.target) / "config.json").is_file():
         sys.exit(f"{arguments.target} has no config.json; give a directory of weights, or a server's http:// URL.")
     else:

@@ -42,7 +42,7 @@ def free_port() -> int:
 def local_hub(repositories: Mapping[str, Path]) -> Iterator[str]:
     """A Hub on loopback that serves local folders, by owner/name; gives its URL."""
     folders = [f"{name}={folder}" for name, folder in repositories.items()]
-    process = start(["tests.local_hub", "--port", "0", *folders], stdout=subprocess.PIPE)
+    process = start(["devtools.local_hub", "--port", "0", *folders], stdout=subprocess.PIPE)
     try:
         url = process.stdout.readline().strip() if process.stdout else ""
         if not url.startswith("http"):
