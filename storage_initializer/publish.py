@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from snapshot_format.reference import DirectoryReference, ModelReference
 from storage_initializer.errors import HubUnavailable, NotFound, RefusedVolume, VerificationFailed
-from storage_initializer.reference import DirectoryReference, ModelReference
 from storage_initializer.settings import Settings
 from storage_initializer.sources import file_selection
 from storage_initializer.sources.file_selection import Choice, File

@@ -192,7 +192,7 @@ def _prepared(directory: Path, fewer_bits: Any, number_format: torch.dtype) -> P
     if not isinstance(fewer_bits, quantizing.Int8Config):
         return None
     dtype = str(number_format).removeprefix("torch.")
-    return snapshot.prepared(directory, dtype, fewer_bits.modules_to_not_convert or ())
+    return snapshot.prequantized(directory, dtype, fewer_bits.modules_to_not_convert or ())
 
 
 def _config(directory: Path, trust_remote_code: bool) -> Any:

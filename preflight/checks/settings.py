@@ -7,6 +7,7 @@ from pathlib import Path
 
 from preflight.deployment import Deployment, name_of
 from preflight.findings import Finding
+from snapshot_format.reference import HubReference, MalformedReference, parse
 
 PREFIXES = ("PREDICTOR_", "STORAGE_INITIALIZER_")
 """Keys that the programs refuse where they do not know them."""
@@ -15,8 +16,6 @@ _NUMBER = re.compile(r"\d+(\.\d+)?")
 _MOUNT = "/mnt/models"
 """Where KServe mounts what `storageUri` names; nobody can tell it another place."""
 _TRUTH = {"1", "0", "on", "off", "t", "f", "true", "false", "y", "n", "yes", "no"}
-_PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+[:@][0-9a-f]{40}")
-_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+([:@].+)?|file:///.+")
 
 
 def known_keys(base: Path) -> dict[str, str]:
@@ -64,9 +63,12 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             "add it to the ConfigMap model-download with a configMapGenerator of `behavior: merge`",
         )
         return
-    if not _REFERENCE.fullmatch(reference):
-        yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "write hf://owner/model:<commit>")
-    elif reference.startswith("hf://") and not _PINNED.fullmatch(reference):
+    try:
+        parsed = parse(reference)
+    except MalformedReference as error:
+        parsed = None
+        yield Finding(deployment.where, f"MODEL_REFERENCE: {error}", "write hf://owner/model:<commit>")
+    if isinstance(parsed, HubReference) and not parsed.is_commit:
         yield Finding(
             deployment.where,
             f"MODEL_REFERENCE {reference} is not pinned, so two replicas may serve different weights",

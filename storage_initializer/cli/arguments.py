@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn, get_args
 
-from storage_initializer.errors import InvalidUsage
+from snapshot_format.reference import MalformedReference, ModelReference
+from snapshot_format.reference import parse as parse_reference
+from storage_initializer.errors import InvalidReference, InvalidUsage
 
 PROGRAM = "python -m storage_initializer"
 
@@ -35,7 +37,7 @@ exit codes: 0 done, 1 worth a retry, 2 pointless to retry; the last line on stde
 class Publish:
     """Put what onto which volume, in order."""
 
-    pairs: tuple[tuple[str, Path], ...]
+    pairs: tuple[tuple[ModelReference, Path], ...]
     overrides: Mapping[str, object] = field(default_factory=dict)
     """What flags said, by the name of the setting; it counts more than the environment."""
 
@@ -63,7 +65,7 @@ class Collect:
     root: Path
     keep: int | None
     """How many snapshots of each model stay, the latest ones; None where nobody said."""
-    reference: str | None
+    reference: ModelReference | None
     dry_run: bool
     force: bool
 
@@ -138,7 +140,9 @@ def _publish(words: Sequence[str]) -> Publish:
     if "" in pairs:
         parser.error("an argument is empty")
     return Publish(
-        tuple((source, Path(root)) for source, root in zip(pairs[::2], pairs[1::2], strict=True)),
+        tuple(
+            (_reference(source), Path(root).absolute()) for source, root in zip(pairs[::2], pairs[1::2], strict=True)
+        ),
         {
             name: tuple(value) if isinstance(value, list) else value
             for name, value in given.items()
@@ -175,7 +179,15 @@ def _collect(words: Sequence[str]) -> Collect:
     parser.add_argument("--dry-run", action="store_true", help="tell what would go, and remove nothing")
     parser.add_argument("--force", action="store_true", help="also snapshots that refs/ entries lead to, and these")
     given = parser.parse_args(words)
-    return Collect(given.root.absolute(), given.keep, given.reference, given.dry_run, given.force)
+    reference = None if given.reference is None else _reference(given.reference)
+    return Collect(given.root.absolute(), given.keep, reference, given.dry_run, given.force)
+
+
+def _reference(text: str) -> ModelReference:
+    try:
+        return parse_reference(text)
+    except MalformedReference as error:
+        raise InvalidReference(str(error)) from error
 
 
 def _count(text: str) -> int:

@@ -12,7 +12,6 @@ from storage_initializer.cli.output import Progress, say
 from storage_initializer.errors import DamagedSnapshot, NotFound
 from storage_initializer.prepare import pipeline
 from storage_initializer.publish import Outcome, initialize
-from storage_initializer.reference import parse
 from storage_initializer.settings import Settings
 from storage_initializer.sources.file_selection import readable
 from storage_initializer.volume import garbage_collection, layout, record, verify
@@ -37,10 +36,8 @@ def run(command: Command, settings: Settings) -> None:
 
 
 def _publish(command: Publish, settings: Settings) -> None:
-    # All references are read before the first is fetched: a typing error in the last should not cost hours.
-    pairs = [(parse(source), root.absolute()) for source, root in command.pairs]
     pipeline.require(settings)
-    for reference, root in pairs:
+    for reference, root in command.pairs:
         initialized = functools.partial(initialize, reference, root, settings, Progress(settings))
         outcome = _told(settings, "published", initialized)
         if settings.prepare:

@@ -20,6 +20,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from snapshot_format.reference import HubReference
 from storage_initializer.errors import (
     AccessDenied,
     HubBusy,
@@ -29,7 +30,6 @@ from storage_initializer.errors import (
     NotFound,
     Stopped,
 )
-from storage_initializer.reference import HubReference
 from storage_initializer.settings import Settings, limit_xet
 from storage_initializer.sources.file_selection import File
 from storage_initializer.sources.retry import Patience

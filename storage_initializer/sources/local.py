@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
+from snapshot_format.reference import DirectoryReference
 from storage_initializer.errors import AccessDenied, NotFound, RefusedSnapshot, SourceFailed
-from storage_initializer.reference import DirectoryReference
 from storage_initializer.sources import file_selection
 from storage_initializer.sources.file_selection import Choice, File
 from storage_initializer.volume import layout, verify

@@ -17,7 +17,6 @@ from urllib.parse import unquote
 
 from storage_initializer.cli.arguments import Collect
 from storage_initializer.errors import LeaseTimeout, NotFound, RefusedVolume
-from storage_initializer.reference import parse
 from storage_initializer.volume import layout, lease, record
 from storage_initializer.volume.layout import Place
 from storage_initializer.volume.record import Record
@@ -101,7 +100,7 @@ def collect(command: Collect, stale_seconds: float) -> Iterator[Removal]:
 def _superfluous(snapshots: tuple[Snapshot, ...], command: Collect) -> Iterator[Snapshot]:
     keep = 1 if command.keep is None else command.keep
     if command.reference is not None:
-        reference = parse(command.reference)
+        reference = command.reference
         snapshots = tuple(one for one in snapshots if one.place.slug == reference.slug)
         if reference.is_commit:
             snapshots = tuple(one for one in snapshots if one.place.commit == reference.revision)

@@ -31,8 +31,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from snapshot_format.reference import escape
 from storage_initializer.errors import InitializerError, NoSpace, RefusedVolume, VolumeFailed
-from storage_initializer.reference import escape
 from storage_initializer.sources.file_selection import readable
 from storage_initializer.volume.record import RECORD, Record, read
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from snapshot_format.reference import LONGEST_REVISION, DirectoryReference, HubReference, escape, parse
 from storage_initializer.errors import InvalidReference, RefusedSnapshot
-from storage_initializer.reference import LONGEST_REVISION, DirectoryReference, HubReference, escape, parse
 from storage_initializer.sources import file_selection
 from storage_initializer.sources.file_selection import File
 

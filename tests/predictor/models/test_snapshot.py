@@ -9,7 +9,17 @@ from predictor.models import snapshot
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-RECORD = {"format_version": 1, "commit": COMMIT, "files": [{"path": "config.json", "size": 2, "sha256": "-"}]}
+RECORD = {
+    "format_version": 1,
+    "reference": "hf://owner/model:main",
+    "commit": COMMIT,
+    "files": [{"path": "config.json", "size": 2, "sha256": "-"}],
+    "choice": {},
+    "derived_from": None,
+    "tool": "test",
+    "published_at": "2026-11-24T04:00:13Z",
+    "duration_seconds": 1.0,
+}
 
 
 def publish(root: Path, folder: str = "owner--model", ref: str = "main") -> Path:

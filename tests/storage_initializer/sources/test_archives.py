@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from snapshot_format.reference import DirectoryReference
 from storage_initializer.errors import InitializerError
-from storage_initializer.reference import DirectoryReference
 from storage_initializer.sources.file_selection import Choice, guard
 from storage_initializer.sources.local import Archive
 from tests.storage_initializer.conftest import Run, make_model, problems
