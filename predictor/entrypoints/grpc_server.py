@@ -140,7 +140,7 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
         record = request_record.RequestRecord(
             request_record.request_id(_values(metadata, "x-request-id")), protocol="grpc"
         )
-        with request_record.use(record):
+        with request_record.bind(record):
             try:
                 if not is_probe and self._api_keys is not None:
                     record.key = self._api_keys.authenticate(_values(metadata, "authorization"))
@@ -160,8 +160,8 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                 if not is_probe:
                     self._service.count_request(record.protocol, http_status)
                     if self._tracing:
-                        self._tracing.tell_grpc(method, metadata, status, http_status, started, record)
-                    fields = record.known()
+                        self._tracing.export_grpc(method, metadata, status, http_status, started, record)
+                    fields = record.as_fields()
                     text = " ".join(f"{name}={value}" for name, value in fields.items())
                     request_logger.info("gRPC %s %s", status, text, extra={"fields": {"status": status, **fields}})
 

@@ -1,7 +1,7 @@
 """The server process: opens the port before loading the model, drains on a signal, exits when drained.
 
-States: loading -> serving -> draining -> stopped. SIGTERM or SIGINT starts draining: the server rejects new requests and
-finishes running ones within the grace period. A second signal aborts them. A failed load exits non-zero.
+States: loading -> serving -> draining -> stopped. SIGTERM or SIGINT starts draining: the server rejects new requests
+and finishes running ones within the grace period. A second signal aborts them. A failed load exits non-zero.
 """
 
 import asyncio
@@ -112,12 +112,12 @@ class Lifecycle:
     async def _drain(self) -> None:
         self.state = State.DRAINING
         self._service.drain()
-        with contextlib.suppress(TimeoutError):
+        try:
             async with asyncio.timeout(self._grace_seconds):
                 # A step loop that is dead or hangs finishes nothing.
                 while self._service.busy and self._service.is_live and not self._abort.is_set():  # noqa: ASYNC110
                     await asyncio.sleep(DRAIN_POLL_SECONDS)
-        if self._service.busy:
+        except TimeoutError:
             logger.warning("shutdown grace period expired, aborting running requests")
 
     async def _stop(self) -> None:
@@ -158,7 +158,7 @@ def run(settings: Settings) -> bool:
         StartupError: a setting is invalid, a port is taken, or the model cannot be loaded.
     """
     api_keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
-    tracing = _create_tracing(settings)
+    tracing = create_tracing(settings)
     try:
         return asyncio.run(_serve(settings, api_keys, tracing))
     finally:
@@ -194,7 +194,7 @@ async def _serve(settings: Settings, api_keys: KeyFile | None, tracing: "Tracing
     return lifecycle.has_blocking_threads
 
 
-def _create_tracing(settings: Settings) -> "Tracing | None":
+def create_tracing(settings: Settings) -> "Tracing | None":
     """Import OpenTelemetry only if enabled: it is an extra, and slows the start."""
     if not settings.tracing:
         return None

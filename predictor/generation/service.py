@@ -14,7 +14,7 @@ import psutil
 from predictor.engine.engine import Engine
 from predictor.errors import Draining, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.generation import output_processor
-from predictor.generation.output_processor import Answer
+from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
 from predictor.models import loader, snapshot
@@ -71,7 +71,7 @@ class LLMService:
         # the engine's thread would keep the process alive.
         self._state_lock = threading.Lock()
         self._metrics = metrics.ModelMetrics(self.models.default)
-        self._metrics.watch(ready=lambda: self.is_ready, live=lambda: self.is_live)
+        self._metrics.register_callbacks(ready=lambda: self.is_ready, live=lambda: self.is_live)
 
     def load(self) -> bool:
         """Load the weights, start the engine and generate once; blocks until done.
@@ -85,7 +85,7 @@ class LLMService:
         if self.phase is not Phase.CREATED:
             return self.is_ready
         started = time.monotonic()
-        self._metrics.tell_phase("imports", _process_age_seconds())
+        self._metrics.observe_load_phase("imports", _process_age_seconds())
         try:
             found = self._find_snapshot()
             loaded = self._load_weights(found)
@@ -107,7 +107,7 @@ class LLMService:
         settings = self._settings
         with self._state_lock:
             self._enter(Phase.WAITING)
-        with self._metrics.phase("snapshot"):
+        with self._metrics.time_load_phase("snapshot"):
             return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
 
     def _load_weights(self, found: Snapshot) -> LoadedModel:
@@ -123,7 +123,7 @@ class LLMService:
             quantization=settings.quantization,
             keep=settings.kept_layers,
             fallback=settings.quantization_fallback,
-            phase=self._metrics.phase,
+            phase=self._metrics.time_load_phase,
         )
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
@@ -142,13 +142,13 @@ class LLMService:
         with self._state_lock:
             self._enter(Phase.WARMING_UP)
             self._engine = engine
-            with self._metrics.phase("kv_cache"):
+            with self._metrics.time_load_phase("kv_cache"):
                 engine.start()
         return engine
 
     def _warm_up(self, engine: Engine) -> None:
         try:
-            with self._metrics.phase("warm_up"):
+            with self._metrics.time_load_phase("warm_up"):
                 asyncio.run(engine.check(WARM_UP_SECONDS))
         except RequestError as error:
             raise StartupError(f"The model was loaded, but its first generation failed: {error}") from error
@@ -166,10 +166,10 @@ class LLMService:
         with self._state_lock:
             self._enter(Phase.READY)
             self._pipeline = _Pipeline(found, loaded, prompts, engine, self_check)
-        self._metrics.tell_model(
+        self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
         )
-        self._metrics.watch(
+        self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
             num_requests_waiting=lambda: engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
@@ -216,7 +216,7 @@ class LLMService:
             return self.phase
         if not self.is_live:
             return "the step loop makes no progress"
-        return f"the last successful self-check was {self._pipeline.self_check.age_seconds:.0f} s ago"
+        return f"the model last generated {self._pipeline.self_check.age_seconds:.0f} s ago"
 
     @property
     def busy(self) -> bool:
@@ -260,7 +260,7 @@ class LLMService:
         """Count a response, by protocol and HTTP status, in the metrics."""
         self._metrics.count_request(protocol, status)
 
-    def submit(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> Answer:
+    def submit(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> CompletionStream:
         """Start generating for all requests, or for none; the caller reads the result and closes it.
 
         Args:
@@ -283,15 +283,18 @@ class LLMService:
         limit = self._settings.request_timeout_seconds
         deadline = time.monotonic() + min(limit, timeout_seconds or limit)
 
-        def on_end(ended: FinishedSequence) -> None:
-            self._metrics.count_finished(
-                ended.outcome, ended.prompt_tokens, ended.seconds, ended.queue_seconds, ended.first_token_seconds
-            )
-            record.ended.append(ended)
+        def on_finished(sequence: FinishedSequence) -> None:
+            self._metrics.count_finished(sequence)
+            record.finished.append(sequence)
 
         try:
-            return output_processor.begin(
-                requests, self._pipeline.prompts, self._pipeline.engine, deadline, on_end, self._metrics.count_tokens
+            return output_processor.submit(
+                requests,
+                prompts=self._pipeline.prompts,
+                engine=self._pipeline.engine,
+                deadline=deadline,
+                on_finished=on_finished,
+                on_tokens=self._metrics.count_tokens,
             )
         except Overloaded:
             self._metrics.count_rejected()

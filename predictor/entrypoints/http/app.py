@@ -28,16 +28,20 @@ def create_app(
         api_keys: accepted bearer keys; None: requests need none.
         tracing: exports a span for each request; None: off.
     """
-    authentication = [Middleware(middleware.Authenticate, keys=api_keys)] if api_keys else []
+    authentication = [Middleware(middleware.ApiKeyMiddleware, keys=api_keys)] if api_keys else []
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
         exception_handlers=error_responses.HANDLERS,
         middleware=[
-            Middleware(middleware.Requests, count=service.count_request, trace=tracing.tell_http if tracing else None),
-            Middleware(middleware.Gate, is_open=lambda: not service.is_shutting_down),
+            Middleware(
+                middleware.RequestLogMiddleware,
+                count=service.count_request,
+                trace=tracing.export_http if tracing else None,
+            ),
+            Middleware(middleware.DrainMiddleware, is_open=lambda: not service.is_shutting_down),
             *authentication,
-            Middleware(middleware.BodyLimit, max_bytes=settings.max_request_bytes),
+            Middleware(middleware.MaxBodySizeMiddleware, max_bytes=settings.max_request_bytes),
         ],
     )
     predictor = Predictor(service)

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from predictor.errors import RequestError
-from predictor.generation.output_processor import Answer
+from predictor.generation.output_processor import CompletionStream
 from predictor.generation.service import LLMService
 from predictor.observability import request_record
 from predictor.protocols.sampling_fields import timeout_seconds
@@ -68,11 +68,11 @@ class EventStream(StreamingResponse):
             self._stream.close()
 
 
-async def _encode(stream: Answer, encoder: _EventEncoder) -> AsyncIterator[str]:
+async def _encode(stream: CompletionStream, encoder: _EventEncoder) -> AsyncIterator[str]:
     try:
         for event in encoder.begin():
             yield event
-        async with aclosing(stream.pieces()) as deltas:
+        async with aclosing(stream.deltas()) as deltas:
             async for delta in deltas:
                 for event in encoder.piece(delta):
                     yield event
