@@ -159,9 +159,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m demo", description="Run the whole pipeline offline.")
     parser.add_argument("--serve", action="store_true", help="keep serving until Ctrl-C")
     parser.add_argument("--model", help="serve hf://owner/name from the Hub instead of the demo model")
-    parser.add_argument(
-        "--root", type=Path, default=Path("models"), help="folder used as the volume (default: ./%(default)s)"
-    )
+    parser.add_argument("--root", type=Path, default=Path("models"), help="volume folder (default: ./%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="HTTP port of --serve (default: %(default)s)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)

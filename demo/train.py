@@ -1,7 +1,7 @@
 """Train the demo model: tokenizer, chat template, a Llama of 0.9 M parameters. `python -m demo.train`.
 
-The text comes from `demo.exam`, the tokenizer is trained on that text, and the weights start from a fixed seed. It takes
-about ten minutes on two cores. The result is committed in `demo/model`.
+The text comes from `demo.exam`, the tokenizer is trained on that text, and the weights start from a fixed seed.
+Training takes about ten minutes on two cores. The result is committed in `demo/model`.
 """
 
 import argparse
