@@ -1,52 +1,62 @@
-"""The nouns of generation, shared by protocols, tokenization and engine; they hold values and no behaviour."""
+"""Data types shared by protocols, generation and engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Any
 
 Message = Mapping[str, Any]
 """One chat message as the chat template takes it: at least `role` and `content`."""
 
+MIN_LOGPROB = -9999.0
+"""Smallest log probability reported, as in OpenAI's API: JSON has no infinity."""
+
+UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+"""Decoded in place of bytes that form a character only together with the next token."""
+
 
 class FinishReason(StrEnum):
-    """Why a completion ended, in the words of the Open Inference Protocol's generate extension."""
+    """Reason why a completion ended, in the words of the Open Inference Protocol's generate extension."""
 
     EOS_TOKEN = "eos_token"  # noqa: S105
     LENGTH = "length"
     STOP_SEQUENCE = "stop_sequence"
 
 
+CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
+"""Outcomes of a sequence without a finish reason: client disconnected, request timed out, engine failed."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen, and when to stop. None: the model's own default."""
+    """Sampling and stopping parameters; None means the model's default."""
 
     max_tokens: int | None = None
-    """New tokens at most, >= 1."""
+    """Maximum number of new tokens, >= 1."""
     min_tokens: int = 0
-    """New tokens before an end-of-sequence token, a stop token or a stop string may end the completion."""
+    """Minimum number of new tokens before an end-of-sequence token, stop token or stop string ends the completion."""
     temperature: float | None = None
     """0 is greedy."""
     top_p: float | None = None
-    """Cumulative probability kept, 0 <= top_p <= 1; at least one token is."""
+    """Cumulative probability kept, 0 <= top_p <= 1; at least one token is kept."""
     top_k: int | None = None
-    """Most probable tokens kept; 0 keeps all."""
+    """Number of most probable tokens kept; 0 keeps all."""
     repetition_penalty: float | None = None
     """Divides positive logits, and multiplies negative ones, of tokens of the prompt and the completion; 1 is off."""
     presence_penalty: float = 0.0
-    """Subtracted from the logits of tokens that the completion holds already."""
+    """Subtracted from the logits of tokens that occur in the completion."""
     frequency_penalty: float = 0.0
-    """Subtracted once for each time that the completion holds the token already."""
+    """Subtracted from a token's logit once for each occurrence in the completion."""
     stop: tuple[str, ...] = ()
-    """Texts that end the completion; not part of it."""
+    """Strings that end the completion; not part of it."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the completion, besides the model's own end of sequence; not part of its text."""
+    """Tokens that end the completion, in addition to the end of sequence; not part of its text."""
     ignore_eos: bool = False
-    """Go on after the model's own end of sequence, up to `max_tokens`."""
+    """Continue after the model's end of sequence, up to `max_tokens`."""
     seed: int | None = None
-    """Makes a sampled completion repeatable on the same server, device and version; None draws anew."""
+    """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
-    """Report log probabilities of the chosen token and of so many most probable ones; None reports none."""
+    """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,23 +69,19 @@ class Chat:
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One prompt, as raw text, token ids or a chat, and how to continue it."""
+    """One prompt, as raw text, token ids or a chat, and its sampling parameters."""
 
     prompt: str | tuple[int, ...] | Chat
     sampling: SamplingParams = field(default_factory=SamplingParams)
     n: int = 1
-    """Independent completions of the prompt; a seed counts up from one to the next."""
+    """Number of independent completions; the k-th uses `seed + k`."""
     echo: bool = False
     """Put the prompt's text before the completion's."""
 
 
-MIN_LOGPROB = -9999.0
-"""What OpenAI's API gives for a log probability too low to tell; JSON knows no infinity."""
-
-
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token's log probability under the model, before temperature and penalties, and its rivals'.
+    """Log probability of a sampled token, before temperature and penalties, and of the most probable ones.
 
     Finite, and not less than MIN_LOGPROB.
     """
@@ -88,74 +94,84 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one or more decode steps added to a sequence: token ids; the last step has a finish reason."""
+    """Tokens that one or more decode steps added to a sequence; the last one has a finish reason."""
 
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
-    """One for each token id where the request asked, else none."""
+    """One for each token id if requested, else empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token as text, where the request asked for log probabilities."""
+    """A generated token as text, with its log probability."""
 
     id: int
     text: str
-    """May hold U+FFFD where the token is part of a character only."""
+    """Contains UNFINISHED_CHARACTER if the token is only part of a character."""
     logprob: float
     special: bool = False
     top: tuple["Token", ...] = ()
-    """The most probable tokens in its place, best first."""
+    """The most probable tokens at this position, best first."""
 
 
 @dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text added to a completion."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionDelta:
-    """What a stream adds to one completion; the last one of each completion has a finish reason."""
+    """Addition to one completion of a stream; the last one of each completion has a finish reason."""
 
     index: int
-    """Which completion: those of the first request come first, `n` of each."""
-    text: str
+    """Completion that it belongs to: those of the first request come first, `n` of each."""
+    deltas: tuple[TextDelta, ...] = ()
+    """Typed additions, in order; empty if all new text is held back."""
     prompt_tokens: int
     completion_tokens: int
     """Tokens generated so far, the end-of-sequence token included."""
     finish_reason: FinishReason | None = None
     tokens: tuple[Token, ...] = ()
-    """The tokens generated since the piece before, if asked for; text held back for a stop string may lag behind."""
+    """New tokens if requested. Their text may come later: it is held back while it may begin a stop string."""
+
+    @property
+    def text(self) -> str:
+        """All text added, "" if none."""
+        return "".join(delta.text for delta in self.deltas)
 
 
-CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
-"""How a sequence may end, beside the finish reasons: its reader left, its time was over, the engine failed."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FinishedSequence:
-    """What became of a sequence, and when: instants of its life in seconds after its admission."""
+    """Outcome, token counts and timings of a sequence; durations start at its admission."""
 
     index: int
-    """Which completion, as in `CompletionDelta`."""
+    """Completion that it belongs to, as in `CompletionDelta`."""
     outcome: str
     """A finish reason, CANCELLED, DEADLINE or FAILED."""
     prompt_tokens: int
     completion_tokens: int
-    admitted: float
+    admitted_at: float
     """By `time.monotonic()`."""
-    seconds: float
-    """To its end."""
+    total_seconds: float
+    """Until its end."""
     queue_seconds: float | None
-    """To the first step that computed some of the prompt; None: it never ran."""
+    """Until the first step that computed part of the prompt; None if it never ran."""
     first_token_seconds: float | None
-    """None: it has none."""
+    """Until the first token; None without tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A whole answer to one generation request."""
+    """A complete response to one generation request."""
 
     text: str
+    _: KW_ONLY
     finish_reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
     """Generated tokens, the end-of-sequence token included."""
     tokens: tuple[Token, ...] = ()
-    """All of them, if asked for."""
+    """All generated tokens, if requested."""

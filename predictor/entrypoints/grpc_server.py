@@ -116,7 +116,7 @@ class _Service(service.GRPCInferenceServiceServicer):
         metadata = context.invocation_metadata()
         ids = [str(value) for name, value in metadata if name == "x-request-id"]
         record = request_record.RequestRecord(request_record.request_id(ids), protocol="grpc")
-        with request_record.use(record):
+        with request_record.bind(record):
             try:
                 if checks_key and self._keys is not None:
                     record.key = _key_name(dict(metadata), self._keys.name_of)
@@ -136,8 +136,8 @@ class _Service(service.GRPCInferenceServiceServicer):
                 if checks_key:
                     self._predictor.count_request(record.protocol, number)
                     if self._tracing:
-                        self._tracing.tell_grpc(method, metadata, status, number, began, record)
-                    known = record.known()
+                        self._tracing.export_grpc(method, metadata, status, number, began, record)
+                    known = record.as_fields()
                     words = " ".join(f"{name}={value}" for name, value in known.items())
                     request_logger.info("gRPC %s %s", status, words, extra={"fields": {"status": status, **known}})
 

@@ -16,7 +16,7 @@ import psutil
 from predictor.engine.engine import Engine
 from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.generation import output_processor
-from predictor.generation.output_processor import Answer
+from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
 from predictor.models import loader, snapshot
@@ -70,7 +70,7 @@ class Predictor(kserve.Model):
         self._turn = threading.Lock()
         self.phase = Phase.CREATED
         self._metrics = metrics.ModelMetrics(settings.served_model_name)
-        self._metrics.watch(ready=lambda: self._would_answer, live=lambda: self.live)
+        self._metrics.register_callbacks(ready=lambda: self._would_answer, live=lambda: self.live)
 
     def load(self) -> bool:
         """Load the weights, start the engine and answer a first prompt; blocks, for as long as that takes.
@@ -86,8 +86,8 @@ class Predictor(kserve.Model):
         settings = self._settings
         started = time.monotonic()
         # Python and its imports: what has passed since the process began.
-        self._metrics.tell_phase("imports", _age_seconds())
-        with self._metrics.phase("snapshot"):
+        self._metrics.observe_load_phase("imports", _age_seconds())
+        with self._metrics.time_load_phase("snapshot"):
             found = snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
         self.phase = Phase.LOADING
         threads.set_threads(settings.num_threads)
@@ -99,7 +99,7 @@ class Predictor(kserve.Model):
             quantization=settings.quantization,
             keep=settings.kept_layers,
             fallback=settings.quantization_fallback,
-            phase=self._metrics.phase,
+            phase=self._metrics.time_load_phase,
         )
         engine = Engine(
             loaded.model,
@@ -117,10 +117,10 @@ class Predictor(kserve.Model):
                 return False
             self.phase = Phase.WARMING_UP
             self._engine = engine
-            with self._metrics.phase("kv_cache"):
+            with self._metrics.time_load_phase("kv_cache"):
                 engine.start()
         try:
-            with self._metrics.phase("warm_up"):
+            with self._metrics.time_load_phase("warm_up"):
                 asyncio.run(engine.check(WARM_UP_SECONDS))
         except RequestError as error:
             raise StartupError(f"The model loaded, but cannot generate: {error}") from error
@@ -233,7 +233,7 @@ class Predictor(kserve.Model):
         """The outputs of v2 infer, for the model's metadata."""
         return open_inference.metadata(open_inference.OUTPUTS)
 
-    def open(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> Answer:
+    def open(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> CompletionStream:
         """Begin to answer requests, all of them or none; the caller reads the answer and closes it.
 
         Args:
@@ -257,15 +257,18 @@ class Predictor(kserve.Model):
         limit = self._settings.request_timeout_seconds
         deadline = time.monotonic() + min(limit, timeout_seconds or limit)
 
-        def on_end(ended: FinishedSequence) -> None:
-            self._metrics.count_finished(
-                ended.outcome, ended.prompt_tokens, ended.seconds, ended.queue_seconds, ended.first_token_seconds
-            )
-            record.ended.append(ended)
+        def on_finished(finished: FinishedSequence) -> None:
+            self._metrics.count_finished(finished)
+            record.finished.append(finished)
 
         try:
-            return output_processor.begin(
-                requests, parts.prompts, parts.engine, deadline, on_end, self._metrics.count_tokens
+            return output_processor.submit(
+                requests,
+                prompts=parts.prompts,
+                engine=parts.engine,
+                deadline=deadline,
+                on_finished=on_finished,
+                on_tokens=self._metrics.count_tokens,
             )
         except Overloaded:
             self._metrics.count_rejected()
@@ -294,8 +297,8 @@ class Predictor(kserve.Model):
     def _watch(self, parts: _Parts) -> None:
         engine = parts.engine
         facts = self.facts
-        self._metrics.tell_model(**{name: facts[name] for name in ("commit", "device", "dtype", "quantization")})
-        self._metrics.watch(
+        self._metrics.set_model_info(**{name: facts[name] for name in ("commit", "device", "dtype", "quantization")})
+        self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
             num_requests_waiting=lambda: engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,

@@ -195,12 +195,14 @@ def equip(
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_exception_handler(ClientDisconnect, _answer_nobody)
     # The last one added is the outermost.
-    app.add_middleware(middleware.BodyLimit, max_bytes=settings.max_request_bytes)
+    app.add_middleware(middleware.MaxBodySizeMiddleware, max_bytes=settings.max_request_bytes)
     if keys is not None:
-        app.add_middleware(middleware.Authenticate, keys=keys)
-    app.add_middleware(middleware.Gate, is_open=lambda: predictor.phase not in (Phase.DRAINING, Phase.STOPPED))
-    trace = tracing.tell_http if tracing else None
-    app.add_middleware(middleware.Requests, count=predictor.count_request, trace=trace)
+        app.add_middleware(middleware.ApiKeyMiddleware, keys=keys)
+    app.add_middleware(
+        middleware.DrainMiddleware, is_open=lambda: predictor.phase not in (Phase.DRAINING, Phase.STOPPED)
+    )
+    trace = tracing.export_http if tracing else None
+    app.add_middleware(middleware.RequestLogMiddleware, count=predictor.count_request, trace=trace)
 
 
 def _tracing(settings: Settings) -> "Tracing | None":

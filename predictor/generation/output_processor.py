@@ -1,12 +1,12 @@
-"""Steps of token ids become pieces of text: stop strings, log probabilities, several sequences as one answer.
+"""Turn the engine's steps of token ids into completions: detokenization, stop strings, log probabilities.
 
-Between the engine, which knows no text, and the protocols, which know no sequences.
+The engine handles token ids only, and the protocols handle completions only; this module connects them.
 """
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from predictor.engine.engine import Engine, Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
@@ -22,205 +22,225 @@ from predictor.types import (
     FinishedSequence,
     FinishReason,
     GenerationRequest,
-    SamplingParams,
-    Token,
+    Step,
+    TextDelta,
 )
 
+OnFinished = Callable[[FinishedSequence], None]
+OnTokens = Callable[[int, float | None], None]
 
-class Answer:
-    """The completions of one request of a client, being made. Read `pieces` or `complete`, once; `close` always."""
+
+class CompletionStream:
+    """The completions of one client request. Read `deltas` or `complete` once, and always call `close`."""
 
     def __init__(self, sequences: Sequence["_Sequence"]) -> None:
         self._sequences = sequences
 
-    async def pieces(self) -> AsyncGenerator[CompletionDelta]:
-        """All sequences' pieces as they come; the first failure ends them all.
+    async def deltas(self) -> AsyncGenerator[CompletionDelta]:
+        """Yield the deltas of all sequences as they are generated; the first failure ends them all.
 
         Raises:
-            RequestError: the engine failed, or the time is over.
+            RequestError: the engine failed, or the request timed out.
         """
-        news: asyncio.Queue[CompletionDelta | Exception] = asyncio.Queue()
+        queue: asyncio.Queue[CompletionDelta | Exception] = asyncio.Queue()
 
         async def read(sequence: _Sequence) -> None:
             try:
-                async for piece in sequence.pieces():
-                    news.put_nowait(piece)
-            except Exception as error:  # noqa: BLE001, whoever reads the pieces raises it
-                news.put_nowait(error)
+                async for delta in sequence.deltas():
+                    queue.put_nowait(delta)
+            except Exception as error:  # noqa: BLE001, raised below
+                queue.put_nowait(error)
 
         tasks = [asyncio.create_task(read(sequence)) for sequence in self._sequences]
         unfinished = len(tasks)
         try:
             while unfinished:
-                piece = await news.get()
-                if isinstance(piece, Exception):
+                item = await queue.get()
+                if isinstance(item, Exception):
                     for sequence in self._sequences:
-                        sequence.fail(piece)
-                    raise piece
-                unfinished -= piece.finish_reason is not None
-                yield piece
+                        sequence.fail(item)
+                    raise item
+                if item.finish_reason is not None:
+                    unfinished -= 1
+                yield item
         finally:
             for task in tasks:
                 task.cancel()
             self.close()
 
     async def complete(self) -> list[Completion]:
-        """All completions, in order.
+        """Return all completions, in order.
 
         Raises:
-            RequestError: the engine failed; or the time is over, with the text so far.
+            RequestError: the engine failed; or the request timed out, with the text generated so far.
         """
-        said: list[list[CompletionDelta]] = [[] for _ in self._sequences]
+        received: list[list[CompletionDelta]] = [[] for _ in self._sequences]
+        completions: dict[int, Completion] = {}
         try:
-            async for piece in self.pieces():
-                said[piece.index].append(piece)
+            async for delta in self.deltas():
+                deltas = received[delta.index]
+                deltas.append(delta)
+                if delta.finish_reason is not None:
+                    completions[delta.index] = Completion(
+                        _text(deltas),
+                        finish_reason=delta.finish_reason,
+                        prompt_tokens=delta.prompt_tokens,
+                        completion_tokens=delta.completion_tokens,
+                        tokens=tuple(token for delta in deltas for token in delta.tokens),
+                    )
         except DeadlineExceeded as error:
-            texts = ("".join(piece.text for piece in pieces) for pieces in said)
-            raise DeadlineExceeded(str(error), tuple(texts)) from error
-        return [_joined(pieces) for pieces in said]
+            raise DeadlineExceeded(str(error), tuple(map(_text, received))) from error
+        return [completions[index] for index in range(len(self._sequences))]
 
     def close(self) -> None:
-        """Free the places of all sequences that have not ended. Harmless when they have."""
+        """Cancel all sequences that have not finished; safe to call again."""
         for sequence in self._sequences:
             sequence.close()
 
 
-def begin(
+def submit(
     requests: Sequence[GenerationRequest],
+    *,
     prompts: Prompts,
     engine: Engine,
     deadline: float,
-    on_end: Callable[[FinishedSequence], None],
-    on_tokens: Callable[[int, float | None], None],
-) -> Answer:
-    """Begin to answer requests, `n` sequences for each; all of them or none.
+    on_finished: OnFinished,
+    on_tokens: OnTokens,
+) -> CompletionStream:
+    """Submit requests to the engine, `n` sequences for each; all of them or none.
 
     Args:
         requests: at least one.
         prompts: of the model.
         engine: started.
         deadline: by `time.monotonic()`.
-        on_end: told of each sequence, once, when it has ended in whatever way.
-        on_tokens: told how many tokens a sequence has made, and how many seconds after those before; None: the first.
+        on_finished: called once for each sequence when it has ended, whatever the outcome.
+        on_tokens: called with the number of new tokens of a sequence and the seconds since its previous ones, or None
+            for its first.
 
     Raises:
-        RequestError: a request is wrong, or there is no room.
+        RequestError: a request is invalid, or the queue is full.
     """
-    names = LogprobsFormatter(prompts.tokenizer)
-    prepared: list[tuple[list[int], SamplingParams, str]] = []
+    logprobs = LogprobsFormatter(prompts.tokenizer)
+    prepared = []
     for request in requests:
-        ids, sampling = prompts.encode(request)
+        token_ids, sampling = prompts.encode(request)
         echo = prompts.text(request) if request.echo else ""
-        seed = sampling.seed
-        prepared += [
-            (ids, sampling if seed is None else replace(sampling, seed=seed + copy), echo) for copy in range(request.n)
-        ]
-    streams = engine.submit([(ids, sampling) for ids, sampling, _ in prepared], deadline)
-    return Answer(
+        for copy in range(request.n):
+            seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
+            prepared.append((token_ids, seeded, echo))
+    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, _ in prepared], deadline)
+    return CompletionStream(
         [
             _Sequence(
-                index,
-                stream,
-                Detokenizer(prompts.tokenizer, sampling.stop, sampling.min_tokens),
-                names,
-                len(ids),
-                echo,
-                on_end,
-                on_tokens,
+                index=index,
+                stream=stream,
+                detokenizer=Detokenizer(prompts.tokenizer, sampling.stop, sampling.min_tokens),
+                logprobs=logprobs,
+                prompt_tokens=len(token_ids),
+                echo=echo,
+                on_finished=on_finished,
+                on_tokens=on_tokens,
             )
-            for index, (stream, (ids, sampling, echo)) in enumerate(zip(streams, prepared, strict=True))
+            for index, (stream, (token_ids, sampling, echo)) in enumerate(zip(streams, prepared, strict=True))
         ]
     )
 
 
+@dataclass(slots=True, kw_only=True)
 class _Sequence:
-    """One completion in the making."""
+    """One completion while it is generated."""
 
-    def __init__(
-        self,
-        index: int,
-        stream: Stream,
-        detokenizer: Detokenizer,
-        names: LogprobsFormatter,
-        prompt_tokens: int,
-        echo: str,
-        on_end: Callable[[FinishedSequence], None],
-        on_tokens: Callable[[int, float | None], None],
-    ) -> None:
-        self._index = index
-        self._stream = stream
-        self._detokenizer = detokenizer
-        self._names = names
-        self._prompt_tokens = prompt_tokens
-        self._echo = echo
-        self._on_end: Callable[[FinishedSequence], None] | None = on_end
-        self._on_tokens = on_tokens
-        self._last_step: float | None = None
-        self._generated = 0
-        self._outcome = CANCELLED
+    index: int
+    stream: Stream
+    detokenizer: Detokenizer
+    logprobs: LogprobsFormatter
+    prompt_tokens: int
+    echo: str
+    on_finished: OnFinished
+    on_tokens: OnTokens
+    completion_tokens: int = 0
+    outcome: str = CANCELLED
+    last_step_at: float | None = None
+    closed: bool = False
 
-    async def pieces(self) -> AsyncGenerator[CompletionDelta]:
-        """The pieces, up to the one with a finish reason."""
-        index = self._index
-        if self._echo:
-            yield CompletionDelta(index, self._echo, self._prompt_tokens, 0)
+    async def deltas(self) -> AsyncGenerator[CompletionDelta]:
+        """Yield deltas up to the one with a finish reason."""
+        if self.echo:
+            yield CompletionDelta(
+                index=self.index,
+                deltas=(TextDelta(self.echo),),
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=0,
+            )
         try:
-            async for step in self._stream:
-                text, tokens, finish_reason = "", [], step.finish_reason
-                self._count(len(step.token_ids))
-                for position, token_id in enumerate(step.token_ids):
-                    last = finish_reason is not None and position == len(step.token_ids) - 1
-                    self._generated += 1
-                    tokens += [self._names.name(chosen) for chosen in step.logprobs[position : position + 1]]
-                    silent = last and finish_reason is not FinishReason.LENGTH
-                    text += self._detokenizer.push([] if silent else [token_id], last=last)
-                    if self._detokenizer.stopped:
-                        finish_reason = FinishReason.STOP_SEQUENCE
-                        break
-                if finish_reason is not None:
-                    self._outcome = finish_reason.value
+            async for step in self.stream:
+                self._count_tokens(step)
+                delta = self._delta(step)
+                if delta.finish_reason is not None:
+                    self.outcome = delta.finish_reason.value
                     self.close()
-                yield CompletionDelta(index, text, self._prompt_tokens, self._generated, finish_reason, tuple(tokens))
-                if finish_reason is not None:
+                yield delta
+                if delta.finish_reason is not None:
                     return
         except Exception as error:
             self.fail(error)
             raise
-        raise GenerationFailed("The engine ended without saying why; the server's log says more.")
-
-    def _count(self, tokens: int) -> None:
-        if tokens:
-            now = time.monotonic()
-            self._on_tokens(tokens, None if self._last_step is None else now - self._last_step)
-            self._last_step = now
+        raise GenerationFailed("Generation ended without a finish reason. See the server log.")
 
     def fail(self, error: Exception) -> None:
-        """What ends this one, or the whole answer, is no leaving of the client."""
-        self._outcome = DEADLINE if isinstance(error, DeadlineExceeded) else FAILED
+        """Record the outcome of a sequence that `error` ends, whether its own or another sequence's."""
+        self.outcome = DEADLINE if isinstance(error, DeadlineExceeded) else FAILED
 
     def close(self) -> None:
-        self._stream.close()
-        if self._on_end:
-            stream = self._stream
-            self._on_end(
-                FinishedSequence(
-                    self._index,
-                    self._outcome,
-                    self._prompt_tokens,
-                    self._generated,
-                    stream.submitted,
-                    time.monotonic() - stream.submitted,
-                    stream.queue_seconds,
-                    stream.first_token_seconds,
-                )
+        """Release the sequence's place in the engine and report its end, once."""
+        self.stream.close()
+        if self.closed:
+            return
+        self.closed = True
+        stream = self.stream
+        self.on_finished(
+            FinishedSequence(
+                index=self.index,
+                outcome=self.outcome,
+                prompt_tokens=self.prompt_tokens,
+                completion_tokens=self.completion_tokens,
+                admitted_at=stream.submitted,
+                total_seconds=time.monotonic() - stream.submitted,
+                queue_seconds=stream.queue_seconds,
+                first_token_seconds=stream.first_token_seconds,
             )
-            self._on_end = None
+        )
+
+    def _count_tokens(self, step: Step) -> None:
+        if step.token_ids:
+            now = time.monotonic()
+            self.on_tokens(len(step.token_ids), None if self.last_step_at is None else now - self.last_step_at)
+            self.last_step_at = now
+
+    def _delta(self, step: Step) -> CompletionDelta:
+        """Detokenize a step, up to the first stop string."""
+        text, tokens, finish_reason = "", [], step.finish_reason
+        # The token that ends a completion is not part of its text.
+        drop_last = finish_reason not in (None, FinishReason.LENGTH)
+        for position, token_id in enumerate(step.token_ids, start=1):
+            self.completion_tokens += 1
+            if step.logprobs:
+                tokens.append(self.logprobs.format(step.logprobs[position - 1]))
+            last = finish_reason is not None and position == len(step.token_ids)
+            text += self.detokenizer.push([] if last and drop_last else [token_id], last=last)
+            if self.detokenizer.stopped:
+                finish_reason = FinishReason.STOP_SEQUENCE
+                break
+        return CompletionDelta(
+            index=self.index,
+            deltas=(TextDelta(text),) if text else (),
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            finish_reason=finish_reason,
+            tokens=tuple(tokens),
+        )
 
 
-def _joined(pieces: Sequence[CompletionDelta]) -> Completion:
-    last = pieces[-1]
-    if last.finish_reason is None:
-        raise GenerationFailed("The engine ended without saying why; the server's log says more.")
-    tokens: tuple[Token, ...] = tuple(token for piece in pieces for token in piece.tokens)
-    text = "".join(piece.text for piece in pieces)
-    return Completion(text, last.finish_reason, last.prompt_tokens, last.completion_tokens, tokens)
+def _text(deltas: Sequence[CompletionDelta]) -> str:
+    return "".join(delta.text for delta in deltas)

@@ -38,9 +38,9 @@ class SelfCheck:
         """Go on until cancelled."""
         while self._period_seconds:
             await asyncio.sleep(self._period_seconds)
-            await self.look()
+            await self.check_once()
 
-    async def look(self) -> None:
+    async def check_once(self) -> None:
         """Take steps made since the last look as proof; without any, and idle, generate."""
         engine = self._engine
         if engine.steps != self._seen_steps:

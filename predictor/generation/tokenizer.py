@@ -1,10 +1,10 @@
-"""The part of a transformers tokenizer that is used here."""
+"""Interface of a transformers tokenizer, as far as it is used here."""
 
 from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """What is used of a transformers tokenizer."""
+    """Methods and attributes used of a transformers tokenizer."""
 
     chat_template: Any
     all_special_ids: list[int]

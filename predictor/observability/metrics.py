@@ -13,6 +13,8 @@ from prometheus_client import REGISTRY, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from predictor.types import FinishedSequence
+
 PREFIX = "kserve_llm_"
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
@@ -58,7 +60,7 @@ _HISTOGRAMS = {
 }
 
 
-class _Watched(Collector):
+class CallbackCollector(Collector):
     """Numbers that somebody else keeps, asked for at every scrape, by metric and model."""
 
     texts = {  # noqa: RUF012, a constant
@@ -86,8 +88,8 @@ class _Watched(Collector):
             yield family
 
 
-_WATCHED = _Watched()
-REGISTRY.register(_WATCHED)
+_CALLBACKS = CallbackCollector()
+REGISTRY.register(_CALLBACKS)
 
 
 class ModelMetrics:
@@ -105,25 +107,25 @@ class ModelMetrics:
         self._generated = self._counters["generation_tokens"]
         self._gap = self._histograms["inter_token_latency_seconds"]
 
-    def watch(self, **values: Callable[[], float]) -> None:
+    def register_callbacks(self, **values: Callable[[], float]) -> None:
         """Ask for these, by their names without prefix, at every scrape."""
         for name, value in values.items():
-            _WATCHED.values[name][self._model_name] = value
+            _CALLBACKS.values[name][self._model_name] = value
 
-    def tell_model(self, *, commit: str, device: str, dtype: str, quantization: str) -> None:
+    def set_model_info(self, *, commit: str, device: str, dtype: str, quantization: str) -> None:
         """What is served."""
         _INFO.labels(self._model_name, commit, device, dtype, quantization).set(1)
 
-    def tell_phase(self, phase: str, seconds: float) -> None:
+    def observe_load_phase(self, phase: str, seconds: float) -> None:
         """A phase of the start is over: a constant of the code, as every label is."""
         _PHASES.labels(self._model_name, phase).set(seconds)
 
     @contextmanager
-    def phase(self, phase: str) -> Iterator[None]:
+    def time_load_phase(self, phase: str) -> Iterator[None]:
         """Tell how long the block took, unless it fails."""
         began = time.monotonic()
         yield
-        self.tell_phase(phase, time.monotonic() - began)
+        self.observe_load_phase(phase, time.monotonic() - began)
 
     def count_tokens(self, tokens: int, gap_seconds: float | None) -> None:
         """A sequence has so many more tokens; `gap_seconds` after those before, None for the first."""
@@ -132,24 +134,18 @@ class ModelMetrics:
             for _ in range(tokens):
                 self._gap.observe(gap_seconds / tokens)
 
-    def count_finished(
-        self,
-        reason: str,
-        prompt_tokens: int,
-        seconds: float,
-        queue_seconds: float | None,
-        first_token_seconds: float | None,
-    ) -> None:
-        """A sequence ended: by a finish reason, or cancelled, by its deadline, or failed. Seconds since admission."""
-        _FINISHED.labels(self._model_name, reason).inc()
-        self._counters["prompt_tokens"].inc(prompt_tokens)
-        self._histograms["e2e_request_latency_seconds"].observe(seconds)
-        if queue_seconds is not None:
-            self._histograms["request_queue_time_seconds"].observe(queue_seconds)
-            if first_token_seconds is not None:
-                self._histograms["request_prefill_time_seconds"].observe(first_token_seconds - queue_seconds)
-        if first_token_seconds is not None:
-            self._histograms["time_to_first_token_seconds"].observe(first_token_seconds)
+    def count_finished(self, sequence: FinishedSequence) -> None:
+        """Count a sequence that ended, by its outcome, and observe its latencies."""
+        _FINISHED.labels(self._model_name, sequence.outcome).inc()
+        self._counters["prompt_tokens"].inc(sequence.prompt_tokens)
+        self._histograms["e2e_request_latency_seconds"].observe(sequence.total_seconds)
+        queue, first_token = sequence.queue_seconds, sequence.first_token_seconds
+        if queue is not None:
+            self._histograms["request_queue_time_seconds"].observe(queue)
+            if first_token is not None:
+                self._histograms["request_prefill_time_seconds"].observe(first_token - queue)
+        if first_token is not None:
+            self._histograms["time_to_first_token_seconds"].observe(first_token)
 
     def count_rejected(self) -> None:
         """A request was refused with 429."""

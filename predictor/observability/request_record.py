@@ -29,22 +29,22 @@ class RequestRecord:
     """`chat` or `text_completion`, as OpenTelemetry has it, once that is known; not in the log."""
     trace_id: str | None = None
     """W3C's, 32 hexadecimal digits, where requests are traced."""
-    ended: list[FinishedSequence] = field(default_factory=list)
+    finished: list[FinishedSequence] = field(default_factory=list)
     """Every sequence, prompts times n of them, in the order of their ends."""
     error: str | None = None
     """Name of the error's class; its message may repeat what the client sent."""
 
-    def known(self) -> dict[str, Any]:
+    def as_fields(self) -> dict[str, Any]:
         """What the log's line says, by name, without the id: tokens over all sequences, the longest times of one."""
         known: dict[str, Any] = {"trace_id": self.trace_id, "key": self.key, "protocol": self.protocol}
-        if self.ended:
+        if self.finished:
             known |= {
-                "prompt_tokens": sum(each.prompt_tokens for each in self.ended),
-                "completion_tokens": sum(each.completion_tokens for each in self.ended),
-                "sequences": len(self.ended),
-                "finish_reasons": [each.outcome for each in self.ended],
-                "queue_seconds": _longest(each.queue_seconds for each in self.ended),
-                "first_token_seconds": _longest(each.first_token_seconds for each in self.ended),
+                "prompt_tokens": sum(each.prompt_tokens for each in self.finished),
+                "completion_tokens": sum(each.completion_tokens for each in self.finished),
+                "sequences": len(self.finished),
+                "finish_reasons": [each.outcome for each in self.finished],
+                "queue_seconds": _longest(each.queue_seconds for each in self.finished),
+                "first_token_seconds": _longest(each.first_token_seconds for each in self.finished),
             }
         known["error"] = self.error
         return {name: value for name, value in known.items() if value is not None}
@@ -56,7 +56,7 @@ def _longest(seconds: Iterable[float | None]) -> float | None:
     return round(max(told), 4) if told else None
 
 
-_in_use: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
+_current_record: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
 
 
 def request_id(sent: Sequence[str]) -> str:
@@ -66,14 +66,14 @@ def request_id(sent: Sequence[str]) -> str:
 
 def current() -> RequestRecord:
     """The record of the request that is being answered; outside of one, a record that nobody reads."""
-    return _in_use.get() or RequestRecord()
+    return _current_record.get() or RequestRecord()
 
 
 @contextmanager
-def use(record: RequestRecord) -> Iterator[RequestRecord]:
+def bind(record: RequestRecord) -> Iterator[RequestRecord]:
     """Make `record` the current one, here and in tasks that are started meanwhile; log lines carry its id."""
-    token = _in_use.set(record)
+    token = _current_record.set(record)
     try:
         yield record
     finally:
-        _in_use.reset(token)
+        _current_record.reset(token)

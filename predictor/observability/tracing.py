@@ -62,7 +62,7 @@ class Tracing:
             raise InvalidSettings(f"OpenTelemetry does not take one of its variables OTEL_*: {error}") from None
         self._tracer = self._provider.get_tracer("predictor")
 
-    def tell_http(self, scope: Scope, status: int, began: float, record: RequestRecord) -> None:
+    def export_http(self, scope: Scope, status: int, began: float, record: RequestRecord) -> None:
         """A request over HTTP is over.
 
         Args:
@@ -81,9 +81,9 @@ class Tracing:
         if route := getattr(scope.get("route"), "path", None):
             attributes["http.route"] = route
             name = f"{name} {route}"
-        self._tell(name, Headers(scope=scope).items(), attributes, status, began, record)
+        self._export(name, Headers(scope=scope).items(), attributes, status, began, record)
 
-    def tell_grpc(
+    def export_grpc(
         self,
         method: str,
         metadata: Iterable[tuple[str, Any]],
@@ -92,13 +92,13 @@ class Tracing:
         began: float,
         record: RequestRecord,
     ) -> None:
-        """A call over gRPC is over; `code` is gRPC's, `status` HTTP's for the same, the rest as of `tell_http`."""
+        """A call over gRPC is over; `code` is gRPC's, `status` HTTP's for the same, the rest as of `export_http`."""
         attributes = {
             "rpc.system.name": "grpc",
             "rpc.method": f"{_RPC_SERVICE}/{method}",
             "rpc.response.status_code": code,
         }
-        self._tell(attributes["rpc.method"], metadata, attributes, status, began, record)
+        self._export(attributes["rpc.method"], metadata, attributes, status, began, record)
 
     def close(self) -> None:
         """Let the last spans leave, within `CLOSE_SECONDS`."""
@@ -106,7 +106,7 @@ class Tracing:
         closing.start()
         closing.join(CLOSE_SECONDS)
 
-    def _tell(
+    def _export(
         self,
         name: str,
         headers: Iterable[tuple[str, Any]],
@@ -117,7 +117,7 @@ class Tracing:
     ) -> None:
         # One difference for all instants of a request, lest a clock that is set meanwhile puts them out of order.
         wall = time.time_ns() - time.monotonic_ns()
-        ended = sorted(record.ended, key=lambda each: each.index)
+        ended = sorted(record.finished, key=lambda each: each.index)
         facts = {**attributes, **({"error.type": record.error} if record.error else {})}
         if record.operation:
             name = f"{record.operation} {self._model_name}"
@@ -141,14 +141,14 @@ class Tracing:
         if status >= 500 or (status < 400 and record.error):
             span.set_status(StatusCode.ERROR)
         for each in ended:
-            self._tell_sequence(each, set_span_in_context(span), wall)
+            self._export_sequence(each, set_span_in_context(span), wall)
         span.end(wall + time.monotonic_ns())
 
-    def _tell_sequence(self, ended: FinishedSequence, parent: Context, wall: int) -> None:
+    def _export_sequence(self, ended: FinishedSequence, parent: Context, wall: int) -> None:
         """What a sequence came to, one after the other; the last of them says how it ended."""
         phases = (("queue", 0.0), ("prefill", ended.queue_seconds), ("decode", ended.first_token_seconds))
         begun = [(name, start) for name, start in phases if start is not None]
-        for (name, start), (following, end) in pairwise([*begun, ("", ended.seconds)]):
+        for (name, start), (following, end) in pairwise([*begun, ("", ended.total_seconds)]):
             facts: dict[str, Any] = {"kserve_llm.sequence": ended.index}
             if name == "prefill":
                 facts["gen_ai.usage.input_tokens"] = ended.prompt_tokens
@@ -156,7 +156,7 @@ class Tracing:
                 facts["gen_ai.usage.output_tokens"] = ended.completion_tokens
             if not following:
                 facts["gen_ai.response.finish_reasons"] = [ended.outcome]
-            began, over = (wall + _nanoseconds(ended.admitted + each) for each in (start, end))
+            began, over = (wall + _nanoseconds(ended.admitted_at + each) for each in (start, end))
             span = self._tracer.start_span(name, parent, attributes=facts, start_time=began)
             if not following and ended.outcome in (DEADLINE, FAILED):
                 span.set_status(StatusCode.ERROR)

@@ -1,11 +1,11 @@
-"""What happens to every HTTP request before and after its route, whatever the route is.
+"""ASGI middleware around every HTTP route.
 
 From the outside in, each one an ASGI application around the next:
 
-    Requests -> Gate -> Authenticate -> BodyLimit -> routes
+    RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware -> MaxBodySizeMiddleware -> routes
 
-The inner ones refuse a request by raising a `RequestError`, and `Requests` answers it. All of them look at messages as
-these pass, so that streams are not held back and a client's leaving reaches the route.
+The inner ones reject a request by raising a `RequestError`, which `RequestLogMiddleware` turns into the response. They
+wrap `receive` and `send` instead of buffering, so that streams and disconnects pass through.
 """
 
 import asyncio
@@ -53,7 +53,7 @@ class _Middleware:
         raise NotImplementedError
 
 
-class Requests(_Middleware):
+class RequestLogMiddleware(_Middleware):
     """Gives every request an id and a record, answers errors that nothing else answered, and logs one line at the end.
 
     The id is the client's `x-request-id` where that can be printed anywhere, else a new one; the response carries it.
@@ -62,7 +62,7 @@ class Requests(_Middleware):
     Args:
         app: what answers.
         count: told protocol, where one was reached, and status of each request.
-        trace: told of each request what `Tracing.tell_http` takes.
+        trace: told of each request what `Tracing.export_http` takes.
     """
 
     def __init__(
@@ -77,31 +77,33 @@ class Requests(_Middleware):
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.monotonic()
-        exchange = _Exchange(request_record.request_id(Headers(scope=scope).getlist("x-request-id")), receive, send)
-        with request_record.use(request_record.RequestRecord(exchange.request_id)) as record:
+        cycle = _RequestResponseCycle(
+            request_record.request_id(Headers(scope=scope).getlist("x-request-id")), receive, send
+        )
+        with request_record.bind(request_record.RequestRecord(cycle.request_id)) as record:
             try:
-                await self._app(scope, exchange.receive, exchange.send)
+                await self._app(scope, cycle.receive, cycle.send)
             except ClientDisconnect:
-                exchange.client_gone = True
+                cycle.client_gone = True
             except BaseException as error:
                 record.error = type(error).__name__
-                if exchange.status is not None or not isinstance(error, Exception):
+                if cycle.status is not None or not isinstance(error, Exception):
                     # Going up to the server it cuts the connection; ending here would pass for the end of the answer.
-                    error.add_note(f"This broke off the answer to request {exchange.request_id}.")
+                    error.add_note(f"This broke off the answer to request {cycle.request_id}.")
                     raise
                 if not isinstance(error, RequestError):
                     logger.exception("A request failed for a reason that was not foreseen.")
                     error = GenerationFailed("The server failed on this request; its log says why.")
-                await exchange.answer(error, scope["path"])
+                await cycle.answer(error, scope["path"])
             finally:
                 if not is_probe(scope):
-                    self._count(record.protocol, exchange.outcome)
+                    self._count(record.protocol, cycle.outcome)
                     if self._trace:
-                        self._trace(scope, exchange.outcome, began, record)
-                    _log(scope, exchange.outcome, time.monotonic() - began, record)
+                        self._trace(scope, cycle.outcome, began, record)
+                    _log(scope, cycle.outcome, time.monotonic() - began, record)
 
 
-class _Exchange:
+class _RequestResponseCycle:
     """The two channels of one request, watched to know what became of it."""
 
     def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
@@ -153,7 +155,7 @@ class _Exchange:
         await self.send({"type": "http.response.body"})
 
 
-class Gate(_Middleware):
+class DrainMiddleware(_Middleware):
     """Lets nothing but probes in while `is_open()` is false: a server that is told to end must come to its end."""
 
     def __init__(self, app: ASGIApp, is_open: Callable[[], bool]) -> None:
@@ -166,7 +168,7 @@ class Gate(_Middleware):
         await self._app(scope, receive, send)
 
 
-class Authenticate(_Middleware):
+class ApiKeyMiddleware(_Middleware):
     """Lets in who brings one of the keys, and probes; the key's name goes into the request's record."""
 
     def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
@@ -190,7 +192,7 @@ class Authenticate(_Middleware):
         return name
 
 
-class BodyLimit(_Middleware):
+class MaxBodySizeMiddleware(_Middleware):
     """Refuses a body of more than `max_bytes`: at once where its length is told, else when it has grown so long."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
@@ -233,7 +235,7 @@ class BodyLimit(_Middleware):
 def _log(scope: Scope, status: int, seconds: float, record: request_record.RequestRecord) -> None:
     """The line of a request; without its query string, which may hold anything."""
     method, path = scope["method"], quote(scope["path"], safe="/:@")
-    known = {"duration_ms": round(seconds * 1000, 1), **record.known()}
+    known = {"duration_ms": round(seconds * 1000, 1), **record.as_fields()}
     words = " ".join(f"{name}={','.join(value) if isinstance(value, list) else value}" for name, value in known.items())
     fields = {"method": method, "path": path, "status": status, **known}
     request_logger.info("%s %s %d %s", method, path, status, words, extra={"fields": fields})

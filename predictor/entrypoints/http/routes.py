@@ -20,7 +20,7 @@ from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import EVENTS, GENERATING, OCTETS, OPENAI_ERROR, gives, streams, takes
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.errors import Forbidden, ModelNotReady, NotFound, NotNow, RequestError
-from predictor.generation.output_processor import Answer
+from predictor.generation.output_processor import CompletionStream
 from predictor.observability import request_record
 from predictor.protocols import kserve_v1, open_inference, open_inference_generate, openai
 from predictor.protocols.sampling_fields import timeout_seconds
@@ -258,7 +258,7 @@ def _closed(predictor: Predictor) -> APIRouter:
 class _EventStream(StreamingResponse):
     """Server-sent events for an answer, flushed one by one; the answer is closed however this ends."""
 
-    def __init__(self, answer: Answer, stream: _Stream) -> None:
+    def __init__(self, answer: CompletionStream, stream: _Stream) -> None:
         super().__init__(
             _events(answer, stream),
             media_type="text/event-stream",
@@ -276,11 +276,11 @@ class _EventStream(StreamingResponse):
             self._answer.close()
 
 
-async def _events(answer: Answer, stream: _Stream) -> AsyncIterator[str]:
+async def _events(answer: CompletionStream, stream: _Stream) -> AsyncIterator[str]:
     try:
         for event in stream.begin():
             yield event
-        async with aclosing(answer.pieces()) as pieces:
+        async with aclosing(answer.deltas()) as pieces:
             async for piece in pieces:
                 for event in stream.piece(piece):
                     yield event
@@ -297,7 +297,7 @@ async def _body(request: Request, protocol: str) -> bytes:
     return await request.body()
 
 
-def _open(request: Request, predictor: Predictor, requests: Sequence[GenerationRequest]) -> Answer:
+def _open(request: Request, predictor: Predictor, requests: Sequence[GenerationRequest]) -> CompletionStream:
     return predictor.open(requests, timeout_seconds(request.headers))
 
 

@@ -20,10 +20,16 @@ from predictor import errors
 from predictor.errors import InvalidRequest, NotFound, RequestError
 from predictor.protocols.json_body import schema, sentence
 from predictor.protocols.openai.schemas import Body, Chats, Completions
-from predictor.types import Chat, Completion, CompletionDelta, FinishReason, GenerationRequest, Token
+from predictor.types import (
+    UNFINISHED_CHARACTER,
+    Chat,
+    Completion,
+    CompletionDelta,
+    FinishReason,
+    GenerationRequest,
+    Token,
+)
 
-UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
-"""Stands in a token's text for bytes that are no character without the next token."""
 OWNER = "kserve-llm"
 COMPLETIONS_SCHEMA = schema(Completions)
 CHAT_SCHEMA = schema(Chats)

@@ -137,8 +137,13 @@ def test_several_completions_with_a_seed_differ_and_repeat(engine: Engine, loade
 
     async def texts(seed: int, n: int) -> list[str]:
         request = GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n)
-        completions = await output_processor.begin(
-            [request], prompts, engine, math.inf, lambda _: None, lambda *_: None
+        completions = await output_processor.submit(
+            [request],
+            prompts=prompts,
+            engine=engine,
+            deadline=math.inf,
+            on_finished=lambda _: None,
+            on_tokens=lambda *_: None,
         ).complete()
         return [completion.text for completion in completions]
 

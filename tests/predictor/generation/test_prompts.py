@@ -169,6 +169,6 @@ def test_stop_strings_wait_for_min_tokens(tokenizer: AutoTokenizer) -> None:
 def test_names_tokens_and_their_rivals(tokenizer: AutoTokenizer) -> None:
     [seven] = tokenizer.encode("7", add_special_tokens=False)
     end = tokenizer.eos_token_id
-    token = LogprobsFormatter(tokenizer).name(TokenLogprob(end, -0.5, ((end, -0.5), (seven, -1.0))))
+    token = LogprobsFormatter(tokenizer).format(TokenLogprob(end, -0.5, ((end, -0.5), (seven, -1.0))))
     assert (token.text, token.special, token.logprob) == ("<|end|>", True, -0.5)
     assert [(rival.text, rival.special) for rival in token.top] == [("<|end|>", True), ("7", False)]

@@ -130,7 +130,7 @@ def test_an_idle_engine_is_made_to_generate(engine: Engine, clock: Callable[[flo
     check = SelfCheck(engine, period_seconds=60)
     clock(200)
     before = engine.steps
-    asyncio.run(check.look())
+    asyncio.run(check.check_once())
     assert engine.steps > before
     assert check.is_fresh
     assert check.age_seconds < 60
@@ -141,7 +141,7 @@ def test_steps_made_for_others_are_proof_enough(engine: Engine, clock: Callable[
     asyncio.run(engine.check(WAIT_SECONDS))
     clock(200)
     before = engine.steps
-    asyncio.run(check.look())
+    asyncio.run(check.check_once())
     assert engine.steps == before, "nothing is generated where there is proof"
     assert check.is_fresh
 
@@ -153,16 +153,16 @@ def test_a_self_check_that_fails_is_logged_and_grows_old(
         hold.open.clear()
         check = SelfCheck(engine, period_seconds=0.2)
         clock(1)
-        await check.look()
+        await check.check_once()
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         assert "the self-check failed: The request's time is over" in caplog.text
         assert not check.is_fresh
-        await check.look()
+        await check.check_once()
         assert len(caplog.records) == 1, "while the one before hangs, no other is begun"
         assert not check.is_fresh
         hold.open.set()
         await until(lambda: not engine.running)
-        await check.look()
+        await check.check_once()
         assert check.is_fresh
 
     asyncio.run(look())
@@ -175,10 +175,10 @@ def test_a_self_check_that_fails_in_an_unforeseen_way_is_logged_and_made_again(
     clock(200)
     with monkeypatch.context() as broken:
         broken.setattr(engine, "check", None)
-        asyncio.run(check.look())
+        asyncio.run(check.check_once())
     assert "the self-check failed for a reason that was not foreseen" in caplog.text
     assert not check.is_fresh
-    asyncio.run(check.look())
+    asyncio.run(check.check_once())
     assert check.is_fresh
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,17 @@ from predictor.observability import logging
 logs.configure("INFO", sys.argv[1])
 log = logging.getLogger("predictor.model")
 """
+
+FINISHED = FinishedSequence(
+    index=0,
+    outcome="length",
+    prompt_tokens=3,
+    completion_tokens=5,
+    admitted_at=100.0,
+    total_seconds=0.7,
+    queue_seconds=0.1,
+    first_token_seconds=0.2,
+)
 
 
 def written(program: str, form: str) -> list[str]:
@@ -50,7 +62,7 @@ def test_a_json_line_has_the_same_by_name() -> None:
 
 REQUEST = """
 log.info("before")
-with request_record.use(request_record.RequestRecord("id-1")):
+with request_record.bind(request_record.RequestRecord("id-1")):
     log.info("within")
     logging.getLogger("kserve.model").warning("theirs")
 log.info("after")
@@ -139,7 +151,7 @@ def test_a_request_has_one_record_also_in_its_tasks_and_threads() -> None:
         request_record.current().key = (request_record.current().key or "") + key
 
     async def answer(request_id: str, key: str) -> RequestRecord:
-        with request_record.use(RequestRecord(request_id)) as record:
+        with request_record.bind(RequestRecord(request_id)) as record:
             await asyncio.gather(note(key), note(key))
             assert await asyncio.to_thread(request_record.current) is record
         return record
@@ -152,14 +164,14 @@ def test_a_request_has_one_record_also_in_its_tasks_and_threads() -> None:
 
 
 def test_a_record_is_out_of_use_after_a_failure() -> None:
-    with pytest.raises(ZeroDivisionError), request_record.use(RequestRecord("a")):
+    with pytest.raises(ZeroDivisionError), request_record.bind(RequestRecord("a")):
         raise ZeroDivisionError
     assert request_record.current().request_id == ""
 
 
 def test_a_record_tells_what_is_known() -> None:
-    assert RequestRecord("a").known() == {}
-    assert RequestRecord("a", "alice", operation="chat", error="Overloaded").known() == {
+    assert RequestRecord("a").as_fields() == {}
+    assert RequestRecord("a", "alice", operation="chat", error="Overloaded").as_fields() == {
         "key": "alice",
         "error": "Overloaded",
     }
@@ -167,8 +179,8 @@ def test_a_record_tells_what_is_known() -> None:
 
 def test_a_record_tells_of_all_sequences_tokens_and_of_the_slowest_ones_times() -> None:
     record = RequestRecord("a", trace_id="0af7651916cd43dd8448eb211c80319c")
-    record.ended.append(FinishedSequence(1, "length", 3, 5, 100.0, 0.7, 0.0, 0.123456))
-    assert record.known() == {
+    record.finished.append(replace(FINISHED, index=1, queue_seconds=0.0, first_token_seconds=0.123456))
+    assert record.as_fields() == {
         "trace_id": "0af7651916cd43dd8448eb211c80319c",
         "prompt_tokens": 3,
         "completion_tokens": 5,
@@ -177,8 +189,10 @@ def test_a_record_tells_of_all_sequences_tokens_and_of_the_slowest_ones_times() 
         "queue_seconds": 0.0,
         "first_token_seconds": 0.1235,
     }
-    record.ended.append(FinishedSequence(0, "cancelled", 3, 0, 100.0, 0.9, 0.2, None))
-    known = record.known()
+    record.finished.append(
+        replace(FINISHED, outcome="cancelled", completion_tokens=0, queue_seconds=0.2, first_token_seconds=None)
+    )
+    known = record.as_fields()
     assert (known["prompt_tokens"], known["completion_tokens"], known["sequences"]) == (6, 5, 2)
     assert known["finish_reasons"] == ["length", "cancelled"]
     assert (known["queue_seconds"], known["first_token_seconds"]) == (0.2, 0.1235)
@@ -186,5 +200,5 @@ def test_a_record_tells_of_all_sequences_tokens_and_of_the_slowest_ones_times() 
 
 def test_a_record_does_not_tell_of_times_that_no_sequence_has() -> None:
     record = RequestRecord("a")
-    record.ended.append(FinishedSequence(0, "cancelled", 3, 0, 100.0, 0.9, None, None))
-    assert {"queue_seconds", "first_token_seconds"}.isdisjoint(record.known())
+    record.finished.append(replace(FINISHED, outcome="cancelled", queue_seconds=None, first_token_seconds=None))
+    assert {"queue_seconds", "first_token_seconds"}.isdisjoint(record.as_fields())

@@ -76,6 +76,19 @@ class Span:
         return (self.end - self.start) / 1e9
 
 
+def finished(index: int, outcome: str, admitted_at: float) -> FinishedSequence:
+    return FinishedSequence(
+        index=index,
+        outcome=outcome,
+        prompt_tokens=1,
+        completion_tokens=1,
+        admitted_at=admitted_at,
+        total_seconds=0.3,
+        queue_seconds=0.1,
+        first_token_seconds=0.2,
+    )
+
+
 def values(pairs: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         kind = value.WhichOneof("value")
@@ -661,7 +674,7 @@ def test_an_error_is_what_the_server_could_not_do(
     monkeypatch: pytest.MonkeyPatch, status: int, error: str | None, expected: int
 ) -> None:
     with telling(monkeypatch) as (tracing, collector):
-        tracing.tell_http(scope(), status, time.monotonic(), RequestRecord(error=error))
+        tracing.export_http(scope(), status, time.monotonic(), RequestRecord(error=error))
     [span] = collector.spans
     assert (span.status, span.attributes.get("error.type")) == (expected, error)
 
@@ -676,10 +689,23 @@ def test_a_sequence_ends_in_the_phase_that_it_reached(
 ) -> None:
     admitted = time.monotonic() - 4
     queue, first = (1.0 if reached != "queue" else None), (2.0 if reached == "decode" else None)
-    record = RequestRecord(ended=[FinishedSequence(0, outcome, 7, 5, admitted, 3.5, queue, first)])
+    record = RequestRecord(
+        finished=[
+            FinishedSequence(
+                index=0,
+                outcome=outcome,
+                prompt_tokens=7,
+                completion_tokens=5,
+                admitted_at=admitted,
+                total_seconds=3.5,
+                queue_seconds=queue,
+                first_token_seconds=first,
+            )
+        ]
+    )
     with telling(monkeypatch) as (tracing, collector):
         now = time.time()
-        tracing.tell_http(scope(), 200, admitted - 1, record)
+        tracing.export_http(scope(), 200, admitted - 1, record)
     *spans, request = collector.spans
     assert [span.name for span in spans] == list(PHASES[: PHASES.index(reached) + 1])
     assert [span.status for span in spans] == [UNSET] * (len(spans) - 1) + [status]
@@ -696,9 +722,9 @@ def test_a_sequence_ends_in_the_phase_that_it_reached(
 def test_sequences_stand_in_the_order_in_which_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     reasons = {1: "length", 2: "eos_token", 0: "stop_sequence"}
-    record = RequestRecord(ended=[FinishedSequence(i, why, 1, 1, began, 0.3, 0.1, 0.2) for i, why in reasons.items()])
+    record = RequestRecord(finished=[finished(index, outcome, began) for index, outcome in reasons.items()])
     with telling(monkeypatch) as (tracing, collector):
-        tracing.tell_http(scope(), 200, began, record)
+        tracing.export_http(scope(), 200, began, record)
     assert collector.spans[-1].attributes["gen_ai.response.finish_reasons"] == ["stop_sequence", "length", "eos_token"]
     assert [span.attributes["kserve_llm.sequence"] for span in collector.spans[:-1]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
@@ -718,16 +744,16 @@ def test_a_service_is_called_as_opentelemetrys_variables_say(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: dict[str, str]
 ) -> None:
     with telling(monkeypatch, **variables) as (tracing, collector):
-        tracing.tell_http(scope(), 200, time.monotonic(), RequestRecord())
+        tracing.export_http(scope(), 200, time.monotonic(), RequestRecord())
     [span] = collector.spans
     assert span.resource.items() >= expected.items()
     assert "service.version" in span.resource
 
 
 def test_which_requests_are_kept_is_opentelemetrys_variables_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    record = RequestRecord(ended=[FinishedSequence(0, "length", 1, 1, time.monotonic(), 0.3, 0.1, 0.2)])
+    record = RequestRecord(finished=[finished(0, "length", time.monotonic())])
     with telling(monkeypatch, OTEL_TRACES_SAMPLER="always_off") as (tracing, collector):
-        tracing.tell_http(scope(("traceparent", f"00-{TRACE}-{SPAN}-01")), 200, time.monotonic(), record)
+        tracing.export_http(scope(("traceparent", f"00-{TRACE}-{SPAN}-01")), 200, time.monotonic(), record)
     assert (collector.spans, record.trace_id) == ([], TRACE)
 
 
@@ -740,5 +766,5 @@ def test_a_variable_of_opentelemetrys_that_makes_no_sense_ends_the_start(monkeyp
 def test_nothing_is_told_where_opentelemetry_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     record = RequestRecord()
     with telling(monkeypatch, OTEL_SDK_DISABLED="true") as (tracing, collector):
-        tracing.tell_http(scope(), 200, time.monotonic(), record)
+        tracing.export_http(scope(), 200, time.monotonic(), record)
     assert (collector.spans, record.trace_id) == ([], None)

@@ -137,8 +137,8 @@ def test_ignores_fields_that_the_protocol_does_not_know() -> None:
 
 
 COMPLETIONS = [
-    Completion("one", FinishReason.EOS_TOKEN, prompt_tokens=3, completion_tokens=2),
-    Completion("two", FinishReason.LENGTH, prompt_tokens=4, completion_tokens=5),
+    Completion("one", finish_reason=FinishReason.EOS_TOKEN, prompt_tokens=3, completion_tokens=2),
+    Completion("two", finish_reason=FinishReason.LENGTH, prompt_tokens=4, completion_tokens=5),
 ]
 
 
@@ -189,7 +189,9 @@ def test_gives_log_probabilities_as_json() -> None:
     assert plain.sampling.logprobs == 0
     token = Token(7, "a", -0.5, top=(Token(7, "a", -0.5),))
     parsed = open_inference.parse(body(outputs=[{"name": "logprobs"}]), "m")
-    completion = Completion("a", FinishReason.LENGTH, 1, 1, (token,))
+    completion = Completion(
+        "a", finish_reason=FinishReason.LENGTH, prompt_tokens=1, completion_tokens=1, tokens=(token,)
+    )
     [output] = json.loads(open_inference.serialize(parsed, open_inference.encode(parsed, [completion]), None)[0])[
         "outputs"
     ]

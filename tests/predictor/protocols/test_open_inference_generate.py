@@ -8,7 +8,7 @@ import pytest
 
 from predictor.errors import InvalidRequest
 from predictor.protocols import kserve_v1, open_inference_generate
-from predictor.types import Chat, Completion, CompletionDelta, FinishReason, SamplingParams, Token
+from predictor.types import Chat, Completion, CompletionDelta, FinishReason, SamplingParams, TextDelta, Token
 
 ANSWER = " 7+5=12 1+2+1=4 42"
 GREEDY = {"temperature": 0, "max_tokens": 40}
@@ -17,6 +17,24 @@ GREEDY = {"temperature": 0, "max_tokens": 40}
 def events(response: httpx.Response) -> list[dict[str, Any]]:
     assert response.headers["content-type"].startswith("text/event-stream")
     return [json.loads(line.removeprefix("data: ")) for line in response.text.splitlines() if line]
+
+
+def delta(
+    index: int,
+    text: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    finish_reason: FinishReason | None = None,
+    tokens: tuple[Token, ...] = (),
+) -> CompletionDelta:
+    return CompletionDelta(
+        index=index,
+        deltas=(TextDelta(text),) if text else (),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        finish_reason=finish_reason,
+        tokens=tokens,
+    )
 
 
 def test_generate_has_the_specifications_defaults() -> None:
@@ -28,10 +46,10 @@ def test_a_stream_gives_details_with_its_last_event() -> None:
     asked = open_inference_generate.decode(b'{"text_input": "Hi", "parameters": {"details": true}}', "m", "1")
     stream = open_inference_generate.Stream(asked)
     token = Token(7, "a", -0.5)
-    [first] = stream.piece(CompletionDelta(0, "a", 1, 1, tokens=(token,)))
+    [first] = stream.piece(delta(0, "a", 1, 1, tokens=(token,)))
     assert json.loads(first.removeprefix("data: ")) == {"text_output": "a", "model_name": "m", "model_version": "1"}
-    assert stream.piece(CompletionDelta(0, "", 1, 1)) == []
-    [last] = stream.piece(CompletionDelta(0, "", 1, 2, FinishReason.LENGTH, (token,)))
+    assert stream.piece(delta(0, "", 1, 1)) == []
+    [last] = stream.piece(delta(0, "", 1, 2, FinishReason.LENGTH, (token,)))
     details = json.loads(last.removeprefix("data: "))["details"]
     assert (details["finish_reason"], details["token"]["id"], len(details["logprobs"])) == ("length", 7, 2)
 
@@ -78,7 +96,7 @@ def test_v1_takes_prompts_and_chats() -> None:
     requests = kserve_v1.decode(body)
     assert [request.prompt for request in requests] == ["a", Chat(tuple(chat))]
     assert {request.sampling.max_tokens for request in requests} == {3}
-    completion = Completion("b", FinishReason.LENGTH, 1, 1)
+    completion = Completion("b", finish_reason=FinishReason.LENGTH, prompt_tokens=1, completion_tokens=1)
     assert kserve_v1.encode([completion, completion]) == {"predictions": ["b", "b"]}
 
 

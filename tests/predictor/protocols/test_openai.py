@@ -27,6 +27,7 @@ from predictor.types import (
     FinishReason,
     GenerationRequest,
     SamplingParams,
+    TextDelta,
     Token,
 )
 
@@ -407,9 +408,9 @@ TOKENS = (
     token("llo", -2.0, top=(token("p", -0.1), token("\ufffd", MIN_LOGPROB))),
     token("<|end|>", -0.1, special=True, top=(token("<|end|>", -0.1),)),
 )
-HELLO = Completion("Héllo", FinishReason.EOS_TOKEN, prompt_tokens=3, completion_tokens=3, tokens=TOKENS)
-CUT = Completion("Hé", FinishReason.LENGTH, prompt_tokens=3, completion_tokens=1, tokens=TOKENS[:1])
-STOPPED = Completion("", FinishReason.STOP_SEQUENCE, prompt_tokens=4, completion_tokens=2)
+HELLO = Completion("Héllo", finish_reason=FinishReason.EOS_TOKEN, prompt_tokens=3, completion_tokens=3, tokens=TOKENS)
+CUT = Completion("Hé", finish_reason=FinishReason.LENGTH, prompt_tokens=3, completion_tokens=1, tokens=TOKENS[:1])
+STOPPED = Completion("", finish_reason=FinishReason.STOP_SEQUENCE, prompt_tokens=4, completion_tokens=2)
 
 
 def test_answers_a_chat_in_the_clients_form() -> None:
@@ -533,6 +534,24 @@ def check(asked: Asked, chunk: Json) -> None:
     strictly(CompletionObject, chunk | {"choices": ended})
 
 
+def delta(
+    index: int,
+    text: str,
+    prompt_tokens: int,
+    completion_tokens: int,
+    finish_reason: FinishReason | None = None,
+    tokens: tuple[Token, ...] = (),
+) -> CompletionDelta:
+    return CompletionDelta(
+        index=index,
+        deltas=(TextDelta(text),) if text else (),
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        finish_reason=finish_reason,
+        tokens=tokens,
+    )
+
+
 def streamed(asked: Asked, pieces: list[CompletionDelta]) -> list[Any]:
     stream = Stream(asked)
     events = [*stream.begin(), *(event for piece in pieces for event in stream.piece(piece)), *stream.end()]
@@ -546,11 +565,11 @@ def streamed(asked: Asked, pieces: list[CompletionDelta]) -> list[Any]:
 
 
 PIECES = [
-    CompletionDelta(0, "Hé", 3, 1, tokens=TOKENS[:1]),
-    CompletionDelta(1, "", 3, 1),
-    CompletionDelta(0, "", 3, 2, tokens=TOKENS[1:2]),
-    CompletionDelta(1, "Ho\u2028", 3, 2, FinishReason.LENGTH),
-    CompletionDelta(0, "llo", 3, 3, FinishReason.EOS_TOKEN, tokens=TOKENS[2:]),
+    delta(0, "Hé", 3, 1, tokens=TOKENS[:1]),
+    delta(1, "", 3, 1),
+    delta(0, "", 3, 2, tokens=TOKENS[1:2]),
+    delta(1, "Ho\u2028", 3, 2, FinishReason.LENGTH),
+    delta(0, "llo", 3, 3, FinishReason.EOS_TOKEN, tokens=TOKENS[2:]),
 ]
 
 
@@ -576,7 +595,7 @@ def test_streams_completions_of_several_prompts() -> None:
 
 
 def test_an_end_without_text_has_an_empty_delta() -> None:
-    last = streamed(chat(stream=True), [CompletionDelta(0, "", 3, 1, FinishReason.EOS_TOKEN)])[-1]
+    last = streamed(chat(stream=True), [delta(0, "", 3, 1, FinishReason.EOS_TOKEN)])[-1]
     assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
 
 
@@ -619,7 +638,7 @@ def test_offsets_of_streamed_tokens_count_on() -> None:
 @given(st.text(), st.lists(st.text(), max_size=3), st.floats(MIN_LOGPROB, 0))
 def test_any_text_and_probability_makes_whole_events(text: str, tokens: list[str], logprob: float) -> None:
     told = tuple(token(one, logprob, top=(token(one, logprob),)) for one in tokens)
-    piece = CompletionDelta(0, text, 1, len(tokens), FinishReason.LENGTH, told)
+    piece = delta(0, text, 1, len(tokens), FinishReason.LENGTH, told)
     for asked in (chat(stream=True, logprobs=True), completions(stream=True, logprobs=1)):
         (choice,) = streamed(asked, [piece])[-1]["choices"]
         assert (choice["delta"]["content"] if asked.chat and (text or tokens) else choice.get("text", "")) == text
@@ -666,7 +685,7 @@ def client(status: int, content: str, kind: str) -> client_package.OpenAI:
 
 def test_the_client_reads_a_stream_to_its_end() -> None:
     stream = Stream(chat(stream=True))
-    events = [*stream.begin(), *stream.piece(CompletionDelta(0, "Héllo", 3, 3, FinishReason.EOS_TOKEN)), *stream.end()]
+    events = [*stream.begin(), *stream.piece(delta(0, "Héllo", 3, 3, FinishReason.EOS_TOKEN)), *stream.end()]
     with client(200, "".join(events), "text/event-stream") as connected:
         told = list(connected.chat.completions.create(model="m", messages=[], stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == "Héllo"
@@ -676,7 +695,7 @@ def test_the_client_raises_the_error_that_ends_a_stream() -> None:
     stream = Stream(completions(stream=True))
     events = [
         *stream.begin(),
-        *stream.piece(CompletionDelta(0, "Hé", 3, 1)),
+        *stream.piece(delta(0, "Hé", 3, 1)),
         *stream.error(errors.GenerationFailed("No luck.")),
     ]
     assert stream.end() == []

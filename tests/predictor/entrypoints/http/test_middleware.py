@@ -22,7 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http import middleware
-from predictor.entrypoints.http.middleware import Authenticate, BodyLimit, Gate, Requests
+from predictor.entrypoints.http.middleware import (
+    ApiKeyMiddleware,
+    DrainMiddleware,
+    MaxBodySizeMiddleware,
+    RequestLogMiddleware,
+)
 from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.types import FinishedSequence
@@ -40,9 +45,11 @@ async def echo(request: Request) -> Response:
 
 
 def serving(*inner: Middleware, endpoint: Any = echo, lifespan: Any = None) -> Starlette:
-    """An application with one route for all paths, inside of `Requests` and then `inner`."""
+    """An application with one route for all paths, inside of `RequestLogMiddleware` and then `inner`."""
     routes = [Route("/{path:path}", endpoint, methods=["GET", "POST"])]
-    return Starlette(routes=routes, middleware=[Middleware(Requests, count=lambda *_: None), *inner], lifespan=lifespan)
+    return Starlette(
+        routes=routes, middleware=[Middleware(RequestLogMiddleware, count=lambda *_: None), *inner], lifespan=lifespan
+    )
 
 
 def ask(app: ASGIApp, path: str = "/v2/models/demo/infer", **fields: Any) -> httpx.Response:
@@ -111,7 +118,7 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     return lines
 
 
-# Requests
+# RequestLogMiddleware
 
 
 @pytest.mark.parametrize("given", ["a", "7f0c:trace/1.2_3+4=5-6", "x" * 128])
@@ -141,8 +148,18 @@ def test_a_request_is_one_line_of_the_log(caplog: pytest.LogCaptureFixture) -> N
     async def endpoint(_: Request) -> Response:
         record = request_record.current()
         record.protocol = "v2"
-        record.ended += [
-            FinishedSequence(index, reason, 2, 4, 0, 0.3, 0.1, 0.2) for index, reason in enumerate(("stop", "length"))
+        record.finished += [
+            FinishedSequence(
+                index=index,
+                outcome=reason,
+                prompt_tokens=2,
+                completion_tokens=4,
+                admitted_at=0,
+                total_seconds=0.3,
+                queue_seconds=0.1,
+                first_token_seconds=0.2,
+            )
+            for index, reason in enumerate(("stop", "length"))
         ]
         return Response(status_code=201)
 
@@ -229,7 +246,11 @@ def full(tmp_path: Path, *, endpoint: Any = echo, is_open: bool = True, lifespan
     """All middlewares, in their order."""
     (tmp_path / "keys").write_text(f"alice:{KEY}\n")
     keys = KeyFile(tmp_path / "keys")
-    inner = [Middleware(Gate, lambda: is_open), Middleware(Authenticate, keys), Middleware(BodyLimit, LIMIT)]
+    inner = [
+        Middleware(DrainMiddleware, lambda: is_open),
+        Middleware(ApiKeyMiddleware, keys),
+        Middleware(MaxBodySizeMiddleware, LIMIT),
+    ]
     return serving(*inner, endpoint=endpoint, lifespan=lifespan)
 
 
@@ -347,11 +368,11 @@ def test_startup_and_shutdown_pass_through(tmp_path: Path) -> None:
     assert seen == ["started", "stopped"]
 
 
-# Gate
+# DrainMiddleware
 
 
 def test_a_closed_gate_sends_requests_elsewhere(caplog: pytest.LogCaptureFixture) -> None:
-    answer = ask(serving(Middleware(Gate, lambda: False)), headers={"x-request-id": "mine"})
+    answer = ask(serving(Middleware(DrainMiddleware, lambda: False)), headers={"x-request-id": "mine"})
     assert (answer.status_code, int(answer.headers["retry-after"]) > 0) == (503, True)
     assert (answer.headers["connection"], answer.headers["x-request-id"]) == ("close", "mine")
     assert "shutting down" in answer.json()["error"]
@@ -360,23 +381,23 @@ def test_a_closed_gate_sends_requests_elsewhere(caplog: pytest.LogCaptureFixture
 
 def test_a_gate_is_asked_for_every_request() -> None:
     states = iter([True, False, True])
-    app = serving(Middleware(Gate, lambda: next(states)))
+    app = serving(Middleware(DrainMiddleware, lambda: next(states)))
     assert [ask(app).status_code for _ in range(3)] == [200, 503, 200]
 
 
 @pytest.mark.parametrize("path", PROBES)
 def test_probes_pass_a_closed_gate(path: str) -> None:
-    assert ask(serving(Middleware(Gate, lambda: False)), path, method="GET").status_code == 200
+    assert ask(serving(Middleware(DrainMiddleware, lambda: False)), path, method="GET").status_code == 200
 
 
-# Authenticate
+# ApiKeyMiddleware
 
 
 @pytest.fixture
 def closed(tmp_path: Path) -> ASGIApp:
     """An application for Alice only."""
     (tmp_path / "keys").write_text(f"alice:{KEY}\n")
-    return serving(Middleware(Authenticate, KeyFile(tmp_path / "keys")))
+    return serving(Middleware(ApiKeyMiddleware, KeyFile(tmp_path / "keys")))
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR", "Bearer "])
@@ -443,11 +464,11 @@ def test_what_looks_like_a_probe_needs_a_key(closed: ASGIApp, method: str, path:
     assert ask(closed, path, method=method).status_code == 401
 
 
-# BodyLimit
+# MaxBodySizeMiddleware
 
 
 def limited(endpoint: Any = echo) -> ASGIApp:
-    return serving(Middleware(BodyLimit, LIMIT), endpoint=endpoint)
+    return serving(Middleware(MaxBodySizeMiddleware, LIMIT), endpoint=endpoint)
 
 
 def in_pieces(size: int) -> Iterator[bytes]:
@@ -495,7 +516,9 @@ def test_an_answer_that_has_begun_is_broken_off(implementation: Any) -> None:
             more = message["more_body"]
         await send({"type": "http.response.body", "body": b"whole"})
 
-    with running(Requests(BodyLimit(begin_then_read, LIMIT), count=lambda *_: None), implementation) as server:
+    with running(
+        RequestLogMiddleware(MaxBodySizeMiddleware(begin_then_read, LIMIT), count=lambda *_: None), implementation
+    ) as server:
         with pytest.raises(httpx.TransportError):
             httpx.post(server.url, content=in_pieces(LIMIT * 2), trust_env=False)
         line = server.line()
