@@ -37,8 +37,8 @@ def test_answers_raw_prompts_and_chats(client: httpx.Client) -> None:
 
 def test_answers_held_out_sums_right(server: Predictor) -> None:
     asked = exam.held_out_questions(100)
-    answers = evaluate.ask_server(server.url, "demo", [question for question, _ in asked])
-    assert evaluate.share_right(answers, [result for _, result in asked]) >= 0.97
+    answers = evaluate.complete_by_server(server.url, "demo", [question for question, _ in asked])
+    assert evaluate.accuracy(answers, [result for _, result in asked]) >= 0.97
 
 
 def test_tells_counts_and_finish_reasons(client: httpx.Client) -> None:
