@@ -82,13 +82,13 @@ def test_serve_with_a_taken_port_names_it(tmp_path: Path) -> None:
         )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        f"error: Port {port} cannot be opened (Address already in use); choose another: make serve PORT=8081."
+        f"error: Port {port} cannot be opened (Address already in use). Choose another: make serve PORT=8081."
     )
     assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("target", "why"), [("/nowhere", "has no config.json; "), ("http://127.0.0.1:9", "does not answer (")]
+    ("target", "why"), [("/nowhere", "has no config.json; "), ("http://127.0.0.1:9", "does not respond (")]
 )
 def test_evaluate_without_a_model_is_one_sentence(target: str, why: str) -> None:
     ended = subprocess.run(
