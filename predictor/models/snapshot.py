@@ -1,6 +1,7 @@
 """Locate the snapshot to serve: a directory of weights, or the snapshot of a reference on a volume.
 
-The storage initializer writes the volume; `snapshot_format` defines its layout. Only paths and file sizes are read here.
+The storage initializer writes the volume; `snapshot_format` defines its layout. Only paths, records and file
+sizes are read here.
 """
 
 import logging
