@@ -94,7 +94,7 @@ def quantized_bytes(directory: Path) -> int:
 
 
 def _engine(loaded: LoadedModel) -> Engine:
-    return Engine(
+    return Engine.from_model(
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
