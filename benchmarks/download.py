@@ -2,8 +2,8 @@
 
 `python -m benchmarks.download` serves a model of random bytes from a Hub on loopback, and both programs download it
 into empty directories in turns (A B B A). Each download is timed as a whole process. The storage initializer also
-computes every sha256, calls fsync and writes the record. Peak memory is the kernel's figure. At the end it times the storage
-initializer on a published snapshot, next to an empty Python process.
+computes every sha256, calls fsync and writes the record. Peak memory is the kernel's figure. At the end it times the
+storage initializer on a published snapshot, next to an empty Python process.
 
 Needs twice the size of the model on disk, and cleans up.
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,7 +102,10 @@ def compare(url: str, work: Path, repetitions: int) -> list[Fetch]:
     """Run both in turns into empty directories; keep the last volume."""
     fetches: list[Fetch] = []
     for repetition in range(repetitions):
-        both = [lambda: download_and_publish(url, work / "volume"), lambda: snapshot_download(url, work / "plain")]
+        both: list[Callable[[], Fetch]] = [
+            lambda: download_and_publish(url, work / "volume"),
+            lambda: snapshot_download(url, work / "plain"),
+        ]
         for fetch in reversed(both) if repetition % 2 else both:
             for directory in ("volume", "plain"):
                 shutil.rmtree(work / directory, ignore_errors=True)

@@ -48,7 +48,7 @@ class CompletionRequest(BaseModel):
     ignore_eos: Literal[True]
 
 
-class TokenStreamer(BaseStreamer):
+class TokenStreamer(BaseStreamer):  # type: ignore[misc]
     """Emit new token ids as `generate` produces them; the first value is the prompt."""
 
     def __init__(self, emit: Callable[[list[int]], object]) -> None:
