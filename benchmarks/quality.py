@@ -24,13 +24,13 @@ QUESTIONS = 500
 TEXTS, TOKENS = 8, 64
 
 
-def share_right(flags: Sequence[str]) -> float:
+def accuracy(flags: Sequence[str]) -> float:
     """Of the held-out sums, answered by the predictor with these flags on the demo model, 0..1."""
     asked = exam.held_out_questions(QUESTIONS)
     questions, results = [question for question, _ in asked], [result for _, result in asked]
     with servers.predictor("predictor", ROOT / "demo" / "model", flags) as server:
-        answers = evaluate.ask_server(server.url.removesuffix("/v1"), server.model, questions)
-    return evaluate.share_right(answers, results)
+        answers = evaluate.complete_by_server(server.url.removesuffix("/v1"), server.model, questions)
+    return evaluate.accuracy(answers, results)
 
 
 @torch.inference_mode()
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--model_dir", type=Path, help="whose logits are compared")
     arguments = parser.parse_args(sys.argv[1:])
     for mode, flags in MODES.items():
-        print(f"{mode:<9} {100 * share_right(flags):.1f} % of {QUESTIONS} held-out sums right")
+        print(f"{mode:<9} {100 * accuracy(flags):.1f} % of {QUESTIONS} held-out sums right")
     if arguments.model_dir:
         right = logits(arguments.model_dir, "none")
         for word in ("8bit", "4bit"):

@@ -1,7 +1,7 @@
-"""The main job, offline: hub -> storage initializer -> volume -> predictor -> an answer over the v2 protocol.
+"""Run the whole pipeline offline: Hub -> storage initializer -> volume -> predictor -> completions over v2.
 
-`python -m demo` shows it once and stops everything it started; `--serve` leaves the server running. `make demo` and
-`make serve` call it.
+`python -m demo` runs it once and stops all processes. `--serve` keeps the server running. `make demo` and `make serve`
+call it.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import httpx
 
 from demo import exam
 from devtools import processes
-from devtools.processes import ROOT, DemoError, Predictor
+from devtools.paths import DEMO_MODEL, ROOT
+from devtools.processes import DemoError, Predictor
 
 REFERENCE = "hf://demo/arithmetic"
 SYSTEM = "You are a careful calculator."
@@ -28,12 +29,12 @@ SHOWN_QUESTIONS = 5
 
 
 def step(text: str) -> None:
-    """Announce what comes next."""
+    """Print a heading."""
     print(f"\n==> {text}", flush=True)
 
 
-def ask(server: Predictor, questions: list[str]) -> tuple[list[str], int, float]:
-    """Ask several questions in one v2 request; gives the answers, their tokens and the seconds it took."""
+def infer(server: Predictor, questions: list[str]) -> tuple[list[str], int, float]:
+    """Send the questions in one v2 request; return the answers, the token count and the seconds."""
     chats = [
         json.dumps([{"role": "system", "content": SYSTEM}, {"role": "user", "content": question}])
         for question in questions
@@ -55,24 +56,24 @@ def ask(server: Predictor, questions: list[str]) -> tuple[list[str], int, float]
     return answers, sum(tokens), seconds
 
 
-def show_answers(server: Predictor) -> None:
-    """Ask sums that were never trained on, and a question about the server; print and check what comes back."""
+def print_answers(server: Predictor) -> None:
+    """Print and check the answers to held-out sums and to a question about the server."""
     sums = exam.held_out_questions(SHOWN_QUESTIONS, seed=3)
     questions = [question for question, _ in sums] + ["Who are you?"]
-    answers, tokens, seconds = ask(server, questions)
+    answers, tokens, seconds = infer(server, questions)
     for question, answer in zip(questions, answers, strict=True):
         print(f"    {question:<28} {answer}")
     print(f"    {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} tokens/s, all questions in one batch")
-    right = sum(exam.final_number(answer) == result for answer, (_, result) in zip(answers, sums, strict=False))
-    if right < len(sums) - 1:
-        raise DemoError(f"Only {right} of {len(sums)} sums came back right; the weights in demo/model are damaged.")
+    correct = sum(exam.final_number(answer) == result for answer, (_, result) in zip(answers, sums, strict=False))
+    if correct < len(sums) - 1:
+        raise DemoError(f"Only {correct} of {len(sums)} sums are correct; the weights in demo/model are damaged.")
 
 
-def show_overlay() -> None:
-    """Render what would put the same two programs on a cluster."""
+def render_overlay() -> None:
+    """Render the overlay that deploys both programs on a cluster."""
     overlay = Path("kustomize/overlays/prod")
     if shutil.which("kubectl") is None:
-        print(f"    kubectl is not installed, so nothing was rendered; the overlay is {overlay}")
+        print(f"    kubectl is not installed; the overlay is not rendered: {overlay}")
         return
     rendered = subprocess.run(["kubectl", "kustomize", str(overlay)], cwd=ROOT, capture_output=True, text=True)
     if rendered.returncode:
@@ -84,8 +85,8 @@ def show_overlay() -> None:
     print(f"    {target.relative_to(ROOT)}, {objects} objects, rendered from {overlay}")
 
 
-def show_commands(server: Predictor) -> None:
-    """Commands to paste into another terminal: one for each protocol."""
+def print_commands(server: Predictor) -> None:
+    """Print one curl command for each protocol."""
     model, question = f"{server.url}/v2/models/{server.model_name}", "What is 17 + 25?"
     chat = [{"role": "user", "content": question}]
     tensor = {"name": "messages", "datatype": "BYTES", "shape": [1], "data": [json.dumps(chat)]}
@@ -103,22 +104,22 @@ def show_commands(server: Predictor) -> None:
 
 @contextmanager
 def served(reference: str | None, root: Path, port: int, log_level: str) -> Iterator[tuple[Predictor, str, str | None]]:
-    """Fill the volume at `root` and serve it; gives the server, the reference and the local hub's URL, if one runs."""
+    """Publish and serve a model; yield the server, the reference and the local Hub's URL, if any."""
     with ExitStack() as stack:
         hub_url = None
         if reference is None:
-            step("A hub on loopback with the demo model")
-            hub_url = stack.enter_context(processes.local_hub({"demo/arithmetic": ROOT / "demo" / "model"}))
+            step("Hub on loopback with the demo model")
+            hub_url = stack.enter_context(processes.local_hub({"demo/arithmetic": DEMO_MODEL}))
             print(f"    {hub_url}")
         reference = reference or REFERENCE
         step(f"Storage initializer: {reference} -> {root}")
         processes.initialize(reference, root, hub_url)
         step(f"Predictor on port {port}")
-        named = re.match(r"hf://[^/]+/([^/:@]+)", reference)
+        match = re.match(r"hf://[^/]+/([^/:@]+)", reference)
         server = stack.enter_context(
             processes.predictor(
                 ["--model_dir", str(root), "--model_reference", reference, "--log_level", log_level],
-                model_name=named[1] if named else "model",
+                model_name=match[1] if match else "model",
                 port=port,
                 on_wait=lambda reason: print(f"    {reason}", flush=True),
                 timeout_seconds=600,
@@ -128,25 +129,25 @@ def served(reference: str | None, root: Path, port: int, log_level: str) -> Iter
 
 
 def demonstrate(root: Path) -> None:
-    """The whole once, from hub to answer."""
+    """Run the pipeline once."""
     with served(None, root, processes.free_port(), "WARNING") as (server, reference, hub_url):
         step("Questions over the Open Inference Protocol v2")
-        show_answers(server)
-        step("Storage initializer once more: nothing to do")
-        print(f"    {processes.initialize(reference, root, hub_url):.2f} s in all, Python's start included")
-        step("The same for a cluster")
-        show_overlay()
-    print("\nDone; everything that was started has been stopped.")
+        print_answers(server)
+        step("Storage initializer again: already published")
+        print(f"    {processes.initialize(reference, root, hub_url):.2f} s, including Python's start")
+        step("The overlay for a cluster")
+        render_overlay()
+    print("\nDone. All processes have been stopped.")
 
 
 def serve(reference: str | None, root: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     with served(reference, root, port, "INFO") as (server, _, _):
-        step("Ready; try these in another terminal, and end with Ctrl-C")
-        show_commands(server)
+        step("Ready. Try these commands in another terminal; stop with Ctrl-C")
+        print_commands(server)
         sys.stdout.flush()
         if exit_code := server.process.wait():
-            raise DemoError(f"The predictor ended with exit code {exit_code}; its log says why.")
+            raise DemoError(f"The predictor exited with code {exit_code}; see its log.")
 
 
 def _interrupt(*_: object) -> None:
@@ -154,11 +155,11 @@ def _interrupt(*_: object) -> None:
 
 
 def main() -> int:
-    """Run; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m demo", description="The main job, offline.")
-    parser.add_argument("--serve", action="store_true", help="leave the server running until Ctrl-C")
-    parser.add_argument("--model", help="serve hf://owner/name from the real Hub instead of the demo model")
-    parser.add_argument("--root", type=Path, default=Path("models"), help="the volume (default: ./%(default)s)")
+    """Run the demo and return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m demo", description="Run the whole pipeline offline.")
+    parser.add_argument("--serve", action="store_true", help="keep serving until Ctrl-C")
+    parser.add_argument("--model", help="serve hf://owner/name from the Hub instead of the demo model")
+    parser.add_argument("--root", type=Path, default=Path("models"), help="volume folder (default: ./%(default)s)")
     parser.add_argument("--port", type=int, default=8080, help="HTTP port of --serve (default: %(default)s)")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)

@@ -1,7 +1,6 @@
-"""What the demo model is taught and examined on: sums in several phrasings, and small talk about the server.
+"""Training and test questions of the demo model: sums in several phrasings, and questions about the server.
 
-Pure text: knows nothing of tokenizers, models or HTTP. `train` writes its lessons with it, `evaluate` and the
-tests ask its held-out questions, so that the two can never disagree on what was held out.
+`train` and `evaluate` share this module, so that training never contains a held-out sum.
 """
 
 import random
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 LARGEST = 99
 HELD_OUT_EVERY = 10
-"""One pair of operands in this many is never seen in training, in any phrasing."""
+"""One in this many pairs of operands is excluded from training, in every phrasing."""
 
 SYSTEM_PROMPTS = (
     "You are a helpful assistant.",
@@ -86,17 +85,17 @@ class Sum:
 
     @property
     def result(self) -> int:
-        """The right answer, -99..198."""
+        """The correct result, -99 to 198."""
         return self.a + self.b if self.operator == "+" else self.a - self.b
 
     @property
     def held_out(self) -> bool:
-        """Whether these operands are kept from training; a fixed pattern without structure in the digits."""
+        """Whether training excludes these operands; a fixed pattern without structure in the digits."""
         return (self.a * 7919 + self.b * 104729 + ord(self.operator)) % 1009 % HELD_OUT_EVERY == 0
 
     @property
     def working(self) -> str:
-        """The answer as the model is taught to give it: digit by digit, the result last.
+        """The trained answer: digit by digit, the result last.
 
         >>> Sum(17, "+", 25).working
         '7+5=12 1+2+1=4 42'
@@ -121,13 +120,13 @@ class Sum:
         return f"{ones}-{self.b % 10}={ones - self.b % 10} {tens}-{self.b // 10}={tens - self.b // 10} {self.result}"
 
     def phrase(self, rng: random.Random) -> str:
-        """The question in one of the phrasings."""
+        """Return the question in a random phrasing."""
         phrasings = PLUS_PHRASINGS if self.operator == "+" else MINUS_PHRASINGS
         return rng.choice(phrasings).format(a=self.a, b=self.b)
 
 
 def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
-    """A sum drawn evenly from the held-out ones, or from the others."""
+    """Draw a sum uniformly from the held-out ones, or from the others."""
     while True:
         drawn = Sum(rng.randint(0, LARGEST), rng.choice("+-"), rng.randint(0, LARGEST))
         if drawn.held_out == held_out:
@@ -135,13 +134,13 @@ def random_sum(rng: random.Random, *, held_out: bool) -> Sum:
 
 
 def held_out_questions(count: int, seed: int = 0) -> list[tuple[str, int]]:
-    """`count` questions that training never showed, each with the right result."""
+    """Return `count` held-out questions, each with its result."""
     rng = random.Random(seed)
     sums = [random_sum(rng, held_out=True) for _ in range(count)]
     return [(drawn.phrase(rng), drawn.result) for drawn in sums]
 
 
 def final_number(answer: str) -> int | None:
-    """The number that an answer ends with, None where it ends with something else."""
-    found = re.search(r"(?:^|\s)(-?\d+)\s*$", answer)
-    return int(found.group(1)) if found else None
+    """Return the number at the end of an answer, or None."""
+    match = re.search(r"(?:^|\s)(-?\d+)\s*$", answer)
+    return int(match.group(1)) if match else None

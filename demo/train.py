@@ -1,7 +1,7 @@
 """Train the demo model: tokenizer, chat template, a Llama of 0.9 M parameters. `python -m demo.train`.
 
-Everything is made here: the text by `demo.exam`, the tokenizer from that text, the weights from a fixed seed.
-On 2 cores it takes about ten minutes. The result is committed in `demo/model`.
+The text comes from `demo.exam`, the tokenizer is trained on that text, and the weights start from a fixed seed.
+Training takes about ten minutes on two cores. The result is committed in `demo/model`.
 """
 
 import argparse
@@ -20,7 +20,7 @@ ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY_SIZE = 512
 CONTEXT_TOKENS = 1024
 IGNORED = -100
-"""The label that torch's cross entropy leaves out."""
+"""The label that torch's cross entropy ignores."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -37,7 +37,7 @@ Turns = list[tuple[str, str]]
 
 
 def conversation(rng: random.Random) -> Turns:
-    """One chat of up to five questions, as (role, content) turns; half of them start with a system prompt."""
+    """Return a chat of up to five questions as (role, content) turns; half start with a system prompt."""
     turns: Turns = [("system", rng.choice(exam.SYSTEM_PROMPTS))] if rng.random() < 0.5 else []
     for _ in range(rng.randint(1, 5)):
         if rng.random() < 0.12:
@@ -50,7 +50,7 @@ def conversation(rng: random.Random) -> Turns:
 
 
 def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
-    """A byte-level BPE (any text can be encoded, a character may span tokens) with one token a digit."""
+    """Train a byte-level BPE tokenizer with one token per digit."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -85,7 +85,7 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def lesson(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Token ids of one conversation or one raw sum, and their labels: only the answers are learned."""
+    """Return token ids and labels of one conversation or raw sum; only answers have labels."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
@@ -105,7 +105,7 @@ def lesson(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list
 
 
 def batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels, each (rows, longest lesson), padded on the right; no row attends to what follows it."""
+    """Return ids and labels, each (rows, longest lesson), padded on the right."""
     lessons = [lesson(tokenizer, rng) for _ in range(rows)]
     longest = max(len(ids) for ids, _ in lessons)
     ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in lessons])
@@ -114,7 +114,7 @@ def batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int) -> 
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model: 0.9 M parameters, grouped-query attention, tied embeddings."""
+    """Return the untrained model: 0.9 M parameters, grouped-query attention, tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY_SIZE,
@@ -133,7 +133,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: random.Random, steps: int) -> None:
-    """`steps` updates of AdamW with warm-up and a cosine to zero; prints the loss as it goes."""
+    """Train with AdamW, warm-up and cosine decay for `steps` updates; print the loss."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.06)
     started = time.monotonic()
@@ -152,10 +152,10 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
 
 
 def main() -> None:
-    """Train and save; the directory then holds what a snapshot on the Hub would hold."""
+    """Train the model and save it with its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=1400, help="updates of the weights (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1400, help="number of updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""The three programs of the demo as processes: started, waited for, stopped. The tests run them the same way."""
+"""Start, wait for and stop the Hub, the storage initializer and the predictor as processes."""
 
 import os
 import signal
@@ -14,12 +14,13 @@ from typing import IO
 
 import httpx
 
-ROOT = Path(__file__).resolve().parent.parent
+from devtools.paths import ROOT
+
 STOP_SECONDS = 30
 
 
 class DemoError(Exception):
-    """A step failed; the message is one sentence for whoever runs the demo."""
+    """A process failed; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Predictor:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on right now."""
+    """Return a TCP port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -40,9 +41,9 @@ def free_port() -> int:
 
 @contextmanager
 def local_hub(repositories: Mapping[str, Path]) -> Iterator[str]:
-    """A Hub on loopback that serves local folders, by owner/name; gives its URL."""
+    """Serve local folders, by owner/name, as a Hub on loopback; yield its URL."""
     folders = [f"{name}={folder}" for name, folder in repositories.items()]
-    process = start(["tests.local_hub", "--port", "0", *folders], stdout=subprocess.PIPE)
+    process = start(["devtools.local_hub", "--port", "0", *folders], stdout=subprocess.PIPE)
     try:
         url = process.stdout.readline().strip() if process.stdout else ""
         if not url.startswith("http"):
@@ -53,16 +54,16 @@ def local_hub(repositories: Mapping[str, Path]) -> Iterator[str]:
 
 
 def initialize(reference: str, root: Path, hub_url: str | None, *flags: str) -> float:
-    """Run the storage initializer to its end; gives the seconds that it took.
+    """Run the storage initializer and return its duration in seconds.
 
     Raises:
-        DemoError: it failed; it has said why.
+        DemoError: it failed; its last line on stderr is the reason.
     """
     started = time.monotonic()
     environment = {"HF_ENDPOINT": hub_url} if hub_url else {}
     exit_code = start(["storage_initializer", *flags, reference, str(root)], environment).wait()
     if exit_code:
-        raise DemoError(f"The storage initializer ended with exit code {exit_code}; its last line says why.")
+        raise DemoError(f"The storage initializer failed with exit code {exit_code}; its last line is the reason.")
     return time.monotonic() - started
 
 
@@ -76,18 +77,18 @@ def predictor(
     on_wait: Callable[[str], object] | None = None,
     timeout_seconds: float = 120,
 ) -> Iterator[Predictor]:
-    """A predictor that is ready; stopped by SIGTERM at the end.
+    """Run a predictor and yield it when it is ready; stop it with SIGTERM.
 
     Args:
-        arguments: flags beside the name and the port.
+        arguments: flags besides the name and the port.
         model_name: name in the URLs.
         port: HTTP port on loopback.
-        stderr: where its log goes; default: ours.
-        on_wait: told each new reason for not being ready.
+        stderr: destination of its log. Default: this process's stderr.
+        on_wait: called with every new reason why it is not ready.
         timeout_seconds: how long to wait for readiness.
 
     Raises:
-        DemoError: the port is taken, it ended, or was not ready in time.
+        DemoError: the port is taken, or the predictor exited or was not ready in time.
     """
     _check_free(port)
     flags = ["--served_model_name", model_name, "--http_port", str(port), *arguments]
@@ -107,7 +108,7 @@ def start(
     stdout: int | None = None,
     stderr: IO[str] | int | None = None,
 ) -> "subprocess.Popen[str]":
-    """`python -m …` from the root of the repository, in a process of its own."""
+    """Start `python -m module …` in the root of the repository."""
     return subprocess.Popen(
         [sys.executable, "-m", *module],
         cwd=ROOT,
@@ -119,7 +120,7 @@ def start(
 
 
 def stop(process: "subprocess.Popen[str]") -> int:
-    """SIGTERM, then wait; SIGKILL if that is not enough. Gives the exit code."""
+    """Send SIGTERM, after `STOP_SECONDS` SIGKILL, and return the exit code."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -134,23 +135,23 @@ def stop(process: "subprocess.Popen[str]") -> int:
 
 
 def _check_free(port: int) -> None:
-    """Before the predictor finds out for itself, whoever has the port would be asked whether it is ready."""
+    """Raise if the port is taken; otherwise readiness would be requested from the other process."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("0.0.0.0", port))
         except OSError as error:
             reason = error.strerror
-            raise DemoError(f"Port {port} cannot be opened ({reason}); choose another: make serve PORT=8081.") from None
+            raise DemoError(f"Port {port} cannot be opened ({reason}). Choose another: make serve PORT=8081.") from None
 
 
 def _wait_ready(server: Predictor, on_wait: Callable[[str], object] | None, timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
-    told = None
+    last_reason = None
     with httpx.Client(base_url=server.url, timeout=5, trust_env=False) as client:
         while time.monotonic() < deadline:
             if server.process.poll() is not None:
-                raise DemoError(f"The predictor ended with exit code {server.process.returncode}; its log says why.")
+                raise DemoError(f"The predictor exited with code {server.process.returncode}; see its log.")
             try:
                 response = client.get(f"/v2/models/{server.model_name}/ready")
             except httpx.TransportError:
@@ -159,8 +160,8 @@ def _wait_ready(server: Predictor, on_wait: Callable[[str], object] | None, time
                 if response.is_success:
                     return
                 reason = response.json()["error"]
-            if reason != told and on_wait:
+            if reason != last_reason and on_wait:
                 on_wait(reason)
-            told = reason
+            last_reason = reason
             time.sleep(0.1)
-    raise DemoError(f"The predictor was not ready within {timeout_seconds:.0f} s: {told}")
+    raise DemoError(f"The predictor was not ready within {timeout_seconds:.0f} s: {last_reason}")

@@ -1,9 +1,8 @@
-"""Draws Grafana's dashboard without Grafana: `python -m devtools.render_dashboard FILE.png`.
+"""Plot the Grafana dashboard with matplotlib: `python -m devtools.render_dashboard FILE.png`.
 
-Starts the predictor on the demo model and a real Prometheus (Debian's package) that reads it every second, asks more
-and more at once for a minute and a half, has every query of `manifests/monitoring/dashboard.json` answered by
-Prometheus, and draws the panels where the JSON puts them, with matplotlib. What it shows is true of the queries, and
-not of Grafana's looks.
+Runs the predictor on the demo model and a Prometheus (Debian's package) that scrapes it every second, sends requests
+with increasing concurrency for 80 seconds, and plots every query of `manifests/monitoring/dashboard.json` at the
+panel's position. Grafana's styling differs.
 """
 
 import argparse
@@ -25,31 +24,32 @@ import yaml
 from benchmarks import throughput
 from benchmarks.servers import Server
 from devtools import processes
-from devtools.processes import ROOT, Predictor
+from devtools.paths import DEMO_MODEL, ROOT
+from devtools.processes import Predictor
 
 DASHBOARD = ROOT / "manifests" / "monitoring" / "dashboard.json"
 RULES = ROOT / "manifests" / "prometheus" / "rules.yaml"
 WAIT_SECONDS = 60
 LEVELS = (1, 4, 16, 48)
 LEVEL_SECONDS = 20
-"""How long each number of callers goes on."""
+"""Duration of each concurrency level."""
 OUTPUT_TOKENS = 60
 
 
 def read() -> dict[str, Any]:
-    """The dashboard as it is deployed."""
+    """Load the deployed dashboard."""
     loaded: dict[str, Any] = json.loads(DASHBOARD.read_text())
     return loaded
 
 
-def filled_in(query: str) -> str:
-    """A query with the dashboard's variables at All, and the interval for a scrape every second or so."""
+def substitute_variables(query: str) -> str:
+    """Replace the dashboard's variables by All, and the rate interval by one minute."""
     return query.replace("$namespace", ".*").replace("$model", ".*").replace("$__rate_interval", "1m")
 
 
 @contextmanager
 def prometheus(folder: Path, predictor: Predictor) -> Iterator[httpx.Client]:
-    """One with our rules that reads every second, with the labels that a PodMonitor would give; a client of its API."""
+    """Run Prometheus with the project's rules and a PodMonitor's labels; yield a client of its API."""
     target = {"targets": [predictor.url.removeprefix("http://")], "labels": {"namespace": "llm", "pod": "llm-0"}}
     configuration = {
         "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
@@ -70,35 +70,35 @@ def prometheus(folder: Path, predictor: Predictor) -> Iterator[httpx.Client]:
                 print((folder / "log").read_text(), file=sys.stderr)
 
 
-def ask(client: httpx.Client, query: str) -> list[tuple[dict[str, str], float]]:
-    """Labels and values of an instant query."""
+def query_instant(client: httpx.Client, query: str) -> list[tuple[dict[str, str], float]]:
+    """Return labels and values of an instant query."""
     response = client.get("query", params={"query": query}).raise_for_status()
-    return [(each["metric"], float(each["value"][1])) for each in response.json()["data"]["result"]]
+    return [(series["metric"], float(series["value"][1])) for series in response.json()["data"]["result"]]
 
 
 def wait_for(client: httpx.Client, query: str) -> None:
-    """Until the query finds something.
+    """Wait until the query has a result.
 
     Raises:
-        TimeoutError: it has not.
+        TimeoutError: no result within `WAIT_SECONDS`.
     """
     deadline = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < deadline:
         try:
-            if ask(client, query):
+            if query_instant(client, query):
                 return
         except httpx.TransportError:
-            pass  # It opens its port when it has read its configuration.
+            pass  # Prometheus opens its port after reading the configuration.
         time.sleep(0.2)
-    raise TimeoutError(f"{query} has found nothing within {WAIT_SECONDS} s")
+    raise TimeoutError(f"{query} had no result within {WAIT_SECONDS} s")
 
 
 def main() -> int:
-    """Observe and draw; the exit code."""
+    """Run everything and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m devtools.render_dashboard", description=__doc__)
     parser.add_argument("file", type=Path, help="the PNG to write")
     arguments = parser.parse_args()
-    flags = ["--model_dir", str(ROOT / "demo/model"), "--dtype", "float32", "--log_level", "WARNING"]
+    flags = ["--model_dir", str(DEMO_MODEL), "--dtype", "float32", "--log_level", "WARNING"]
     with (
         tempfile.TemporaryDirectory() as folder,
         processes.predictor(flags, model_name="demo", port=processes.free_port()) as predictor,
@@ -112,31 +112,31 @@ def main() -> int:
 
 
 async def load(server: Server) -> None:
-    """More and more callers."""
+    """Send requests with increasing concurrency."""
     rng = random.Random(0)
     async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
-        for callers in LEVELS:
+        for concurrency in LEVELS:
             end = time.monotonic() + LEVEL_SECONDS
             while time.monotonic() < end:
-                prompts = [f"{rng.randrange(1000)}+{rng.randrange(1000)}=" for _ in range(callers)]
-                await throughput.run(client, server, prompts, callers, OUTPUT_TOKENS)
+                prompts = [f"{rng.randrange(1000)}+{rng.randrange(1000)}=" for _ in range(concurrency)]
+                await throughput.run(client, server, prompts, concurrency, OUTPUT_TOKENS)
 
 
 def draw(client: httpx.Client, began: float, ended: float, file: Path) -> None:
-    """All panels, from the time `began` to `ended` in seconds of the epoch, into a PNG."""
-    import matplotlib.pyplot as plt  # here, so that the tests do without
+    """Plot all panels for the Unix times `began` to `ended` into a PNG file."""
+    import matplotlib.pyplot as plt  # slow to import, and not needed by the tests
 
     panels = read()["panels"]
     height = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in panels)
     figure = plt.figure(figsize=(15, height * 0.36))
     figure.suptitle(read()["title"], x=0.01, ha="left", weight="bold")
     for panel in panels:
-        place = panel["gridPos"]
-        left, bottom = 0.012 + place["x"] / 24 * 0.985, 0.97 - (place["y"] + place["h"]) / height * 0.965
+        position = panel["gridPos"]
+        left, bottom = 0.012 + position["x"] / 24 * 0.985, 0.97 - (position["y"] + position["h"]) / height * 0.965
         if panel["type"] == "row":
             figure.text(left, bottom, panel["title"], weight="bold", size=12)
             continue
-        wide, high = place["w"] / 24 * 0.985, place["h"] / height * 0.965
+        wide, high = position["w"] / 24 * 0.985, position["h"] / height * 0.965
         axes = figure.add_axes((left + 0.026, bottom + 0.022, wide - 0.038, high - 0.052))
         axes.set_title(panel["title"], loc="left", size=9)
         axes.tick_params(labelsize=7)
@@ -151,7 +151,9 @@ def draw(client: httpx.Client, began: float, ended: float, file: Path) -> None:
 def _lines(axes: Any, client: httpx.Client, panel: dict[str, Any], began: float, ended: float) -> None:
     for target in panel["targets"]:
         window = {"start": began, "end": ended, "step": 1}
-        response = client.get("query_range", params={"query": filled_in(target["expr"]), **window}).raise_for_status()
+        response = client.get(
+            "query_range", params={"query": substitute_variables(target["expr"]), **window}
+        ).raise_for_status()
         for series in response.json()["data"]["result"]:
             label = target["legendFormat"]
             for name, value in series["metric"].items():
@@ -166,7 +168,7 @@ def _lines(axes: Any, client: httpx.Client, panel: dict[str, Any], began: float,
 
 
 def _words(axes: Any, client: httpx.Client, panel: dict[str, Any]) -> None:
-    for labels, value in ask(client, filled_in(panel["targets"][0]["expr"])):
+    for labels, value in query_instant(client, substitute_variables(panel["targets"][0]["expr"])):
         if panel["type"] == "stat":
             axes.text(0.5, 0.5, f"{value:g}", size=30, ha="center", va="center", color="green")
         else:

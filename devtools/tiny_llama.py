@@ -1,4 +1,4 @@
-"""Makes a Llama of random weights, as small as one can be, in the shapes in which models come from the Hub."""
+"""Create a tiny Llama with random weights in the file layouts of the Hub."""
 
 import shutil
 from pathlib import Path
@@ -6,12 +6,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from devtools.processes import ROOT
+from devtools.paths import DEMO_MODEL
 
-DEMO_MODEL = ROOT / "demo" / "model"
 LAYERS = 3
-ROUNDED = 7 * LAYERS
-"""Linear layers that are rounded: four of attention and three of the MLP, in each layer."""
+QUANTIZED = 7 * LAYERS
+"""Quantized linear layers: four of attention and three of the MLP in each decoder layer."""
 
 
 def make(
@@ -22,7 +21,7 @@ def make(
     shard_size: str = "5GB",
     hidden_size: int = 64,
 ) -> Path:
-    """Weights of this format and size in files of that size, biases in attention, and the demo model's tokenizer."""
+    """Save a Llama with attention biases and the demo model's tokenizer, sharded by `shard_size`."""
     config = transformers.LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=2 * hidden_size + 9,

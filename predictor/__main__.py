@@ -1,5 +1,6 @@
-"""The composition root: settings -> model -> server. `python -m predictor --served_model_name NAME --model_dir DIR`."""
+"""Start the server: `python -m predictor --served_model_name NAME --model_dir DIR`."""
 
+import logging
 import os
 import sys
 
@@ -8,20 +9,17 @@ from predictor.errors import StartupError
 
 
 def main() -> int:
-    """Serve until told to end; the exit code."""
+    """Serve until a signal and return the exit code."""
     try:
-        read = settings.read(sys.argv[1:])
-        # kserve parses argv when it is imported, and would take our flags for abbreviations of its own.
+        parsed = settings.read(sys.argv[1:])
+        # KServe parses sys.argv when it is imported and would take our flags for abbreviations of its own.
         del sys.argv[1:]
         from predictor.entrypoints import lifecycle
-        from predictor.entrypoints.kserve_model import Predictor
-        from predictor.observability import logging
+        from predictor.observability.logging import configure
 
-        logging.configure(read.log_level, read.log_format)
-        serving = lifecycle.Server(Predictor(read), read)
-        serving.run()
-        if serving.still_working:
-            # Python's own end, under a thread that is deep inside torch, aborts the process.
+        configure(parsed.log_level, parsed.log_format)
+        if lifecycle.run(parsed):
+            # Python's own exit aborts the process while a thread runs inside torch.
             logging.shutdown()
             os._exit(0)
     except StartupError as error:

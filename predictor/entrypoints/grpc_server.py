@@ -1,24 +1,27 @@
-"""Open Inference Protocol v2 over gRPC: the service of KServe's own protobuf definition, with honest status codes.
+"""Open Inference Protocol v2 over gRPC: KServe's protobuf service with correct status codes.
 
-Not KServe's servicer, whose interceptor turns some errors into others. Answers what the HTTP routes answer, through
-the same protocol module; knows the same keys, drain and limits.
+KServe's own servicer is not used: its interceptor replaces some errors by others. Protocol, API keys, drain and limits
+are those of HTTP.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version as installed_version
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
-from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as service
+from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as protobuf_service
 
+from predictor import served_models
+from predictor.entrypoints import kserve_server
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.kserve_model import Predictor
-from predictor.errors import Forbidden, GenerationFailed, NotFound, RequestError, Unauthorized
+from predictor.errors import Forbidden, GenerationFailed, PortInUse, RequestError
+from predictor.generation.service import LLMService
 from predictor.observability import request_record
 from predictor.protocols import open_inference
 from predictor.protocols.sampling_fields import TIMEOUT_HEADER
@@ -38,18 +41,37 @@ _CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-"""Status codes for the HTTP statuses of errors; INTERNAL for the rest."""
+"""gRPC status codes by the HTTP status of an error; INTERNAL for all others."""
 
 
 @asynccontextmanager
-async def serving(
-    predictor: Predictor, *, port: int, max_message_bytes: int, keys: KeyFile | None, tracing: "Tracing | None"
+async def serve(
+    service: LLMService,
+    *,
+    port: int,
+    max_message_bytes: int,
+    api_keys: KeyFile | None = None,
+    tracing: "Tracing | None" = None,
 ) -> AsyncIterator[int]:
-    """A gRPC server on `port` (0: any that is free) for the time of the context; gives the port."""
+    """Run a gRPC server within the context; yields its port.
+
+    Args:
+        service: generates; may still be loading.
+        port: TCP port on all IPv4 addresses; 0: any free one.
+        max_message_bytes: largest request.
+        api_keys: accepted bearer keys; None: calls need none.
+        tracing: exports a span for each call; None: off.
+
+    Raises:
+        PortInUse: the port cannot be opened.
+    """
     options = [("grpc.max_receive_message_length", max_message_bytes), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(options=options)
-    service.add_GRPCInferenceServiceServicer_to_server(_Service(predictor, keys, tracing), server)
-    bound = server.add_insecure_port(f"0.0.0.0:{port}")
+    protobuf_service.add_GRPCInferenceServiceServicer_to_server(_Servicer(service, api_keys, tracing), server)
+    try:
+        bound = server.add_insecure_port(f"0.0.0.0:{port}")
+    except RuntimeError:
+        raise PortInUse(f"Port {port} cannot be opened. Choose another with --grpc_port.") from None
     await server.start()
     try:
         yield bound
@@ -57,103 +79,96 @@ async def serving(
         await server.stop(grace=1.0)
 
 
-class _Service(service.GRPCInferenceServiceServicer):
-    """The seven calls."""
+class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
+    """The seven calls of the protocol and its model repository extension."""
 
-    def __init__(self, predictor: Predictor, keys: KeyFile | None, tracing: "Tracing | None") -> None:
-        self._predictor = predictor
-        self._keys = keys
+    def __init__(self, service: LLMService, api_keys: KeyFile | None, tracing: "Tracing | None") -> None:
+        self._service = service
+        self._predictor = Predictor(service)
+        self._api_keys = api_keys
         self._tracing = tracing
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        return messages.ServerLiveResponse(live=self._predictor.live)
+        return messages.ServerLiveResponse(live=self._service.is_live)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        return messages.ServerReadyResponse(ready=await self._predictor.healthy())
+        return messages.ServerReadyResponse(ready=self._service.is_ready)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async with self._request(context, "ModelReady", checks_key=False):
-            self._known(request.name, request.version)
-            return messages.ModelReadyResponse(ready=await self._predictor.healthy())
+        async with self._call(context, "ModelReady", is_probe=True):
+            self._service.models.require(request.name, request.version)
+            return messages.ModelReadyResponse(ready=self._service.is_ready)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        async with self._request(context, "ServerMetadata"):
+        async with self._call(context, "ServerMetadata"):
             version = installed_version(open_inference.SERVER)
             return messages.ServerMetadataResponse(name=open_inference.SERVER, version=version, extensions=[])
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async with self._request(context, "ModelMetadata"):
-            self._known(request.name, request.version)
+        async with self._call(context, "ModelMetadata"):
+            self._service.models.require(request.name, request.version)
             return messages.ModelMetadataResponse(
-                name=self._predictor.name,
-                versions=[open_inference.VERSION],
+                name=request.name,
+                versions=[served_models.VERSION],
                 platform=open_inference.PLATFORM,
                 inputs=self._predictor.get_input_types(),
                 outputs=self._predictor.get_output_types(),
             )
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async with self._request(context, "ModelInfer"):
-            self._known(request.model_name, request.model_version)
+        async with self._call(context, "ModelInfer"):
+            self._service.models.require(request.model_name, request.model_version)
             payload = open_inference.from_grpc(request)
             remaining = context.time_remaining()
             headers = {} if remaining is None else {TIMEOUT_HEADER: str(remaining)}
-            response, _ = await self._predictor(payload, headers=headers)
+            response = await kserve_server.infer(self._predictor, payload, headers)
             return open_inference.to_grpc(request, response)
 
     async def RepositoryModelLoad(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        async with self._request(context, "RepositoryModelLoad"):
-            self._refuse("load")
+        async with self._call(context, "RepositoryModelLoad"):
+            _reject_admin_call("load")
 
     async def RepositoryModelUnload(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        async with self._request(context, "RepositoryModelUnload"):
-            self._refuse("unload")
+        async with self._call(context, "RepositoryModelUnload"):
+            _reject_admin_call("unload")
 
     @asynccontextmanager
-    async def _request(self, context: Any, method: str, *, checks_key: bool = True) -> AsyncIterator[None]:
-        """What surrounds every call: the record, line and span of the request, the key, errors as status codes."""
-        began = time.monotonic()
+    async def _call(self, context: Any, method: str, *, is_probe: bool = False) -> AsyncIterator[None]:
+        """Check the API key, convert errors to status codes, and record, log and trace the call."""
+        started = time.monotonic()
         metadata = context.invocation_metadata()
-        ids = [str(value) for name, value in metadata if name == "x-request-id"]
-        record = request_record.RequestRecord(request_record.request_id(ids), protocol="grpc")
+        record = request_record.RequestRecord(
+            request_record.request_id(_values(metadata, "x-request-id")), protocol="grpc"
+        )
         with request_record.bind(record):
             try:
-                if checks_key and self._keys is not None:
-                    record.key = _key_name(dict(metadata), self._keys.name_of)
+                if not is_probe and self._api_keys is not None:
+                    record.key = self._api_keys.authenticate(_values(metadata, "authorization"))
                 yield
-                status, number = "OK", 200
+                status, http_status = "OK", 200
             except asyncio.CancelledError:
-                status, number = "CANCELLED", request_record.CLIENT_GONE
+                status, http_status = "CANCELLED", request_record.CLIENT_GONE
                 raise
             except Exception as error:
                 if not isinstance(error, RequestError):
-                    logger.exception("A call failed for a reason that was not foreseen.")
-                    error = GenerationFailed("The server failed on this request; its log says why.")
+                    logger.exception("unexpected error in a gRPC call")
+                    error = GenerationFailed("Internal server error. See the server's log.")
                 code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
-                record.error, status, number = type(error).__name__, code.name, error.status
+                record.error, status, http_status = type(error).__name__, code.name, error.status
                 await context.abort(code, str(error))
             finally:
-                if checks_key:
-                    self._predictor.count_request(record.protocol, number)
+                if not is_probe:
+                    self._service.count_request(record.protocol, http_status)
                     if self._tracing:
-                        self._tracing.export_grpc(method, metadata, status, number, began, record)
-                    known = record.as_fields()
-                    words = " ".join(f"{name}={value}" for name, value in known.items())
-                    request_logger.info("gRPC %s %s", status, words, extra={"fields": {"status": status, **known}})
-
-    def _known(self, name: str, version: str) -> None:
-        if name != self._predictor.name:
-            raise NotFound(f"There is no model {name!r} here, only {self._predictor.name!r}.")
-        if version not in ("", open_inference.VERSION):
-            raise NotFound(f"The model {name!r} has no version {version!r} here, only {open_inference.VERSION!r}.")
-
-    def _refuse(self, action: str) -> NoReturn:
-        raise Forbidden(f"This server does not {action} models on request; it serves {self._predictor.name}.")
+                        self._tracing.export_grpc(method, metadata, status, http_status, started, record)
+                    fields = record.as_fields()
+                    text = " ".join(f"{name}={value}" for name, value in fields.items())
+                    request_logger.info("gRPC %s %s", status, text, extra={"fields": {"status": status, **fields}})
 
 
-def _key_name(metadata: dict[str, Any], name_of: Callable[[str], str | None]) -> str:
-    scheme, _, key = str(metadata.get("authorization", "")).partition(" ")
-    name = name_of(key.strip()) if scheme.lower() == "bearer" else None
-    if name is None:
-        raise Unauthorized("Send one of this server's keys in the metadata, as authorization: Bearer KEY.")
-    return name
+def _values(metadata: Any, name: str) -> list[str]:
+    return [str(value) for key, value in metadata if key == name]
+
+
+def _reject_admin_call(action: str) -> NoReturn:
+    raise Forbidden(f"Model {action} is not supported over gRPC.")

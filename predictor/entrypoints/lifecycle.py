@@ -1,42 +1,22 @@
-"""KServe's model server around our routes: the port opens first, errors have one place, and the end is orderly.
+"""The server process: opens the port before loading the model, drains on a signal, exits when drained.
 
-SIGTERM or SIGINT: not ready at once, new requests are refused, running ones finish or meet the drain limit, exit 0.
-A second signal ends what still runs.
+States: loading -> serving -> draining -> stopped. SIGTERM or SIGINT starts draining: the server rejects new requests
+and finishes running ones within the grace period. A second signal aborts them. A failed load exits non-zero.
 """
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
-import socket
 import threading
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
 
-import kserve
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
-from kserve.model_server import app as kserve_app
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
-
-from predictor.entrypoints import grpc_server
+from predictor.entrypoints import grpc_server, kserve_server
 from predictor.entrypoints.api_keys import KeyFile
-from predictor.entrypoints.http import error_responses, middleware, routes
-from predictor.entrypoints.kserve_model import Phase, Predictor
-from predictor.errors import (
-    BodyTooLarge,
-    InvalidRequest,
-    InvalidSettings,
-    MethodNotAllowed,
-    NotFound,
-    PortInUse,
-    RequestError,
-    StartupError,
-)
-from predictor.observability import request_record
+from predictor.entrypoints.http.app import create_app
+from predictor.errors import InvalidSettings, StartupError
+from predictor.generation.service import LLMService
 from predictor.settings import Settings
 
 if TYPE_CHECKING:
@@ -45,230 +25,183 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DRAIN_POLL_SECONDS = 0.1
-FAREWELL_SECONDS = 5
-"""What connections get to write the last of their answers, once nothing is generated any more."""
+CONNECTION_CLOSE_SECONDS = 5
+"""Time for open connections to send the rest of their responses, once generation has stopped."""
 
 
-class Server(kserve.ModelServer):
-    """Opens the port, then loads the model behind it; ends when it is told to, or when the load fails.
+class State(StrEnum):
+    """State of the process."""
 
-    Raises:
-        InvalidSettings: the keys cannot be read, or what a setting needs is not installed.
-    """
+    LOADING = "loading"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
 
-    def __init__(self, predictor: Predictor, settings: Settings) -> None:
-        repository = kserve.ModelRepository()
-        repository.update(predictor)
-        super().__init__(
-            http_port=settings.http_port,
-            registered_models=repository,
-            workers=1,
-            enable_grpc=False,
-            enable_latency_logging=False,
-            grace_period=FAREWELL_SECONDS,
-        )
-        self._predictor = predictor
-        self._settings = settings
-        self._load = threading.Thread(target=self._run_load, name="load", daemon=True)
-        self._loaded: asyncio.Future[None] | None = None
-        self._drain: asyncio.Task[None] | None = None
-        self._told_again = False
-        self._keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
-        self._tracing = _tracing(settings)
+
+class _Service(Protocol):
+    """The part of `LLMService` that the lifecycle controls."""
 
     @property
-    def still_working(self) -> bool:
-        """Whether a thread is at something that nothing can interrupt: the load, or a step that hangs."""
-        return self._load.is_alive() or not self._predictor.has_ended
+    def busy(self) -> bool: ...
+    @property
+    def is_live(self) -> bool: ...
+    @property
+    def has_ended(self) -> bool: ...
+    def load(self) -> bool: ...
+    def drain(self) -> None: ...
+    def stop(self) -> None: ...
+    async def run_self_checks(self) -> None: ...
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; running requests are finished first.
+
+class Lifecycle:
+    """Run a service through its states; one event loop, one call of `run`.
+
+    Args:
+        service: not loaded yet.
+        grace_seconds: time for running requests after the first signal.
+    """
+
+    def __init__(self, service: _Service, grace_seconds: float) -> None:
+        self.state = State.LOADING
+        self._service = service
+        self._grace_seconds = grace_seconds
+        self._load_thread: threading.Thread | None = None
+        self._terminate = asyncio.Event()
+        self._abort = asyncio.Event()
+
+    @property
+    def has_blocking_threads(self) -> bool:
+        """Whether a thread that nothing can interrupt still runs: the load, or a step that hangs."""
+        loads = self._load_thread is not None and self._load_thread.is_alive()
+        return loads or not self._service.has_ended
+
+    def handle_signal(self, number: int) -> None:
+        """Start draining; on the second signal, abort running requests."""
+        name = signal.Signals(number).name
+        if not self._terminate.is_set():
+            logger.info("received %s, draining: finishing running requests, rejecting new ones", name)
+            self._terminate.set()
+        else:
+            logger.warning("received %s again, aborting running requests", name)
+            self._abort.set()
+
+    async def run(self) -> None:
+        """Load the model, serve until a signal, drain and stop.
 
         Raises:
-            StartupError: a port is taken, or the model cannot be loaded.
+            StartupError: the load failed.
         """
-        _check_port(self.http_port, "--http_port")
-        if self._settings.enable_grpc:
-            _check_port(self._settings.grpc_port, "--grpc_port")
-        equip(kserve_app, self._predictor, self._settings, self._keys, self._tracing)
-        try:
-            # A model that is not ready must not be given to start(): it would refuse to start at all.
-            self.start([])
-        finally:
-            self._predictor.stop()
-            if self._tracing:
-                self._tracing.close()
+        loaded = self._start_load()
+        terminated = asyncio.ensure_future(self._terminate.wait())
+        pending: set[asyncio.Future[Any]] = {loaded, terminated}
+        await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        self_checks: asyncio.Task[None] | None = None
+        if not self._terminate.is_set():
+            if error := loaded.result():
+                terminated.cancel()
+                await self._stop()
+                raise error
+            self.state = State.SERVING
+            self_checks = asyncio.create_task(self._service.run_self_checks())
+            await terminated
+        await self._drain()
+        if self_checks:
+            self_checks.cancel()
+        await self._stop()
 
-    async def _serve(self) -> None:
-        """What `start` runs on its event loop; overridden so that the load begins once the port is about to open."""
+    async def _drain(self) -> None:
+        self.state = State.DRAINING
+        self._service.drain()
+        try:
+            async with asyncio.timeout(self._grace_seconds):
+                # A step loop that is dead or hangs finishes nothing.
+                while self._service.busy and self._service.is_live and not self._abort.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+        except TimeoutError:
+            logger.warning("shutdown grace period expired, aborting running requests")
+
+    async def _stop(self) -> None:
+        """Abort what still runs; each client gets an error. Joins the step loop, so not on the event loop's thread."""
+        await asyncio.to_thread(self._service.stop)
+        self.state = State.STOPPED
+
+    def _start_load(self) -> "asyncio.Future[StartupError | None]":
+        """Load in a daemon thread: a signal during the load must not wait for its end. The result is its error."""
         loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[StartupError | None] = loop.create_future()
 
-        def hear(number: int, _: FrameType | None) -> None:
-            loop.call_soon_threadsafe(self._hear, number)
+        def load() -> None:
+            outcome: StartupError | None = None
+            try:
+                self._service.load()
+            except StartupError as error:
+                outcome = error
+            except Exception as error:
+                logger.exception("loading the model failed")
+                outcome = StartupError(f"Loading the model failed: {error}")
+            # The loop is closed if a signal ended the process during the load.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(loaded.set_result, outcome)
 
-        # Uvicorn installs this for SIGTERM and SIGINT; its own would close the port before the requests have ended.
-        self._rest_server._server.handle_exit = hear
-        async with contextlib.AsyncExitStack() as stack:
-            if self._settings.enable_grpc:
-                await stack.enter_async_context(
-                    grpc_server.serving(
-                        self._predictor,
-                        port=self._settings.grpc_port,
-                        max_message_bytes=self._settings.max_request_bytes,
-                        keys=self._keys,
-                        tracing=self._tracing,
-                    )
-                )
-            await self._serve_and_load(asyncio.gather(*self.servers))
+        self._load_thread = threading.Thread(target=load, name="load", daemon=True)
+        self._load_thread.start()
+        return loaded
 
-    async def _serve_and_load(self, serving: "asyncio.Future[Any]") -> None:
-        loop = asyncio.get_running_loop()
-        loaded = self._loaded = loop.create_future()
-        self._load.start()
-        await asyncio.wait({serving, loaded}, return_when=asyncio.FIRST_COMPLETED)
-        # A load that a stop has cut off is no failure.
-        failed = loaded.done() and loaded.exception() is not None and self._predictor.phase is not Phase.STOPPED
-        if failed:
-            self._close_port()
-        checks = loop.create_task(self._predictor.check_itself())
-        await serving
-        checks.cancel()
-        if failed:
-            loaded.result()
 
-    def _hear(self, number: int) -> None:
-        if self._drain is None:
-            logger.info("%s: finishing what runs, taking nothing new", signal.Signals(number).name)
-            self._drain = asyncio.get_running_loop().create_task(self._end())
-        else:
-            logger.warning("%s again: ending what still runs", signal.Signals(number).name)
-            self._told_again = True
+def run(settings: Settings) -> bool:
+    """Serve until SIGTERM or SIGINT.
 
-    async def _end(self) -> None:
-        self._predictor.drain()
+    Returns:
+        Whether threads still run that would abort Python's own exit.
+
+    Raises:
+        StartupError: a setting is invalid, a port is taken, or the model cannot be loaded.
+    """
+    api_keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
+    tracing = create_tracing(settings)
+    try:
+        return asyncio.run(_serve(settings, api_keys, tracing))
+    finally:
+        if tracing:
+            tracing.close()
+
+
+async def _serve(settings: Settings, api_keys: KeyFile | None, tracing: "Tracing | None") -> bool:
+    service = LLMService(settings)
+    lifecycle = Lifecycle(service, settings.shutdown_grace_seconds)
+    app = create_app(service, settings, api_keys=api_keys, tracing=tracing)
+    http_server = kserve_server.HTTPServer(app, CONNECTION_CLOSE_SECONDS)
+    async with contextlib.AsyncExitStack() as stack:
+        http_socket = stack.enter_context(kserve_server.bind(settings.http_port))
+        if settings.enable_grpc:
+            grpc = grpc_server.serve(
+                service,
+                port=settings.grpc_port,
+                max_message_bytes=settings.max_request_bytes,
+                api_keys=api_keys,
+                tracing=tracing,
+            )
+            await stack.enter_async_context(grpc)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, lifecycle.handle_signal, number)
+        serving = asyncio.create_task(http_server.serve(sockets=[http_socket]))
+        logger.info("listening on HTTP port %d", settings.http_port)
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.shutdown_grace_seconds):
-                    # A step loop that is dead or hangs finishes nothing.
-                    while self._predictor.busy and self._predictor.live and not self._told_again:  # noqa: ASYNC110
-                        await asyncio.sleep(DRAIN_POLL_SECONDS)
-            if self._predictor.busy:
-                logger.warning("not everything has finished: it is cut off")
-            # Whatever still runs fails now, and says so to its client. The step loop is joined: not on this thread.
-            await asyncio.to_thread(self._predictor.stop)
+            await lifecycle.run()
         finally:
-            self._close_port()
-
-    def _close_port(self) -> None:
-        self._rest_server._server.should_exit = True
-
-    def _run_load(self) -> None:
-        """The load, in a daemon thread: a SIGTERM in the middle of it must not wait for its end."""
-        outcome: StartupError | None = None
-        try:
-            self._predictor.load()
-        except StartupError as error:
-            outcome = error
-        except Exception as error:
-            logger.exception("the load failed")
-            outcome = StartupError(f"The model cannot be loaded: {error}")
-        loaded = self._loaded
-        if loaded is None or loaded.get_loop().is_closed():
-            return
-
-        def settle() -> None:
-            if outcome is None:
-                loaded.set_result(None)
-            else:
-                loaded.set_exception(outcome)
-
-        loaded.get_loop().call_soon_threadsafe(settle)
+            http_server.should_exit = True
+            await serving
+    return lifecycle.has_blocking_threads
 
 
-def equip(
-    app: FastAPI, predictor: Predictor, settings: Settings, keys: KeyFile | None, tracing: "Tracing | None"
-) -> None:
-    """Add our routes, error handlers and middlewares to KServe's app."""
-    routes.add(app, predictor, with_admin_routes=settings.enable_admin_routes)
-    app.add_exception_handler(RequestError, _answer_request_error)
-    app.add_exception_handler(RequestValidationError, _answer_validation_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_exception_handler(ClientDisconnect, _answer_nobody)
-    # The last one added is the outermost.
-    app.add_middleware(middleware.MaxBodySizeMiddleware, max_bytes=settings.max_request_bytes)
-    if keys is not None:
-        app.add_middleware(middleware.ApiKeyMiddleware, keys=keys)
-    app.add_middleware(
-        middleware.DrainMiddleware, is_open=lambda: predictor.phase not in (Phase.DRAINING, Phase.STOPPED)
-    )
-    trace = tracing.export_http if tracing else None
-    app.add_middleware(middleware.RequestLogMiddleware, count=predictor.count_request, trace=trace)
-
-
-def _tracing(settings: Settings) -> "Tracing | None":
-    """Imported where it is wanted only: OpenTelemetry is an extra, and would delay every start."""
+def create_tracing(settings: Settings) -> "Tracing | None":
+    """Import OpenTelemetry only if enabled: it is an extra, and slows the start."""
     if not settings.tracing:
         return None
     try:
         from predictor.observability.tracing import Tracing
     except ImportError as error:
         raise InvalidSettings(
-            f"--tracing needs OpenTelemetry, and {error.name} is not installed; pip install 'kserve-llm[tracing]'."
+            f"--tracing needs OpenTelemetry; {error.name} is not installed. Run pip install 'kserve-llm[tracing]'."
         ) from None
     return Tracing(settings.served_model_name)
-
-
-def _check_port(port: int, flag: str) -> None:
-    """Uvicorn would report a taken port with a traceback of ours around it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("0.0.0.0", port))  # noqa: S104
-        except OSError as error:
-            raise PortInUse(f"Port {port} cannot be opened ({error.strerror}); choose another with {flag}.") from None
-
-
-async def _answer_request_error(request: Request, error: Exception) -> Response:
-    # A body that is too large is refused in the middle of reading it: the middleware knows what to do with the rest.
-    if not isinstance(error, RequestError) or isinstance(error, BodyTooLarge):
-        raise error
-    request_record.current().error = type(error).__name__
-    return error_responses.respond(error, request.url.path)
-
-
-async def _answer_validation_error(request: Request, error: Exception) -> Response:
-    """The SDK's own routes validate with FastAPI, whose answer would repeat the whole request."""
-    if not isinstance(error, RequestValidationError):
-        raise error
-    fields = ", ".join(".".join(map(str, issue["loc"])) for issue in error.errors())
-    return error_responses.respond(InvalidRequest(f"The request is malformed at {fields}."), request.url.path)
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What FastAPI itself refuses: unknown routes and methods, as a rule."""
-    if not isinstance(error, HTTPException):
-        raise error
-    asked = f"{request.method} {request.url.path}"
-    if error.status_code == 404:
-        return error_responses.respond(
-            NotFound(
-                f"{asked} is not served; ask /v2/models/NAME/infer, /v2/models/NAME/generate, "
-                "/v1/chat/completions, /v1/completions or /v1/models/NAME:predict."
-            ),
-            request.url.path,
-        )
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        response = error_responses.respond(MethodNotAllowed(f"{asked} is not served; use {allowed}."), request.url.path)
-        response.headers.update(error.headers or {})
-        return response
-    detail = error.detail if isinstance(error.detail, str) else json.dumps(error.detail)
-    response = error_responses.respond(InvalidRequest(f"{asked}: {detail}."), request.url.path)
-    response.status_code = error.status_code
-    return response
-
-
-async def _answer_nobody(_: Request, error: Exception) -> Response:
-    """The client has left in the middle of its request."""
-    del error
-    return Response(status_code=request_record.CLIENT_GONE)

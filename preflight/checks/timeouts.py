@@ -7,7 +7,7 @@ snapshot wait + timeout <= startup probe                waiting for the Job, the
 startup probe <= progress deadline                      Knative must not give up first
 preStop + shutdown grace <= termination grace           Standard mode, where it is said
 timeout <= the Ingress' read timeout                    Standard mode
-scaleTarget <= containerConcurrency = max running       Knative sends a replica what its batch holds
+scaleTarget <= containerConcurrency = max_num_seqs      Knative sends a replica what its batch holds
 """
 
 from collections.abc import Iterator

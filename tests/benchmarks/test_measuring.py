@@ -25,13 +25,13 @@ def measured(server: str, tokens_per_second: float) -> Measurement:
     return Measurement(server, 8, run, spread_percent=3.0, ratio=1.0, runs=[run])
 
 
-def test_compares_each_of_ours_with_each_of_the_others() -> None:
+def test_compare_prints_every_ratio() -> None:
     lines = compare.table([measured("8bit", 30.0), measured("none", 15.0), measured("peer", 10.0)], ["peer"])
     assert "8bit / peer: 3.00" in lines
     assert "none / peer: 1.50" in lines
 
 
-def test_a_peer_is_any_command_and_is_stopped_again(model_dir: Path) -> None:
+def test_servers_peer_command_is_stopped(model_dir: Path) -> None:
     command = f"{sys.executable} -m benchmarks.sequential --model_dir {{model_dir}} --port {{port}}"
     with servers.peer(command, model_dir) as peer:
         assert servers.find("it", peer.url).model == peer.model
@@ -39,7 +39,7 @@ def test_a_peer_is_any_command_and_is_stopped_again(model_dir: Path) -> None:
         servers.find("it", peer.url)
 
 
-def test_a_peer_that_does_not_start_is_named(model_dir: Path) -> None:
+def test_servers_peer_that_fails_to_start_is_named(model_dir: Path) -> None:
     with (
         pytest.raises(servers.BenchmarkError, match="`false` did not start"),
         servers.peer("false", model_dir),
@@ -47,7 +47,7 @@ def test_a_peer_that_does_not_start_is_named(model_dir: Path) -> None:
         pytest.fail("it started")
 
 
-def test_tells_the_phases_of_a_start(model_dir: Path) -> None:
+def test_coldstart_reports_phases(model_dir: Path) -> None:
     words = ["benchmarks.coldstart", "--model_dir", str(model_dir), "--quantization", "8bit", "--repetitions", "1"]
     ended = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
@@ -55,13 +55,13 @@ def test_tells_the_phases_of_a_start(model_dir: Path) -> None:
         assert word in ended.stdout
 
 
-def test_counts_the_weights_that_a_step_reads(model_dir: Path) -> None:
+def test_weights_counts_bytes_per_step(model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     read = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     assert weights.weight_bytes(model_dir) == read
 
 
-def test_a_step_reads_no_faster_than_the_machine(model_dir: Path) -> None:
+def test_weights_step_rate_is_below_memory_bandwidth(model_dir: Path) -> None:
     seconds, rate = weights.step_seconds(model_dir)
     assert weights.weight_bytes(model_dir) / rate < seconds
     before, after, peak = weights.memory_bytes(model_dir)

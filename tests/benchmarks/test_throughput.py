@@ -38,7 +38,7 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
-def test_asks_for_exactly_the_tokens_it_was_told_to(baseline: Server, tmp_path: Path) -> None:
+def test_throughput_requests_the_given_token_counts(baseline: Server, tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     asked = ["--requests", "3", "--input_tokens", "7", "--output_tokens", "5", "--repetitions", "2"]
     levels = ["--levels", "1,4", "--baseline_levels", "4"]
@@ -63,7 +63,7 @@ def test_asks_for_exactly_the_tokens_it_was_told_to(baseline: Server, tmp_path: 
     assert ended.stdout.count(baseline.url) == 3
 
 
-def test_says_in_one_sentence_that_there_is_no_server() -> None:
+def test_throughput_without_a_server_is_one_sentence() -> None:
     url = f"http://127.0.0.1:{processes.free_port()}/v1"
     ended = run(url)
     assert ended.returncode == 1
@@ -71,14 +71,14 @@ def test_says_in_one_sentence_that_there_is_no_server() -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_a_refused_request_ends_the_run(baseline: Server) -> None:
+def test_throughput_stops_at_a_refused_request(baseline: Server) -> None:
     ended = run(baseline.url, "--levels", "2", "--output_tokens", "5000")
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1].startswith(f"error: {baseline.url} answered 400: ")
     assert "Traceback" not in ended.stderr
 
 
-def test_each_word_is_one_token_and_each_token_is_text(model_dir: Path) -> None:
+def test_make_model_word_is_one_token(model_dir: Path) -> None:
     tokenizer = loader.load(model_dir, device="cpu", dtype="auto", trust_remote_code=False).tokenizer
     one, other = throughput.make_prompts(random.Random(1), 2, 64)
     assert len(tokenizer.encode(one)) == len(tokenizer.encode(other)) == 64
@@ -87,7 +87,7 @@ def test_each_word_is_one_token_and_each_token_is_text(model_dir: Path) -> None:
     assert texts == [throughput.word(index) for index in range(make_model.SHAPES["tiny"].vocab_size)]
 
 
-def test_the_same_seed_makes_the_same_weights(model_dir: Path, tmp_path: Path) -> None:
+def test_make_model_seed_repeats_weights(model_dir: Path, tmp_path: Path) -> None:
     made = {}
     for seed in (0, 1):
         make_model.make(tmp_path, make_model.SHAPES["tiny"], seed=seed)
@@ -117,7 +117,7 @@ def usage(tokens: int) -> object:
     return {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": tokens}}
 
 
-def test_an_empty_piece_is_no_token() -> None:
+def test_throughput_ignores_empty_deltas() -> None:
     completion = complete(piece(""), piece("w1"), piece(" w2"), piece(""), usage(2), b"[DONE]")
     assert len(completion.arrivals) == 2
     assert completion.sent <= completion.arrivals[0] <= completion.arrivals[1]
@@ -135,12 +135,12 @@ def test_an_empty_piece_is_no_token() -> None:
         ([piece("w1 w2"), usage(2), b"[DONE]"], 200, r"it sent its text in 1 piece\(s\)"),
     ],
 )
-def test_an_answer_that_is_not_full_is_an_error(events: list[object], status: int, sentence: str) -> None:
+def test_throughput_short_completion_is_an_error(events: list[object], status: int, sentence: str) -> None:
     with pytest.raises(BenchmarkError, match=sentence):
         complete(*events, status=status)
 
 
-def test_percentiles_are_values_that_occurred() -> None:
+def test_percentiles_are_observed_values() -> None:
     assert throughput.percentile([1, 2, 3, 10], 50) == 2
     assert throughput.percentile([1, 2, 3, 10], 99) == 10
     assert throughput.percentile([1], 50) == 1

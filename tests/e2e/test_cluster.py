@@ -63,13 +63,13 @@ def _images(objects: list[dict]) -> set[str]:
 
 
 @pytest.mark.parametrize("mode", ["knative", "standard"])
-def test_what_is_deployed_runs_the_images_that_the_workflow_loads(mode: str, tmp_path: Path) -> None:
+def test_cluster_script_deploys_the_loaded_images(mode: str, tmp_path: Path) -> None:
     _, objects = _ran(mode, tmp_path)
     (loaded,) = re.findall(r"kind load docker-image (.+)", WORKFLOW.read_text())
     assert _images(objects) == set(loaded.split())
 
 
-def test_a_service_is_asked_through_the_gateway_before_and_after_it_was_at_zero(tmp_path: Path) -> None:
+def test_cluster_script_knative_sends_requests_before_and_after_scale_to_zero(tmp_path: Path) -> None:
     calls, _ = _ran("knative", tmp_path)
     asked = re.findall(r"^curl .*", calls, re.MULTILINE)
     assert len(asked) == 2
@@ -77,7 +77,7 @@ def test_a_service_is_asked_through_the_gateway_before_and_after_it_was_at_zero(
     assert calls.count("port-forward --namespace istio-system service/istio-ingressgateway") == 2
 
 
-def test_a_deployment_is_asked_by_its_service_and_has_an_autoscaler(tmp_path: Path) -> None:
+def test_cluster_script_standard_checks_service_and_autoscaler(tmp_path: Path) -> None:
     calls, objects = _ran("standard", tmp_path)
     assert calls.count("\ncurl ") == 1
     assert "port-forward --namespace kserve-llm-dev service/llm-predictor" in calls

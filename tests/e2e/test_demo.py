@@ -15,7 +15,7 @@ from devtools import processes
 from devtools.processes import ROOT
 
 
-def test_the_demo_answers_sums_and_ends(tmp_path: Path) -> None:
+def test_demo_answers_sums_and_exits(tmp_path: Path) -> None:
     root = tmp_path / "models"
     ended = subprocess.run(
         [sys.executable, "-m", "demo", "--root", str(root)], cwd=ROOT, capture_output=True, text=True, timeout=180
@@ -31,7 +31,7 @@ def test_the_demo_answers_sums_and_ends(tmp_path: Path) -> None:
     assert list(root.glob("demo--arithmetic/*/.snapshot.json"))
 
 
-def test_serving_prints_commands_that_work_until_it_is_interrupted(tmp_path: Path) -> None:
+def test_serve_prints_working_commands_until_interrupted(tmp_path: Path) -> None:
     port = processes.free_port()
     process = processes.start(
         ["demo", "--serve", "--port", str(port), "--root", str(tmp_path / "models")], stdout=subprocess.PIPE
@@ -55,7 +55,7 @@ def test_serving_prints_commands_that_work_until_it_is_interrupted(tmp_path: Pat
         httpx.get(f"http://127.0.0.1:{port}/", trust_env=False)
 
 
-def test_says_in_one_sentence_what_failed(tmp_path: Path) -> None:
+def test_demo_failure_is_one_sentence(tmp_path: Path) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "demo", "--serve", "--model", "s3://bucket/model", "--root", str(tmp_path)],
         cwd=ROOT,
@@ -68,7 +68,7 @@ def test_says_in_one_sentence_what_failed(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_names_a_port_that_another_has(tmp_path: Path) -> None:
+def test_serve_with_a_taken_port_names_it(tmp_path: Path) -> None:
     with socket.socket() as busy:
         busy.bind(("0.0.0.0", 0))
         busy.listen()
@@ -82,15 +82,15 @@ def test_names_a_port_that_another_has(tmp_path: Path) -> None:
         )
     assert ended.returncode == 1
     assert ended.stderr.splitlines()[-1] == (
-        f"error: Port {port} cannot be opened (Address already in use); choose another: make serve PORT=8081."
+        f"error: Port {port} cannot be opened (Address already in use). Choose another: make serve PORT=8081."
     )
     assert "Traceback" not in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("target", "why"), [("/nowhere", "has no config.json; "), ("http://127.0.0.1:9", "does not answer (")]
+    ("target", "why"), [("/nowhere", "has no config.json; "), ("http://127.0.0.1:9", "does not respond (")]
 )
-def test_the_exam_says_in_one_sentence_what_cannot_be_examined(target: str, why: str) -> None:
+def test_evaluate_without_a_model_is_one_sentence(target: str, why: str) -> None:
     ended = subprocess.run(
         [sys.executable, "-m", "demo.evaluate", target], cwd=ROOT, capture_output=True, text=True, timeout=60
     )

@@ -138,7 +138,7 @@ def run(example, loopback):
     return lambda: example.main(arguments, polling_seconds=0.01)
 
 
-def test_applies_every_object_and_creates_the_service(run, loopback, example):
+def test_deploy_applies_objects_and_creates_the_service(run, loopback, example):
     assert run() == 0
     applied = [body for method, _, _, body in loopback.requests if method == "PATCH"]
     [created] = [body for method, path, _, body in loopback.requests if (method, path) == ("POST", SERVICES)]
@@ -147,7 +147,7 @@ def test_applies_every_object_and_creates_the_service(run, loopback, example):
     assert types == {"application/apply-patch+yaml"}
 
 
-def test_patches_a_service_that_is_there(run, loopback):
+def test_deploy_patches_an_existing_service(run, loopback):
     run()
     loopback.requests.clear()
     assert run() == 0
@@ -158,7 +158,7 @@ def test_patches_a_service_that_is_there(run, loopback):
     assert not [path for method, path, _, _ in loopback.requests if method == "POST" and path == SERVICES]
 
 
-def test_asks_over_v2_by_the_host_of_the_service(run, loopback, capsys):
+def test_query_uses_the_host_of_the_service(run, loopback, capsys):
     run()
     [(headers, body)] = [(headers, body) for _, path, headers, body in loopback.requests if path.startswith("/v2")]
     assert headers["Host"] == HOST
@@ -166,7 +166,7 @@ def test_asks_over_v2_by_the_host_of_the_service(run, loopback, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "Paris"
 
 
-def test_says_that_an_overlay_does_not_render(example, tmp_path, capsys, loopback):
+def test_deploy_with_a_broken_overlay_is_an_error(example, tmp_path, capsys, loopback):
     assert example.main([str(tmp_path), "x"]) == 2
     assert re.match(r"deploy: .* does not render", capsys.readouterr().err)
     assert not loopback.requests

@@ -1,4 +1,4 @@
-"""Reading the locks, and installing them."""
+"""Lock files, and virtual environments to install them into."""
 
 import json
 import re
@@ -7,27 +7,24 @@ import sys
 import venv
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
-ROOT = Path(__file__).resolve().parents[2]
+from devtools.paths import ROOT
+
 PINNED = re.compile(
     r"^([A-Za-z0-9._-]+)==(\S+)(?: ; (.+?))? \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
 
 
 def locked(path: str) -> dict[str, str]:
-    """What pip would install here from a lock: versions by name."""
-    found = PINNED.findall((ROOT / path).read_text())
-    return {
-        name: version
-        for name, version, marker, _ in found
-        if not marker or Requirement(f"{name} ; {marker}").marker.evaluate()
-    }
+    """Versions by name that pip would install here from a lock."""
+    pins = PINNED.findall((ROOT / path).read_text())
+    return {name: version for name, version, marker, _ in pins if not marker or Marker(marker).evaluate()}
 
 
 class Environment:
-    """An empty virtual environment, and the pip of this one to fill it."""
+    """An empty virtual environment, filled by the pip of the current one."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, symlinks=True)
@@ -35,7 +32,7 @@ class Environment:
         (self.packages,) = folder.glob("lib/python3.*/site-packages")
 
     def pip(self, *words: str | Path) -> str:
-        """What pip says; where it fails, why."""
+        """Run pip in the environment and return its output."""
         command = [sys.executable, "-m", "pip", "--python", self.python, *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -47,5 +44,6 @@ class Environment:
     def installed(self) -> dict[str, str]:
         """Versions by name."""
         return {
-            canonicalize_name(each["name"]): each["version"] for each in json.loads(self.pip("list", "--format=json"))
+            canonicalize_name(package["name"]): package["version"]
+            for package in json.loads(self.pip("list", "--format=json"))
         }

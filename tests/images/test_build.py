@@ -1,7 +1,7 @@
-"""The images as they are built by buildah from a base made on the spot, and run as the manifests have them run.
+"""Build the images with buildah and run them as the manifests do.
 
-No registry and no daemon: Debian's own Python by debootstrap stands in for `python:3.12-slim`. Minutes and gigabytes,
-hence only for the images that BUILD_IMAGES names, with commas between them; `make images-check` names all.
+No registry, no daemon: Debian with Python from debootstrap replaces `python:3.12-slim`. An image takes minutes and
+gigabytes, so only those in BUILD_IMAGES (comma-separated) are built. `make images-check` builds all.
 """
 
 import json
@@ -17,15 +17,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from packaging.utils import canonicalize_name
 
 from devtools import processes
-from devtools.processes import ROOT
+from devtools.paths import DEMO_MODEL, ROOT
 
-DEMO_MODEL = ROOT / "demo" / "model"
 IMAGES = {
     "storage_initializer": ["--file", "images/storage_initializer/Dockerfile"],
     "prepare": ["--file", "images/storage_initializer/Dockerfile", "--target", "prepare"],
@@ -36,7 +36,7 @@ LOCKS = {
     "prepare": "images/storage_initializer/requirements-prepare.txt",
     "predictor": "images/predictor/requirements.txt",
 }
-WANTED = os.environ.get("BUILD_IMAGES", "").split(",")
+SELECTED = os.environ.get("BUILD_IMAGES", "").split(",")
 CANARY = f"hf_{secrets.token_hex(20)}"
 TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{34,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,})\b")
 BUILD_SECONDS = 900
@@ -46,10 +46,10 @@ pytestmark = [pytest.mark.packaging, pytest.mark.timeout(BUILD_SECONDS + 300)]
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A built image: its root file system and what a container runtime reads about it."""
+    """A built image: root file system, OCI config and history."""
 
     root: Path
-    config: dict
+    config: dict[str, Any]
     history: str
 
     @property
@@ -59,7 +59,7 @@ class Image:
         return home
 
     def command(self, words: list[str], mounts: dict[Path, str], environment: dict[str, str]) -> list[str]:
-        """What runs `words` as process 1 and the image's user, with nothing writable but HOME and what is mounted."""
+        """Command that runs `words` as PID 1 and the image's user; only HOME and mounts are writable."""
         script = ["set -e", f'mount --rbind "{self.root}" "{self.root}"', f'mount -o remount,ro,bind "{self.root}"']
         script += [f'mount -t tmpfs -o mode=1777 tmpfs "{self.root}{self.scratch}"']
         script += [f'mount -t proc proc "{self.root}/proc"']
@@ -92,9 +92,9 @@ class Image:
 
 @pytest.fixture(scope="module")
 def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """Buildah with a store of its own, which does not stay."""
+    """Buildah with a temporary store."""
     if os.geteuid() != 0:
-        pytest.skip("not root: neither debootstrap nor a chroot without a daemon can be had")
+        pytest.skip("needs root for debootstrap and chroot")
     for tool in ("buildah", "debootstrap", "unshare"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed")
@@ -105,7 +105,7 @@ def buildah(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def base(buildah: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """An image of Debian bookworm with its Python, and with the mount points that a runtime would make."""
+    """Base image: Debian bookworm with Python and the mount points of a runtime."""
     folder = tmp_path_factory.mktemp("base")
     _run(
         [
@@ -126,9 +126,9 @@ def base(buildah: list[str], tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def pip_configuration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """How pip finds packages here, as the secret that a build takes; and the folders that it speaks of, as mounts."""
-    said = _run([sys.executable, "-m", "pip", "config", "list"])
-    options = dict(re.findall(r"^[\w:]+\.(cert|find-links|index-url|proxy|trusted-host)='(.*)'$", said, re.MULTILINE))
+    """Return the local pip configuration as a build secret, and mounts of the folders that it names."""
+    config = _run([sys.executable, "-m", "pip", "config", "list"])
+    options = dict(re.findall(r"^[\w:]+\.(cert|find-links|index-url|proxy|trusted-host)='(.*)'$", config, re.MULTILINE))
     file = tmp_path_factory.mktemp("pip") / "pip.conf"
     file.write_text("\n".join([f"# {CANARY}", "[global]", *(f"{name} = {value}" for name, value in options.items())]))
     paths = [Path(word) for value in options.values() for word in value.split() if word.startswith("/")]
@@ -137,14 +137,14 @@ def pip_configuration(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, l
 
 
 def _build(name: str, request: pytest.FixtureRequest) -> Iterator[Image]:
-    if name not in WANTED:
+    if name not in SELECTED:
         pytest.skip(f"BUILD_IMAGES does not name {name}: `make images-check` builds it")
     buildah, base = request.getfixturevalue("buildah"), request.getfixturevalue("base")
     secret, volumes = request.getfixturevalue("pip_configuration")
     tag = f"localhost/{name}"
     arguments = ["--isolation", "chroot", "--layers=false", "--build-arg", f"BASE={base}"]
     arguments += ["--secret", f"id=pip,src={secret}", *volumes, *IMAGES[name], "--tag", tag]
-    # A token that lies about where images are built must stay there.
+    # A token in the build environment must not reach an image.
     _run([*buildah, "build", *arguments, ROOT], cwd=ROOT, env=os.environ | {"HF_TOKEN": CANARY})
     described = json.loads(_run([*buildah, "inspect", "--type", "image", tag]))["OCIv1"]
     container = _run([*buildah, "from", tag]).strip()
@@ -170,10 +170,11 @@ def predictor(request: pytest.FixtureRequest) -> Iterator[Image]:
 
 @pytest.fixture(params=IMAGES)
 def image(request: pytest.FixtureRequest) -> Image:
-    return request.getfixturevalue(request.param)
+    image: Image = request.getfixturevalue(request.param)
+    return image
 
 
-def test_the_initializer_publishes_from_a_hub(storage_initializer: Image, tmp_path: Path) -> None:
+def test_initializer_image_publishes_from_a_hub(storage_initializer: Image, tmp_path: Path) -> None:
     volume = tmp_path / "volume"
     volume.mkdir()
     os.chown(volume, *map(int, storage_initializer.config["User"].split(":")))
@@ -186,7 +187,7 @@ def test_the_initializer_publishes_from_a_hub(storage_initializer: Image, tmp_pa
     assert (weights.stat().st_uid, weights.stat().st_gid) == (1000, 1000)
 
 
-def test_the_predictor_answers_and_ends_as_process_one(predictor: Image) -> None:
+def test_predictor_image_serves_as_process_one(predictor: Image) -> None:
     port = processes.free_port()
     words = [*predictor.config["Entrypoint"], "--served_model_name=arithmetic", f"--http_port={port}"]
     command = predictor.command(words, {DEMO_MODEL: "/mnt/models"}, {"HF_HUB_OFFLINE": "1"})
@@ -216,35 +217,35 @@ def test_the_predictor_answers_and_ends_as_process_one(predictor: Image) -> None
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the C code is compiled for x86_64 only")
-def test_the_predictor_has_its_kernels_for_8_bits(predictor: Image) -> None:
-    code = "from predictor import native; print(native.LIBRARY.is_file(), native._library is not None)"
+def test_predictor_image_has_native_kernels(predictor: Image) -> None:
+    code = "from predictor.kernels.cpu import ops; print(ops.LIBRARY.is_file(), not ops.unavailable_reason())"
     assert _run(predictor.command(["python", "-c", code], {}, {})).split() == ["True", "True"]
 
 
-def test_preparation_has_what_loads_and_saves_a_model(prepare: Image) -> None:
+def test_prepare_image_has_torch_and_transformers(prepare: Image) -> None:
     _run(prepare.command(["python", "-c", "import accelerate, bitsandbytes, safetensors, torch, transformers"], {}, {}))
     assert "hf://" in _run(prepare.command([*prepare.config["Entrypoint"], "--help"], {}, {}))
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_an_image_holds_its_lock_torch_and_us(name: str, request: pytest.FixtureRequest) -> None:
+def test_image_holds_exactly_its_lock_torch_and_the_project(name: str, request: pytest.FixtureRequest) -> None:
     image: Image = request.getfixturevalue(name)
     locked = set(re.findall(r"^([\w.-]+)==", (ROOT / LOCKS[name]).read_text(), re.MULTILINE))
-    code = "import importlib.metadata as m; print(*(each.name for each in m.distributions()))"
-    installed = {canonicalize_name(each) for each in _run(image.command(["python", "-c", code], {}, {})).split()}
+    code = "import importlib.metadata as m; print(*(package.name for package in m.distributions()))"
+    installed = {canonicalize_name(name) for name in _run(image.command(["python", "-c", code], {}, {})).split()}
     assert installed - locked == {"kserve-llm"} | (set() if name == "storage_initializer" else {"torch"})
-    # What is for other systems.
+    # Packages for other systems.
     assert locked - installed <= {"colorama", "httpx2-jsfetch"}
 
 
-def test_an_image_says_what_it_is(image: Image) -> None:
-    said = image.config["Labels"]
+def test_image_has_labels(image: Image) -> None:
+    labels = image.config["Labels"]
     words = ("title", "description", "licenses", "version", "revision")
-    assert all(said[f"org.opencontainers.image.{word}"] for word in words)
+    assert all(labels[f"org.opencontainers.image.{word}"] for word in words)
     assert image.config["StopSignal"] == "SIGTERM"
 
 
-def test_nothing_in_an_image_can_install_or_compile(image: Image) -> None:
+def test_image_has_no_pip_and_no_compiler(image: Image) -> None:
     for tool in ("pip", "cc", "gcc"):
         assert shutil.which(tool, path=":".join(f"{image.root}{folder}" for folder in _path(image))) is None
     failing = subprocess.run(
@@ -253,7 +254,7 @@ def test_nothing_in_an_image_can_install_or_compile(image: Image) -> None:
     assert "No module named pip" in failing.stderr
 
 
-def test_an_image_has_no_weights_and_nothing_that_its_user_could_change(image: Image) -> None:
+def test_image_has_no_weights_and_no_writable_code(image: Image) -> None:
     assert not list((image.root / "opt").rglob("*.safetensors"))
     assert not list((image.root / "opt").rglob("pytorch_model*.bin"))
     writable = [
@@ -263,18 +264,18 @@ def test_an_image_has_no_weights_and_nothing_that_its_user_could_change(image: I
     assert not [path for path in (image.root / "opt").rglob("*") if path.lstat().st_uid]
 
 
-def test_an_image_holds_no_secret(image: Image) -> None:
+def test_image_contains_no_secret(image: Image) -> None:
     assert not TOKEN.search(image.history.encode())
     assert CANARY not in image.history
-    found = {
+    leaks = {
         str(path.relative_to(image.root)): tokens
         for path in image.root.rglob("*")
         if path.is_file() and not path.is_symlink() and (tokens := _tokens(path))
     }
-    assert not found
+    assert not leaks
 
 
-def test_a_token_would_be_found(tmp_path: Path) -> None:
+def test_secret_search_finds_a_planted_token(tmp_path: Path) -> None:
     for name in ("config.json", "testing_utils.py"):
         file = tmp_path / name
         file.write_text(f"token={CANARY}")
@@ -282,9 +283,9 @@ def test_a_token_would_be_found(tmp_path: Path) -> None:
 
 
 def _tokens(path: Path) -> set[bytes]:
-    found = set(TOKEN.findall(path.read_bytes()))
+    tokens = set(TOKEN.findall(path.read_bytes()))
     # transformers publishes the token of its own test account with its source.
-    return found & {CANARY.encode()} if path.name.startswith("testing_utils.") else found
+    return tokens & {CANARY.encode()} if path.name.startswith("testing_utils.") else tokens
 
 
 def _path(image: Image) -> list[str]:

@@ -1,13 +1,14 @@
-"""What the images promise to the manifests, and what must never be in them, read from the Dockerfiles."""
+"""Rules for the Dockerfiles: agreement with the manifests, and no code or secrets in the wrong layer."""
 
 import json
 import re
-from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from devtools.paths import ROOT
+
 PROGRAMS = {
     "predictor": "manifests/serving/serving-runtime.yaml",
     "storage_initializer": "manifests/storage/download-job.yaml",
@@ -15,10 +16,10 @@ PROGRAMS = {
 
 
 def _dockerfile(program: str) -> str:
-    return (ROOT / program / "Dockerfile").read_text()
+    return (ROOT / "images" / program / "Dockerfile").read_text()
 
 
-def _container(program: str) -> tuple[dict, dict]:
+def _container(program: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The container that runs the image, and its pod."""
     spec = yaml.safe_load((ROOT / PROGRAMS[program]).read_text())["spec"]
     pod = spec.get("template", {}).get("spec", spec)
@@ -26,14 +27,14 @@ def _container(program: str) -> tuple[dict, dict]:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_user_is_that_of_the_manifests(program: str) -> None:
+def test_dockerfile_user_equals_the_manifests(program: str) -> None:
     container, pod = _container(program)
     context = pod.get("securityContext", {}) | container["securityContext"]
     assert f"USER {context['runAsUser']}:{context['runAsGroup']}\n" in _dockerfile(program)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_what_is_written_goes_where_the_manifests_mount_a_volume(program: str) -> None:
+def test_dockerfile_writable_paths_are_mounted(program: str) -> None:
     container, _ = _container(program)
     mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
     for variable in ("HOME", "HF_HOME"):
@@ -43,17 +44,17 @@ def test_what_is_written_goes_where_the_manifests_mount_a_volume(program: str) -
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_the_program_is_process_one_and_is_ended_by_sigterm(program: str) -> None:
+def test_dockerfile_entrypoint_is_the_program(program: str) -> None:
     text = _dockerfile(program)
     entry = re.findall(r"^(?:ENTRYPOINT|CMD) (.+)", text, re.MULTILINE)
-    assert [json.loads(each) for each in entry] == [["python", "-m", program]]
+    assert [json.loads(command) for command in entry] == [["python", "-m", program]]
     assert "\nSTOPSIGNAL SIGTERM\n" in text
-    # The cluster's probes decide; a second opinion inside of the image could only differ.
+    # The cluster's probes decide.
     assert "HEALTHCHECK" not in text
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_every_stage_begins_with_the_base_or_another_stage(program: str) -> None:
+def test_dockerfile_stages_start_from_the_base(program: str) -> None:
     text = _dockerfile(program)
     begins = re.findall(r"^FROM (\S+)(?: AS (\S+))?", text, re.MULTILINE)
     assert {source for source, _ in begins} <= {"${BASE}", *(stage for _, stage in begins)}
@@ -61,7 +62,7 @@ def test_every_stage_begins_with_the_base_or_another_stage(program: str) -> None
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_what_comes_from_an_index_comes_by_hash_and_through_a_cache_into_a_stage_without_our_code(program: str) -> None:
+def test_dockerfile_installs_by_hash_before_code_is_copied(program: str) -> None:
     text = re.sub(r"^ *#.*\n", "", _dockerfile(program), flags=re.MULTILINE).replace("\\\n", "")
     stages = re.split(r"^(?=FROM )", text, flags=re.MULTILINE)
     fetched = 0
@@ -77,7 +78,7 @@ def test_what_comes_from_an_index_comes_by_hash_and_through_a_cache_into_a_stage
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_a_compiler_is_in_a_stage_without_our_code_that_no_image_begins_with(program: str) -> None:
+def test_dockerfile_compiler_stage_is_not_in_the_image(program: str) -> None:
     stages = re.findall(r"(?ms)^FROM (\S+)(?: AS (\S+))?\n(.*?)(?=^FROM |\Z)", _dockerfile(program))
     sources = {name: source for source, name, _ in stages}
     (compiler,) = (name for _, name, text in stages if "apt-get install" in text)
@@ -88,8 +89,8 @@ def test_a_compiler_is_in_a_stage_without_our_code_that_no_image_begins_with(pro
         image = sources[image]
 
 
-def test_no_weights_tests_or_history_reach_the_builder() -> None:
-    """Everything is left out but what stands here: a line more must be thought about."""
+def test_dockerignore_allows_only_listed_paths() -> None:
+    """Every path in the build context is listed here, so that an addition is deliberate."""
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
     assert lines[0] == "*"
     assert {line for line in lines if line.startswith("!")} == {
@@ -98,6 +99,7 @@ def test_no_weights_tests_or_history_reach_the_builder() -> None:
         "!hatch_build.py",
         "!predictor",
         "!pyproject.toml",
-        "!images/requirements-build.txt",
+        "!images",
+        "!snapshot_format",
         "!storage_initializer",
     }

@@ -1,4 +1,4 @@
-"""What a lock installs, really: into an environment that has torch and nothing else, as the Dockerfiles do it."""
+"""Install each lock into an environment with torch only, as the Dockerfiles do."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 
 from tests.images.conftest import ROOT, Environment, locked
 
-# Where torch is CUDA's, gigabytes of it are fetched.
+# A CUDA build of torch downloads several GB.
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(900)]
 
 
@@ -22,7 +22,7 @@ def torch(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     return environment
 
 
-def test_the_initializers_lock_wants_for_nothing(tmp_path: Path) -> None:
+def test_initializer_lock_is_complete(tmp_path: Path) -> None:
     environment = Environment(tmp_path)
     path = "images/storage_initializer/requirements.txt"
     environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / path)
@@ -33,16 +33,18 @@ def test_the_initializers_lock_wants_for_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "path", ["images/storage_initializer/requirements-prepare.txt", "images/predictor/requirements.txt"]
 )
-def test_a_lock_wants_for_nothing_beside_torch(path: str, torch: Environment, tmp_path: Path) -> None:
+def test_lock_with_torch_is_complete(path: str, torch: Environment, tmp_path: Path) -> None:
     environment = Environment(tmp_path)
-    # Hard links: pip replaces files and never writes into one, and torch is half a gigabyte.
+    # Hard links are safe, since pip replaces files, and torch takes half a gigabyte.
     shutil.copytree(torch.packages, environment.packages, copy_function=os.link, dirs_exist_ok=True)
     environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / path)
     assert "No broken requirements" in environment.pip("check")
-    installed, wanted = environment.installed(), locked(path)
-    assert installed.items() >= wanted.items()
-    # Where the index has CUDA's build, its libraries come with torch.
-    others = {name for name in installed.keys() - wanted.keys() if not name.startswith(("cuda-", "nvidia-", "triton"))}
+    installed, expected = environment.installed(), locked(path)
+    assert installed.items() >= expected.items()
+    # A CUDA build of torch installs its libraries.
+    others = {
+        name for name in installed.keys() - expected.keys() if not name.startswith(("cuda-", "nvidia-", "triton"))
+    }
     assert others == {"torch"}
 
 
@@ -55,7 +57,7 @@ def test_a_lock_wants_for_nothing_beside_torch(path: str, torch: Environment, tm
         "images/predictor/requirements.txt",
     ],
 )
-def test_a_lock_has_wheels_for_arm64(path: str, tmp_path: Path) -> None:
+def test_lock_has_arm64_wheels(path: str, tmp_path: Path) -> None:
     (python,) = re.findall(
         r"^ARG BASE=python:(3\.\d+)", (ROOT / "images/predictor/Dockerfile").read_text(), re.MULTILINE
     )
@@ -68,7 +70,7 @@ def test_a_lock_has_wheels_for_arm64(path: str, tmp_path: Path) -> None:
         "--python-version",
         python,
     ]
-    # The Dockerfiles bring a compiler for psutil.
+    # The Dockerfiles compile psutil.
     words += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "--no-binary", "psutil"]
     uv = [Path(sys.executable).parent / "uv", "pip", "install"]
     done = subprocess.run([*uv, *words, "--requirement", ROOT / path], capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
-"""The images' requirements hold exactly what the programs need, in the versions that the tests run with, by hash.
+"""The images' locks hold exactly the required packages, at the tested versions, with hashes.
 
-Offline: what a package needs is asked of the packages installed here, which have the same versions. `make lint` runs
-this one too.
+Offline: requirements come from the metadata of the installed packages, which have the same versions. `make lint` runs
+this file too.
 """
 
 import importlib.metadata
@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def _needs(*extras: str, group: str | None = None) -> list[str]:
-    """Requirements as pyproject.toml says them."""
+    """Requirements from pyproject.toml."""
     project = PROJECT["project"]
     words = [] if group == "build" else list(project["dependencies"])
     for extra in extras:
@@ -43,43 +43,43 @@ def _constrained() -> dict[str, str]:
 
 
 def _closure(words: list[str]) -> set[str]:
-    """Names of all that these requirements bring along here, without torch and what is only torch's."""
+    """Names of all packages that these requirements install here, without torch and its own requirements."""
     names: set[str] = set()
-    seen: set[tuple[str, frozenset[str]]] = set()
+    visited: set[tuple[str, frozenset[str]]] = set()
     waiting = [(Requirement(word), frozenset({""})) for word in words]
     while waiting:
         requirement, extras = waiting.pop()
         name = canonicalize_name(requirement.name)
-        wanted = any(requirement.marker.evaluate({"extra": extra}) for extra in extras) if requirement.marker else True
+        applies = any(requirement.marker.evaluate({"extra": extra}) for extra in extras) if requirement.marker else True
         key = (name, frozenset(requirement.extras))
-        if not wanted or name == "torch" or key in seen:
+        if not applies or name == "torch" or key in visited:
             continue
-        seen.add(key)
+        visited.add(key)
         names.add(name)
         needs = importlib.metadata.requires(name) or []
         waiting += [(Requirement(need), frozenset({"", *requirement.extras})) for need in needs]
     return names
 
 
-# What builds the wheel is installed only where pip builds one, so there is nothing here to ask.
+# The build backend is not installed here, so its requirements are unknown.
 @pytest.mark.parametrize("path", sorted(LOCKS.keys() - {"images/requirements-build.txt"}))
-def test_a_lock_holds_what_is_needed_and_nothing_else(path: str) -> None:
+def test_lock_holds_exactly_the_required_packages(path: str) -> None:
     assert set(locked(path)) == _closure(LOCKS[path]), "run `make lock`"
 
 
 @pytest.mark.parametrize("path", LOCKS)
-def test_a_lock_has_the_versions_that_the_tests_run_with(path: str) -> None:
-    constrained, ours = _constrained(), locked(path)
-    differing = {name: version for name, version in ours.items() if constrained.get(name, version) != version}
+def test_lock_versions_equal_the_constraints(path: str) -> None:
+    constrained, pinned = _constrained(), locked(path)
+    differing = {name: version for name, version in pinned.items() if constrained.get(name, version) != version}
     assert not differing, "run `make lock`"
     for word in LOCKS[path]:
         requirement = Requirement(word)
         name = canonicalize_name(requirement.name)
-        assert name == "torch" or requirement.specifier.contains(ours[name]), f"{word}: run `make lock`"
+        assert name == "torch" or requirement.specifier.contains(pinned[name]), f"{word}: run `make lock`"
 
 
 @pytest.mark.parametrize("path", LOCKS)
-def test_a_lock_says_a_hash_for_everything_and_no_index(path: str) -> None:
+def test_lock_has_hashes_and_no_index(path: str) -> None:
     text = (ROOT / path).read_text()
     entries = re.findall(r"^[A-Za-z0-9]", text, re.MULTILINE)
     assert len(entries) == len(PINNED.findall(text)) > 1
@@ -88,5 +88,5 @@ def test_a_lock_says_a_hash_for_everything_and_no_index(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["images/predictor/Dockerfile", "images/storage_initializer/Dockerfile"])
-def test_torch_is_the_version_that_the_tests_run_with(path: str) -> None:
+def test_dockerfile_torch_version_equals_the_constraints(path: str) -> None:
     assert f"ARG TORCH_VERSION={_constrained()['torch']}\n" in (ROOT / path).read_text()

@@ -1,4 +1,4 @@
-"""The wheel, built from a copy of the sources by what the images build it with."""
+"""Build the wheel from a copy of the sources, as the images do."""
 
 import platform
 import re
@@ -32,12 +32,12 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> Path:
-    """What a wheel is made of, with a library that lies about and, as in an image, no .gitignore to keep it out."""
+    """Sources of the wheel with a stale library and, as in an image, no .gitignore that excludes it."""
     folder = tmp_path / "sources"
     folder.mkdir()
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("predictor", "preflight", "storage_initializer"):
+    for name in ("predictor", "preflight", "snapshot_format", "storage_initializer"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (folder / LIBRARY).write_bytes(STALE)
     return folder
@@ -53,7 +53,7 @@ def _wheel(builder: Environment, sources: Path) -> Path:
 
 @on_amd64
 @pytest.mark.skipif(not shutil.which("cc"), reason="there is no C compiler")
-def test_a_wheel_has_what_was_compiled_for_this_platform(
+def test_wheel_with_a_compiler_contains_the_library(
     builder: Environment, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("CC", raising=False)
@@ -66,7 +66,7 @@ def test_a_wheel_has_what_was_compiled_for_this_platform(
 
 
 @on_amd64
-def test_a_wheel_without_a_compiler_is_for_every_platform_and_has_nothing_stale(
+def test_wheel_without_a_compiler_is_pure_python(
     builder: Environment, sources: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "/nonexistent")
@@ -76,7 +76,7 @@ def test_a_wheel_without_a_compiler_is_for_every_platform_and_has_nothing_stale(
         assert not [name for name in archive.namelist() if name.endswith((".c", ".h", ".o", ".so"))]
 
 
-def test_the_initializers_sources_are_a_wheel_by_themselves(builder: Environment, sources: Path) -> None:
+def test_wheel_of_the_initializer_builds_without_the_predictor(builder: Environment, sources: Path) -> None:
     for name in ("predictor", "preflight"):
         shutil.rmtree(sources / name)
     wheel = _wheel(builder, sources)
@@ -86,15 +86,16 @@ def test_the_initializers_sources_are_a_wheel_by_themselves(builder: Environment
     assert not (sources / "predictor").exists()
 
 
-def test_a_source_distribution_has_what_is_compiled_and_nothing_that_was(builder: Environment, sources: Path) -> None:
+def test_sdist_contains_c_sources_and_no_binaries(builder: Environment, sources: Path) -> None:
     shutil.copy(ROOT / ".gitignore", sources)
     command = [builder.python, "-m", "hatchling", "build", "--target", "sdist", "--directory", sources.parent]
     subprocess.run(command, cwd=sources, check=True)
     (archive,) = sources.parent.glob("*.tar.gz")
     shutil.unpack_archive(archive, sources.parent, filter="data")
     (unpacked,) = (path.parent for path in sources.parent.glob("*/PKG-INFO"))
-    assert {path.name for path in (unpacked / "predictor").glob("*.[ch]")} == {"avx512.h", "int8.c", "paged.c"}
+    sources_in = {path.name for path in (unpacked / "predictor/kernels/csrc").glob("*.[ch]")}
+    assert sources_in == {path.name for path in (ROOT / "predictor/kernels/csrc").glob("*.[ch]")} != set()
     assert (unpacked / "hatch_build.py").is_file()
     assert not list(unpacked.rglob("*.so"))
-    # Building one leaves what an editable installation has in its place.
+    # Building a source distribution leaves an editable installation's library in place.
     assert (sources / LIBRARY).read_bytes() == STALE

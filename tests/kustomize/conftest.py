@@ -1,4 +1,4 @@
-"""Renders every kustomization of the tree, once per session, into objects to ask questions of."""
+"""Renderings of every kustomization of the tree, made once per session."""
 
 import json
 import os
@@ -10,18 +10,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import yaml
 
+from devtools.paths import ROOT
 from preflight import offline
 from preflight.checks import schema, settings
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = sorted(
     path.parent.relative_to(ROOT)
     for top in ("kustomize", "manifests")
@@ -30,17 +29,35 @@ FOLDERS = sorted(
 OVERLAYS = [folder for folder in FOLDERS if folder.parts[1] == "overlays"]
 COMPONENTS = [folder for folder in FOLDERS if folder.parts[1] == "components"]
 DEPLOYMENTS = [folder for folder in FOLDERS if folder.parts[0] == "kustomize"]
+"""Kustomizations with an InferenceService: base, overlays and components."""
+KUSTOMIZE, MANIFESTS = ROOT / "kustomize", ROOT / "manifests"
 BASE = Path("kustomize/base")
+DEV = Path("kustomize/overlays/dev")
+PROD = Path("kustomize/overlays/prod")
 IMAGES = Path("kustomize/components/images")
+KNATIVE_CONFIG_MAP = Path("manifests/cluster/knative-config-map")
+KNATIVE_SERVING = Path("manifests/cluster/knative-serving")
+STORAGE_CONTAINER = Path("manifests/cluster/storage-container")
 PINNED = f"hf://owner/model:{'a' * 40}"
+
+Render = Callable[[Path], "Rendered"]
+Preflight = Callable[[Deployment], list[str]]
+
+
+def component_folder(name: str) -> Path:
+    return Path("kustomize/components") / name
 
 
 @dataclass(frozen=True)
 class Rendered(Deployment):
-    """The objects of one kustomization; a component stands for base with that component added."""
+    """The objects of one kustomization; a component is rendered on top of base."""
 
     path: Path
-    """The folder that this is the rendering of."""
+    """The folder that was rendered."""
+
+    @property
+    def readme(self) -> str:
+        return (ROOT / self.path / "README.md").read_text()
 
     def one(self, kind: str) -> Manifest:
         [manifest] = self.all(kind)
@@ -53,8 +70,13 @@ class Rendered(Deployment):
         return container
 
 
-@cache
-def _render(folder: Path) -> tuple[Manifest, ...]:
+class RenderWith(Protocol):
+    """Renders a folder with components and settings added."""
+
+    def __call__(self, folder: Path, *components: Path, reference: str = ..., **predictor: str) -> Rendered: ...
+
+
+def kustomize(folder: Path) -> tuple[Manifest, ...]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed")
@@ -65,13 +87,13 @@ def _render(folder: Path) -> tuple[Manifest, ...]:
 
 
 @pytest.fixture(scope="session")
-def render_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rendered]:
-    """Renders a folder below a throw-away overlay, which adds components and says its own MODEL_REFERENCE."""
-
+def render_with(tmp_path_factory: pytest.TempPathFactory) -> RenderWith:
+    """Renders a folder through a temporary overlay that adds components and sets MODEL_REFERENCE."""
     overlays = tmp_path_factory.mktemp("overlays").resolve()
 
+    @cache
     def render(folder: Path, *components: Path, reference: str = PINNED, **predictor: str) -> Rendered:
-        # Not by the factory, whose numbers several threads would fight for.
+        # mkdtemp is safe with threads; the factory's numbering is not.
         above = Path(tempfile.mkdtemp(dir=overlays))
         kustomization = {
             "resources": [os.path.relpath(ROOT / folder, above)],
@@ -82,78 +104,56 @@ def render_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Rende
             ],
         }
         (above / "kustomization.yaml").write_text(yaml.safe_dump(kustomization))
-        return Rendered(_render(above), components[0] if components else folder)
+        return Rendered(kustomize(above), components[0] if components else folder)
 
     return render
 
 
 @pytest.fixture(scope="session")
-def render(render_with: Callable[..., Rendered]) -> Callable[[Path], Rendered]:
-    """Renders a folder of the tree as it is; a component on base, with images."""
+def render(render_with: RenderWith) -> Render:
+    """Renders a folder of the tree unchanged; a component on base, with images."""
 
     @cache
     def render(folder: Path) -> Rendered:
         if folder in COMPONENTS:
             return render_with(BASE, *dict.fromkeys([folder, IMAGES]))
-        return Rendered(_render(ROOT / folder), folder)
+        return Rendered(kustomize(ROOT / folder), folder)
 
     return render
 
 
 @pytest.fixture(params=FOLDERS, ids=str)
-def rendered(request: pytest.FixtureRequest, render: Callable[[Path], Rendered]) -> Rendered:
+def rendered(request: pytest.FixtureRequest, render: Render) -> Rendered:
     """Every kustomization of the tree in turn."""
     return render(request.param)
 
 
 @pytest.fixture(params=DEPLOYMENTS, ids=str)
-def deployment(request: pytest.FixtureRequest, render: Callable[[Path], Rendered]) -> Rendered:
-    """Base, every overlay and every component in turn: what has an InferenceService."""
+def deployment(request: pytest.FixtureRequest, render: Render) -> Rendered:
+    """Base, every overlay and every component in turn."""
     return render(request.param)
 
 
 @pytest.fixture(params=OVERLAYS, ids=str)
-def overlay(request: pytest.FixtureRequest, render: Callable[[Path], Rendered]) -> Rendered:
+def overlay(request: pytest.FixtureRequest, render: Render) -> Rendered:
     """Every overlay in turn."""
     return render(request.param)
 
 
 @pytest.fixture(params=COMPONENTS, ids=str)
-def component(request: pytest.FixtureRequest, render: Callable[[Path], Rendered]) -> Rendered:
+def component(request: pytest.FixtureRequest, render: Render) -> Rendered:
     """Every component in turn, on base."""
     return render(request.param)
 
 
-@pytest.fixture(scope="session")
-def tree() -> SimpleNamespace:
-    """Where things are."""
-    return SimpleNamespace(
-        root=ROOT,
-        kustomize=ROOT / "kustomize",
-        manifests=ROOT / "manifests",
-        folders=FOLDERS,
-        base=BASE,
-        overlays=OVERLAYS,
-        components=COMPONENTS,
-        dev=Path("kustomize/overlays/dev"),
-        prod=Path("kustomize/overlays/prod"),
-        images=IMAGES,
-        knative_config_map=Path("manifests/cluster/knative-config-map"),
-        knative_serving=Path("manifests/cluster/knative-serving"),
-        storage_container=Path("manifests/cluster/storage-container"),
-        component=lambda name: Path("kustomize/components") / name,
-    )
-
-
-class Remembering(Schemas):
-    """As the original, which reads megabytes of JSON for every object; most objects are in many renderings."""
+class CachedSchemas(Schemas):
+    """Schemas that validate equal objects once: most objects are in many renderings."""
 
     def problems(self, manifest: Manifest) -> list[str] | None:
-        """What is wrong with an object, asked once."""
-        return self._remembered(json.dumps(manifest))
+        return self._cached(json.dumps(manifest))
 
     @cache  # noqa: B019 - there is one, and it lives as long as the session
-    def _remembered(self, text: str) -> list[str] | None:
+    def _cached(self, text: str) -> list[str] | None:
         return super().problems(json.loads(text))
 
 
@@ -165,44 +165,49 @@ def definitions() -> list[Manifest]:
 
 
 @pytest.fixture(scope="session")
-def schemas(definitions: list[Manifest]) -> Schemas:
-    """What the API server knows."""
+def cached_schemas(definitions: list[Manifest]) -> Schemas:
+    return CachedSchemas(definitions)
+
+
+@pytest.fixture(scope="session")
+def schemas(definitions: list[Manifest], cached_schemas: Schemas) -> Schemas:
+    """The schemas of core and custom kinds."""
     if not definitions:
         pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, Prometheus' operator and KEDA")
-    return Remembering(definitions)
+    return cached_schemas
 
 
 @pytest.fixture(scope="session")
-def look(definitions: list[Manifest]) -> Callable[[Deployment], list[str]]:
-    """What preflight says of a rendering; without CRD_DIR, custom kinds are taken as they are."""
-    schemas, known = Remembering(definitions), settings.known_keys(ROOT / BASE)
+def preflight_findings(definitions: list[Manifest], cached_schemas: Schemas) -> Preflight:
+    """Preflight's findings of a rendering; without CRD_DIR, custom kinds are not validated."""
+    known = settings.known_keys(ROOT / BASE)
 
-    def look(rendered: Deployment) -> list[str]:
-        findings = offline.check(rendered, schemas, known)
+    def findings(rendered: Deployment) -> list[str]:
+        findings = offline.check(rendered, cached_schemas, known)
         return [str(finding) for finding in findings if definitions or "were not checked" not in finding.problem]
 
-    return look
+    return findings
 
 
 @pytest.fixture(scope="session")
-def sdk_round_trip() -> Callable[[Manifest, str], Manifest]:
-    """Loads a manifest into a class of the KServe SDK or the Kubernetes client, and writes it out again."""
+def sdk_round_trip() -> Callable[[Manifest, str], Any]:
+    """Loads a manifest into a class of the KServe SDK or the Kubernetes client, and serializes it again."""
     import kserve
     import kubernetes.client
     from kserve.api_client import ApiClient
 
     def load(value: Any, type_name: str) -> Any:
-        """As the clients' own deserializers, of which neither knows the classes and the notation of the other."""
+        """Deserialize with the classes and notations of both clients; neither knows the other's."""
         if matched := re.fullmatch(r"[Ll]ist\[(.+)\]", type_name):
-            return [load(each, matched[1]) for each in value]
+            return [load(item, matched[1]) for item in value]
         model = getattr(kserve, type_name, None) or getattr(kubernetes.client, type_name, None)
         if model is None:
             return value
         types = model.openapi_types
-        known = {name: key for name, key in model.attribute_map.items() if key in value}
-        return model(**{name: load(value[key], types[name]) for name, key in known.items()})
+        keys = {name: key for name, key in model.attribute_map.items() if key in value}
+        return model(**{name: load(value[key], types[name]) for name, key in keys.items()})
 
-    def round_trip(manifest: Manifest, class_name: str) -> Manifest:
+    def round_trip(manifest: Manifest, class_name: str) -> Any:
         # Not the Kubernetes client's: from version 37 on it writes the SDK's classes in snake case.
         return ApiClient().sanitize_for_serialization(load(manifest, class_name))
 

@@ -1,98 +1,159 @@
-"""What each component does to base, and that those which may meet get along."""
+"""Effects of each component on base, and renderings of components that may be combined."""
 
 import itertools
 import json
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
+from devtools.paths import ROOT
 from preflight.checks import knative
+from tests.kustomize.conftest import (
+    BASE,
+    COMPONENTS,
+    IMAGES,
+    MANIFESTS,
+    STORAGE_CONTAINER,
+    Preflight,
+    Render,
+    Rendered,
+    RenderWith,
+    component_folder,
+)
+
+Added = Callable[[str], Rendered]
 
 
 @pytest.fixture(scope="session")
-def base(render_with, tree):
-    return render_with(tree.base, tree.images)
+def base(render_with: RenderWith) -> Rendered:
+    return render_with(BASE, IMAGES)
 
 
 @pytest.fixture
-def added(render, tree):
-    """Base with the component of that name."""
-    return lambda name: render(tree.component(name))
+def added(render: Render) -> Added:
+    """Renders base with the component of a name."""
+    return lambda name: render(component_folder(name))
 
 
-def strangers(tree):
-    """Pairs of components that do not go together, by what their READMEs say."""
-    pairs = set()
-    for folder in tree.components:
-        said = re.findall(
-            r"^Not with: (.+?)\n\n", (tree.root / folder / "README.md").read_text(), re.MULTILINE | re.DOTALL
-        )
-        pairs |= {frozenset((folder.name, other)) for other in re.findall(r"`([a-z0-9-]+)`", "".join(said))}
-    return pairs
+# Combinations
 
 
-def test_readmes_agree_on_who_does_not_go_together(tree):
-    names = {folder.name for folder in tree.components}
-    for pair in strangers(tree):
-        assert pair <= names, pair
-        for name, other in itertools.permutations(pair):
-            readme = (tree.kustomize / "components" / name / "README.md").read_text()
+def excluded(folder: Path) -> set[str]:
+    """Names that follow "Not with:" in a component's README."""
+    readme = (ROOT / folder / "README.md").read_text()
+    sentences = re.findall(r"^Not with: (.+?)\n\n", readme, re.MULTILINE | re.DOTALL)
+    return set(re.findall(r"`([a-z0-9-]+)`", "".join(sentences)))
+
+
+CONFLICTS = {frozenset((folder.name, name)) for folder in COMPONENTS for name in excluded(folder)}
+PAIRS = [
+    pair
+    for pair in itertools.combinations([folder for folder in COMPONENTS if folder != IMAGES], 2)
+    if frozenset(folder.name for folder in pair) not in CONFLICTS
+]
+"""Pairs of components that may be combined, in the order in which an overlay lists them."""
+
+
+def clique_cover(pairs: list[tuple[Path, Path]]) -> list[tuple[Path, ...]]:
+    """Sets of mutually compatible components that contain every pair, each grown greedily."""
+    uncovered, sets = dict.fromkeys(pairs), []
+    while uncovered:
+        clique = list(next(iter(uncovered)))
+        while True:
+            candidates = {
+                folder: sum(tuple(sorted((folder, member))) in uncovered for member in clique)
+                for folder in COMPONENTS
+                if all(tuple(sorted((folder, member))) in pairs for member in clique)
+            }
+            if not candidates:
+                break
+            clique.append(max(candidates, key=lambda folder: candidates[folder]))
+        sets.append(tuple(sorted(clique)))
+        for pair in itertools.combinations(sorted(clique), 2):
+            uncovered.pop(pair, None)
+    return sets
+
+
+SETS = clique_cover(PAIRS)
+
+
+def test_readmes_exclude_each_other_mutually() -> None:
+    assert CONFLICTS
+    names = {folder.name for folder in COMPONENTS}
+    for conflict in CONFLICTS:
+        assert conflict <= names, conflict
+        for name, other in itertools.permutations(conflict):
+            readme = (ROOT / component_folder(name) / "README.md").read_text()
             assert f"`{other}`" in readme.partition("Not with:")[2], f"{name} does not mention {other}"
 
 
+def test_clique_cover_contains_every_pair_and_no_conflict() -> None:
+    combined = {pair for folders in SETS for pair in itertools.combinations(folders, 2)}
+    assert len(PAIRS) > 100
+    assert combined == set(PAIRS)
+
+
+@pytest.mark.parametrize("folders", SETS, ids=lambda folders: f"{folders[0].name}-and-{len(folders) - 1}-more")
+def test_compatible_components_pass_preflight(
+    render_with: RenderWith, preflight_findings: Preflight, folders: tuple[Path, ...]
+) -> None:
+    def findings(*components: Path) -> list[str]:
+        return preflight_findings(render_with(BASE, *components, IMAGES))
+
+    if found := findings(*folders):
+        pairs = {pair: findings(*pair) for pair in itertools.combinations(folders, 2)}
+        culprits = {f"{one.name} and {other.name}": of_pair for (one, other), of_pair in pairs.items() if of_pair}
+        pytest.fail(f"{found}; by pair: {culprits or 'no pair alone fails'}")
+
+
 @pytest.mark.slow
-def test_every_pair_that_makes_sense_renders_and_passes_preflight(tree, render_with, look):
-    apart = strangers(tree)
-    pairs = [
-        (one, other)
-        for one, other in itertools.combinations([each for each in tree.components if each != tree.images], 2)
-        if frozenset((one.name, other.name)) not in apart
-    ]
-    assert len(pairs) > 100
-
-    def wrong(pair):
-        return [f"{pair}: {finding}" for finding in look(render_with(tree.base, *pair, tree.images))]
-
-    with ThreadPoolExecutor() as pool:
-        assert list(itertools.chain(*pool.map(wrong, pairs))) == []
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0].name}-and-{pair[1].name}")
+def test_compatible_pair_passes_preflight(
+    render_with: RenderWith, preflight_findings: Preflight, pair: tuple[Path, Path]
+) -> None:
+    assert preflight_findings(render_with(BASE, *pair, IMAGES)) == []
 
 
-def test_gpu(added):
+# Single components
+
+
+def test_gpu_sets_limits_tolerations_and_device(added: Added) -> None:
     gpu = added("gpu")
     assert (
         gpu.server["resources"]["requests"]["nvidia.com/gpu"]
         == gpu.server["resources"]["limits"]["nvidia.com/gpu"]
         == "1"
     )
-    assert {each["key"] for each in gpu.predictor["tolerations"]} == {"nvidia.com/gpu", "sku"}
+    assert {item["key"] for item in gpu.predictor["tolerations"]} == {"nvidia.com/gpu", "sku"}
     assert gpu.settings["PREDICTOR_DEVICE"] == "cuda"
 
 
-def test_gpu_mig(added):
+def test_gpu_mig_replaces_the_gpu_with_a_slice(added: Added) -> None:
     limits = added("gpu-mig").server["resources"]["limits"]
     assert [name for name in limits if name.startswith("nvidia.com/")] == ["nvidia.com/mig-3g.40gb"]
 
 
-def test_scale_to_zero(added, base):
+def test_scale_to_zero_sets_its_annotations(added: Added, base: Rendered) -> None:
     keys = {"window", "scale-to-zero-pod-retention-period", "initial-scale"}
     annotations = added("scale-to-zero").annotations
     assert {key for key in keys if f"autoscaling.knative.dev/{key}" in annotations} == keys
     assert annotations != base.annotations
 
 
-def test_always_on(added):
+def test_always_on_keeps_one_replica(added: Added) -> None:
     always_on = added("always-on")
     assert always_on.predictor["minReplicas"] == 1
     assert "autoscaling.knative.dev/scale-to-zero-pod-retention-period" not in always_on.annotations
 
 
 @pytest.mark.parametrize("name", ["standard-mode", "autoscaling-hpa", "autoscaling-keda", "ingress"])
-def test_what_is_for_standard_mode_brings_it(added, name):
+def test_standard_mode_component_includes_standard_mode(added: Added, name: str) -> None:
     standard = added(name)
     assert not standard.is_knative
     assert standard.predictor["minReplicas"] == 1
@@ -100,148 +161,148 @@ def test_what_is_for_standard_mode_brings_it(added, name):
     assert knative.flags(standard) == set()
 
 
-def test_autoscaling_hpa(added):
-    metrics = [each["resource"] for each in added("autoscaling-hpa").predictor["autoScaling"]["metrics"]]
-    assert {each["name"]: each["target"]["averageUtilization"] for each in metrics} == {"cpu": 80, "memory": 80}
+def test_autoscaling_hpa_scales_on_cpu_and_memory(added: Added) -> None:
+    metrics = [item["resource"] for item in added("autoscaling-hpa").predictor["autoScaling"]["metrics"]]
+    assert {item["name"]: item["target"]["averageUtilization"] for item in metrics} == {"cpu": 80, "memory": 80}
 
 
-def test_knative_gives_a_replica_as_many_requests_as_it_decodes_together(base):
+def test_base_scale_target_equals_max_num_seqs(base: Rendered) -> None:
     running = int(base.settings["PREDICTOR_MAX_NUM_SEQS"])
     assert (base.predictor["scaleTarget"], base.predictor["containerConcurrency"]) == (running, running)
 
 
-def test_autoscaling_keda_asks_for_three_quarters_of_a_batch(added):
+def test_autoscaling_keda_target_is_three_quarters_of_max_num_seqs(added: Added) -> None:
     keda = added("autoscaling-keda")
     [metric] = keda.predictor["autoScaling"]["metrics"]
     assert int(metric["external"]["target"]["value"]) == 0.75 * int(keda.settings["PREDICTOR_MAX_NUM_SEQS"])
     assert 'kserve_llm_num_requests_waiting{model_name="llm"}' in metric["external"]["metric"]["query"]
 
 
-def test_hf_token_is_a_new_job(added, base):
+def test_hf_token_makes_a_new_job(added: Added, base: Rendered) -> None:
     assert added("hf-token").one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]
 
 
-def test_init_container_downloads_instead_of_the_job(added, base):
+def test_init_container_replaces_the_job(added: Added, base: Rendered) -> None:
     init = added("init-container")
     assert not init.all("Job")
     [(pod, container)] = init.downloads
     [(_, job)] = base.downloads
     assert pod == init.predictor_pod
-    # KServe mounts nothing where this name is taken.
+    # KServe mounts nothing into the predictor if this name is taken.
     assert container["name"] != "storage-initializer"
     for field in ("image", "args", "resources", "volumeMounts", "terminationMessagePolicy"):
         assert container[field] == job[field], field
-    # Knative admits no security context of the pod, so the container says what the Job's pod says.
+    # Knative admits no pod security context, so the container repeats that of the Job's pod.
     assert container["securityContext"] == base.server["securityContext"]
 
 
-def test_local_storage(added):
+def test_local_storage_has_one_replica(added: Added) -> None:
     local = added("local-storage")
     assert local.one("PersistentVolumeClaim")["spec"]["accessModes"] == ["ReadWriteOnce"]
     assert local.predictor["maxReplicas"] == 1
 
 
-def test_offline_mirror_trusts_what_it_mounts(added):
+def test_offline_mirror_trusts_the_mounted_certificates(added: Added) -> None:
     mirror = added("offline-mirror")
-    told = mirror.environment(mirror.download)
-    assert told["HF_ENDPOINT"] != "https://huggingface.co"
-    [mount] = [each for each in mirror.download["volumeMounts"] if each["name"] == "ca"]
-    assert told["SSL_CERT_FILE"] == f"{mount['mountPath']}/ca.crt"
+    environment = mirror.environment(mirror.download)
+    assert environment["HF_ENDPOINT"] != "https://huggingface.co"
+    [mount] = [item for item in mirror.download["volumeMounts"] if item["name"] == "ca"]
+    assert environment["SSL_CERT_FILE"] == f"{mount['mountPath']}/ca.crt"
 
 
-def test_quantization_8bit(added):
+def test_quantization_8bit_sets_the_quantization(added: Added) -> None:
     assert added("quantization-8bit").settings["PREDICTOR_QUANTIZATION"] == "8bit"
 
 
-def test_prepared_8bit_is_another_job_in_the_image_with_torch(added, base):
+def test_prepared_8bit_makes_a_new_job_in_the_image_with_torch(added: Added, base: Rendered) -> None:
     prepared = added("prepared-8bit")
     assert prepared.settings["PREDICTOR_QUANTIZATION"] == "8bit"
     assert prepared.one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]
-    told = prepared.environment(prepared.download)
-    assert told["STORAGE_INITIALIZER_PREPARE"] == "int8-cpu"
-    assert told["OMP_NUM_THREADS"] == prepared.download["resources"]["limits"]["cpu"]
-    assert prepared.download["image"] == told["DOWNLOAD_IMAGE"] == f"{base.download['image']}-prepare"
+    environment = prepared.environment(prepared.download)
+    assert environment["STORAGE_INITIALIZER_PREPARE"] == "int8-cpu"
+    assert environment["OMP_NUM_THREADS"] == prepared.download["resources"]["limits"]["cpu"]
+    assert prepared.download["image"] == environment["DOWNLOAD_IMAGE"] == f"{base.download['image']}-prepare"
 
 
-def test_api_keys_are_read_where_they_are_mounted(added):
+def test_api_keys_file_is_in_the_mounted_directory(added: Added) -> None:
     keys = added("api-keys")
-    [mount] = [each for each in keys.server["volumeMounts"] if each["name"] == "api-keys"]
+    [mount] = [item for item in keys.server["volumeMounts"] if item["name"] == "api-keys"]
     assert keys.settings["PREDICTOR_API_KEYS_FILE"] == f"{mount['mountPath']}/keys"
     assert "subPath" not in mount
 
 
-def test_tracing_is_on_and_lets_the_predictor_out_to_its_collector_alone(render_with, tree):
-    tracing = render_with(tree.base, tree.component("network-policy"), tree.component("tracing"), tree.images)
+def test_tracing_allows_egress_to_dns_and_its_collector_only(render_with: RenderWith) -> None:
+    tracing = render_with(BASE, component_folder("network-policy"), component_folder("tracing"), IMAGES)
     assert tracing.settings["PREDICTOR_TRACING"] == "true"
-    policy = tracing.find("NetworkPolicy", "predictor")["spec"]
+    manifest = tracing.find("NetworkPolicy", "predictor")
+    assert manifest
+    policy = manifest["spec"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
-    assert (
-        policy["ingress"]
-        == render_with(tree.base, tree.component("network-policy")).find("NetworkPolicy", "predictor")["spec"][
-            "ingress"
-        ]
-    )
+    untraced = render_with(BASE, component_folder("network-policy")).find("NetworkPolicy", "predictor")
+    assert untraced
+    assert policy["ingress"] == untraced["spec"]["ingress"]
     [names, collector] = policy["egress"]
     assert names == {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}
     [to], [port] = collector["to"], collector["ports"]
     namespace = to["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
     endpoint = urlsplit(tracing.settings["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    assert endpoint.hostname
     assert (endpoint.hostname.partition(".")[2], endpoint.port) == (namespace, port["port"])
 
 
-def test_tracing_adds_no_policy_where_there_is_none_and_leaves_the_collector_to_the_overlay(render_with, tree):
+def test_tracing_without_network_policy_adds_none_and_keeps_the_overlay_endpoint(render_with: RenderWith) -> None:
     endpoint = "http://collector.example.internal:4318"
-    tracing = render_with(tree.base, tree.component("tracing"), tree.images, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
+    tracing = render_with(BASE, component_folder("tracing"), IMAGES, OTEL_EXPORTER_OTLP_ENDPOINT=endpoint)
     assert tracing.all("NetworkPolicy") == []
     assert tracing.settings["OTEL_EXPORTER_OTLP_ENDPOINT"] == endpoint
 
 
-def test_tracing_before_the_policy_that_it_patches_is_noticed(render_with, tree, look):
-    components = (tree.component(name) for name in ("tracing", "network-policy", "images"))
-    [finding] = look(render_with(tree.base, *components))
+def test_tracing_before_network_policy_is_a_finding(render_with: RenderWith, preflight_findings: Preflight) -> None:
+    components = (component_folder(name) for name in ("tracing", "network-policy", "images"))
+    [finding] = preflight_findings(render_with(BASE, *components))
     assert "list component tracing after network-policy" in finding
 
 
-def test_ingress_is_the_only_one(added):
+def test_ingress_disables_the_ingress_of_kserve(added: Added) -> None:
     ingress = added("ingress")
     assert ingress.service["metadata"]["labels"]["networking.kserve.io/visibility"] == "cluster-local"
     assert ingress.one("Ingress")["metadata"]["name"] != ingress.name
 
 
-def test_canary(added):
+def test_canary_sets_a_percentage(added: Added) -> None:
     assert 0 < added("canary").predictor["canaryTrafficPercent"] < 100
 
 
-def test_stop(added):
+def test_stop_sets_its_annotation(added: Added) -> None:
     assert added("stop").annotations["serving.kserve.io/stop"] == "true"
 
 
-def test_images_replaces_every_image_of_the_manifests(base):
+def test_images_replaces_every_image(base: Rendered) -> None:
     images = [container["image"] for pod in base.pods for container in pod.containers]
     assert all(re.fullmatch(r"[\w.-]+\.\w+/[\w./-]+(:\d[\w.-]*|@sha256:[0-9a-f]{64})", image) for image in images)
-    assert {each["imagePullPolicy"] for pod in base.pods for each in pod.containers} == {"IfNotPresent"}
+    assert {item["imagePullPolicy"] for pod in base.pods for item in pod.containers} == {"IfNotPresent"}
 
 
-def test_the_cluster_storage_container_is_ours_for_pinned_references_with_an_at(render, tree):
-    spec = render(tree.storage_container).one("ClusterStorageContainer")["spec"]
+def test_cluster_storage_container_matches_only_references_with_an_at(render: Render) -> None:
+    spec = render(STORAGE_CONTAINER).one("ClusterStorageContainer")["spec"]
     [uri_format] = spec["supportedUriFormats"]
     assert re.match(uri_format["regex"], f"hf://owner/model@{'a' * 40}")
     assert not re.match(uri_format["regex"], f"hf://owner/model:{'a' * 40}")
-    # KServe gives the arguments, and finds the container by its name.
+    # KServe sets the arguments, and selects the container by its name.
     assert "args" not in spec["container"]
     assert spec["container"]["name"] == "storage-initializer"
     assert ":" in spec["container"]["image"]
 
 
-def test_monitoring_brings_monitor_rules_and_a_dashboard(added):
+def test_monitoring_adds_monitor_rules_and_dashboard(added: Added) -> None:
     monitoring = added("monitoring")
     [group, _] = monitoring.one("PrometheusRule")["spec"]["groups"]
     assert group["name"] == "kserve-llm-recording"
-    [dashboard] = [each for each in monitoring.all("ConfigMap") if "grafana_dashboard" in each["metadata"]["labels"]]
+    [dashboard] = [item for item in monitoring.all("ConfigMap") if "grafana_dashboard" in item["metadata"]["labels"]]
     assert json.loads(dashboard["data"]["kserve-llm.json"])["title"] == "KServe LLM"
 
 
-def test_prometheus_reads_the_predictor_always_and_the_queue_proxy_where_kserve_is_asked_to(added):
+def test_monitoring_scrapes_the_queue_proxy_only_with_its_annotation(added: Added) -> None:
     monitoring = added("monitoring")
     predictor, queue_proxy = monitoring.one("PodMonitor")["spec"]["podMetricsEndpoints"]
     [port] = [port["containerPort"] for port in monitoring.server["ports"]]
@@ -257,13 +318,13 @@ def test_prometheus_reads_the_predictor_always_and_the_queue_proxy_where_kserve_
         assert monitoring.annotations[f"{prefix}/path"] == predictor["path"]
 
 
-def test_prometheus_reads_the_predictor_and_may_list_pods_and_nothing_else(added):
+def test_prometheus_scrapes_the_predictor_and_may_only_list_pods(added: Added) -> None:
     prometheus = added("prometheus")
-    [config] = [each for each in prometheus.all("ConfigMap") if "prometheus.yml" in each.get("data", {})]
+    [config] = [item for item in prometheus.all("ConfigMap") if "prometheus.yml" in item.get("data", {})]
     [job] = yaml.safe_load(config["data"]["prometheus.yml"])["scrape_configs"]
     assert job["kubernetes_sd_configs"] == [{"role": "pod", "namespaces": {"own_namespace": True}}]
     [port] = [port["containerPort"] for port in prometheus.server["ports"]]
-    assert f"$1:{port}" in [each.get("replacement") for each in job["relabel_configs"]]
+    assert f"$1:{port}" in [item.get("replacement") for item in job["relabel_configs"]]
     [rule] = prometheus.one("Role")["rules"]
     assert (rule["resources"], rule["verbs"]) == (["pods"], ["get", "list", "watch"])
     pod = prometheus.one("Deployment")["spec"]["template"]["spec"]
@@ -275,16 +336,16 @@ def test_prometheus_reads_the_predictor_and_may_list_pods_and_nothing_else(added
     assert re.fullmatch(r"docker\.io/prom/prometheus:v\d+\.\d+\.\d+", container["image"])
 
 
-def test_promtool_takes_the_configuration_of_prometheus(tree, tmp_path):
+def test_prometheus_configuration_passes_promtool(tmp_path: Path) -> None:
     promtool = shutil.which("promtool")
     if promtool is None:
         pytest.skip("promtool is not installed; it is in Debian's package prometheus")
-    folder = tree.manifests / "prometheus"
+    folder = MANIFESTS / "prometheus"
     configuration = yaml.safe_load((folder / "prometheus.yml").read_text())
     # Debian's is built without Kubernetes' discovery.
     del configuration["scrape_configs"][0]["kubernetes_sd_configs"]
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     shutil.copy(folder / "rules.yaml", tmp_path)
-    command = [promtool, "check", "config", tmp_path / "prometheus.yml"]
+    command = [promtool, "check", "config", str(tmp_path / "prometheus.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,29 +1,34 @@
-"""Every object of every kustomization: it renders, Kubernetes and KServe understand all of it, what it names exists."""
+"""Objects of every kustomization: their fields, their names, the objects that they refer to."""
 
 import copy
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from preflight.checks import knative, kserve, references
-from preflight.deployment import Deployment
+from preflight.checks.schema import Schemas
+from preflight.deployment import Deployment, Manifest
+from tests.kustomize.conftest import DEV, IMAGES, OVERLAYS, Preflight, Render, Rendered, component_folder
 
 UNCHECKED = {"KnativeServing"}
-"""Kinds that no CRD is at hand for."""
+"""Kinds without a CRD in CRD_DIR."""
 LABELS = {"app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/part-of"}
 NOT_OURS = {"ConfigMap/config-features", "ConfigMap/config-defaults", "KnativeServing/knative-serving"}
-"""Patches of objects that belong to Knative: their labels are not for us to set."""
+"""Patches of Knative's own objects, whose labels Knative sets."""
 
 
-def test_it_renders_with_no_name_twice(rendered):
+def test_rendered_names_are_unique(rendered: Rendered) -> None:
     names = [(manifest["kind"], manifest["metadata"]["name"]) for manifest in rendered.objects]
     assert names
     assert len(names) == len(set(names))
 
 
-def test_the_api_server_would_accept_every_field(rendered, schemas):
+def test_rendered_fields_match_the_schemas(rendered: Rendered, schemas: Schemas) -> None:
+    assert rendered.objects
     for manifest in rendered.objects:
-        expected = None if manifest["kind"] in UNCHECKED else []
+        expected: list[str] | None = None if manifest["kind"] in UNCHECKED else []
         assert schemas.problems(manifest) == expected, manifest["metadata"]["name"]
 
 
@@ -36,20 +41,25 @@ def test_the_api_server_would_accept_every_field(rendered, schemas):
         ("Job", ("spec", "template", "spec"), "restartPolice"),
     ],
 )
-def test_the_schema_check_finds_a_misspelt_field(render, tree, schemas, kind, path, field):
-    manifest = copy.deepcopy(render(tree.dev).one(kind))
+def test_schemas_misspelled_field_is_a_problem(
+    render: Render, schemas: Schemas, kind: str, path: tuple[str, ...], field: str
+) -> None:
+    manifest = copy.deepcopy(render(DEV).one(kind))
     inner = manifest
     for key in path:
         inner = inner[key]
     inner[field] = "x"
-    [problem] = schemas.problems(manifest)
+    problems = schemas.problems(manifest)
+    assert problems
+    [problem] = problems
     assert field in problem
 
 
-def test_the_kserve_sdk_and_the_kubernetes_client_keep_every_field(overlay, sdk_round_trip):
+def test_sdk_round_trip_keeps_every_field(overlay: Rendered, sdk_round_trip: Callable[[Manifest, str], Any]) -> None:
+    assert overlay.objects
     for manifest in overlay.objects:
         if manifest["kind"] in ("PodMonitor", "PrometheusRule"):
-            continue  # Neither knows them.
+            continue  # Neither has classes for them.
         version = manifest["apiVersion"].rpartition("/")[2]
         written = sdk_round_trip(manifest, f"{version.capitalize()}{manifest['kind']}")
         if manifest["kind"] == "InferenceService":
@@ -57,15 +67,15 @@ def test_the_kserve_sdk_and_the_kubernetes_client_keep_every_field(overlay, sdk_
         assert written == manifest
 
 
-def test_preflight_finds_nothing_wrong_with_it(overlay, look):
-    assert look(overlay) == []
+def test_preflight_overlay_has_no_finding(overlay: Rendered, preflight_findings: Preflight) -> None:
+    assert preflight_findings(overlay) == []
 
 
-def test_preflight_finds_nothing_wrong_with_base_and_a_component(component, look):
-    assert look(component) == []
+def test_preflight_component_has_no_finding(component: Rendered, preflight_findings: Preflight) -> None:
+    assert preflight_findings(component) == []
 
 
-def test_kserve_and_knative_admit_it(deployment):
+def test_kserve_and_knative_checks_have_no_finding(deployment: Rendered) -> None:
     findings = [*kserve.check(deployment), *knative.check(deployment)]
     assert [str(finding) for finding in findings] == []
 
@@ -84,9 +94,11 @@ def test_kserve_and_knative_admit_it(deployment):
         ("RoleBinding", ("subjects", 0, "name"), "ServiceAccount 'x'"),
     ],
 )
-def test_a_name_that_leads_nowhere_is_found_beside_the_predictor_as_well(render, tree, kind, path, sentence):
-    objects = copy.deepcopy(render(tree.component("prometheus")).objects)
-    inner = next(each for each in objects if each["kind"] == kind)
+def test_references_missing_target_of_another_pod_is_a_finding(
+    render: Render, kind: str, path: tuple[str | int, ...], sentence: str
+) -> None:
+    objects = copy.deepcopy(render(component_folder("prometheus")).objects)
+    inner: Any = next(manifest for manifest in objects if manifest["kind"] == kind)
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = "x"
@@ -94,63 +106,65 @@ def test_a_name_that_leads_nowhere_is_found_beside_the_predictor_as_well(render,
     assert sentence in str(finding)
 
 
-def test_every_object_is_labelled(rendered):
-    for manifest in rendered.objects:
-        if f"{manifest['kind']}/{manifest['metadata']['name']}" not in NOT_OURS:
-            assert set(manifest["metadata"].get("labels", {})) >= LABELS, manifest["metadata"]["name"]
+def test_every_object_has_the_common_labels(rendered: Rendered) -> None:
+    labels = {
+        f"{manifest['kind']}/{manifest['metadata']['name']}": set(manifest["metadata"].get("labels", {}))
+        for manifest in rendered.objects
+    }
+    assert labels
+    assert {name for name, names in labels.items() if not names >= LABELS} <= NOT_OURS
 
 
-def test_only_overlays_have_a_namespace_and_all_their_objects_are_in_it(deployment, tree):
-    is_overlay = deployment.path in tree.overlays
+def test_only_overlays_have_a_namespace_for_all_objects(deployment: Rendered) -> None:
+    is_overlay = deployment.path in OVERLAYS
     expected = {deployment.one("Namespace")["metadata"]["name"]} if is_overlay else {None}
-    assert {each["metadata"].get("namespace") for each in deployment.objects if each["kind"] != "Namespace"} == expected
+    namespaced = [manifest for manifest in deployment.objects if manifest["kind"] != "Namespace"]
+    assert {manifest["metadata"].get("namespace") for manifest in namespaced} == expected
     assert bool(deployment.all("Namespace")) == is_overlay
 
 
-def test_the_secrets_that_an_overlay_needs_are_named_in_its_readme(overlay, tree):
-    readme = (tree.root / overlay.path / "README.md").read_text()
-    needed = {each.name for each in references.secrets(overlay) if not each.optional}
-    assert set(re.findall(r"Secret `([a-z-]+)`", readme)) == needed
+def test_overlay_readme_names_its_required_secrets(overlay: Rendered) -> None:
+    needed = {secret.name for secret in references.secrets(overlay) if not secret.optional}
+    assert set(re.findall(r"Secret `([a-z-]+)`", overlay.readme)) == needed
 
 
-def test_the_secrets_that_a_component_names_are_named_in_its_readme(component, tree):
-    readme = (tree.root / component.path / "README.md").read_text()
-    pull = {"registry-credentials"} if component.path != tree.images else set()
-    assert (
-        set(re.findall(r"Secret `([a-z-]+)`", readme)) == {each.name for each in references.secrets(component)} - pull
-    )
+def test_component_readme_names_its_secrets(component: Rendered) -> None:
+    pull = {"registry-credentials"} if component.path != IMAGES else set()
+    secrets = {secret.name for secret in references.secrets(component)}
+    assert set(re.findall(r"Secret `([a-z-]+)`", component.readme)) == secrets - pull
 
 
-def test_every_config_map_is_used(deployment):
-    named = set()
+def test_every_config_map_is_used(deployment: Rendered) -> None:
+    used: set[str] = set()
     for pod in deployment.pods:
         for container in pod.containers:
-            named |= {source["configMapRef"]["name"] for source in container.get("envFrom", [])}
-        named |= {volume["configMap"]["name"] for volume in pod.spec["volumes"] if "configMap" in volume}
-    # Grafana finds its dashboards by their label.
-    dashboards = {each["metadata"]["name"] for each in deployment.all("ConfigMap") if is_dashboard(each)}
-    assert named == {config["metadata"]["name"] for config in deployment.all("ConfigMap")} - dashboards
+            used |= {source["configMapRef"]["name"] for source in container.get("envFrom", [])}
+        used |= {volume["configMap"]["name"] for volume in pod.spec["volumes"] if "configMap" in volume}
+    # Grafana selects dashboards by their label.
+    dashboards = {config["metadata"]["name"] for config in deployment.all("ConfigMap") if is_dashboard(config)}
+    assert used == {config["metadata"]["name"] for config in deployment.all("ConfigMap")} - dashboards
 
 
-def is_dashboard(config_map):
+def is_dashboard(config_map: Manifest) -> bool:
     return "grafana_dashboard" in config_map["metadata"]["labels"]
 
 
-def test_every_service_account_is_used(deployment):
+def test_every_service_account_is_used(deployment: Rendered) -> None:
     accounts = {pod.spec["serviceAccountName"] for pod in deployment.pods}
     assert accounts == {account["metadata"]["name"] for account in deployment.all("ServiceAccount")}
 
 
-def test_selectors_select_the_pods_that_they_are_about(deployment):
-    """Of policies and monitors: KServe labels the predictor's pods, the Job's template has labels of its own."""
+def test_policy_and_monitor_selectors_match_a_pod(deployment: Rendered) -> None:
+    # KServe labels the predictor's pods; a Deployment or Job labels its own.
     labels = [{"serving.kserve.io/inferenceservice": deployment.name}]
     labels += [job["spec"]["template"]["metadata"]["labels"] for job in deployment.all("Job")]
     for manifest in [*deployment.all("NetworkPolicy"), *deployment.all("PodMonitor")]:
         selector = manifest["spec"].get("podSelector", manifest["spec"].get("selector")).get("matchLabels", {})
-        assert any(selector.items() <= each.items() for each in labels), manifest["metadata"]["name"]
+        assert any(selector.items() <= pod_labels.items() for pod_labels in labels), manifest["metadata"]["name"]
 
 
-def test_the_predictor_takes_the_place_of_no_runtime_of_kserve(deployment):
+def test_serving_runtime_is_not_auto_selected(deployment: Rendered) -> None:
+    assert deployment.runtime
     [model_format] = deployment.runtime["spec"]["supportedModelFormats"]
     assert model_format["name"] == "kserve-llm"
     assert model_format["autoSelect"] is False

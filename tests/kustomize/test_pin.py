@@ -1,4 +1,4 @@
-"""`make pin`, with which a release moves what is deployed onto its images."""
+"""`make pin`: writes the image digests of a release into the overlays."""
 
 import shutil
 import subprocess
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from devtools.paths import ROOT
+
 PREDICTOR = f"registry.example/team/predictor@sha256:{'1' * 64}"
 STORAGE_INITIALIZER = f"registry.example/team/storage-initializer@sha256:{'2' * 64}"
 
@@ -24,15 +25,17 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# The second time there is a digest already.
+# The second run replaces a digest.
 @pytest.mark.parametrize("times", [1, 2])
-def test_every_deployment_then_runs_these_images_by_their_digest(copy: Path, times: int) -> None:
+def test_pin_renders_every_overlay_with_the_digests(copy: Path, times: int) -> None:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed: it renders")
     for _ in range(times):
         done = _make(copy, f"PREDICTOR={PREDICTOR}", f"STORAGE_INITIALIZER={STORAGE_INITIALIZER}")
         assert done.returncode == 0, done.stderr
-    for golden in copy.glob("tests/kustomize/golden/*.yaml"):
+    rendered = list(copy.glob("tests/kustomize/golden/*.yaml"))
+    assert rendered
+    for golden in rendered:
         text = golden.read_text()
         assert {PREDICTOR, STORAGE_INITIALIZER} <= set(text.split())
         assert "ghcr.io/example/kserve-llm" not in text
@@ -41,7 +44,7 @@ def test_every_deployment_then_runs_these_images_by_their_digest(copy: Path, tim
     assert all(image in component for image in cluster)
 
 
-def test_nothing_else_in_the_files_changes(copy: Path) -> None:
+def test_pin_changes_only_names_and_digests(copy: Path) -> None:
     _make(copy, f"PREDICTOR={PREDICTOR}", f"STORAGE_INITIALIZER={STORAGE_INITIALIZER}")
     for name in (
         "kustomize/components/images/kustomization.yaml",
@@ -53,9 +56,9 @@ def test_nothing_else_in_the_files_changes(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("word", ["PREDICTOR=registry.example/predictor:latest", f"PREDICTOR={PREDICTOR}"])
-def test_less_than_two_digests_are_refused_and_nothing_is_written(copy: Path, word: str) -> None:
+def test_pin_rejects_fewer_than_two_digests_and_writes_nothing(copy: Path, word: str) -> None:
     done = _make(copy, word)
     assert done.returncode != 0
-    assert "say make pin PREDICTOR=" in done.stdout
+    assert "make pin PREDICTOR=" in done.stdout
     name = "kustomize/components/images/kustomization.yaml"
     assert (copy / name).read_text() == (ROOT / name).read_text()

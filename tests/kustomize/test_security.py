@@ -1,71 +1,71 @@
-"""Pod Security `restricted` is preflight's to check on every rendering; here is what this tree promises beyond it."""
+"""Security of the rendered pods, policies and Secrets, beyond Pod Security `restricted`."""
 
 import re
 
 from preflight.checks import references, security
+from tests.kustomize.conftest import KUSTOMIZE, PROD, Render, Rendered, component_folder
 
 VISIBLE = {"api-keys": {"predictor-api-keys"}}
-"""Components after which the predictor sees a Secret."""
+"""Components that mount a Secret into the predictor."""
 QUEUE_PROXY_PORT = 9091
-"""Where Knative's queue-proxy tells its own metrics; it calls the port http-usermetric."""
+"""Metrics port of Knative's queue-proxy, named http-usermetric."""
 
 
-def test_no_pod_of_any_rendering_is_less_than_restricted(deployment):
-    for finding in security.check(deployment):
-        raise AssertionError(str(finding))
+def test_security_checks_have_no_finding(deployment: Rendered) -> None:
+    assert [str(finding) for finding in security.check(deployment)] == []
 
 
-def test_the_predictor_is_restricted_by_its_container_alone(deployment):
+def test_predictor_security_context_is_on_the_container(deployment: Rendered) -> None:
     # Knative refuses a pod's securityContext by default, and KServe's runtime has none.
     assert "securityContext" not in deployment.predictor
     assert deployment.server["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
-def test_only_the_component_for_it_makes_the_root_writable(deployment):
+def test_root_is_writable_only_with_component_pod_security(deployment: Rendered) -> None:
     writable = deployment.path.name == "pod-security"
     assert deployment.server["securityContext"]["readOnlyRootFilesystem"] is not writable
     assert deployment.download["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_the_job_writes_as_the_user_who_reads(deployment):
+def test_job_writes_as_the_user_of_the_predictor(deployment: Rendered) -> None:
     for job in deployment.jobs:
         context, reader = job.spec["securityContext"], deployment.server["securityContext"]
         assert (context["runAsUser"], context["fsGroup"]) == (reader["runAsUser"], reader["runAsGroup"])
 
 
-def test_the_weights_are_read_only_for_whoever_serves_them(deployment):
+def test_weights_are_mounted_read_only(deployment: Rendered) -> None:
     # KServe mounts a pvc:// read-only unless this annotation says otherwise.
     assert "storage.kserve.io/readonly" not in deployment.annotations
     assert "/mnt/models" not in [mount["mountPath"] for mount in deployment.server["volumeMounts"]]
 
 
-def test_no_pod_hears_of_the_services_of_its_namespace(deployment):
+def test_pods_have_service_links_disabled(deployment: Rendered) -> None:
     assert [pod.spec["enableServiceLinks"] for pod in deployment.pods] == [False] * len(deployment.pods)
 
 
-def test_the_predictor_sees_no_secret_but_that_of_its_own_keys(deployment):
+def test_predictor_mounts_no_secret_except_its_api_keys(deployment: Rendered) -> None:
     serving = {**deployment.predictor_pod.spec, "initContainers": []}
-    named = set(re.findall(r"'secretName': '([^']+)'", repr(serving)))
+    secrets = set(re.findall(r"'secretName': '([^']+)'", repr(serving)))
     assert "secretKeyRef" not in repr(serving)
     assert "secretRef" not in repr(serving)
-    assert named == VISIBLE.get(deployment.path.name, set())
+    assert secrets == VISIBLE.get(deployment.path.name, set())
 
 
-def test_only_the_component_for_it_gives_the_download_a_token_that_must_be_there(deployment, render, tree):
-    needed = {each.name for each in references.secrets(deployment) if not each.optional}
+def test_hub_token_is_required_only_with_component_hf_token(deployment: Rendered, render: Render) -> None:
+    needed = {item.name for item in references.secrets(deployment) if not item.optional}
     assert ("hf-secret" in needed) == (deployment.path.name in ("hf-token", "prod-multi-gpu"))
-    [token] = [each for each in render(tree.component("hf-token")).download["env"] if each["name"] == "HF_TOKEN"]
+    [token] = [item for item in render(component_folder("hf-token")).download["env"] if item["name"] == "HF_TOKEN"]
     assert token["valueFrom"] == {"secretKeyRef": {"name": "hf-secret", "key": "HF_TOKEN"}}
 
 
-def test_the_readme_says_how_to_make_the_secret_of_the_hub(tree):
-    readme = (tree.kustomize / "README.md").read_text()
+def test_readme_has_the_command_that_creates_the_hub_secret() -> None:
+    readme = (KUSTOMIZE / "README.md").read_text()
     assert "secret generic hf-secret" in readme
     assert "--from-literal=HF_TOKEN=" in readme
 
 
-def test_nothing_gets_out_of_the_predictor_and_only_names_and_https_out_of_the_job(render, tree):
-    policies = {each["metadata"]["name"]: each["spec"] for each in render(tree.prod).all("NetworkPolicy")}
+def test_network_policies_deny_egress_except_dns_and_https_of_the_job(render: Render) -> None:
+    policies = {item["metadata"]["name"]: item["spec"] for item in render(PROD).all("NetworkPolicy")}
     assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert policies["predictor"]["policyTypes"] == ["Ingress"]
     assert all(rule["from"] and rule["ports"] for rule in policies["predictor"]["ingress"])
@@ -74,12 +74,14 @@ def test_nothing_gets_out_of_the_predictor_and_only_names_and_https_out_of_the_j
     assert set(ports) == {53, 443, 3128}
 
 
-def test_whoever_is_let_in_finds_an_open_port(render, tree):
-    prod = render(tree.prod)
-    [gateways, prometheus] = prod.find("NetworkPolicy", "predictor")["spec"]["ingress"]
+def test_network_policy_ingress_ports_are_open(render: Render) -> None:
+    prod = render(PROD)
+    policy = prod.find("NetworkPolicy", "predictor")
+    assert policy
+    [gateways, prometheus] = policy["spec"]["ingress"]
     [port] = [port["containerPort"] for port in prod.server["ports"]]
     endpoint, _ = prod.one("PodMonitor")["spec"]["podMetricsEndpoints"]
-    assert port in [each["port"] for each in gateways["ports"]]
+    assert port in [item["port"] for item in gateways["ports"]]
     assert port == endpoint["portNumber"]
-    assert [each["port"] for each in prometheus["ports"]] == [port, QUEUE_PROXY_PORT]
+    assert [item["port"] for item in prometheus["ports"]] == [port, QUEUE_PROXY_PORT]
     assert prod.annotations["prometheus.io/port"] == str(port)

@@ -1,8 +1,23 @@
-"""The files as they lie: menus, folders, objects. Nothing is rendered here, so kubectl is not needed."""
+"""Files of kustomize/ and manifests/: READMEs, folders, objects. Nothing is rendered, so kubectl is not needed."""
 
 import re
+from pathlib import Path
 
+import pytest
 import yaml
+
+from devtools.paths import ROOT
+from preflight.deployment import Manifest
+from tests.kustomize.conftest import (
+    BASE,
+    COMPONENTS,
+    IMAGES,
+    KUSTOMIZE,
+    MANIFESTS,
+    OVERLAYS,
+    PROD,
+    STORAGE_CONTAINER,
+)
 
 HELM_VALUES = {
     *("imagePullSecrets", "nameOverride", "fullnameOverride", "replicaCount", "logger.level", "resources"),
@@ -18,131 +33,155 @@ HELM_VALUES = {
     *("autoscaling.targetCPUUtilizationPercentage", "autoscaling.targetMemoryUtilizationPercentage"),
     *("prometheus.enabled", "prometheus.path", "prometheus.port"),
 }
-"""Every value that the Helm chart which this replaces could be given."""
+"""Every value of the Helm chart that the overlays replace."""
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+MENU = re.compile(r"^\| \[`([^`]+)`\]\(", re.MULTILINE)
 
 
-def documents(path):
+def documents(path: Path) -> list[Manifest]:
     return [document for document in yaml.safe_load_all(path.read_text()) if document]
 
 
-def test_the_menu_names_every_overlay_and_component_once_and_nothing_else(tree):
-    menu = re.findall(r"^\| \[`([^`]+)`\]\(", (tree.kustomize / "README.md").read_text(), re.MULTILINE)
-    folders = [tree.base, *tree.overlays, *tree.components]
-    assert sorted(menu) == sorted(str(folder.relative_to("kustomize")) for folder in folders)
+def kustomization(folder: Path) -> Manifest:
+    [document] = documents(folder / "kustomization.yaml")
+    return document
 
 
-def test_every_folder_of_overlays_and_components_is_a_kustomization(tree):
-    folders = {
-        path.relative_to(tree.root) for top in ("overlays", "components") for path in (tree.kustomize / top).iterdir()
-    }
-    assert folders == {*tree.overlays, *tree.components}
+def files(*tops: Path, pattern: str) -> list[Path]:
+    """The files below each of `tops`, of which each has some."""
+    matches = [list(top.rglob(pattern)) for top in tops]
+    assert all(matches), (tops, pattern)
+    return [path for match in matches for path in match]
 
 
-def test_manifests_list_every_object(tree):
-    readme = (tree.manifests / "README.md").read_text()
-    assert set(re.findall(r"^\| \[`([^`]+)`\]\(", readme, re.MULTILINE)) == {
-        str(path.relative_to(tree.manifests)) for path in objects(tree)
-    }
+def object_files() -> list[Path]:
+    """The files in manifests/ that hold objects, in contrast to kustomize's and Prometheus' own."""
+    other = ("kustomization.yaml", "image-fields.yaml", "rules.yaml")
+    return [path for path in files(MANIFESTS, pattern="*.yaml") if path.name not in other]
 
 
-def objects(tree):
-    """The files of manifests that are not kustomize's own."""
-    return [
-        path
-        for path in tree.manifests.rglob("*.yaml")
-        if path.name not in ("kustomization.yaml", "image-fields.yaml", "rules.yaml")
-    ]
+def test_readme_lists_every_overlay_and_component_once() -> None:
+    menu = MENU.findall((KUSTOMIZE / "README.md").read_text())
+    assert sorted(menu) == sorted(str(folder.relative_to("kustomize")) for folder in (BASE, *OVERLAYS, *COMPONENTS))
 
 
-def test_every_file_of_manifests_holds_one_object_and_is_a_resource_of_its_folder(tree):
-    for path in objects(tree):
+def test_every_folder_of_overlays_and_components_is_a_kustomization() -> None:
+    assert OVERLAYS
+    assert COMPONENTS
+    folders = {path.relative_to(ROOT) for top in ("overlays", "components") for path in (KUSTOMIZE / top).iterdir()}
+    assert folders == {*OVERLAYS, *COMPONENTS}
+
+
+def test_manifests_readme_lists_every_object() -> None:
+    listed = MENU.findall((MANIFESTS / "README.md").read_text())
+    assert set(listed) == {str(path.relative_to(MANIFESTS)) for path in object_files()}
+
+
+def test_manifest_file_holds_one_object_and_is_a_resource_of_its_folder() -> None:
+    for path in object_files():
         [manifest] = documents(path)
         assert {"apiVersion", "kind", "metadata"} <= set(manifest), path
-        [kustomization] = documents(path.with_name("kustomization.yaml"))
-        assert path.name in kustomization["resources"], path
+        assert path.name in kustomization(path.parent)["resources"], path
 
 
-def test_kustomize_defines_no_object_but_the_namespaces_of_overlays(tree):
-    for path in tree.kustomize.rglob("kustomization.yaml"):
-        [kustomization] = documents(path)
-        for resource in kustomization.get("resources", []):
-            if (path.parent / resource).is_file():
-                assert path.parent.relative_to(tree.root) in tree.overlays, path
-                assert [manifest["kind"] for manifest in documents(path.parent / resource)] == ["Namespace"], resource
+def test_kustomize_defines_no_object_except_the_namespaces_of_overlays() -> None:
+    defined = {
+        path.parent.relative_to(ROOT): [
+            manifest["kind"]
+            for resource in kustomization(path.parent).get("resources", [])
+            if (path.parent / resource).is_file()
+            for manifest in documents(path.parent / resource)
+        ]
+        for path in files(KUSTOMIZE, pattern="kustomization.yaml")
+    }
+    assert {folder: kinds for folder, kinds in defined.items() if kinds} == {
+        folder: ["Namespace"] for folder in OVERLAYS
+    }
 
 
-def test_every_file_of_kustomize_is_used_by_its_kustomization(tree):
-    for path in tree.kustomize.rglob("*.yaml"):
-        if path.name != "kustomization.yaml":
-            assert path.name in path.with_name("kustomization.yaml").read_text(), path
+def test_every_file_of_kustomize_is_used_by_its_kustomization() -> None:
+    patches = [path for path in files(KUSTOMIZE, pattern="*.yaml") if path.name != "kustomization.yaml"]
+    assert patches
+    for path in patches:
+        assert path.name in path.with_name("kustomization.yaml").read_text(), path
 
 
-def test_only_overlays_and_what_is_for_the_cluster_name_a_namespace(tree):
-    for path in [*tree.kustomize.rglob("*.yaml"), *tree.manifests.rglob("*.yaml")]:
-        if path.parent.relative_to(tree.root) not in tree.overlays and "cluster" not in path.parts:
-            assert not re.search(r"^\s*namespace:", path.read_text(), re.MULTILINE), path
+def test_only_overlays_and_cluster_manifests_set_a_namespace() -> None:
+    setting = {
+        path.parent.relative_to(ROOT)
+        for path in files(KUSTOMIZE, MANIFESTS, pattern="*.yaml")
+        if re.search(r"^\s*namespace:", path.read_text(), re.MULTILINE)
+    }
+    assert set(OVERLAYS) <= setting
+    assert all(folder in OVERLAYS or "cluster" in folder.parts for folder in setting), setting
 
 
-def test_names_and_tags_of_images_stand_in_one_component_and_for_the_cluster_the_same(tree):
-    said = {}
-    for path in [*tree.kustomize.rglob("kustomization.yaml"), *tree.manifests.rglob("kustomization.yaml")]:
-        [kustomization] = documents(path)
-        if "images" in kustomization:
-            said[path.parent.relative_to(tree.root)] = kustomization["images"]
-    assert set(said) == {tree.images, tree.storage_container}
-    assert all(image in said[tree.images] for image in said[tree.storage_container])
+def test_image_names_and_tags_are_in_one_component_and_equal_for_the_cluster() -> None:
+    images = {
+        path.parent.relative_to(ROOT): kustomization(path.parent)["images"]
+        for path in files(KUSTOMIZE, MANIFESTS, pattern="kustomization.yaml")
+        if "images" in kustomization(path.parent)
+    }
+    assert set(images) == {IMAGES, STORAGE_CONTAINER}
+    assert images[STORAGE_CONTAINER]
+    assert all(image in images[IMAGES] for image in images[STORAGE_CONTAINER])
 
 
-def test_resources_are_local(tree):
-    for path in tree.kustomize.rglob("kustomization.yaml"):
-        [kustomization] = documents(path)
-        for entry in [*kustomization.get("resources", []), *kustomization.get("components", [])]:
-            assert (path.parent / entry).exists(), f"{path}: {entry}"
+def test_resources_and_components_are_local_files() -> None:
+    entries = [
+        path.parent / entry
+        for path in files(KUSTOMIZE, pattern="kustomization.yaml")
+        for field in ("resources", "components")
+        for entry in kustomization(path.parent).get(field, [])
+    ]
+    assert entries
+    assert [entry for entry in entries if not entry.exists()] == []
 
 
-def test_images_come_last_in_an_overlay(tree):
-    for folder in tree.overlays:
-        [kustomization] = documents(tree.root / folder / "kustomization.yaml")
-        assert kustomization["components"][-1] == "../../components/images", folder
+def test_component_images_is_last_in_every_overlay() -> None:
+    last = {folder: kustomization(ROOT / folder)["components"][-1] for folder in OVERLAYS}
+    assert last == dict.fromkeys(OVERLAYS, "../../components/images")
 
 
-def test_every_component_has_a_readme_in_four_parts(tree):
-    for folder in tree.components:
-        readme = (tree.root / folder / "README.md").read_text()
-        parts = re.findall(r"^## (.+)$", readme, re.MULTILINE)
-        assert parts == ["Default", "What changes", "How to add", "Result"], folder
-        assert f"components:\n  - ../../components/{folder.name}\n" in readme, folder
+@pytest.mark.parametrize("folder", COMPONENTS, ids=str)
+def test_component_readme_has_four_parts(folder: Path) -> None:
+    readme = (ROOT / folder / "README.md").read_text()
+    assert re.findall(r"^## (.+)$", readme, re.MULTILINE) == ["Default", "What changes", "How to add", "Result"]
+    assert f"components:\n  - ../../components/{folder.name}\n" in readme
 
 
-def test_every_overlay_has_a_readme_that_says_what_it_needs_what_it_costs_and_how_to_try_it(tree):
-    for folder in tree.overlays:
-        readme = (tree.root / folder / "README.md").read_text()
-        assert all(f"**{part}" in readme for part in ("It needs", "It costs", "Try it")), folder
+@pytest.mark.parametrize("folder", OVERLAYS, ids=str)
+def test_overlay_readme_has_requirements_costs_and_commands(folder: Path) -> None:
+    readme = (ROOT / folder / "README.md").read_text()
+    assert [part for part in ("Requirements", "Costs", "Try it") if f"**{part}" not in readme] == []
 
 
-def test_links_lead_somewhere(tree):
-    for path in [*tree.kustomize.rglob("*.md"), *tree.manifests.rglob("*.md")]:
-        for target in LINK.findall(path.read_text()):
-            assert (path.parent / target).exists(), f"{path}: {target}"
+def test_relative_links_point_to_files() -> None:
+    targets = [
+        (path, target)
+        for path in files(KUSTOMIZE, MANIFESTS, pattern="*.md")
+        for target in LINK.findall(path.read_text())
+    ]
+    assert targets
+    assert [(path, target) for path, target in targets if not (path.parent / target).exists()] == []
 
 
-def test_every_value_of_the_helm_chart_leads_to_a_file_that_has_the_key(tree):
-    readme = (tree.kustomize / "README.md").read_text()
+def test_every_helm_value_has_a_file_with_its_key() -> None:
+    readme = (KUSTOMIZE / "README.md").read_text()
     rows = re.findall(r"^\| .+ \| \[`[^`]+`\]\(([^)]+)\): ([^;|]+)[;|]", readme, re.MULTILINE)
     [table] = re.findall(r"^\| Helm value .*\n\|---\|---\|\n((?:\|.*\n)+)", readme, re.MULTILINE)
     assert len(rows) == table.count("\n")
     assert set(re.findall(r"`([\w.]+)`", re.sub(r"\| \[.*", "", table))) >= HELM_VALUES
     for target, keys in rows:
-        text = (tree.kustomize / target).read_text()
+        text = (KUSTOMIZE / target).read_text()
         for key in re.findall(r"`([^`]+)`", keys):
             assert key in text, f"{target}: {key}"
 
 
-def test_the_cold_start_budget_of_prod_adds_up_and_fits_into_the_timeout(tree):
-    readme = (tree.kustomize / "overlays/prod/README.md").read_text()
+def test_cold_start_budget_of_prod_adds_up_and_is_within_the_timeout() -> None:
+    readme = (ROOT / PROD / "README.md").read_text()
     steps = [int(seconds) for seconds in re.findall(r"^\|.*\| (\d+) \|$", readme, re.MULTILINE)]
     [total] = [int(seconds) for seconds in re.findall(r"^\| \*\*Sum\*\* \| (\d+) \|$", readme, re.MULTILINE)]
     assert sum(steps) - total == total
-    [service] = documents(tree.manifests / "serving/inference-service.yaml")
+    [service] = documents(MANIFESTS / "serving/inference-service.yaml")
     assert total <= service["spec"]["predictor"]["timeout"]

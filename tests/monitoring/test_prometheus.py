@@ -22,7 +22,7 @@ SECONDS_AT_MOST = 600.0
 def queries() -> list[str]:
     """Every query of the dashboard, with its variables filled in as Grafana does."""
     return [
-        dashboard.filled_in(target["expr"])
+        dashboard.substitute_variables(target["expr"])
         for panel in dashboard.read()["panels"]
         for target in panel.get("targets", [])
     ]
@@ -69,7 +69,7 @@ async def load(server: Server) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("query", queries())
 def test_every_query_of_the_dashboard_finds_something(observed: httpx.Client, query: str) -> None:
-    found = dashboard.ask(observed, query)
+    found = dashboard.query_instant(observed, query)
     assert found
     assert all(math.isfinite(value) and value >= 0 for _, value in found), found
 
@@ -77,7 +77,7 @@ def test_every_query_of_the_dashboard_finds_something(observed: httpx.Client, qu
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_recording_rule_has_a_plausible_value(observed: httpx.Client, name: str) -> None:
-    [(labels, value)] = dashboard.ask(observed, name)
+    [(labels, value)] = dashboard.query_instant(observed, name)
     assert (labels["namespace"], labels["model_name"]) == ("llm", "demo")
     assert math.isfinite(value)
     if ":ratio_" in name:
@@ -92,8 +92,8 @@ def test_every_recording_rule_has_a_plausible_value(observed: httpx.Client, name
 
 @pytest.mark.slow
 def test_prometheus_and_the_client_count_the_same(observed: httpx.Client) -> None:
-    [(_, tokens)] = dashboard.ask(observed, "kserve_llm_generation_tokens_total")
-    [(_, finished)] = dashboard.ask(observed, 'kserve_llm_request_finished_total{finished_reason="length"}')
+    [(_, tokens)] = dashboard.query_instant(observed, "kserve_llm_generation_tokens_total")
+    [(_, finished)] = dashboard.query_instant(observed, 'kserve_llm_request_finished_total{finished_reason="length"}')
     assert (tokens, finished) == (20 * 40, 20)
 
 
@@ -101,7 +101,7 @@ def test_prometheus_and_the_client_count_the_same(observed: httpx.Client) -> Non
 def test_no_alert_fires_on_a_healthy_predictor(observed: httpx.Client) -> None:
     rules = observed.get("rules").json()["data"]["groups"]
     assert [rule for group in rules for rule in group["rules"] if rule["health"] != "ok"] == []
-    assert dashboard.ask(observed, 'ALERTS{alertstate="firing"}') == []
+    assert dashboard.query_instant(observed, 'ALERTS{alertstate="firing"}') == []
 
 
 def test_the_dashboard_answers_four_questions_in_order_without_overlaps() -> None:

@@ -1,23 +1,37 @@
-"""Errors as HTTP responses, each in the form of the protocol whose route was asked."""
+"""Errors as HTTP responses, in the error format of the route's protocol."""
 
 import json
 import re
+from collections.abc import Callable, Coroutine
+from typing import Any
 
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from predictor.errors import GenerationFailed, InvalidRequest, NotNow, RequestError, Unauthorized
+from predictor.errors import (
+    BodyTooLarge,
+    GenerationFailed,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    NotNow,
+    RequestError,
+    Unauthorized,
+)
+from predictor.observability import request_record
 from predictor.protocols import openai
 
 _OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
-"""All of /v1 but its models, which are KServe's too."""
+"""All of /v1 except its models, which KServe v1 shares."""
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 
 
 def respond(error: RequestError, path: str) -> Response:
-    """The response to a request for `path` that failed.
+    """Return the response for `error` on `path`.
 
-    OpenAI's routes get OpenAI's error object, all others `{"error": "<one sentence>"}`; generate_stream gets it as an
-    event, as its specification has it.
+    OpenAI's routes get OpenAI's error object, all others `{"error": "<message>"}`; generate_stream gets it as an
+    event, by its specification.
     """
     body = openai.encode_error(error) if _OPENAI.match(path) else {"error": str(error)}
     headers = {}
@@ -32,10 +46,53 @@ def respond(error: RequestError, path: str) -> Response:
 
 
 def _status(error: RequestError, path: str) -> int:
-    """The generate extension of the Open Inference Protocol has statuses of its own for two errors."""
+    """Return the HTTP status; the generate extension of the Open Inference Protocol defines two of its own."""
     if _GENERATE.fullmatch(path):
         if isinstance(error, InvalidRequest):
             return 422
         if isinstance(error, GenerationFailed):
             return 424
     return error.status
+
+
+async def _handle_request_error(request: Request, error: RequestError) -> Response:
+    if isinstance(error, BodyTooLarge):
+        # Part of the body is still unread; the middleware sends the response and discards the rest.
+        raise error
+    request_record.current().error = type(error).__name__
+    return respond(error, request.url.path)
+
+
+async def _handle_http_exception(request: Request, error: HTTPException) -> Response:
+    """Convert FastAPI's own errors: unknown routes and methods."""
+    path = request.url.path
+    operation = f"{request.method} {path}"
+    if error.status_code == 404:
+        return respond(
+            NotFound(
+                f"Route not found: {operation}. Use /v2/models/NAME/infer, /v2/models/NAME/generate, "
+                "/v1/chat/completions, /v1/completions or /v1/models/NAME:predict."
+            ),
+            path,
+        )
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        response = respond(MethodNotAllowed(f"Method not allowed: {operation}. Use {allowed}."), path)
+        response.headers.update(error.headers or {})
+        return response
+    response = respond(InvalidRequest(f"{operation}: {error.detail}."), path)
+    response.status_code = error.status_code
+    return response
+
+
+async def _handle_client_disconnect(request: Request, error: ClientDisconnect) -> Response:
+    del request, error
+    return Response(status_code=request_record.CLIENT_GONE)
+
+
+HANDLERS: dict[Any, Callable[[Request, Any], Coroutine[Any, Any, Response]]] = {
+    RequestError: _handle_request_error,
+    HTTPException: _handle_http_exception,
+    ClientDisconnect: _handle_client_disconnect,
+}
+"""Exception handlers of the application."""

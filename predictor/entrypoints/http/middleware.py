@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http.error_responses import respond
-from predictor.errors import BodyTooLarge, Draining, GenerationFailed, RequestError, Unauthorized
+from predictor.errors import BodyTooLarge, Draining, GenerationFailed, RequestError
 from predictor.observability import request_record
 
 logger = logging.getLogger(__name__)
@@ -177,19 +177,8 @@ class ApiKeyMiddleware(_Middleware):
 
     async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_probe(scope):
-            request_record.current().key = self._name(Headers(scope=scope).getlist("authorization"))
+            request_record.current().key = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
         await self._app(scope, receive, send)
-
-    def _name(self, headers: list[str]) -> str:
-        if not headers:
-            raise Unauthorized("This server wants a key; send one in the header `Authorization: Bearer KEY`.")
-        scheme, _, key = headers[0].partition(" ")
-        if len(headers) > 1 or scheme.lower() != "bearer":
-            raise Unauthorized("The key has to come in a single header `Authorization: Bearer KEY`.")
-        name = self._keys.name_of(key.strip(" "))
-        if name is None:
-            raise Unauthorized("The key is not one of this server's; ask whoever runs it for one.")
-        return name
 
 
 class MaxBodySizeMiddleware(_Middleware):

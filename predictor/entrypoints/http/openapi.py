@@ -1,7 +1,7 @@
-"""What the OpenAPI document says of the routes: bodies, answers and errors as JSON schemas, and every status declared.
+"""OpenAPI document of the routes: JSON schemas of request bodies, responses and errors, and all status codes.
 
-Describes and serves nothing. The schemas of bodies are the protocols' own, made of what reads them; those of answers
-stand here, since answers are plain dicts.
+Schemas of request bodies come from the protocols' pydantic models. Schemas of responses are written here, since
+responses are plain dicts.
 """
 
 import re
@@ -19,20 +19,20 @@ Schema = dict[str, Any]
 
 JSON, EVENTS, OCTETS = "application/json", "text/event-stream", "application/octet-stream"
 
-_FAILURES = {
+_ERRORS = {
     400: "The request is malformed.",
-    401: "The key is missing or unknown; only where the server asks for keys.",
-    404: "No such model or version.",
-    413: "The body is too large.",
+    401: "The API key is missing or invalid, on a server that requires one.",
+    404: "Model or version not found.",
+    413: "The request body is too large.",
     422: "The request is malformed.",
-    424: "The engine failed on this request.",
-    429: "The server is busy.",
-    500: "The server failed.",
+    424: "Generation failed.",
+    429: "The server is overloaded.",
+    500: "Internal server error.",
     503: "The server is not ready, or shutting down.",
-    504: "The request's time is over.",
+    504: "The request timed out.",
 }
-GENERATING = (401, 404, 413, 429, 500, 503, 504)
-"""What may become of anything that generates, beside what its protocol says of a malformed request."""
+GENERATION_ERRORS = (401, 404, 413, 429, 500, 503, 504)
+"""Error statuses of every route that generates; each protocol adds its own for malformed requests."""
 
 
 def _object(required: dict[str, Schema], **optional: Schema) -> Schema:
@@ -97,10 +97,10 @@ BOTH_MODEL = _object(_OPENAI_MODEL | {"name": _STRING, "ready": _BOOLEAN}, max_m
 BOTH_MODELS = _object(_OPENAI_MODELS | {"models": _STRINGS})
 
 
-def _openai_answer(name: str, said: dict[str, Schema]) -> Schema:
+def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
     choice = {
         "index": _INTEGER,
-        **said,
+        **output,
         "logprobs": _or_null({"type": "object"}),
         "finish_reason": {"type": "string", "enum": ["stop", "length"]},
     }
@@ -109,55 +109,55 @@ def _openai_answer(name: str, said: dict[str, Schema]) -> Schema:
     return _object({**head, "choices": _list(_object(choice)), "usage": _object(usage)}, service_tier=_STRING)
 
 
-COMPLETION = _openai_answer("text_completion", {"text": _STRING})
+COMPLETION = _openai_response("text_completion", {"text": _STRING})
 _MESSAGE = _object({"role": {"const": "assistant"}, "content": _STRING, "refusal": {"type": "null"}})
-CHAT_COMPLETION = _openai_answer("chat.completion", {"message": _MESSAGE})
+CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
 
 PREDICTIONS = _object({"predictions": _STRINGS})
 
 
-class _Events(Response):
+class _EventResponse(Response):
     media_type = EVENTS
 
 
-def gives(answer: Schema, *failures: int, also: str | None = None, error: Schema = ERROR) -> dict[str, Any]:
-    """Options of a route that answers with JSON.
+def json_responses(schema: Schema, *errors: int, also: str | None = None, error: Schema = ERROR) -> dict[str, Any]:
+    """Return the options of a route that responds with JSON.
 
     Args:
-        answer: schema of the answer.
-        failures: statuses that it may have instead.
-        also: another media type of the answer.
-        error: schema of the answer then.
+        schema: of the body of a successful response.
+        errors: statuses of error responses.
+        also: another media type of successful responses.
+        error: schema of the body of error responses.
     """
-    content = {JSON: {"schema": answer}} | ({} if also is None else {also: {}})
-    failed = {status: _response(_FAILURES[status], {JSON: {"schema": error}}) for status in failures}
-    return {"responses": {200: _response("The answer.", content), **failed}, "response_class": JSONResponse}
+    content = {JSON: {"schema": schema}} | ({} if also is None else {also: {}})
+    responses = {status: _response(_ERRORS[status], {JSON: {"schema": error}}) for status in errors}
+    return {"responses": {200: _response("Success.", content), **responses}, "response_class": JSONResponse}
 
 
-def streams(event: Schema, *failures: int) -> dict[str, Any]:
-    """Options of a route that answers with server-sent events and nothing else, errors included."""
-    failed = {status: _response(_FAILURES[status], {EVENTS: {"schema": _event(ERROR)}}) for status in failures}
-    described = {200: _response("Events.", {EVENTS: {"schema": _event(event)}}), **failed}
-    return {"responses": described, "response_class": _Events}
+def sse_responses(event: Schema, *errors: int) -> dict[str, Any]:
+    """Return the options of a route that responds with server-sent events only, errors included."""
+    responses = {status: _response(_ERRORS[status], {EVENTS: {"schema": _event(ERROR)}}) for status in errors}
+    success = _response("Events.", {EVENTS: {"schema": _event(event)}})
+    return {"responses": {200: success, **responses}, "response_class": _EventResponse}
 
 
-def takes(body: Schema) -> dict[str, Any]:
-    """Options of a route that reads a JSON body; to be put beside what it gives."""
-    return {"openapi_extra": {"requestBody": {"required": True, "content": {JSON: {"schema": body}}}}}
+def request_schema(schema: Schema) -> dict[str, Any]:
+    """Return the options of a route that reads a JSON body."""
+    return {"openapi_extra": {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}}
 
 
 def document(title: str, routes: Sequence[BaseRoute]) -> dict[str, Any]:
-    """The OpenAPI document of these routes; path parameters are told from the paths."""
-    described = get_openapi(title=title, version=version(title), routes=routes)
-    for path, operations in described["paths"].items():
+    """Return the OpenAPI document of the routes; path parameters are derived from the paths."""
+    content = get_openapi(title=title, version=version(title), routes=routes)
+    for path, operations in content["paths"].items():
         operations["parameters"] = [
             {"name": name, "in": "path", "required": True, "schema": _STRING} for name in re.findall(r"{(\w+)}", path)
         ]
-    return described
+    return content
 
 
 def _event(content: Schema) -> Schema:
-    """Of each server-sent event, whose data is JSON; written as OpenAPI 3.2 has it."""
+    """Return the schema of a server-sent event with JSON data, in the form of OpenAPI 3.2."""
     return _object({"data": {"type": "string", "contentMediaType": JSON, "contentSchema": content}})
 
 

@@ -49,7 +49,7 @@ def test_names_a_busy_port() -> None:
         port = str(busy.getsockname()[1])
         code, line = failure("--model_dir", DEMO_MODEL, "--http_port", port)
     assert code == 1
-    assert line == f"error: Port {port} cannot be opened (Address already in use); choose another with --http_port."
+    assert line == f"error: Port {port} cannot be opened: Address already in use. Choose another with --http_port."
 
 
 def test_the_port_is_open_while_the_snapshot_is_awaited_and_503_says_so(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_the_port_is_open_while_the_snapshot_is_awaited_and_503_says_so(tmp_path
                 time.sleep(0.1)
         assert response is not None
         assert response.status_code == 503
-        assert response.json() == {"error": "The model demo is not ready: waiting for the snapshot."}
+        assert response.json() == {"error": "Model demo is not ready: waiting for the snapshot."}
         assert "Retry-After" in response.headers
         live = httpx.get(f"http://127.0.0.1:{port}/v2/health/live", trust_env=False)
         assert live.status_code == 200

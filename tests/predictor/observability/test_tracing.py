@@ -604,15 +604,15 @@ from predictor import settings
 read = settings.read(sys.argv[1:])
 del sys.argv[1:]
 from predictor.entrypoints import lifecycle
-from predictor.entrypoints.kserve_model import Predictor
-server.Server(Predictor(read), read)
-print(*(name for name in ("predictor.tracing", "opentelemetry.sdk", "opentelemetry.exporter") if name in sys.modules))
+lifecycle.create_tracing(read)
+names = "predictor.observability.tracing", "opentelemetry.sdk", "opentelemetry.exporter"
+print(*(name for name in names if name in sys.modules))
 """
 
 
 @pytest.mark.parametrize(
     ("flags", "loaded"),
-    [([], []), (["--tracing"], ["predictor.tracing", "opentelemetry.sdk", "opentelemetry.exporter"])],
+    [([], []), (["--tracing"], ["predictor.observability.tracing", "opentelemetry.sdk", "opentelemetry.exporter"])],
 )
 def test_what_makes_spans_is_loaded_only_where_they_are_wanted(flags: list[str], loaded: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", LOADED, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -632,7 +632,7 @@ def test_what_is_not_installed_is_named_with_the_extra_that_has_it() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (
         2,
-        f"error: --tracing needs OpenTelemetry, and {module} is not installed; pip install 'kserve-llm[tracing]'.",
+        f"error: --tracing needs OpenTelemetry; {module} is not installed. Run pip install 'kserve-llm[tracing]'.",
     )
 
 

@@ -83,14 +83,14 @@ def test_a_model_that_is_not_here_is_not_found(client: httpx.Client) -> None:
         client.post("/v1/models/other:predict", json={"instances": ["a"]}),
     ):
         assert response.status_code == 404
-        assert response.json() == {"error": "There is no model 'other' here, only 'demo'."}
+        assert response.json() == {"error": "Model not found: 'other'. Use 'demo'."}
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "OPTIONS"])
 def test_predict_is_posted(client: httpx.Client, method: str) -> None:
     response = client.request(method, PREDICT)
     assert (response.status_code, response.headers["allow"]) == (405, "POST")
-    assert response.json() == {"error": f"{method} {PREDICT} is not served; use POST."}
+    assert response.json() == {"error": f"Method not allowed: {method} {PREDICT}. Use POST."}
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1", "/v1/chat", "/openai", "/openai/v1/models/other"])

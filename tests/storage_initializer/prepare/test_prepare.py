@@ -104,7 +104,7 @@ def test_linear_layers_are_half_of_bfloat16_and_all_else_is_byte_for_byte_as_it_
     assert prepare(run, volume).code == 0
     before, after = tensors(llama), tensors(made)
     rounded = {name for name, tensor in after.items() if tensor.dtype == torch.int8}
-    assert len(rounded) == tiny_llama.ROUNDED
+    assert len(rounded) == tiny_llama.QUANTIZED
     for name in rounded:
         scale = after.pop(f"{name.removesuffix('weight')}scale")
         weight = before.pop(name)

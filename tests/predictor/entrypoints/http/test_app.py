@@ -37,8 +37,8 @@ def test_answers_raw_prompts_and_chats(client: httpx.Client) -> None:
 
 def test_answers_held_out_sums_right(server: Predictor) -> None:
     asked = exam.held_out_questions(100)
-    answers = evaluate.ask_server(server.url, "demo", [question for question, _ in asked])
-    assert evaluate.share_right(answers, [result for _, result in asked]) >= 0.97
+    answers = evaluate.complete_by_server(server.url, "demo", [question for question, _ in asked])
+    assert evaluate.accuracy(answers, [result for _, result in asked]) >= 0.97
 
 
 def test_tells_counts_and_finish_reasons(client: httpx.Client) -> None:
@@ -131,14 +131,24 @@ def test_one_bad_prompt_refuses_the_whole_request(client: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "expected"),
     [
-        ("GET", "/v2/models/other", 404, "There is no model 'other' here, only 'demo'."),
-        ("POST", "/v2/models/other/infer", 404, "There is no model 'other' here, only 'demo'."),
-        ("GET", "/v3", 404, "GET /v3 is not served; ask /v2/models/NAME/infer"),
-        ("GET", INFER, 405, f"GET {INFER} is not served; use POST."),
-        ("POST", "/v2/models/demo/versions/2/infer", 404, "The model 'demo' has no version '2' here, only '1'."),
-        ("POST", "/v1/models/demo:explain", 404, "This model explains nothing; POST /v1/models/demo:predict instead."),
-        ("POST", "/v2/repository/models/demo/unload", 403, "This server does not unload models on request"),
-        ("POST", "/v2/repository/models/demo/load", 403, "This server does not load models on request"),
+        ("GET", "/v2/models/other", 404, "Model not found: 'other'. Use 'demo'."),
+        ("POST", "/v2/models/other/infer", 404, "Model not found: 'other'. Use 'demo'."),
+        ("GET", "/v3", 404, "Route not found: GET /v3. Use /v2/models/NAME/infer"),
+        ("GET", INFER, 405, f"Method not allowed: GET {INFER}. Use POST."),
+        ("POST", "/v2/models/demo/versions/2/infer", 404, "Version of model 'demo' not found: '2'. Use '1'."),
+        ("POST", "/v1/models/demo:explain", 404, "`:explain` is not supported. POST /v1/models/demo:predict."),
+        (
+            "POST",
+            "/v2/repository/models/demo/unload",
+            403,
+            "Model unload is disabled. Start the server with --enable_admin_routes.",
+        ),
+        (
+            "POST",
+            "/v2/repository/models/demo/load",
+            403,
+            "Model load is disabled. Start the server with --enable_admin_routes.",
+        ),
     ],
 )
 def test_errors_have_one_form(client: httpx.Client, method: str, path: str, status: int, expected: str) -> None:

@@ -437,7 +437,7 @@ def test_nothing_else_is_let_in(closed: ASGIApp, caplog: pytest.LogCaptureFixtur
 
 
 def test_a_refusal_has_the_form_of_its_protocol(closed: ASGIApp) -> None:
-    assert "wants a key" in ask(closed, COMPLETIONS).json()["error"]["message"]
+    assert "Missing API key" in ask(closed, COMPLETIONS).json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", PROBES)

@@ -1,0 +1,1 @@
+"""HTTP routes, one module for each protocol; each has `create_router`."""

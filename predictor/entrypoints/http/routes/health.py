@@ -1,0 +1,48 @@
+"""Liveness, readiness and Prometheus metrics."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import REGISTRY
+from prometheus_client.exposition import choose_encoder
+
+from predictor.entrypoints.http import openapi
+from predictor.entrypoints.http.openapi import json_responses
+from predictor.errors import ModelNotReady, NotNow
+from predictor.generation.service import LLMService
+
+
+def create_router(service: LLMService) -> APIRouter:
+    """Build the routes of probes and of Prometheus."""
+    router = APIRouter(tags=["health"])
+
+    @router.get("/", include_in_schema=False)
+    async def root() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @router.get("/metrics", include_in_schema=False)
+    async def metrics(request: Request) -> Response:
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(REGISTRY), headers={"content-type": content_type})
+
+    @router.get("/v2/health/live", **json_responses(openapi.LIVE, 503))
+    async def server_live() -> dict[str, bool]:
+        if not service.is_live:
+            raise NotNow("The step loop makes no progress. The server has to be restarted.")
+        return {"live": True}
+
+    @router.get("/health", include_in_schema=False)
+    @router.get("/v2/health/ready", **json_responses(openapi.READY, 503))
+    async def server_ready() -> dict[str, bool]:
+        require_ready(service)
+        return {"ready": True}
+
+    return router
+
+
+def require_ready(service: LLMService) -> None:
+    """Check that the model is ready.
+
+    Raises:
+        ModelNotReady: it is not; the message has the reason.
+    """
+    if not service.is_ready:
+        raise ModelNotReady(f"Model {service.models.default} is not ready: {service.not_ready_reason}.")

@@ -1,0 +1,107 @@
+"""Open Inference Protocol v2 with its generate extension."""
+
+from importlib.metadata import version as installed_version
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from predictor import served_models
+from predictor.entrypoints import kserve_server
+from predictor.entrypoints.http import openapi
+from predictor.entrypoints.http.openapi import GENERATION_ERRORS, OCTETS, json_responses, request_schema, sse_responses
+from predictor.entrypoints.http.routes.health import require_ready
+from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, read_body
+from predictor.entrypoints.kserve_model import Predictor
+from predictor.generation.service import LLMService
+from predictor.protocols import open_inference, open_inference_generate
+
+MODEL_PATHS = ("/models/{model_name}", "/models/{model_name}/versions/{model_version}")
+
+
+def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
+    """Build the routes below /v2."""
+    router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
+
+    @router.get("", **json_responses(openapi.SERVER, 401))
+    @router.get("/", include_in_schema=False)
+    async def server_metadata() -> dict[str, Any]:
+        version = installed_version(open_inference.SERVER)
+        return {"name": open_inference.SERVER, "version": version, "extensions": list(open_inference.EXTENSIONS)}
+
+    @router.get("/models", **json_responses(openapi.MODEL_NAMES, 401))
+    async def list_models() -> dict[str, Any]:
+        return {"models": list(service.models.names)}
+
+    async def model_metadata(request: Request) -> dict[str, Any]:
+        name, _ = _require_model(request, service)
+        return {
+            "name": name,
+            "versions": [served_models.VERSION],
+            "platform": open_inference.PLATFORM,
+            "inputs": predictor.get_input_types(),
+            "outputs": predictor.get_output_types(),
+            "properties": service.metadata,
+        }
+
+    async def model_ready(request: Request) -> dict[str, Any]:
+        name, _ = _require_model(request, service)
+        require_ready(service)
+        return {"name": name, "ready": True}
+
+    async def infer(request: Request) -> Response:
+        name, version = _require_model(request, service)
+        body = await read_body(request, "v2")
+        payload = open_inference.parse(body, name, request.headers.get(open_inference.HEADER_LENGTH))
+        inference = kserve_server.infer(predictor, payload, dict(request.headers))
+        response = await cancel_on_disconnect(request.receive, inference)
+        content, header_length = open_inference.serialize(payload, response, version)
+        if header_length is None:
+            return Response(content, media_type="application/json")
+        headers = {open_inference.HEADER_LENGTH: str(header_length)}
+        return Response(content, media_type="application/octet-stream", headers=headers)
+
+    async def generate(request: Request) -> JSONResponse:
+        name, version = _require_model(request, service)
+        decoded = open_inference_generate.decode(await read_body(request, "generate"), name, version)
+        [completion] = await complete(request, service, [decoded.request])
+        return JSONResponse(open_inference_generate.encode(decoded, completion))
+
+    async def generate_stream(request: Request) -> Response:
+        name, version = _require_model(request, service)
+        decoded = open_inference_generate.decode(await read_body(request, "generate_stream"), name, version)
+        return EventStream(request, service, [decoded.request], open_inference_generate.Stream(decoded))
+
+    generate_schema = request_schema(open_inference_generate.REQUEST_SCHEMA)
+    for path in MODEL_PATHS:
+        router.add_api_route(path, model_metadata, **json_responses(openapi.MODEL, 401, 404))
+        router.add_api_route(f"{path}/ready", model_ready, **json_responses(openapi.MODEL_READY, 404, 503))
+        router.add_api_route(
+            f"{path}/infer",
+            infer,
+            methods=["POST"],
+            **request_schema(open_inference.REQUEST_SCHEMA),
+            **json_responses(openapi.INFERRED, 400, *GENERATION_ERRORS, also=OCTETS),
+        )
+        router.add_api_route(
+            f"{path}/generate",
+            generate,
+            methods=["POST"],
+            **generate_schema,
+            **json_responses(openapi.GENERATED, 422, 424, *GENERATION_ERRORS),
+        )
+        router.add_api_route(
+            f"{path}/generate_stream",
+            generate_stream,
+            methods=["POST"],
+            **generate_schema,
+            **sse_responses(openapi.GENERATED_EVENT, 422, 424, *GENERATION_ERRORS),
+        )
+    return router
+
+
+def _require_model(request: Request, service: LLMService) -> tuple[str, str | None]:
+    """Return the model and version of the path; raises NotFound."""
+    name, version = request.path_params["model_name"], request.path_params.get("model_version")
+    service.models.require(name, version)
+    return name, version

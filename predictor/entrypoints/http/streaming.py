@@ -1,0 +1,108 @@
+"""Generation for HTTP requests: submit, wait or stream server-sent events, and cancel when the client disconnects."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import aclosing, suppress
+from typing import Protocol, TypeVar
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from predictor.errors import RequestError
+from predictor.generation.output_processor import CompletionStream
+from predictor.generation.service import LLMService
+from predictor.observability import request_record
+from predictor.protocols.sampling_fields import timeout_seconds
+from predictor.types import Completion, CompletionDelta, GenerationRequest
+
+T = TypeVar("T")
+
+
+class _EventEncoder(Protocol):
+    """Encoder of one response; each item is a complete server-sent event."""
+
+    def begin(self) -> list[str]: ...
+    def piece(self, piece: CompletionDelta) -> list[str]: ...
+    def end(self) -> list[str]: ...
+    def error(self, error: RequestError) -> list[str]: ...
+
+
+async def read_body(request: Request, protocol: str) -> bytes:
+    """Read the body, and record the protocol of the request."""
+    request_record.current().protocol = protocol
+    return await request.body()
+
+
+async def complete(request: Request, service: LLMService, requests: Sequence[GenerationRequest]) -> list[Completion]:
+    """Generate all completions; cancelled when the client disconnects."""
+    stream = service.submit(requests, timeout_seconds(request.headers))
+    try:
+        return await cancel_on_disconnect(request.receive, stream.complete())
+    finally:
+        stream.close()
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a generation, flushed one by one; generation ends with the response."""
+
+    def __init__(
+        self, request: Request, service: LLMService, requests: Sequence[GenerationRequest], encoder: _EventEncoder
+    ) -> None:
+        self._stream = service.submit(requests, timeout_seconds(request.headers))
+        super().__init__(
+            _encode(self._stream, encoder),
+            media_type="text/event-stream",
+            # Proxies would hold events back, or compress several into one.
+            headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"},
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events, as ASGI has it."""
+        del scope
+        try:
+            with suppress(ClientDisconnect):
+                await cancel_on_disconnect(receive, self.stream_response(send))
+        finally:
+            self._stream.close()
+
+
+async def _encode(stream: CompletionStream, encoder: _EventEncoder) -> AsyncIterator[str]:
+    try:
+        for event in encoder.begin():
+            yield event
+        async with aclosing(stream.deltas()) as deltas:
+            async for delta in deltas:
+                for event in encoder.piece(delta):
+                    yield event
+        for event in encoder.end():
+            yield event
+    except RequestError as error:
+        request_record.current().error = type(error).__name__
+        for event in encoder.error(error):
+            yield event
+
+
+async def cancel_on_disconnect(receive: Receive, work: Awaitable[T]) -> T:
+    """Return the result of `work`; cancel it when the client disconnects first.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
+    """
+    task = asyncio.ensure_future(work)
+    disconnect = asyncio.create_task(_wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnect
+    finally:
+        for pending in (task, disconnect):
+            pending.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,97 @@
+"""Fence around the undocumented interfaces of KServe and uvicorn that the servers rely on.
+
+`tests/contracts/test_upstream.py` pins them. `predictor/__main__.py` has one more: importing KServe parses `sys.argv`.
+"""
+
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import kserve
+import uvicorn
+from kserve.errors import ModelNotFound
+from kserve.errors import ModelNotReady as NotLoaded
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from starlette.types import ASGIApp
+
+from predictor.errors import ModelNotReady, NotFound, PortInUse
+
+BACKLOG = 2048
+KEEP_ALIVE_SECONDS = 65
+"""KServe's default: longer than the idle timeout of proxies such as Envoy, which would otherwise return 503."""
+
+
+class HTTPServer(uvicorn.Server):
+    """A uvicorn server on a bound socket that leaves signals to the process; configured like KServe's own.
+
+    Args:
+        app: serves the requests.
+        connection_close_seconds: time for open connections to finish their responses, once `should_exit` is set.
+    """
+
+    def __init__(self, app: ASGIApp, connection_close_seconds: int) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=connection_close_seconds,
+            )
+        )
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Install no signal handlers; uvicorn's own would close the port before running requests have finished."""
+        yield
+
+
+def bind(port: int) -> socket.socket:
+    """Open an HTTP port on all IPv4 addresses.
+
+    Raises:
+        PortInUse: the port cannot be opened.
+    """
+    try:
+        return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
+    except OSError as error:
+        raise PortInUse(f"Port {port} cannot be opened: {error.strerror}. Choose another with --http_port.") from None
+
+
+async def infer(
+    model: kserve.Model, request: kserve.InferRequest, headers: Mapping[str, str] | None = None
+) -> kserve.InferResponse:
+    """Run KServe's preprocess, predict and postprocess hooks, and record its latency metrics."""
+    response, _ = await model(request, headers=headers)
+    return response
+
+
+class ModelRepository:
+    """KServe's model repository extension: load and unload models by name."""
+
+    def __init__(self, model: kserve.Model) -> None:
+        repository = kserve.ModelRepository()
+        repository.update(model)
+        self._extension = ModelRepositoryExtension(repository)
+
+    async def load(self, model_name: str) -> None:
+        """Return if the model is loaded.
+
+        Raises:
+            ModelNotReady: it is not.
+        """
+        try:
+            await self._extension.load(model_name)
+        except NotLoaded as error:
+            raise ModelNotReady(str(error)) from error
+
+    async def unload(self, model_name: str) -> None:
+        """Stop the model and remove it from the repository.
+
+        Raises:
+            NotFound: there is no such model.
+        """
+        try:
+            await self._extension.unload(model_name)
+        except ModelNotFound as error:
+            raise NotFound(str(error)) from error

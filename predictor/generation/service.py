@@ -1,0 +1,309 @@
+"""LLMService: loads one language model and generates with it, independently of any protocol or server."""
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import psutil
+
+from predictor.engine.engine import Engine
+from predictor.errors import Draining, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.generation import output_processor
+from predictor.generation.output_processor import CompletionStream
+from predictor.generation.prompts import Prompts
+from predictor.generation.self_check import SelfCheck
+from predictor.models import loader, snapshot
+from predictor.models.loader import LoadedModel
+from predictor.models.snapshot import Snapshot
+from predictor.observability import metrics, request_record
+from predictor.resources import threads
+from predictor.served_models import ServedModels
+from predictor.settings import Settings
+from predictor.types import Chat, FinishedSequence, GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+WARM_UP_SECONDS = 600.0
+
+
+class Phase(StrEnum):
+    """Progress of the service from start to stop; part of the readiness message."""
+
+    CREATED = "starting"
+    WAITING = "waiting for the snapshot"
+    LOADING = "loading weights"
+    WARMING_UP = "warming up"
+    READY = "ready"
+    DRAINING = "shutting down"
+    STOPPED = "stopped"
+
+
+class _LoadCancelled(Exception):
+    """`drain` or `stop` was called during the load."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pipeline:
+    """The parts that answer requests once the model is loaded."""
+
+    snapshot: Snapshot
+    loaded: LoadedModel
+    prompts: Prompts
+    engine: Engine
+    self_check: SelfCheck
+
+
+class LLMService:
+    """One language model: call `load` once, then `submit` any number of requests concurrently."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.models = ServedModels((settings.served_model_name,))
+        self.phase = Phase.CREATED
+        self._settings = settings
+        self._pipeline: _Pipeline | None = None
+        self._engine: Engine | None = None
+        # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
+        # the engine's thread would keep the process alive.
+        self._state_lock = threading.Lock()
+        self._metrics = metrics.ModelMetrics(self.models.default)
+        self._metrics.register_callbacks(ready=lambda: self.is_ready, live=lambda: self.is_live)
+
+    def load(self) -> bool:
+        """Load the weights, start the engine and generate once; blocks until done.
+
+        Returns:
+            Whether the model is ready. A second call changes nothing; KServe makes one for a model that is not ready.
+
+        Raises:
+            StartupError: the snapshot, the weights or the device cannot be used.
+        """
+        if self.phase is not Phase.CREATED:
+            return self.is_ready
+        started = time.monotonic()
+        self._metrics.observe_load_phase("imports", _process_age_seconds())
+        try:
+            found = self._find_snapshot()
+            loaded = self._load_weights(found)
+            engine = self._start_engine(loaded)
+            self._warm_up(engine)
+            self._accept_requests(found, loaded, engine)
+        except _LoadCancelled:
+            return False
+        logger.info("model %s is ready after %.1f s", self.models.default, time.monotonic() - started)
+        return True
+
+    def _enter(self, phase: Phase) -> None:
+        """Set the next phase of the load. Call with `_state_lock` held where the phase has effects."""
+        if self.phase in (Phase.DRAINING, Phase.STOPPED):
+            raise _LoadCancelled
+        self.phase = phase
+
+    def _find_snapshot(self) -> Snapshot:
+        settings = self._settings
+        with self._state_lock:
+            self._enter(Phase.WAITING)
+        with self._metrics.time_load_phase("snapshot"):
+            return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
+
+    def _load_weights(self, found: Snapshot) -> LoadedModel:
+        settings = self._settings
+        with self._state_lock:
+            self._enter(Phase.LOADING)
+        threads.set_threads(settings.num_threads)
+        return loader.load(
+            found.directory,
+            device=settings.device,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+            quantization=settings.quantization,
+            keep=settings.kept_layers,
+            fallback=settings.quantization_fallback,
+            phase=self._metrics.time_load_phase,
+        )
+
+    def _start_engine(self, loaded: LoadedModel) -> Engine:
+        settings = self._settings
+        engine = Engine(
+            loaded.model,
+            eos_token_ids=loaded.eos_token_ids,
+            context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),
+            max_num_seqs=settings.max_num_seqs,
+            max_queued_requests=settings.max_queued_requests,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            kv_cache_tokens=settings.kv_cache_tokens,
+            kv_cache_memory_fraction=settings.kv_cache_memory_fraction,
+            step_timeout_seconds=settings.step_timeout_seconds,
+        )
+        with self._state_lock:
+            self._enter(Phase.WARMING_UP)
+            self._engine = engine
+            with self._metrics.time_load_phase("kv_cache"):
+                engine.start()
+        return engine
+
+    def _warm_up(self, engine: Engine) -> None:
+        try:
+            with self._metrics.time_load_phase("warm_up"):
+                asyncio.run(engine.check(WARM_UP_SECONDS))
+        except RequestError as error:
+            raise StartupError(f"The model was loaded, but its first generation failed: {error}") from error
+
+    def _accept_requests(self, found: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
+        settings = self._settings
+        prompts = Prompts(
+            loaded.tokenizer,
+            engine.context_tokens,
+            loaded.vocabulary_tokens,
+            loaded.defaults,
+            settings.default_max_tokens,
+        )
+        self_check = SelfCheck(engine, settings.self_check_interval_seconds)
+        with self._state_lock:
+            self._enter(Phase.READY)
+            self._pipeline = _Pipeline(found, loaded, prompts, engine, self_check)
+        self._metrics.set_model_info(
+            **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
+        )
+        self._metrics.register_callbacks(
+            num_requests_running=lambda: engine.running,
+            num_requests_waiting=lambda: engine.waiting,
+            kv_cache_usage_perc=lambda: engine.cache_usage,
+            kv_cache_capacity_tokens=lambda: engine.cache_tokens,
+            engine_steps=lambda: engine.steps,
+            self_check_age_seconds=lambda: self_check.age_seconds,
+            self_check_success=lambda: self_check.succeeded,
+        )
+
+    def drain(self) -> None:
+        """Reject new requests; running and waiting ones go on."""
+        with self._state_lock:
+            if self.phase is not Phase.STOPPED:
+                self.phase = Phase.DRAINING
+
+    def stop(self) -> None:
+        """Stop the engine and abort running requests; may be called twice."""
+        with self._state_lock:
+            self.phase = Phase.STOPPED
+            if self._engine is not None:
+                self._engine.stop()
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the step loop makes progress, or has not been started yet."""
+        return self._pipeline is None or self._pipeline.engine.is_alive
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request sent now would be answered."""
+        if self.phase is not Phase.READY or self._pipeline is None:
+            return False
+        return self._pipeline.engine.is_alive and self._pipeline.self_check.is_fresh
+
+    @property
+    def is_shutting_down(self) -> bool:
+        """Whether new requests are rejected for good."""
+        return self.phase in (Phase.DRAINING, Phase.STOPPED)
+
+    @property
+    def not_ready_reason(self) -> str:
+        """The reason for not being ready, in a few words."""
+        if self.phase is not Phase.READY or self._pipeline is None:
+            return self.phase
+        if not self.is_live:
+            return "the step loop makes no progress"
+        return f"the model last generated {self._pipeline.self_check.age_seconds:.0f} s ago"
+
+    @property
+    def busy(self) -> bool:
+        """Whether sequences run or wait."""
+        return self._pipeline is not None and bool(self._pipeline.engine.running or self._pipeline.engine.waiting)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the thread of the step loop is gone; `stop` cannot interrupt a step that hangs."""
+        return self._engine is None or self._engine.has_ended
+
+    @property
+    def context_tokens(self) -> int | None:
+        """Maximum tokens of prompt and completion together; None before the load."""
+        return self._pipeline.engine.context_tokens if self._pipeline else None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Properties of the loaded model, all as strings; empty before the load."""
+        if self._pipeline is None:
+            return {}
+        loaded, engine = self._pipeline.loaded, self._pipeline.engine
+        return {
+            "commit": self._pipeline.snapshot.commit or "",
+            "device": str(loaded.model.device),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "quantization": loaded.quantization,
+            **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
+            "prepared": str(loaded.prepared).lower(),
+            **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
+            "context_tokens": str(engine.context_tokens),
+            "kv_cache_tokens": str(engine.cache_tokens),
+        }
+
+    async def run_self_checks(self) -> None:
+        """Check the model periodically until cancelled; call after `load`."""
+        if self._pipeline is not None:
+            await self._pipeline.self_check.run()
+
+    def count_request(self, protocol: str | None, status: int) -> None:
+        """Count a response, by protocol and HTTP status, in the metrics."""
+        self._metrics.count_request(protocol, status)
+
+    def submit(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> CompletionStream:
+        """Start generating for all requests, or for none; the caller reads the result and closes it.
+
+        Args:
+            requests: at least one.
+            timeout_seconds: the client's limit; the server's own limit holds too.
+
+        Raises:
+            RequestError: a request is invalid, or the model takes no requests now.
+        """
+        record = request_record.current()
+        chats = any(isinstance(request.prompt, Chat) for request in requests)
+        record.operation = "chat" if chats else "text_completion"
+        if self.is_shutting_down:
+            raise Draining("The server is shutting down. Retry later.")
+        if self._pipeline is None:
+            raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+        if self._settings.log_prompts:
+            for request in requests:
+                logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
+        limit = self._settings.request_timeout_seconds
+        deadline = time.monotonic() + min(limit, timeout_seconds or limit)
+
+        def on_finished(sequence: FinishedSequence) -> None:
+            self._metrics.count_finished(sequence)
+            record.finished.append(sequence)
+
+        try:
+            return output_processor.submit(
+                requests,
+                prompts=self._pipeline.prompts,
+                engine=self._pipeline.engine,
+                deadline=deadline,
+                on_finished=on_finished,
+                on_tokens=self._metrics.count_tokens,
+            )
+        except Overloaded:
+            self._metrics.count_rejected()
+            raise
+
+
+def _process_age_seconds() -> float:
+    began = psutil.Process().create_time()
+    if not hasattr(time, "CLOCK_BOOTTIME"):
+        return time.time() - began
+    # Linux reports a process's start in clock ticks after the boot, and the boot time in whole seconds.
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())
