@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     """Minimum level of log lines."""
 
     @property
-    def kept_layers(self) -> tuple[str, ...]:
+    def skip_modules(self) -> tuple[str, ...]:
         """`quantization_skip_modules` as a tuple."""
         return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
