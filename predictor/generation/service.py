@@ -121,7 +121,7 @@ class LLMService:
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             quantization=settings.quantization,
-            keep=settings.kept_layers,
+            keep=settings.skip_modules,
             fallback=settings.quantization_fallback,
             phase=self._metrics.time_load_phase,
         )
