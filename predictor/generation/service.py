@@ -121,14 +121,14 @@ class LLMService:
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             quantization=settings.quantization,
-            keep=settings.kept_layers,
+            keep=settings.skip_modules,
             fallback=settings.quantization_fallback,
             phase=self._metrics.time_load_phase,
         )
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
         settings = self._settings
-        engine = Engine(
+        engine = Engine.from_model(
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),
