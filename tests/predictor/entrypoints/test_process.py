@@ -36,7 +36,7 @@ def failed_start(*arguments: str) -> tuple[int, str]:
 
 def test_process_with_an_unknown_flag_exits_2() -> None:
     code, line = failed_start("--modeldir", "/x")
-    assert (code, line.startswith("error: --modeldir is not a flag")) == (2, True)
+    assert (code, line.startswith("error: Unknown flag: --modeldir")) == (2, True)
     assert "--model_dir" in line
 
 
