@@ -108,7 +108,7 @@ class Settings(BaseSettings):
     """Least severe log lines that are written."""
 
     @property
-    def kept_layers(self) -> tuple[str, ...]:
+    def skip_modules(self) -> tuple[str, ...]:
         """`quantization_skip_modules`, part by part."""
         return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
