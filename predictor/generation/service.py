@@ -128,7 +128,7 @@ class LLMService:
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
         settings = self._settings
-        engine = Engine(
+        engine = Engine.from_model(
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),

@@ -22,7 +22,7 @@ def load() -> LoadedModel:
 
 
 def started(loaded: LoadedModel, kv_cache_tokens: int = 8192) -> Engine:
-    engine = Engine(
+    engine = Engine.from_model(
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=loaded.context_tokens,
@@ -133,7 +133,7 @@ def test_closing_a_stream_frees_the_place(engine: Engine, loaded: LoadedModel) -
 
     asyncio.run(asyncio.wait_for(begin_and_leave(), timeout=30))
     assert (engine.running, engine.waiting, engine.cache_usage) == (0, 0, 0.0)
-    assert not engine._manager.output_router.result_handlers
+    assert not engine._executor._manager.output_router.result_handlers
 
 
 def test_a_stream_that_is_closed_before_its_first_token_knows_whether_it_ran(

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from devtools.processes import ROOT
-from predictor.engine.engine import PAGE_TOKENS, Engine, Stream
+from predictor.engine.engine import Engine
+from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed, InvalidRequest, Overloaded
 from predictor.generation import output_processor
 from predictor.generation.prompts import Prompts
@@ -47,7 +49,7 @@ def engine_of(loaded: LoadedModel, **different: Any) -> Engine:
         "kv_cache_tokens": 8192,
         "context_tokens": loaded.context_tokens,
     }
-    engine = Engine(loaded.model, eos_token_ids=loaded.eos_token_ids, **{**settings, **different})
+    engine = Engine.from_model(loaded.model, eos_token_ids=loaded.eos_token_ids, **{**settings, **different})
     engine.start()
     return engine
 
@@ -265,7 +267,7 @@ def test_logprobs_are_the_models_whatever_is_sampled(
 def test_as_many_as_run_and_wait_are_taken_and_one_more_is_refused_at_once(engine: Engine, ids: list[int]) -> None:
     async def crowd() -> None:
         streams = engine.submit([(ids, LONG)] * (engine.capacity - 1))
-        with pytest.raises(Overloaded, match=f"{engine.capacity - 1} sequences run or wait"):
+        with pytest.raises(Overloaded, match=f"{engine.capacity - 1} of {engine.capacity} sequence slots"):
             engine.submit([(ids, LONG)] * 2)
         assert engine.running + engine.waiting == engine.capacity - 1, "all of them or none"
         [last] = engine.submit([(ids, LONG)])
@@ -281,7 +283,7 @@ def test_as_many_as_run_and_wait_are_taken_and_one_more_is_refused_at_once(engin
 
 
 def test_more_than_ever_fit_is_the_clients_mistake(engine: Engine, ids: list[int]) -> None:
-    with pytest.raises(InvalidRequest, match="ask for fewer"):
+    with pytest.raises(InvalidRequest, match="Request at most"):
         asyncio.run(asyncio.to_thread(engine.submit, [(ids, GREEDY)] * (engine.capacity + 1)))
 
 
@@ -297,7 +299,7 @@ def test_those_that_wait_come_to_run(engine: Engine, ids: list[int]) -> None:
 def test_a_sequence_whose_time_is_over_fails_and_leaves(engine: Engine, ids: list[int], seconds: float) -> None:
     async def hurry() -> None:
         [stream] = engine.submit([(ids, LONG)], time.monotonic() + seconds)
-        with pytest.raises(DeadlineExceeded, match="allow more time"):
+        with pytest.raises(DeadlineExceeded, match="raise the timeout"):
             await read(stream)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
@@ -316,7 +318,7 @@ def test_a_sequence_that_waits_can_be_closed_before_its_first_step(engine: Engin
         await until_idle(engine)
 
     asyncio.run(leave())
-    assert not engine._manager.output_router.result_handlers
+    assert not engine._executor._manager.output_router.result_handlers
 
 
 def test_a_sequence_that_cannot_choose_fails_alone(
@@ -324,10 +326,10 @@ def test_a_sequence_that_cannot_choose_fails_alone(
 ) -> None:
     choose = SequenceSampler.__call__
 
-    def fail(chooser: SequenceSampler, logits: torch.Tensor, sequence: Any) -> None:
-        if chooser._sampling.seed == 666 and sequence.generated_len() == 3:
+    def fail(sampler: SequenceSampler, logits: torch.Tensor, token_ids: Sequence[int]) -> None:
+        if sampler._sampling.seed == 666 and sampler._generator is not None:
             raise ZeroDivisionError("no such token")
-        choose(chooser, logits, sequence)
+        choose(sampler, logits, token_ids)
 
     alone = made(engine, ids, GREEDY)
     monkeypatch.setattr(SequenceSampler, "__call__", fail)
@@ -377,14 +379,14 @@ def test_a_full_cache_makes_sequences_wait_or_begin_again_and_all_end_right(
     lengths = [40, 130, 200, PAGE_TOKENS - 1, PAGE_TOKENS, PAGE_TOKENS + 1, 300, 400]
     prompts = [noise(plain, length, seed=length) for length in lengths]
     resets = 0
-    finish_request = small._manager.batch_processor.scheduler.finish_request
+    finish_request = small._executor._manager.batch_processor.scheduler.finish_request
 
     def count(request_id: str) -> None:
         nonlocal resets
         resets += 1
         finish_request(request_id)
 
-    small._manager.batch_processor.scheduler.finish_request = count
+    small._executor._manager.batch_processor.scheduler.finish_request = count
     answers = made_together(small, [(ids, sampling) for ids in prompts])
     assert resets > len(prompts), "some sequence was taken out of the full cache and began again"
     for ids, answer in zip(prompts, answers, strict=True):
@@ -407,7 +409,7 @@ def test_those_that_wait_for_the_cache_go_on_when_those_in_it_leave(small: Engin
     async def leave() -> None:
         streams = small.submit([(noise(loaded, 500, seed), long) for seed in range(3)])
         readers = {stream: asyncio.create_task(read(stream)) for stream in streams}
-        scheduler = small._manager.batch_processor.scheduler
+        scheduler = small._executor._manager.batch_processor.scheduler
         while not scheduler.block_new_requests:  # noqa: ASYNC110, there is no event for it
             await asyncio.sleep(0)
         inside = set(scheduler.active_requests)

@@ -175,18 +175,18 @@ def test_a_deadline_of_the_client_ends_a_request(server: Server) -> None:
     whole = server.client.post(OPENAI, json=asking(OPENAI, 1000, n=2), headers=hurry)
     assert whole.status_code == 504
     error = whole.json()["error"]
-    assert (error["type"], "time is over" in error["message"]) == ("timeout", True)
+    assert (error["type"], "timed out" in error["message"]) == ("timeout", True)
     partial = error["partial"]
     assert len(partial) == 2
     full = server.client.post(OPENAI, json=asking(OPENAI, 1000)).json()["choices"][0]["text"]
     assert all(full.startswith(text) and len(full) > len(text) for text in partial)
     for path in (INFER, GENERATE):
         late = server.client.post(path, json=asking(path, 1000), headers=hurry)
-        assert (late.status_code, "time is over" in late.json()["error"]) == (504, True)
+        assert (late.status_code, "timed out" in late.json()["error"]) == (504, True)
     for path in (OPENAI, GENERATE_STREAM):
         streamed = Streamed().read(server.client, path, 1000, headers=hurry)
         assert (full.startswith(streamed.text), streamed.finish_reason) == (True, None)
-        assert "time is over" in json.dumps(streamed.last["error"])
+        assert "timed out" in json.dumps(streamed.last["error"])
     server.until_idle()
     assert server.metric("request_finished_total", finished_reason="deadline") == ended + 6
 
@@ -307,7 +307,7 @@ def test_the_servers_own_deadline_ends_a_request(open_server: Server) -> None:
     assert (late.status_code, late.json()["error"]["type"]) == (504, "timeout")
     assert len(late.json()["error"]["partial"]) == 4
     streamed = Streamed().read(open_server.client, GENERATE_STREAM, 1000)
-    assert (streamed.finish_reason, "time is over" in streamed.last["error"]) == (None, True)
+    assert (streamed.finish_reason, "timed out" in streamed.last["error"]) == (None, True)
     open_server.until_idle()
 
 
@@ -387,7 +387,7 @@ def test_streams_that_are_cut_off_say_so(cut: str, tmp_path: Path) -> None:
         for stream, path in zip(streams, PATHS, strict=True):
             error = stream.last["error"]
             message = error["message"] if path == OPENAI else error
-            assert message == "The server stopped before the answer was complete; ask again in a moment."
+            assert message == "The server stopped before the completion finished. Retry later."
             assert stream.finish_reason is None
         assert server.predictor.process.wait(WAIT_SECONDS) == 0
     assert "aborting running requests" in server.log

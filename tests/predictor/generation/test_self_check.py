@@ -53,7 +53,7 @@ def running(step_timeout_seconds: float = 120.0) -> Iterator[tuple[Engine, Hold]
     loaded = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False)
     hold = Hold()
     loaded.model.register_forward_pre_hook(hold)
-    engine = Engine(
+    engine = Engine.from_model(
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=loaded.context_tokens,
@@ -155,7 +155,7 @@ def test_a_self_check_that_fails_is_logged_and_grows_old(
         clock(1)
         await check.check_once()
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
-        assert "the self-check failed: The request's time is over" in caplog.text
+        assert "the self-check failed: Request timed out" in caplog.text
         assert not check.is_fresh
         await check.check_once()
         assert len(caplog.records) == 1, "while the one before hangs, no other is begun"
@@ -265,7 +265,7 @@ def test_a_dead_step_loop_fails_all_who_wait(look: bool, caplog: pytest.LogCaptu
         await anext(streams[0])
         hold.error = RuntimeError("the device is gone")
         if not look:  # what the loop says at its end gets lost, as for a request that it had not taken yet
-            engine._manager.output_router.deliver = lambda _: None
+            engine._executor._manager.output_router.deliver = lambda _: None
         ends = await asyncio.gather(*(read_all(stream) for stream in streams), return_exceptions=True)
         assert {type(end) for end in ends} == {EngineStopped}
         assert not engine.is_alive

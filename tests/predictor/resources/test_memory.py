@@ -38,7 +38,7 @@ def model() -> Any:
 
 
 def tokens(model: Any, budget_bytes: int, max_num_batched_tokens: int = 512, max_num_seqs: int = 32) -> int:
-    return kv_cache.kv_cache_tokens(
+    return kv_cache.tokens_within(
         model, budget_bytes=budget_bytes, max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs
     )
 
@@ -57,7 +57,7 @@ def test_what_the_steps_need_is_left_out(model: Any) -> None:
 
 def test_masks_of_one_sequence_at_a_time_leave_room_for_more(model: Any) -> None:
     def fitting(context_tokens: int | None) -> int:
-        return kv_cache.kv_cache_tokens(
+        return kv_cache.tokens_within(
             model, budget_bytes=64 * MIB, max_num_batched_tokens=512, max_num_seqs=32, context_tokens=context_tokens
         )
 
@@ -80,7 +80,7 @@ sampling = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, logpr
 def used(budget):
     loaded = loader.load(directory, device="cpu", dtype="float32", trust_remote_code=False)
     memory.available_bytes = lambda _: budget
-    engine = Engine(loaded.model, eos_token_ids=loaded.eos_token_ids, context_tokens=1024, max_num_seqs=64,
+    engine = Engine.from_model(loaded.model, eos_token_ids=loaded.eos_token_ids, context_tokens=1024, max_num_seqs=64,
         max_queued_requests=64, max_num_batched_tokens=512, kv_cache_memory_fraction=1.0)
     engine.start()
 
@@ -93,7 +93,7 @@ def used(budget):
         await asyncio.gather(*map(read, engine.submit(prompts)))
 
     asyncio.run(fill())
-    processor = engine._manager.batch_processor
+    processor = engine._executor._manager.batch_processor
     masks = processor.inputs_and_outputs.attention_mask
     allocated = processor.cache.cache_tensor.nbytes + sum(mask.nbytes for mask in (masks or {}).values())
     engine.stop()
