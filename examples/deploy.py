@@ -19,7 +19,7 @@ from kubernetes import config
 from kubernetes.dynamic import DynamicClient
 
 from preflight.deployment import Deployment, Manifest
-from preflight.findings import CannotLook
+from preflight.findings import CheckError
 from preflight.rendering import render
 
 FIELD_MANAGER = "kserve-llm-examples"
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None, polling_seconds: float = 10) -> int:
     arguments = parser.parse_args(argv)
     try:
         deployment = render(arguments.overlay)
-    except CannotLook as error:
+    except CheckError as error:
         print(f"deploy: {error}", file=sys.stderr)
         return 2
     others = [manifest for manifest in deployment.objects if manifest is not deployment.service]

@@ -27,7 +27,7 @@ def failure(*arguments: str) -> tuple[int, str]:
 
 
 def test_names_an_unknown_flag() -> None:
-    assert failure("--modeldir", "/x") == (2, "error: --modeldir is not a flag; did you mean --model_dir.")
+    assert failure("--modeldir", "/x") == (2, "error: Unknown flag: --modeldir. Did you mean --model_dir?")
 
 
 def test_names_a_missing_directory() -> None:
