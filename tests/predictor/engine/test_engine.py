@@ -300,7 +300,8 @@ def test_engine_close_before_the_first_step_is_idempotent(engine: Engine, ids: l
 def test_engine_sampling_error_fails_one_sequence_only(
     engine: Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail_at_fourth_token(_: torch.Tensor, __: Sequence[int], output_ids: Sequence[int]) -> None:
+    def fail_at_fourth_token(logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        del logits, prompt_ids
         if len(output_ids) == 3:
             raise ZeroDivisionError("no such token")
 

@@ -117,7 +117,7 @@ def test_sampler_seed_repeats_independent_of_other_sequences() -> None:
     ],
     ids=["presence", "frequency", "repetition"],
 )
-def test_penalties_lower_tokens_of_prompt_and_output(sampling: dict[str, float], expected: list[float]) -> None:
+def test_penalties_lower_tokens_of_prompt_and_output(sampling: dict[str, Any], expected: list[float]) -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, -1.0, 0.5])
     assert apply(logits, sequence_sampler(**sampling), (2, 2, 3)) == expected
 
