@@ -40,8 +40,10 @@ class EventEncoder:
         text_offset = self._text_offsets[delta.index]
         self._text_offsets[delta.index] += sum(len(token.text) for token in tokens)
         if self._decoded.is_chat:
-            # Clients expect content next to logprobs.
-            output = {"delta": ({"content": ""} if tokens else {}) | _chat_delta(delta.deltas)}
+            message = _chat_delta(delta.deltas)
+            if tokens:
+                message.setdefault("content", "")
+            output: dict[str, Any] = {"delta": message}
         else:
             output = {"text": delta.text}
         return [self._chunk([choice(self._decoded, delta, output, index=delta.index, text_offset=text_offset)])]
