@@ -1,7 +1,7 @@
-"""The predictor, in 8 bits and in bfloat16, beside one-request-at-a-time and a peer, on one model in one run.
+"""Compare the predictor (8-bit and unquantized) with the sequential baseline and a peer, in one run.
 
-`python -m benchmarks.compare --model_dir DIR --peer 'vllm serve {model_dir} --port {port}'` starts them all, lets them
-take turns as `benchmarks.throughput` does, and prints output tokens/s and the ratios of the medians.
+`python -m benchmarks.compare --model_dir DIR --peer 'vllm serve {model_dir} --port {port}'` starts all servers,
+measures them in turns as `benchmarks.throughput` does, and prints output tokens/s and the ratios of the medians.
 """
 
 import argparse
@@ -22,30 +22,31 @@ from benchmarks.throughput import Load, Measurement
 from devtools.processes import DemoError
 
 OURS = ("8bit", "none")
-"""Values of --quantization, each a server of its own."""
+"""Values of --quantization; one server for each."""
 
 
 def table(measurements: Sequence[Measurement], others: Sequence[str]) -> str:
-    """Lines for each concurrency: tokens/s of each server, and each of ours over each of the others."""
+    """Return the tokens/s of each server and the ratios of ours to the others, per concurrency."""
     lines = []
-    for level in sorted({each.concurrency for each in measurements}):
-        speed = {
-            each.server: each.median.output_tokens_per_second for each in measurements if each.concurrency == level
-        }
-        noise = {each.server: each.spread_percent for each in measurements if each.concurrency == level}
-        lines.append(f"{level} callers")
-        lines += [f"  {name:<12} {rate:>7.1f} tokens/s, spread {noise[name]:.0f} %" for name, rate in speed.items()]
+    for level in sorted({measurement.concurrency for measurement in measurements}):
+        results = {measurement.server: measurement for measurement in measurements if measurement.concurrency == level}
+        rates = {name: result.median.output_tokens_per_second for name, result in results.items()}
+        lines.append(f"concurrency {level}")
         lines += [
-            f"  {ours} / {other}: {speed[ours] / speed[other]:.2f}"
+            f"  {name:<12} {rate:>7.1f} tokens/s, spread {results[name].spread_percent:.0f} %"
+            for name, rate in rates.items()
+        ]
+        lines += [
+            f"  {ours} / {other}: {rates[ours] / rates[other]:.2f}"
             for ours in OURS
             for other in others
-            if other in speed
+            if other in rates
         ]
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Start, measure and print; the exit code."""
+    """Run the benchmark and return the exit code."""
     arguments = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     load = Load(64, 64, requests=4, repetitions=arguments.repetitions, seed=random.randrange(2**32))
@@ -53,9 +54,9 @@ def main() -> int:
         with ExitStack() as stack:
             started = [
                 stack.enter_context(
-                    servers.predictor(word, arguments.model_dir, ["--quantization", word, *arguments.flags.split()])
+                    servers.predictor(mode, arguments.model_dir, ["--quantization", mode, *arguments.flags.split()])
                 )
-                for word in OURS
+                for mode in OURS
             ]
             if arguments.peer:
                 started.append(stack.enter_context(servers.peer(arguments.peer, arguments.model_dir)))
@@ -68,32 +69,34 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    print(f"\nmedians of {load.repetitions} runs each, 64 tokens in and 64 out")
+    print(f"\nmedians of {load.repetitions} runs, 64 input and 64 output tokens")
     print(table(measurements, [server.name for server in started[len(OURS) :]]))
     if arguments.json:
-        result = {"cpus": os.cpu_count(), "measurements": [asdict(each) for each in measurements]}
+        result = {"cpus": os.cpu_count(), "measurements": [asdict(measurement) for measurement in measurements]}
         arguments.json.write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model_dir", type=Path, required=True)
-    parser.add_argument("--peer", metavar="COMMAND", help="another OpenAI server, with {model_dir} and {port} in it")
-    parser.add_argument("--flags", default="", help="more flags of the predictor, in one word")
+    parser.add_argument(
+        "--peer", metavar="COMMAND", help="command of another OpenAI server, with {model_dir} and {port}"
+    )
+    parser.add_argument("--flags", default="", help="further flags of the predictor, as one argument")
     parser.add_argument(
         "--levels",
         type=lambda text: [int(part) for part in text.split(",")],
         default=[1, 8, 32],
-        help="concurrencies (default: 1,8,32)",
+        help="concurrency levels (default: 1,8,32)",
     )
-    parser.add_argument("--repetitions", type=int, default=3, help="runs at each level (default: %(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, each run's too, to FILE")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs per level (default: %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures of all runs to FILE")
     return parser.parse_args(argv)
 
 

@@ -1,11 +1,11 @@
-"""Make a model of a given shape with random weights: as fast as a trained one, without a download.
+"""Create a model of a given shape with random weights, which is as fast as a trained one.
 
-`python -m benchmarks.make_model DIR` writes what a snapshot on the Hub would hold: config, generation config, bfloat16
-weights as safetensors, tokenizer. Token `i` is the word `w<i>`, so a text of N words has N tokens, and no token is
-special, so each one that is generated can be seen in the text. The same seed gives the same weights.
+`python -m benchmarks.make_model DIR` writes config, generation config, bfloat16 safetensors and tokenizer. Token `i` is
+the word `w<i>`, so a text of N words has N tokens. No token is special, so every generated token is visible in the
+text. The same seed gives the same weights.
 
-The architecture is Llama's, with Qwen2's shape by default: they compute the same but for the bias of three projections,
-and in front of a Qwen2 transformers puts a tokenizer of its own, whatever the directory holds.
+The architecture is Llama with Qwen2's shape by default. They differ in the bias of three projections only, and for
+Qwen2 transformers would always load Qwen2's tokenizer class.
 """
 
 import argparse
@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from benchmarks.throughput import WORDS, word
 
 EOS_TOKEN_ID = 0
-"""Declared because every model has one; its text is a word like any other."""
+"""Every model declares one; its text is an ordinary word."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What decides how much there is to compute; the names are those of transformers' config."""
+    """The size of a model, with the names of transformers' config."""
 
     hidden_size: int
     intermediate_size: int
@@ -37,16 +37,16 @@ class Shape:
 
 
 SHAPES = {
-    # Qwen2-0.5B's: 0.36 B parameters in the layers, 0.14 B more in the embedding, which is the output's projection too.
+    # Qwen2-0.5B: 0.36 B parameters in the layers and 0.14 B in the tied embedding.
     "0.4b": Shape(896, 4864, 24, 14, 2, 151936),
-    # Qwen2-1.5B's.
+    # Qwen2-1.5B.
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151936),
     "tiny": Shape(64, 128, 2, 4, 2, WORDS),
 }
 
 
 def make(directory: Path, shape: Shape, *, seed: int = 0) -> int:
-    """Write a Llama of this shape, with tied embeddings, to `directory`; gives the number of its parameters."""
+    """Write a Llama with tied embeddings to `directory`; return its number of parameters."""
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(**asdict(shape), tie_word_embeddings=True, bos_token_id=None, eos_token_id=EOS_TOKEN_ID)
@@ -58,7 +58,7 @@ def make(directory: Path, shape: Shape, *, seed: int = 0) -> int:
 
 
 def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """One token a word, `w0` to the vocabulary's end; any other word is taken for `w0`."""
+    """Return a tokenizer with one token per word, `w0`, `w1` and so on; unknown words become `w0`."""
     vocabulary = {word(index): index for index in range(shape.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=word(0)))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -70,21 +70,21 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    """Make what the flags say."""
+    """Create the model that the flags describe."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.make_model",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--shape", choices=SHAPES, default="0.4b", help="where to start from (default: %(default)s)")
+    parser.add_argument("--shape", choices=SHAPES, default="0.4b", help="base shape (default: %(default)s)")
     for field in fields(Shape):
-        parser.add_argument(f"--{field.name}", type=int, help="instead of the shape's")
-    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: %(default)s)")
+        parser.add_argument(f"--{field.name}", type=int, help="override of the shape")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     arguments = parser.parse_args()
 
-    given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
-    shape = replace(SHAPES[arguments.shape], **{name: value for name, value in given.items() if value is not None})
+    overrides = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
+    shape = replace(SHAPES[arguments.shape], **{name: value for name, value in overrides.items() if value is not None})
     if shape.vocab_size < WORDS:
         parser.error(f"--vocab_size is {shape.vocab_size}, but the benchmark's prompts use {WORDS} words.")
     print(f"{make(arguments.directory, shape, seed=arguments.seed):,} parameters in {arguments.directory}")

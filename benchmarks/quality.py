@@ -1,8 +1,7 @@
-"""What fewer bits change: right answers of the demo model, and tokens and logits of any model against bfloat16.
+"""Measure what quantization changes: the demo model's accuracy, and any model's logits against bfloat16.
 
-`python -m benchmarks.quality --model_dir DIR`: for each mode the held-out sums of `demo.evaluate` that the demo model
-answers right; then, on DIR, the relative error of logits against those in bfloat16, and the share of greedy tokens that
-are the same for the same text before them.
+`python -m benchmarks.quality --model_dir DIR` prints the accuracy on `demo.evaluate`'s held-out sums for each mode. On
+DIR it prints the relative error of the logits and the share of equal greedy tokens, given the same prefix.
 """
 
 import argparse
@@ -15,50 +14,50 @@ import torch
 from benchmarks import servers
 from benchmarks.weights import load
 from demo import evaluate, exam
-from devtools.processes import ROOT
+from devtools.paths import DEMO_MODEL
 
 MODES = {"float32": ["--dtype", "float32"], "bfloat16": ["--dtype", "bfloat16"]} | {
-    word: ["--dtype", "bfloat16", "--quantization", word] for word in ("8bit", "4bit")
+    mode: ["--dtype", "bfloat16", "--quantization", mode] for mode in ("8bit", "4bit")
 }
 QUESTIONS = 500
 TEXTS, TOKENS = 8, 64
 
 
 def accuracy(flags: Sequence[str]) -> float:
-    """Of the held-out sums, answered by the predictor with these flags on the demo model, 0..1."""
-    asked = exam.held_out_questions(QUESTIONS)
-    questions, results = [question for question, _ in asked], [result for _, result in asked]
-    with servers.predictor("predictor", ROOT / "demo" / "model", flags) as server:
+    """Return the demo model's accuracy on held-out sums with these predictor flags, 0 to 1."""
+    sums = exam.held_out_questions(QUESTIONS)
+    questions, results = [question for question, _ in sums], [result for _, result in sums]
+    with servers.predictor("predictor", DEMO_MODEL, flags) as server:
         answers = evaluate.complete_by_server(server.url.removesuffix("/v1"), server.model, questions)
     return evaluate.accuracy(answers, results)
 
 
-@torch.inference_mode()
-def logits(directory: Path, word: str) -> torch.Tensor:
-    """Of random texts, (texts, tokens, vocabulary), in float32."""
-    loaded = load(directory, word)
+def logits(directory: Path, mode: str) -> torch.Tensor:
+    """Return float32 logits of random texts, (texts, tokens, vocabulary)."""
+    loaded = load(directory, mode)
     texts = torch.randint(1, loaded.vocabulary_tokens, (TEXTS, TOKENS), generator=torch.Generator().manual_seed(0))
-    return torch.cat([loaded.model(text[None]).logits.float() for text in texts])
+    with torch.inference_mode():
+        return torch.cat([loaded.model(text[None]).logits.float() for text in texts])
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model_dir", type=Path, help="whose logits are compared")
+    parser.add_argument("--model_dir", type=Path, help="model whose logits are compared")
     arguments = parser.parse_args(sys.argv[1:])
     for mode, flags in MODES.items():
-        print(f"{mode:<9} {100 * accuracy(flags):.1f} % of {QUESTIONS} held-out sums right")
+        print(f"{mode:<9} {100 * accuracy(flags):.1f} % of {QUESTIONS} held-out sums correct")
     if arguments.model_dir:
-        right = logits(arguments.model_dir, "none")
-        for word in ("8bit", "4bit"):
-            found = logits(arguments.model_dir, word)
-            error = float((found - right).norm() / right.norm())
-            agree = float((found.argmax(-1) == right.argmax(-1)).float().mean())
-            print(f"{word:<9} logits {100 * error:.1f} % off, {100 * agree:.1f} % of greedy tokens the same")
+        reference = logits(arguments.model_dir, "none")
+        for mode in ("8bit", "4bit"):
+            quantized = logits(arguments.model_dir, mode)
+            error = float((quantized - reference).norm() / reference.norm())
+            equal = float((quantized.argmax(-1) == reference.argmax(-1)).float().mean())
+            print(f"{mode:<9} logits differ by {100 * error:.1f} %, {100 * equal:.1f} % of greedy tokens are equal")
 
 
 if __name__ == "__main__":

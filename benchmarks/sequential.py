@@ -1,10 +1,9 @@
-"""The baseline: `model.generate` for one request at a time, as KServe's own transformers backend has it.
+"""Sequential baseline: `model.generate` for one request at a time, as KServe's transformers backend does.
 
-The model is loaded as transformers loads it, in the device and number format that the predictor would choose, its
-layers as they are. Everything else is as in the predictor: its detokenizer, FastAPI on uvicorn, one event a token,
-torch's own choice of threads. Speaks as much of OpenAI's completions as the benchmark needs: one greedy, streamed
-completion.
-`python -m benchmarks.sequential --model_dir DIR --port PORT`; listens on loopback once the model is loaded.
+The model has transformers' own layers, with the device and dtype that the predictor would choose. The rest is as in the
+predictor: detokenizer, FastAPI on uvicorn, one event per token, torch's default threads. It supports what the benchmark
+needs of OpenAI's completions: one greedy, streamed completion.
+`python -m benchmarks.sequential --model_dir DIR --port PORT` listens on loopback when the model is loaded.
 """
 
 import argparse
@@ -33,13 +32,13 @@ MODEL_NAME = "model"
 
 
 class StreamOptions(BaseModel):
-    """Of OpenAI's request body."""
+    """OpenAI's `stream_options`."""
 
     include_usage: bool = False
 
 
-class CompletionBody(BaseModel):
-    """OpenAI's request body, as far as it is served."""
+class CompletionRequest(BaseModel):
+    """The supported part of OpenAI's request body."""
 
     prompt: str = Field(min_length=1)
     stream: Literal[True]
@@ -49,25 +48,25 @@ class CompletionBody(BaseModel):
     ignore_eos: Literal[True]
 
 
-class TokenStreamer(BaseStreamer):
-    """Passes new token ids on as `generate` makes them; the first that it is given is the prompt."""
+class TokenStreamer(BaseStreamer):  # type: ignore[misc]
+    """Emit new token ids as `generate` produces them; the first value is the prompt."""
 
     def __init__(self, emit: Callable[[list[int]], object]) -> None:
         self._emit = emit
-        self._prompt_seen = False
+        self._has_prompt = False
 
     def put(self, value: torch.Tensor) -> None:
-        """Take the next ids; called in the thread of `generate`."""
-        if self._prompt_seen:
+        """Emit the next ids; called in the thread of `generate`."""
+        if self._has_prompt:
             self._emit(value.tolist())
-        self._prompt_seen = True
+        self._has_prompt = True
 
     def end(self) -> None:
-        """Nothing to flush."""
+        """Do nothing: there is no buffer to flush."""
 
 
 class SequentialModel:
-    """A model and the one thread in which it generates; requests wait for it in their order."""
+    """A model with one generation thread; requests wait in order."""
 
     def __init__(self, directory: Path, device: str, dtype: str) -> None:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -80,11 +79,11 @@ class SequentialModel:
             device_map={"": target},
             local_files_only=True,
         ).eval()
-        self._model.generation_config.eos_token_id = None  # all completions have the length that was asked for
+        self._model.generation_config.eos_token_id = None  # every completion has the requested length
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="generate")
 
     async def generate(self, prompt: list[int], max_tokens: int) -> AsyncIterator[list[int]]:
-        """`max_tokens` new token ids, as they are made."""
+        """Yield `max_tokens` new token ids as they are generated."""
         loop = asyncio.get_running_loop()
         outputs: asyncio.Queue[list[int] | None] = asyncio.Queue()
 
@@ -98,7 +97,7 @@ class SequentialModel:
         await done
 
     def stop(self) -> None:
-        """Forget the requests that wait."""
+        """Cancel the waiting requests."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _generate(self, prompt: list[int], max_tokens: int, emit: Callable[[list[int]], None]) -> None:
@@ -113,7 +112,7 @@ class SequentialModel:
 
 
 def make_app(model: SequentialModel) -> FastAPI:
-    """The two routes that the benchmark asks."""
+    """Create the application with the two routes that the benchmark needs."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -127,7 +126,7 @@ def make_app(model: SequentialModel) -> FastAPI:
         return {"object": "list", "data": [{"id": MODEL_NAME, "object": "model", "owned_by": "benchmark"}]}
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionBody) -> StreamingResponse:
+    async def completions(body: CompletionRequest) -> StreamingResponse:
         prompt = model.tokenizer.encode(body.prompt, add_special_tokens=True)
         if len(prompt) + body.max_tokens > model.context_tokens:
             raise HTTPException(400, f"Prompt and completion together may have {model.context_tokens} tokens.")
@@ -136,8 +135,8 @@ def make_app(model: SequentialModel) -> FastAPI:
     return app
 
 
-async def _events(model: SequentialModel, prompt: list[int], body: CompletionBody) -> AsyncIterator[str]:
-    """One event a token, then the usage if asked for, then the end."""
+async def _events(model: SequentialModel, prompt: list[int], body: CompletionRequest) -> AsyncIterator[str]:
+    """Yield one event per token, the usage if requested, and the end."""
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -145,25 +144,25 @@ async def _events(model: SequentialModel, prompt: list[int], body: CompletionBod
         "model": MODEL_NAME,
     }
     detokenizer = Detokenizer(model.tokenizer)
-    made = 0
+    generated = 0
     async for token_ids in model.generate(prompt, body.max_tokens):
-        made += len(token_ids)
-        is_last = made == body.max_tokens
+        generated += len(token_ids)
+        is_last = generated == body.max_tokens
         text = detokenizer.push(token_ids, last=is_last)
         choice = {"index": 0, "text": text, "logprobs": None, "finish_reason": "length" if is_last else None}
         yield f"data: {json.dumps(head | {'choices': [choice]})}\n\n"
     if body.stream_options.include_usage:
         usage = {
             "prompt_tokens": len(prompt),
-            "completion_tokens": made,
-            "total_tokens": len(prompt) + made,
+            "completion_tokens": generated,
+            "total_tokens": len(prompt) + generated,
         }
         yield f"data: {json.dumps(head | {'choices': [], 'usage': usage})}\n\n"
     yield "data: [DONE]\n\n"
 
 
 def main() -> None:
-    """Load, then serve until SIGTERM or SIGINT."""
+    """Load the model and serve until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.sequential",
         description=__doc__,

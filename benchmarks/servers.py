@@ -1,4 +1,4 @@
-"""What is measured: servers that speak OpenAI's completions, found by URL or started on a model directory."""
+"""Servers with an OpenAI API: found by URL, or started on a model directory."""
 
 import shlex
 import socket
@@ -15,19 +15,19 @@ from devtools import processes
 
 CONNECT_SECONDS = 30
 START_SECONDS = 300
-"""How long a server may take to load its model."""
+"""Longest time to load a model."""
 _POLL_SECONDS = 0.05
 
 
 class BenchmarkError(Exception):
-    """A measurement would be worthless; the message is one sentence for whoever runs it."""
+    """A measurement is not possible; the message is one sentence for the user."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Server:
-    """What is measured: `url` up to and with OpenAI's version segment, and the model's name in its requests.
+    """A server: base URL including `/v1`, and the model's name in requests.
 
-    Each is equal to itself only, so that one can be compared with itself, to see the noise.
+    Equality is identity, so that a server can be compared with itself to measure noise.
     """
 
     name: str
@@ -37,10 +37,10 @@ class Server:
 
 @contextmanager
 def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Server]:
-    """The predictor in a process of its own, ready; stopped at the end.
+    """Run the predictor and yield it when it is ready.
 
     Raises:
-        DemoError: it ended, or was not ready in time.
+        DemoError: it exited, or was not ready in time.
     """
     with processes.predictor(
         [
@@ -61,10 +61,10 @@ def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Serv
 
 @contextmanager
 def sequential(model_dir: Path, dtype: str) -> Iterator[Server]:
-    """The baseline in a process of its own, once its model is loaded; stopped at the end.
+    """Run the sequential baseline and yield it when it is ready.
 
     Raises:
-        BenchmarkError: it ended, or did not load in time.
+        BenchmarkError: it exited, or was not ready in time.
     """
     port = processes.free_port()
     process = processes.start(
@@ -79,14 +79,14 @@ def sequential(model_dir: Path, dtype: str) -> Iterator[Server]:
 
 @contextmanager
 def peer(command: str, model_dir: Path) -> Iterator[Server]:
-    """Another server, named by its program, that lists its model; stopped at the end.
+    """Run another OpenAI server and yield it when it lists its model.
 
     Args:
-        command: what a shell would be told, with `{model_dir}` and `{port}` in it; serves OpenAI's routes below /v1.
-        model_dir: what `{model_dir}` stands for.
+        command: shell command with the placeholders `{model_dir}` and `{port}`.
+        model_dir: value of `{model_dir}`.
 
     Raises:
-        BenchmarkError: it ended, or was not ready in time.
+        BenchmarkError: it exited, or was not ready in time.
     """
     port = processes.free_port()
     words = shlex.split(command.format(model_dir=model_dir.resolve(), port=port))
@@ -100,34 +100,34 @@ def peer(command: str, model_dir: Path) -> Iterator[Server]:
 
 
 def find(name: str, url: str) -> Server:
-    """The server at `url`, with the first model that it lists.
+    """Return the server at `url` with the first model that it lists.
 
     Raises:
-        BenchmarkError: there is none.
+        BenchmarkError: it lists none.
     """
     try:
-        answer = httpx.get(f"{url}/models", timeout=CONNECT_SECONDS, trust_env=False).raise_for_status()
-        return Server(name, url, answer.json()["data"][0]["id"])
+        response = httpx.get(f"{url}/models", timeout=CONNECT_SECONDS, trust_env=False).raise_for_status()
+        return Server(name, url, response.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
         raise BenchmarkError(
-            f"{url}/models lists no model; URL goes up to the /v1 of an OpenAI server: {error}"
+            f"{url}/models lists no model; pass the base URL of an OpenAI server, with /v1: {error}"
         ) from None
 
 
 def _wait(process: "subprocess.Popen[str]", port: int) -> None:
-    """Until its models are listed.
+    """Wait until the server lists its models.
 
     Raises:
-        BenchmarkError: it ended, or was not ready in time.
+        BenchmarkError: it exited, or was not ready in time.
     """
     deadline = time.monotonic() + START_SECONDS
-    while not _lists(port):
+    while not _lists_models(port):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise BenchmarkError(f"`{shlex.join(map(str, process.args))}` did not start; its output says why.")  # type: ignore[arg-type]
+            raise BenchmarkError(f"`{shlex.join(map(str, process.args))}` did not start; see its output.")  # type: ignore[arg-type]
         time.sleep(_POLL_SECONDS)
 
 
-def _lists(port: int) -> bool:
+def _lists_models(port: int) -> bool:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", port)) != 0:
             return False

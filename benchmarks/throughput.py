@@ -1,22 +1,20 @@
-"""How many tokens a second a server makes, and how long its users wait for them, at growing concurrency.
+"""Measure throughput and latency of servers at increasing concurrency.
 
-Asks any server that speaks OpenAI's streamed completions, or, with `--model_dir`, starts the predictor and the
-sequential baseline (`benchmarks.sequential`) on that model and compares them. A closed loop: at concurrency C there are
-C callers, each of which sends its next request when its last one has been answered.
+Sends streamed OpenAI completions to any server. With `--model_dir`, starts the predictor and the sequential baseline
+(`benchmarks.sequential`) on that model and compares them. The load is a closed loop: each of C concurrent clients sends
+its next request when the previous one is complete.
 
-    output tokens/s  tokens of all completions of a run, as the server counts them, over the run's wall time from the
-                     first request sent to the last one answered
-    TTFT             ms from sending a request to its first piece of text that is not empty
-    ITL              ms from one piece of text of a request to the next; a piece is a token where the server sends
-                     each by itself
+    output tokens/s  completion tokens of a run, counted by the server, over the wall time from the first request sent
+                     to the last one completed
+    TTFT             ms from sending a request to its first text that is not empty
+    ITL              ms between two text events of a request; one token each if the server sends every token
     client CPU       CPU time of this program over the wall time of the run, in percent of one core
-    spread           of output tokens/s over a server's runs, highest less lowest in percent of the median: the noise
-    ratio            output tokens/s of the first server over those of this one, at the same concurrency
+    spread           highest minus lowest output tokens/s of a server's runs, in percent of the median
+    ratio            output tokens/s of the first server over those of this server, at the same concurrency
 
-Percentiles are nearest-rank, over the requests (TTFT) or the gaps (ITL) of one run. A run is one server at one
-concurrency. The servers take turns, A B B A …, so that noise and drift of the machine hit all alike; what is printed at
-the end is the median over a server's runs, of each column by itself. No prompt comes twice, so that no server profits
-from what it remembers. A request that is not answered in full ends the benchmark.
+Percentiles are nearest-rank, over the requests (TTFT) or the gaps (ITL) of one run. The servers alternate (A B B A …),
+so that noise and drift of the machine affect all of them. The final table has medians over a server's runs, per column.
+Prompts are unique, so that prefix caches do not help. An incomplete completion ends the benchmark.
 """
 
 import argparse
@@ -42,34 +40,34 @@ from benchmarks.servers import CONNECT_SECONDS, BenchmarkError, Server
 from devtools.processes import DemoError
 
 WORDS = 2000
-"""Prompts are drawn from so many different words; each is one token for the models of `benchmarks.make_model`."""
+"""Size of the prompts' vocabulary; a word is one token for the models of `benchmarks.make_model`."""
 WARM_UP_TOKENS = 4
-ANSWER_SECONDS = 600
-"""How long a request may wait for its next piece: with a sequential server, until all before it are done."""
+READ_TIMEOUT_SECONDS = 600
+"""Longest wait for the next event; a sequential server finishes all earlier requests first."""
 KEEP_ALIVE_SECONDS = 2
-"""Less than servers keep an idle connection, so that none is closed just when a request is sent on it."""
+"""Shorter than the servers' keep-alive, so that no request meets a closing connection."""
 HEADER = f"{'server':<24} concurrency requests tokens/s TTFT_p50 TTFT_p99  ITL_p50  ITL_p99 client_CPU_% spread_% ratio"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked."""
+    """The requests of a benchmark."""
 
     input_tokens: int
-    """Of each prompt."""
+    """Tokens per prompt."""
     output_tokens: int
-    """Of each completion."""
+    """Tokens per completion."""
     requests: int
-    """Of a run, at least; never fewer than callers."""
+    """Requests per run; at least one per client."""
     repetitions: int
-    """Runs of a server at one concurrency."""
+    """Runs per server and concurrency."""
     seed: int
-    """Of the prompts."""
+    """Seed of the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answered request: when it was sent and when each piece of text arrived, in seconds of one clock."""
+    """One completed request; times by `time.perf_counter()`, in seconds."""
 
     sent: float
     arrivals: list[float]
@@ -79,7 +77,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """The numbers of one server at one concurrency; times in ms where the name does not say otherwise."""
+    """Figures of one run of one server at one concurrency."""
 
     requests: int
     input_tokens: int
@@ -95,34 +93,34 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One server at one concurrency."""
+    """All runs of one server at one concurrency."""
 
     server: str
     concurrency: int
     median: Run
-    """Of each number over the runs."""
+    """Median of each figure over the runs."""
     spread_percent: float
-    """Highest less lowest output tokens/s of the runs, over their median."""
+    """Highest minus lowest output tokens/s of the runs, over their median."""
     ratio: float
-    """Median output tokens/s of the first server over those of this one; 1 for the first itself."""
+    """Median output tokens/s of the first server over those of this server."""
     runs: list[Run]
 
 
 def word(index: int) -> str:
-    """The text of token `index`, for the models of `benchmarks.make_model`."""
+    """Return the text of token `index` for the models of `benchmarks.make_model`."""
     return f"w{index}"
 
 
 def make_prompts(rng: random.Random, number: int, words: int) -> list[str]:
-    """So many prompts of so many random words."""
+    """Return `number` prompts of `words` random words each."""
     return [" ".join(word(rng.randrange(WORDS)) for _ in range(words)) for _ in range(number)]
 
 
 async def complete(client: httpx.AsyncClient, server: Server, prompt: str, output_tokens: int) -> Completion:
-    """Have one prompt completed, greedily and past any end of text.
+    """Complete one prompt, greedy and ignoring the end of sequence.
 
     Raises:
-        BenchmarkError: no complete answer with exactly `output_tokens`.
+        BenchmarkError: the completion does not have exactly `output_tokens`.
     """
     body = {
         "model": server.model,
@@ -140,8 +138,8 @@ async def complete(client: httpx.AsyncClient, server: Server, prompt: str, outpu
     try:
         async with client.stream("POST", f"{server.url}/completions", json=body) as response:
             if response.is_error:
-                answer = (await response.aread()).decode(errors="replace")
-                raise BenchmarkError(f"{server.name} answered {response.status_code}: {answer[:300]}")
+                content = (await response.aread()).decode(errors="replace")
+                raise BenchmarkError(f"{server.name} returned {response.status_code}: {content[:300]}")
             async for block in response.aiter_bytes():
                 now = time.perf_counter()
                 *lines, rest = (rest + block).split(b"\n")
@@ -155,54 +153,56 @@ async def complete(client: httpx.AsyncClient, server: Server, prompt: str, outpu
                         arrivals.append(now)
                     usage = event.get("usage") or usage
     except (httpx.HTTPError, ValueError) as error:
-        raise BenchmarkError(f"{server.name} did not answer in full: {error!r}") from error
+        raise BenchmarkError(f"{server.name} sent an incomplete response: {error!r}") from error
     if not usage:
-        raise BenchmarkError(f"{server.name} sent no usage; it has to honour stream_options.include_usage.")
+        raise BenchmarkError(f"{server.name} sent no usage; it must support stream_options.include_usage.")
     if usage["completion_tokens"] != output_tokens:
         raise BenchmarkError(
-            f"{server.name} made {usage['completion_tokens']} tokens where {output_tokens} were asked for; "
-            "it has to honour max_tokens and ignore_eos."
+            f"{server.name} generated {usage['completion_tokens']} of {output_tokens} tokens; "
+            "it must support max_tokens and ignore_eos."
         )
     if len(arrivals) < 2:
-        raise BenchmarkError(f"{server.name} sent its text in {len(arrivals)} piece(s); it has to stream.")
+        raise BenchmarkError(f"{server.name} sent its text in {len(arrivals)} event(s); it must stream.")
     return Completion(sent, arrivals, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 async def run(
     client: httpx.AsyncClient, server: Server, prompts: Sequence[str], concurrency: int, output_tokens: int
 ) -> Run:
-    """Have all prompts completed by `concurrency` callers.
+    """Complete all prompts with `concurrency` clients.
 
     Raises:
-        BenchmarkError: one of them was not; the others are given up.
+        BenchmarkError: a completion failed; the others are cancelled.
     """
     waiting = iter(prompts)
     completions: list[Completion] = []
 
-    async def call() -> None:
+    async def send_requests() -> None:
         completions.extend([await complete(client, server, prompt, output_tokens) for prompt in waiting])
 
     cpu_started, started = time.process_time(), time.perf_counter()
     try:
-        async with asyncio.TaskGroup() as callers:
+        async with asyncio.TaskGroup() as clients:
             for _ in range(concurrency):
-                callers.create_task(call())
+                clients.create_task(send_requests())
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     wall = time.perf_counter() - started
     cpu = time.process_time() - cpu_started
 
-    made = sum(completion.completion_tokens for completion in completions)
-    first = sorted((completion.arrivals[0] - completion.sent) * 1000 for completion in completions)
-    gaps = sorted((after - before) * 1000 for each in completions for before, after in pairwise(each.arrivals))
+    generated = sum(completion.completion_tokens for completion in completions)
+    ttft = sorted((completion.arrivals[0] - completion.sent) * 1000 for completion in completions)
+    gaps = sorted(
+        (after - before) * 1000 for completion in completions for before, after in pairwise(completion.arrivals)
+    )
     return Run(
         requests=len(completions),
         input_tokens=sum(completion.prompt_tokens for completion in completions),
-        output_tokens=made,
+        output_tokens=generated,
         wall_seconds=wall,
-        output_tokens_per_second=made / wall,
-        ttft_p50_ms=percentile(first, 50),
-        ttft_p99_ms=percentile(first, 99),
+        output_tokens_per_second=generated / wall,
+        ttft_p50_ms=percentile(ttft, 50),
+        ttft_p99_ms=percentile(ttft, 99),
         itl_p50_ms=percentile(gaps, 50),
         itl_p99_ms=percentile(gaps, 99),
         client_cpu_percent=100 * cpu / wall,
@@ -210,21 +210,21 @@ async def run(
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """The smallest value that at least `percent` of 100 values do not exceed: nearest-rank, nothing interpolated."""
+    """Return the nearest-rank percentile, without interpolation."""
     return ordered[math.ceil(len(ordered) * percent / 100) - 1]
 
 
 async def compare(
     compared: Sequence[Server], load: Load, levels: Sequence[int], baseline_levels: Sequence[int]
 ) -> list[Measurement]:
-    """Measure the first server at all `levels`, the others at those that are `baseline_levels` too.
+    """Measure the first server at all `levels`, the others at `baseline_levels` only.
 
-    At each level, a server is first warmed up by as many short requests at once as there are callers.
+    Each level starts with one short warm-up request per client.
     """
     rng = random.Random(load.seed)
     measurements = []
     async with httpx.AsyncClient(
-        timeout=httpx.Timeout(CONNECT_SECONDS, read=ANSWER_SECONDS),
+        timeout=httpx.Timeout(CONNECT_SECONDS, read=READ_TIMEOUT_SECONDS),
         limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
         trust_env=False,
     ) as client:
@@ -247,42 +247,42 @@ async def compare(
 
 
 async def count_words(client: httpx.AsyncClient, server: Server, rng: random.Random, input_tokens: int) -> int:
-    """How many words make a prompt of so many tokens there; exact where a word is a token."""
+    """Return the number of words that give a prompt of `input_tokens`; exact if a word is a token."""
     (prompt,) = make_prompts(rng, 1, input_tokens)
     completion = await complete(client, server, prompt, WARM_UP_TOKENS)
     return max(1, round(input_tokens * input_tokens / completion.prompt_tokens))
 
 
 def summarize(server: str, concurrency: int, runs: list[Run], runs_of_first: list[Run]) -> Measurement:
-    """Medians, noise, and the ratio to the first server."""
+    """Summarize the runs of one server."""
     middle = median(runs)
-    speeds = [each.output_tokens_per_second for each in runs]
+    rates = [run.output_tokens_per_second for run in runs]
     return Measurement(
         server,
         concurrency,
         middle,
-        spread_percent=100 * (max(speeds) - min(speeds)) / middle.output_tokens_per_second,
+        spread_percent=100 * (max(rates) - min(rates)) / middle.output_tokens_per_second,
         ratio=median(runs_of_first).output_tokens_per_second / middle.output_tokens_per_second,
         runs=runs,
     )
 
 
 def median(runs: Sequence[Run]) -> Run:
-    """Of each number by itself."""
-    return Run(*(field.type(statistics.median(getattr(each, field.name) for each in runs)) for field in fields(Run)))
+    """Return the median of each figure over the runs."""
+    return Run(*(statistics.median(getattr(run, field.name) for run in runs) for field in fields(Run)))
 
 
-def row(server: str, concurrency: int, of: Run) -> str:
-    """One line below `HEADER`, without the last two columns."""
+def row(server: str, concurrency: int, run: Run) -> str:
+    """Return a table row below `HEADER`, without the last two columns."""
     return (
-        f"{server:<24} {concurrency:>11} {of.requests:>8} {of.output_tokens_per_second:>8.1f}"
-        f" {of.ttft_p50_ms:>8.0f} {of.ttft_p99_ms:>8.0f} {of.itl_p50_ms:>8.1f} {of.itl_p99_ms:>8.1f}"
-        f" {of.client_cpu_percent:>12.1f}"
+        f"{server:<24} {concurrency:>11} {run.requests:>8} {run.output_tokens_per_second:>8.1f}"
+        f" {run.ttft_p50_ms:>8.0f} {run.ttft_p99_ms:>8.0f} {run.itl_p50_ms:>8.1f} {run.itl_p99_ms:>8.1f}"
+        f" {run.client_cpu_percent:>12.1f}"
     )
 
 
 def main() -> int:
-    """Measure and print; the exit code."""
+    """Run the benchmark and return the exit code."""
     arguments = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     load = Load(**{field.name: getattr(arguments, field.name) for field in fields(Load)})
@@ -303,50 +303,61 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
-    print(f"\nmedian of {load.repetitions} runs each, {time.monotonic() - started:.0f} s in all\n{HEADER}")
-    for each in measurements:
-        print(row(each.server, each.concurrency, each.median), f"{each.spread_percent:>8.0f} {each.ratio:>5.2f}")
+    print(f"\nmedians of {load.repetitions} runs, {time.monotonic() - started:.0f} s\n{HEADER}")
+    for result in measurements:
+        columns = row(result.server, result.concurrency, result.median)
+        print(columns, f"{result.spread_percent:>8.0f} {result.ratio:>5.2f}")
     if arguments.json:
         settings = asdict(load) | {"dtype": arguments.dtype, "cpus": os.cpu_count()}
-        result = {"settings": settings, "measurements": [asdict(each) for each in measurements]}
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        content = {"settings": settings, "measurements": [asdict(result) for result in measurements]}
+        arguments.json.write_text(json.dumps(content, indent=2) + "\n")
     return 0
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.throughput",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("urls", metavar="URL", nargs="*", help="an OpenAI server, up to /v1; ratios are to the first")
+    parser.add_argument(
+        "urls",
+        metavar="URL",
+        nargs="*",
+        help="base URL of an OpenAI server, with /v1; ratios are relative to the first",
+    )
     parser.add_argument("--model_dir", type=Path, help="start the predictor and the baseline on this model instead")
     parser.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of both, with --model_dir"
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="dtype of both, with --model_dir",
     )
     parser.add_argument(
-        "--levels", type=_numbers, default=_numbers("1,2,4,8,16,32"), help="concurrencies (default: 1,2,4,8,16,32)"
+        "--levels", type=_numbers, default=_numbers("1,2,4,8,16,32"), help="concurrency levels (default: 1,2,4,8,16,32)"
     )
     parser.add_argument(
         "--baseline_levels",
         type=_numbers,
-        help="levels at which the servers after the first are measured too (default: all; with --model_dir 1,8,32)",
+        help="levels for the other servers (default: all; with --model_dir 1,8,32)",
     )
     parser.add_argument(
         "--requests",
         type=_number,
         default=4,
-        help="of a run, at least; never fewer than callers (default: %(default)s)",
+        help="requests per run, at least one per client (default: %(default)s)",
     )
-    parser.add_argument("--input_tokens", type=_number, default=64, help="of each prompt (default: %(default)s)")
-    parser.add_argument("--output_tokens", type=_number, default=64, help="of each completion (default: %(default)s)")
-    parser.add_argument("--repetitions", type=_number, default=2, help="runs at each level (default: %(default)s)")
-    parser.add_argument("--seed", type=int, help="of the prompts (default: another one each time)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers, each run's too, to FILE")
+    parser.add_argument("--input_tokens", type=_number, default=64, help="tokens per prompt (default: %(default)s)")
+    parser.add_argument(
+        "--output_tokens", type=_number, default=64, help="tokens per completion (default: %(default)s)"
+    )
+    parser.add_argument("--repetitions", type=_number, default=2, help="runs per level (default: %(default)s)")
+    parser.add_argument("--seed", type=int, help="seed of the prompts (default: random)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures of all runs to FILE")
     arguments = parser.parse_args(argv)
     if bool(arguments.urls) == bool(arguments.model_dir):
-        parser.error("name either one or more URLs, or --model_dir.")
+        parser.error("pass one or more URLs, or --model_dir.")
     if arguments.baseline_levels is None:
         arguments.baseline_levels = [1, 8, 32] if arguments.model_dir else arguments.levels
     if arguments.seed is None:

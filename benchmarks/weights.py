@@ -1,8 +1,7 @@
-"""What 8-bit weights cost on this CPU: memory while they load, and how near a step comes to reading them just once.
+"""Measure the memory peak of loading 8-bit weights, and a decode step against the memory bandwidth.
 
-`python -m benchmarks.weights --model_dir DIR` for the memory, `--shape` for a decode step of a model of random weights
-against the read bandwidth of the machine, which is measured in the same process. No token can be made in less time than
-reading all weights once takes.
+`--model_dir DIR` measures the memory. `--shape` measures a decode step of a model with random weights against the read
+bandwidth, in the same process: a token takes at least the time to read all weights once.
 """
 
 import argparse
@@ -34,18 +33,18 @@ _MIB = 1 << 20
 
 
 def bandwidth() -> float:
-    """Bytes a second at which all threads read memory that no cache holds: the best of seven sums."""
+    """Return the read bandwidth of all threads outside the caches, in bytes/s; the best of seven sums."""
     numbers = torch.ones(PROBE_BYTES // 8, dtype=torch.int64)
-    taken = []
+    durations = []
     for _ in range(7):
         began = time.perf_counter()
         numbers.sum()
-        taken.append(time.perf_counter() - began)
-    return PROBE_BYTES / min(taken)
+        durations.append(time.perf_counter() - began)
+    return PROBE_BYTES / min(durations)
 
 
 def weight_bytes(directory: Path) -> int:
-    """Of what a step reads: int8 for all linear layers and the head; the rest is little."""
+    """Return the bytes that a step reads: int8 weights of all linear layers and the head."""
     config = json.loads((directory / "config.json").read_text())
     hidden, head = config["hidden_size"], config["head_dim"]
     attention = hidden * head * (2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"])
@@ -54,70 +53,48 @@ def weight_bytes(directory: Path) -> int:
 
 
 def step_seconds(directory: Path) -> tuple[float, float]:
-    """The median decode step of one sequence in 8 bits, and the bandwidth just before and after, in bytes a second."""
-    made: dict[str, Any] = {}
+    """Return the median 8-bit decode step of one sequence in seconds, and the bandwidth in bytes/s."""
+    state: dict[str, Any] = {}
 
     def build() -> None:
-        # In a thread that ends, as in the predictor: OpenMP's teams of two living threads get in each other's way.
-        made["before"] = bandwidth()
-        made["engine"] = _engine(load(directory, "8bit"))
-        made["engine"].start()
+        # In a thread that ends, as in the predictor: the OpenMP worker teams of two live threads would compete.
+        state["before"] = bandwidth()
+        state["engine"] = _engine(load(directory, "8bit"))
+        state["engine"].start()
 
-    _in_a_thread(build)
-    engine: Engine = made["engine"]
+    _run_in_thread(build)
+    engine: Engine = state["engine"]
     try:
         gaps = asyncio.run(_decode(engine))
     finally:
         engine.stop()
-    _in_a_thread(lambda: made.update(after=bandwidth()))
-    return statistics.median(gaps), max(made["before"], made["after"])
+    _run_in_thread(lambda: state.update(after=bandwidth()))
+    return statistics.median(gaps), max(state["before"], state["after"])
 
 
-def load(directory: Path, word: str) -> LoadedModel:
-    """As the predictor loads it, on the CPU."""
-    return loader.load(directory, device="cpu", dtype="auto", trust_remote_code=False, quantization=word)
-
-
-_WATCHED_LOAD = """
-import re, sys, threading, time
-from pathlib import Path
-from benchmarks import weights
-
-def anonymous():
-    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-def watch():
-    while True:
-        peak[0] = max(peak[0], anonymous())
-        time.sleep(0.002)
-
-peak = [0]
-threading.Thread(target=watch, daemon=True).start()
-before = anonymous()
-loaded = weights.load(Path(sys.argv[1]), "8bit")
-after = anonymous()
-print(before, after, max(after, peak[0]))
-"""
+def load(directory: Path, mode: str) -> LoadedModel:
+    """Load a model on the CPU, as the predictor does."""
+    return loader.load(directory, device="cpu", dtype="auto", trust_remote_code=False, quantization=mode)
 
 
 def memory_bytes(directory: Path) -> tuple[int, int, int]:
-    """Of a process that loads these weights in 8 bits: before it does, after it has, and the most in between.
+    """Return a process's anonymous memory before and after loading 8-bit weights, and its peak.
 
-    Pages of the file that are mapped are not counted: the kernel drops them where memory is short.
+    Mapped file pages are not counted: the kernel drops them under memory pressure.
     """
-    command = [sys.executable, "-c", _WATCHED_LOAD, str(directory)]
+    command = [sys.executable, "-m", "benchmarks.load_memory", str(directory)]
     before, after, peak = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     return int(before), int(after), int(peak)
 
 
 def quantized_bytes(directory: Path) -> int:
-    """Of the weights in 8 bits: what a step reads, and the embedding, which stays in bfloat16."""
+    """Return the bytes of the quantized weights: those that a step reads, and the bfloat16 embedding."""
     config = json.loads((directory / "config.json").read_text())
     return int(weight_bytes(directory) + 2 * config["vocab_size"] * config["hidden_size"])
 
 
 def _engine(loaded: LoadedModel) -> Engine:
-    return Engine(
+    return Engine.from_model(
         loaded.model,
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
@@ -136,39 +113,39 @@ async def _decode(engine: Engine) -> list[float]:
     return [after - before for before, after in pairwise(arrivals[4:])]
 
 
-def _in_a_thread(work: Any) -> None:
+def _run_in_thread(work: Any) -> None:
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
 
 
 def main() -> None:
-    """Measure what the flags say, and print."""
+    """Run the measurements that the flags select."""
     arguments = parse(sys.argv[1:])
     if arguments.model_dir:
         before, after, peak = memory_bytes(arguments.model_dir)
-        rounded = quantized_bytes(arguments.model_dir)
-        print(f"interpreter and imports {before / _MIB:.0f} MiB, weights in 8 bits {rounded / _MIB:.0f} MiB")
+        weights = quantized_bytes(arguments.model_dir)
+        print(f"interpreter and imports {before / _MIB:.0f} MiB, 8-bit weights {weights / _MIB:.0f} MiB")
         print(f"loaded {after / _MIB:.0f} MiB, peak {peak / _MIB:.0f} MiB")
-        print(f"peak beside the interpreter over the weights: {(peak - before) / rounded:.2f}")
+        print(f"peak without the interpreter, relative to the weights: {(peak - before) / weights:.2f}")
     if arguments.shape:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
             make_model.make(directory, make_model.SHAPES[arguments.shape])
             seconds, rate = step_seconds(directory)
             floor = weight_bytes(directory) / rate
-        print(f"read bandwidth {rate / 1e9:.1f} GB/s, floor of a step {floor * 1000:.1f} ms")
+        print(f"read bandwidth {rate / 1e9:.1f} GB/s, lower bound of a step {floor * 1000:.1f} ms")
         print(f"decode step {seconds * 1000:.1f} ms, {floor / seconds:.2f} of the bandwidth")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.weights",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model_dir", type=Path, help="measure the memory that its load takes")
+    parser.add_argument("--model_dir", type=Path, help="measure the memory of loading this model")
     parser.add_argument("--shape", choices=make_model.SHAPES, help="measure a decode step of a model of this shape")
     return parser.parse_args(argv)
 

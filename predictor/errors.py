@@ -1,12 +1,12 @@
-"""Everything that can go wrong in the predictor, as one tree.
+"""Exceptions of the predictor, as one tree.
 
     PredictorError
     ├── StartupError              the process cannot serve: exit code 1
     │   ├── InvalidSettings       a flag or variable is wrong: exit code 2
-    │   ├── SnapshotMissing       no complete snapshot where one was expected
-    │   ├── UnsupportedModel      a snapshot that this predictor cannot serve
+    │   ├── SnapshotMissing       no complete snapshot
+    │   ├── UnsupportedModel      the snapshot cannot be served
     │   └── PortInUse
-    └── RequestError              one request cannot be answered; carries the HTTP status
+    └── RequestError              one request fails; has an HTTP status
         ├── InvalidRequest        400
         │   └── PromptTooLong     400
         ├── Unauthorized          401
@@ -16,24 +16,24 @@
         ├── BodyTooLarge          413
         ├── GenerationFailed      500
         ├── DeadlineExceeded      504
-        └── NotNow                503, says when to come back
+        └── NotNow                503, with a Retry-After header
             ├── Overloaded        429
             ├── Draining          503
             ├── ModelNotReady     503
             └── EngineStopped     503
 
-Each message is one sentence that names the culprit and the remedy; it is shown to users as it is.
+Each message names the problem and the fix; it is shown to users unchanged.
 """
 
 from typing import ClassVar
 
 
 class PredictorError(Exception):
-    """The root: anything that the predictor raises on purpose."""
+    """Base class of all exceptions that the predictor raises on purpose."""
 
 
 class StartupError(PredictorError):
-    """The process cannot serve and ends."""
+    """The process cannot serve and exits."""
 
     exit_code: ClassVar[int] = 1
 
@@ -45,11 +45,11 @@ class InvalidSettings(StartupError):
 
 
 class SnapshotMissing(StartupError):
-    """There is no complete snapshot at the place named."""
+    """The directory or reference has no complete snapshot."""
 
 
 class UnsupportedModel(StartupError):
-    """The snapshot is there, but its architecture, format or size cannot be served."""
+    """The snapshot's architecture, format or size is not supported."""
 
 
 class PortInUse(StartupError):
@@ -57,14 +57,14 @@ class PortInUse(StartupError):
 
 
 class RequestError(PredictorError):
-    """One request cannot be answered; the others go on."""
+    """One request fails; others are not affected."""
 
     status: ClassVar[int] = 500
     """HTTP status code."""
 
 
 class InvalidRequest(RequestError):
-    """The request is malformed; the message names the field, and so does `field` where it is a single one."""
+    """The request is malformed; `field` is the name of the wrong field if there is exactly one."""
 
     status = 400
 
@@ -74,35 +74,35 @@ class InvalidRequest(RequestError):
 
 
 class PromptTooLong(InvalidRequest):
-    """The prompt leaves no room for a single new token."""
+    """The prompt fills the context, so that not one new token fits."""
 
 
 class Unauthorized(RequestError):
-    """The request brings no key, or one that is not known here."""
+    """The API key is missing or invalid."""
 
     status = 401
 
 
 class Forbidden(RequestError):
-    """The route exists in the protocol, but is closed here."""
+    """The route is part of the protocol, but disabled on this server."""
 
     status = 403
 
 
 class NotFound(RequestError):
-    """No such model or route."""
+    """The model or route does not exist."""
 
     status = 404
 
 
 class MethodNotAllowed(RequestError):
-    """The route is there, but not for this method."""
+    """The route exists, but not for this method."""
 
     status = 405
 
 
 class BodyTooLarge(RequestError):
-    """The request's body has more bytes than this server reads."""
+    """The request body exceeds the size limit."""
 
     status = 413
 
@@ -112,7 +112,7 @@ class GenerationFailed(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The request's time is over; `partial` is the text of each completion so far, where there is any."""
+    """The request timed out; `partial` is the text of each completion so far, if any."""
 
     status = 504
 
@@ -122,27 +122,27 @@ class DeadlineExceeded(RequestError):
 
 
 class NotNow(RequestError):
-    """The same request may succeed later."""
+    """The request failed temporarily; a retry may succeed."""
 
     status = 503
     retry_after_seconds: ClassVar[int] = 5
-    """What the answer suggests; a load or a restart is not over sooner."""
+    """Value of Retry-After; a load or restart takes at least this long."""
 
 
 class Overloaded(NotNow):
-    """As many sequences run and wait as may."""
+    """Running and waiting queues are full."""
 
     status = 429
     retry_after_seconds = 1
 
 
 class Draining(NotNow):
-    """The server is told to end: it finishes what it has and takes nothing new."""
+    """The server is shutting down: it finishes running requests and rejects new ones."""
 
 
 class ModelNotReady(NotNow):
-    """Weights are still loading, or could not be loaded."""
+    """The model is still loading, or failed to load."""
 
 
 class EngineStopped(NotNow):
-    """The step loop has ended: shutting down, or dead."""
+    """The step loop has ended, by shutdown or failure."""

@@ -1,8 +1,8 @@
-"""What the predictor can be told, and the only reader of argv and environment.
+"""Settings of the predictor, read from command-line flags and environment variables.
 
-Every setting is a flag (`--http_port 8080`, dashes work too) and a variable (`PREDICTOR_HTTP_PORT`); the flag wins.
-Unknown flags and unknown `PREDICTOR_*` variables are errors: a misspelt setting must not be silently ignored. Variables
-`OTEL_*` are no settings of ours: OpenTelemetry's SDK reads them, where `tracing` is on.
+Each setting is a flag (`--http_port 8080`; dashes work too) and a variable (`PREDICTOR_HTTP_PORT`); the flag wins.
+Unknown flags and unknown `PREDICTOR_*` variables are errors, so that a misspelled setting is not silently ignored.
+`OTEL_*` variables are read by OpenTelemetry's SDK if `tracing` is on.
 """
 
 import difflib
@@ -10,17 +10,17 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
 from predictor.errors import InvalidSettings
 
 ENV_PREFIX = "PREDICTOR_"
 _SERVICE_LINK = re.compile(r"PREDICTOR_(SERVICE_(HOST|PORT)|PORT(_\d+_(TCP|UDP))?)(_\w+)?")
-"""What Kubernetes puts into every pod of a namespace that has a Service named `predictor`."""
+"""Variables that Kubernetes sets in every pod of a namespace with a Service named `predictor`."""
 
 
 class Settings(BaseSettings):
@@ -39,77 +39,77 @@ class Settings(BaseSettings):
     )
 
     served_model_name: str = Field(default="model", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name in the URLs, /v2/models/NAME; no slash, since it is a path segment."""
+    """Model name in URLs and responses, as in /v2/models/NAME. No slashes."""
     model_dir: Path = Path("/mnt/models")
-    """A snapshot directory, or, with a model reference, the root of the volume that holds it."""
+    """Snapshot directory or, with a model reference, root of the volume that contains it."""
     model_reference: str | None = Field(
         default=None, validation_alias=AliasChoices("model_reference", "PREDICTOR_MODEL_REFERENCE", "MODEL_REFERENCE")
     )
-    """What the storage initializer was told, hf://owner/model[:revision]; finds the snapshot below model_dir."""
+    """Reference of the snapshot below model_dir, hf://owner/model[:revision], as for the storage initializer."""
     snapshot_wait_seconds: float = Field(default=0, ge=0)
-    """How long to wait for the snapshot to be published before giving up, in seconds."""
+    """Maximum time to wait until the snapshot is published, in seconds."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
     device: str = "auto"
-    """Where the model runs: auto takes the first of cuda, mps, cpu that is there; cuda:1 is the second GPU."""
+    """Device of the model: auto, cuda, cuda:N, mps or cpu. auto: the first available of cuda, mps, cpu."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Of torch on a CPU; default: as many as the container's CPU limit, else the machine's cores."""
+    """Number of torch CPU threads. Default: the container's CPU limit, else all cores."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number format of the weights; auto keeps the checkpoint's own where the device computes in it."""
+    """Data type of the weights. auto: the checkpoint's, if the device computes in it."""
     quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
-    """Bits of the weights of linear layers: none leaves them as they are, auto takes what fits and is fastest."""
+    """Weight quantization of linear layers. none: off. auto: the fastest mode that fits in memory."""
     quantization_skip_modules: str = ""
-    """Linear layers to leave as they are, too: parts of their names with commas between, as in lm_head,down_proj."""
+    """Additional linear layers to leave unquantized: comma-separated parts of their names, as in lm_head,down_proj."""
     quantization_fallback: bool = False
-    """Go on with the weights as they are, and a warning, where the quantization cannot be had; else an error."""
+    """Load unquantized weights, with a warning, if the quantization is unavailable. Default: fail."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the weights. Only for snapshots whose code you have read."""
+    """Run Python code that comes with the weights. Only for snapshots whose code you have reviewed."""
     max_model_len: int | None = Field(default=None, ge=2)
-    """Tokens of prompt and completion together at most; default: the model's own context."""
+    """Maximum number of tokens of prompt and completion together. Default: the model's context length."""
     max_num_seqs: int = Field(default=32, ge=1)
-    """Sequences that are decoded together in one batch at most; the others wait."""
+    """Maximum number of sequences in a batch; further ones are queued."""
     max_queued_requests: int = Field(default=128, ge=0)
-    """Sequences that may wait for a place in the batch; requests beyond are refused at once, with 429."""
+    """Maximum number of queued sequences; further requests are rejected with 429."""
     max_num_batched_tokens: int = Field(default=512, ge=1)
-    """Tokens computed in one step at most; longer prompts are spread over steps so that other sequences go on."""
+    """Maximum number of tokens per step; longer prompts are split into chunks, so that other sequences continue."""
     kv_cache_tokens: int | None = Field(default=None, ge=256)
-    """Capacity of the KV cache in tokens, over all sequences; default: from the memory that is free."""
+    """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Share of the memory that is free beside the weights, within the container's limit, for the KV cache."""
+    """Fraction of the memory left after loading the weights, within the container's limit, for the KV cache."""
     default_max_tokens: int = Field(default=256, ge=1)
-    """New tokens at most where neither the request nor the model's generation config says."""
+    """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     request_timeout_seconds: float = Field(default=590, gt=0, allow_inf_nan=False)
-    """How long a request may take, in seconds; below the InferenceService's timeout, so that the answer says why."""
+    """Request timeout in seconds. Keep it below the InferenceService's, so that clients get an error response."""
     max_request_bytes: int = Field(default=8_388_608, ge=1024)
-    """Largest body of a request, in bytes."""
+    """Maximum size of a request body in bytes."""
     step_timeout_seconds: float = Field(default=120, gt=0, allow_inf_nan=False)
-    """A step loop that has work and makes no step for so long is not live any more: the cluster restarts it."""
+    """Time without a step, while sequences run, after which liveness fails and Kubernetes restarts the pod."""
     self_check_interval_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
-    """Period of the background self-check while idle, in seconds; without success for three, not ready. 0: off."""
+    """Interval of the self-check while idle, in seconds; readiness fails after three without success. 0: off."""
     shutdown_grace_seconds: int = Field(default=600, ge=0)
-    """How long running requests may go on after SIGTERM, in seconds; keep it at the InferenceService's timeout."""
+    """Maximum time for running requests after SIGTERM, in seconds. Keep it at the InferenceService's timeout."""
     api_keys_file: Path | None = None
-    """Bearer keys, one `name:key` per line, read again when the file changes; default: no key is asked for."""
+    """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
     """TCP port of the gRPC server."""
     enable_admin_routes: bool = False
-    """Open KServe's routes to load and unload models, which anyone who reaches the port may then use."""
+    """Enable KServe's routes to load and unload models, for all clients that reach the port."""
     tracing: bool = False
-    """Tell OpenTelemetry of every request, by OTLP over HTTP; where its collector is, its own variables OTEL_* say."""
+    """Export OpenTelemetry traces over OTLP/HTTP; configure with OTEL_* variables."""
     log_format: Literal["text", "json"] = "text"
-    """Log lines as text or as JSON objects."""
+    """Format of log lines."""
     log_prompts: bool = False
-    """Write prompts into the log; they may be private."""
+    """Log prompts; they may be private."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="INFO", validation_alias=AliasChoices("log_level", "PREDICTOR_LOG_LEVEL", "LOG_LEVEL")
     )
-    """Least severe log lines that are written."""
+    """Minimum level of log lines."""
 
     @property
-    def kept_layers(self) -> tuple[str, ...]:
-        """`quantization_skip_modules`, part by part."""
+    def skip_modules(self) -> tuple[str, ...]:
+        """`quantization_skip_modules` as a tuple."""
         return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
     @field_validator("model_reference", mode="after")
@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     @classmethod
     def _is_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-            raise PydanticCustomError("device", "should be auto, cuda, cuda:N, mps or cpu")
+            raise PydanticCustomError("device", "Input should be auto, cuda, cuda:N, mps or cpu")
         return value
 
     @field_validator("log_level", mode="before")
@@ -131,62 +131,57 @@ class Settings(BaseSettings):
 
 
 def read(argv: Sequence[str]) -> Settings:
-    """The settings from flags and environment.
+    """Return the settings from flags and environment.
 
     Args:
         argv: the flags, without the program's name; `--help` prints them all and exits.
 
     Raises:
-        InvalidSettings: naming the flag or variable and what was expected.
+        InvalidSettings: naming the flag or variable, and the fix.
     """
-    _refuse_unknown_variables(os.environ)
+    _reject_unknown_variables(os.environ)
+    arguments = [_with_underscores(argument) for argument in argv]
     try:
-        return Settings(_cli_parse_args=[_with_underscores(argument) for argument in argv])
-    except SettingsError as error:
-        _refuse_flags(str(error))
+        return CliApp.run(Settings, cli_args=arguments)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).removeprefix(ENV_PREFIX).lower()
         raise InvalidSettings(
-            f"--{name} ({ENV_PREFIX}{name.upper()}) is {first['input']!r}: {_lower_first(first['msg'])}."
+            f"Invalid value of --{name} ({ENV_PREFIX}{name.upper()}): {first['input']!r}. {first['msg']}."
         ) from None
+    except SettingsError as error:
+        _reject_unknown_flags(arguments)
+        raise InvalidSettings(f"Invalid command line: {error}. Run `python -m predictor --help`.") from None
 
 
-def _refuse_unknown_variables(variables: Iterable[str]) -> None:
-    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+def _reject_unknown_variables(variables: Iterable[str]) -> None:
+    names = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
     for variable in sorted(variables):
-        name = variable.upper()  # pydantic-settings reads lower case as well
-        if name.startswith(ENV_PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name):
-            raise InvalidSettings(f"{variable} is not a setting; {_suggestion(name, ENV_PREFIX, known)}.")
+        name = variable.upper()  # pydantic-settings ignores case
+        if name.startswith(ENV_PREFIX) and name not in names and not _SERVICE_LINK.fullmatch(name):
+            raise InvalidSettings(f"Unknown variable: {variable}. {_suggestion(name, ENV_PREFIX, names)}")
 
 
-def _refuse_flags(message: str) -> NoReturn:
-    unknown = re.search(r"unrecognized arguments: (--)?(\S+)", message)
-    if unknown and unknown[1]:
-        flag = f"--{unknown[2].partition('=')[0]}"
+def _reject_unknown_flags(arguments: Iterable[str]) -> None:
+    for argument in arguments:
+        flag = argument.partition("=")[0]
         prefix = "--no-" if flag.startswith("--no-") else "--"
-        known = {prefix + name for name in Settings.model_fields}
-        raise InvalidSettings(f"{flag} is not a flag; {_suggestion(flag, prefix, known)}.") from None
-    if unknown:
-        raise InvalidSettings(f"{unknown[2]!r} stands alone; values follow a flag, as in --model_dir DIR.") from None
-    raise InvalidSettings(f"{message.removeprefix('error parsing CLI: ')}; `python -m predictor --help` lists them.")
-
-
-def _suggestion(name: str, prefix: str, known: set[str]) -> str:
-    """What all names begin with makes none of them alike."""
-    rests = [other.removeprefix(prefix) for other in known]
-    close = difflib.get_close_matches(name.removeprefix(prefix), rests, n=1, cutoff=0.7)
-    return f"did you mean {prefix}{close[0]}" if close else "`python -m predictor --help` lists them all"
+        flags = {prefix + name for name in Settings.model_fields}
+        if flag.startswith("--") and flag not in flags:
+            raise InvalidSettings(f"Unknown flag: {flag}. {_suggestion(flag, prefix, flags)}") from None
 
 
 def _with_underscores(argument: str) -> str:
-    """`--http-port=1` as `--http_port=1`, `--no-enable-grpc` as `--no-enable_grpc`; values stay as they are."""
+    """Return `--http-port=1` as `--http_port=1`, `--no-enable-grpc` as `--no-enable_grpc`; values are unchanged."""
     if not argument.startswith("--"):
         return argument
     prefix = "--no-" if argument.startswith("--no-") else "--"
-    flag, equals, value = argument.removeprefix(prefix).partition("=")
-    return f"{prefix}{flag.replace('-', '_')}{equals}{value}"
+    name, equals, value = argument.removeprefix(prefix).partition("=")
+    return f"{prefix}{name.replace('-', '_')}{equals}{value}"
 
 
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]
+def _suggestion(name: str, prefix: str, names: set[str]) -> str:
+    """Return the fix for a misspelled name; the common prefix does not count as similarity."""
+    suffixes = [other.removeprefix(prefix) for other in names]
+    similar = difflib.get_close_matches(name.removeprefix(prefix), suffixes, n=1, cutoff=0.7)
+    return f"Did you mean {prefix}{similar[0]}?" if similar else "`python -m predictor --help` lists all settings."

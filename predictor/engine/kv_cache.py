@@ -1,41 +1,129 @@
-"""Capacity of the KV cache."""
+"""Size of the KV cache."""
 
-from typing import Any
+import math
+from typing import Protocol
+
+import torch
+
+from predictor.errors import StartupError
+from predictor.resources import memory
+
+PAGE_TOKENS = 256
+"""Tokens in one block of the KV cache: the smallest allocation of a sequence, and the unit of prefix sharing."""
+SEQUENCE_TOKENS = 2048
+"""Cache per sequence of a full batch, if memory allows. More is rarely used off CUDA, where the whole cache is
+allocated and zeroed at the start, which takes time."""
+_PADDING_BLOCKS = 2
+"""Blocks that the batching manager allocates in addition, for padding."""
 
 
-def kv_cache_tokens(
-    model: Any, *, budget_bytes: int, max_num_batched_tokens: int, max_num_seqs: int, context_tokens: int | None = None
+class TextConfig(Protocol):
+    """Sizes of a decoder; `head_dim`, `num_key_value_heads` and `intermediate_size` are optional."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    vocab_size: int
+
+
+class ModelConfig(Protocol):
+    """Config of a transformers model."""
+
+    def get_text_config(self) -> TextConfig:
+        """Return the decoder's config."""
+
+
+class CacheableModel(Protocol):
+    """A transformers causal language model, on its device."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+
+
+def token_budget(
+    model: CacheableModel,
+    *,
+    context_tokens: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    memory_fraction: float,
+    dense_mask: bool,
 ) -> int:
-    """Tokens of KV cache for which a budget is enough, with all that is allocated beside it; may be negative.
-
-    Counted for each token of the cache: keys and values of all layers; its place in the index; keys and values of one
-    layer once more, gathered and padded to twice their length, or repeated for every query head; and the row that it
-    takes in an attention mask, all queries of a step by all keys that they could see. Counted once: logits in float32
-    and their copies in the sampler, and activations of the largest step.
+    """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
 
     Args:
-        model: a transformers causal language model, on its device.
+        model: its weights are loaded.
+        context_tokens: maximum of prompt and completion of one sequence together.
+        max_num_seqs: maximum number of sequences in one batch.
+        max_num_batched_tokens: maximum number of tokens computed in one step.
+        memory_fraction: share of the free memory to use.
+        dense_mask: whether one attention mask is made for the whole cache.
+
+    Raises:
+        StartupError: not even one block fits.
+    """
+    free_bytes = memory.available_bytes(model.device)
+    tokens = tokens_within(
+        model,
+        budget_bytes=int(free_bytes * memory_fraction),
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        context_tokens=None if dense_mask else context_tokens,
+    )
+    blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
+    if blocks < 1:
+        raise StartupError(
+            f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free after loading the weights. "
+            "Add memory, or lower --max_num_batched_tokens and --max_num_seqs."
+        )
+    useful_tokens = max(context_tokens, max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
+    return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
+
+
+def tokens_within(
+    model: CacheableModel,
+    *,
+    budget_bytes: int,
+    max_num_batched_tokens: int,
+    max_num_seqs: int,
+    context_tokens: int | None = None,
+) -> int:
+    """Return the tokens of KV cache that fit into a budget together with its working space; may be negative.
+
+    Per token of the cache: keys and values of all layers; an index entry; keys and values of one layer once more,
+    gathered and padded to twice their length, or repeated for every query head; and its column in the attention mask.
+    Once: float32 logits with their copies in the sampler, and the activations of the largest step.
+
+    Args:
+        model: on its device.
         budget_bytes: for all of it.
-        max_num_batched_tokens: tokens computed in one step at most.
-        max_num_seqs: sequences in one batch at most.
-        context_tokens: keys that a query could see, where masks are made for one sequence at a time, twice, as booleans
-            and as numbers; None: one dense mask is made for the whole cache.
+        max_num_batched_tokens: maximum number of tokens computed in one step.
+        max_num_seqs: maximum number of sequences in one batch.
+        context_tokens: keys per query, if masks are made for one sequence at a time, twice, as booleans and as
+            numbers; None: one dense mask is made for the whole cache.
     """
     config = model.config.get_text_config()
-    number_bytes = model.dtype.itemsize
+    element_bytes = model.dtype.itemsize
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    keys_and_values = 2 * config.num_hidden_layers * kv_heads * head_dim * number_bytes
-    gathered = 2 * max(heads, 2 * kv_heads) * head_dim * number_bytes
-    index = 8
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
+    gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
+    index_entry = 8
     logits = 3 * max_num_seqs * config.vocab_size * 4
-    widest = max(getattr(config, "intermediate_size", None) or 4 * config.hidden_size, config.hidden_size)
-    activations = max_num_batched_tokens * (4 * config.hidden_size + 3 * widest) * number_bytes
-    left = budget_bytes - logits - activations
-    each = keys_and_values + index + gathered
+    widest = max(intermediate_size, config.hidden_size)
+    activations = max_num_batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
+    cache_bytes = budget_bytes - logits - activations
+    token_bytes = keys_and_values + index_entry + gathered
     if context_tokens is None:
-        return int(left // (each + max_num_batched_tokens * number_bytes))
-    mask_row = max_num_batched_tokens * (1 + number_bytes)
+        return int(cache_bytes // (token_bytes + max_num_batched_tokens * element_bytes))
+    mask_column = max_num_batched_tokens * (1 + element_bytes)
     # Either the cache is shorter than a context, or a context's mask is the largest there will be.
-    return int(max(min(left // (each + mask_row), context_tokens), (left - context_tokens * mask_row) // each))
+    return int(
+        max(
+            min(cache_bytes // (token_bytes + mask_column), context_tokens),
+            (cache_bytes - context_tokens * mask_column) // token_bytes,
+        )
+    )

@@ -1,184 +1,155 @@
-"""Choose the next token of each sequence, each by its own parameters; tensors in, tensors out.
+"""Sample the next token of one sequence: logits processors, log probabilities, temperature, top-k and top-p.
 
-A logits processor for transformers' batching manager, in place of its own three. Those sort every row's whole
-vocabulary twice and draw from it, greedy rows included, which takes a CPU longer than the model (285 ms for 32 rows of
-151 936 tokens, 2 cores). Here greedy rows are left as they are, and a sampled row becomes its choice: the manager then
-takes the largest logit.
+Works on one row of logits in place. A greedy row without processors stays unchanged; a sampled row is left with its
+only finite logit at the sampled token, so that the largest logit is the next token in both cases.
 """
 
-import logging
 import math
 from collections.abc import Collection, Sequence
-from typing import Any, ClassVar, Self
+from typing import Protocol
 
 import torch
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.logits_process import LogitsProcessorList
 
 from predictor.types import MIN_LOGPROB, SamplingParams, TokenLogprob
-
-logger = logging.getLogger(__name__)
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy: dividing logits by them would overflow."""
 
 NUCLEUS_TOKENS = 1024
-"""Where top_p alone is asked for: so many are sorted first, and all only if these are not probable enough."""
+"""Number of most probable tokens sorted first if only top_p is set; all are sorted if these are not enough."""
+
+_MIN_TOP_P = 1e-9
 
 
-_LEAST_TOP_P = 1e-9
+class LogitsProcessor(Protocol):
+    """Changes the logits of one sequence, (vocabulary,), in place before a token is sampled."""
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Process `logits` of the token that follows the prompt and the output so far."""
+
+
+class Penalties:
+    """Repetition, presence and frequency penalty."""
+
+    def __init__(self, sampling: SamplingParams) -> None:
+        self._repetition = sampling.repetition_penalty or 1.0
+        self._presence = sampling.presence_penalty
+        self._frequency = sampling.frequency_penalty
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Lower the logits of tokens that occur already."""
+        if self._repetition != 1.0:
+            token_ids = torch.tensor([*prompt_ids, *output_ids], dtype=torch.long, device=logits.device).unique()
+            values = logits[token_ids]
+            logits[token_ids] = torch.where(values > 0, values / self._repetition, values * self._repetition)
+        if self._presence or self._frequency:
+            outputs = torch.tensor(output_ids, dtype=torch.long, device=logits.device)
+            output_token_ids, counts = outputs.unique(return_counts=True)
+            logits[output_token_ids] -= self._presence + self._frequency * counts
+
+
+class MinTokens:
+    """Excludes the tokens that would end the sequence before `min_tokens`."""
+
+    def __init__(self, min_tokens: int, end_token_ids: Collection[int]) -> None:
+        self._min_tokens = min_tokens
+        self._end_token_ids = list(end_token_ids)
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of end tokens to minus infinity while the output is too short."""
+        del prompt_ids
+        if len(output_ids) < self._min_tokens:
+            logits[self._end_token_ids] = -torch.inf
 
 
 class SequenceSampler:
-    """How one sequence chooses its tokens; travels with it through the manager.
+    """Samples the tokens of one sequence.
 
     Args:
-        sampling: with nothing left open.
-        prompt_tokens: length of the prompt; what follows it in the sequence is the completion.
-        end_token_ids: tokens that would end the sequence, which `min_tokens` holds back.
+        sampling: complete, without defaults left to fill in.
+        prompt_tokens: length of the prompt; the tokens after it are the output.
+        end_token_ids: tokens that would end the sequence, excluded before `min_tokens`.
     """
 
     def __init__(self, sampling: SamplingParams, prompt_tokens: int, end_token_ids: Collection[int]) -> None:
+        self.logits_processors: list[LogitsProcessor] = []
+        """Applied in order."""
+        if (sampling.repetition_penalty or 1.0) != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
+            self.logits_processors.append(Penalties(sampling))
+        if sampling.min_tokens:
+            self.logits_processors.append(MinTokens(sampling.min_tokens, end_token_ids))
         self.logprobs: list[TokenLogprob] = []
-        """One for each token chosen, where asked for."""
+        """One per sampled token, if requested."""
         self.failure: str | None = None
-        """Why no token could be chosen; the sequence has to be given up then."""
+        """Reason why sampling failed; the sequence has to be cancelled then."""
         self._sampling = sampling
         self._prompt_tokens = prompt_tokens
-        self._end_token_ids = list(end_token_ids)
         self._generator: torch.Generator | None = None
-        self._draws = (sampling.temperature or 0.0) >= GREEDY_BELOW
-        self._has_penalties = bool(
-            (sampling.repetition_penalty or 1.0) != 1.0 or sampling.presence_penalty or sampling.frequency_penalty
-        )
+        self._is_greedy = (sampling.temperature or 0.0) < GREEDY_BELOW
 
-    def __deepcopy__(self, _: dict[int, Any]) -> Self:
-        """The manager copies a sequence that it takes out of a full cache and forgets the original: one goes on."""
-        return self
-
-    def __call__(self, logits: torch.Tensor, sequence: Any) -> None:
-        """Make the largest of `logits` the choice.
+    def __call__(self, logits: torch.Tensor, token_ids: Sequence[int] = ()) -> None:
+        """Make the sampled token's logit the largest.
 
         Args:
             logits: float32, (vocabulary,); changed in place.
-            sequence: the manager's state, whose tokens are the prompt and the completion so far.
+            token_ids: prompt and output so far; needed only if there are logits processors.
         """
         sampling = self._sampling
-        model = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None
-        if self._has_penalties or sampling.min_tokens:
-            token_ids = sequence.initial_tokens + sequence.generated_tokens
-            self._hold_back(logits, token_ids[: self._prompt_tokens], token_ids[self._prompt_tokens :])
-        if self._draws:
-            token = draw(
+        logprobs = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None
+        if self.logits_processors:
+            prompt_ids, output_ids = token_ids[: self._prompt_tokens], token_ids[self._prompt_tokens :]
+            for process in self.logits_processors:
+                process(logits, prompt_ids, output_ids)
+        if not self._is_greedy:
+            token_id = sample(
                 logits,
                 temperature=sampling.temperature or 0.0,
                 top_k=sampling.top_k or 0,
                 top_p=1.0 if sampling.top_p is None else sampling.top_p,
-                generator=self._seeded(logits.device),
+                generator=self._generator_for(logits.device),
             )
             logits.fill_(-torch.inf)
-            logits[token] = 0.0
-        if model is not None:
-            self.logprobs.append(_logprob(model, int(logits.argmax()), sampling.logprobs or 0))
+            logits[token_id] = 0.0
+        if logprobs is not None:
+            self.logprobs.append(_token_logprob(logprobs, int(logits.argmax()), sampling.logprobs or 0))
 
-    def _hold_back(self, logits: torch.Tensor, prompt: list[int], completion: list[int]) -> None:
-        """Penalties, of the tokens that are there already, and the ends that come too early."""
-        sampling = self._sampling
-        if self._has_penalties:
-            spoken, counts = torch.tensor(completion, dtype=torch.long, device=logits.device).unique(return_counts=True)
-            penalty = sampling.repetition_penalty or 1.0
-            if penalty != 1.0:
-                seen = torch.tensor(prompt + completion, dtype=torch.long, device=logits.device).unique()
-                logits[seen] = torch.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
-            logits[spoken] -= sampling.presence_penalty + sampling.frequency_penalty * counts
-        if len(completion) < sampling.min_tokens:
-            logits[self._end_token_ids] = -torch.inf
-
-    def _seeded(self, device: torch.device) -> torch.Generator | None:
+    def _generator_for(self, device: torch.device) -> torch.Generator | None:
         if self._generator is None and self._sampling.seed is not None:
             self._generator = torch.Generator(device).manual_seed(self._sampling.seed)
         return self._generator
 
 
-def processors() -> ContinuousBatchingLogitsProcessorList:
-    """A list with nothing but a sampler, as the manager wants it.
-
-    `do_sample` must be off in the manager's generation config, so that it takes the largest logit, and each request
-    must bring `chooser`, a `SequenceSampler`.
-    """
-    listed = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([_Sampler()]))
-    listed.tensors_required = 1  # the list counts only processors that it has converted itself
-    return listed
-
-
-class _Sampler(ContinuousBatchingLogitsProcessor):
-    """Each request's `SequenceSampler` comes through `add_request`; kept between the two calls of a step."""
-
-    supported_kwargs: ClassVar[dict[str, type]] = {"chooser": SequenceSampler}
-    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self) -> None:
-        self._sequences: list[Any] = []
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        """Nothing travels in the tensor."""
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[Any]) -> torch.Tensor:
-        """Remember the sequences of the rows that come next, in their order."""
-        self._sequences = [request.state for request in requests_with_new_token]
-        return torch.zeros(len(self._sequences), dtype=torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Let each row of `scores` (rows, vocabulary) make its choice."""
-        del tensor_arg
-        # Not strict: sequences in the middle of their prompt have rows too, after these, which nobody reads.
-        for row, sequence in zip(scores, self._sequences, strict=False):
-            # A warm-up of the manager brings sequences of its own, without a chooser: greedy.
-            chooser = sequence.logit_processor_kwargs.get("chooser")
-            if chooser is None or chooser.failure:
-                continue
-            try:
-                chooser(row, sequence)
-            except Exception as error:
-                # An error that gets out of here ends the step loop, and with it all other sequences.
-                logger.exception("a sequence cannot choose its next token")
-                chooser.failure = str(error) or type(error).__name__
-        return scores
-
-
-def draw(
+def sample(
     logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
 ) -> torch.Tensor:
-    """A token id, drawn from the most probable ones.
+    """Sample a token id.
 
     Args:
         logits: float32, (vocabulary,).
         temperature: at least GREEDY_BELOW.
-        top_k: most probable tokens to choose from; 0 is all.
+        top_k: number of most probable tokens to sample from; 0 is all.
         top_p: of those, the fewest that together have this probability, 0 <= top_p <= 1; at least one.
-        generator: where the randomness comes from; None is torch's own.
+        generator: source of randomness; None is torch's default.
     """
     logits = logits / temperature
     token_ids: torch.Tensor | None = None
     if top_k or top_p < 1:
-        kept, token_ids = logits.topk(min(top_k or NUCLEUS_TOKENS, logits.numel()))
-        total = (kept if top_k else logits).logsumexp(dim=-1)
-        if not top_k and kept.logsumexp(dim=-1) < total + math.log(max(top_p, _LEAST_TOP_P)):
-            kept, token_ids = logits.sort(descending=True)
-        before = (kept - total).exp().cumsum(dim=-1).roll(1)
-        before[0] = -1  # the most probable token stays, whatever top_p is
-        logits = kept.masked_fill(before >= top_p, -torch.inf)
-    # The Gumbel-max trick: the largest of logit + Gumbel noise is a draw from the softmax, without computing it.
-    choice = (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax()
-    return choice if token_ids is None else token_ids[choice]
+        top_logits, token_ids = logits.topk(min(top_k or NUCLEUS_TOKENS, logits.numel()))
+        total = (top_logits if top_k else logits).logsumexp(dim=-1)
+        if not top_k and top_logits.logsumexp(dim=-1) < total + math.log(max(top_p, _MIN_TOP_P)):
+            top_logits, token_ids = logits.sort(descending=True)
+        cumulative = (top_logits - total).exp().cumsum(dim=-1).roll(1)
+        cumulative[0] = -1  # always keep the most probable token
+        logits = top_logits.masked_fill(cumulative >= top_p, -torch.inf)
+    # The Gumbel-max trick: the largest of logit + Gumbel noise is a sample of the softmax, without computing it.
+    index = (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax()
+    return index if token_ids is None else token_ids[index]
 
 
-def _logprob(model: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
-    """What the model's log probabilities (vocabulary,) say of a token and of the `top` most probable ones."""
-    model = model.nan_to_num(nan=MIN_LOGPROB).clamp(min=MIN_LOGPROB)
-    values, token_ids = model.topk(min(top, model.numel()))
-    return TokenLogprob(token_id, float(model[token_id]), tuple(zip(token_ids.tolist(), values.tolist(), strict=True)))
+def _token_logprob(logprobs: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
+    """Return the log probability of a token and of the `top` most probable ones, from `logprobs` (vocabulary,)."""
+    logprobs = logprobs.nan_to_num(nan=MIN_LOGPROB).clamp(min=MIN_LOGPROB)
+    values, token_ids = logprobs.topk(min(top, logprobs.numel()))
+    return TokenLogprob(
+        token_id, float(logprobs[token_id]), tuple(zip(token_ids.tolist(), values.tolist(), strict=True))
+    )

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from predictor.observability.tracing import Tracing
 
 logger = logging.getLogger(__name__)
-request_logger = logging.getLogger("predictor.request")
 
 _CODES = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
@@ -161,9 +160,7 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                     self._service.count_request(record.protocol, http_status)
                     if self._tracing:
                         self._tracing.export_grpc(method, metadata, status, http_status, started, record)
-                    fields = record.as_fields()
-                    text = " ".join(f"{name}={value}" for name, value in fields.items())
-                    request_logger.info("gRPC %s %s", status, text, extra={"fields": {"status": status, **fields}})
+                    request_record.log_request(f"gRPC {status}", record, {"status": status})
 
 
 def _values(metadata: Any, name: str) -> list[str]:

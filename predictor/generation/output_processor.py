@@ -8,7 +8,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from predictor.engine.engine import Engine, Stream
+from predictor.engine.engine import Engine
+from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation.detokenizer import Detokenizer
 from predictor.generation.logprobs import LogprobsFormatter

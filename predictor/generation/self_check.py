@@ -1,4 +1,4 @@
-"""Whether the model still generates: seen at work, or checked by a tiny generation while idle, never per probe."""
+"""Self-check of a loaded model: recent steps prove that it generates; while idle, a short generation does."""
 
 import asyncio
 import logging
@@ -10,55 +10,55 @@ from predictor.errors import RequestError
 logger = logging.getLogger(__name__)
 
 STALE_AFTER_PERIODS = 3
-"""So many periods without a sign of life, and the model is not ready any more."""
+"""Number of periods without success after which the model is not ready."""
 
 
 class SelfCheck:
-    """Sees that the engine generates, every `period_seconds`; off at 0."""
+    """Checks every `period_seconds` that the engine generates; 0 turns it off."""
 
     def __init__(self, engine: Engine, period_seconds: float) -> None:
         self._engine = engine
         self._period_seconds = period_seconds
-        self._seen_steps = engine.steps
-        self._passed = time.monotonic()
+        self._last_steps = engine.steps
+        self._last_success = time.monotonic()
         self.succeeded = True
-        """Whether the last look, if there was one, saw the model generate."""
+        """Result of the last check; True before the first."""
 
     @property
     def age_seconds(self) -> float:
-        """Since the engine was last seen to generate."""
-        return time.monotonic() - self._passed
+        """Seconds since the last success."""
+        return time.monotonic() - self._last_success
 
     @property
     def is_fresh(self) -> bool:
-        """Whether that was recent enough to believe in it."""
+        """Whether the last success is recent enough for readiness."""
         return not self._period_seconds or self.age_seconds < STALE_AFTER_PERIODS * self._period_seconds
 
     async def run(self) -> None:
-        """Go on until cancelled."""
+        """Check periodically until cancelled."""
         while self._period_seconds:
             await asyncio.sleep(self._period_seconds)
             await self.check_once()
 
     async def check_once(self) -> None:
-        """Take steps made since the last look as proof; without any, and idle, generate."""
+        """Succeed if the engine made steps since the last check; else, if it is idle, generate a few tokens."""
         engine = self._engine
-        if engine.steps != self._seen_steps:
-            self._pass()
+        if engine.steps != self._last_steps:
+            self._record_success()
         elif not engine.running and not engine.waiting:
             try:
                 await engine.check(self._period_seconds)
             except RequestError as error:
                 self.succeeded = False
-                logger.error("the self-check failed: %s", error)
+                logger.error("self-check failed: %s", error)
             except Exception:
                 self.succeeded = False
-                # The age tells; a loop that ended here would leave it growing where the model is well again.
-                logger.exception("the self-check failed for a reason that was not foreseen")
+                # Not raised: the loop must go on, so that the model becomes ready again once it recovers.
+                logger.exception("self-check failed: unexpected error")
             else:
-                self._pass()
-        self._seen_steps = engine.steps
+                self._record_success()
+        self._last_steps = engine.steps
 
-    def _pass(self) -> None:
-        self._passed = time.monotonic()
+    def _record_success(self) -> None:
+        self._last_success = time.monotonic()
         self.succeeded = True

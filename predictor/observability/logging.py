@@ -1,9 +1,4 @@
-"""How the server writes its log: one line per event on stderr, and what is known of the request it belongs to.
-
-A `RequestRecord` travels with a request through everything that is awaited or spawned as a task on its behalf; whoever
-learns something that the request's line should say writes it there. Who asks and what is answered is not known here,
-and prompts and completions never get here.
-"""
+"""Logging to stderr: one line per event, as text or JSON, with the id of the request that it belongs to."""
 
 import json
 import logging
@@ -14,31 +9,31 @@ from typing import Literal
 from predictor.observability import request_record
 
 
-def configure(level: str, format: Literal["text", "json"]) -> None:  # noqa: A002, what the setting is called
-    """Write all log lines and Python warnings to stderr, ours, KServe's and uvicorn's alike.
+def configure(level: str, format: Literal["text", "json"]) -> None:  # noqa: A002, the setting's name
+    """Write all log lines and Python warnings to stderr, including those of KServe and uvicorn.
 
     Args:
-        level: the least severe level that is written.
-        format: `text` for people; `json` for one object per line with `time`, `level`, `logger`, `message`,
-            `request_id` and `exception` where there is one, and, for a request's line, its fields.
+        level: minimum level.
+        format: `text`, or `json` with one object per line: `time`, `level`, `logger`, `message`, and where they exist
+            `request_id`, `exception` and the fields of a request's line.
     """
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
-            "formatters": {"text": {"()": _Text}, "json": {"()": _Json}},
+            "formatters": {"text": {"()": TextFormatter}, "json": {"()": JsonFormatter}},
             "handlers": {
                 "stderr": {"class": "logging.StreamHandler", "formatter": format, "stream": "ext://sys.stderr"}
             },
             "root": {"handlers": ["stderr"], "level": level},
             "loggers": {
-                # A handler of its own keeps the SDK from installing its configuration.
+                # KServe installs its own configuration unless this logger has a handler.
                 "kserve": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
-                # Our line for each request says more than these two.
+                # The line of `RequestLogMiddleware` has more information than these two.
                 "kserve.trace": {"level": "CRITICAL", "propagate": False},
                 "uvicorn.access": {"level": "CRITICAL", "propagate": False},
                 "httpx": {"level": "WARNING"},
-                # The first says what clients send wrongly, the second that it tries again: what is lost is an error.
+                # Silence warnings about malformed client headers and export retries; keep dropped-span errors.
                 "opentelemetry.trace": {"level": "ERROR"},
                 "opentelemetry.exporter": {"level": "ERROR"},
                 "ContinuousBatchingLogger": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
@@ -48,22 +43,24 @@ def configure(level: str, format: Literal["text", "json"]) -> None:  # noqa: A00
     logging.captureWarnings(True)
 
 
-class _Text(logging.Formatter):
-    """`time level logger [request id]: message`, and a traceback below it where there is one."""
+class TextFormatter(logging.Formatter):
+    """Formats `time level logger [request id]: message`, followed by the traceback if there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return one line, except for a traceback."""
         request_id = request_record.current().request_id
         origin = f"{record.name} [{request_id}]" if request_id else record.name
         line = f"{_time(record)} {record.levelname} {origin}: {record.getMessage()}"
-        # A message that spans lines, or was made to, must not look like several events.
+        # A message with line breaks must not look like several events.
         line = line.replace("\r", "\\r").replace("\n", "\\n")
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class _Json(logging.Formatter):
-    """One object per line, in ASCII; a line's own fields come from `extra={"fields": …}`."""
+class JsonFormatter(logging.Formatter):
+    """Formats one ASCII JSON object per line; `extra={"fields": …}` adds keys."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the object as one line."""
         line = {
             "time": _time(record),
             "level": record.levelname,
@@ -79,5 +76,5 @@ class _Json(logging.Formatter):
 
 
 def _time(record: logging.LogRecord) -> str:
-    """UTC in ISO 8601, to the millisecond."""
+    """Return the UTC time in ISO 8601, in milliseconds."""
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

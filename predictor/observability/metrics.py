@@ -1,8 +1,7 @@
-"""Every Prometheus name that the predictor adds to KServe's own, in one place.
+"""Prometheus metrics that the predictor adds to KServe's.
 
-The vocabulary is vLLM's under our prefix, since dashboards and autoscalers know it; the README has the mapping. All
-have the label `model_name`, and the values of every label come from sets that are known when the server starts: none is
-ever what a client sends.
+The names are vLLM's with our prefix, so that dashboards and autoscalers carry over; the README has the mapping. All
+metrics have the label `model_name`. Label values come from fixed sets, never from clients.
 """
 
 import time
@@ -18,73 +17,74 @@ from predictor.types import FinishedSequence
 PREFIX = "kserve_llm_"
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
-"""Buckets for what takes from a step to a whole request: an LLM's go to minutes."""
+"""Buckets for latencies from one step to a whole request."""
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-"""Buckets for what lies between two tokens."""
+"""Buckets for the time between two tokens."""
 
 PROTOCOLS = frozenset({"v1", "v2", "generate", "generate_stream", "openai", "grpc"})
 OTHER = "other"
-"""Protocol of a request that reached none: refused before its route, or for a path that is not served."""
+"""Protocol of a request that was rejected before its route, or has none."""
 
-_FINISHED = Counter(PREFIX + "request_finished", "Sequences that ended, by reason.", ["model_name", "finished_reason"])
+_FINISHED = Counter(
+    PREFIX + "request_finished", "Finished sequences, by finish reason.", ["model_name", "finished_reason"]
+)
 _REQUESTS = Counter(
     PREFIX + "requests",
-    "Requests answered, by protocol and HTTP status; gRPC's codes as the status of the same error.",
+    "Responses, by protocol and HTTP status; gRPC codes as the status of the same error.",
     ["model_name", "protocol", "status"],
 )
 _INFO = Gauge(
     PREFIX + "model_info",
-    "1, with what is served in its labels.",
+    "Properties of the served model as labels; the value is 1.",
     ["model_name", "commit", "device", "dtype", "quantization"],
 )
-_PHASES = Gauge(
-    PREFIX + "load_phase_seconds", "How long a phase of the start took, once it is over.", ["model_name", "phase"]
-)
+_PHASES = Gauge(PREFIX + "load_phase_seconds", "Duration of a finished phase of startup.", ["model_name", "phase"])
 _COUNTERS = {
     name: Counter(PREFIX + name, text, ["model_name"])
     for name, text in {
-        "request_rejected": "Requests refused for want of room.",
-        "prompt_tokens": "Tokens of prompts whose sequence ended.",
-        "generation_tokens": "Tokens generated.",
+        "request_rejected": "Requests rejected because the queue was full.",
+        "prompt_tokens": "Prompt tokens of finished sequences.",
+        "generation_tokens": "Generated tokens.",
     }.items()
 }
 _HISTOGRAMS = {
     name: Histogram(PREFIX + name, text, ["model_name"], buckets=buckets)
     for name, text, buckets in (
-        ("time_to_first_token_seconds", "From the admission of a sequence to its first token.", SECONDS),
-        ("inter_token_latency_seconds", "From one token of a sequence to its next.", GAP_SECONDS),
-        ("e2e_request_latency_seconds", "From the admission of a sequence to its end, in whatever way.", SECONDS),
-        ("request_queue_time_seconds", "From the admission of a sequence to its first step.", SECONDS),
-        ("request_prefill_time_seconds", "From the first step of a sequence to its first token.", SECONDS),
+        ("time_to_first_token_seconds", "Time from the admission of a sequence to its first token.", SECONDS),
+        ("inter_token_latency_seconds", "Time between two tokens of a sequence.", GAP_SECONDS),
+        ("e2e_request_latency_seconds", "Time from the admission of a sequence to its end.", SECONDS),
+        ("request_queue_time_seconds", "Time from the admission of a sequence to its first step.", SECONDS),
+        ("request_prefill_time_seconds", "Time from the first step of a sequence to its first token.", SECONDS),
     )
 }
 
 
 class CallbackCollector(Collector):
-    """Numbers that somebody else keeps, asked for at every scrape, by metric and model."""
+    """Metrics whose values are read by callbacks at every scrape."""
 
     texts = {  # noqa: RUF012, a constant
         "num_requests_running": "Sequences in the batch.",
-        "num_requests_waiting": "Sequences that wait for a place in the batch.",
-        "kv_cache_usage_perc": "Share of the KV cache that running sequences hold, 0 to 1.",
-        "kv_cache_capacity_tokens": "Tokens that the KV cache holds at most.",
+        "num_requests_waiting": "Queued sequences.",
+        "kv_cache_usage_perc": "Fraction of the KV cache used by running sequences, 0 to 1.",
+        "kv_cache_capacity_tokens": "Capacity of the KV cache in tokens.",
         "engine_steps": "Steps of the engine since its start.",
-        "self_check_age_seconds": "Time since the model was last seen to generate.",
-        "self_check_success": "Whether the last self-check succeeded, or work made it needless, 1 or 0.",
-        "ready": "Whether a request would be answered now, 1 or 0.",
-        "live": "Whether the step loop makes progress, or has not been started yet, 1 or 0.",
+        "self_check_age_seconds": "Time since the self-check last succeeded.",
+        "self_check_success": "Whether the last self-check succeeded, 1 or 0.",
+        "ready": "Whether the model is ready, 1 or 0.",
+        "live": "Whether the step loop makes progress, or has not started yet, 1 or 0.",
     }
 
     def __init__(self) -> None:
-        self.values: dict[str, dict[str, Callable[[], float]]] = {name: {} for name in self.texts}
+        self.callbacks: dict[str, dict[str, Callable[[], float]]] = {name: {} for name in self.texts}
+        """By metric and model name."""
 
     def collect(self) -> Iterator[Metric]:
-        """One family for each name."""
+        """Yield one metric family for each name."""
         for name, text in self.texts.items():
             kind = CounterMetricFamily if name == "engine_steps" else GaugeMetricFamily
             family = kind(PREFIX + name, text, labels=["model_name"])
-            for model_name, value in list(self.values[name].items()):
-                family.add_metric([model_name], float(value()))
+            for model_name, callback in list(self.callbacks[name].items()):
+                family.add_metric([model_name], float(callback()))
             yield family
 
 
@@ -96,46 +96,46 @@ class ModelMetrics:
     """The metrics of one model.
 
     Args:
-        model_name: the label `model_name` of all.
+        model_name: value of the label `model_name`.
     """
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
-        # Looked up once: a token is not the place to look up labels.
+        # Labels are resolved once, not for every token.
         self._counters = {name: counter.labels(model_name) for name, counter in _COUNTERS.items()}
         self._histograms = {name: histogram.labels(model_name) for name, histogram in _HISTOGRAMS.items()}
         self._generated = self._counters["generation_tokens"]
         self._gap = self._histograms["inter_token_latency_seconds"]
 
-    def register_callbacks(self, **values: Callable[[], float]) -> None:
-        """Ask for these, by their names without prefix, at every scrape."""
-        for name, value in values.items():
-            _CALLBACKS.values[name][self._model_name] = value
+    def register_callbacks(self, **callbacks: Callable[[], float]) -> None:
+        """Read these metrics, named without prefix, by callback at every scrape."""
+        for name, callback in callbacks.items():
+            _CALLBACKS.callbacks[name][self._model_name] = callback
 
     def set_model_info(self, *, commit: str, device: str, dtype: str, quantization: str) -> None:
-        """What is served."""
+        """Set the labels of `model_info`."""
         _INFO.labels(self._model_name, commit, device, dtype, quantization).set(1)
 
     def observe_load_phase(self, phase: str, seconds: float) -> None:
-        """A phase of the start is over: a constant of the code, as every label is."""
+        """Record the duration of a phase of startup."""
         _PHASES.labels(self._model_name, phase).set(seconds)
 
     @contextmanager
     def time_load_phase(self, phase: str) -> Iterator[None]:
-        """Tell how long the block took, unless it fails."""
-        began = time.monotonic()
+        """Record the duration of the block, unless it fails."""
+        started = time.monotonic()
         yield
-        self.observe_load_phase(phase, time.monotonic() - began)
+        self.observe_load_phase(phase, time.monotonic() - started)
 
     def count_tokens(self, tokens: int, gap_seconds: float | None) -> None:
-        """A sequence has so many more tokens; `gap_seconds` after those before, None for the first."""
+        """Count new tokens of a sequence, `gap_seconds` after its previous ones; None for its first."""
         self._generated.inc(tokens)
         if gap_seconds is not None:
             for _ in range(tokens):
                 self._gap.observe(gap_seconds / tokens)
 
     def count_finished(self, sequence: FinishedSequence) -> None:
-        """Count a sequence that ended, by its outcome, and observe its latencies."""
+        """Count a finished sequence, by its outcome, and observe its latencies."""
         _FINISHED.labels(self._model_name, sequence.outcome).inc()
         self._counters["prompt_tokens"].inc(sequence.prompt_tokens)
         self._histograms["e2e_request_latency_seconds"].observe(sequence.total_seconds)
@@ -148,9 +148,9 @@ class ModelMetrics:
             self._histograms["time_to_first_token_seconds"].observe(first_token)
 
     def count_rejected(self) -> None:
-        """A request was refused with 429."""
+        """Count a request rejected with 429."""
         self._counters["request_rejected"].inc()
 
     def count_request(self, protocol: str | None, status: int) -> None:
-        """A request was answered, or its client left; not a probe. The status is one of ours, never a client's word."""
+        """Count a response, or a client that disconnected; probes are not counted."""
         _REQUESTS.labels(self._model_name, protocol if protocol in PROTOCOLS else OTHER, str(status)).inc()

@@ -1,8 +1,9 @@
-"""What is known of the request that is being answered, for its log line and its spans."""
+"""The record of the current request: source of its log line, its spans and the request id of other log lines."""
 
+import logging
 import re
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -10,70 +11,87 @@ from typing import Any
 
 from predictor.types import FinishedSequence
 
-CLIENT_GONE = 499
-"""Status in log and metrics where the client did not wait for the answer; nginx's number for it."""
+request_logger = logging.getLogger("predictor.request")
 
+CLIENT_GONE = 499
+"""Status in log and metrics if the client disconnected before the response; nginx's number."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 @dataclass(slots=True)
 class RequestRecord:
-    """What is known of a request, beside method, path, status and duration: for its one log line, and its spans."""
+    """Properties of a request in addition to method, path, status and duration; never the prompt or completion."""
 
     request_id: str = ""
     key: str | None = None
-    """Name of the bearer key."""
+    """Name of the API key."""
     protocol: str | None = None
     operation: str | None = None
-    """`chat` or `text_completion`, as OpenTelemetry has it, once that is known; not in the log."""
+    """OpenTelemetry's `chat` or `text_completion`; not logged."""
     trace_id: str | None = None
-    """W3C's, 32 hexadecimal digits, where requests are traced."""
+    """W3C trace id, 32 hexadecimal digits, if the request is traced."""
     finished: list[FinishedSequence] = field(default_factory=list)
-    """Every sequence, prompts times n of them, in the order of their ends."""
+    """All sequences, prompts times n, in the order in which they ended."""
     error: str | None = None
-    """Name of the error's class; its message may repeat what the client sent."""
+    """Name of the exception class; its message may contain client data."""
 
     def as_fields(self) -> dict[str, Any]:
-        """What the log's line says, by name, without the id: tokens over all sequences, the longest times of one."""
-        known: dict[str, Any] = {"trace_id": self.trace_id, "key": self.key, "protocol": self.protocol}
+        """Return the fields of the log line: tokens are sums over all sequences, times are maxima."""
+        fields: dict[str, Any] = {"trace_id": self.trace_id, "key": self.key, "protocol": self.protocol}
         if self.finished:
-            known |= {
-                "prompt_tokens": sum(each.prompt_tokens for each in self.finished),
-                "completion_tokens": sum(each.completion_tokens for each in self.finished),
+            fields |= {
+                "prompt_tokens": sum(sequence.prompt_tokens for sequence in self.finished),
+                "completion_tokens": sum(sequence.completion_tokens for sequence in self.finished),
                 "sequences": len(self.finished),
-                "finish_reasons": [each.outcome for each in self.finished],
-                "queue_seconds": _longest(each.queue_seconds for each in self.finished),
-                "first_token_seconds": _longest(each.first_token_seconds for each in self.finished),
+                "finish_reasons": [sequence.outcome for sequence in self.finished],
+                "queue_seconds": _max_seconds(sequence.queue_seconds for sequence in self.finished),
+                "first_token_seconds": _max_seconds(sequence.first_token_seconds for sequence in self.finished),
             }
-        known["error"] = self.error
-        return {name: value for name, value in known.items() if value is not None}
+        fields["error"] = self.error
+        return {name: value for name, value in fields.items() if value is not None}
 
 
-def _longest(seconds: Iterable[float | None]) -> float | None:
-    """To a tenth of a millisecond."""
-    told = [each for each in seconds if each is not None]
-    return round(max(told), 4) if told else None
+def _max_seconds(values: Iterable[float | None]) -> float | None:
+    """Return the maximum, rounded to 0.1 ms."""
+    longest = max((value for value in values if value is not None), default=None)
+    return None if longest is None else round(longest, 4)
 
 
 _current_record: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
 
 
-def request_id(sent: Sequence[str]) -> str:
-    """The id of a request: what its client sent as `x-request-id`, if that is one and printable anywhere, else new."""
-    return sent[0] if len(sent) == 1 and _REQUEST_ID.fullmatch(sent[0]) else uuid.uuid4().hex
+def request_id(headers: Sequence[str]) -> str:
+    """Return the client's `x-request-id` if there is exactly one and it is printable, else a new id."""
+    return headers[0] if len(headers) == 1 and _REQUEST_ID.fullmatch(headers[0]) else uuid.uuid4().hex
 
 
 def current() -> RequestRecord:
-    """The record of the request that is being answered; outside of one, a record that nobody reads."""
+    """Return the record of the current request; outside of a request, a new one that is discarded."""
     return _current_record.get() or RequestRecord()
 
 
 @contextmanager
 def bind(record: RequestRecord) -> Iterator[RequestRecord]:
-    """Make `record` the current one, here and in tasks that are started meanwhile; log lines carry its id."""
+    """Make `record` the current one, here and in tasks created meanwhile; log lines have its request id."""
     token = _current_record.set(record)
     try:
         yield record
     finally:
         _current_record.reset(token)
+
+
+def log_request(summary: str, record: RequestRecord, fields: Mapping[str, Any], **details: Any) -> None:
+    """Write a request's log line.
+
+    Args:
+        summary: beginning of the line.
+        record: its fields follow, as `name=value`.
+        fields: the summary's values by name, for the JSON format.
+        details: further fields, before those of `record`.
+    """
+    details |= record.as_fields()
+    text = " ".join(
+        f"{name}={','.join(value) if isinstance(value, list) else value}" for name, value in details.items()
+    )
+    request_logger.info("%s %s", summary, text, extra={"fields": {**fields, **details}})

@@ -1,11 +1,11 @@
-"""Requests as OpenTelemetry spans: one for the request, and below it `queue`, `prefill` and `decode` of each sequence.
+"""Export requests as OpenTelemetry spans: one per request, with `queue`, `prefill` and `decode` of each sequence.
 
-All are made once a request is over, of what its record holds, so nothing is added to its way. W3C's `traceparent` says
-whose trace it belongs to. Names and attributes follow OpenTelemetry's conventions for generative AI, HTTP and RPC; no
-value of an attribute is what a client sent: no prompt, and no path either.
+Spans are created from the request's record after its end, so they add nothing to its latency. The W3C header
+`traceparent` joins them to the caller's trace. Names and attributes follow OpenTelemetry's semantic conventions for
+generative AI, HTTP and RPC; no attribute value comes from the client, neither prompt nor path.
 
-The only module that imports opentelemetry, imported itself only where spans are wanted. Where they go, which of them
-and how many is for OpenTelemetry's SDK to know, which reads its own variables, OTEL_*.
+The only module that imports opentelemetry; it is imported only if tracing is on. OpenTelemetry's SDK reads endpoint,
+sampling and limits from its OTEL_* variables.
 """
 
 import threading
@@ -30,46 +30,46 @@ from predictor.observability.request_record import RequestRecord
 from predictor.types import DEADLINE, FAILED, FinishedSequence
 
 SERVICE = "kserve-llm"
-"""The service's name where OTEL_SERVICE_NAME says no other."""
+"""Default of OTEL_SERVICE_NAME."""
 CLOSE_SECONDS = 5.0
-"""What the last spans get to leave: a collector that does not answer must not hold up the end."""
+"""Maximum time to export the last spans; an unresponsive collector must not block shutdown."""
 
 _METHODS = frozenset({"CONNECT", "DELETE", "GET", "HEAD", "OPTIONS", "PATCH", "POST", "PUT", "QUERY", "TRACE"})
-"""What is named as it is; a client may send any other word."""
+"""HTTP methods used as attribute values; others are reported as _OTHER."""
 _RPC_SERVICE = "inference.GRPCInferenceService"
 _W3C = TraceContextTextMapPropagator()
 
 
 class Tracing:
-    """Tells OpenTelemetry's collector of requests; in a thread of its own, which drops spans rather than wait.
+    """Exports spans from a background thread, which drops spans when its queue is full.
 
     Args:
-        model_name: of the model that answers.
+        model_name: of the served model.
 
     Raises:
-        InvalidSettings: the SDK does not take what one of its variables says.
+        InvalidSettings: the SDK rejects an OTEL_* variable.
     """
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
         service = Resource({SERVICE_NAME: SERVICE, SERVICE_VERSION: installed_version(SERVICE)})
         resource = Resource.create().merge(service).merge(OTELResourceDetector().detect())
-        # Nobody else's: FastAPI would make spans of its own, with the query in them, if this were the process's.
+        # Not the global provider: with that, FastAPI would create spans that contain the query string.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         try:
             self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         except (RuntimeError, ValueError) as error:
-            raise InvalidSettings(f"OpenTelemetry does not take one of its variables OTEL_*: {error}") from None
+            raise InvalidSettings(f"OpenTelemetry rejects an OTEL_* variable: {error}") from None
         self._tracer = self._provider.get_tracer("predictor")
 
-    def export_http(self, scope: Scope, status: int, began: float, record: RequestRecord) -> None:
-        """A request over HTTP is over.
+    def export_http(self, scope: Scope, status: int, started: float, record: RequestRecord) -> None:
+        """Export the spans of a finished HTTP request, and set the trace id of its record.
 
         Args:
-            scope: ASGI's, with the route that was found.
-            status: of the answer, or `request_record.CLIENT_GONE`.
-            began: by `time.monotonic()`.
-            record: what is known of it; is given its trace's id.
+            scope: of ASGI, with the matched route.
+            status: of the response, or `request_record.CLIENT_GONE`.
+            started: by `time.monotonic()`.
+            record: of the request.
         """
         method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
         attributes = {
@@ -81,7 +81,7 @@ class Tracing:
         if route := getattr(scope.get("route"), "path", None):
             attributes["http.route"] = route
             name = f"{name} {route}"
-        self._export(name, Headers(scope=scope).items(), attributes, status, began, record)
+        self._export(name, Headers(scope=scope).items(), attributes, status, started, record)
 
     def export_grpc(
         self,
@@ -89,22 +89,31 @@ class Tracing:
         metadata: Iterable[tuple[str, Any]],
         code: str,
         status: int,
-        began: float,
+        started: float,
         record: RequestRecord,
     ) -> None:
-        """A call over gRPC is over; `code` is gRPC's, `status` HTTP's for the same, the rest as of `export_http`."""
+        """Export the spans of a finished gRPC call.
+
+        Args:
+            method: of the service.
+            metadata: of the call.
+            code: of gRPC.
+            status: HTTP's for the same error.
+            started: by `time.monotonic()`.
+            record: of the call; its trace id is set.
+        """
         attributes = {
             "rpc.system.name": "grpc",
             "rpc.method": f"{_RPC_SERVICE}/{method}",
             "rpc.response.status_code": code,
         }
-        self._export(attributes["rpc.method"], metadata, attributes, status, began, record)
+        self._export(attributes["rpc.method"], metadata, attributes, status, started, record)
 
     def close(self) -> None:
-        """Let the last spans leave, within `CLOSE_SECONDS`."""
-        closing = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
-        closing.start()
-        closing.join(CLOSE_SECONDS)
+        """Export the last spans, within `CLOSE_SECONDS`."""
+        thread = threading.Thread(target=self._provider.shutdown, name="tracing", daemon=True)
+        thread.start()
+        thread.join(CLOSE_SECONDS)
 
     def _export(
         self,
@@ -112,59 +121,59 @@ class Tracing:
         headers: Iterable[tuple[str, Any]],
         attributes: Mapping[str, Any],
         status: int,
-        began: float,
+        started: float,
         record: RequestRecord,
     ) -> None:
-        # One difference for all instants of a request, lest a clock that is set meanwhile puts them out of order.
-        wall = time.time_ns() - time.monotonic_ns()
-        ended = sorted(record.finished, key=lambda each: each.index)
-        facts = {**attributes, **({"error.type": record.error} if record.error else {})}
+        # One clock offset for all times of a request, so that setting the clock does not reorder them.
+        offset_ns = time.time_ns() - time.monotonic_ns()
+        sequences = sorted(record.finished, key=lambda sequence: sequence.index)
+        span_attributes = {**attributes, **({"error.type": record.error} if record.error else {})}
         if record.operation:
             name = f"{record.operation} {self._model_name}"
-            facts |= {
+            span_attributes |= {
                 "gen_ai.operation.name": record.operation,
                 "gen_ai.provider.name": SERVICE,
                 "gen_ai.request.model": self._model_name,
             }
-        if ended:
-            facts |= {
-                "gen_ai.response.finish_reasons": [each.outcome for each in ended],
-                "gen_ai.usage.input_tokens": sum(each.prompt_tokens for each in ended),
-                "gen_ai.usage.output_tokens": sum(each.completion_tokens for each in ended),
+        if sequences:
+            span_attributes |= {
+                "gen_ai.response.finish_reasons": [sequence.outcome for sequence in sequences],
+                "gen_ai.usage.input_tokens": sum(sequence.prompt_tokens for sequence in sequences),
+                "gen_ai.usage.output_tokens": sum(sequence.completion_tokens for sequence in sequences),
             }
         span = self._tracer.start_span(
-            name, _parent(headers), SpanKind.SERVER, facts, start_time=wall + _nanoseconds(began)
+            name, _parent(headers), SpanKind.SERVER, span_attributes, start_time=offset_ns + _nanoseconds(started)
         )
         if (context := span.get_span_context()).is_valid:
             record.trace_id = format_trace_id(context.trace_id)
-        # The conventions leave it open for what is the client's fault; an answer that had begun may still have failed.
+        # By the conventions, client errors are not errors of the server; a response that has started may still fail.
         if status >= 500 or (status < 400 and record.error):
             span.set_status(StatusCode.ERROR)
-        for each in ended:
-            self._export_sequence(each, set_span_in_context(span), wall)
-        span.end(wall + time.monotonic_ns())
+        for sequence in sequences:
+            self._export_sequence(sequence, set_span_in_context(span), offset_ns)
+        span.end(offset_ns + time.monotonic_ns())
 
-    def _export_sequence(self, ended: FinishedSequence, parent: Context, wall: int) -> None:
-        """What a sequence came to, one after the other; the last of them says how it ended."""
-        phases = (("queue", 0.0), ("prefill", ended.queue_seconds), ("decode", ended.first_token_seconds))
-        begun = [(name, start) for name, start in phases if start is not None]
-        for (name, start), (following, end) in pairwise([*begun, ("", ended.total_seconds)]):
-            facts: dict[str, Any] = {"kserve_llm.sequence": ended.index}
+    def _export_sequence(self, sequence: FinishedSequence, parent: Context, offset_ns: int) -> None:
+        """Export the phases that a sequence reached, in order; the last one has its outcome."""
+        phases = (("queue", 0.0), ("prefill", sequence.queue_seconds), ("decode", sequence.first_token_seconds))
+        reached = [(name, start) for name, start in phases if start is not None]
+        for (name, start), (next_name, end) in pairwise([*reached, ("", sequence.total_seconds)]):
+            attributes: dict[str, Any] = {"kserve_llm.sequence": sequence.index}
             if name == "prefill":
-                facts["gen_ai.usage.input_tokens"] = ended.prompt_tokens
+                attributes["gen_ai.usage.input_tokens"] = sequence.prompt_tokens
             if name == "decode":
-                facts["gen_ai.usage.output_tokens"] = ended.completion_tokens
-            if not following:
-                facts["gen_ai.response.finish_reasons"] = [ended.outcome]
-            began, over = (wall + _nanoseconds(ended.admitted_at + each) for each in (start, end))
-            span = self._tracer.start_span(name, parent, attributes=facts, start_time=began)
-            if not following and ended.outcome in (DEADLINE, FAILED):
+                attributes["gen_ai.usage.output_tokens"] = sequence.completion_tokens
+            if not next_name:
+                attributes["gen_ai.response.finish_reasons"] = [sequence.outcome]
+            start_ns, end_ns = (offset_ns + _nanoseconds(sequence.admitted_at + seconds) for seconds in (start, end))
+            span = self._tracer.start_span(name, parent, attributes=attributes, start_time=start_ns)
+            if not next_name and sequence.outcome in (DEADLINE, FAILED):
                 span.set_status(StatusCode.ERROR)
-            span.end(over)
+            span.end(end_ns)
 
 
 def _parent(headers: Iterable[tuple[str, Any]]) -> Context:
-    """Whose trace a request continues; nobody's, where that is not said exactly once and in W3C's words."""
+    """Return the context of the caller's trace; an empty one unless there is exactly one valid `traceparent`."""
     carrier: dict[str, list[str]] = {field: [] for field in _W3C.fields}
     for name, value in headers:
         if name in carrier:

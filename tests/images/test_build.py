@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,8 +55,12 @@ class Image:
     @property
     def scratch(self) -> str:
         """HOME, where the manifests mount an emptyDir."""
-        (home,) = (variable.removeprefix("HOME=") for variable in self.config["Env"] if variable.startswith("HOME="))
-        return home
+        return self.environment["HOME"]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The image's environment variables."""
+        return dict(variable.split("=", 1) for variable in self.config["Env"])
 
     def command(self, words: list[str], mounts: dict[Path, str], environment: dict[str, str]) -> list[str]:
         """Command that runs `words` as PID 1 and the image's user; only HOME and mounts are writable."""
@@ -187,16 +191,18 @@ def test_initializer_image_publishes_from_a_hub(storage_initializer: Image, tmp_
     assert (weights.stat().st_uid, weights.stat().st_gid) == (1000, 1000)
 
 
-def test_predictor_image_serves_as_process_one(predictor: Image) -> None:
+def test_predictor_image_serves_as_process_one(predictor: Image, tmp_path: Path) -> None:
+    log = tmp_path / "log"
     port = processes.free_port()
     words = [*predictor.config["Entrypoint"], "--served_model_name=arithmetic", f"--http_port={port}"]
     command = predictor.command(words, {DEMO_MODEL: "/mnt/models"}, {"HF_HUB_OFFLINE": "1"})
     url = f"http://127.0.0.1:{port}/v2/models/arithmetic"
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with log.open("w") as stderr:
+        running = subprocess.Popen(command, stderr=stderr)
     try:
         with httpx.Client(timeout=60, trust_env=False) as client:
             while not _is_ready(client, f"{url}/ready"):
-                assert running.poll() is None, running.stderr.read()
+                assert running.poll() is None, log.read_text()
                 time.sleep(0.5)
             question = json.dumps([{"role": "user", "content": "What is 17 + 25?"}])
             body = {
@@ -210,10 +216,10 @@ def test_predictor_image_serves_as_process_one(predictor: Image) -> None:
         assert re.search(r"^NSpid:\s+\d+\s+1$", status, re.MULTILINE)
         assert re.search(r"^Uid:\s+1000\s+1000\s+1000\s+1000$", status, re.MULTILINE)
         os.kill(int(first), signal.SIGTERM)
-        assert running.wait(60) == 0, running.stderr.read()
+        assert running.wait(60) == 0, log.read_text()
     finally:
         running.kill()
-        running.communicate()
+        running.wait()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the C code is compiled for x86_64 only")
@@ -289,8 +295,7 @@ def _tokens(path: Path) -> set[bytes]:
 
 
 def _path(image: Image) -> list[str]:
-    (path,) = (variable.removeprefix("PATH=") for variable in image.config["Env"] if variable.startswith("PATH="))
-    return path.split(":")
+    return image.environment["PATH"].split(":")
 
 
 def _is_ready(client: httpx.Client, url: str) -> bool:
@@ -301,11 +306,11 @@ def _is_ready(client: httpx.Client, url: str) -> bool:
         return False
 
 
-def _run(command: list[object], **options: object) -> str:
-    """What a command says; where it fails, why."""
+def _run(command: Sequence[object], cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+    """Run a command and return its output; fail with the end of it."""
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS, **options)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=BUILD_SECONDS, cwd=cwd, env=env)
     assert done.returncode == 0, (
-        f"{' '.join(words[:8])} … ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        f"{' '.join(words[:8])} … exited with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     )
     return done.stdout

@@ -38,7 +38,7 @@ def test_dockerfile_writable_paths_are_mounted(program: str) -> None:
     container, _ = _container(program)
     mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
     for variable in ("HOME", "HF_HOME"):
-        path = re.search(rf"^ +{variable}=(\S+)", _dockerfile(program), re.MULTILINE)[1]
+        [path] = re.findall(rf"^ +{variable}=(\S+)", _dockerfile(program), re.MULTILINE)
         assert any(path == mount or path.startswith(f"{mount}/") for mount in mounted)
         assert {"name": variable, "value": path} in container["env"]
 

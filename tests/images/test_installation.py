@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.conftest import ROOT, Environment, locked
+from devtools.paths import ROOT
+from tests.images.conftest import Environment, locked
 
 # A CUDA build of torch downloads several GB.
 pytestmark = [pytest.mark.packaging, pytest.mark.timeout(900)]
@@ -61,7 +62,7 @@ def test_lock_has_arm64_wheels(path: str, tmp_path: Path) -> None:
     (python,) = re.findall(
         r"^ARG BASE=python:(3\.\d+)", (ROOT / "images/predictor/Dockerfile").read_text(), re.MULTILINE
     )
-    words = [
+    words: list[str | Path] = [
         "--dry-run",
         "--target",
         tmp_path,
@@ -72,6 +73,6 @@ def test_lock_has_arm64_wheels(path: str, tmp_path: Path) -> None:
     ]
     # The Dockerfiles compile psutil.
     words += ["--require-hashes", "--no-deps", "--only-binary", ":all:", "--no-binary", "psutil"]
-    uv = [Path(sys.executable).parent / "uv", "pip", "install"]
+    uv: list[str | Path] = [Path(sys.executable).parent / "uv", "pip", "install"]
     done = subprocess.run([*uv, *words, "--requirement", ROOT / path], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -12,7 +12,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests.images.conftest import PINNED, ROOT, locked
+from devtools.paths import ROOT
+from tests.images.conftest import PINNED, locked
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 

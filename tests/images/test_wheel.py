@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.images.conftest import ROOT, Environment
+from devtools.paths import ROOT
+from tests.images.conftest import Environment
 
 LIBRARY = "predictor/kernels/cpu/libnative.so"
 STALE = b"of another platform"
@@ -45,7 +46,7 @@ def sources(tmp_path: Path) -> Path:
 
 def _wheel(builder: Environment, sources: Path) -> Path:
     target = sources.parent / "wheels"
-    words = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target]
+    words: list[str | Path] = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target]
     builder.pip("wheel", *words, sources)
     (wheel,) = target.iterdir()
     return wheel
@@ -88,7 +89,16 @@ def test_wheel_of_the_initializer_builds_without_the_predictor(builder: Environm
 
 def test_sdist_contains_c_sources_and_no_binaries(builder: Environment, sources: Path) -> None:
     shutil.copy(ROOT / ".gitignore", sources)
-    command = [builder.python, "-m", "hatchling", "build", "--target", "sdist", "--directory", sources.parent]
+    command: list[str | Path] = [
+        builder.python,
+        "-m",
+        "hatchling",
+        "build",
+        "--target",
+        "sdist",
+        "--directory",
+        sources.parent,
+    ]
     subprocess.run(command, cwd=sources, check=True)
     (archive,) = sources.parent.glob("*.tar.gz")
     shutil.unpack_archive(archive, sources.parent, filter="data")

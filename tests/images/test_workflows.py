@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.images.conftest import ROOT
+from devtools.paths import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
 TEXTS = {path.name: path.read_text() for path in WORKFLOWS}

@@ -12,32 +12,42 @@ def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_promises_its_defaults() -> None:
+def test_read_without_flags_returns_defaults() -> None:
     read = settings.read([])
-    assert (read.model_name, str(read.model_dir), read.http_port) == ("model", "/mnt/models", 8080)
+    assert (read.served_model_name, str(read.model_dir), read.http_port) == ("model", "/mnt/models", 8080)
     assert (read.device, read.dtype, read.trust_remote_code, read.log_level) == ("auto", "auto", False, "INFO")
     assert read.shutdown_grace_seconds == 600
 
 
-def test_a_flag_beats_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_flag_overrides_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREDICTOR_HTTP_PORT", "9001")
     assert settings.read([]).http_port == 9001
     assert settings.read(["--http_port", "9002"]).http_port == 9002
 
 
-def test_takes_dashes_for_underscores() -> None:
-    assert settings.read(["--http-port=9003", "--max-running", "4"]).http_port == 9003
+def test_read_flag_with_dashes_equals_underscores() -> None:
+    read = settings.read(["--http-port=9003", "--max-num-seqs", "4", "--served-model-name", "a-b_c"])
+    assert (read.http_port, read.max_num_seqs, read.served_model_name) == (9003, 4, "a-b_c")
     assert settings.read(["--no-enable-grpc"]).enable_grpc is False
+    assert settings.read(["--enable-grpc"]).enable_grpc is True
 
 
-def test_reads_what_the_storage_initializer_shares_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_help_lists_every_flag_and_exits(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        settings.read(["--help"])
+    assert raised.value.code == 0
+    text = capsys.readouterr().out
+    assert [name for name in settings.Settings.model_fields if f"--{name}" not in text] == []
+
+
+def test_read_uses_variables_shared_with_storage_initializer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_REFERENCE", "hf://owner/model")
     monkeypatch.setenv("LOG_LEVEL", "debug")
     read = settings.read([])
     assert (read.model_reference, read.log_level) == ("hf://owner/model", "DEBUG")
 
 
-def test_an_empty_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_empty_model_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_REFERENCE", "")
     assert settings.read([]).model_reference is None
 
@@ -45,51 +55,51 @@ def test_an_empty_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["--modl_dir", "/x"], "--modl_dir is not a flag; did you mean --model_dir."),
-        (["--no-enable-grcp"], "--no-enable_grcp is not a flag; did you mean --no-enable_grpc."),
-        (["--frobnicate"], "--frobnicate is not a flag; `python -m predictor --help` lists them all."),
-        (["/some/dir"], "'/some/dir' stands alone; values follow a flag, as in --model_dir DIR."),
-        (["--http_port", "http"], "--http_port (PREDICTOR_HTTP_PORT) is 'http': input should be a valid integer"),
-        (["--http_port", "70000"], "--http_port (PREDICTOR_HTTP_PORT) is '70000': input should be less than"),
-        (["--device", "tpu"], "--device (PREDICTOR_DEVICE) is 'tpu': should be auto, cuda, cuda:N, mps or cpu"),
-        (["--served_model_name", "owner/model"], "--served_model_name (PREDICTOR_SERVED_MODEL_NAME) is 'owner/model'"),
-        (["--http_port"], "argument --http_port: expected one argument"),
+        (["--modl_dir", "/x"], "Unknown flag: --modl_dir. Did you mean --model_dir?"),
+        (["--modl-dir=/x"], "Unknown flag: --modl_dir. Did you mean --model_dir?"),
+        (["--model", "/x"], "Unknown flag: --model. Did you mean --model_dir?"),
+        (["--no-enable-grcp"], "Unknown flag: --no-enable_grcp. Did you mean --no-enable_grpc?"),
+        (["--frobnicate"], "Unknown flag: --frobnicate. `python -m predictor --help` lists all settings."),
+        (["/some/dir"], "Invalid command line: error parsing CLI: unrecognized arguments: /some/dir. Run `python -m"),
+        (["--no-http_port"], "Invalid command line: error parsing CLI: unrecognized arguments: --no-http_port."),
+        (
+            ["--http_port", "http"],
+            "Invalid value of --http_port (PREDICTOR_HTTP_PORT): 'http'. Input should be",
+        ),
+        (["--http_port", "70000"], "Invalid value of --http_port (PREDICTOR_HTTP_PORT): '70000'. Input should be less"),
+        (["--device", "tpu"], "Invalid value of --device (PREDICTOR_DEVICE): 'tpu'. Input should be auto, cuda,"),
+        (["--served_model_name", "a/b"], "Invalid value of --served_model_name (PREDICTOR_SERVED_MODEL_NAME): 'a/b'."),
+        (["--http_port"], "Invalid command line: error parsing CLI: argument --http_port: expected one argument."),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_names_the_flag_that_is_wrong(argv: list[str], expected: str) -> None:
+def test_read_invalid_flag_names_problem_and_fix(argv: list[str], expected: str) -> None:
     with pytest.raises(InvalidSettings) as raised:
         settings.read(argv)
     assert str(raised.value).startswith(expected)
     assert "\n" not in str(raised.value)
 
 
-def test_refuses_an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PREDICTOR_HTTPPORT", "8080")
-    with pytest.raises(
-        InvalidSettings, match=r"^PREDICTOR_HTTPPORT is not a setting; did you mean PREDICTOR_HTTP_PORT"
-    ):
+@pytest.mark.parametrize("variable", ["PREDICTOR_HTTPPORT", "predictor_httpport"])
+def test_read_unknown_variable_suggests_similar_name(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    monkeypatch.setenv(variable, "8080")
+    with pytest.raises(InvalidSettings, match=rf"^Unknown variable: {variable}\. Did you mean PREDICTOR_HTTP_PORT\?$"):
         settings.read([])
 
 
-def test_refuses_an_unknown_variable_in_lower_case_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("predictor_httpport", "8080")
-    with pytest.raises(InvalidSettings, match=r"^predictor_httpport is not a setting; did you mean PREDICTOR_HTTP"):
-        settings.read([])
-
-
-def test_suggests_no_variable_that_has_only_the_prefix_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_unknown_variable_with_only_common_prefix_has_no_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREDICTOR_FOO", "1")
-    with pytest.raises(InvalidSettings, match=r"^PREDICTOR_FOO is not a setting; `python -m predictor --help`"):
+    with pytest.raises(InvalidSettings, match=r"^Unknown variable: PREDICTOR_FOO\. `python -m predictor --help`"):
         settings.read([])
 
 
-def test_names_the_variable_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_invalid_variable_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREDICTOR_MAX_NUM_SEQS", "none")
-    with pytest.raises(InvalidSettings, match=r"PREDICTOR_MAX_NUM_SEQS\) is 'none'"):
+    with pytest.raises(InvalidSettings, match=r"PREDICTOR_MAX_NUM_SEQS\): 'none'"):
         settings.read([])
 
 
-def test_ignores_what_kubernetes_says_of_a_service_named_predictor(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_ignores_kubernetes_service_links(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP1", "PORT", "PORT_8080_TCP_ADDR"):
         monkeypatch.setenv(f"PREDICTOR_{name}", "10.0.0.1")
     assert settings.read([]).http_port == 8080

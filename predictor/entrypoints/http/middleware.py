@@ -24,107 +24,110 @@ from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http.error_responses import respond
 from predictor.errors import BodyTooLarge, Draining, GenerationFailed, RequestError
 from predictor.observability import request_record
+from predictor.observability.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
-request_logger = logging.getLogger("predictor.request")
 
 LINGER_SECONDS = 2.0
-"""How long a client may go on sending a body that was refused, before its connection is closed."""
+"""Maximum time to read the rest of a rejected request's body before the connection is closed."""
 
 _PROBE = re.compile(r"/(health|metrics)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
 
 
 def is_probe(scope: Scope) -> bool:
-    """Whether a request only asks how the server is: liveness, readiness, metrics."""
+    """Return whether a request is a liveness or readiness probe, or a scrape of metrics."""
     return scope["method"] in ("GET", "HEAD") and _PROBE.fullmatch(scope["path"]) is not None
 
 
 class _Middleware:
-    """An application around `app`; what is not HTTP, such as the lifespan, passes through."""
+    """Base class: HTTP requests go to `_handle`, other scopes such as the lifespan to `app`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One connection, as ASGI has it."""
-        await (self._request if scope["type"] == "http" else self._app)(scope, receive, send)
+        """Handle one connection, as specified by ASGI."""
+        if scope["type"] == "http":
+            await self._handle(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
-    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
 
 
 class RequestLogMiddleware(_Middleware):
-    """Gives every request an id and a record, answers errors that nothing else answered, and logs one line at the end.
+    """Assigns a request id and record, converts exceptions to responses, and logs one line per request.
 
-    The id is the client's `x-request-id` where that can be printed anywhere, else a new one; the response carries it.
-    Probes are not logged, counted or traced.
+    The id is the client's `x-request-id` if it is printable, else a new one; the response has it too. Probes are not
+    logged, counted or traced.
 
     Args:
-        app: what answers.
-        count: told protocol, where one was reached, and status of each request.
-        trace: told of each request what `Tracing.export_http` takes.
+        app: the next application.
+        count: called with protocol (None if no route was reached) and status of each request.
+        trace: called with the arguments of `Tracing.export_http` for each request.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         count: Callable[[str | None, int], None],
-        trace: Callable[[Scope, int, float, request_record.RequestRecord], None] | None = None,
+        trace: Callable[[Scope, int, float, RequestRecord], None] | None = None,
     ) -> None:
         super().__init__(app)
         self._count = count
         self._trace = trace
 
-    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
-        began = time.monotonic()
-        cycle = _RequestResponseCycle(
-            request_record.request_id(Headers(scope=scope).getlist("x-request-id")), receive, send
-        )
-        with request_record.bind(request_record.RequestRecord(cycle.request_id)) as record:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = time.monotonic()
+        request_id = request_record.request_id(Headers(scope=scope).getlist("x-request-id"))
+        cycle = _RequestResponseCycle(request_id, receive, send)
+        with request_record.bind(RequestRecord(request_id)) as record:
             try:
                 await self._app(scope, cycle.receive, cycle.send)
             except ClientDisconnect:
-                cycle.client_gone = True
+                cycle.disconnected = True
             except BaseException as error:
                 record.error = type(error).__name__
                 if cycle.status is not None or not isinstance(error, Exception):
-                    # Going up to the server it cuts the connection; ending here would pass for the end of the answer.
-                    error.add_note(f"This broke off the answer to request {cycle.request_id}.")
+                    # Re-raised, it makes the server close the connection; otherwise the response would look complete.
+                    error.add_note(f"The response to request {request_id} is incomplete.")
                     raise
                 if not isinstance(error, RequestError):
-                    logger.exception("A request failed for a reason that was not foreseen.")
-                    error = GenerationFailed("The server failed on this request; its log says why.")
-                await cycle.answer(error, scope["path"])
+                    logger.exception("unexpected error in a request")
+                    error = GenerationFailed("Internal server error. See the server's log.")
+                await cycle.respond(error, scope["path"])
             finally:
                 if not is_probe(scope):
                     self._count(record.protocol, cycle.outcome)
                     if self._trace:
-                        self._trace(scope, cycle.outcome, began, record)
-                    _log(scope, cycle.outcome, time.monotonic() - began, record)
+                        self._trace(scope, cycle.outcome, started, record)
+                    _log(scope, cycle.outcome, time.monotonic() - started, record)
 
 
 class _RequestResponseCycle:
-    """The two channels of one request, watched to know what became of it."""
+    """The `receive` and `send` of one request, with the state of both directions."""
 
     def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
         self.request_id = request_id
-        self.status: int | None = None  # of the response, once it has begun
-        self.unread = True  # there may be more of the request's body
-        self.client_gone = False
-        self.complete = False
+        self.status: int | None = None
+        """Of the response, once it has started."""
+        self.disconnected = False
+        self._body_pending = True
+        self._response_complete = False
         self._receive = receive
         self._send = send
 
     @property
     def outcome(self) -> int:
-        """The status for the log."""
-        return request_record.CLIENT_GONE if self.client_gone else self.status or GenerationFailed.status
+        """Status for log, metrics and trace."""
+        return request_record.CLIENT_GONE if self.disconnected else self.status or GenerationFailed.status
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self.unread = message.get("more_body", False)
-        if message["type"] == "http.disconnect" and not self.complete:
-            self.client_gone = True
+        self._body_pending = message.get("more_body", False)
+        if message["type"] == "http.disconnect" and not self._response_complete:
+            self.disconnected = True
         return message
 
     async def send(self, message: Message) -> None:
@@ -133,98 +136,98 @@ class _RequestResponseCycle:
             MutableHeaders(scope=message)["x-request-id"] = self.request_id
             self.status = message["status"]
         elif not message.get("more_body", False):
-            self.complete = True
+            self._response_complete = True
         await self._send(message)
 
-    async def answer(self, error: RequestError, path: str) -> None:
-        """Send `error`; where the body was not read, read on for a while and have the connection closed.
+    async def respond(self, error: RequestError, path: str) -> None:
+        """Send `error`; if part of the body is unread, read on for a while and close the connection.
 
-        A connection that is closed with bytes waiting in it is reset, and the reset may overtake the answer.
+        A connection closed with unread data is reset, and the client may see the reset before the response.
         """
         response = respond(error, path)
-        if self.unread:
+        if self._body_pending:
             response.headers["Connection"] = "close"
         status, headers = response.status_code, response.raw_headers
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
         await self.send({"type": "http.response.body", "body": response.body, "more_body": True})
-        self.complete = True
+        self._response_complete = True
         with suppress(TimeoutError):
             async with asyncio.timeout(LINGER_SECONDS):
-                while self.unread:
+                while self._body_pending:
                     await self.receive()
         await self.send({"type": "http.response.body"})
 
 
 class DrainMiddleware(_Middleware):
-    """Lets nothing but probes in while `is_open()` is false: a server that is told to end must come to its end."""
+    """Rejects everything except probes with 503 while the server drains."""
 
     def __init__(self, app: ASGIApp, is_open: Callable[[], bool]) -> None:
         super().__init__(app)
         self._is_open = is_open
 
-    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_probe(scope) and not self._is_open():
-            raise Draining("This server is shutting down and takes no new requests; send it again in a moment.")
+            raise Draining("The server is shutting down. Retry later.")
         await self._app(scope, receive, send)
 
 
 class ApiKeyMiddleware(_Middleware):
-    """Lets in who brings one of the keys, and probes; the key's name goes into the request's record."""
+    """Requires a bearer key for everything except probes; the key's name goes into the request's record."""
 
     def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
         super().__init__(app)
         self._keys = keys
 
-    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_probe(scope):
             request_record.current().key = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
         await self._app(scope, receive, send)
 
 
 class MaxBodySizeMiddleware(_Middleware):
-    """Refuses a body of more than `max_bytes`: at once where its length is told, else when it has grown so long."""
+    """Rejects a body of more than `max_bytes`, by its Content-Length or once that many bytes were received."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         super().__init__(app)
         self._max_bytes = max_bytes
 
-    async def _request(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         limit = self._max_bytes
-        error = BodyTooLarge(f"The body has more than {limit} bytes; send less, or raise --max_request_bytes.")
+        error = BodyTooLarge(
+            f"Request body too large: more than {limit} bytes. Send less or raise --max_request_bytes."
+        )
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             raise error
-        read, answered = 0, False
+        received, started = 0, False
 
-        async def receive_up_to_limit() -> Message:
-            nonlocal read
-            if read <= limit:
+        async def limited_receive() -> Message:
+            nonlocal received
+            if received <= limit:
                 message = await receive()
-                read += len(message.get("body", b""))
-                if read <= limit:
+                received += len(message.get("body", b""))
+                if received <= limit:
                     return message
             raise error
 
-        async def send_unless_refused(message: Message) -> None:
-            # What a route says about a body that it could not read is not the answer.
-            nonlocal answered
-            if answered or read <= limit:
-                answered = True
+        async def send_within_limit(message: Message) -> None:
+            # The route's own response to an unreadable body is dropped in favor of `error`.
+            nonlocal started
+            if started or received <= limit:
+                started = True
                 await send(message)
 
         try:
-            await self._app(scope, receive_up_to_limit, send_unless_refused)
+            await self._app(scope, limited_receive, send_within_limit)
         except Exception:
-            if answered or read <= limit:
+            if started or received <= limit:
                 raise
-        if read > limit and not answered:
+        if received > limit and not started:
             raise error
 
 
-def _log(scope: Scope, status: int, seconds: float, record: request_record.RequestRecord) -> None:
-    """The line of a request; without its query string, which may hold anything."""
+def _log(scope: Scope, status: int, seconds: float, record: RequestRecord) -> None:
+    """Log a request, without its query string, which may contain private data."""
     method, path = scope["method"], quote(scope["path"], safe="/:@")
-    known = {"duration_ms": round(seconds * 1000, 1), **record.as_fields()}
-    words = " ".join(f"{name}={','.join(value) if isinstance(value, list) else value}" for name, value in known.items())
-    fields = {"method": method, "path": path, "status": status, **known}
-    request_logger.info("%s %s %d %s", method, path, status, words, extra={"fields": fields})
+    fields = {"method": method, "path": path, "status": status}
+    request_record.log_request(f"{method} {path} {status}", record, fields, duration_ms=round(seconds * 1000, 1))

@@ -1,4 +1,5 @@
-from types import SimpleNamespace
+"""Sampling from rows of logits, without a model."""
+
 from typing import Any
 
 import pytest
@@ -13,127 +14,137 @@ PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
 
 
 def logits_of(probabilities: torch.Tensor) -> torch.Tensor:
-    """Logits over the whole vocabulary, spread over it so that order and identity of tokens differ."""
+    """Logits spread over the vocabulary, so that the order of tokens differs from their ids."""
     logits = torch.full((VOCABULARY,), -torch.inf)
     logits[7 :: VOCABULARY // len(probabilities)] = probabilities.log()
     return logits
 
 
-def shares(count: int = 4000, **parameters: Any) -> list[float]:
-    """How often each of the four possible tokens is drawn."""
+def frequencies(count: int = 2000, **parameters: Any) -> list[float]:
+    """Share of samples of each of the four possible tokens."""
     torch.manual_seed(0)
     logits = logits_of(PROBABILITIES)
-    drawn = torch.stack([sampler.draw(logits, **parameters) for _ in range(count)])
-    return [(drawn == token).float().mean().item() for token in range(7, VOCABULARY, VOCABULARY // 4)]
+    samples = torch.stack([sampler.sample(logits, **parameters) for _ in range(count)])
+    return [(samples == token).float().mean().item() for token in range(7, VOCABULARY, VOCABULARY // 4)]
 
 
-def expected(probabilities: torch.Tensor) -> Any:
-    return pytest.approx((probabilities / probabilities.sum()).tolist(), abs=0.03)
+def close_to(probabilities: torch.Tensor, tolerance: float = 0.04) -> Any:
+    return pytest.approx((probabilities / probabilities.sum()).tolist(), abs=tolerance)
 
 
-def test_draws_by_the_models_probabilities() -> None:
-    assert shares(temperature=1.0, top_k=0, top_p=1.0) == expected(PROBABILITIES)
+def test_sample_temperature_one_follows_the_softmax() -> None:
+    assert frequencies(temperature=1.0, top_k=0, top_p=1.0) == close_to(PROBABILITIES)
 
 
-def test_a_temperature_sharpens_or_flattens() -> None:
-    assert shares(temperature=0.5, top_k=0, top_p=1.0) == expected(PROBABILITIES**2)
-    assert shares(temperature=2.0, top_k=0, top_p=1.0) == expected(PROBABILITIES**0.5)
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_sample_temperature_sharpens_or_flattens(temperature: float) -> None:
+    assert frequencies(temperature=temperature, top_k=0, top_p=1.0) == close_to(PROBABILITIES ** (1 / temperature))
 
 
-def test_top_k_keeps_the_most_probable() -> None:
-    assert shares(temperature=1.0, top_k=2, top_p=1.0) == expected(PROBABILITIES * torch.tensor([1, 1, 0, 0]))
-    assert shares(temperature=1.0, top_k=10**6, top_p=1.0) == expected(PROBABILITIES)
+def test_sample_top_k_keeps_most_probable_tokens() -> None:
+    assert frequencies(temperature=1.0, top_k=2, top_p=1.0) == close_to(PROBABILITIES * torch.tensor([1, 1, 0, 0]))
+    assert frequencies(temperature=1.0, top_k=10**6, top_p=1.0) == close_to(PROBABILITIES)
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(1e-9, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)])
-def test_top_p_keeps_the_fewest_that_are_probable_enough(top_p: float, kept: int) -> None:
-    mask = torch.arange(4) < kept
-    assert shares(1000, temperature=1.0, top_k=0, top_p=top_p) == pytest.approx(
-        (PROBABILITIES * mask / (PROBABILITIES * mask).sum()).tolist(), abs=0.06
-    )
+def test_sample_top_p_keeps_fewest_sufficient_tokens(top_p: float, kept: int) -> None:
+    probabilities = PROBABILITIES * (torch.arange(4) < kept)
+    assert frequencies(1000, temperature=1.0, top_k=0, top_p=top_p) == close_to(probabilities, 0.06)
 
 
-def test_top_p_counts_within_top_k() -> None:
+def test_sample_top_p_applies_within_top_k() -> None:
     # Of the first two, the first has 0.5 / 0.8 = 0.625.
-    assert shares(1000, temperature=1.0, top_k=2, top_p=0.6) == [1.0, 0.0, 0.0, 0.0]
+    assert frequencies(1000, temperature=1.0, top_k=2, top_p=0.6) == [1.0, 0.0, 0.0, 0.0]
 
 
-def test_top_p_looks_beyond_the_first_thousand_where_it_must() -> None:
+def test_sample_flat_top_p_exceeds_sorted_prefix() -> None:
     torch.manual_seed(0)
     flat = torch.zeros(VOCABULARY)
-    drawn = {int(sampler.draw(flat, temperature=1.0, top_k=0, top_p=0.9)) for _ in range(3000)}
-    assert sampler.NUCLEUS_TOKENS * 1.5 < len(drawn) <= round(VOCABULARY * 0.9) + 1
+    samples = {int(sampler.sample(flat, temperature=1.0, top_k=0, top_p=0.9)) for _ in range(3000)}
+    assert sampler.NUCLEUS_TOKENS * 1.5 < len(samples) <= round(VOCABULARY * 0.9) + 1
 
 
-def chosen(rows: torch.Tensor, *choosers: SequenceSampler, completion: tuple[int, ...] = ()) -> torch.Tensor:
-    """Rows of logits after the sampler has seen them, each with its chooser, after a prompt of token 1."""
-    [processor] = sampler.processors().logits_processor
-    states = [
-        SimpleNamespace(
-            logit_processor_kwargs={"chooser": chooser}, initial_tokens=[1], generated_tokens=list(completion)
-        )
-        for chooser in choosers
-    ]
-    processor.prepare_tensor_args([SimpleNamespace(state=state) for state in states])
-    return processor(rows.clone(), torch.zeros(len(rows), dtype=torch.int32))
+def apply(logits: torch.Tensor, sequence: SequenceSampler, output_ids: tuple[int, ...] = ()) -> list[float]:
+    """Logits after the sampler, for a prompt of token 1."""
+    row = logits.clone()
+    sequence(row, [1, *output_ids])
+    values: list[float] = row.tolist()
+    return values
 
 
-def chooser(end_token_ids: tuple[int, ...] = (0,), **sampling: Any) -> SequenceSampler:
+def sequence_sampler(end_token_ids: tuple[int, ...] = (0,), **sampling: Any) -> SequenceSampler:
     return SequenceSampler(SamplingParams(**sampling), prompt_tokens=1, end_token_ids=end_token_ids)
 
 
-def test_leaves_greedy_rows_alone_and_turns_sampled_ones_into_their_choice() -> None:
-    scores = torch.randn(3, VOCABULARY)
-    after = chosen(scores, *(chooser(temperature=t, top_k=1) for t in (0.0, 3.0, 1e-30)))
-    assert torch.equal(after[[0, 2]], scores[[0, 2]])
-    assert after[1].argmax() == scores[1].argmax()
-    assert after[1].isfinite().sum() == 1
+@pytest.mark.parametrize("temperature", [0.0, 1e-30])
+def test_sampler_greedy_row_stays_unchanged(temperature: float) -> None:
+    logits = torch.randn(VOCABULARY)
+    assert apply(logits, sequence_sampler(temperature=temperature, top_k=1)) == logits.tolist()
 
 
-def test_a_seed_repeats_whatever_the_neighbours_do() -> None:
-    scores = torch.randn(1, VOCABULARY)
-
-    def drawn(seed: int, neighbours: int) -> list[int]:
-        mine = chooser(temperature=5.0, seed=seed)
-        others = [chooser(temperature=5.0) for _ in range(neighbours)]
-        rows = scores.expand(neighbours + 1, -1)
-        return [int(chosen(rows, *others, mine)[-1].argmax()) for _ in range(8)]
-
-    assert drawn(7, neighbours=0) == drawn(7, neighbours=3)
-    assert drawn(7, neighbours=0) != drawn(8, neighbours=0)
+def test_sampler_sampled_row_has_one_finite_logit() -> None:
+    logits = torch.randn(VOCABULARY)
+    row = torch.tensor(apply(logits, sequence_sampler(temperature=3.0, top_k=1)))
+    assert row.argmax() == logits.argmax()
+    assert row.isfinite().sum() == 1
 
 
-def test_penalties_count_what_was_said() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0, -1.0, 0.5]])
-    said = {"completion": (2, 2, 3)}
-    presence = chosen(scores, chooser(presence_penalty=1.0), **said)
-    assert presence.tolist() == [[3.0, 2.0, 0.0, -2.0, 0.5]]
-    frequency = chosen(scores, chooser(frequency_penalty=0.5), **said)
-    assert frequency.tolist() == [[3.0, 2.0, 0.0, -1.5, 0.5]]
-    repetition = chosen(scores, chooser(repetition_penalty=2.0), **said)
-    assert repetition.tolist() == [[3.0, 1.0, 0.5, -2.0, 0.5]], "the prompt's token 1 counts here, and only here"
+def test_sampler_seed_repeats_independent_of_other_sequences() -> None:
+    logits = torch.randn(VOCABULARY)
+
+    def samples(seed: int, others: int) -> list[int]:
+        sequence = sequence_sampler(temperature=5.0, seed=seed)
+        neighbours = [sequence_sampler(temperature=5.0) for _ in range(others)]
+        token_ids = []
+        for _ in range(8):
+            for neighbour in neighbours:
+                apply(logits, neighbour)
+            row = apply(logits, sequence)
+            token_ids.append(row.index(0.0))
+        return token_ids
+
+    assert samples(7, others=0) == samples(7, others=3)
+    assert samples(7, others=0) != samples(8, others=0)
 
 
-def test_no_end_before_min_tokens() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0]])
-    eager = {"end_token_ids": (0, 2), "min_tokens": 2}
-    assert chosen(scores, chooser(**eager), completion=(1,)).tolist() == [[-torch.inf, 2.0, -torch.inf]]
-    assert chosen(scores, chooser(**eager), completion=(1, 1)).tolist() == scores.tolist()
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"presence_penalty": 1.0}, [3.0, 2.0, 0.0, -2.0, 0.5]),
+        ({"frequency_penalty": 0.5}, [3.0, 2.0, 0.0, -1.5, 0.5]),
+        # The prompt's token 1 counts for the repetition penalty, and only for that one.
+        ({"repetition_penalty": 2.0}, [3.0, 1.0, 0.5, -2.0, 0.5]),
+    ],
+    ids=["presence", "frequency", "repetition"],
+)
+def test_penalties_lower_tokens_of_prompt_and_output(sampling: dict[str, Any], expected: list[float]) -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, -1.0, 0.5])
+    assert apply(logits, sequence_sampler(**sampling), (2, 2, 3)) == expected
 
 
-def test_reports_the_models_own_log_probabilities() -> None:
-    scores = torch.tensor([[3.0, 2.0, 1.0]])
-    expected = scores[0].log_softmax(dim=-1)
-    sampled = chooser(temperature=1e-30, presence_penalty=2.0, logprobs=2)
-    chosen(scores, sampled, completion=(0,))
-    [reported] = sampled.logprobs
+def test_min_tokens_excludes_end_tokens_until_reached() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sequence = sequence_sampler(end_token_ids=(0, 2), min_tokens=2)
+    assert apply(logits, sequence, (1,)) == [-torch.inf, 2.0, -torch.inf]
+    assert apply(logits, sequence, (1, 1)) == logits.tolist()
+
+
+def test_logits_processors_default_parameters_add_none() -> None:
+    assert sequence_sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.0).logits_processors == []
+
+
+def test_logprobs_are_before_penalties_and_temperature() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sequence = sequence_sampler(temperature=1e-30, presence_penalty=2.0, logprobs=2)
+    apply(logits, sequence, (0,))
+    [reported] = sequence.logprobs
     assert reported.token_id == 1, "after the penalty"
-    assert reported.logprob == pytest.approx(float(expected[1])), "before the penalty"
+    assert reported.logprob == pytest.approx(float(logits.log_softmax(dim=-1)[1])), "before the penalty"
     assert [token_id for token_id, _ in reported.top] == [0, 1]
 
 
-def test_reports_what_cannot_be_as_unlikely_since_json_knows_no_infinity() -> None:
-    sure = chooser(logprobs=2)
-    chosen(torch.tensor([[3.0, -torch.inf]]), sure)
-    [reported] = sure.logprobs
+def test_logprobs_of_impossible_token_are_finite() -> None:
+    sequence = sequence_sampler(logprobs=2)
+    apply(torch.tensor([3.0, -torch.inf]), sequence)
+    [reported] = sequence.logprobs
     assert (reported.logprob, reported.top) == (0.0, ((0, 0.0), (1, MIN_LOGPROB)))

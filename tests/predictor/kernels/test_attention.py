@@ -31,7 +31,7 @@ def answers(
     with pytest.MonkeyPatch.context() as patch:
         if not own:
             patch.setattr(attention, "use", lambda _: False)
-        engine = Engine(
+        engine = Engine.from_model(
             loaded.model,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,

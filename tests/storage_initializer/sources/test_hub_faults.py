@@ -260,7 +260,7 @@ def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, h
     hub.fault = fault = Once("resolve", answer(404, X_Error_Code="EntryNotFound"))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
-    assert "lacks a file that it listed a moment ago: run again later" in result.reason
+    assert "lacks a file that it listed a moment ago: Run again later" in result.reason
     assert len(fault.asked) == 1
     assert not (volume / "demo--arithmetic").exists()
 

@@ -88,7 +88,7 @@ def test_list_of_nothing(run: Run, tmp_path: Path) -> None:
     assert run("list", tmp_path).stdout.startswith("0 snapshots, 0 B, ")
     missing = run("list", tmp_path / "missing")
     assert missing.code == 2
-    assert "does not exist: give the root of a volume" in missing.reason
+    assert "does not exist. Specify the root of a volume" in missing.reason
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
@@ -146,7 +146,7 @@ def test_gc_keeps_what_has_no_readable_record_and_says_so(run: Run, two: Volume)
     (two.root / "demo--arithmetic" / two.old / ".snapshot.json").write_text('{"format_version": 2}')
     result = run("gc", two.root, "--keep", "0", "--force")
     assert gone(two, result) == {two.new}
-    assert f"keeping demo--arithmetic/{two.old}, whose record cannot be read" in result.stderr
+    assert f"keeping demo--arithmetic/{two.old}, its record is unreadable" in result.stderr
 
 
 def test_gc_leaves_alone_what_somebody_alive_is_writing(run: Run, two: Volume) -> None:
@@ -183,11 +183,11 @@ def test_gc_removes_what_dead_initializers_left_behind(run: Run, two: Volume) ->
     ("words", "expected"),
     [
         (("gc", "VOLUME", "--keep", "-1"), "expected"),
-        (("gc", "VOLUME", "--keep", "many"), "'many' is no number of snapshots"),
+        (("gc", "VOLUME", "--keep", "many"), "'many' is not a number of snapshots"),
         (("gc", "VOLUME", "--reference", "demo"), "'demo' is not a reference"),
-        (("gc",), "expected python -m storage_initializer gc"),
+        (("gc",), "Expected: python -m storage_initializer gc"),
         (("verify", "VOLUME", "--slow"), "unrecognized arguments: --slow"),
-        (("list",), "expected python -m storage_initializer list"),
+        (("list",), "Expected: python -m storage_initializer list"),
     ],
 )
 def test_refuses_bad_words_for_a_command(run: Run, volume: Path, words: tuple[str, ...], expected: str) -> None:

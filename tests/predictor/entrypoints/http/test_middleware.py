@@ -37,7 +37,7 @@ LIMIT = 1000
 WAIT_SECONDS = 20
 PROBES = ["/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready"]
 COMPLETIONS = "/openai/v1/completions"
-FORESEEN_BY_NOBODY = "The server failed on this request; its log says why."
+INTERNAL_ERROR = "Internal server error. See the server's log."
 
 
 async def echo(request: Request) -> Response:
@@ -96,14 +96,14 @@ def running(app: ASGIApp, implementation: Any = "auto", lifespan: Any = "off") -
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=server.run, args=([listening],))
-        middleware.request_logger.addHandler(listener)
+        request_record.request_logger.addHandler(listener)
         thread.start()
         try:
             yield Server(listening.getsockname()[1], lines)
         finally:
             server.should_exit = True
             thread.join()
-            middleware.request_logger.removeHandler(listener)
+            request_record.request_logger.removeHandler(listener)
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ async def fail(_: Request) -> Response:
 
 def test_an_unforeseen_error_is_answered_and_logged_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     answer = ask(serving(endpoint=fail), headers={"x-request-id": "mine"})
-    assert (answer.status_code, answer.json()) == (500, {"error": FORESEEN_BY_NOBODY})
+    assert (answer.status_code, answer.json()) == (500, {"error": INTERNAL_ERROR})
     assert answer.headers["x-request-id"] == "mine"
     assert [(line["status"], line["error"]) for line in logged(caplog)] == [(500, "KeyError")]
     assert "Traceback" in caplog.text
@@ -208,7 +208,7 @@ def test_an_unforeseen_error_is_answered_and_logged_with_its_traceback(caplog: p
 
 
 def test_an_unforeseen_error_has_the_form_of_its_protocol() -> None:
-    assert ask(serving(endpoint=fail), COMPLETIONS).json()["error"]["message"] == FORESEEN_BY_NOBODY
+    assert ask(serving(endpoint=fail), COMPLETIONS).json()["error"]["message"] == INTERNAL_ERROR
     assert ask(serving(endpoint=fail), "/v2/models/demo/generate").status_code == 424
 
 
@@ -351,7 +351,7 @@ def test_an_error_in_a_stream_breaks_it_off(
         line = server.line()
     assert (line["status"], line["error"]) == (200, "KeyError")
     assert caplog.text.count("KeyError: 'lost'") == 1
-    assert "This broke off the answer to request mine." in caplog.text
+    assert "The response to request mine is incomplete." in caplog.text
 
 
 def test_startup_and_shutdown_pass_through(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_a_longer_body_is_refused_and_the_client_can_go_on(implementation: Any) 
         for content in (b"x" * (LIMIT + 1), in_pieces(LIMIT + 1)):
             answer = client.post("/v2", content=content)
             assert answer.status_code == 413
-            sentence = f"The body has more than {LIMIT} bytes; send less, or raise --max_request_bytes."
+            sentence = f"Request body exceeds {LIMIT} bytes. Send less or raise --max_request_bytes."
             assert answer.json() == {"error": sentence}
             line = server.line()
             assert (line["status"], line["error"]) == (413, "BodyTooLarge")

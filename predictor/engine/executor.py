@@ -1,0 +1,86 @@
+"""Interface between the engine and the step loop that runs its sequences.
+
+One implementation exists, `BatchingManager`, for one process. A tensor-parallel executor has the same interface.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from predictor.engine.sampler import SequenceSampler
+
+
+@dataclass(slots=True)
+class EngineOutput:
+    """State of one sequence after a step."""
+
+    token_ids: list[int]
+    """All generated tokens so far, not only the new ones."""
+    finished: bool
+    error: str | None
+    queue_seconds: float | None
+    """From the submission to the first step that computed some of the prompt; None: not scheduled yet."""
+
+
+class Executor(Protocol):
+    """Step loop over one model; sequences are identified by a request id."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """Capacity of the KV cache in tokens; 0 before the start."""
+
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that running sequences hold, 0..1; blocks cached for prefix sharing count as free."""
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+
+    @property
+    def step_count(self) -> int:
+        """Steps since the start."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the step loop's thread is alive."""
+
+    @property
+    def is_accepting(self) -> bool:
+        """Whether the step loop runs and accepts sequences."""
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether a step is due."""
+
+    def start(self) -> None:
+        """Allocate the KV cache and start the step loop; blocks.
+
+        Raises:
+            StartupError: the KV cache does not fit.
+        """
+
+    def stop(self, timeout_seconds: float) -> None:
+        """End the step loop at the next step, and wait for its thread for `timeout_seconds` at most."""
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        sampler: SequenceSampler,
+        *,
+        max_tokens: int | None,
+        end_token_ids: Collection[int],
+        on_output: Callable[[EngineOutput], None],
+    ) -> None:
+        """Queue a sequence; `on_output` is called on the running event loop after each of its steps.
+
+        Raises:
+            EngineStopped: the step loop has ended.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Remove a sequence from the batch at the next step; `on_output` is not called again."""
+
+    def queue_seconds(self, request_id: str) -> float | None:
+        """Seconds that a running sequence waited for its first step; None: it is not running."""

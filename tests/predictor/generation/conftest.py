@@ -1,0 +1,24 @@
+"""The demo model's tokenizer and prompts."""
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from devtools.paths import DEMO_MODEL
+from predictor.generation.prompts import Prompts
+from predictor.types import SamplingParams
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def greedy() -> SamplingParams:
+    return SamplingParams(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+
+
+@pytest.fixture
+def prompts(tokenizer: PreTrainedTokenizerBase, greedy: SamplingParams) -> Prompts:
+    return Prompts(tokenizer, context_tokens=64, vocabulary_tokens=300, defaults=greedy, default_max_tokens=16)

@@ -1,0 +1,216 @@
+"""Completion streams over a scripted engine: no model, no threads."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from predictor.engine.engine import Engine
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest
+from predictor.generation import output_processor
+from predictor.generation.output_processor import CompletionStream
+from predictor.generation.prompts import Prompts
+from predictor.types import (
+    Completion,
+    CompletionDelta,
+    FinishedSequence,
+    FinishReason,
+    GenerationRequest,
+    SamplingParams,
+    Step,
+    TokenLogprob,
+)
+
+
+class ScriptedStream:
+    """Yields steps; then raises an error, or waits to be cancelled if there is no finish reason."""
+
+    submitted = 0.0
+    queue_seconds: float | None = 0.0
+    first_token_seconds: float | None = 0.0
+
+    def __init__(self, script: Sequence[Step | Exception]) -> None:
+        self._script = script
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        for item in self._script:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class ScriptedEngine:
+    def __init__(self, *scripts: Sequence[Step | Exception]) -> None:
+        self._scripts = scripts
+        self.submitted: list[tuple[list[int], SamplingParams]] = []
+        self.streams: list[ScriptedStream] = []
+
+    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], _: float) -> list[ScriptedStream]:
+        self.submitted = list(prompts)
+        self.streams = [ScriptedStream(script) for script in self._scripts]
+        return self.streams
+
+
+@dataclass
+class Submitted:
+    stream: CompletionStream
+    engine: ScriptedEngine
+    finished: list[FinishedSequence] = field(default_factory=list)
+    tokens: list[tuple[int, float | None]] = field(default_factory=list)
+
+    def deltas(self) -> list[CompletionDelta]:
+        async def read() -> list[CompletionDelta]:
+            return [delta async for delta in self.stream.deltas()]
+
+        return asyncio.run(read())
+
+    def complete(self) -> list[Completion]:
+        return asyncio.run(self.stream.complete())
+
+
+def submit(prompts: Prompts, request: GenerationRequest, *scripts: Sequence[Step | Exception]) -> Submitted:
+    engine = ScriptedEngine(*scripts)
+    submitted = Submitted(cast(Any, None), engine)
+    submitted.stream = output_processor.submit(
+        [request],
+        prompts=prompts,
+        engine=cast(Engine, engine),
+        deadline=1.0,
+        on_finished=submitted.finished.append,
+        on_tokens=lambda count, gap: submitted.tokens.append((count, gap)),
+    )
+    return submitted
+
+
+@pytest.fixture
+def ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    return {text: tokenizer.encode(text, add_special_tokens=False)[0] for text in "12345"}
+
+
+def test_complete_joins_steps_and_counts_end_of_sequence(
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase, ids: dict[str, int]
+) -> None:
+    eos = tokenizer.eos_token_id
+    assert isinstance(eos, int)
+    submitted = submit(
+        prompts, GenerationRequest("1"), [Step([ids["1"], ids["2"]]), Step([eos], FinishReason.EOS_TOKEN)]
+    )
+    [completion] = submitted.complete()
+    assert completion == Completion(
+        "12", finish_reason=FinishReason.EOS_TOKEN, prompt_tokens=2, completion_tokens=3, tokens=()
+    )
+    [finished] = submitted.finished
+    assert (finished.outcome, finished.prompt_tokens, finished.completion_tokens) == ("eos_token", 2, 3)
+
+
+def test_complete_at_length_keeps_last_token(prompts: Prompts, ids: dict[str, int]) -> None:
+    [completion] = submit(prompts, GenerationRequest("1"), [Step([ids["1"]], FinishReason.LENGTH)]).complete()
+    assert completion.text == "1"
+
+
+def test_deltas_stop_string_ends_sequence_and_closes_its_stream(prompts: Prompts, ids: dict[str, int]) -> None:
+    request = GenerationRequest("1", SamplingParams(stop=("3",)))
+    submitted = submit(prompts, request, [Step([ids["1"]]), Step([ids["2"], ids["3"], ids["4"]]), Step([ids["5"]])])
+    first, last = submitted.deltas()
+    assert (first.text, first.finish_reason) == ("1", None)
+    assert (last.text, last.finish_reason, last.completion_tokens) == ("2", FinishReason.STOP_SEQUENCE, 3)
+    assert submitted.engine.streams[0].closed
+    assert [finished.outcome for finished in submitted.finished] == ["stop_sequence"]
+
+
+def test_deltas_echo_comes_first(prompts: Prompts, ids: dict[str, int]) -> None:
+    request = GenerationRequest("5", echo=True)
+    first, _ = submit(prompts, request, [Step([ids["1"]], FinishReason.LENGTH)]).deltas()
+    assert (first.text, first.completion_tokens) == ("5", 0)
+
+
+def test_deltas_logprobs_become_tokens(prompts: Prompts, ids: dict[str, int]) -> None:
+    logprobs = (TokenLogprob(ids["1"], -0.5), TokenLogprob(ids["2"], -1.5))
+    step = Step([ids["1"], ids["2"]], FinishReason.LENGTH, logprobs)
+    [delta] = submit(prompts, GenerationRequest("1"), [step]).deltas()
+    assert [(token.text, token.logprob) for token in delta.tokens] == [("1", -0.5), ("2", -1.5)]
+
+
+def test_submit_several_completions_counts_seed_up(prompts: Prompts, ids: dict[str, int]) -> None:
+    request = GenerationRequest("1", SamplingParams(seed=7), n=3)
+    end = [Step([ids["1"]], FinishReason.LENGTH)]
+    submitted = submit(prompts, request, end, end, end)
+    assert [sampling.seed for _, sampling in submitted.engine.submitted] == [7, 8, 9]
+    assert [completion.text for completion in submitted.complete()] == ["1", "1", "1"]
+    assert sorted(finished.index for finished in submitted.finished) == [0, 1, 2]
+
+
+def test_submit_invalid_request_submits_nothing(prompts: Prompts) -> None:
+    engine = ScriptedEngine()
+    with pytest.raises(InvalidRequest):
+        output_processor.submit(
+            [GenerationRequest("1"), GenerationRequest("")],
+            prompts=prompts,
+            engine=cast(Engine, engine),
+            deadline=1.0,
+            on_finished=lambda _: None,
+            on_tokens=lambda *_: None,
+        )
+    assert engine.submitted == []
+
+
+def test_deltas_tokens_are_counted_with_gaps_after_the_first(prompts: Prompts, ids: dict[str, int]) -> None:
+    submitted = submit(
+        prompts, GenerationRequest("1"), [Step([ids["1"]]), Step([ids["2"], ids["3"]], FinishReason.LENGTH)]
+    )
+    submitted.deltas()
+    (first, no_gap), (second, gap) = submitted.tokens
+    assert (first, second, no_gap) == (1, 2, None)
+    assert gap is not None
+    assert gap >= 0
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [(EngineStopped("stopped"), "failed"), (DeadlineExceeded("late"), "deadline")],
+    ids=["stopped", "deadline"],
+)
+def test_deltas_failure_of_one_sequence_ends_all(
+    prompts: Prompts, ids: dict[str, int], error: Exception, outcome: str
+) -> None:
+    submitted = submit(prompts, GenerationRequest("1", n=2), [Step([ids["1"]])] * 1 + [error], [Step([ids["2"]])])
+    with pytest.raises(type(error)):
+        submitted.deltas()
+    assert [finished.outcome for finished in submitted.finished] == [outcome, outcome]
+    assert all(stream.closed for stream in submitted.engine.streams)
+
+
+def test_complete_deadline_has_partial_texts(prompts: Prompts, ids: dict[str, int]) -> None:
+    submitted = submit(prompts, GenerationRequest("1"), [Step([ids["1"]]), Step([ids["2"]]), DeadlineExceeded("late")])
+    with pytest.raises(DeadlineExceeded) as raised:
+        submitted.complete()
+    assert raised.value.partial == ("12",)
+
+
+def test_deltas_stream_without_finish_reason_fails(prompts: Prompts, ids: dict[str, int]) -> None:
+    with pytest.raises(GenerationFailed, match="without a finish reason"):
+        submit(prompts, GenerationRequest("1"), [Step([ids["1"]])]).deltas()
+
+
+def test_close_unread_stream_reports_cancelled_once(prompts: Prompts, ids: dict[str, int]) -> None:
+    submitted = submit(prompts, GenerationRequest("1"), [Step([ids["1"]])])
+    submitted.stream.close()
+    submitted.stream.close()
+    [finished] = submitted.finished
+    assert replace(finished, total_seconds=0.0) == FinishedSequence(
+        index=0,
+        outcome="cancelled",
+        prompt_tokens=2,
+        completion_tokens=0,
+        admitted_at=0.0,
+        total_seconds=0.0,
+        queue_seconds=0.0,
+        first_token_seconds=0.0,
+    )
