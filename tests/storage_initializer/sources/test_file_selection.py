@@ -73,7 +73,7 @@ def test_refuses_the_same_commit_with_other_patterns(run: Run, hub: LocalHub, vo
     assert run("--ignore", "*.md", "hf://demo/arithmetic", volume).code == 0
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 2
-    assert "was published with --ignore *.md, not with no patterns: ask for the same" in result.reason
+    assert "was published with --ignore *.md, not with no patterns. Use the same" in result.reason
     assert f"gc {volume} --reference hf://demo/arithmetic:{hub.commit('demo/arithmetic')} --force" in result.reason
 
 
@@ -119,7 +119,7 @@ def test_a_missing_shard_is_told_before_any_weights_are_fetched(
     flags = ["--ignore", "*00002*"] if excluded else []
     result = run(*flags, "hf://demo/sharded", volume)
     assert result.code == 2
-    assert "misses model-00002-of-00003.safetensors, which its model.safetensors.index.json names" in result.reason
+    assert "misses model-00002-of-00003.safetensors of its model.safetensors.index.json" in result.reason
     assert set(hub.downloads()) == {"model.safetensors.index.json"}
 
 
