@@ -1,7 +1,4 @@
-"""Fill the KV cache of an engine and print, as JSON, how many bytes it allocated and the process grew by.
-
-Usage: python -m tests.programs.kv_cache_memory MODEL_DIR BUDGET_BYTES
-"""
+"""Print how much memory an engine takes whose KV cache is sized for a budget: DIRECTORY BUDGET_BYTES."""
 
 import asyncio
 import json
@@ -19,17 +16,28 @@ from predictor.resources import memory
 from predictor.types import SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, logprobs=5)
-WARM_UP_BYTES = 16 * 2**20
 
 
-def fill_cache(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
-    """Run an engine whose free memory is `budget_bytes`; return it and the bytes of its cache and masks."""
+async def fill(engine: Engine) -> None:
+    """Generate twelve sequences with long prompts in one batch."""
+
+    async def read(stream: Stream) -> None:
+        async for _ in stream:
+            pass
+
+    rng = random.Random(0)
+    prompts = [(rng.choices(range(5, 500), k=600), SAMPLING) for _ in range(12)]
+    await asyncio.gather(*map(read, engine.submit(prompts)))
+
+
+def run(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
+    """Return an engine after its work, and the bytes of its cache and masks."""
+    loaded = loader.load(directory, device="cpu", dtype="float32", trust_remote_code=False)
 
     def available_bytes(device: torch.device) -> int:
         del device
         return budget_bytes
 
-    loaded = loader.load(directory, device="cpu", dtype="float32")
     memory.available_bytes = available_bytes
     engine = Engine.from_model(
         loaded.model,
@@ -41,7 +49,7 @@ def fill_cache(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
         kv_cache_memory_fraction=1.0,
     )
     engine.start()
-    asyncio.run(_generate(engine))
+    asyncio.run(fill(engine))
     processor = engine._executor._manager.batch_processor  # type: ignore[attr-defined]
     masks = processor.inputs_and_outputs.attention_mask or {}
     allocated = processor.cache.cache_tensor.nbytes + sum(mask.nbytes for mask in masks.values())
@@ -49,31 +57,15 @@ def fill_cache(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
     return engine, allocated
 
 
-async def _generate(engine: Engine) -> None:
-    async def read(stream: Stream) -> None:
-        async for _ in stream:
-            pass
-
-    rng = random.Random(0)
-    prompts = [(rng.choices(range(5, 500), k=600), SAMPLING) for _ in range(12)]
-    await asyncio.gather(*map(read, engine.submit(prompts)))
-
-
 def peak_bytes() -> int:
-    """Return the peak of resident memory. Not `ru_maxrss`: that starts with the peak of the parent process."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in status if line.startswith("VmHWM:")).split()[1]) * 1024
-
-
-def main() -> None:
-    """Measure after a warm-up, whose allocations are not those of the cache."""
-    directory, budget_bytes = Path(sys.argv[1]), int(sys.argv[2])
-    fill_cache(directory, WARM_UP_BYTES)
-    before = psutil.Process().memory_info().rss
-    engine, allocated = fill_cache(directory, budget_bytes)
-    print(json.dumps({"allocated": allocated, "growth": peak_bytes() - before}))  # noqa: T201
-    del engine
+    """Return the peak resident memory; not ru_maxrss, which begins with the peak of the parent process."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
 
 
 if __name__ == "__main__":
-    main()
+    directory, budget_bytes = Path(sys.argv[1]), int(sys.argv[2])
+    run(directory, 16 * 2**20)  # torch's own memory of the first steps does not belong to the cache
+    before = psutil.Process().memory_info().rss
+    engine, allocated = run(directory, budget_bytes)
+    sys.stdout.write(json.dumps({"allocated": allocated, "growth": peak_bytes() - before}))

@@ -2,21 +2,13 @@
 
 import asyncio
 import logging
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
-from devtools import processes
 from devtools.processes import ROOT
 from predictor.engine.engine import Engine
 from predictor.errors import EngineStopped
@@ -24,28 +16,12 @@ from predictor.generation import self_check
 from predictor.generation.self_check import SelfCheck
 from predictor.models import loader
 from predictor.types import SamplingParams
+from tests.predictor.servers import Hold
 
 DEMO_MODEL = ROOT / "demo" / "model"
 LONG = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
 PROMPT = [1, 5, 6]
 WAIT_SECONDS = 30
-
-
-class Hold:
-    """A hook before every forward of the model: lets it pass, holds it, or makes it fail."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.held = threading.Event()
-        self.error: Exception | None = None
-
-    def __call__(self, *_: Any) -> None:
-        if not self.open.is_set():
-            self.held.set()
-            self.open.wait(WAIT_SECONDS)
-        if self.error:
-            raise self.error
 
 
 @contextmanager
@@ -67,7 +43,7 @@ def running(step_timeout_seconds: float = 120.0) -> Iterator[tuple[Engine, Hold]
     try:
         yield engine, hold
     finally:
-        hold.open.set()
+        hold.open()
         engine.stop()
 
 
@@ -85,8 +61,7 @@ def engine(shared: tuple[Engine, Hold]) -> Engine:
 @pytest.fixture
 def hold(shared: tuple[Engine, Hold]) -> Iterator[Hold]:
     yield shared[1]
-    shared[1].open.set()
-    shared[1].error = None
+    shared[1].open()
 
 
 @pytest.fixture
@@ -150,7 +125,7 @@ def test_a_self_check_that_fails_is_logged_and_grows_old(
     engine: Engine, hold: Hold, clock: Callable[[float], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     async def look() -> None:
-        hold.open.clear()
+        hold.close()
         check = SelfCheck(engine, period_seconds=0.2)
         clock(1)
         await check.check_once()
@@ -160,7 +135,7 @@ def test_a_self_check_that_fails_is_logged_and_grows_old(
         await check.check_once()
         assert len(caplog.records) == 1, "while the one before hangs, no other is begun"
         assert not check.is_fresh
-        hold.open.set()
+        hold.open()
         await until(lambda: not engine.running)
         await check.check_once()
         assert check.is_fresh
@@ -206,8 +181,8 @@ def test_a_step_that_hangs_is_noticed_and_so_is_its_end() -> None:
     async def hang(engine: Engine, hold: Hold) -> None:
         [stream] = engine.submit([(PROMPT, LONG)])
         await anext(stream)
-        hold.open.clear()
-        await until(hold.held.is_set)
+        hold.close()
+        await until(hold.blocked.is_set)
         assert engine.is_alive, "not at once"
         await until(lambda: not engine.is_alive)
         with pytest.raises(EngineStopped):
@@ -219,7 +194,7 @@ def test_a_step_that_hangs_is_noticed_and_so_is_its_end() -> None:
         other.close()
         await asyncio.sleep(0.4)
         assert not engine.is_alive
-        hold.open.set()
+        hold.open()
         await until(lambda: engine.is_alive and not engine.running)
         await engine.check(WAIT_SECONDS)
 
@@ -232,11 +207,11 @@ def test_a_step_that_hangs_is_noticed_where_every_client_has_left() -> None:
     async def hang(engine: Engine, hold: Hold) -> None:
         [stream] = engine.submit([(PROMPT, LONG)])
         await anext(stream)
-        hold.open.clear()
-        await until(hold.held.is_set)
+        hold.close()
+        await until(hold.blocked.is_set)
         stream.close()
         await until(lambda: not engine.is_alive)
-        hold.open.set()
+        hold.open()
         await until(lambda: engine.is_alive and not engine.running)
 
     with running(step_timeout_seconds=0.3) as both:
@@ -283,111 +258,3 @@ def test_a_dead_step_loop_fails_all_who_wait(look: bool, caplog: pytest.LogCaptu
         engine.stop()
         assert engine.has_ended
     assert "the device is gone" in caplog.text
-
-
-# The process
-
-SABOTAGED = """
-import pathlib, sys, time
-from predictor.engine import engine
-from predictor.models import loader
-from predictor.__main__ import main
-
-order, load, engine.STOP_TIMEOUT_SECONDS = pathlib.Path(sys.argv.pop()), loader.load, 1.0
-
-def sabotage(*_):
-    while order.exists():
-        if order.read_text() == "fail":
-            raise RuntimeError("the device is gone")
-        time.sleep(0.01)
-
-def load_and_sabotage(*args, **options):
-    loaded = load(*args, **options)
-    loaded.model.register_forward_pre_hook(sabotage)
-    return loaded
-
-loader.load = load_and_sabotage
-sys.exit(main())
-"""
-
-
-@dataclass
-class Sabotaged:
-    """A predictor whose model hangs or fails on order."""
-
-    process: "subprocess.Popen[str]"
-    client: httpx.Client
-    _order: Path
-
-    def order(self, order: str) -> None:
-        self._order.write_text(order)
-
-    def forgive(self) -> None:
-        self._order.unlink()
-
-    def becomes(self, path: str, status: int) -> httpx.Response:
-        """The first answer with this status."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < deadline:
-            try:
-                response = self.client.get(path)
-            except httpx.TransportError:
-                time.sleep(0.1)
-                continue
-            if response.status_code == status:
-                return response
-            time.sleep(0.05)
-        raise AssertionError(f"{path} never answered {status}")
-
-
-@pytest.fixture
-def sabotaged(tmp_path: Path) -> Iterator[Sabotaged]:
-    port = processes.free_port()
-    flags = ["--served_model_name", "demo", "--model_dir", str(DEMO_MODEL), "--http_port", str(port)]
-    flags += ["--step_timeout_seconds", "0.5", "--log_level", "WARNING"]
-    order = tmp_path / "order"
-    with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-c", SABOTAGED, *flags, str(order)]
-        process = subprocess.Popen(command, cwd=ROOT, stderr=log, text=True)
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-                sabotaged = Sabotaged(process, client, order)
-                sabotaged.becomes("/v2/health/ready", 200)
-                yield sabotaged
-        finally:
-            order.unlink(missing_ok=True)
-            processes.stop(process)
-            print((tmp_path / "log").read_text())  # noqa: T201, shown by pytest where a test failed
-
-
-COMPLETION = {"model": "demo", "prompt": "1+1=", "max_tokens": 400, "ignore_eos": True}
-
-
-def test_a_dead_step_loop_turns_liveness_off_and_answers_503(sabotaged: Sabotaged) -> None:
-    sabotaged.order("fail")
-    for _ in range(2):
-        answer = sabotaged.client.post("/v1/completions", json=COMPLETION)
-        assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
-        assert "Retry-After" in answer.headers
-    live = sabotaged.client.get("/v2/health/live")
-    assert (live.status_code, "restarted" in live.json()["error"]) == (503, True)
-    ready = sabotaged.client.get("/v2/models/demo/ready")
-    assert (ready.status_code, "makes no progress" in ready.json()["error"]) == (503, True)
-    assert processes.stop(sabotaged.process) == 0
-
-
-def test_a_step_that_hangs_turns_liveness_off_until_it_ends(sabotaged: Sabotaged) -> None:
-    with ThreadPoolExecutor(1) as threads:
-        sabotaged.order("hang")
-        waiting = threads.submit(sabotaged.client.post, "/v1/completions", json=COMPLETION)
-        sabotaged.becomes("/v2/health/live", 503)
-        assert waiting.result().status_code == 503
-    assert sabotaged.client.get("/v2/health/live").status_code == 503, "also when nobody waits any more"
-    sabotaged.forgive()
-    sabotaged.becomes("/v2/health/live", 200)
-    assert sabotaged.client.post("/v1/completions", json=COMPLETION).status_code == 200
-    # Nor does it keep the process from ending.
-    sabotaged.order("hang")
-    assert sabotaged.client.post("/v1/completions", json=COMPLETION).status_code == 503
-    sabotaged.process.terminate()
-    assert sabotaged.process.wait(WAIT_SECONDS) == 0
