@@ -78,7 +78,7 @@ def test_generates_whole_and_as_a_stream(client: httpx.Client, version: str) -> 
         ({"text_input": ""}, "text_input: string should have at least 1 character"),
         ({"text_input": "1", "parameters": {"max_tokens": 0}}, "parameters.max_tokens: "),
         ({"text_input": "1", "parameters": {"beams": 2}}, "parameters.beams: not known here"),
-        ({"text_input": "1" * 2000}, "The prompt has 2001 tokens"),
+        ({"text_input": "1" * 2000}, "The prompt is too long: 2001 tokens"),
     ],
 )
 def test_generate_answers_422(client: httpx.Client, body: dict[str, Any], expected: str) -> None:
