@@ -1,5 +1,4 @@
-"""Looks over a kustomize overlay before the cluster sees it.
+"""Check a kustomize overlay before it is applied to a cluster.
 
-Knows Kubernetes, KServe and Knative objects; knows nothing of the two programs that they run but the names of a few of
-their settings.
+Covers Kubernetes, KServe and Knative objects. Of the two programs that they run, it uses only names of settings.
 """

@@ -1,4 +1,4 @@
-"""`python -m preflight OVERLAY`: renders, checks, and says what it found in one line each."""
+"""Command line: `python -m preflight OVERLAY` renders, checks and prints one line per finding."""
 
 import argparse
 import json
@@ -12,10 +12,10 @@ from preflight.checks import knative, references, resources, schema, settings
 from preflight.cluster import checks
 from preflight.cluster.client import Connection
 from preflight.deployment import Deployment
-from preflight.findings import CannotLook, Finding
+from preflight.findings import CheckError, Finding
 
 BASE = Path(__file__).resolve().parents[1] / "kustomize/base"
-"""Beside this package in a checkout; its *.env files say which settings there are."""
+"""Its *.env files, which exist in a checkout only, list the settings."""
 MODEL_CONFIG = "model-config.json"
 
 
@@ -23,13 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the checks.
 
     Returns:
-        0 where no finding is an error, 1 where one is, 2 where nothing could be checked.
+        0 if no finding is an error, 1 if one is, 2 if the checks could not run.
     """
     arguments = _arguments(argv)
     try:
         deployment = rendering.render(arguments.overlay)
         findings = _findings(deployment, arguments)
-    except CannotLook as error:
+    except CheckError as error:
         print(f"preflight: {error}", file=sys.stderr)
         return 2
     needs = _needs(deployment)
@@ -43,15 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m preflight",
-        description="Look over a kustomize overlay before the cluster sees it.",
-        epilog="exit codes: 0 nothing wrong, 1 something is, 2 could not look",
+        description="Check a kustomize overlay before it is applied to a cluster.",
+        epilog="exit codes: 0 no errors, 1 errors found, 2 checks could not run",
     )
     add = parser.add_argument
-    add("overlay", type=Path, help="a folder with a kustomization.yaml")
-    add("--crds", type=Path, metavar="DIR", help="CustomResourceDefinitions; by default those of the cluster")
-    add("--context", metavar="NAME", help="ask the cluster of this context of the kubeconfig, too")
-    add("--model-config", type=Path, metavar="FILE", help=f"the model's config.json; by default OVERLAY/{MODEL_CONFIG}")
-    add("--json", action="store_true", help="findings and needs as one JSON object")
+    add("overlay", type=Path, help="folder with a kustomization.yaml")
+    add("--crds", type=Path, metavar="DIR", help="folder of CustomResourceDefinitions. Default: those of the cluster")
+    add("--context", metavar="NAME", help="kubeconfig context of a cluster to check against. Default: no cluster")
+    add("--model-config", type=Path, metavar="FILE", help=f"the model's config.json. Default: OVERLAY/{MODEL_CONFIG}")
+    add("--json", action="store_true", help="print findings and needs as one JSON object")
     return parser.parse_args(argv)
 
 
@@ -61,8 +61,8 @@ def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Fin
         definitions = schema.definitions_in(arguments.crds)
     else:
         definitions = connection.definitions if connection else []
-    beside = arguments.overlay / MODEL_CONFIG
-    config = arguments.model_config or (beside if beside.exists() else None)
+    default = arguments.overlay / MODEL_CONFIG
+    config = arguments.model_config or (default if default.exists() else None)
     findings = offline.check(
         deployment,
         schema.Schemas(definitions),
@@ -76,21 +76,20 @@ def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Fin
 
 
 def _needs(deployment: Deployment) -> dict[str, list[str]]:
-    """What the overlay takes for granted: Knative's flags, and Secrets that somebody must make."""
+    """Return the overlay's prerequisites: Knative feature flags and Secrets."""
     if not deployment.service:
         return {"knative_flags": [], "secrets": []}
-    secrets = [each for each in references.secrets(deployment) if not each.optional]
+    secrets = [secret for secret in references.secrets(deployment) if not secret.optional]
     return {
         "knative_flags": sorted(knative.flags(deployment)),
-        "secrets": [f"{each.name}/{each.key}" if each.key else each.name for each in secrets],
+        "secrets": [f"{secret.name}/{secret.key}" if secret.key else secret.name for secret in secrets],
     }
 
 
 def _summary(overlay: Path, findings: Sequence[Finding], needs: dict[str, list[str]]) -> str:
     errors = sum(finding.severity == "error" for finding in findings)
     needed = "; ".join(f"{name.replace('_', ' ')} {', '.join(values)}" for name, values in needs.items() if values)
-    counted = f"errors: {errors}, warnings: {len(findings) - errors}"
-    return f"{overlay}: {counted}; needs: {needed or 'nothing special'}"
+    return f"{overlay}: errors: {errors}, warnings: {len(findings) - errors}; needs: {needed or 'nothing special'}"
 
 
 if __name__ == "__main__":

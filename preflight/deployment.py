@@ -1,8 +1,4 @@
-"""The objects of one overlay, and the questions that checks ask of them.
-
-Reads only. What it puts together is what KServe puts together: the predictor's pod out of the ServingRuntime and the
-InferenceService.
-"""
+"""The objects of one overlay, and the predictor's pod that KServe merges from runtime and service."""
 
 import re
 from dataclasses import dataclass
@@ -13,22 +9,22 @@ Manifest = dict[str, Any]
 
 KSERVE_CONTAINER = "kserve-container"
 MODEL_FIELDS = {"modelFormat", "runtime", "runtimeVersion", "protocolVersion", "storageUri", "storage", "confidential"}
-"""Fields of `model` that are KServe's; the others are a container's."""
+"""KServe's fields of `model`; the others are fields of a container."""
 SERVICE_FIELDS = {
     *("model", "minReplicas", "maxReplicas", "scaleTarget", "scaleMetric", "scaleMetricType", "autoScaling"),
     *("containerConcurrency", "timeout", "canaryTrafficPercent", "logger", "batcher", "labels", "annotations"),
     *("deploymentStrategy", "storageUris", "storageContainerName", "workerSpec", "name"),
 }
-"""Fields of `spec.predictor` that are KServe's; the others are a pod's."""
+"""KServe's fields of `spec.predictor`; the others are fields of a pod."""
 RUNTIME_POD_FIELDS = {"containers", "volumes", "nodeSelector", "affinity", "tolerations", "imagePullSecrets"}
 """Fields of a ServingRuntime's spec that KServe merges into the pod."""
 _KEYS = {"env": "name", "volumeMounts": "mountPath", "volumes": "name", "ports": "containerPort"}
-"""By what the entries of a list are told apart where one list is merged over another."""
+"""Merge keys of lists: entries with the same key replace each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pod:
-    """A pod that will run: its spec, and where it is described."""
+    """A pod's spec, and the object that defines it."""
 
     where: str
     spec: Manifest
@@ -40,49 +36,49 @@ class Pod:
 
     @property
     def claims(self) -> list[str]:
-        """Names of the PersistentVolumeClaims that it mounts."""
+        """Names of the mounted PersistentVolumeClaims."""
         sources = [volume.get("persistentVolumeClaim") for volume in self.spec.get("volumes", [])]
         return [source["claimName"] for source in sources if source]
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """What one overlay puts on a cluster."""
+    """The objects of one rendered overlay."""
 
     objects: tuple[Manifest, ...]
 
     def all(self, kind: str) -> list[Manifest]:
-        """Every object of a kind."""
+        """Return every object of a kind."""
         return [manifest for manifest in self.objects if manifest.get("kind") == kind]
 
     def find(self, kind: str, name: str | None) -> Manifest | None:
-        """The object of that kind and name."""
-        return next((each for each in self.all(kind) if each["metadata"]["name"] == name), None)
+        """Return the object of a kind and name; None if there is none."""
+        return next((manifest for manifest in self.all(kind) if manifest["metadata"]["name"] == name), None)
 
     @cached_property
     def service(self) -> Manifest:
-        """The InferenceService; empty where there is not exactly one."""
+        """The InferenceService; empty unless there is exactly one."""
         services = self.all("InferenceService")
         return services[0] if len(services) == 1 else {}
 
     @property
     def where(self) -> str:
-        """The InferenceService, as findings name it."""
+        """The InferenceService as Kind/name, for findings."""
         return name_of(self.service) if self.service else "InferenceService"
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """The name of the InferenceService."""
         return str(self.service["metadata"]["name"])
 
     @property
     def namespace(self) -> str:
-        """Where it is put."""
+        """The namespace of the InferenceService."""
         return str(self.service["metadata"].get("namespace", "default"))
 
     @property
     def annotations(self) -> dict[str, str]:
-        """Its annotations."""
+        """Annotations of the InferenceService."""
         return self.service["metadata"].get("annotations") or {}
 
     @property
@@ -98,23 +94,23 @@ class Deployment:
 
     @property
     def claim(self) -> str | None:
-        """The PersistentVolumeClaim that `storageUri` names, if it names one."""
+        """The PersistentVolumeClaim of a `pvc://` storageUri."""
         uri = self.model.get("storageUri", "")
         return uri.removeprefix("pvc://").partition("/")[0] if uri.startswith("pvc://") else None
 
     @property
     def is_knative(self) -> bool:
-        """Whether Knative runs it. Where no mode is said, the cluster decides, and most decide so."""
+        """Whether the mode is Knative, which is the usual default of a cluster."""
         return self.annotations.get("serving.kserve.io/deploymentMode", "Knative") in ("Knative", "Serverless")
 
     @property
     def runtime(self) -> Manifest | None:
-        """The ServingRuntime that the InferenceService names, if it is here."""
+        """The ServingRuntime of the InferenceService; None if the overlay has none of that name."""
         return self.find("ServingRuntime", self.model.get("runtime"))
 
     @cached_property
     def predictor_pod(self) -> Pod:
-        """What KServe makes of runtime and InferenceService; `{{.Name}}` is filled in, other templates are not."""
+        """The merged pod of runtime and InferenceService; of templates, only `{{.Name}}` is substituted."""
         runtime = (self.runtime or {}).get("spec", {})
         own = {key: value for key, value in self.predictor.items() if key not in SERVICE_FIELDS}
         spec = _merge({key: value for key, value in runtime.items() if key in RUNTIME_POD_FIELDS}, own)
@@ -124,13 +120,13 @@ class Deployment:
             for container in runtime.get("containers", [])
         ] or ([{"name": KSERVE_CONTAINER, **model}] if model else [])
         spec["containers"] += own.get("containers", [])
-        return Pod(self.where, _filled_in(spec, self.name))
+        return Pod(self.where, _substitute_name(spec, self.name))
 
     @property
     def server(self) -> Manifest:
-        """The container that serves; empty where there is none."""
+        """The container kserve-container; empty if there is none."""
         containers = self.predictor_pod.spec["containers"]
-        return next((each for each in containers if each["name"] == KSERVE_CONTAINER), {})
+        return next((container for container in containers if container["name"] == KSERVE_CONTAINER), {})
 
     @property
     def jobs(self) -> list[Pod]:
@@ -139,13 +135,13 @@ class Deployment:
 
     @property
     def pods(self) -> list[Pod]:
-        """Every pod that this overlay makes run."""
-        beside = [Pod(name_of(each), each["spec"]["template"]["spec"]) for each in self.all("Deployment")]
-        return [self.predictor_pod, *self.jobs, *beside]
+        """The pods of the predictor, of Jobs and of Deployments."""
+        templates = [Pod(name_of(owner), owner["spec"]["template"]["spec"]) for owner in self.all("Deployment")]
+        return [self.predictor_pod, *self.jobs, *templates]
 
     @property
     def downloads(self) -> list[tuple[Pod, Manifest]]:
-        """Containers that fetch the model: those that are told which, and do not serve it."""
+        """Containers that download the model: those with MODEL_REFERENCE in their arguments."""
         return [
             (pod, container)
             for pod in self.pods
@@ -154,21 +150,21 @@ class Deployment:
         ]
 
     def environment(self, container: Manifest) -> dict[str, str]:
-        """What the process sees of it: literals and what the overlay's own ConfigMaps say; later ones win."""
-        seen: dict[str, str] = {}
+        """Return a container's environment from literals and the overlay's ConfigMaps; later entries win."""
+        environment: dict[str, str] = {}
         for source in container.get("envFrom", []):
-            seen |= self._settings(source.get("configMapRef", {}).get("name"))
+            environment |= self._settings(source.get("configMapRef", {}).get("name"))
         for variable in container.get("env", []):
             key = variable.get("valueFrom", {}).get("configMapKeyRef", {})
             if "value" in variable:
-                seen[variable["name"]] = str(variable["value"])
+                environment[variable["name"]] = str(variable["value"])
             elif key.get("key") in (settings := self._settings(key.get("name"))):
-                seen[variable["name"]] = settings[key["key"]]
-        return seen
+                environment[variable["name"]] = settings[key["key"]]
+        return environment
 
     @property
     def settings(self) -> dict[str, str]:
-        """The environment of the container that serves."""
+        """The environment of the container kserve-container."""
         return self.environment(self.server)
 
     def _settings(self, name: str | None) -> dict[str, str]:
@@ -176,12 +172,12 @@ class Deployment:
 
 
 def name_of(manifest: Manifest) -> str:
-    """Kind/name."""
+    """Return Kind/name of an object."""
     return f"{manifest.get('kind')}/{manifest.get('metadata', {}).get('name')}"
 
 
 def _merge(below: Manifest, above: Manifest) -> Manifest:
-    """`above` over `below`: maps key by key, lists of named entries entry by entry, args one after the other."""
+    """Merge `above` over `below`: maps by key, lists of named entries by name, args by concatenation."""
     merged = dict(below)
     for key, value in above.items():
         old = below.get(key)
@@ -190,16 +186,16 @@ def _merge(below: Manifest, above: Manifest) -> Manifest:
         elif isinstance(old, list) and key == "args":
             merged[key] = [*old, *value]
         elif isinstance(old, list) and key in _KEYS:
-            entries = {each.get(_KEYS[key]): each for each in [*old, *value]}
+            entries = {entry.get(_KEYS[key]): entry for entry in [*old, *value]}
             merged[key] = list(entries.values())
         elif key != "containers":
             merged[key] = value
     return merged
 
 
-def _filled_in(value: Any, name: str) -> Any:
+def _substitute_name(value: Any, name: str) -> Any:
     if isinstance(value, dict):
-        return {key: _filled_in(inner, name) for key, inner in value.items()}
+        return {key: _substitute_name(inner, name) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_filled_in(inner, name) for inner in value]
+        return [_substitute_name(inner, name) for inner in value]
     return re.sub(r"\{\{\s*\.Name\s*\}\}", name, value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Every check that needs no cluster, one after the other."""
+"""Run every check that needs no cluster."""
 
 from functools import partial
 
@@ -16,20 +16,20 @@ def check(
     model: Model | None = None,
     max_timeout_seconds: float = knative.MAX_TIMEOUT_SECONDS,
 ) -> list[Finding]:
-    """What is wrong with the deployment, schema first.
+    """Return the findings of all checks, schema first.
 
     Args:
-        deployment: what is rendered.
-        schemas: of the custom kinds; those of core kinds are built in.
-        known_settings: every key that is a setting, with its default.
-        model: how large the model is, where that is known.
-        max_timeout_seconds: Knative's cap on `timeout`.
+        deployment: the rendered overlay.
+        schemas: schemas of the custom kinds; those of core kinds are built in.
+        known_settings: every setting's key with its default.
+        model: the model's dimensions; without them, memory is not checked.
+        max_timeout_seconds: Knative's maximum of `timeout`.
     """
     findings = list(schema.check(deployment, schemas))
     services = deployment.all("InferenceService")
     if len(services) != 1:
-        where = "InferenceService"
-        return [*findings, Finding(where, f"the overlay has {len(services)} of them", "deploy one with each overlay")]
+        problem = f"the overlay has {len(services)} of them"
+        return [*findings, Finding("InferenceService", problem, "deploy exactly one with each overlay")]
     for check_ in (
         kserve.check,
         knative.check,
@@ -42,8 +42,8 @@ def check(
         try:
             findings += check_(deployment)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # A number where a map belongs, and the like: what the schema names, where one is at hand.
-            problem = f"a value is not of the kind that belongs there ({type(error).__name__}: {error})"
-            findings.append(Finding(deployment.where, problem, "correct it; with --crds its place is named"))
+            # A number in place of a map, for example; the schema names the field if a CRD is available.
+            problem = f"a value has the wrong type ({type(error).__name__}: {error})"
+            findings.append(Finding(deployment.where, problem, "correct it; --crds names the field"))
     # One wrong value may stop several checks.
     return list(dict.fromkeys(findings))

@@ -1,4 +1,4 @@
-"""Renders an overlay with kubectl's own kustomize."""
+"""Render an overlay with kubectl's built-in kustomize."""
 
 import re
 import shutil
@@ -8,25 +8,25 @@ from pathlib import Path
 import yaml
 
 from preflight.deployment import Deployment
-from preflight.findings import CannotLook
+from preflight.findings import CheckError
 
 _LOGGED = re.compile(r'err="(.*)"$')
-"""How kubectl writes some errors: as a log line."""
+"""Some errors of kubectl are formatted as a log line."""
 
 
 def render(overlay: Path) -> Deployment:
-    """The objects that `kubectl apply -k OVERLAY` would send.
+    """Return the objects that `kubectl apply -k OVERLAY` would send.
 
     Raises:
-        CannotLook: there is no kubectl, or the overlay does not render.
+        CheckError: kubectl is not installed, or the overlay does not render.
     """
     kubectl = shutil.which("kubectl")
     if kubectl is None:
-        raise CannotLook("kubectl is not installed; put version 1.27 or newer on the PATH.")
+        raise CheckError("kubectl is not installed. Put version 1.27 or newer on the PATH.")
     done = subprocess.run([kubectl, "kustomize", str(overlay)], capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         last = done.stderr.strip().rpartition("\n")[2]
         logged = _LOGGED.search(last)
-        said = logged[1] if logged else last.removeprefix("error: ")
-        raise CannotLook(f"{overlay} does not render ({said}); `kubectl kustomize {overlay}` shows all of it.")
-    return Deployment(tuple(each for each in yaml.load_all(done.stdout, yaml.CSafeLoader) if each))
+        message = logged[1] if logged else last.removeprefix("error: ")
+        raise CheckError(f"{overlay} does not render: {message}. Run `kubectl kustomize {overlay}` for all messages.")
+    return Deployment(tuple(manifest for manifest in yaml.load_all(done.stdout, yaml.CSafeLoader) if manifest))

@@ -1,1 +1,1 @@
-"""Checks of rendered objects, one module for each subject."""
+"""Checks of rendered objects, one module per subject."""

@@ -1,8 +1,8 @@
-"""What Knative admits: the flags that a pod needs, and what no flag allows.
+"""Check Knative's admission rules: feature flags of pod fields, and fields that no flag allows.
 
-From Knative Serving 1.21's fieldmask.go, k8s_validation.go, revision_validation.go and annotation_validation.go. The
-rules are for what KServe writes into the Knative service; what its pod webhook adds afterwards (the claim of a
-`storageUri: pvc://…`) does not pass them.
+Source: Knative Serving 1.21, fieldmask.go, k8s_validation.go, revision_validation.go and annotation_validation.go.
+The rules apply to the Knative service that KServe creates, not to fields that its pod webhook adds afterwards, such as
+the claim of a `storageUri: pvc://…`.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 from preflight import quantities
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod
-from preflight.findings import Clauses, Finding
+from preflight.findings import Finding, ProblemsAndRemedies
 
 FLAGS = {
     "nodeSelector": "kubernetes.podspec-nodeselector",
@@ -26,7 +26,7 @@ FLAGS = {
     "dnsConfig": "kubernetes.podspec-dnsconfig",
     "hostAliases": "kubernetes.podspec-hostaliases",
 }
-"""Fields of a pod that a flag must allow; all are off by default."""
+"""Pod fields and the flags that allow them, all disabled by default."""
 CLAIM = "kubernetes.podspec-persistent-volume-claim"
 CLAIM_WRITE = "kubernetes.podspec-persistent-volume-write"
 FIELD_REFERENCE = "kubernetes.podspec-fieldref"
@@ -40,19 +40,19 @@ FORBIDDEN_POD = ("terminationGracePeriodSeconds", "restartPolicy", "nodeName", "
 FORBIDDEN_CONTAINER = ("lifecycle", "stdin", "stdinOnce", "tty")
 RESERVED = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 MAX_TIMEOUT_SECONDS = 600
-"""max-revision-timeout-seconds of config-defaults, unless an administrator raised it."""
+"""Default of max-revision-timeout-seconds in config-defaults."""
 AUTOSCALING = "autoscaling.knative.dev/"
 DURATIONS = {
     "window": (6, 3600),
     "scale-down-delay": (0, 3600),
     "scale-to-zero-pod-retention-period": (0, 3600),
 }
-"""Annotations that are durations, and their bounds in seconds."""
+"""Duration annotations with their bounds in seconds."""
 INTEGERS = {"initial-scale": (0, None), "target-utilization-percentage": (1, 100), "activation-scale": (2, None)}
 
 
 def flags(deployment: Deployment) -> set[str]:
-    """The feature flags that the cluster must have enabled for this deployment."""
+    """Return the feature flags that the deployment requires."""
     if not deployment.is_knative:
         return set()
     pod = deployment.predictor_pod.spec
@@ -72,7 +72,7 @@ def flags(deployment: Deployment) -> set[str]:
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """What Knative refuses whatever the flags; nothing in Standard mode."""
+    """Yield fields that Knative rejects with any flags; nothing in Standard mode."""
     if not deployment.is_knative:
         return
     pod = deployment.predictor_pod
@@ -80,47 +80,50 @@ def check(deployment: Deployment) -> Iterator[Finding]:
         yield Finding(deployment.where, problem, remedy)
 
 
-def _pod(pod: Pod) -> Clauses:
+def _pod(pod: Pod) -> ProblemsAndRemedies:
     for field in FORBIDDEN_POD:
         if field in pod.spec:
-            yield f"{field} is set, which Knative never admits", "remove it, or use Standard mode"
+            yield f"{field} is set, which Knative rejects", "remove it, or use Standard mode"
     if pod.spec.get("automountServiceAccountToken") is True:
-        yield "automountServiceAccountToken is true, which Knative never admits", "set it to false"
+        yield "automountServiceAccountToken is true, which Knative rejects", "set it to false"
     mounted = {mount["name"] for container in pod.containers for mount in container.get("volumeMounts", [])}
     for volume in pod.spec.get("volumes", []):
         if volume["name"] not in mounted:
-            yield f"volume {volume['name']} is not mounted, which Knative does not admit", "mount it or remove it"
+            yield f"volume {volume['name']} is not mounted, which Knative rejects", "mount it or remove it"
 
 
-def _containers(pod: Pod) -> Clauses:
+def _containers(pod: Pod) -> ProblemsAndRemedies:
     ports = [port for container in pod.spec["containers"] for port in container.get("ports", [])]
     if len(ports) > 1:
-        yield f"{len(ports)} container ports are open, and Knative admits one", "keep that of HTTP"
+        yield f"{len(ports)} container ports are open, and Knative allows one", "keep the HTTP port"
     for port in ports:
         if port.get("name", "") not in ("", "http1", "h2c"):
-            yield f"the port is called {port['name']!r}, which Knative does not admit", "remove the name"
+            yield f"the port is named {port['name']!r}, which Knative rejects", "remove the name"
     for container in pod.containers:
         for field in FORBIDDEN_CONTAINER:
             if field in container:
                 yield (
-                    f"container {container['name']} has {field}, which Knative never admits",
+                    f"container {container['name']} has {field}, which Knative rejects",
                     "remove it, or use Standard mode",
                 )
         reserved = RESERVED if container["name"] == KSERVE_CONTAINER else RESERVED[1:]
         for variable in container.get("env", []):
             if variable["name"] in reserved:
-                yield f"container {container['name']} sets {variable['name']}, which is Knative's", "use another name"
+                yield (
+                    f"container {container['name']} sets {variable['name']}, which Knative reserves",
+                    "use another name",
+                )
         for mount in container.get("volumeMounts", []):
             if "subPathExpr" in mount:
-                yield f"mount {mount['mountPath']} has subPathExpr, which Knative never admits", "use subPath"
+                yield f"mount {mount['mountPath']} has subPathExpr, which Knative rejects", "use subPath"
         if container.get("securityContext", {}).get("capabilities", {}).get("add"):
-            yield f"container {container['name']} adds capabilities, which Knative does not admit", "remove them"
+            yield f"container {container['name']} adds capabilities, which Knative rejects", "remove them"
 
 
-def _annotations(annotations: Manifest) -> Clauses:
+def _annotations(annotations: Manifest) -> ProblemsAndRemedies:
     for key in ("min-scale", "max-scale"):
         if AUTOSCALING + key in annotations:
-            yield f"annotation {key} is dropped by KServe", "set minReplicas and maxReplicas"
+            yield f"annotation {key} is ignored by KServe", "set minReplicas and maxReplicas"
     for key, bounds in DURATIONS.items():
         if (value := annotations.get(AUTOSCALING + key)) is not None:
             yield from _duration(key, value, *bounds)
@@ -132,17 +135,17 @@ def _annotations(annotations: Manifest) -> Clauses:
             yield f"annotation {key} is {value!r}", f"use a whole number from {least}" + (f" to {most}" if most else "")
     kind = annotations.get(AUTOSCALING + "class", "kpa.autoscaling.knative.dev")
     if kind not in ("kpa.autoscaling.knative.dev", "hpa.autoscaling.knative.dev"):
-        yield f"annotation class is {kind!r}, which Knative has not", "remove it"
+        yield f"annotation class is {kind!r}, which is not an autoscaler of Knative", "remove it"
 
 
-def _duration(key: str, value: Any, least: float, most: float | None) -> Clauses:
+def _duration(key: str, value: Any, least: float, most: float | None) -> ProblemsAndRemedies:
     try:
         seconds = quantities.seconds(value)
     except ValueError:
-        yield f"annotation {key} is {value!r}, which is no duration", "write it as 90s, 13m or 1h"
+        yield f"annotation {key} is {value!r}, which is not a duration", "write it as 90s, 13m or 1h"
         return
     if seconds % 1 or seconds < least or (most is not None and seconds > most):
         yield (
-            f"annotation {key} is {value}, which Knative refuses",
+            f"annotation {key} is {value}, which Knative rejects",
             f"use whole seconds, {least} or more" + (f" and {most} at most" if most is not None else ""),
         )

@@ -1,7 +1,7 @@
-"""What KServe's webhooks deny, and what its controller fails at after apply has succeeded.
+"""Check the rules of KServe's webhooks, and errors that its controller reports only after apply.
 
-From KServe v0.20's inference_service_validation.go, component.go and predictor_model.go; rules on components that no
-overlay here has (transformers and explainers of their own, `spec.canary`) are left to the webhook.
+Source: KServe v0.20, inference_service_validation.go, component.go and predictor_model.go. Rules on transformers,
+explainers and `spec.canary`, which no overlay uses, are left to the webhook.
 """
 
 import os.path
@@ -9,94 +9,94 @@ import re
 from collections.abc import Iterator
 
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest
-from preflight.findings import Clauses, Finding
+from preflight.findings import Finding, ProblemsAndRemedies
 
 IMPLEMENTATIONS = {
     *("model", "sklearn", "xgboost", "tensorflow", "pytorch", "triton", "onnx", "huggingface", "pmml", "lightgbm"),
     *("paddle", "tabular"),
 }
-"""Fields of `spec.predictor` that say how to serve, besides a container named kserve-container."""
+"""Fields of `spec.predictor` that select an implementation; a container named kserve-container does too."""
 MODES = ("Knative", "Standard", "ModelMesh", "Serverless", "RawDeployment")
-"""The last two are old names, which KServe rewrites."""
+"""The last two are old names that KServe replaces."""
 AUTOSCALERS = ("hpa", "keda", "external", "none")
 SCHEMES = re.compile(r"(gs|s3|pvc|file|https?|hdfs|webhdfs|oci|oci\+native|oci\+fetch|hf)://|/")
 LONGEST_NAME = 39
-"""So that `<name>-predictor-00001-private` fits into the 63 characters of a label."""
+"""The longest name with which `<name>-predictor-00001-private` has at maximum 63 characters, the limit of a label."""
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """The InferenceService by itself, and against the runtime that it names."""
+    """Yield findings on the InferenceService and on its match with the runtime."""
     for check_ in (_name, _implementation, _storage, _logger, _worker, _scaling, _mode, _runtime):
         for problem, remedy in check_(deployment):
             yield Finding(deployment.where, problem, remedy)
 
 
-def _name(deployment: Deployment) -> Clauses:
+def _name(deployment: Deployment) -> ProblemsAndRemedies:
     name = deployment.name
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
         yield (
             f"its name is {name!r}, which KServe denies",
-            "use lower-case letters, digits and dashes, a letter first and no dash last",
+            "use lower-case letters, digits and dashes; start with a letter and do not end with a dash",
         )
     if len(name) > LONGEST_NAME:
         yield (
-            f"its name has {len(name)} characters, and names that derive from it do not fit into 63",
-            f"use {LONGEST_NAME} at most",
+            f"its name has {len(name)} characters, so derived names exceed 63",
+            f"use at maximum {LONGEST_NAME}",
         )
     for part in ("-default", "-predictor"):
         if part in name:
-            yield f"its name holds {part!r}, which KServe cuts out of URLs", "choose another name"
+            yield f"its name contains {part!r}, which KServe removes from URLs", "use another name"
 
 
-def _implementation(deployment: Deployment) -> Clauses:
+def _implementation(deployment: Deployment) -> ProblemsAndRemedies:
     predictor = deployment.predictor
     named = [container["name"] for container in predictor.get("containers", [])]
-    said = sorted(IMPLEMENTATIONS & set(predictor)) + [name for name in named if name == KSERVE_CONTAINER]
-    if len(said) != 1:
+    implementations = [*sorted(IMPLEMENTATIONS & set(predictor)), *(name for name in named if name == KSERVE_CONTAINER)]
+    if len(implementations) != 1:
         yield (
-            f"spec.predictor has {len(said)} implementations ({', '.join(said) or 'none'}), and KServe wants one",
+            f"spec.predictor has {len(implementations)} implementations, not one: {', '.join(implementations)}",
             f"keep `model`, or one container named {KSERVE_CONTAINER}",
         )
     if "name" in deployment.model:
-        yield "spec.predictor.model.name is set, which KServe denies", "remove it; the container's name is KServe's"
+        yield "spec.predictor.model.name is set, which KServe denies", "remove it, since KServe names the container"
     for container in [*deployment.predictor_pod.containers, *(predictor.get("workerSpec") or {}).get("containers", [])]:
         variables = {variable["name"]: variable.get("value") for variable in container.get("env", [])}
         if "PYTHONPATH" in variables:
             yield f"container {container['name']} sets PYTHONPATH, which KServe denies", "set it in the image"
         if container["name"] == "transformer-container" and "STORAGE_URI" in variables:
-            yield "container transformer-container sets STORAGE_URI, which KServe denies", "give it to the predictor"
+            yield "container transformer-container sets STORAGE_URI, which KServe denies", "set it on the predictor"
         if container["name"] == KSERVE_CONTAINER and not deployment.model:
             protocol = variables.get("PROTOCOL", "v1")
             if protocol not in ("v1", "v2"):
                 yield f"container {KSERVE_CONTAINER} sets PROTOCOL to {protocol!r}, which KServe denies", "use v1 or v2"
 
 
-def _storage(deployment: Deployment) -> Clauses:
+def _storage(deployment: Deployment) -> ProblemsAndRemedies:
     predictor, model = deployment.predictor, deployment.model
     uri = model.get("storageUri")
     if uri is None and model and not model.get("storage") and not predictor.get("storageUris"):
         yield (
-            "spec.predictor.model has no storageUri, so KServe takes it for a multi-model server and adds an agent",
+            "spec.predictor.model has no storageUri, so KServe adds the agent of a multi-model server",
             "set storageUri: pvc://<claim>",
         )
     if uri is not None and predictor.get("storageUris"):
-        yield "storageUri and storageUris are both set, which KServe denies", "keep one of them"
+        yield "storageUri and storageUris are both set, which KServe denies", "keep one"
     if uri is None and model.get("confidential"):
         yield "model.confidential is set without a storageUri, which KServe denies", "set storageUri"
     if uri is not None and not SCHEMES.match(uri) and not predictor.get("storageContainerName"):
         yield (
-            f"no storage initializer of KServe knows storageUri {uri!r}, which shows only after apply",
-            "use pvc://<claim>, or name a ClusterStorageContainer in storageContainerName",
+            f"no storage initializer of KServe supports storageUri {uri!r}, an error reported only after apply",
+            "use pvc://<claim>, or set storageContainerName",
         )
     if uri and uri.startswith("pvc://") and "/" in uri.removeprefix("pvc://").rstrip("/"):
         yield (
-            f"storageUri {uri!r} mounts a sub-path, which never follows a rename and is silently empty if missing",
-            "mount the claim's root, pvc://<claim>; the snapshot's directory follows from MODEL_REFERENCE",
+            f"storageUri {uri!r} mounts a sub-path, which does not follow a rename and is silently empty if missing",
+            "mount the claim's root, pvc://<claim>, since MODEL_REFERENCE selects the snapshot's directory",
         )
     yield from _storage_uris(predictor.get("storageUris") or [])
 
 
-def _storage_uris(entries: list[Manifest]) -> Clauses:
+def _storage_uris(entries: list[Manifest]) -> ProblemsAndRemedies:
     paths: dict[bool, list[str]] = {True: [], False: []}
     for entry in entries:
         path = entry.get("mountPath", "/mnt/models")
@@ -108,7 +108,7 @@ def _storage_uris(entries: list[Manifest]) -> Clauses:
             paths[entry.get("uri", "").startswith("pvc://")].append(path)
     claims, others = paths[True], paths[False]
     if len(claims) != len(set(claims)):
-        yield "storageUris mounts two claims at one path, which KServe denies", "give each a mountPath of its own"
+        yield "storageUris mounts two claims at one path, which KServe denies", "set a different mountPath for each"
     if len(others) > 1 and os.path.commonpath(others) == "/":
         yield (
             f"storageUris has mountPaths without a common parent ({', '.join(others)}), which KServe denies",
@@ -116,20 +116,20 @@ def _storage_uris(entries: list[Manifest]) -> Clauses:
         )
 
 
-def _logger(deployment: Deployment) -> Clauses:
+def _logger(deployment: Deployment) -> ProblemsAndRemedies:
     logger = deployment.predictor.get("logger")
     if logger is None:
         return
     if logger.get("mode") not in ("all", "request", "response"):
         yield f"logger.mode is {logger.get('mode')!r}, which KServe denies", "use all, request or response"
     storage = logger.get("storage")
-    lacking = [field for field in ("path", "parameters", "key") if storage is not None and not storage.get(field)]
-    if lacking:
-        yield f"logger.storage lacks {' and '.join(lacking)}, which KServe denies", "set path, parameters and key"
+    missing = [field for field in ("path", "parameters", "key") if storage is not None and not storage.get(field)]
+    if missing:
+        yield f"logger.storage has no {' and '.join(missing)}, which KServe denies", "set path, parameters and key"
 
 
-def _worker(deployment: Deployment) -> Clauses:
-    """Several nodes for one replica."""
+def _worker(deployment: Deployment) -> ProblemsAndRemedies:
+    """Check a replica on several nodes."""
     worker = deployment.predictor.get("workerSpec")
     if worker is None:
         return
@@ -141,33 +141,33 @@ def _worker(deployment: Deployment) -> Clauses:
     ):
         if worker.get(field, 1) < 1:
             yield f"workerSpec.{field} is {worker[field]}, which KServe denies", "use 1 or more"
-        if any(each["name"] == variable for each in deployment.model.get("env", [])):
-            yield f"model sets {variable} beside workerSpec, which KServe denies", f"set workerSpec.{field}"
+        if any(entry["name"] == variable for entry in deployment.model.get("env", [])):
+            yield f"model sets {variable} together with workerSpec, which KServe denies", f"set workerSpec.{field}"
     if deployment.model and not re.match("(pvc|oci)://", deployment.model.get("storageUri", "")):
-        yield "workerSpec wants a storageUri of pvc:// or oci://, and KServe denies others", "use pvc://<claim>"
+        yield "workerSpec is set and storageUri is not pvc:// or oci://, which KServe denies", "use pvc://<claim>"
     if deployment.model and deployment.annotations.get("serving.kserve.io/autoscalerClass") != "none":
         yield (
-            "workerSpec cannot be scaled, and KServe denies it so",
+            "workerSpec is set with an autoscaler, which KServe denies",
             "annotate it with serving.kserve.io/autoscalerClass: none",
         )
 
 
-def _scaling(deployment: Deployment) -> Clauses:
+def _scaling(deployment: Deployment) -> ProblemsAndRemedies:
     predictor, knative = deployment.predictor, deployment.is_knative
-    least, most = predictor.get("minReplicas", 1), predictor.get("maxReplicas", 0)
+    minimum, maximum = predictor.get("minReplicas", 1), predictor.get("maxReplicas", 0)
     for field in ("minReplicas", "maxReplicas", "containerConcurrency"):
         if predictor.get(field, 0) < 0:
             yield f"{field} is negative, which KServe denies", "use 0 or more"
-    if most and least > most:
+    if maximum and minimum > maximum:
         yield (
-            f"minReplicas is {least} and maxReplicas {most}, which KServe denies",
+            f"minReplicas is {minimum} and maxReplicas is {maximum}, which KServe denies",
             "raise maxReplicas or lower minReplicas",
         )
     percent = predictor.get("canaryTrafficPercent")
     if percent is not None and not 0 <= percent <= 100:
-        yield f"canaryTrafficPercent is {percent}, which KServe accepts and cannot do", "use 0 to 100"
+        yield f"canaryTrafficPercent is {percent}, which KServe accepts but cannot apply", "use 0 to 100"
     if percent is not None and not knative:
-        yield "canaryTrafficPercent is set, which only Knative mode can do", "remove it, or use Knative mode"
+        yield "canaryTrafficPercent is set, which only Knative mode supports", "remove it, or use Knative mode"
     metric = predictor.get("scaleMetric")
     if knative:
         if metric not in (None, "concurrency", "rps"):
@@ -177,16 +177,16 @@ def _scaling(deployment: Deployment) -> Clauses:
         if "deploymentStrategy" in predictor:
             yield "deploymentStrategy is set, which Knative mode denies", "remove it, or use Standard mode"
         if "autoScaling" in predictor:
-            yield "autoScaling is set, which Knative mode does not read", "use scaleTarget, or Standard mode"
+            yield "autoScaling is set, which Knative mode ignores", "use scaleTarget, or Standard mode"
     else:
-        if least == 0:
-            yield "minReplicas is 0, which Standard mode cannot do on requests", "use 1, or Knative mode"
+        if minimum == 0:
+            yield "minReplicas is 0, and Standard mode does not start replicas on requests", "use 1, or Knative mode"
         yield from _standard_autoscaler(
             predictor, deployment.annotations.get("serving.kserve.io/autoscalerClass", "hpa")
         )
 
 
-def _standard_autoscaler(predictor: Manifest, autoscaler: str) -> Clauses:
+def _standard_autoscaler(predictor: Manifest, autoscaler: str) -> ProblemsAndRemedies:
     metric = predictor.get("scaleMetric")
     metrics = (predictor.get("autoScaling") or {}).get("metrics") or []
     if autoscaler == "hpa":
@@ -197,52 +197,52 @@ def _standard_autoscaler(predictor: Manifest, autoscaler: str) -> Clauses:
             )
         if not 1 <= predictor.get("scaleTarget", 80) <= 100:
             yield "scaleTarget is not a percentage, which KServe denies", "use 1 to 100"
-        if any(each.get("type") != "Resource" for each in metrics):
-            yield "autoScaling has a metric that is no Resource, which class hpa denies", "use class keda"
+        if any(entry.get("type") != "Resource" for entry in metrics):
+            yield "autoScaling has a metric that is not a Resource, which class hpa denies", "use class keda"
     if autoscaler == "keda":
         if metric is not None:
             yield "scaleMetric is set, which class keda denies", "remove it"
-        for each in metrics:
-            external = each.get("external") or {}
-            if each.get("type") == "External" and (
+        for entry in metrics:
+            external = entry.get("external") or {}
+            if entry.get("type") == "External" and (
                 not external.get("metric", {}).get("query") or external.get("target", {}).get("value") is None
             ):
                 yield "an External metric has no query or no target.value, which class keda denies", "set both"
 
 
-def _mode(deployment: Deployment) -> Clauses:
+def _mode(deployment: Deployment) -> ProblemsAndRemedies:
     mode = deployment.annotations.get("serving.kserve.io/deploymentMode")
     if mode is None:
         yield (
-            "no deployment mode is said, and clusters differ in their default",
-            "annotate it with serving.kserve.io/deploymentMode: Knative, or Standard",
+            "no deployment mode is set, and the default depends on the cluster",
+            "annotate it with serving.kserve.io/deploymentMode: Knative or Standard",
         )
     elif mode not in MODES:
-        yield f"deployment mode {mode!r} is none of KServe's", "use Knative or Standard"
+        yield f"deployment mode {mode!r} is unknown", "use Knative or Standard"
     autoscaler = deployment.annotations.get("serving.kserve.io/autoscalerClass")
     if autoscaler not in (None, *AUTOSCALERS):
         yield f"autoscalerClass {autoscaler!r} is denied by KServe", f"use one of {', '.join(AUTOSCALERS)}"
     if "canary" in deployment.service["spec"] and deployment.is_knative:
-        yield "spec.canary is set, which only Standard mode can do", "use spec.predictor.canaryTrafficPercent"
+        yield "spec.canary is set, which only Standard mode supports", "use spec.predictor.canaryTrafficPercent"
 
 
-def _runtime(deployment: Deployment) -> Clauses:
+def _runtime(deployment: Deployment) -> ProblemsAndRemedies:
     runtime, model = deployment.runtime, deployment.model
     if runtime is None:
-        return  # Whether it exists is a question of references.
+        return  # checks/references.py reports it.
     formats = {entry["name"] for entry in runtime["spec"].get("supportedModelFormats", [])}
-    wanted = (model.get("modelFormat") or {}).get("name")
-    if wanted not in formats:
+    model_format = (model.get("modelFormat") or {}).get("name")
+    if model_format not in formats:
         yield (
-            f"the runtime supports {', '.join(sorted(formats)) or 'no format'} and not {wanted!r}, which shows only "
-            "after apply, as NoSupportingRuntime",
+            f"the runtime supports {', '.join(sorted(formats)) or 'no format'} and not {model_format!r}, an error "
+            "reported only after apply, as NoSupportingRuntime",
             "correct modelFormat.name",
         )
     protocols = runtime["spec"].get("protocolVersions", [])
     if model.get("protocolVersion", "v1") not in protocols:
         yield (
-            f"the runtime does not speak {model.get('protocolVersion', 'v1')}",
+            f"the runtime does not support protocol {model.get('protocolVersion', 'v1')}",
             f"set model.protocolVersion to {' or '.join(protocols)}",
         )
     if not any(container["name"] == KSERVE_CONTAINER for container in runtime["spec"].get("containers", [])):
-        yield f"the runtime has no container named {KSERVE_CONTAINER}", "name the one that serves so"
+        yield f"the runtime has no container named {KSERVE_CONTAINER}", "rename the container of the predictor"

@@ -1,4 +1,4 @@
-"""Names that must lead somewhere: within the overlay, or to a Secret that somebody must make."""
+"""Check references between objects, and list the Secrets that must exist."""
 
 import re
 from collections.abc import Iterator
@@ -9,47 +9,47 @@ from preflight.findings import Finding
 
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 PODS_OF = "serving.kserve.io/inferenceservice"
-"""KServe's label of the pods of an InferenceService."""
+"""Label that KServe sets on the pods of an InferenceService."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class SecretKey:
-    """A Secret that the overlay names and, on purpose, does not hold."""
+    """A referenced Secret, which overlays deliberately do not contain."""
 
     name: str
     key: str | None
-    """None where all of it is used."""
+    """None if the whole Secret is used."""
     optional: bool = False
 
 
 def secrets(deployment: Deployment) -> list[SecretKey]:
-    """The Secrets that must exist in the namespace, and those that may."""
-    found: set[SecretKey] = set()
+    """Return the required and optional Secrets of the namespace."""
+    keys: set[SecretKey] = set()
     for pod in deployment.pods:
         for container in pod.containers:
             for variable in container.get("env", []):
                 if source := variable.get("valueFrom", {}).get("secretKeyRef"):
-                    found.add(SecretKey(source["name"], source["key"], source.get("optional", False)))
+                    keys.add(SecretKey(source["name"], source["key"], source.get("optional", False)))
             for entry in container.get("envFrom", []):
                 if source := entry.get("secretRef"):
-                    found.add(SecretKey(source["name"], None, source.get("optional", False)))
+                    keys.add(SecretKey(source["name"], None, source.get("optional", False)))
         for volume in pod.spec.get("volumes", []):
             if source := volume.get("secret"):
                 items = source.get("items") or [{"key": None}]
-                found |= {SecretKey(source["secretName"], each["key"], source.get("optional", False)) for each in items}
-        found |= {SecretKey(each["name"], ".dockerconfigjson", True) for each in pod.spec.get("imagePullSecrets", [])}
+                keys |= {SecretKey(source["secretName"], item["key"], source.get("optional", False)) for item in items}
+        keys |= {SecretKey(entry["name"], ".dockerconfigjson", True) for entry in pod.spec.get("imagePullSecrets", [])}
     for account in deployment.all("ServiceAccount"):
-        # The kubelet warns of a pull secret that is not there, and pulls without it.
-        found |= {SecretKey(each["name"], ".dockerconfigjson", True) for each in account.get("imagePullSecrets", [])}
+        # Without the pull secret, the kubelet logs a warning and pulls anonymously.
+        keys |= {SecretKey(entry["name"], ".dockerconfigjson", True) for entry in account.get("imagePullSecrets", [])}
     for ingress in deployment.all("Ingress"):
-        found |= {
+        keys |= {
             SecretKey(tls["secretName"], "tls.crt") for tls in ingress["spec"].get("tls", []) if "secretName" in tls
         }
-    return sorted(found, key=lambda each: (each.name, each.key or ""))
+    return sorted(keys, key=lambda key: (key.name, key.key or ""))
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """Every name that is used and leads nowhere."""
+    """Yield references without a target."""
     yield from _runtime_and_claim(deployment)
     for pod in deployment.pods:
         yield from _of_pod(deployment, pod)
@@ -66,8 +66,8 @@ def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
     if deployment.model and deployment.runtime is None:
         yield Finding(
             deployment.where,
-            f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model names no runtime",
-            "set model.runtime to the ServingRuntime that is",
+            f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model has no runtime",
+            "set model.runtime to the ServingRuntime of this overlay",
         )
     uri = deployment.model.get("storageUri", "")
     if deployment.claim is not None and not deployment.find("PersistentVolumeClaim", deployment.claim):
@@ -77,7 +77,7 @@ def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
         if filled and deployment.claim not in filled:
             yield Finding(
                 deployment.where,
-                f"storageUri is {uri!r}, and the model is downloaded onto {' and '.join(filled)}",
+                f"storageUri is {uri!r}, and the model is downloaded to {' and '.join(filled)}",
                 f"set storageUri: pvc://{filled[0]}",
             )
 
@@ -120,7 +120,7 @@ def _config_maps(deployment: Deployment, pod: Pod, container: Manifest) -> Itera
         elif source["key"] not in config.get("data", {}):
             yield Finding(
                 pod.where,
-                f"{variable['name']} comes from key {source['key']!r}, which ConfigMap {source['name']} does not have",
+                f"{variable['name']} is read from key {source['key']!r}, which is not in ConfigMap {source['name']}",
                 f"set {source['key']} with a configMapGenerator of `behavior: merge` in the overlay",
             )
 
@@ -132,15 +132,15 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
             yield Finding(
                 deployment.where,
                 f"container {KSERVE_CONTAINER} has no {kind}",
-                "put back the one of manifests/serving/serving-runtime.yaml",
+                "copy it from manifests/serving/serving-runtime.yaml",
             )
             continue
-        asked = re.fullmatch(r"/v2/models/([^/]+)/ready", probe.get("httpGet", {}).get("path", ""))
-        if asked and asked[1] != deployment.name:
+        path = re.fullmatch(r"/v2/models/([^/]+)/ready", probe.get("httpGet", {}).get("path", ""))
+        if path and path[1] != deployment.name:
             yield Finding(
                 deployment.where,
-                f"the {kind} asks for model {asked[1]!r}, and {deployment.name} is served",
-                "ask /v2/models/{{.Name}}/ready",
+                f"the {kind} requests model {path[1]!r}, and {deployment.name} is served",
+                "use the path /v2/models/{{.Name}}/ready",
             )
     for pod in deployment.pods:
         for container in pod.containers:
@@ -149,19 +149,19 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                 if port is not None and port not in _ports(container):
                     yield Finding(
                         pod.where,
-                        f"the {kind} asks port {port!r}, which container {container['name']} does not open",
+                        f"the {kind} uses port {port!r}, which container {container['name']} does not open",
                         f"use {' or '.join(sorted(map(str, _ports(container)))) or 'a containerPort'}",
                     )
     ports = _ports(deployment.server)
-    told = deployment.settings.get("PREDICTOR_HTTP_PORT")
-    if told and ports and int(told) not in ports:
+    port = deployment.settings.get("PREDICTOR_HTTP_PORT")
+    if port and ports and int(port) not in ports:
         yield Finding(
-            deployment.where, f"PREDICTOR_HTTP_PORT is {told}, and the container opens another port", "make them equal"
+            deployment.where, f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port", "make them equal"
         )
 
 
 def _backends(deployment: Deployment) -> Iterator[Finding]:
-    """The Service behind an Ingress is KServe's, named after the InferenceService, and in Standard mode only."""
+    """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
     for ingress in deployment.all("Ingress"):
         for rule in ingress["spec"].get("rules", []):
             for path in rule.get("http", {}).get("paths", []):
@@ -171,18 +171,18 @@ def _backends(deployment: Deployment) -> Iterator[Finding]:
         if deployment.is_knative:
             yield Finding(
                 name_of(ingress),
-                "it bypasses Knative's gateway and activator, so nothing wakes a service at zero",
+                "it bypasses Knative's gateway and activator, so a service at zero replicas does not start",
                 "use Standard mode, or remove it and use the gateway's host",
             )
 
 
 def _ports(container: Manifest) -> set[int | str]:
-    """Numbers and names of the ports that a container opens."""
+    """Return the numbers and names of a container's ports."""
     return {port[key] for port in container.get("ports", []) for key in ("containerPort", "name") if key in port}
 
 
 def _selectors(deployment: Deployment) -> Iterator[Finding]:
-    """Policies and monitors of the predictor, which find its pods by the name of the InferenceService."""
+    """Check the policies and monitors that select the predictor's pods by the InferenceService's name."""
     for manifest in [*deployment.all("NetworkPolicy"), *deployment.all("PodMonitor")]:
         spec = manifest["spec"]
         selected = (spec.get("podSelector") or spec.get("selector") or {}).get("matchLabels", {}).get(PODS_OF)
@@ -197,37 +197,36 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
             if port is not None and port not in _ports(deployment.server):
                 yield Finding(
                     name_of(manifest),
-                    f"it asks port {port}, which container {KSERVE_CONTAINER} does not open",
+                    f"it scrapes port {port}, which container {KSERVE_CONTAINER} does not open",
                     "use the containerPort of the ServingRuntime",
                 )
 
 
 def _services(deployment: Deployment) -> Iterator[Finding]:
-    """Services of the overlay's own, which stand before Deployments of its own."""
+    """Check the Services of the overlay's Deployments."""
     for service in deployment.all("Service"):
         selector = service["spec"].get("selector") or {}
-        templates = [each["spec"]["template"] for each in deployment.all("Deployment")]
-        chosen = [each for each in templates if selector.items() <= each["metadata"].get("labels", {}).items()]
-        if not chosen:
+        templates = [owner["spec"]["template"] for owner in deployment.all("Deployment")]
+        selected = [pod for pod in templates if selector.items() <= pod["metadata"].get("labels", {}).items()]
+        if not selected:
             yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector")
             continue
-        ports = {port for each in chosen for container in each["spec"]["containers"] for port in _ports(container)}
+        ports = {port for pod in selected for container in pod["spec"]["containers"] for port in _ports(container)}
         for port in service["spec"].get("ports", []):
             target = port.get("targetPort", port["port"])
             if target not in ports:
                 yield Finding(
                     name_of(service),
-                    f"it leads to port {target!r}, which no container behind it opens",
+                    f"its target port {target!r} is opened by no selected container",
                     f"use {' or '.join(sorted(map(str, ports))) or 'a containerPort'}",
                 )
 
 
 def _roles(deployment: Deployment) -> Iterator[Finding]:
     for binding in deployment.all("RoleBinding"):
-        named = [binding["roleRef"], *binding.get("subjects", [])]
-        for each in named:
-            if each["kind"] in ("Role", "ServiceAccount") and not deployment.find(each["kind"], each["name"]):
-                yield _missing(name_of(binding), each["kind"], each["name"])
+        for target in [binding["roleRef"], *binding.get("subjects", [])]:
+            if target["kind"] in ("Role", "ServiceAccount") and not deployment.find(target["kind"], target["name"]):
+                yield _missing(name_of(binding), target["kind"], target["name"])
 
 
 def _images(deployment: Deployment) -> Iterator[Finding]:
@@ -239,10 +238,10 @@ def _images(deployment: Deployment) -> Iterator[Finding]:
             if ("." not in registry and ":" not in registry) or not tagged or image.endswith(":latest"):
                 yield Finding(
                     pod.where,
-                    f"the image of container {container['name']} is {image!r}, without a registry or a tag of its own",
-                    "name it in component images, and list that component last",
+                    f"the image of container {container['name']} is {image!r}, without a registry or without a tag",
+                    "set it in component images, and list that component last",
                 )
 
 
 def _missing(where: str, kind: str, name: str | None) -> Finding:
-    return Finding(where, f"it names {kind} {name!r}, which is not in this overlay", "correct the name or add it")
+    return Finding(where, f"it refers to {kind} {name!r}, which is not in this overlay", "correct the name or add it")

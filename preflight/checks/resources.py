@@ -1,4 +1,4 @@
-"""Whether it fits: the model into memory, the replicas onto the volume, the pod onto a node with a GPU."""
+"""Check resources: requests and limits, GPUs, the volume's access mode, memory of weights and KV cache."""
 
 import json
 import re
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from preflight import quantities
 from preflight.deployment import Deployment, name_of
-from preflight.findings import CannotLook, Finding
+from preflight.findings import CheckError, Finding
 
 GPU = "nvidia.com/gpu"
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
 PROCESS_BYTES = 1.0 * 2**30
-"""Python, torch and their buffers."""
-TOKENS_PER_SEQUENCE = 512
-"""Of the KV cache, where its size is not said: with less, a batch of ordinary requests does not fit into it."""
+"""Python, PyTorch and their buffers."""
+TOKENS_PER_SEQUENCE = 2048
+"""KV cache tokens per sequence if its size is not set; the predictor sizes its cache by the same number."""
 _MIG = re.compile(r"nvidia\.com/mig-\d+g\.(\d+)gb")
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The numbers of a config.json that say how large a model is; decoders with gated MLPs, as Llama's and Qwen's."""
+    """Dimensions of a decoder with gated MLPs, such as Llama or Qwen, from its config.json."""
 
     hidden: int
     intermediate: int
@@ -35,30 +35,30 @@ class Model:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters that quantization shrinks."""
+        """Number of parameters that are quantized."""
         attention = self.hidden * self.head * 2 * (self.heads + self.key_value_heads)
         return self.layers * (attention + 3 * self.hidden * self.intermediate)
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, which it does not."""
+        """Number of parameters of embeddings, which are not quantized."""
         return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def weight_bytes(self, quantization: str, dtype: str) -> float:
-        """Memory of the weights."""
+        """Return the bytes of the weights."""
         full = BYTES.get(self.dtype if dtype == "auto" else dtype, 2.0)
         return self.linear_parameters * BYTES.get(quantization, full) + self.other_parameters * full
 
     def cache_bytes(self, tokens: int) -> float:
-        """Memory of the KV cache: keys and values, two bytes each."""
+        """Return the bytes of the KV cache: keys and values in two bytes each."""
         return 2.0 * 2 * self.layers * self.key_value_heads * self.head * tokens
 
 
 def read(path: Path) -> Model:
-    """The model of a config.json.
+    """Read the dimensions of a config.json.
 
     Raises:
-        CannotLook: the file is not there or lacks a number.
+        CheckError: the file does not exist or has no such dimension.
     """
     try:
         config = json.loads(path.read_text())
@@ -74,11 +74,11 @@ def read(path: Path) -> Model:
             dtype=config.get("torch_dtype") or config.get("dtype") or "bfloat16",
         )
     except (OSError, ValueError, KeyError) as error:
-        raise CannotLook(f"{path} is no config.json of a decoder ({error!r}); name the model's own.") from None
+        raise CheckError(f"{path} is not a config.json of a decoder: {error!r}. Use that of the model.") from None
 
 
 def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:
-    """Resources, the volume's access mode, what a GPU comes with, and memory where the model is known."""
+    """Yield findings on requests and limits, GPUs, access modes and, with a model, memory."""
     yield from _resources(deployment)
     yield from _gpu(deployment)
     yield from _claim(deployment)
@@ -95,13 +95,13 @@ def _resources(deployment: Deployment) -> Iterator[Finding]:
                 if request is None or limit is None:
                     yield Finding(
                         pod.where,
-                        f"container {container['name']} does not say how much {name} it needs, so others decide",
+                        f"container {container['name']} has no request or no limit of {name}",
                         f"set {name} in requests and limits",
                     )
                 elif quantities.number(request) > quantities.number(limit):
                     yield Finding(
                         pod.where,
-                        f"container {container['name']} requests {name} {request} over its limit {limit}",
+                        f"container {container['name']} requests {name} {request}, more than its limit {limit}",
                         "raise the limit or lower the request",
                     )
 
@@ -115,14 +115,14 @@ def _gpu(deployment: Deployment) -> Iterator[Finding]:
     if requests != limits:
         yield Finding(
             deployment.where,
-            f"GPU requests {requests} differ from limits {limits}, which Kubernetes refuses",
+            f"GPU requests {requests} differ from limits {limits}, which Kubernetes rejects",
             "make them equal",
         )
     tolerations = deployment.predictor_pod.spec.get("tolerations", [])
-    if limits and not any(each.get("key") in (GPU, None) for each in tolerations):
+    if limits and not any(toleration.get("key") in (GPU, None) for toleration in tolerations):
         yield Finding(
             deployment.where,
-            f"a GPU is requested and the taint {GPU} not tolerated, so nodes that have it refuse the pod",
+            f"a GPU is requested and the taint {GPU} is not tolerated, so GPU nodes with it reject the pod",
             "add component gpu",
         )
 
@@ -148,29 +148,30 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
     weights = model.weight_bytes(quantization, dtype)
     stored = model.weight_bytes("none", "auto")
     memory = quantities.number(limits.get("memory", 0))
-    slices = [int(found[1]) * 1e9 for name in limits if (found := _MIG.fullmatch(name))]
+    slices = [int(match[1]) * 1e9 for name in limits if (match := _MIG.fullmatch(name))]
     if any(name.startswith("nvidia.com/") for name in limits):
         if slices and weights + PROCESS_BYTES > slices[0]:
             yield Finding(
                 deployment.where,
-                f"the weights take {quantities.gib(weights)}, and a slice has {quantities.gib(slices[0])}",
+                f"the weights need {quantities.gib(weights)}, and the GPU slice has {quantities.gib(slices[0])}",
                 "request a larger slice, or quantize",
             )
         if stored > memory:
             yield Finding(
                 deployment.where,
-                f"the checkpoint's {quantities.gib(stored)} pass through {quantities.gib(memory)} of host memory",
-                "raise the memory limit above it, so that no page is read twice",
+                f"the checkpoint's {quantities.gib(stored)} are loaded through {quantities.gib(memory)} of host memory",
+                "raise the memory limit above the checkpoint's size to read each page once",
                 "warning",
             )
         return
-    batch = int(settings.get("PREDICTOR_MAX_NUM_SEQS", 1))
-    cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", batch * TOKENS_PER_SEQUENCE)))
+    per_sequence = min(TOKENS_PER_SEQUENCE, int(settings.get("PREDICTOR_MAX_MODEL_LEN", TOKENS_PER_SEQUENCE)))
+    useful = int(settings.get("PREDICTOR_MAX_NUM_SEQS", 1)) * per_sequence
+    cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", useful)))
     needed = weights + cache + PROCESS_BYTES
     if needed > memory:
         yield Finding(
             deployment.where,
-            f"the model needs {quantities.gib(needed)}, of which weights {quantities.gib(weights)} and KV cache "
-            f"{quantities.gib(cache)}, and the memory limit is {quantities.gib(memory)}",
+            f"the model needs {quantities.gib(needed)} (weights {quantities.gib(weights)}, KV cache "
+            f"{quantities.gib(cache)}), and the memory limit is {quantities.gib(memory)}",
             "raise the limit, quantize, or lower PREDICTOR_MAX_NUM_SEQS",
         )

@@ -1,4 +1,4 @@
-"""Whether the API server would know every field: core kinds by Kubernetes' own schemas, others by their CRDs."""
+"""Validate fields: core kinds by Kubernetes' schemas, custom kinds by their CRDs."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -10,19 +10,19 @@ import kubernetes_validate  # type: ignore[import-untyped]
 import yaml
 
 from preflight.deployment import Deployment, Manifest, name_of
-from preflight.findings import CannotLook, Finding
+from preflight.findings import CheckError, Finding
 
 KUBERNETES_VERSION = "1.32"
-"""The oldest that KServe v0.20 supports."""
+"""The oldest version that KServe v0.20 supports."""
 _CORE = re.compile(r"v1|(apps|batch|autoscaling|policy)/v\d+|[a-z.]+\.k8s\.io/v\d+\w*")
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _METADATA = {"type": "object", "properties": {"labels": _STRINGS, "annotations": _STRINGS}}
 _NO_CORE = ("gateway.networking.k8s.io/",)
-"""Groups of k8s.io that are CustomResourceDefinitions all the same."""
+"""Groups below k8s.io that are CustomResourceDefinitions."""
 
 
 class Schemas:
-    """The schemas of custom kinds. Cheap to make; a schema is compiled when it is first asked for."""
+    """Schemas of custom kinds, each compiled on first use."""
 
     def __init__(self, definitions: Iterable[Manifest] = ()) -> None:
         self._schemas = {
@@ -33,7 +33,7 @@ class Schemas:
         self._validators: dict[tuple[str, str, str], jsonschema.Draft202012Validator] = {}
 
     def problems(self, manifest: Manifest) -> list[str] | None:
-        """What is wrong, as `$.path: message`; None where no schema of the kind is at hand."""
+        """Return problems as `$.path: message`; None without a schema of the kind."""
         api_version = str(manifest["apiVersion"])
         if is_core(api_version):
             return _core_problems(manifest)
@@ -48,15 +48,15 @@ class Schemas:
 
 
 def is_core(api_version: str) -> bool:
-    """Whether Kubernetes itself serves the group."""
+    """Return whether Kubernetes itself serves the group."""
     return bool(_CORE.fullmatch(api_version)) and not api_version.startswith(_NO_CORE)
 
 
 def definitions_in(folder: Path) -> list[Manifest]:
-    """The CustomResourceDefinitions of a folder, one or more in each `*.yaml`.
+    """Read the CustomResourceDefinitions of a folder's `*.yaml` files.
 
     Raises:
-        CannotLook: there is none in it.
+        CheckError: the folder contains none.
     """
     definitions = [
         document
@@ -65,23 +65,23 @@ def definitions_in(folder: Path) -> list[Manifest]:
         if document and document.get("kind") == "CustomResourceDefinition"
     ]
     if not definitions:
-        raise CannotLook(f"{folder} holds no CustomResourceDefinition; name a folder with those of KServe with --crds.")
+        raise CheckError(f"{folder} contains no CustomResourceDefinition. Set --crds to a folder with those of KServe.")
     return definitions
 
 
 def check(deployment: Deployment, schemas: Schemas) -> Iterator[Finding]:
-    """Unknown fields, wrong types, missing fields."""
+    """Yield unknown fields, wrong types and missing fields."""
     for manifest in deployment.objects:
         problems = schemas.problems(manifest)
         if problems is None:
             yield Finding(
                 name_of(manifest),
-                f"its fields were not checked, as no CRD of {manifest['apiVersion']} {manifest['kind']} is at hand",
-                "name a folder that has it with --crds, or a cluster with --context",
+                f"its fields were not checked: no CRD of {manifest['apiVersion']} {manifest['kind']}",
+                "set --crds to a folder that contains it, or --context to a cluster",
                 "warning",
             )
         for problem in problems or []:
-            yield Finding(name_of(manifest), problem, "the API server refuses it, so correct or remove the field")
+            yield Finding(name_of(manifest), problem, "correct or remove the field, which the API server rejects")
 
 
 def _core_problems(manifest: Manifest) -> list[str]:
@@ -95,7 +95,7 @@ def _core_problems(manifest: Manifest) -> list[str]:
 
 
 def _strict(schema: dict[str, Any], root: bool = False) -> dict[str, Any]:
-    """The schema as Kubernetes means it: what it does not know, it prunes, so unknown is an error."""
+    """Return the schema with unknown fields as errors; Kubernetes prunes them."""
     strict = dict(schema)
     if "properties" in schema:
         strict["properties"] = {name: _strict(value) for name, value in schema["properties"].items()}
@@ -104,7 +104,7 @@ def _strict(schema: dict[str, Any], root: bool = False) -> dict[str, Any]:
     if isinstance(schema.get("additionalProperties"), dict):
         strict["additionalProperties"] = _strict(schema["additionalProperties"])
     if root or schema.get("x-kubernetes-embedded-resource"):
-        # The API server itself knows what metadata holds.
+        # The API server validates metadata without the CRD.
         strict["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": _METADATA}
     if (
         schema.get("type") == "object"

@@ -1,55 +1,59 @@
-"""The settings: known keys, one reference, pinned; and threads and devices that agree with the resources."""
+"""Check settings: keys and values, one pinned model reference, and a device that matches the resources."""
 
 import difflib
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from preflight import quantities
 from preflight.deployment import Deployment, name_of
 from preflight.findings import Finding
 
 PREFIXES = ("PREDICTOR_", "STORAGE_INITIALIZER_")
-"""Keys that the programs refuse where they do not know them."""
+"""Prefixes whose unknown keys the programs reject."""
 _KEY = re.compile(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", re.MULTILINE)
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _MOUNT = "/mnt/models"
-"""Where KServe mounts what `storageUri` names; nobody can tell it another place."""
-_TRUTH = {"1", "0", "on", "off", "t", "f", "true", "false", "y", "n", "yes", "no"}
+"""Mount path of `storageUri`, which is fixed in KServe."""
 _PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+[:@][0-9a-f]{40}")
 _REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+([:@].+)?|file:///.+")
 
 
 def known_keys(base: Path) -> dict[str, str]:
-    """Every key of base's *.env files, which hold all settings, with its value there; empty where it is not set."""
+    """Read every setting of base's *.env files with its default, which is empty for unset keys."""
     return {key: value for path in base.glob("*.env") for key, value in _KEY.findall(path.read_text())}
 
 
 def check(deployment: Deployment, known: dict[str, str]) -> Iterator[Finding]:
-    """Misspelt keys, values of another kind, a reference that is missing, moving or not the same everywhere, devices.
+    """Yield unknown keys, invalid values, missing, unpinned or differing references, and wrong devices.
 
     Args:
-        deployment: what is rendered.
-        known: every key that is a setting, with its default; where it is empty, keys are not looked at.
+        deployment: the rendered overlay.
+        known: every setting's key with its default; if empty, keys are not checked.
     """
     for config in deployment.all("ConfigMap"):
         for key, value in sorted((config.get("data") or {}).items()):
             if _NUMBER.fullmatch(default := known.get(key, "")) and not _NUMBER.fullmatch(value):
-                yield Finding(name_of(config), f"{key} is {value!r}, which is no number", f"write one, as in {default}")
-            if default in ("true", "false") and value.lower() not in _TRUTH:
-                yield Finding(name_of(config), f"{key} is {value!r}", "write true or false")
+                yield Finding(
+                    name_of(config),
+                    f"{key} is {value!r}, which is not a number",
+                    f"set a number, for example {default}",
+                )
+            if default in ("true", "false") and value.lower() not in quantities.TRUE_WORDS | quantities.FALSE_WORDS:
+                yield Finding(name_of(config), f"{key} is {value!r}", "set true or false")
             if known and key.startswith(PREFIXES) and key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
                 yield Finding(
                     name_of(config),
-                    f"{key} is not a setting, and the program refuses to start",
-                    f"write {close[0]}" if close else "remove it",
+                    f"{key} is not a setting, so the program does not start",
+                    f"use {close[0]}" if close else "remove it",
                 )
     directory = deployment.settings.get("PREDICTOR_MODEL_DIR", _MOUNT)
     if deployment.claim and directory != _MOUNT:
         yield Finding(
             deployment.where,
             f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {_MOUNT}",
-            f"leave it at {_MOUNT}; the directory below it follows from MODEL_REFERENCE",
+            f"set {_MOUNT}, since MODEL_REFERENCE selects the directory below it",
         )
     yield from _reference(deployment)
     yield from _device(deployment)
@@ -60,24 +64,24 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
     if not reference:
         yield Finding(
             deployment.where,
-            "the predictor is told no MODEL_REFERENCE",
+            "MODEL_REFERENCE of the predictor is not set",
             "add it to the ConfigMap model-download with a configMapGenerator of `behavior: merge`",
         )
         return
     if not _REFERENCE.fullmatch(reference):
-        yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "write hf://owner/model:<commit>")
+        yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>")
     elif reference.startswith("hf://") and not _PINNED.fullmatch(reference):
         yield Finding(
             deployment.where,
             f"MODEL_REFERENCE {reference} is not pinned, so two replicas may serve different weights",
             "pin a commit, hf://owner/model:<40 hex digits>",
         )
-    fetched = {deployment.environment(container).get("MODEL_REFERENCE") for _, container in deployment.downloads}
-    if fetched != {reference}:
-        others = ", ".join(sorted(str(each) for each in fetched - {reference})) or "nothing"
+    downloaded = {deployment.environment(container).get("MODEL_REFERENCE") for _, container in deployment.downloads}
+    if downloaded != {reference}:
+        others = ", ".join(sorted(str(other) for other in downloaded - {reference})) or "nothing"
         yield Finding(
             deployment.where,
-            f"the predictor looks for {reference} and {others} is downloaded",
+            f"the predictor serves {reference} and the Job downloads {others}",
             "set MODEL_REFERENCE once, in the ConfigMap model-download",
         )
 
@@ -89,7 +93,7 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
     if gpus and device != "cuda":
         yield Finding(
             deployment.where,
-            f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod that cannot use it serves from its CPU",
+            f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod without a usable GPU serves from its CPU",
             "set PREDICTOR_DEVICE=cuda",
         )
     if device == "cuda" and not gpus:

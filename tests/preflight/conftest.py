@@ -1,4 +1,4 @@
-"""Overlays of the tree, rendered once, to make mistakes in; and a cluster on loopback to ask."""
+"""Rendered overlays that tests may change, and a fake API server."""
 
 import copy
 import json
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from devtools.paths import ROOT
 from preflight import offline, rendering
 from preflight.checks import schema, settings
 from preflight.checks.resources import Model
@@ -22,22 +23,20 @@ from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 from preflight.findings import Finding
 
-ROOT = Path(__file__).resolve().parents[2]
 OVERLAYS = ROOT / "kustomize/overlays"
 
 
 class Draft:
-    """An overlay that a test may change before it is looked over."""
+    """A copy of a rendered overlay that a test may change."""
 
     def __init__(self, rendered: Deployment) -> None:
         self.objects = copy.deepcopy(list(rendered.objects))
 
     def __getitem__(self, name: str) -> Manifest:
-        """The object of a kind, or of `Kind/name`, where the name may lack the hash of a generated one."""
+        """Return the object of a kind, or of `Kind/prefix-of-name`."""
         kind, _, start = name.partition("/")
-        found = [each for each in self.objects if each["kind"] == kind and each["metadata"]["name"].startswith(start)]
-        assert found, name
-        return found[0]
+        objects = (manifest for manifest in self.objects if manifest["kind"] == kind)
+        return next(manifest for manifest in objects if manifest["metadata"]["name"].startswith(start))
 
     @property
     def annotations(self) -> dict[str, str]:
@@ -75,15 +74,15 @@ class Draft:
         data: dict[str, str] = self["ConfigMap/model-download-"]["data"]
         return data
 
-    def look(self, schemas: Schemas | None = None, model: Model | None = None) -> list[Finding]:
-        """What preflight says; without schemas, custom kinds are taken as they are."""
-        found = offline.check(
-            Deployment(tuple(self.objects)),
-            schemas or Schemas(),
-            settings.known_keys(ROOT / "kustomize/base"),
-            model,
-        )
-        return [finding for finding in found if "were not checked" not in finding.problem]
+    @property
+    def deployment(self) -> Deployment:
+        return Deployment(tuple(self.objects))
+
+    def check(self, schemas: Schemas | None = None, model: Model | None = None) -> list[Finding]:
+        """Run the offline checks; without schemas, custom kinds are not validated."""
+        known = settings.known_keys(ROOT / "kustomize/base")
+        findings = offline.check(self.deployment, schemas or Schemas(), known, model)
+        return [finding for finding in findings if "were not checked" not in finding.problem]
 
 
 @cache
@@ -93,20 +92,21 @@ def _rendered(name: str) -> Deployment:
     return rendering.render(OVERLAYS / name)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rendered() -> Callable[[str], Deployment]:
-    """An overlay as it is."""
+    """Renders an overlay."""
     return _rendered
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draft() -> Callable[[str], Draft]:
-    """An overlay to be changed."""
+    """Renders an overlay into a Draft."""
     return lambda name: Draft(_rendered(name))
 
 
 @pytest.fixture(scope="session")
 def schemas() -> Schemas:
+    """The schemas of core and custom kinds."""
     folder = os.environ.get("CRD_DIR")
     if not folder:
         pytest.skip("CRD_DIR is not set: a folder with the CRDs of KServe, Prometheus' operator and KEDA")
@@ -115,7 +115,7 @@ def schemas() -> Schemas:
 
 @dataclass
 class FakeCluster:
-    """Answers like an API server: what is in `answers`, 403 for what is forbidden, 404 for the rest."""
+    """State of the fake API server: `answers` by path, 403 for forbidden paths, else 404."""
 
     answers: dict[str, Any] = field(default_factory=dict)
     forbidden: set[str] = field(default_factory=set)
@@ -130,10 +130,10 @@ class FakeCluster:
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCluster]:
-    """A real HTTP server on loopback, and a kubeconfig whose context `here` leads to it."""
+    """Start an HTTP server on loopback, with a kubeconfig whose context `here` points to it."""
     fake = FakeCluster(kubeconfig=tmp_path / "kubeconfig")
 
-    class Answering(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             status = 403 if path in fake.forbidden else 200 if path in fake.answers else 404
@@ -147,7 +147,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClu
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Answering)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     kubeconfig = {

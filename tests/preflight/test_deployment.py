@@ -1,41 +1,26 @@
-"""How preflight reads: amounts, and the pod that KServe makes of two objects."""
+"""The pod that KServe merges from runtime and service, and the Knative flags that it needs."""
+
+from typing import Any
 
 import pytest
 
-from preflight import quantities
 from preflight.checks import knative
-from preflight.deployment import Deployment
+from preflight.deployment import Deployment, Manifest
 
 
-@pytest.mark.parametrize(("text", "expected"), [("90s", 90), ("13m", 780), ("1h30m", 5400), ("500ms", 0.5)])
-def test_reads_durations(text, expected):
-    assert quantities.seconds(text) == expected
-
-
-@pytest.mark.parametrize("text", ["13", "", "1 m", "m", 60, None])
-def test_refuses_what_is_no_duration(text):
-    with pytest.raises(ValueError, match="is not a duration"):
-        quantities.seconds(text)
-
-
-@pytest.mark.parametrize(("text", "expected"), [("500m", 0.5), ("2", 2), ("1Gi", 2**30), ("5G", 5e9)])
-def test_reads_quantities(text, expected):
-    assert quantities.number(text) == expected
-
-
-def service(model, **predictor):
+def service(model: Manifest, **predictor: Any) -> Manifest:
     spec = {"predictor": {"model": {"runtime": "r", **model}, **predictor}}
     return {"kind": "InferenceService", "metadata": {"name": "llm"}, "spec": spec}
 
 
-def runtime(**container):
+def runtime(**container: Any) -> Manifest:
     containers = [{"name": "kserve-container", **container}]
     volumes = [{"name": "tmp", "emptyDir": {}}]
     spec = {"containers": containers, "volumes": volumes, "supportedModelFormats": [{"name": "x"}]}
     return {"kind": "ServingRuntime", "metadata": {"name": "r"}, "spec": spec}
 
 
-def test_the_service_is_merged_over_the_runtime():
+def test_deployment_merges_the_service_over_the_runtime() -> None:
     below = runtime(
         args=["--served_model_name={{.Name}}"],
         env=[{"name": "A", "value": "1"}, {"name": "B", "value": "2"}],
@@ -52,15 +37,15 @@ def test_the_service_is_merged_over_the_runtime():
         volumes=[{"name": "more", "emptyDir": {}}],
         maxReplicas=2,
     )
-    read = Deployment((below, above))
-    assert read.server["args"] == ["--served_model_name=llm", "--x"]
-    assert read.environment(read.server) == {"A": "1", "B": "3"}
-    assert read.server["resources"] == {"limits": {"cpu": "1", "memory": "1Gi"}}
-    assert read.server["readinessProbe"]["httpGet"]["path"] == "/v2/models/llm/ready"
-    assert [volume["name"] for volume in read.predictor_pod.spec["volumes"]] == ["tmp", "more"]
-    # What is KServe's own is no part of the pod.
-    assert not {"maxReplicas", "storageUri", "supportedModelFormats"} & set(read.predictor_pod.spec) | (
-        {"storageUri", "runtime"} & set(read.server)
+    deployment = Deployment((below, above))
+    assert deployment.server["args"] == ["--served_model_name=llm", "--x"]
+    assert deployment.environment(deployment.server) == {"A": "1", "B": "3"}
+    assert deployment.server["resources"] == {"limits": {"cpu": "1", "memory": "1Gi"}}
+    assert deployment.server["readinessProbe"]["httpGet"]["path"] == "/v2/models/llm/ready"
+    assert [volume["name"] for volume in deployment.predictor_pod.spec["volumes"]] == ["tmp", "more"]
+    # KServe's own fields are not part of the pod.
+    assert not {"maxReplicas", "storageUri", "supportedModelFormats"} & set(deployment.predictor_pod.spec) | (
+        {"storageUri", "runtime"} & set(deployment.server)
     )
 
 
@@ -74,12 +59,12 @@ def test_the_service_is_merged_over_the_runtime():
         ({"storageUris": [{"uri": "hf://a/b"}]}, "kubernetes.podspec-init-containers"),
     ],
 )
-def test_knows_the_flag_of_a_field(pod, flag):
+def test_flags_pod_field_needs_its_flag(pod: Manifest, flag: str) -> None:
     assert knative.flags(Deployment((runtime(), service({}, **pod)))) == {flag}
 
 
-def test_a_claim_that_is_not_read_only_needs_two_flags():
-    volumes = [{"name": "x", "persistentVolumeClaim": {"claimName": "m"}}]
+def test_flags_writable_claim_needs_two_flags() -> None:
+    volumes: list[Manifest] = [{"name": "x", "persistentVolumeClaim": {"claimName": "m"}}]
     assert knative.flags(Deployment((runtime(), service({}, volumes=volumes)))) == {
         knative.CLAIM,
         knative.CLAIM_WRITE,
@@ -88,6 +73,6 @@ def test_a_claim_that_is_not_read_only_needs_two_flags():
     assert knative.flags(Deployment((runtime(), service({}, volumes=volumes)))) == {knative.CLAIM}
 
 
-def test_a_field_reference_needs_a_flag_wherever_it_stands():
+def test_flags_field_reference_of_the_runtime_needs_its_flag() -> None:
     env = [{"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]
     assert knative.flags(Deployment((runtime(env=env), service({})))) == {knative.FIELD_REFERENCE}

@@ -1,11 +1,9 @@
 """Liveness of a real engine whose model blocks or fails; the engine's clock is advanced, never waited for."""
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import pytest
 
@@ -17,31 +15,13 @@ from predictor.errors import DeadlineExceeded, EngineStopped
 from predictor.generation.self_check import SelfCheck
 from predictor.models import loader
 from predictor.types import SamplingParams
+from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = pytest.mark.xdist_group("engine")
 
 LONG = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
 PROMPT = [1, 5, 6]
 STEP_TIMEOUT_SECONDS = 1000.0
-HANG_SECONDS = 120
-"""Guard against a test that hangs; no test depends on it."""
-
-
-class Hold:
-    """A hook before every forward pass of the model: passes, blocks or fails it."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self.blocked = threading.Event()
-        self.error: Exception | None = None
-
-    def __call__(self, *_: Any) -> None:
-        if not self.open.is_set():
-            self.blocked.set()
-            self.open.wait(HANG_SECONDS)
-        if self.error:
-            raise self.error
 
 
 @contextmanager
@@ -63,7 +43,7 @@ def running() -> Iterator[tuple[Engine, Hold]]:
     try:
         yield engine, hold
     finally:
-        hold.open.set()
+        hold.open()
         engine.stop()
 
 
@@ -81,8 +61,7 @@ def engine(shared: tuple[Engine, Hold]) -> Engine:
 @pytest.fixture
 def hold(shared: tuple[Engine, Hold]) -> Iterator[Hold]:
     yield shared[1]
-    shared[1].open.set()
-    shared[1].blocked.clear()
+    shared[1].open()
 
 
 @pytest.fixture
@@ -120,7 +99,7 @@ def test_engine_with_blocked_step_is_not_alive_until_it_ends(
     async def scenario() -> None:
         [stream] = engine.submit([(PROMPT, LONG)])
         await anext(stream)
-        hold.open.clear()
+        hold.close()
         await wait_for(hold.blocked.is_set)
         assert engine.is_alive
         advance(STEP_TIMEOUT_SECONDS - 1)
@@ -133,7 +112,7 @@ def test_engine_with_blocked_step_is_not_alive_until_it_ends(
         [other] = engine.submit([(PROMPT, LONG)])
         assert not engine.is_alive, "after a new request"
         other.close()
-        hold.open.set()
+        hold.open()
         await wait_for(lambda: engine.is_alive and not engine.running)
         await engine.check(HANG_SECONDS)
 
@@ -147,13 +126,13 @@ def test_engine_with_blocked_step_and_no_clients_is_not_alive(
     async def scenario() -> None:
         [stream] = engine.submit([(PROMPT, LONG)])
         await anext(stream)
-        hold.open.clear()
+        hold.close()
         await wait_for(hold.blocked.is_set)
         stream.close()
         assert engine.is_alive
         advance(STEP_TIMEOUT_SECONDS + 1)
         assert not engine.is_alive
-        hold.open.set()
+        hold.open()
         await wait_for(lambda: engine.is_alive and not engine.running)
 
     asyncio.run(scenario())
@@ -180,10 +159,10 @@ def test_self_check_of_idle_engine_makes_steps_and_of_blocked_engine_fails(engin
         await check.check_once()
         assert engine.steps > steps
         await check.check_once()
-        hold.open.clear()
+        hold.close()
         with pytest.raises(DeadlineExceeded):
             await engine.check(0.2)
-        hold.open.set()
+        hold.open()
         await wait_for(lambda: not engine.running)
 
     asyncio.run(scenario())

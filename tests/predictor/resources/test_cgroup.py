@@ -89,19 +89,19 @@ def test_more_used_than_granted_leaves_nothing(tmp_path: Path) -> None:
 
 def test_cpu_time_is_the_tightest_quota_over_its_period(tmp_path: Path) -> None:
     files = {"sys/fs/cgroup/kubepods/pod1/container/cpu.max": "max 100000"}
-    assert cgroup.cpus(tree(tmp_path, OWN_V2 | files)) is None
-    assert cgroup.cpus(tree(tmp_path, {"sys/fs/cgroup/kubepods/pod1/cpu.max": "250000 100000"})) == 2.5
-    assert cgroup.cpus(tree(tmp_path, {"sys/fs/cgroup/kubepods/pod1/container/cpu.max": "50000 100000"})) == 0.5
+    assert cgroup.cpu_limit(tree(tmp_path, OWN_V2 | files)) is None
+    assert cgroup.cpu_limit(tree(tmp_path, {"sys/fs/cgroup/kubepods/pod1/cpu.max": "250000 100000"})) == 2.5
+    assert cgroup.cpu_limit(tree(tmp_path, {"sys/fs/cgroup/kubepods/pod1/container/cpu.max": "50000 100000"})) == 0.5
 
 
 def test_cpu_time_by_version_1(tmp_path: Path) -> None:
     folder = "sys/fs/cgroup/cpu/pod1/container"
     tree(tmp_path, OWN_V1 | {f"{folder}/cpu.cfs_quota_us": "-1", f"{folder}/cpu.cfs_period_us": "100000"})
-    assert cgroup.cpus(tmp_path) is None
+    assert cgroup.cpu_limit(tmp_path) is None
     tree(tmp_path, {f"{folder}/cpu.cfs_quota_us": "400000"})
-    assert cgroup.cpus(tmp_path) == 4
+    assert cgroup.cpu_limit(tmp_path) == 4
 
 
 @pytest.mark.parametrize("files", [{}, OWN_V2, OWN_V2 | {"sys/fs/cgroup/cpu.max": "nonsense"}])
 def test_without_a_quota_all_cores_are_granted(tmp_path: Path, files: dict[str, str]) -> None:
-    assert cgroup.cpus(tree(tmp_path, files)) is None
+    assert cgroup.cpu_limit(tree(tmp_path, files)) is None

@@ -1,24 +1,30 @@
-"""The command: what it prints, and with which exit code it ends."""
+"""The command line: output and exit codes."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
+from devtools.paths import ROOT
 from preflight.__main__ import main
+from preflight.deployment import Deployment
+from tests.preflight.conftest import FakeCluster
 
-ROOT = Path(__file__).resolve().parents[2]
+Rendered = Callable[[str], Deployment]
+Capture = pytest.CaptureFixture[str]
+
 PROD = ROOT / "kustomize/overlays/prod"
 
 
 @pytest.fixture
-def broken(tmp_path, rendered):
-    """Prod, with one mistake in a patch."""
+def broken(tmp_path: Path, rendered: Rendered) -> Path:
+    """An overlay of prod with a mistake in a patch."""
     rendered("prod")  # Skips without kubectl.
     patch = [{"op": "replace", "path": "/spec/predictor/model/storageUri", "value": "pvc://models/7b"}]
     kustomization = {
@@ -29,7 +35,7 @@ def broken(tmp_path, rendered):
     return tmp_path
 
 
-def test_ends_with_0_where_nothing_is_wrong(rendered, capsys):
+def test_main_without_errors_returns_0(rendered: Rendered, capsys: Capture) -> None:
     rendered("prod")
     assert main([str(PROD)]) == 0
     *warnings, summary = capsys.readouterr().out.splitlines()
@@ -38,7 +44,7 @@ def test_ends_with_0_where_nothing_is_wrong(rendered, capsys):
     assert summary.endswith("needs: knative flags " + ", ".join(f"kubernetes.podspec-{flag}" for flag in flags))
 
 
-def test_ends_with_1_and_one_line_where_something_is(broken):
+def test_command_with_an_error_exits_with_1_and_one_line(broken: Path) -> None:
     command = [sys.executable, "-W", "error", "-m", "preflight", str(broken)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (1, "")
@@ -46,38 +52,40 @@ def test_ends_with_1_and_one_line_where_something_is(broken):
     assert line.startswith("error: InferenceService/llm: storageUri 'pvc://models/7b' mounts a sub-path")
 
 
-def test_speaks_json(broken, capsys):
+def test_main_json_prints_findings_and_needs(broken: Path, capsys: Capture) -> None:
     assert main(["--json", str(broken)]) == 1
-    said = json.loads(capsys.readouterr().out)
-    [error] = [finding for finding in said["findings"] if finding["severity"] == "error"]
+    output = json.loads(capsys.readouterr().out)
+    [error] = [finding for finding in output["findings"] if finding["severity"] == "error"]
     assert set(error) == {"where", "problem", "remedy", "severity"}
-    assert said["needs"]["secrets"] == []
+    assert output["needs"]["secrets"] == []
 
 
-def test_ends_with_2_where_it_cannot_look(tmp_path, capsys, rendered):
+def test_main_with_a_check_error_returns_2(tmp_path: Path, capsys: Capture, rendered: Rendered) -> None:
     rendered("prod")
     assert main([str(tmp_path)]) == 2
     assert main([str(PROD), "--crds", str(tmp_path)]) == 2
     assert main([str(PROD), "--model-config", str(tmp_path / "none.json")]) == 2
     render, crds, config = capsys.readouterr().err.splitlines()
-    assert re.search(r"does not render \(unable to find one of .*\); ", render)
-    assert "holds no CustomResourceDefinition" in crds
-    assert "is no config.json of a decoder" in config
+    assert re.search(r"does not render: unable to find one of .*\. ", render)
+    assert "contains no CustomResourceDefinition" in crds
+    assert "is not a config.json of a decoder" in config
 
 
-def test_asks_the_cluster_of_a_context(cluster, rendered, capsys):
+def test_main_context_checks_the_cluster(cluster: FakeCluster, rendered: Rendered, capsys: Capture) -> None:
     rendered("dev")
     cluster.config_map("config-defaults", {"max-revision-timeout-seconds": "300"})
     cluster.answers["/apis/apiextensions.k8s.io/v1/customresourcedefinitions"] = {"items": []}
     cluster.answers["/apis/storage.k8s.io/v1/storageclasses"] = {"items": []}
     cluster.forbidden.add("/version/")
     assert main([str(ROOT / "kustomize/overlays/dev"), "--context", "here"]) == 1
-    said = capsys.readouterr().out
-    assert "timeout is 600 s, over the 300 s that Knative allows" in said
-    assert "the cluster has no Knative Serving" in said
+    output = capsys.readouterr().out
+    assert "timeout is 600 s, more than Knative's maximum of 300 s" in output
+    assert "Knative Serving is not installed" in output
 
 
-def test_takes_the_schema_of_custom_kinds_from_the_cluster(cluster, rendered, capsys):
+def test_main_context_validates_with_the_schemas_of_the_cluster(
+    cluster: FakeCluster, rendered: Rendered, capsys: Capture
+) -> None:
     rendered("dev")
     predictor = {"type": "object", "properties": {"model": {"type": "object"}}}
     schema = {"type": "object", "properties": {"spec": {"type": "object", "properties": {"predictor": predictor}}}}
@@ -86,12 +94,12 @@ def test_takes_the_schema_of_custom_kinds_from_the_cluster(cluster, rendered, ca
     cluster.answers["/apis/apiextensions.k8s.io/v1/customresourcedefinitions"] = {"items": [{"spec": spec}]}
     cluster.forbidden.add("/version/")
     main([str(ROOT / "kustomize/overlays/dev"), "--context", "here"])
-    said = capsys.readouterr().out
-    assert "InferenceService/llm: $.spec.predictor: Additional properties are not allowed ('automountServiceA" in said
-    assert "ServingRuntime/kserve-llm: its fields were not checked" in said
+    output = capsys.readouterr().out
+    assert "InferenceService/llm: $.spec.predictor: Additional properties are not allowed ('automountServiceA" in output
+    assert "ServingRuntime/kserve-llm: its fields were not checked" in output
 
 
-def test_says_that_a_model_does_not_fit(rendered, capsys):
+def test_main_model_config_checks_memory(rendered: Rendered, capsys: Capture) -> None:
     rendered("dev")
     assert main([str(ROOT / "kustomize/overlays/dev"), "--model-config", str(PROD / "model-config.json")]) == 1
     assert "the memory limit is 4.0 GiB" in capsys.readouterr().out

@@ -1,0 +1,230 @@
+"""Checks against a fake API server, over HTTP."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from preflight.checks.knative import flags
+from preflight.cluster import checks
+from preflight.cluster.client import Connection
+from preflight.deployment import Deployment
+from preflight.findings import CheckError
+from tests.preflight.conftest import FakeCluster
+
+Check = Callable[..., list[str]]
+
+DEFINITIONS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+CLASSES = "/apis/storage.k8s.io/v1/storageclasses"
+CONTROLLER = "/apis/apps/v1/namespaces/kserve/deployments/kserve-controller-manager"
+NODES = "/api/v1/nodes"
+HUB_SECRET = "/api/v1/namespaces/kserve-llm-prod-multi-gpu/secrets/hf-secret"  # noqa: S105
+SERVICE = "/apis/serving.kserve.io/v1beta1/namespaces/kserve-llm-prod/inferenceservices/llm"
+VERSION = dict.fromkeys(
+    ("buildDate", "compiler", "gitCommit", "gitTreeState", "gitVersion", "goVersion", "platform"), "x"
+)
+"""Fields that the client requires in addition to the numbers."""
+
+
+def definition(group: str, version: str, kind: str) -> Any:
+    return {"spec": {"group": group, "names": {"kind": kind}, "versions": [{"name": version, "served": True}]}}
+
+
+def node(
+    gpus: int = 4,
+    resource: str = "nvidia.com/gpu",
+    taint: str = "nvidia.com/gpu",
+    labels: dict[str, str] | None = None,
+) -> Any:
+    return {
+        "metadata": {"name": "gpu-1", "labels": {"nvidia.com/gpu.present": "true"} if labels is None else labels},
+        "spec": {"taints": [{"key": taint, "effect": "NoSchedule"}]},
+        "status": {"allocatable": {"cpu": "32", resource: str(gpus)}},
+    }
+
+
+@pytest.fixture
+def suitable(cluster: FakeCluster, rendered: Callable[[str], Deployment]) -> FakeCluster:
+    """A cluster with all prerequisites of prod and prod-multi-gpu."""
+    cluster.config_map("config-features", dict.fromkeys(flags(rendered("prod")), "enabled"))
+    cluster.config_map("config-defaults", {"max-revision-timeout-seconds": "600"})
+    image = "kserve/kserve-controller:v0.20.0"
+    fast = {"metadata": {"name": "fast", "annotations": {}}, "provisioner": "ebs.csi.aws.com"}
+    shared = {
+        "metadata": {"name": "shared", "annotations": {checks.DEFAULT_CLASS: "true"}},
+        "provisioner": "nfs.csi.k8s.io",
+    }
+    cluster.answers |= {
+        "/version/": VERSION | {"major": "1", "minor": "33+"},
+        CONTROLLER: {"spec": {"template": {"spec": {"containers": [{"image": "proxy:v1"}, {"image": image}]}}}},
+        DEFINITIONS: {
+            "items": [
+                definition("serving.kserve.io", "v1beta1", "InferenceService"),
+                definition("serving.kserve.io", "v1alpha1", "ServingRuntime"),
+                definition("serving.knative.dev", "v1", "Service"),
+                definition("monitoring.coreos.com", "v1", "PrometheusRule"),
+                definition("monitoring.coreos.com", "v1", "PodMonitor"),
+            ]
+        },
+        CLASSES: {"items": [fast, shared]},
+        NODES: {"items": [node()]},
+        HUB_SECRET: {"metadata": {"name": "hf-secret"}, "data": {"HF_TOKEN": "eA=="}},
+    }
+    return cluster
+
+
+@pytest.fixture
+def check(rendered: Callable[[str], Deployment]) -> Check:
+    """Returns the findings of an overlay on the cluster."""
+    return lambda name="prod": [str(finding) for finding in checks.check(rendered(name), Connection("here"))]
+
+
+@pytest.mark.usefixtures("suitable")
+def test_cluster_with_all_prerequisites_has_no_finding(check: Check) -> None:
+    assert check("prod") == check("prod-multi-gpu") == []
+    assert checks.max_timeout_seconds(Connection("here")) == 600
+
+
+def test_flags_disabled_flag_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.config_map(
+        "config-features", {"kubernetes.podspec-affinity": "Enabled", "kubernetes.podspec-tolerations": "disabled"}
+    )
+    selector, tolerations = check()
+    assert "flag kubernetes.podspec-nodeselector is not enabled" in selector
+    assert "flag kubernetes.podspec-tolerations is not enabled" in tolerations
+
+
+def test_flags_standard_mode_needs_none(suitable: FakeCluster, check: Check) -> None:
+    suitable.config_map("config-features", {})
+    [finding] = check("prod-standard")
+    assert "Secret llm-tls is not in namespace kserve-llm-prod-standard; create it with key tls.crt." in finding
+
+
+def test_max_timeout_seconds_reads_the_config_map(suitable: FakeCluster) -> None:
+    suitable.config_map("config-defaults", {"max-revision-timeout-seconds": "1800"})
+    assert checks.max_timeout_seconds(Connection("here")) == 1800
+
+
+def test_kinds_missing_knative_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    del suitable.answers["/api/v1/namespaces/knative-serving/configmaps/config-features"]
+    suitable.answers[DEFINITIONS]["items"].pop(2)
+    findings = check()
+    assert "error: InferenceService/llm: Knative Serving is not installed" in findings[0]
+    assert len(findings) == 1 + 3
+
+
+def test_kinds_missing_kind_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[DEFINITIONS]["items"].pop()
+    [finding] = check()
+    assert finding.startswith(
+        "error: PodMonitor/predictor: the cluster does not serve monitoring.coreos.com/v1 PodMonitor"
+    )
+
+
+def test_kinds_unserved_version_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[DEFINITIONS]["items"][0]["spec"]["versions"][0]["served"] = False
+    [finding] = check()
+    assert "does not serve serving.kserve.io/v1beta1 InferenceService" in finding
+
+
+def test_versions_older_version_is_a_warning(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers["/version/"]["minor"] = "31"
+    suitable.answers[CONTROLLER]["spec"]["template"]["spec"]["containers"][1]["image"] = (
+        "kserve/kserve-controller:v0.15.2"
+    )
+    suitable.config_map("config-features", dict.fromkeys(prod_flags(), "enabled"), version="1.15.2")
+    assert [finding.partition(", and")[0] for finding in check()] == [
+        "warning: InferenceService/llm: the cluster has Kubernetes 1.31",
+        "warning: InferenceService/llm: the cluster has Knative 1.15.2",
+        "warning: InferenceService/llm: the cluster has KServe v0.15.2",
+    ]
+
+
+def prod_flags() -> list[str]:
+    return ["kubernetes.podspec-nodeselector", "kubernetes.podspec-tolerations", "kubernetes.podspec-affinity"]
+
+
+def test_storage_one_node_default_class_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[CLASSES]["items"][1]["provisioner"] = "rancher.io/local-path"
+    [finding] = check()
+    assert finding.startswith(
+        "error: PersistentVolumeClaim/models: it is ReadWriteMany, and volumes of storage class shared"
+    )
+    # One replica on one node.
+    assert check("dev") == []
+
+
+def test_storage_missing_default_class_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[CLASSES]["items"].pop()
+    [finding] = check()
+    assert "the cluster has no default storage class; set storageClassName to one of fast." in finding
+
+
+@pytest.mark.parametrize(
+    ("nodes", "sentence"),
+    [
+        ([], "no node has 1 of nvidia.com/gpu; nodes offer no NVIDIA GPU"),
+        ([node(resource="nvidia.com/mig-3g.40gb")], "nodes offer nvidia.com/mig-3g.40gb"),
+        ([node(labels={})], "no node with nvidia.com/gpu has the labels of nodeSelector"),
+        ([node(taint="team")], "has a taint that is not tolerated; tolerate team"),
+    ],
+)
+def test_gpus_unschedulable_pod_is_a_warning(
+    suitable: FakeCluster, check: Check, nodes: list[Any], sentence: str
+) -> None:
+    suitable.answers[NODES] = {"items": nodes}
+    [finding] = check()
+    assert finding.startswith("warning: ")
+    assert sentence in finding
+
+
+def test_gpus_one_suitable_node_is_enough(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[NODES] = {"items": [node(taint="team"), node(labels={}), node()]}
+    assert check() == []
+
+
+def test_gpus_too_few_on_every_node_is_a_warning(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[NODES] = {"items": [node(gpus=2), node(gpus=2)]}
+    [finding] = check("prod-multi-gpu")
+    assert "no node has 4 of nvidia.com/gpu" in finding
+
+
+def test_secrets_missing_secret_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    del suitable.answers[HUB_SECRET]
+    [finding] = check("prod-multi-gpu")
+    assert "Secret hf-secret is not in namespace kserve-llm-prod-multi-gpu; create it with key HF_TOKEN." in finding
+
+
+def test_secrets_missing_key_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[HUB_SECRET]["data"] = {"token": "eA=="}
+    [finding] = check("prod-multi-gpu")
+    assert "Secret hf-secret has token and not HF_TOKEN; add that key." in finding
+
+
+def test_mode_change_is_a_finding(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[SERVICE] = {"status": {"deploymentMode": "Standard"}}
+    [finding] = check()
+    assert "it runs in Standard mode, which cannot be changed to Knative" in finding
+
+
+def test_check_permission_denied_is_a_warning_and_others_run(suitable: FakeCluster, check: Check) -> None:
+    suitable.forbidden |= {NODES, HUB_SECRET}
+    nodes, secret = check("prod-multi-gpu")
+    assert nodes.startswith("warning: InferenceService/llm: GPUs of nodes could not be checked; Permission denied: ")
+    assert secret.startswith(
+        "warning: InferenceService/llm: Secrets could not be checked; Permission denied: hf-secret"
+    )
+
+
+@pytest.mark.usefixtures("cluster")
+def test_connection_missing_context_raises() -> None:
+    with pytest.raises(CheckError, match="No cluster configured"):
+        Connection("elsewhere")
+
+
+def test_connection_without_a_server_raises(cluster: FakeCluster, check: Check) -> None:
+    # Port 1 of loopback has no listener.
+    cluster.kubeconfig.write_text(re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:1", cluster.kubeconfig.read_text()))
+    with pytest.raises(CheckError, match="cluster does not respond"):
+        check()
