@@ -64,13 +64,13 @@ def test_engine_prompt_longer_than_a_step_is_computed_in_chunks(engine: Engine, 
 
 
 def test_engine_high_temperature_varies_unless_one_token_is_kept(engine: Engine, ids: list[int]) -> None:
-    def distinct(**sampling: Any) -> int:
-        answers = generate_all(engine, [(ids, replace(SAMPLED, temperature=8.0, **sampling))] * 6)
+    def distinct(temperature: float = 8.0, **sampling: Any) -> int:
+        answers = generate_all(engine, [(ids, replace(SAMPLED, temperature=temperature, **sampling))] * 6)
         return len({tuple(answer.token_ids) for answer in answers})
 
     assert distinct() > 1
     assert distinct(top_k=1) == 1
-    generate_all(engine, [(ids, replace(SAMPLED, temperature=1e-30, top_p=1e-9, top_k=10**6))])
+    assert distinct(temperature=1e-30, top_p=1e-9, top_k=10**6) == 1
 
 
 def test_engine_seed_repeats_alone_and_batched(engine: Engine, ids: list[int]) -> None:
