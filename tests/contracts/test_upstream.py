@@ -9,12 +9,16 @@ import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from devtools.paths import DEMO_MODEL
 from predictor.engine import batching_manager
@@ -23,7 +27,9 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped
+from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
+from predictor.models.int8_quantizer import Int8Config
 from predictor.types import SamplingParams
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
@@ -305,3 +311,71 @@ def test_batching_dead_loop_fails_sequences_and_accepts_no_more(model: Any) -> N
         with pytest.raises(EngineStopped):
             asyncio.run(finish(dying, [(10, 5)]))
         assert (dying._row_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
+
+
+# transformers' quantizers: predictor/models/transformers_quantization.py
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (get_module_from_name, "module tensor_name"),
+        (should_convert_module, "full_name patterns"),
+        (HfQuantizer.get_modules_to_not_convert, "model skip_modules keep_in_fp32_modules add_default_skips"),
+        (HfQuantizer.param_needs_quantization, "self model param_name kwargs"),
+        (HfQuantizer._process_model_before_weight_loading, "self model kwargs"),
+        (HfQuantizer.get_quantize_ops, "self"),
+        (ConversionOps.convert, "self input_dict source_patterns target_patterns kwargs"),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_quantizer_hook_has_parameters(function: Callable[..., Any], parameters: str) -> None:
+    assert list(inspect.signature(function).parameters) == parameters.split()
+
+
+def test_quantizer_model_names_modules_kept_in_float32(model: Any) -> None:
+    assert model._keep_in_fp32_modules is None or isinstance(model._keep_in_fp32_modules, (list, set))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_skipped"),
+    [
+        ("down_proj", True),
+        ("proj", True),
+        ("model.layers.11", True),
+        ("model.layers.*", True),
+        ("model.layers.1", False),
+        ("layers.1", False),
+    ],
+)
+def test_quantizer_skip_pattern_matches_prefix_regex_or_suffix(pattern: str, is_skipped: bool) -> None:
+    assert should_convert_module("model.layers.11.mlp.down_proj", [pattern]) is not is_skipped
+
+
+def test_quantizer_default_skips_are_the_output_layer(model: Any) -> None:
+    assert "lm_head" in HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None, add_default_skips=True)
+    assert HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None) == ["o_proj"]
+
+
+def test_quantizer_converts_each_weight_while_it_loads() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.float32, quantization_config=Int8Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Int8Linear)
+    assert (layer.weight.dtype, layer.scale.dtype) == (torch.int8, torch.float32)
+    original = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    weight = original.model.layers[0].mlp.down_proj.weight
+    assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
+    assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
+    for file in DEMO_MODEL.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = transformers.AutoConfig.from_pretrained(DEMO_MODEL, num_hidden_layers=5, intermediate_size=64)
+    _, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
+    assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
-from predictor.models import loader
+from predictor.models import loader, snapshot
 from predictor.models.int8_quantizer import Int8Config
 from predictor.types import SamplingParams
 from tests.predictor.models.conftest import LoadDemo, Rewrite
@@ -36,7 +37,7 @@ def test_plan_8bit_passes_skip_modules_to_transformers() -> None:
 def test_plan_prequantized_weights_are_read_without_quantization(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loader.snapshot, "prepared", lambda *_: weights)
+    monkeypatch.setattr(snapshot, "prepared", lambda *_: weights)
     plan = loader.make_plan(DEMO_MODEL, device="cpu", quantization="8bit")
     assert (plan.directory, plan.weights_dir, plan.prequantized_dir) == (DEMO_MODEL, weights, weights)
     assert (plan.quantization, plan.quantization_config) == ("8bit", None)
@@ -82,7 +83,7 @@ def test_load_dtype_sets_dtype_of_weights(load_demo: LoadDemo) -> None:
 
 
 def test_load_generation_config_sets_sampling_defaults_and_end_tokens(weights: Path, rewrite: Rewrite) -> None:
-    sampling = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    sampling: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
     rewrite("generation_config.json", do_sample=True, max_new_tokens=64, eos_token_id=[2, 5], **sampling)
     loaded = loader.load(weights, device="cpu")
     assert loaded.defaults == SamplingParams(max_tokens=64, **sampling)
@@ -117,7 +118,7 @@ def test_load_out_of_memory_names_the_setting(weights: Path, monkeypatch: pytest
     def raise_out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nand so on")
 
-    monkeypatch.setattr(loader.transformers.AutoModelForCausalLM, "from_pretrained", raise_out_of_memory)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", raise_out_of_memory)
     expected = r"^Not enough memory to load the weights in .* \(Tried to allocate 9 GiB\)\. .* --quantization\.$"
     with pytest.raises(UnsupportedModel, match=expected):
         loader.load(weights, device="cpu")

@@ -55,7 +55,8 @@ def test_asks_a_busy_hub_again(run: Run, hub: LocalHub, volume: Path, snapshot: 
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
     assert len(fault.asked) == 3
-    assert f"attempt 2 of 3: hf://demo/arithmetic:main at {hub.url} returned {status}" in result.stderr
+    assert "attempt 2 of 3 failed" in result.stderr
+    assert f"hf://demo/arithmetic:main at {hub.url} returned {status}" in result.stderr
     assert problems(snapshot) == []
 
 
@@ -66,7 +67,7 @@ def test_waits_as_long_as_retry_after_says(run: Run, hub: LocalHub, volume: Path
     assert result.code == 0
     assert len(fault.asked) == 2
     assert "attempt 1 of 3 failed, retrying" in result.stderr
-    assert "asking again in 1.0 s" in result.stderr
+    assert "retrying in 1.0 s" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
@@ -114,7 +115,7 @@ def test_goes_on_in_the_next_run_where_this_one_gave_up(
     assert run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "1"}).code == 1
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
-    assert "going on with what an earlier run has fetched" in result.stderr
+    assert "resuming from the files of an earlier run" in result.stderr
     assert hub.sent_bytes()[WEIGHTS] == (model / WEIGHTS).stat().st_size
     assert problems(snapshot) == []
 

@@ -56,7 +56,7 @@ def test_verify_tells_everything_that_is_wrong_at_once(run: Run, two: Volume) ->
     assert f"{snapshot} is damaged, 4 files differ" in result.reason
     for word in ("model.safetensors has sha256", "README.md is missing", "tokenizer.json has 3 bytes", "stranger.json"):
         assert word in result.reason
-    assert "remove it and publish hf://demo/arithmetic:main again" in result.reason
+    assert "Remove it and publish hf://demo/arithmetic:main again" in result.reason
 
     fast = run("verify", "--fast", snapshot)
     assert "3 files are wrong" in fast.reason
