@@ -118,17 +118,17 @@ def load(
             )
         text_config = config.get_text_config()
         effective = _effective(model, quantization)
-        int8_kernels = gemm.int8_by() if effective == "8bit" and target.type == "cpu" else ""
+        int8_kernels = gemm.int8_backend() if effective == "8bit" and target.type == "cpu" else ""
         if target.type == "cpu":
             head = model.get_output_embeddings()
             rounds_head = effective == "8bit" and quantizing.rounds(model, head, keep)
             with phase("pack"):
                 decoder_layer.fuse(model)
-                linear.pack(model, head if rounds_head else None)
+                linear.pack_linear_layers(model, head if rounds_head else None)
             if int8_kernels:
                 logger.info("8 bits are computed by %s", int8_kernels)
-            if ops.lack():
-                logger.warning("this CPU could be faster: %s", ops.lack())
+            if ops.unavailable_reason():
+                logger.warning("this CPU could be faster: %s", ops.unavailable_reason())
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,

@@ -22,7 +22,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from predictor.errors import StartupError
-from predictor.kernels.cpu.gemm import has_int8, to_int8
+from predictor.kernels.cpu.gemm import has_int8, quantize_per_channel_int8
 from predictor.kernels.cpu.linear import Int8Linear
 
 logger = logging.getLogger(__name__)
@@ -176,6 +176,6 @@ class _Round(ConversionOps):  # type: ignore[misc]
     def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
         rounded: dict[str, torch.Tensor] = {}
         for name, weights in input_dict.items():
-            weight, scale = to_int8(weights[0] if isinstance(weights, list) else weights)
+            weight, scale = quantize_per_channel_int8(weights[0] if isinstance(weights, list) else weights)
             rounded |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
         return rounded
