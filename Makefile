@@ -60,6 +60,7 @@ lint: $(INSTALLED) ## style, types, imports, dependencies, wording, YAML, C, Doc
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/deptry .
 	@$(BIN)/codespell
+	@! git grep -niIE -f devtools/phrases.txt -- ':!devtools/phrases.txt' ':!CHANGELOG.md' ':!tests/kustomize/golden' ':!demo/model'
 	@$(BIN)/clang-format --dry-run --Werror predictor/kernels/csrc/*
 	@$(BIN)/yamllint --strict .
 	@$(BIN)/hadolint images/*/Dockerfile

@@ -1,9 +1,9 @@
-"""Deploys an overlay with KServe's Python client, waits until it is ready, and asks it something over v2.
+"""Deploy an overlay with KServe's Python client, wait until it is ready, and complete a prompt over v2.
 
     python examples/deploy.py kustomize/overlays/dev "The capital of France is" --gateway http://localhost:8080
 
-What `kubectl apply -k`, `kubectl wait` and curl do together, for those who deploy from Python. It needs kubectl, which
-renders, and the extras `predictor` and `preflight`. Run it twice, and what is there already is brought up to date.
+Does the same as `kubectl apply -k`, `kubectl wait` and curl. Needs kubectl, to render, and the extras `predictor` and
+`preflight`. A second run updates the objects of the first.
 """
 
 import argparse
@@ -26,69 +26,70 @@ FIELD_MANAGER = "kserve-llm-examples"
 
 
 class Service(dict[str, Any]):
-    """An InferenceService as KServeClient and the Kubernetes client both take it.
+    """An InferenceService for both KServeClient and the Kubernetes client.
 
-    The first asks for attributes; the second, from version 37 on, writes the SDK's own classes in snake case.
+    KServeClient reads attributes. The Kubernetes client, from version 37 on, would serialize the SDK's classes in snake
+    case.
     """
 
     @property
     def api_version(self) -> str:
-        """Group and version."""
+        """API group and version."""
         return str(self["apiVersion"])
 
 
 def apply(objects: Iterable[Manifest], cluster: DynamicClient) -> None:
-    """Apply objects on the server's side, in their order: kustomize puts namespaces first."""
+    """Apply objects with server-side apply, in order: kustomize puts namespaces first."""
     for manifest in objects:
         kind = cluster.resources.get(api_version=manifest["apiVersion"], kind=manifest["kind"])
         cluster.server_side_apply(kind, body=manifest, field_manager=FIELD_MANAGER, force_conflicts=True)
 
 
 def deploy(deployment: Deployment, kserve: KServeClient) -> int:
-    """Create the InferenceService, or patch the one that is there.
+    """Create the InferenceService, or patch an existing one.
 
     Returns:
-        The generation to wait for: until it is observed, an older revision is what is ready.
+        The generation to wait for; before it is observed, readiness is that of an older revision.
     """
-    there = kserve.get(namespace=deployment.namespace)["items"]
+    existing = kserve.get(namespace=deployment.namespace)["items"]
     service = Service(deployment.service)
-    if any(each["metadata"]["name"] == deployment.name for each in there):
-        done = kserve.patch(deployment.name, service, namespace=deployment.namespace)
+    if any(item["metadata"]["name"] == deployment.name for item in existing):
+        applied = kserve.patch(deployment.name, service, namespace=deployment.namespace)
     else:
-        done = kserve.create(service, namespace=deployment.namespace)
-    return int(done["metadata"]["generation"])
+        applied = kserve.create(service, namespace=deployment.namespace)
+    return int(applied["metadata"]["generation"])
 
 
-async def ask(url: str, gateway: str | None, model: str, prompt: str, timeout_seconds: float) -> str:
-    """The completion of a prompt.
+async def complete(url: str, gateway: str | None, model: str, prompt: str, timeout_seconds: float) -> str:
+    """Return the completion of a prompt.
 
     Args:
-        url: the service's own, as its status says.
-        gateway: where to connect to instead, when the host of `url` does not resolve from here.
-        model: the name in the path, which is the InferenceService's.
-        prompt: the text to go on with.
-        timeout_seconds: long enough for a start from zero, the InferenceService's `timeout`.
+        url: from the InferenceService's status.
+        gateway: URL to connect to if the host of `url` does not resolve.
+        model: model name in the path, the name of the InferenceService.
+        prompt: text to complete.
+        timeout_seconds: the InferenceService's `timeout`, which allows for a start from zero.
     """
     client = InferenceRESTClient(RESTConfig(protocol="v2", timeout=timeout_seconds))
     tensor = {"name": "text_input", "shape": [1], "datatype": "BYTES", "data": [prompt]}
     request = {"inputs": [tensor], "parameters": {"max_tokens": 64, "temperature": 0}}
     try:
-        answer = await client.infer(gateway or url, request, model_name=model, headers={"Host": urlsplit(url).netloc})
+        response = await client.infer(gateway or url, request, model_name=model, headers={"Host": urlsplit(url).netloc})
     finally:
         await client.close()
-    outputs = answer["outputs"] if isinstance(answer, dict) else answer.to_dict()["outputs"]
+    outputs = response["outputs"] if isinstance(response, dict) else response.to_dict()["outputs"]
     return str(outputs[0]["data"][0])
 
 
 def main(argv: Sequence[str] | None = None, polling_seconds: float = 10) -> int:
-    """Deploy, wait, ask."""
-    parser = argparse.ArgumentParser(description="Deploy an overlay, wait until it is ready, ask it something.")
+    """Run the example and return the exit code."""
+    parser = argparse.ArgumentParser(description="Deploy an overlay, wait until it is ready, complete a prompt.")
     parser.add_argument("overlay", type=Path)
     parser.add_argument("prompt")
-    parser.add_argument("--gateway", metavar="URL", help="where to send the question; by default the service's own URL")
-    parser.add_argument("--context", metavar="NAME", help="a context of the kubeconfig; by default the current one")
+    parser.add_argument("--gateway", metavar="URL", help="URL to send the request to (default: the service's URL)")
+    parser.add_argument("--context", metavar="NAME", help="kubeconfig context (default: the current one)")
     parser.add_argument(
-        "--wait", type=int, default=1800, metavar="SECONDS", help="for it to be ready, download included"
+        "--wait", type=int, default=1800, metavar="SECONDS", help="longest wait for readiness, download included"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None, polling_seconds: float = 10) -> int:
     )
     url = kserve.get(deployment.name, namespace=deployment.namespace)["status"]["url"]
     timeout = deployment.predictor["timeout"]
-    print(asyncio.run(ask(url, arguments.gateway, deployment.name, arguments.prompt, timeout)))
+    print(asyncio.run(complete(url, arguments.gateway, deployment.name, arguments.prompt, timeout)))
     return 0
 
 

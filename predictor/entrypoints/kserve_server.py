@@ -3,6 +3,7 @@
 `tests/contracts/test_upstream.py` pins them. `predictor/__main__.py` has one more: importing KServe parses `sys.argv`.
 """
 
+import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +56,8 @@ def bind(port: int) -> socket.socket:
     try:
         return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
     except OSError as error:
-        raise PortInUse(f"Port {port} cannot be opened: {error.strerror}. Choose another with --http_port.") from None
+        reason = os.strerror(error.errno or 0)
+        raise PortInUse(f"Port {port} cannot be opened: {reason}. Choose another with --http_port.") from None
 
 
 async def infer(

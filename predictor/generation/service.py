@@ -114,16 +114,16 @@ class LLMService:
         settings = self._settings
         with self._state_lock:
             self._enter(Phase.LOADING)
-        threads.set_threads(settings.num_threads)
+        threads.configure_threads(settings.num_threads)
         return loader.load(
             found.directory,
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
             quantization=settings.quantization,
-            keep=settings.skip_modules,
+            skip_modules=settings.skip_modules,
             fallback=settings.quantization_fallback,
-            phase=self._metrics.time_load_phase,
+            time_phase=self._metrics.time_load_phase,
         )
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
@@ -245,7 +245,7 @@ class LLMService:
             "dtype": str(loaded.model.dtype).removeprefix("torch."),
             "quantization": loaded.quantization,
             **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
-            "prepared": str(loaded.prepared).lower(),
+            "prepared": str(loaded.prequantized).lower(),
             **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
             "context_tokens": str(engine.context_tokens),
             "kv_cache_tokens": str(engine.cache_tokens),

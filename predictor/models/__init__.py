@@ -1,1 +1,1 @@
-"""A snapshot directory becomes a model on a device."""
+"""Turn a snapshot directory into a model on a device."""

@@ -1,6 +1,6 @@
-"""Where a model goes: onto the device asked for and, where a GPU is too small for its weights, into the host's memory.
+"""Choose the device of a model; offload layers to host memory where a GPU is too small.
 
-What lies there is brought to the GPU layer by layer, at every step, by accelerate: it works, slowly.
+Accelerate copies offloaded layers to the GPU at every step, which is slow.
 """
 
 from collections.abc import Callable
@@ -11,26 +11,26 @@ import torch
 
 from predictor.errors import StartupError
 
-_GPU_SHARE, _HOST_SHARE = 0.85, 0.8
-"""Of the free memory, for weights; the rest is for the KV cache and what a step computes with."""
-_SIZE = {"none": 1.0, "8bit": 0.6, "4bit": 0.4}
-"""Of weights over their size in 16 bits: embeddings and norms stay as they are."""
+_GPU_WEIGHT_FRACTION, _HOST_WEIGHT_FRACTION = 0.85, 0.8
+"""Fractions of free memory for weights; the rest is for the KV cache and activations."""
+_RELATIVE_SIZE = {"none": 1.0, "8bit": 0.6, "4bit": 0.4}
+"""Size of weights relative to 16 bits: embeddings and norms are not quantized."""
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What `from_pretrained` is told of devices."""
+    """The device arguments of `from_pretrained`."""
 
     device_map: dict[str, torch.device] | str
     max_memory: dict[int | str, int] | None
-    """Bytes for each GPU, by its number, and for the host, "cpu"."""
+    """Bytes for each GPU, by its index, and for the host, "cpu"."""
 
 
 def choose_device(device: str) -> torch.device:
-    """The device asked for; "auto" takes the first of cuda, mps, cpu that is there.
+    """Resolve a device name; "auto" takes the first available of cuda, mps, cpu.
 
     Raises:
-        StartupError: the device asked for is not there.
+        StartupError: the device is not available.
     """
     available: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available,
@@ -41,44 +41,43 @@ def choose_device(device: str) -> torch.device:
         device = next(name for name, is_available in available.items() if is_available())
     kind, _, index = device.partition(":")
     if not available[kind]():
-        raise StartupError(f"--device is {device}, but torch sees no such device here; use --device auto or cpu.")
+        raise StartupError(f"--device is {device}, but torch finds no such device. Use --device auto or cpu.")
     if kind != "cuda":
         return torch.device(kind)
     if int(index or 0) >= torch.cuda.device_count():
-        raise StartupError(
-            f"--device is {device}, but the last GPU that torch sees is cuda:{torch.cuda.device_count() - 1}."
-        )
+        last = torch.cuda.device_count() - 1
+        raise StartupError(f"--device is {device}, but the last GPU is cuda:{last}. Use --device cuda:{last}.")
     return torch.device(kind, int(index or 0))
 
 
 def place(
-    device: torch.device, quantization: str, weights_bytes: int, free_bytes: int, host_bytes: Callable[[], int]
+    device: torch.device, mode: str, weight_bytes: int, free_bytes: int, host_free_bytes: Callable[[], int]
 ) -> Placement:
-    """All of it on the device; where that is a GPU without room for the weights, the rest in the host's memory.
+    """Place the whole model on the device, or what exceeds a GPU in host memory.
 
     Args:
-        device: where it computes.
-        quantization: "none", "8bit" or "4bit".
-        weights_bytes: of the checkpoint.
-        free_bytes: on the device.
-        host_bytes: tells what is free on the host; asked only if need be.
+        device: where the model runs.
+        mode: quantization, "none", "8bit" or "4bit".
+        weight_bytes: size of the checkpoint's weights.
+        free_bytes: free memory of the device.
+        host_free_bytes: returns the free memory of the host; called only if needed.
 
     Raises:
-        StartupError: there is no room for the weights in both together.
+        StartupError: the weights do not fit in both memories together.
     """
-    needed, room = int(weights_bytes * _SIZE[quantization]), int(free_bytes * _GPU_SHARE)
-    if device.type != "cuda" or needed <= room:
+    needed, gpu = int(weight_bytes * _RELATIVE_SIZE[mode]), int(free_bytes * _GPU_WEIGHT_FRACTION)
+    if device.type != "cuda" or needed <= gpu:
         return Placement({"": device}, None)
-    host = int(host_bytes() * _HOST_SHARE)
-    if needed > room + host:
+    host = int(host_free_bytes() * _HOST_WEIGHT_FRACTION)
+    if needed > gpu + host:
         raise StartupError(
-            f"The weights take {needed / 2**30:.1f} GiB in {quantization}, and there is room for {room / 2**30:.1f} "
-            f"GiB on {device} and for {host / 2**30:.1f} GiB in the host's memory; use fewer bits or a larger GPU."
+            f"The weights need {needed / 2**30:.1f} GiB with quantization {mode}, but {device} has room for "
+            f"{gpu / 2**30:.1f} GiB and host memory for {host / 2**30:.1f} GiB. Use fewer bits or a larger GPU."
         )
-    return Placement("auto", {device.index: room, "cpu": host})
+    return Placement("auto", {device.index: gpu, "cpu": host})
 
 
-def describe(model: Any) -> dict[str, str]:
-    """Where each part of a model lies, by its name, if that is more than one place; else empty."""
-    places = {part or "model": str(place) for part, place in getattr(model, "hf_device_map", {}).items()}
-    return places if len(set(places.values())) > 1 else {}
+def device_map(model: Any) -> dict[str, str]:
+    """Return the device of each part of a model by name; empty if there is only one device."""
+    devices = {part or "model": str(device) for part, device in getattr(model, "hf_device_map", {}).items()}
+    return devices if len(set(devices.values())) > 1 else {}

@@ -1,4 +1,4 @@
-"""Read JSON bodies, describe them as JSON schemas, and report invalid fields."""
+"""Parse JSON bodies, derive JSON schemas of them, and format validation errors."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ from predictor.errors import InvalidRequest
 
 
 def loads(body: bytes) -> Any:
-    """What a JSON body says.
+    """Parse a JSON body.
 
     Raises:
-        InvalidRequest: it is not JSON, or holds text that no encoding can carry back.
+        InvalidRequest: it is not JSON, or has a string that cannot be encoded as UTF-8.
     """
     try:
         content = json.loads(body)
@@ -21,7 +21,7 @@ def loads(body: bytes) -> Any:
             # An escape may be half of a surrogate pair, which fails wherever the text is encoded again.
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise InvalidRequest("The body has half of a surrogate pair in a string; send whole characters.") from None
+        raise InvalidRequest("The body has half of a surrogate pair in a string. Send whole characters.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"The body is not JSON ({error}).") from None
     except RecursionError:
@@ -31,10 +31,10 @@ def loads(body: bytes) -> Any:
     return content
 
 
-def schema(body: type[BaseModel]) -> dict[str, Any]:
-    """A body's JSON schema with its definitions in place, so that it may stand anywhere in a larger document."""
-    described = body.model_json_schema()
-    definitions = described.pop("$defs", {})
+def json_schema(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the JSON schema of a request, with its definitions inlined so that any document can embed it."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
 
     def inline(node: Any) -> Any:
         if isinstance(node, list):
@@ -43,32 +43,37 @@ def schema(body: type[BaseModel]) -> dict[str, Any]:
             return node
         if "$ref" in node:
             return inline(definitions[node["$ref"].rpartition("/")[2]])
-        # Titles are the names of private classes.
+        # Titles are names of private classes.
         return {key: inline(value) for key, value in node.items() if key != "title"}
 
-    return {key: inline(value) for key, value in described.items() if key not in ("title", "description")}
+    return {key: inline(value) for key, value in schema.items() if key not in ("title", "description")}
 
 
-def sentence(error: ValidationError, *, prefix: str = "", known: Iterable[str] = ()) -> str:
-    """Every issue of a validation error in one sentence, each with the field's path.
+def format_validation_error(error: ValidationError, *, prefix: str = "", allowed: Iterable[str] = ()) -> str:
+    """Return one line with all issues, each with its field's path.
 
     Args:
-        error: of a request's body.
-        prefix: stands before every path.
-        known: names to suggest where one is not known.
+        error: of a request body.
+        prefix: put before every path.
+        allowed: field names to list if a field is unknown.
     """
     issues = [(prefix + ".".join(map(str, issue["loc"])), issue) for issue in error.errors(include_url=False)]
     unknown = [field for field, issue in issues if issue["type"] == "extra_forbidden"]
-    wrong = [
-        f"{field or 'the body'}: {_reason(issue)}" for field, issue in issues if issue["type"] != "extra_forbidden"
+    messages = [
+        f"{field or 'the body'}: {_message(issue)}" for field, issue in issues if issue["type"] != "extra_forbidden"
     ]
     if unknown:
-        wrong.append(f"{', '.join(unknown)}: not known here; known are {', '.join(sorted(known))}")
-    return "; ".join(wrong) + "."
+        messages.append(unknown_fields(unknown, allowed))
+    return "; ".join(messages) + "."
 
 
-def _reason(issue: Mapping[str, Any]) -> str:
-    if issue["type"] == "model_type":  # whose own message names the class
+def unknown_fields(names: Iterable[str], allowed: Iterable[str]) -> str:
+    """Return the message for unknown fields, without a final period."""
+    return f"{', '.join(names)}: unknown field. Allowed: {', '.join(sorted(allowed))}"
+
+
+def _message(issue: Mapping[str, Any]) -> str:
+    if issue["type"] == "model_type":  # pydantic's message has the name of a private class
         return "input should be an object"
     message: str = issue["msg"]
     return message[0].lower() + message[1:]

@@ -1,6 +1,6 @@
-"""KServe's v1 protocol: `instances` in, `predictions` out, in order; an instance is a prompt or a list of messages.
+"""KServe v1 protocol: `instances` -> `predictions`, in order; an instance is a prompt or a list of messages.
 
-Specification: kserve/website, docs on the v1 protocol. Sampling stands in `parameters`, beside `instances`.
+Specification: kserve/website, docs on the v1 protocol. Sampling fields are in `parameters`, next to `instances`.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import loads, schema, sentence
-from predictor.protocols.sampling_fields import Sampling
+from predictor.protocols.json_body import format_validation_error, json_schema, loads
+from predictor.protocols.sampling_fields import SamplingFields
 from predictor.types import Chat, Completion, GenerationRequest
 
 
@@ -21,7 +21,7 @@ class _Message(BaseModel):
     content: str
 
 
-def _kind(instance: object) -> str | None:
+def _instance_tag(instance: object) -> str | None:
     if isinstance(instance, str):
         return "prompt"
     return "messages" if isinstance(instance, list) else None
@@ -30,38 +30,40 @@ def _kind(instance: object) -> str | None:
 _Instance = Annotated[
     Annotated[str, Field(min_length=1), Tag("prompt")]
     | Annotated[list[_Message], Field(min_length=1), Tag("messages")],
-    Discriminator(_kind, custom_error_type="kind", custom_error_message="expected a prompt or a list of messages"),
+    Discriminator(
+        _instance_tag, custom_error_type="instance", custom_error_message="expected a prompt or a list of messages"
+    ),
 ]
 
 
-class _Body(BaseModel):
+class _PredictRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     instances: list[_Instance] = Field(min_length=1)
-    parameters: Sampling = Sampling()
+    parameters: SamplingFields = SamplingFields()
 
 
-REQUEST_SCHEMA = schema(_Body)
-"""JSON schema of a request's body."""
+REQUEST_SCHEMA = json_schema(_PredictRequest)
+"""JSON schema of the request body."""
 
 
 def decode(body: bytes) -> list[GenerationRequest]:
-    """One generation request for each instance, in order.
+    """Return one generation request per instance, in order.
 
     Raises:
         InvalidRequest: not JSON, or a field is missing, unknown or out of range; the message names it.
     """
     try:
-        parsed = _Body.model_validate(loads(body))
+        request = _PredictRequest.model_validate(loads(body))
     except ValidationError as error:
-        known = {*_Body.model_fields, *(f"parameters.{name}" for name in Sampling.model_fields)}
-        raise InvalidRequest(sentence(error, known=known)) from None
-    sampling = parsed.parameters.sampling()
-    return [GenerationRequest(_prompt(instance), sampling) for instance in parsed.instances]
+        allowed = {*_PredictRequest.model_fields, *(f"parameters.{name}" for name in SamplingFields.model_fields)}
+        raise InvalidRequest(format_validation_error(error, allowed=allowed)) from None
+    sampling = request.parameters.to_sampling_params()
+    return [GenerationRequest(_prompt(instance), sampling) for instance in request.instances]
 
 
 def encode(completions: Sequence[Completion]) -> dict[str, Any]:
-    """The response as a JSON object."""
+    """Return the response as a JSON object."""
     return {"predictions": [completion.text for completion in completions]}
 
 

@@ -1,38 +1,36 @@
-"""Open Inference Protocol v2, infer over REST: bytes <-> KServe's request and response <-> generation requests.
+"""Open Inference Protocol v2 `infer`: request bodies and gRPC messages <-> KServe's types <-> generation requests.
 
-One request carries n prompts in one BYTES input, and gets n completions in order:
+A request has n prompts in one BYTES input, and its response n completions in the same order:
 
-    text_input  raw prompts, as they are
-    messages    chats; each element is a JSON list of {"role": …, "content": …}, put into the model's chat template
+    text_input  raw prompts
+    messages    chats; each element is a JSON list of {"role": …, "content": …} for the model's chat template
 
-`decode` and `encode` work on KServe's own types, whatever brought them; `parse` and `serialize` are the wire: JSON, and
-the binary tensor data extension, in which the data of tensors follows the JSON.
+`parse` and `serialize` convert bodies, `from_grpc` and `to_grpc` messages; `decode` and `encode` use KServe's types.
 Specification: kserve/open-inference-protocol, specification/protocol/inference_rest.md.
 """
 
 import contextlib
 import json
 import math
-import re
-import struct
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import numpy
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
-from kserve.protocol.infer_type import (
-    RequestedOutput,
-    deserialize_bytes_tensor,
-    serialize_byte_tensor,
-    to_http_parameters,
-)
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import loads, schema, sentence
-from predictor.protocols.sampling_fields import MAX_LOGPROBS, Sampling
+from predictor.protocols.json_body import format_validation_error, json_schema, loads
+from predictor.protocols.open_inference_binary import (
+    binary_parameters,
+    decode_elements,
+    encode_output,
+    json_size,
+    split_tensor,
+)
+from predictor.protocols.open_inference_types import decode_grpc_parameters, requested_output
+from predictor.protocols.sampling_fields import MAX_LOGPROBS, SamplingFields
 from predictor.types import Chat, Completion, GenerationRequest, Message, SamplingParams
 
 TEXT_INPUT = "text_input"
@@ -41,7 +39,7 @@ TEXT_OUTPUT = "text_output"
 LOGPROBS = "logprobs"
 
 INPUTS = {TEXT_INPUT: "BYTES", MESSAGES: "BYTES"}
-"""Datatypes of the inputs, of which a request has exactly one."""
+"""Datatypes of the inputs; a request has exactly one of them."""
 OUTPUTS = {
     TEXT_OUTPUT: "BYTES",
     "finish_reason": "BYTES",
@@ -49,22 +47,15 @@ OUTPUTS = {
     "completion_tokens": "INT64",
     LOGPROBS: "BYTES",
 }
-"""Datatypes of the outputs; a request that selects none gets the text alone. An element of `logprobs` is a JSON list
-of tokens."""
+"""Datatypes of the outputs; `text_output` is the default. An element of `logprobs` is a JSON list of tokens."""
 
 EXTENSIONS = ("binary_tensor_data", "generate", "generate_stream")
-"""What the server's metadata says it speaks beyond the protocol."""
+"""Extensions of the protocol that the server's metadata lists."""
 
 SERVER = "kserve-llm"
-"""The server's name in its metadata, and the distribution whose version it tells."""
+"""Name of the server in its metadata, and of the distribution that its version is read from."""
 PLATFORM = "transformers_safetensors"
-"""What the model's metadata calls its format: project and format."""
-
-VERSION = "1"
-"""The one version of the one model, for routes that name a version."""
-
-HEADER_LENGTH = "inference-header-content-length"
-"""The header, in lower case, that tells how many bytes of a body are JSON, where binary tensors follow."""
+"""Platform in the model's metadata: project and format."""
 
 Scalar = str | int | float | bool
 
@@ -82,8 +73,8 @@ class _Output(BaseModel):
     parameters: dict[str, Scalar] = {}
 
 
-class _Body(BaseModel):
-    """An infer request as JSON; fields that the protocol does not know are ignored, as it asks."""
+class _InferRequest(BaseModel):
+    """Infer request as JSON; unknown fields are ignored, as the protocol requires."""
 
     id: str | None = None
     parameters: dict[str, Any] = {}
@@ -91,58 +82,52 @@ class _Body(BaseModel):
     outputs: list[_Output] | None = None
 
 
-class _Parameters(Sampling):
-    """What `parameters` may say, of the request or of its input; unknown names are refused."""
+class _Parameters(SamplingFields):
+    """Parameters of the request or its input; unknown names are rejected."""
 
     logprobs: int | None = Field(
-        default=None, ge=0, le=MAX_LOGPROBS, description="So many rivals of each token in the output logprobs."
+        default=None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Number of most probable tokens at each position of the output logprobs.",
     )
 
 
-class _Binary(BaseModel):
-    """What `parameters` may say of binary tensors, beside the sampling."""
-
-    model_config = ConfigDict(strict=True)
-
-    binary_data_size: int | None = Field(default=None, ge=0)
-    binary_data_output: bool = False
-    binary_data: bool | None = None
-
-
-REQUEST_SCHEMA = schema(_Body)
-"""JSON schema of a request's body."""
+REQUEST_SCHEMA = json_schema(_InferRequest)
+"""JSON schema of the request body."""
 
 
 def metadata(tensors: Mapping[str, str]) -> list[dict[str, Any]]:
-    """INPUTS or OUTPUTS as a model's metadata lists them; -1 is any number of prompts."""
+    """Return INPUTS or OUTPUTS for a model's metadata; -1 is any number of prompts."""
     return [{"name": name, "datatype": datatype, "shape": [-1]} for name, datatype in tensors.items()]
 
 
 def parse(body: bytes, model_name: str, header_length: str | None = None) -> InferRequest:
-    """The request in a body; its shape is checked, its meaning is not.
+    """Parse a body; checks the types of fields, not their meaning.
 
     Args:
-        body: JSON, and, if there is a header length, the data of binary tensors after it.
-        model_name: of the route.
-        header_length: bytes of the JSON, as the header says.
+        body: JSON, and, with a header length, the data of binary tensors after it.
+        model_name: from the route.
+        header_length: value of the header `open_inference_binary.HEADER_LENGTH`.
 
     Raises:
-        InvalidRequest: not JSON, or a field is missing or of the wrong type; the message names it.
+        InvalidRequest: not JSON, or a field is missing or has the wrong type; the message names it.
     """
-    size = _header_size(header_length, len(body))
+    size = json_size(header_length, len(body))
     try:
-        parsed = _Body.model_validate(loads(body[:size]))
+        parsed = _InferRequest.model_validate(loads(body[:size]))
     except ValidationError as error:
-        raise InvalidRequest(sentence(error)) from None
-    rest = memoryview(body)[size:]
+        raise InvalidRequest(format_validation_error(error)) from None
+    tail = memoryview(body)[size:]
     inputs = []
     for index, tensor in enumerate(parsed.inputs):
-        taken, data = _data(tensor, rest, f"inputs.{index}")
-        rest = rest[taken:]
+        data, tail = split_tensor(
+            tensor.data, tail, datatype=tensor.datatype, parameters=tensor.parameters, field=f"inputs.{index}"
+        )
         parameters = {name: value for name, value in tensor.parameters.items() if name != "binary_data_size"}
         inputs.append(InferInput(tensor.name, tensor.shape, tensor.datatype, data, parameters))
-    if rest:
-        raise InvalidRequest(f"{len(rest)} bytes follow the last tensor; give each tensor's binary_data_size.")
+    if tail:
+        raise InvalidRequest(f"{len(tail)} bytes follow the last tensor. Set each tensor's binary_data_size.")
     return InferRequest(
         model_name=model_name,
         infer_inputs=inputs,
@@ -150,18 +135,18 @@ def parse(body: bytes, model_name: str, header_length: str | None = None) -> Inf
         parameters=parsed.parameters,
         request_outputs=None
         if parsed.outputs is None
-        else [RequestedOutput(output.name, output.parameters) for output in parsed.outputs],
+        else [requested_output(output.name, output.parameters) for output in parsed.outputs],
     )
 
 
 def decode(request: InferRequest) -> list[GenerationRequest]:
-    """One generation request for each prompt, in order.
+    """Return one generation request per prompt, in order.
 
     Raises:
         InvalidRequest: an input, output or parameter is unknown, missing or out of range; the message names it.
     """
-    _binary(request.parameters)
-    selected = _selected(request)
+    binary_parameters(request.parameters)
+    selected = _selected_outputs(request)
     if len(request.inputs) != 1:
         names = ", ".join(tensor.name for tensor in request.inputs)
         raise InvalidRequest(f"inputs has {names or 'nothing'}: expected one of {', '.join(INPUTS)}.")
@@ -170,16 +155,16 @@ def decode(request: InferRequest) -> list[GenerationRequest]:
         raise InvalidRequest(f"inputs.0.name is {tensor.name!r}: expected {' or '.join(INPUTS)}.")
     if tensor.datatype != INPUTS[tensor.name]:
         raise InvalidRequest(f"inputs.0.datatype is {tensor.datatype!r}: {tensor.name} is {INPUTS[tensor.name]}.")
-    sampling = _sampling(request, tensor, LOGPROBS in selected)
-    as_prompt = _chat if tensor.name == MESSAGES else _raw
+    sampling = _sampling_params(request, tensor, with_logprobs=LOGPROBS in selected)
+    decode_prompt = _decode_chat if tensor.name == MESSAGES else _check_prompt
     return [
-        GenerationRequest(as_prompt(text, f"inputs.0.data.{index}"), sampling)
-        for index, text in enumerate(_texts(tensor))
+        GenerationRequest(decode_prompt(text, f"inputs.0.data.{index}"), sampling)
+        for index, text in enumerate(_decode_texts(tensor))
     ]
 
 
 def encode(request: InferRequest, completions: Sequence[Completion]) -> InferResponse:
-    """The response to a request whose prompts were completed, in the shape of its input."""
+    """Return the response; its outputs have the shape of the request's input."""
     columns: dict[str, list[Any]] = {
         TEXT_OUTPUT: [completion.text for completion in completions],
         "finish_reason": [completion.finish_reason.value for completion in completions],
@@ -191,74 +176,74 @@ def encode(request: InferRequest, completions: Sequence[Completion]) -> InferRes
     return InferResponse(
         response_id=request.id or str(uuid.uuid4()),
         model_name=request.model_name,
-        infer_outputs=[InferOutput(name, shape, OUTPUTS[name], columns[name]) for name in _selected(request)],
+        infer_outputs=[InferOutput(name, shape, OUTPUTS[name], columns[name]) for name in _selected_outputs(request)],
     )
 
 
 def serialize(request: InferRequest, response: InferResponse, version: str | None) -> tuple[bytes, int | None]:
-    """The body of a response, nothing in it null, and the bytes of its JSON where binary tensors follow.
+    """Return the body of a response, without nulls, and the size of its JSON part if binary tensors follow.
 
     Args:
-        request: says which outputs are to be binary.
+        request: selects the outputs that are binary.
         response: from `encode`.
-        version: of the model, where the route named it.
+        version: of the model, if the route has one.
     """
-    everything = _binary(request.parameters).binary_data_output
-    asked = {output.name: _binary(output.parameters).binary_data for output in request.request_outputs or ()}
+    binary_by_default = binary_parameters(request.parameters).binary_data_output
+    binary = {output.name: binary_parameters(output.parameters).binary_data for output in request.request_outputs or ()}
     outputs, tail = [], b""
     for output in response.outputs:
-        described = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
-        chosen = asked.get(output.name)
-        if everything if chosen is None else chosen:
-            data = _bytes(output)
-            described["parameters"] = {"binary_data_size": len(data)}
+        tensor = {"name": output.name, "datatype": output.datatype, "shape": list(output.shape)}
+        is_binary = binary.get(output.name)
+        if binary_by_default if is_binary is None else is_binary:
+            data = encode_output(output)
+            tensor["parameters"] = {"binary_data_size": len(data)}
             tail += data
         else:
-            described["data"] = output.data
-        outputs.append(described)
-    body: dict[str, Any] = {"model_name": response.model_name}
+            tensor["data"] = output.data
+        outputs.append(tensor)
+    content: dict[str, Any] = {"model_name": response.model_name}
     if version is not None:
-        body["model_version"] = version
-    head = json.dumps(body | {"id": response.id, "outputs": outputs}, ensure_ascii=False).encode()
+        content["model_version"] = version
+    head = json.dumps(content | {"id": response.id, "outputs": outputs}, ensure_ascii=False).encode()
     return (head + tail, len(head)) if tail else (head, None)
 
 
 def from_grpc(message: Any) -> InferRequest:
-    """The request in a ModelInferRequest, whose tensors come as `contents` or all of them raw.
+    """Convert a ModelInferRequest, whose tensors are all in `contents` or all in `raw_input_contents`.
 
     Raises:
-        InvalidRequest: the two are mixed, or raw data is not BYTES.
+        InvalidRequest: both are used, or raw data is not BYTES.
     """
     raw = list(message.raw_input_contents)
     if raw and len(raw) != len(message.inputs):
         raise InvalidRequest(f"raw_input_contents has {len(raw)} tensors, and inputs {len(message.inputs)}.")
     if raw and any(tensor.HasField("contents") for tensor in message.inputs):
-        raise InvalidRequest("inputs has contents, and there are raw_input_contents; send one of them.")
+        raise InvalidRequest("The request has both contents and raw_input_contents. Send one of them.")
     inputs = []
     for index, tensor in enumerate(message.inputs):
-        data = _elements(raw[index], f"inputs.{index}") if raw else list(tensor.contents.bytes_contents)
-        parameters = to_http_parameters(tensor.parameters)
-        inputs.append(InferInput(tensor.name, list(tensor.shape), tensor.datatype, data, _numbers(parameters)))
+        data = decode_elements(raw[index], f"inputs.{index}") if raw else list(tensor.contents.bytes_contents)
+        parameters = _decode_parameters(tensor.parameters)
+        inputs.append(InferInput(tensor.name, list(tensor.shape), tensor.datatype, data, parameters))
     return InferRequest(
         model_name=message.model_name,
         infer_inputs=inputs,
         request_id=message.id or None,
-        parameters=_numbers(to_http_parameters(message.parameters)),
-        request_outputs=[RequestedOutput(output.name) for output in message.outputs] or None,
+        parameters=_decode_parameters(message.parameters),
+        request_outputs=[requested_output(output.name) for output in message.outputs] or None,
     )
 
 
 def to_grpc(message: Any, response: InferResponse) -> Any:
-    """The ModelInferResponse to a ModelInferRequest; raw where that was raw."""
-    answer = response.to_grpc()
+    """Return the ModelInferResponse to the ModelInferRequest `message`; raw if that is."""
+    converted = response.to_grpc()
     if message.raw_input_contents:
-        for described, output in zip(answer.outputs, response.outputs, strict=True):
-            described.ClearField("contents")
-            answer.raw_output_contents.append(_bytes(output))
-    return answer
+        for tensor, output in zip(converted.outputs, response.outputs, strict=True):
+            tensor.ClearField("contents")
+            converted.raw_output_contents.append(encode_output(output))
+    return converted
 
 
-def _selected(request: InferRequest) -> list[str]:
+def _selected_outputs(request: InferRequest) -> list[str]:
     names = [output.name for output in request.request_outputs or ()]
     for index, name in enumerate(names):
         if name not in OUTPUTS:
@@ -266,76 +251,32 @@ def _selected(request: InferRequest) -> list[str]:
     return names or [TEXT_OUTPUT]
 
 
-def _sampling(request: InferRequest, tensor: InferInput, wants_logprobs: bool) -> SamplingParams:
-    """The input's own parameters before the request's."""
+def _sampling_params(request: InferRequest, tensor: InferInput, *, with_logprobs: bool) -> SamplingParams:
+    """Return the request's parameters, overridden by the input's own."""
     merged = {**(request.parameters or {}), **(tensor.parameters or {})}
     merged.pop("binary_data_output", None)
     try:
         parameters = _Parameters.model_validate(merged)
     except ValidationError as error:
-        raise InvalidRequest(sentence(error, prefix="parameters.", known=_Parameters.model_fields)) from None
-    if parameters.logprobs is not None and not wants_logprobs:
-        raise InvalidRequest("parameters.logprobs is given, but outputs does not select logprobs.")
-    return parameters.sampling((parameters.logprobs or 0) if wants_logprobs else None)
+        message = format_validation_error(error, prefix="parameters.", allowed=_Parameters.model_fields)
+        raise InvalidRequest(message) from None
+    if parameters.logprobs is not None and not with_logprobs:
+        raise InvalidRequest("parameters.logprobs is set, but outputs does not select logprobs. Select it.")
+    return parameters.to_sampling_params((parameters.logprobs or 0) if with_logprobs else None)
 
 
-def _binary(parameters: Mapping[str, Any] | None) -> _Binary:
-    try:
-        return _Binary.model_validate(dict(parameters or {}))
-    except ValidationError as error:
-        raise InvalidRequest(sentence(error, prefix="parameters.")) from None
-
-
-def _header_size(header_length: str | None, body_bytes: int) -> int:
-    if header_length is None:
-        return body_bytes
-    if not re.fullmatch(r"[0-9]{1,18}", header_length) or int(header_length) > body_bytes:
-        raise InvalidRequest(f"The header {HEADER_LENGTH} is not a number of bytes of this body.")
-    return int(header_length)
-
-
-def _data(tensor: _Tensor, rest: memoryview, field: str) -> tuple[int, list[Any]]:
-    """How many bytes of the binary part are a tensor's, and its elements."""
-    size = _binary(tensor.parameters).binary_data_size
-    if size is None:
-        if tensor.data is None:
-            raise InvalidRequest(f"{field}.data: field required, or parameters.binary_data_size.")
-        return 0, tensor.data
-    if tensor.data is not None:
-        raise InvalidRequest(f"{field} has both data and parameters.binary_data_size; send one of them.")
-    if size > len(rest):
-        raise InvalidRequest(f"{field}.parameters.binary_data_size is {size}, but only {len(rest)} bytes follow.")
-    # Another datatype is refused by name later: no input is of such a type.
-    return size, _elements(bytes(rest[:size]), field) if tensor.datatype == "BYTES" else []
-
-
-def _elements(encoded: bytes, field: str) -> list[bytes]:
-    try:
-        return list(deserialize_bytes_tensor(encoded))
-    except struct.error:
-        raise InvalidRequest(f"{field} is not BYTES: before each element stand its length's 4 bytes.") from None
-
-
-def _numbers(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """GRPC's parameters know no fractions: those come as strings."""
-    numbers = dict(parameters)
+def _decode_parameters(parameters: Any) -> dict[str, Any]:
+    """Return gRPC parameters; fractions are sent as strings, since InferParameter has no floating-point type."""
+    values = decode_grpc_parameters(parameters)
     for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-        if isinstance(numbers.get(name), str):
-            with contextlib.suppress(ValueError):  # then refused by name, as any wrong type
-                numbers[name] = float(numbers[name])
-    return numbers
+        if isinstance(values.get(name), str):
+            with contextlib.suppress(ValueError):  # `decode` rejects it by name, like any wrong type
+                values[name] = float(values[name])
+    return values
 
 
-def _bytes(output: InferOutput) -> bytes:
-    if output.datatype == "BYTES":
-        elements = [element.encode() if isinstance(element, str) else element for element in output.data]
-        encoded = numpy.array(elements, dtype=numpy.object_)
-        return bytes(serialize_byte_tensor(encoded).item()) if encoded.size else b""
-    return numpy.array(output.data, dtype="<i8").tobytes()
-
-
-def _texts(tensor: InferInput) -> list[str]:
-    """The elements of a [n] or [n, 1] tensor, whose data may be nested or flat."""
+def _decode_texts(tensor: InferInput) -> list[str]:
+    """Return the elements of a [n] or [n, 1] tensor with nested or flat data."""
     shape = list(tensor.shape)
     if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1):
         raise InvalidRequest(f"inputs.0.shape is {shape}: expected [n] or [n, 1].")
@@ -343,11 +284,11 @@ def _texts(tensor: InferInput) -> list[str]:
     if len(elements) != math.prod(shape):
         raise InvalidRequest(f"inputs.0.shape is {shape}, but data has {len(elements)} elements.")
     if not elements:
-        raise InvalidRequest("inputs.0.data is empty; send at least one prompt.")
-    return [_text(element, f"inputs.0.data.{index}") for index, element in enumerate(elements)]
+        raise InvalidRequest("inputs.0.data is empty. Send at least one prompt.")
+    return [_decode_text(element, f"inputs.0.data.{index}") for index, element in enumerate(elements)]
 
 
-def _text(element: object, field: str) -> str:
+def _decode_text(element: object, field: str) -> str:
     if isinstance(element, bytes):
         try:
             return element.decode()
@@ -358,19 +299,19 @@ def _text(element: object, field: str) -> str:
     return element
 
 
-def _raw(text: str, field: str) -> str:
+def _check_prompt(text: str, field: str) -> str:
     if not text:
-        raise InvalidRequest(f"{field} is an empty prompt; send at least one character.")
+        raise InvalidRequest(f"{field} is an empty prompt. Send at least one character.")
     return text
 
 
-def _chat(text: str, field: str) -> Chat:
+def _decode_chat(text: str, field: str) -> Chat:
     try:
         messages = loads(text.encode())
     except InvalidRequest:
         messages = None
     if not isinstance(messages, list) or not messages:
-        raise InvalidRequest(f'{field} is not a JSON list of messages, as in [{{"role": "user", "content": "Hi"}}].')
+        raise InvalidRequest(f'{field} is not a JSON list of messages. Example: [{{"role": "user", "content": "Hi"}}].')
     for index, message in enumerate(messages):
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise InvalidRequest(f"{field}: message {index} needs a role and a content, both strings.")

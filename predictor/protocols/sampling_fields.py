@@ -1,6 +1,6 @@
-"""What a request may say of sampling and time; how its body is read, and how a wrong field is told.
+"""Request fields for sampling and timeouts, shared by the protocols.
 
-Shared by the protocols, which differ in names and places of these fields, not in their ranges.
+Protocols differ in names and positions of these fields, not in their ranges.
 """
 
 import json
@@ -14,22 +14,22 @@ from predictor.errors import InvalidRequest
 from predictor.types import SamplingParams
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
-"""The header, in lower case, by which a client allows less time than the server does."""
+"""Header, in lower case, with which a client sets a shorter timeout than the server's."""
 
-MAX_STOPS = 16
+MAX_STOP = 16
 MAX_LOGPROBS = 20
-"""OpenAI's bound on top_logprobs."""
+"""OpenAI's maximum of top_logprobs."""
 MAX_COMPLETIONS = 128
-"""OpenAI's bound on n."""
+"""OpenAI's maximum of n."""
 
 
-def _several(value: object) -> object:
-    """One stop string as a list of one."""
+def wrap_string(value: object) -> object:
+    """Return a string as a list of one string, and other values unchanged."""
     return [value] if isinstance(value, str) else value
 
 
-def _scalar_list(value: object) -> object:
-    """Parameters of v2 are scalars, so a list may also come as JSON in a string."""
+def _parse_list(value: object) -> object:
+    """Return the list in a string of JSON: parameters of Open Inference are scalars."""
     if isinstance(value, str) and value.startswith("["):
         try:
             return json.loads(value)
@@ -40,42 +40,44 @@ def _scalar_list(value: object) -> object:
 
 Stop = Annotated[
     list[Annotated[str, StringConstraints(min_length=1)]],
-    BeforeValidator(_several),
-    BeforeValidator(_scalar_list),
-    Field(max_length=MAX_STOPS),
+    BeforeValidator(wrap_string),
+    BeforeValidator(_parse_list),
+    Field(max_length=MAX_STOP),
 ]
-"""One stop string, or several."""
+"""A stop string, or a list of them."""
 
-StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_scalar_list), Field(max_length=MAX_STOPS)]
+StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_list), Field(max_length=MAX_STOP)]
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
-class Sampling(BaseModel):
-    """Sampling parameters under the names that vLLM and most servers use; unknown names are refused.
+class SamplingFields(BaseModel):
+    """Sampling parameters by vLLM's names; unknown names are rejected.
 
-    Defaults are `SamplingParams`'s: None leaves the choice to the model's own generation config.
+    Defaults are those of `SamplingParams`: None means the default of the model's generation config.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    max_tokens: int | None = Field(default=None, ge=1, description="New tokens at most.")
-    min_tokens: int = Field(default=0, ge=0, description="New tokens before anything but max_tokens may end it.")
+    max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of new tokens.")
+    min_tokens: int = Field(
+        default=0, ge=0, description="Minimum number of new tokens before a stop condition ends it."
+    )
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="Cumulative probability kept.")
-    top_k: int | None = Field(default=None, ge=-1, description="Most probable tokens kept; 0 and -1 keep all.")
+    top_k: int | None = Field(default=None, ge=-1, description="Number of most probable tokens kept; 0 and -1: all.")
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="1 is off.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    stop: Stop = Field(default=[], description="Texts that end the completion and are not part of it.")
+    stop: Stop = Field(default=[], description="Strings that end the completion; not part of it.")
     stop_token_ids: StopTokenIds = Field(default=[], description="Tokens that end the completion.")
-    ignore_eos: bool = Field(default=False, description="Go on after the model's end of sequence.")
+    ignore_eos: bool = Field(default=False, description="Continue after the model's end of sequence.")
     seed: Seed | None = Field(default=None, description="Makes sampling repeatable.")
 
-    def sampling(self, logprobs: int | None = None) -> SamplingParams:
-        """These fields as the engine takes them; `logprobs` as in `SamplingParams`."""
-        values = {name: getattr(self, name) for name in Sampling.model_fields}
-        if self.top_k == -1:  # as vLLM says it
+    def to_sampling_params(self, logprobs: int | None = None) -> SamplingParams:
+        """Return these fields, and `logprobs`, as `SamplingParams`."""
+        values = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        if self.top_k == -1:  # vLLM's value for "all"
             values["top_k"] = 0
         values["stop"] = tuple(self.stop)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
@@ -83,10 +85,10 @@ class Sampling(BaseModel):
 
 
 def timeout_seconds(headers: Mapping[str, str]) -> float | None:
-    """What a client allows, by its headers (names in lower case); None if it says nothing.
+    """Return the client's timeout from headers with names in lower case; None if not set.
 
     Raises:
-        InvalidRequest: it is no positive number.
+        InvalidRequest: it is not a positive number.
     """
     text = headers.get(TIMEOUT_HEADER)
     if text is None:

@@ -1,1 +1,1 @@
-"""What this machine or container grants: CPU time, memory, threads."""
+"""Limits of this machine or container: CPU time, memory, threads."""

@@ -1,7 +1,4 @@
-"""How much memory this process may really use, and how many tokens of KV cache fit into it.
-
-Knows nothing of sequences or weights: those are loaded already when it is asked.
-"""
+"""Free memory of a device."""
 
 from pathlib import Path
 
@@ -12,10 +9,10 @@ from predictor.resources import cgroup
 
 
 def available_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device without being killed or failing."""
+    """Return how much can be allocated on a device; on the host, within the memory limits of cgroups."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes)
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return min(int(psutil.virtual_memory().available), cgroup.available_bytes(Path("/")))

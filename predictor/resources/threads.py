@@ -1,4 +1,4 @@
-"""How many threads torch computes with."""
+"""Number of torch CPU threads."""
 
 import logging
 from pathlib import Path
@@ -10,13 +10,12 @@ from predictor.resources import cgroup
 logger = logging.getLogger(__name__)
 
 
-def set_threads(number: int | None) -> None:
-    """Have torch compute with so many threads; None: with as many as this process gets CPU time for.
+def configure_threads(num_threads: int | None) -> None:
+    """Set the number of torch threads. Default: the container's CPU limit, else all cores.
 
-    Torch counts the machine's cores. In a container with a limit, threads beyond it are stopped for most of the time,
-    and those that are not wait for them.
+    Torch counts the machine's cores. The kernel throttles threads beyond a CPU limit, and the others wait for them.
     """
-    granted = cgroup.cpus(Path("/"))
+    limit = cgroup.cpu_limit(Path("/"))
     cores = torch.get_num_threads()
-    torch.set_num_threads(number or (cores if granted is None else max(1, min(cores, round(granted)))))
+    torch.set_num_threads(num_threads or (cores if limit is None else max(1, min(cores, round(limit)))))
     logger.info("%d threads", torch.get_num_threads())

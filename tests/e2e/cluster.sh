@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Overlay dev on the cluster that kubectl talks to, in the mode of the first argument, with images of ours that are already there:
-# deployed, asked, scaled, asked again. For a cluster of one node that may be thrown away: .github/workflows/e2e.yaml makes one.
+# Deploys overlay dev on kubectl's cluster, in the deployment mode of the first argument, with images that are loaded already. Sends a
+# request, checks scaling, sends another one. For a disposable cluster with one node, as in .github/workflows/e2e.yaml.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -9,8 +9,8 @@ namespace=kserve-llm-dev
 question='{"inputs": [{"name": "messages", "datatype": "BYTES", "shape": [1],
   "data": ["[{\"role\": \"user\", \"content\": \"Say hello.\"}]"]}], "parameters": {"max_tokens": 8, "temperature": 0}}'
 
-# The overlay below is dev with images that are on the node, whatever component images names, and in Standard mode with Kubernetes' own
-# autoscaler. Without a registry their names are Docker Hub's: KServe's installer has Knative ask every other one for a tag's digest.
+# Overlay dev with the images on the node, whatever component images says, and in Standard mode with Kubernetes' autoscaler. Image names
+# without a registry belong to Docker Hub, for which KServe's installer disables Knative's tag resolution.
 overlay=$(mktemp --directory kustomize/overlays/e2e.XXXXXX)
 trap 'rm -rf "$overlay"' EXIT
 case $mode in
@@ -35,8 +35,8 @@ YAML
 selector=serving.kserve.io/inferenceservice=llm
 pods() { kubectl get pods --namespace $namespace --selector $selector --no-headers 2> /dev/null | wc --lines; }
 
-# In Knative mode the question goes through the gateway, whose activator wakes the predictor; in Standard mode to its Service.
-ask() {
+# In Knative mode the request goes through the gateway, and the activator starts the predictor; in Standard mode to the Service.
+send_request() {
   local url host=() target=(--namespace "$namespace" service/llm-predictor)
   if [ "$mode" = knative ]; then
     url=$(kubectl get inferenceservice llm --namespace $namespace --output jsonpath='{.status.url}')
@@ -54,17 +54,17 @@ ask() {
 kubectl apply --kustomize "$overlay"
 kubectl wait --namespace $namespace --for=condition=Complete --timeout=600s job --all
 kubectl wait --namespace $namespace --for=condition=Ready --timeout=900s inferenceservice/llm
-ask
+send_request
 
 if [ "$mode" = knative ]; then
-  echo "waiting for the last pod to leave"
-  # Window and retention of the InferenceService are six minutes; what then terminates may still finish a request.
+  echo "waiting for scale to zero"
+  # The InferenceService's window and retention take six minutes; a terminating pod may still finish a request.
   for _ in $(seq 120); do
     [ "$(pods)" = 0 ] && break
     sleep 5
   done
-  [ "$(pods)" = 0 ] || { echo "still there after ten minutes" >&2; exit 1; }
-  ask
+  [ "$(pods)" = 0 ] || { echo "not at zero after ten minutes" >&2; exit 1; }
+  send_request
 else
   kubectl get hpa --namespace $namespace
   [ "$(kubectl get hpa --namespace $namespace --no-headers | wc --lines)" = 1 ] || { echo "no autoscaler" >&2; exit 1; }

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from devtools import processes, tiny_llama
 from devtools.processes import ROOT
-from predictor.models import loader, quantization, snapshot
+from predictor.models import int8_quantizer, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
 from storage_initializer.prepare import int8_weights, pipeline
 
@@ -61,8 +62,8 @@ class Prepared:
     published: Path
     made: Path
 
-    def load(self, word: str = "8bit", dtype: str = "auto") -> LoadedModel:
-        return loader.load(self.published, device="cpu", dtype=dtype, trust_remote_code=False, quantization=word)
+    def load(self, mode: str = "8bit", dtype: str = "auto", skip_modules: Sequence[str] = ()) -> LoadedModel:
+        return loader.load(self.published, device="cpu", dtype=dtype, quantization=mode, skip_modules=skip_modules)
 
     def say(self, **changes: object) -> None:
         """Change what the record says of how it was made."""
@@ -132,7 +133,7 @@ def greedy(loaded: LoadedModel) -> list[list[int]]:
 
 
 def test_both_packages_mean_the_same() -> None:
-    assert int8_weights.METHOD == quantization.INT8
+    assert int8_weights.METHOD == int8_quantizer.INT8_METHOD
     assert pipeline.VERSION == snapshot.RECIPE_VERSION
 
 
@@ -141,7 +142,7 @@ def test_prepared_weights_are_bit_by_bit_what_the_predictor_makes_while_it_loads
 ) -> None:
     dtype = json.loads((each.made / snapshot.RECORD).read_text())["derived_from"]["dtype"]
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
-        each.published, dtype=getattr(torch, dtype), quantization_config=quantization.Int8Config()
+        each.published, dtype=getattr(torch, dtype), quantization_config=int8_quantizer.Int8Config()
     )
     rounded.save_pretrained(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
@@ -158,23 +159,25 @@ def test_the_predictor_finds_what_is_prepared_by_itself_and_says_the_same_tokens
 ) -> None:
     with caplog.at_level(logging.INFO):
         loaded = each.load()
-    assert loaded.prepared
+    assert loaded.prequantized
     assert loaded.quantization == "8bit"
-    assert f"taking what was rounded ahead, {each.made}" in caplog.text
+    assert f"loading pre-quantized weights from {each.made}" in caplog.text
     away = each.made.rename(each.made.with_name("away"))
     try:
         rounding_now = each.load()
     finally:
         away.rename(each.made)
-    assert not rounding_now.prepared
+    assert not rounding_now.prequantized
     assert all(torch.equal(one, other) for one, other in zip(logits(loaded), logits(rounding_now), strict=True))
     assert greedy(loaded) == greedy(rounding_now)
 
 
 def test_auto_takes_it_and_none_never_does(prepared: Prepared) -> None:
-    assert prepared.load("auto").prepared == (quantization.choose("auto", torch.device("cpu"), None, 1, 1) == "8bit")
+    assert prepared.load("auto").prequantized == (
+        quantization.resolve_mode("auto", torch.device("cpu"), None, 1, 1) == "8bit"
+    )
     loaded = prepared.load("none")
-    assert not loaded.prepared
+    assert not loaded.prequantized
     assert loaded.quantization == "none"
 
 
@@ -183,7 +186,7 @@ def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_version
 ) -> None:
     prepared.say(version=7)
     loaded = prepared.load()
-    assert not loaded.prepared
+    assert not loaded.prequantized
     assert loaded.quantization == "8bit"
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert f"not using {prepared.made}, but rounding weights while they load" in warning
@@ -193,24 +196,16 @@ def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_version
 def test_weights_rounded_from_another_format_are_passed_over(
     prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not prepared.load(dtype="bfloat16").prepared
+    assert not prepared.load(dtype="bfloat16").prequantized
     assert "rounded from float32, and this predictor would from bfloat16; use --dtype auto" in caplog.text
 
 
-def test_what_keeps_other_layers_is_passed_over(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_keeps_other_layers_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared = prepare(DEMO_MODEL, tmp_path / "volume", "--prepare-keep", "down_proj")
-    assert not prepared.load().prepared
+    assert not prepared.load().prequantized
     assert "layers kept as they were are ['down_proj'], and this predictor would keep []" in caplog.text
 
-    class Keeping(quantization.Int8Config):  # type: ignore[misc]
-        def __init__(self, *_: object) -> None:
-            super().__init__(["down_proj"])
-
-    monkeypatch.setattr(quantization, "config", lambda *_: Keeping())
-    loaded = prepared.load()
-    assert loaded.prepared
+    assert prepared.load(skip_modules=["down_proj"]).prequantized
 
 
 @pytest.mark.parametrize("change", ["no record", "a file less", "nonsense"])
@@ -222,7 +217,7 @@ def test_what_is_not_whole_is_passed_over(prepared: Prepared, caplog: pytest.Log
             (prepared.made / "tokenizer.json").unlink()
         case "nonsense":
             prepared.say(version=1, keep=None)
-    assert not prepared.load().prepared
+    assert not prepared.load().prequantized
     assert f"not using {prepared.made}" in caplog.text
 
 
@@ -241,5 +236,5 @@ def test_a_predictor_serves_what_was_prepared_and_says_so(prepared: Prepared, tm
         answer = client.post("/v2/models/demo/generate", json=asked).json()["text_output"]
     assert (properties["quantization"], properties["prepared"]) == ("8bit", "true")
     assert properties["commit"] == prepared.published.name
-    assert f"taking what was rounded ahead, {prepared.made}" in log.read_text()
+    assert f"loading pre-quantized weights from {prepared.made}" in log.read_text()
     assert "-31" in answer

@@ -1,4 +1,4 @@
-"""examples/deploy.py against an API server and a predictor on loopback, which keep what they are sent."""
+"""examples/deploy.py against an API server and a predictor on loopback that record requests."""
 
 import importlib.util
 import json
@@ -6,13 +6,17 @@ import re
 import shutil
 import threading
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from devtools.paths import ROOT
+
 DEV = ROOT / "kustomize/overlays/dev"
 KINDS = {
     "v1": [
@@ -30,9 +34,9 @@ HOST = "llm.kserve-llm-dev.example.com"
 READY = {"observedGeneration": 1, "url": f"http://{HOST}", "conditions": [{"type": "Ready", "status": "True"}]}
 
 
-def discovery(path):
-    """What an API server says of the kinds that it serves."""
-    groups = defaultdict(list)
+def discovery(path: str) -> dict[str, Any] | None:
+    """Return the discovery document of an API server."""
+    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
     for version in KINDS:
         group, _, number = version.rpartition("/")
         groups[group].append({"groupVersion": version, "version": number})
@@ -42,7 +46,7 @@ def discovery(path):
         named = [
             {"name": group, "versions": versions, "preferredVersion": versions[0]} for group, versions in groups.items()
         ]
-        return {"kind": "APIGroupList", "groups": [each for each in named if each["name"]]}
+        return {"kind": "APIGroupList", "groups": [group for group in named if group["name"]]}
     version = path.removeprefix("/apis/").removeprefix("/api/")
     kinds = [
         {"kind": k, "name": plural, "namespaced": n, "verbs": ["patch"]} for k, plural, n in KINDS.get(version, [])
@@ -53,30 +57,33 @@ def discovery(path):
 class Loopback(ThreadingHTTPServer):
     """An API server that stores InferenceServices, and the gateway in front of the predictor."""
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Answering)
-        self.services, self.requests = {}, []
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.services: dict[str, Any] = {}
+        self.requests: list[tuple[str, str, Any, Any]] = []
 
     @property
-    def url(self):
+    def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
 
-class Answering(BaseHTTPRequestHandler):
-    def answer(self):
+class Handler(BaseHTTPRequestHandler):
+    server: Loopback
+
+    def respond(self) -> None:
         path = self.path.partition("?")[0]
         size = int(self.headers.get("Content-Length") or 0)
         body = yaml.safe_load(self.rfile.read(size)) if size else None
         self.server.requests.append((self.command, path, self.headers, body))
-        said = self.say(path, body)
-        text = json.dumps({"kind": "Status", "code": 404} if said is None else said).encode()
-        self.send_response(404 if said is None else 201 if path == SERVICES and body else 200)
+        content = self.content(path, body)
+        text = json.dumps({"kind": "Status", "code": 404} if content is None else content).encode()
+        self.send_response(404 if content is None else 201 if path == SERVICES and body else 200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(text)))
         self.end_headers()
         self.wfile.write(text)
 
-    def say(self, path, body):
+    def content(self, path: str, body: Any) -> Any:
         services = self.server.services
         if path == "/v2/models/llm/infer":
             return {
@@ -91,14 +98,14 @@ class Answering(BaseHTTPRequestHandler):
             )
         return body if self.command == "PATCH" else discovery(path)
 
-    do_GET = do_POST = do_PATCH = answer  # noqa: N815 - names of the standard library
+    do_GET = do_POST = do_PATCH = respond  # noqa: N815 - names of the standard library
 
-    def log_message(self, *_):
-        pass
+    def log_message(self, *_: Any) -> None:
+        """Log nothing."""
 
 
 @pytest.fixture
-def loopback(tmp_path, monkeypatch):
+def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopback]:
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     server = Loopback()
@@ -116,7 +123,7 @@ def loopback(tmp_path, monkeypatch):
         )
     )
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
-    # Where the dynamic client keeps what it discovered.
+    # The dynamic client caches discovery there.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     yield server
     server.shutdown()
@@ -125,20 +132,24 @@ def loopback(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def example():
+def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("deploy", ROOT / "examples/deploy.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture
-def run(example, loopback):
+def run(example: ModuleType, loopback: Loopback) -> Callable[[], int]:
     arguments = [str(DEV), "The capital of France is", "--gateway", loopback.url, "--context", "here", "--wait", "1"]
-    return lambda: example.main(arguments, polling_seconds=0.01)
+    return lambda: int(example.main(arguments, polling_seconds=0.01))
 
 
-def test_deploy_applies_objects_and_creates_the_service(run, loopback, example):
+def test_deploy_applies_objects_and_creates_the_service(
+    run: Callable[[], int], loopback: Loopback, example: ModuleType
+) -> None:
     assert run() == 0
     applied = [body for method, _, _, body in loopback.requests if method == "PATCH"]
     [created] = [body for method, path, _, body in loopback.requests if (method, path) == ("POST", SERVICES)]
@@ -147,7 +158,7 @@ def test_deploy_applies_objects_and_creates_the_service(run, loopback, example):
     assert types == {"application/apply-patch+yaml"}
 
 
-def test_deploy_patches_an_existing_service(run, loopback):
+def test_deploy_patches_an_existing_service(run: Callable[[], int], loopback: Loopback) -> None:
     run()
     loopback.requests.clear()
     assert run() == 0
@@ -158,7 +169,9 @@ def test_deploy_patches_an_existing_service(run, loopback):
     assert not [path for method, path, _, _ in loopback.requests if method == "POST" and path == SERVICES]
 
 
-def test_query_uses_the_host_of_the_service(run, loopback, capsys):
+def test_query_uses_the_host_of_the_service(
+    run: Callable[[], int], loopback: Loopback, capsys: pytest.CaptureFixture[str]
+) -> None:
     run()
     [(headers, body)] = [(headers, body) for _, path, headers, body in loopback.requests if path.startswith("/v2")]
     assert headers["Host"] == HOST
@@ -166,7 +179,9 @@ def test_query_uses_the_host_of_the_service(run, loopback, capsys):
     assert capsys.readouterr().out.splitlines()[-1] == "Paris"
 
 
-def test_deploy_with_a_broken_overlay_is_an_error(example, tmp_path, capsys, loopback):
+def test_deploy_with_a_broken_overlay_is_an_error(
+    example: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], loopback: Loopback
+) -> None:
     assert example.main([str(tmp_path), "x"]) == 2
     assert re.match(r"deploy: .* does not render", capsys.readouterr().err)
     assert not loopback.requests

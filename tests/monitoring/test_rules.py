@@ -1,4 +1,4 @@
-"""The rules as promtool sees them: they parse, each alert fires when it should and only then, and has a runbook."""
+"""Recording and alerting rules: promtool test cases, mutations of the rules, runbook sections."""
 
 import copy
 import re
@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
-from devtools.processes import ROOT
+from devtools.paths import ROOT
 from predictor.observability import metrics
 
 RULES = ROOT / "manifests" / "prometheus" / "rules.yaml"
 CASES = Path(__file__).with_name("rules_test.yaml")
 LIMIT = re.compile(r" (?:==|>) [\d.]+")
-"""What an alert compares with; of several, all must hold."""
+"""A threshold of an alert; an alert with several requires all of them."""
 RUNBOOK = ROOT / "manifests" / "monitoring" / "RUNBOOK.md"
 
 
@@ -27,7 +27,7 @@ def rules() -> dict[str, Any]:
 
 
 def every(kind: str, document: dict[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """All rules of the kind `alert` or `record`."""
+    """Yield the rules of the kind `alert` or `record`."""
     for group in (document or rules())["groups"]:
         yield from (rule for rule in group["rules"] if kind in rule)
 
@@ -36,14 +36,14 @@ ALERTS = [rule["alert"] for rule in every("alert")]
 
 
 def promtool(*arguments: str | Path) -> "subprocess.CompletedProcess[str]":
-    found = shutil.which("promtool")
-    if found is None:
+    program = shutil.which("promtool")
+    if program is None:
         pytest.skip("promtool is not installed; it is in Debian's package prometheus")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
 
 
 def run_cases(folder: Path, document: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
-    """The cases on these rules without annotations, whose text promtool would compare as well."""
+    """Run the test cases on rules without annotations, whose text promtool would compare."""
     document = copy.deepcopy(document)
     for rule in every("alert", document):
         rule.pop("annotations", None)
@@ -52,56 +52,60 @@ def run_cases(folder: Path, document: dict[str, Any]) -> "subprocess.CompletedPr
     return promtool("test", "rules", folder / CASES.name)
 
 
-def noticed(folder: Path, mistake: Callable[[dict[str, Any]], dict[str, Any]]) -> set[str]:
-    """Alerts whose cases fail once `mistake` has changed every alert's rule."""
+def failing_alerts(folder: Path, mutate: Callable[[dict[str, Any]], dict[str, Any]]) -> set[str]:
+    """Return the alerts whose cases fail after every alert's rule is mutated."""
     document = rules()
     for rule in every("alert", document):
-        rule |= mistake(rule)
+        rule |= mutate(rule)
     done = run_cases(folder, document)
     return set(re.findall(r"alertname: ?(\w+)", done.stdout + done.stderr))
 
 
-def test_promtool_takes_the_rules() -> None:
+def test_rules_pass_promtool_check() -> None:
     done = promtool("check", "rules", RULES)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_alerts_fire_when_they_should_and_only_then(tmp_path: Path) -> None:
+def test_rules_pass_the_promtool_cases(tmp_path: Path) -> None:
     done = run_cases(tmp_path, rules())
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_the_cases_notice_every_alert_that_never_fires(tmp_path: Path) -> None:
-    assert noticed(tmp_path, lambda _: {"expr": "vector(0) > 1"}) == set(ALERTS)
+@pytest.mark.slow
+def test_cases_fail_for_every_alert_that_never_fires(tmp_path: Path) -> None:
+    assert failing_alerts(tmp_path, lambda _: {"expr": "vector(0) > 1"}) == set(ALERTS)
 
 
-def test_the_cases_notice_every_alert_that_always_fires(tmp_path: Path) -> None:
-    assert noticed(tmp_path, lambda _: {"expr": "vector(1)", "for": "0s"}) == set(ALERTS)
+@pytest.mark.slow
+def test_cases_fail_for_every_alert_that_always_fires(tmp_path: Path) -> None:
+    assert failing_alerts(tmp_path, lambda _: {"expr": "vector(1)", "for": "0s"}) == set(ALERTS)
 
 
-def test_the_cases_notice_every_alert_that_does_not_wait(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_cases_fail_for_every_alert_without_its_wait(tmp_path: Path) -> None:
     waits = {rule["alert"] for rule in every("alert") if "for" in rule}
-    assert noticed(tmp_path, lambda _: {"for": "0s"}) == waits
+    assert failing_alerts(tmp_path, lambda _: {"for": "0s"}) == waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
-def test_the_cases_notice_every_limit_that_is_not_asked_for(tmp_path: Path, number: int) -> None:
+def test_cases_fail_for_every_alert_without_a_threshold(tmp_path: Path, number: int) -> None:
     def without(rule: dict[str, Any]) -> dict[str, Any]:
         limits = list(LIMIT.finditer(rule["expr"]))
         start, end = limits[number].span() if number < len(limits) else (0, 0)
         return {"expr": rule["expr"][:start] + rule["expr"][end:]}
 
     limited = {rule["alert"] for rule in every("alert") if len(LIMIT.findall(rule["expr"])) > number}
-    assert noticed(tmp_path, without) == limited
+    assert failing_alerts(tmp_path, without) == limited
 
 
-def test_every_alert_has_a_case_that_fires_and_one_that_must_not() -> None:
-    cases = [each for test in yaml.safe_load(CASES.read_text())["tests"] for each in test.get("alert_rule_test", [])]
+def test_every_alert_has_a_firing_and_a_silent_case() -> None:
+    cases = [case for test in yaml.safe_load(CASES.read_text())["tests"] for case in test.get("alert_rule_test", [])]
     for fires in (True, False):
         assert {case["alertname"] for case in cases if bool(case["exp_alerts"]) is fires} == set(ALERTS)
 
 
-def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
+def test_runbook_sections_equal_the_alerts() -> None:
     sections = re.findall(r"^## (.+)$", RUNBOOK.read_text(), re.MULTILINE)
     assert sections == ALERTS
     for rule in every("alert"):
@@ -109,17 +113,19 @@ def test_the_runbook_has_a_section_for_every_alert_and_no_other() -> None:
         assert rule["labels"]["severity"] in ("critical", "warning")
 
 
-def test_links_of_the_runbook_lead_to_its_sections() -> None:
+def test_runbook_links_point_to_its_sections() -> None:
     text = RUNBOOK.read_text()
-    assert {link.lower() for link in re.findall(r"\(#([a-z0-9-]+)\)", text)} <= {alert.lower() for alert in ALERTS}
+    links = {link.lower() for link in re.findall(r"\(#([a-z0-9-]+)\)", text)}
+    assert links
+    assert links <= {alert.lower() for alert in ALERTS}
 
 
-def test_the_operator_gets_the_same_rules() -> None:
+def test_prometheus_rule_equals_the_rules_file() -> None:
     manifest = yaml.safe_load((ROOT / "manifests/monitoring/prometheus-rule.yaml").read_text())
     assert manifest["spec"] == rules(), "run `make render`"
 
 
-def test_rules_ask_for_metrics_that_there_are_and_limits_that_are_buckets() -> None:
+def test_rules_use_documented_metrics_and_existing_buckets() -> None:
     readme = (ROOT / "predictor" / "README.md").read_text()
     for expr in (rule["expr"] for rule in (*every("alert"), *every("record"))):
         for name in re.findall(r"\bkserve_llm_([a-z0-9_]+)", expr):
@@ -129,8 +135,8 @@ def test_rules_ask_for_metrics_that_there_are_and_limits_that_are_buckets() -> N
             assert float(limit) in buckets
 
 
-def test_alerts_ask_for_rules_that_are_recorded() -> None:
+def test_alerts_use_recorded_rules() -> None:
     recorded = {rule["record"] for rule in every("record")}
-    asked = {name for rule in every("alert") for name in re.findall(r"kserve_llm:[\w:]+", rule["expr"])}
-    assert asked
-    assert asked <= recorded
+    names = {name for rule in every("alert") for name in re.findall(r"kserve_llm:[\w:]+", rule["expr"])}
+    assert names
+    assert names <= recorded

@@ -1,15 +1,16 @@
-"""One predictor process on the demo model for the whole run, and free directories to break."""
+"""One in-process predictor with the demo model for the whole run, and copies of the model's directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
 
-from devtools import processes
-from devtools.processes import ROOT, Predictor
+from devtools.paths import DEMO_MODEL
 
-DEMO_MODEL = ROOT / "demo" / "model"
+if TYPE_CHECKING:
+    from tests.predictor.servers import InProcessServer
 
 
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
@@ -28,21 +29,15 @@ def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Predictor]:
-    log = tmp_path_factory.mktemp("predictor") / "log"
-    with log.open("w") as stderr:
-        arguments = ["--model_dir", str(DEMO_MODEL), "--dtype", "float32"]
-        try:
-            with processes.predictor(
-                arguments, model_name="demo", port=processes.free_port(), stderr=stderr
-            ) as running:
-                yield running
-        finally:
-            print(log.read_text())  # noqa: T201, shown by pytest where a test failed
+def server() -> "Iterator[InProcessServer]":
+    from tests.predictor import servers
+
+    with servers.in_process() as running:
+        yield running
 
 
 @pytest.fixture
-def client(server: Predictor) -> Iterator[httpx.Client]:
+def client(server: "InProcessServer") -> Iterator[httpx.Client]:
     with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
         yield http
 

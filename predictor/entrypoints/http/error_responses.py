@@ -20,7 +20,7 @@ from predictor.errors import (
     Unauthorized,
 )
 from predictor.observability import request_record
-from predictor.protocols import openai
+from predictor.protocols.openai import responses
 
 _OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
 """All of /v1 except its models, which KServe v1 shares."""
@@ -33,7 +33,7 @@ def respond(error: RequestError, path: str) -> Response:
     OpenAI's routes get OpenAI's error object, all others `{"error": "<message>"}`; generate_stream gets it as an
     event, by its specification.
     """
-    body = openai.encode_error(error) if _OPENAI.match(path) else {"error": str(error)}
+    body = responses.encode_error(error) if _OPENAI.match(path) else {"error": str(error)}
     headers = {}
     if isinstance(error, NotNow):
         headers["Retry-After"] = str(error.retry_after_seconds)

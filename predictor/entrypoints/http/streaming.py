@@ -24,7 +24,7 @@ class _EventEncoder(Protocol):
     """Encoder of one response; each item is a complete server-sent event."""
 
     def begin(self) -> list[str]: ...
-    def piece(self, piece: CompletionDelta) -> list[str]: ...
+    def delta(self, delta: CompletionDelta) -> list[str]: ...
     def end(self) -> list[str]: ...
     def error(self, error: RequestError) -> list[str]: ...
 
@@ -74,7 +74,7 @@ async def _encode(stream: CompletionStream, encoder: _EventEncoder) -> AsyncIter
             yield event
         async with aclosing(stream.deltas()) as deltas:
             async for delta in deltas:
-                for event in encoder.piece(delta):
+                for event in encoder.delta(delta):
                     yield event
         for event in encoder.end():
             yield event

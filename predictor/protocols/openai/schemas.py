@@ -1,8 +1,8 @@
-"""The fields of OpenAI's request bodies: their types, their limits, and why one is refused.
+"""OpenAI's request bodies as pydantic models: types, limits, and errors of fields that are not supported.
 
-Every field of the API is served with its meaning or refused by name, and null means absent. Labels, which have no
-influence on what is generated, are taken as they are: user, metadata, safety_identifier, all of prompt_cache_*, and
-parallel_tool_calls, since tool calls come as text and are never split. vLLM's extra sampling fields are served, too.
+Every field of the API is supported or rejected by name; null means absent. Fields without influence on generation are
+accepted and ignored: user, metadata, safety_identifier, prompt_cache_*, and parallel_tool_calls, since tool calls are
+returned as text. vLLM's extra sampling fields are supported.
 """
 
 from collections.abc import Callable
@@ -20,23 +20,24 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from predictor.protocols.sampling_fields import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOPS, Sampling
+from predictor.protocols.json_body import unknown_fields
+from predictor.protocols.sampling_fields import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOP, SamplingFields, wrap_string
 
-COMPLETION_TOKENS = 16
-"""The API's default for max_tokens of completions; a chat's is the model's own."""
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's default of max_tokens for completions; for chats it is the model's."""
 
 
-def _closed_and_nullable(described: dict[str, Any]) -> None:
-    """Put into an object's JSON schema what `_Object` and `_Inner` do."""
-    described["additionalProperties"] = False
-    for name, field in described["properties"].items():
+def _close_and_allow_nulls(schema: dict[str, Any]) -> None:
+    """Add to the JSON schema what the validators of `_Object` and `_NestedObject` do."""
+    schema["additionalProperties"] = False
+    for name, field in schema["properties"].items():
         nullable = any(option.get("type") == "null" for option in field.get("anyOf", [field]))
-        if name not in described.get("required", ()) and not nullable:
-            described["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+        if name not in schema.get("required", ()) and not nullable:
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
 
 
 class _Object(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_closed_and_nullable)
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_close_and_allow_nulls)
 
     @model_validator(mode="before")
     @classmethod
@@ -44,166 +45,161 @@ class _Object(BaseModel):
         return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
 
 
-class _Inner(_Object):
-    """An object inside the body: refuses unknown fields itself, to suggest its own and not the body's."""
+class _NestedObject(_Object):
+    """Object inside the body; rejects unknown fields itself, so that the error lists its own fields."""
 
     model_config = ConfigDict(extra="allow")
 
     @model_validator(mode="after")
-    def _is_known(self) -> Self:
+    def _check_fields(self) -> Self:
         if self.model_extra:
-            names, known = ", ".join(self.model_extra), ", ".join(sorted(type(self).model_fields))
-            raise PydanticCustomError("unknown", f"{names}: not known here; known are {known}")
+            raise PydanticCustomError("unknown", unknown_fields(self.model_extra, type(self).model_fields))
         return self
 
 
-def _refuse(why: str, *accepted: object) -> BeforeValidator:
-    """Marks a field that is not served, but for the values accepted."""
+def _reject(reason: str, *accepted: object) -> BeforeValidator:
+    """Return a validator of an unsupported field that allows the accepted values only."""
 
     def check(value: object) -> object:
         if value not in accepted:
-            raise PydanticCustomError("refused", why)
+            raise PydanticCustomError("unsupported", reason)
         return value
 
     return BeforeValidator(check)
 
 
-class _TextPart(_Inner):
-    type: Annotated[Literal["text"], _refuse("only text parts are served; images, audio and files are not", "text")]
+class _TextPart(_NestedObject):
+    type: Annotated[Literal["text"], _reject("only text parts are supported, not images, audio or files", "text")]
     text: str
     prompt_cache_breakpoint: dict[str, Any] = {}
 
 
-def _parts(content: object) -> object:
+def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class _Call(_Inner):
+class _FunctionCall(_NestedObject):
     name: str
     arguments: Json[dict[str, Any]]
-    """On the wire JSON in a string; chat templates take an object."""
+    """JSON in a string; chat templates need the object."""
 
 
-class _ToolCall(_Inner):
+class _ToolCall(_NestedObject):
     id: str
-    type: Annotated[Literal["function"], _refuse("only function calls are served", "function")]
-    function: _Call
+    type: Annotated[Literal["function"], _reject("only function calls are supported", "function")]
+    function: _FunctionCall
 
 
-class _Message(_Inner):
+class _Message(_NestedObject):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Annotated[
-        list[_TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_parts, str | list[_TextPart])
+        list[_TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])
     ] = []
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
     reasoning_content: str | None = None
-    """Not of the API, but what templates of reasoning models read of the assistant's earlier turns."""
+    """Not in the API; read by chat templates of reasoning models."""
 
     @model_validator(mode="after")
-    def _fits_its_role(self) -> Self:
+    def _check_role(self) -> Self:
         assistant = self.role == "assistant"
         if not (self.content or (assistant and self.tool_calls)):
             raise PydanticCustomError("content", "content is required, unless the assistant has tool_calls instead")
         if not assistant and (self.tool_calls or self.reasoning_content):
-            raise PydanticCustomError("role", "tool_calls and reasoning_content are the assistant's alone")
+            raise PydanticCustomError("role", "tool_calls and reasoning_content are allowed for role assistant only")
         if (self.role == "tool") is (self.tool_call_id is None):
-            raise PydanticCustomError("role", "tool_call_id belongs to every message of role tool, and to no other")
+            raise PydanticCustomError("role", "tool_call_id is required for role tool, and allowed for no other")
         return self
 
-    def for_template(self) -> dict[str, Any]:
-        """The message with its parts as one text, nothing put between them."""
+    def to_template_message(self) -> dict[str, Any]:
+        """Return the message for the chat template, its text parts concatenated."""
         return {**self.model_dump(exclude_unset=True), "content": "".join(part.text for part in self.content)}
 
 
-class _Function(_Inner):
+class _FunctionDefinition(_NestedObject):
     name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False], _refuse("arguments are not held to their schema", False)] = False
+    strict: Annotated[Literal[False], _reject("arguments are not validated against their schema", False)] = False
 
 
-class _Tool(_Inner):
-    type: Annotated[Literal["function"], _refuse("only function tools are served", "function")]
-    function: _Function
+class _Tool(_NestedObject):
+    type: Annotated[Literal["function"], _reject("only function tools are supported", "function")]
+    function: _FunctionDefinition
 
 
-class _StreamOptions(_Inner):
+class _StreamOptions(_NestedObject):
     include_usage: bool = False
-    include_obfuscation: Annotated[Literal[False], _refuse("events are not padded", False)] = False
+    include_obfuscation: Annotated[Literal[False], _reject("obfuscation of streams is not supported", False)] = False
 
 
 _Text = Annotated[str, Field(min_length=1)]
 _Prompt = _Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 
 
-def _stops(stop: object) -> object:
-    return [stop] if isinstance(stop, str) else stop
-
-
-def _prompts(prompt: object, validate: Callable[[object], Any]) -> Any:
-    """One prompt as a list of one, and one issue for a prompt that is neither text nor token ids."""
+def _validate_prompts(prompt: object, validate: Callable[[object], Any]) -> Any:
+    """Wrap a single prompt in a list, and report one issue instead of one per type that a prompt may have."""
     single = isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(next(iter(prompt), None), int))
     try:
         return validate([prompt] if single else prompt)
     except ValidationError:
-        why = "expected a string, a list of strings, of token ids or of lists of token ids, none of them empty"
-        raise PydanticCustomError("prompt", why) from None
+        message = "expected a string, a list of strings, of token ids or of lists of token ids, none of them empty"
+        raise PydanticCustomError("prompt", message) from None
 
 
-class Body(_Object, Sampling):
-    """What completions and chats have in common."""
+class BaseRequest(_Object, SamplingFields):
+    """Fields common to completions and chat completions."""
 
     model: str
     n: int = Field(default=1, ge=1, le=MAX_COMPLETIONS)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
-    stop: Annotated[list[_Text], Field(max_length=MAX_STOPS), BeforeValidator(_stops, _Text | list[_Text])] = []
+    stop: Annotated[list[_Text], Field(max_length=MAX_STOP), BeforeValidator(wrap_string, _Text | list[_Text])] = []
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0), _refuse("not served; leave it out", {})] = {}
+    logit_bias: Annotated[dict[str, float], Field(max_length=0), _reject("not supported. Omit it", {})] = {}
     user: str | None = None
 
 
-class Completions(Body):
-    """What continues prompts."""
+class CompletionRequest(BaseRequest):
+    """Body of `POST /v1/completions`."""
 
     prompt: Annotated[
-        list[_Prompt], Field(min_length=1, fail_fast=True), WrapValidator(_prompts, _Prompt | list[_Prompt])
+        list[_Prompt], Field(min_length=1, fail_fast=True), WrapValidator(_validate_prompts, _Prompt | list[_Prompt])
     ]
-    max_tokens: int | None = Field(default=COMPLETION_TOKENS, ge=1, description="New tokens at most.")
+    max_tokens: int | None = Field(default=DEFAULT_MAX_TOKENS, ge=1, description="Maximum number of new tokens.")
     best_of: int | None = None
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    suffix: Annotated[None, _refuse("text is continued, never inserted")] = None
+    suffix: Annotated[None, _reject("insertion is not supported")] = None
 
 
-_TOOL_CHOICE = "expected none or auto; a call cannot be required, as calls are not parsed: the answer comes as text"
+_TOOL_CHOICE = "expected none or auto. Tool calls cannot be required: they are returned as text"
 _TEXT: dict[Literal["type"], Literal["text"]] = {"type": "text"}
-_TEXT_FORMAT = 'expected {"type": "text"}; json_object and json_schema are not enforced here'
+_TEXT_FORMAT = 'expected {"type": "text"}; json_object and json_schema are not supported'
 
 
-class Chats(Body):
-    """What answers messages."""
+class ChatCompletionRequest(BaseRequest):
+    """Body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="New tokens at most.")
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="Maximum number of new tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[_Tool], Field(fail_fast=True)] = []
-    tool_choice: Annotated[Literal["none", "auto"], _refuse(_TOOL_CHOICE, "none", "auto")] = "auto"
-    response_format: Annotated[dict[Literal["type"], Literal["text"]], _refuse(_TEXT_FORMAT, _TEXT)] = _TEXT
-    modalities: Annotated[list[Literal["text"]], _refuse("only text is generated", ["text"])] = ["text"]
+    tool_choice: Annotated[Literal["none", "auto"], _reject(_TOOL_CHOICE, "none", "auto")] = "auto"
+    response_format: Annotated[dict[Literal["type"], Literal["text"]], _reject(_TEXT_FORMAT, _TEXT)] = _TEXT
+    modalities: Annotated[list[Literal["text"]], _reject("only text is generated", ["text"])] = ["text"]
     service_tier: Literal["auto", "default"] | None = None
-    store: Annotated[Literal[False], _refuse("completions are not stored", False)] = False
-    audio: Annotated[None, _refuse("only text is generated")] = None
-    function_call: Annotated[None, _refuse("deprecated, and not served; use tool_choice")] = None
-    functions: Annotated[None, _refuse("deprecated, and not served; use tools")] = None
-    moderation: Annotated[None, _refuse("nothing is moderated here")] = None
-    prediction: Annotated[None, _refuse("predicted outputs are not served")] = None
-    reasoning_effort: Annotated[None, _refuse("not served; ask for it in a message")] = None
-    verbosity: Annotated[None, _refuse("not served; ask for it in a message")] = None
-    web_search_options: Annotated[None, _refuse("there is no web search here")] = None
+    store: Annotated[Literal[False], _reject("completions are not stored", False)] = False
+    audio: Annotated[None, _reject("only text is generated")] = None
+    function_call: Annotated[None, _reject("deprecated and not supported. Use tool_choice")] = None
+    functions: Annotated[None, _reject("deprecated and not supported. Use tools")] = None
+    moderation: Annotated[None, _reject("moderation is not supported")] = None
+    prediction: Annotated[None, _reject("predicted outputs are not supported")] = None
+    reasoning_effort: Annotated[None, _reject("not supported. Put it into a message")] = None
+    verbosity: Annotated[None, _reject("not supported. Put it into a message")] = None
+    web_search_options: Annotated[None, _reject("web search is not supported")] = None
     metadata: dict[str, str] = {}
     parallel_tool_calls: bool = True
     prompt_cache_key: str | None = None

@@ -20,7 +20,7 @@ def logits_of(probabilities: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def frequencies(count: int = 4000, **parameters: Any) -> list[float]:
+def frequencies(count: int = 2000, **parameters: Any) -> list[float]:
     """Share of samples of each of the four possible tokens."""
     torch.manual_seed(0)
     logits = logits_of(PROBABILITIES)
@@ -28,7 +28,7 @@ def frequencies(count: int = 4000, **parameters: Any) -> list[float]:
     return [(samples == token).float().mean().item() for token in range(7, VOCABULARY, VOCABULARY // 4)]
 
 
-def close_to(probabilities: torch.Tensor, tolerance: float = 0.03) -> Any:
+def close_to(probabilities: torch.Tensor, tolerance: float = 0.04) -> Any:
     return pytest.approx((probabilities / probabilities.sum()).tolist(), abs=tolerance)
 
 
@@ -117,7 +117,7 @@ def test_sampler_seed_repeats_independent_of_other_sequences() -> None:
     ],
     ids=["presence", "frequency", "repetition"],
 )
-def test_penalties_lower_tokens_of_prompt_and_output(sampling: dict[str, float], expected: list[float]) -> None:
+def test_penalties_lower_tokens_of_prompt_and_output(sampling: dict[str, Any], expected: list[float]) -> None:
     logits = torch.tensor([3.0, 2.0, 1.0, -1.0, 0.5])
     assert apply(logits, sequence_sampler(**sampling), (2, 2, 3)) == expected
 

@@ -1,18 +1,21 @@
-"""The protocol over gRPC, asked with KServe's own stubs."""
+"""Open Inference Protocol over gRPC, called with KServe's own stubs."""
 
-import time
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import httpx
 import pytest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as service
 
-from devtools import processes
-from devtools.processes import ROOT
+from predictor.entrypoints import grpc_server
+from predictor.errors import PortInUse
+from tests.predictor import servers
+from tests.predictor.servers import InProcessServer
+
+pytestmark = pytest.mark.xdist_group("engine")
 
 KEY = "a-key-of-enough-characters"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
@@ -20,33 +23,17 @@ ANSWER = b" 7+5=12 1+2+1=4 42"
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
-    """A stub, and the URL over HTTP."""
-    folder: Path = tmp_path_factory.mktemp("rpc")
-    (folder / "keys").write_text(f"tests:{KEY}\n")
-    port = processes.free_port()
-    flags = ["--model_dir", str(ROOT / "demo" / "model"), "--enable_grpc", "--grpc_port", str(port)]
-    with (
-        (folder / "log").open("w") as log,
-        processes.predictor(
-            [*flags, "--api_keys_file", str(folder / "keys")],
-            model_name="demo",
-            port=processes.free_port(),
-            stderr=log,
-        ) as running,
-        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
-    ):
-        yield service.GRPCInferenceServiceStub(channel), running.url
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServer]:
+    keys: Path = tmp_path_factory.mktemp("grpc") / "keys"
+    keys.write_text(f"tests:{KEY}\n")
+    with servers.in_process("--enable_grpc", model_name="grpc", keys=keys) as running:
+        yield running
 
 
-@pytest.fixture
-def stub(served: tuple[Any, str]) -> Any:
-    return served[0]
-
-
-@pytest.fixture
-def url(served: tuple[Any, str]) -> str:
-    return served[1]
+@pytest.fixture(scope="module")
+def stub(server: InProcessServer) -> Iterator[Any]:
+    with grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel:
+        yield service.GRPCInferenceServiceStub(channel)
 
 
 def request(*prompts: bytes, raw: bool = False, **fields: Any) -> Any:
@@ -62,7 +49,7 @@ def request(*prompts: bytes, raw: bool = False, **fields: Any) -> Any:
     }
     parameters |= fields.pop("parameters", {})
     return messages.ModelInferRequest(
-        **{"model_name": "demo", "inputs": [tensor], "parameters": parameters, "id": "7"} | fields
+        **{"model_name": "grpc", "inputs": [tensor], "parameters": parameters, "id": "7"} | fields
     )
 
 
@@ -72,19 +59,19 @@ def code(call: Any, message: Any, **options: Any) -> grpc.StatusCode:
     return raised.value.code()
 
 
-def test_tells_that_it_lives_and_is_ready_without_a_key(stub: Any) -> None:
+def test_probes_need_no_key(stub: Any) -> None:
     assert stub.ServerLive(messages.ServerLiveRequest()).live
     assert stub.ServerReady(messages.ServerReadyRequest()).ready
-    assert stub.ModelReady(messages.ModelReadyRequest(name="demo", version="1")).ready
+    assert stub.ModelReady(messages.ModelReadyRequest(name="grpc", version="1")).ready
 
 
-def test_describes_the_server_and_the_model(stub: Any) -> None:
+def test_metadata_has_server_name_and_inputs(stub: Any) -> None:
     assert stub.ServerMetadata(messages.ServerMetadataRequest(), metadata=WITH_KEY).name == "kserve-llm"
-    described = stub.ModelMetadata(messages.ModelMetadataRequest(name="demo"), metadata=WITH_KEY)
-    assert [tensor.name for tensor in described.inputs] == ["text_input", "messages"]
+    metadata = stub.ModelMetadata(messages.ModelMetadataRequest(name="grpc"), metadata=WITH_KEY)
+    assert [tensor.name for tensor in metadata.inputs] == ["text_input", "messages"]
 
 
-def test_infers_from_contents_and_answers_in_contents(stub: Any) -> None:
+def test_infer_with_contents_returns_contents(stub: Any) -> None:
     outputs = [{"name": "text_output"}, {"name": "completion_tokens"}]
     response = stub.ModelInfer(request(b"17+25=", outputs=outputs), metadata=WITH_KEY)
     assert response.id == "7"
@@ -92,28 +79,28 @@ def test_infers_from_contents_and_answers_in_contents(stub: Any) -> None:
     assert response.outputs[1].contents.int64_contents == [19]
 
 
-def test_infers_from_raw_contents_and_answers_raw(stub: Any) -> None:
+def test_infer_with_raw_contents_returns_raw_contents(stub: Any) -> None:
     response = stub.ModelInfer(request(b"17+25=", raw=True), metadata=WITH_KEY)
     assert response.raw_output_contents == [len(ANSWER).to_bytes(4, "little") + ANSWER]
 
 
-def test_wants_a_key(stub: Any) -> None:
+def test_infer_without_a_valid_key_is_unauthenticated(stub: Any) -> None:
     assert code(stub.ModelInfer, request(b"1"), metadata=()) is grpc.StatusCode.UNAUTHENTICATED
     wrong = (("authorization", "Bearer another-key-altogether"),)
     assert code(stub.ModelInfer, request(b"1"), metadata=wrong) is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_errors_have_their_status_codes(stub: Any) -> None:
+def test_error_has_its_status_code(stub: Any) -> None:
     assert code(stub.ModelInfer, request(b"1", model_name="other")) is grpc.StatusCode.NOT_FOUND
     assert code(stub.ModelInfer, request(b"1", model_version="2")) is grpc.StatusCode.NOT_FOUND
     assert code(stub.ModelInfer, request(b"")) is grpc.StatusCode.INVALID_ARGUMENT
     wrong = {"top_p": messages.InferParameter(string_param="much")}
     assert code(stub.ModelInfer, request(b"1", parameters=wrong)) is grpc.StatusCode.INVALID_ARGUMENT
-    load = messages.RepositoryModelLoadRequest(model_name="demo")
+    load = messages.RepositoryModelLoadRequest(model_name="grpc")
     assert code(stub.RepositoryModelLoad, load) is grpc.StatusCode.PERMISSION_DENIED
 
 
-def test_parameters_hold_for_the_input_before_the_request(stub: Any) -> None:
+def test_parameters_of_the_input_precede_those_of_the_request(stub: Any) -> None:
     message = request(b"17+25=", outputs=[{"name": "completion_tokens"}, {"name": "finish_reason"}])
     message.inputs[0].parameters["max_tokens"].int64_param = 3
     response = stub.ModelInfer(message, metadata=WITH_KEY)
@@ -122,7 +109,7 @@ def test_parameters_hold_for_the_input_before_the_request(stub: Any) -> None:
     assert response.outputs[1].contents.bytes_contents == [b"length"]
 
 
-def test_answers_several_prompts_in_order_and_in_their_shape(stub: Any) -> None:
+def test_infer_with_several_prompts_keeps_order_and_shape(stub: Any) -> None:
     message = request(b"17+25=", b"7+5=")
     message.inputs[0].shape[:] = [2, 1]
     [output] = stub.ModelInfer(message, metadata=WITH_KEY).outputs
@@ -131,9 +118,9 @@ def test_answers_several_prompts_in_order_and_in_their_shape(stub: Any) -> None:
     assert output.contents.bytes_contents[1] != ANSWER
 
 
-def hostile() -> Iterator[Any]:
+def malformed() -> Iterator[Any]:
     good = request(b"1")
-    yield messages.ModelInferRequest(model_name="demo")
+    yield messages.ModelInferRequest(model_name="grpc")
     for change in (
         {"inputs": [*good.inputs, *good.inputs]},
         {"inputs": [{"name": "other", "datatype": "BYTES", "shape": [1]}]},
@@ -161,13 +148,13 @@ def hostile() -> Iterator[Any]:
     yield both
 
 
-@pytest.mark.parametrize("message", list(hostile()))
-def test_what_makes_no_sense_is_an_invalid_argument(stub: Any, message: Any) -> None:
+@pytest.mark.parametrize("message", list(malformed()))
+def test_malformed_request_is_an_invalid_argument(stub: Any, message: Any) -> None:
     assert code(stub.ModelInfer, message) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def endless() -> Any:
-    """As long as the context of the demo model allows."""
+def long_request() -> Any:
+    """A request of almost the demo model's context."""
     parameters = {
         "max_tokens": messages.InferParameter(int64_param=1000),
         "ignore_eos": messages.InferParameter(bool_param=True),
@@ -175,32 +162,29 @@ def endless() -> Any:
     return request(b"17+25=", parameters=parameters)
 
 
-def metric(url: str, name: str) -> float:
-    text = httpx.get(f"{url}/metrics", trust_env=False).text
-    lines = (line for line in text.splitlines() if line.startswith(f"kserve_llm_{name}"))
-    return float(next(lines, "0 0").rpartition(" ")[2])
-
-
-def becomes(url: str, name: str, value: float) -> None:
-    """Waits, for as long as the run's own limit allows."""
-    while metric(url, name) != value:
-        time.sleep(0.02)
-
-
-CANCELLED = 'request_finished_total{finished_reason="cancelled"'
-RUNNING = "num_requests_running"
-
-
-def test_a_deadline_ends_the_call_and_frees_its_place(stub: Any, url: str) -> None:
-    assert code(stub.ModelInfer, endless(), timeout=0.2) is grpc.StatusCode.DEADLINE_EXCEEDED
-    becomes(url, RUNNING, 0)
+def test_infer_past_its_deadline_is_cancelled(stub: Any, server: InProcessServer) -> None:
+    server.hold.close(after=3)
+    assert code(stub.ModelInfer, long_request(), timeout=0.2) is grpc.StatusCode.DEADLINE_EXCEEDED
+    server.hold.open()
+    server.wait_until_idle()
     assert stub.ModelInfer(request(b"17+25="), metadata=WITH_KEY).outputs[0].contents.bytes_contents == [ANSWER]
 
 
-def test_a_cancelled_call_frees_its_place(stub: Any, url: str) -> None:
-    before = metric(url, CANCELLED)
-    call = stub.ModelInfer.future(endless(), metadata=WITH_KEY)
-    becomes(url, RUNNING, 1)
+def test_infer_cancelled_by_the_client_frees_its_slot(stub: Any, server: InProcessServer) -> None:
+    cancelled = server.metric("request_finished_total", finished_reason="cancelled")
+    server.hold.close(after=3)
+    call = stub.ModelInfer.future(long_request(), metadata=WITH_KEY)
+    server.wait_for_metrics(num_requests_running=1)
     assert call.cancel()
-    becomes(url, CANCELLED, before + 1)
-    becomes(url, RUNNING, 0)
+    server.wait_for_metric("request_finished_total", cancelled + 1, finished_reason="cancelled")
+    server.hold.open()
+    server.wait_until_idle()
+
+
+def test_serve_on_a_taken_port_names_the_flag(server: InProcessServer) -> None:
+    async def serve() -> None:
+        async with grpc_server.serve(server.service, port=server.grpc_port or 0, max_message_bytes=1024):
+            pass
+
+    with pytest.raises(PortInUse, match="--grpc_port"):
+        asyncio.run(serve())

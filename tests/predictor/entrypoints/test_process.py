@@ -1,4 +1,4 @@
-"""The predictor as a process: how it starts, fails and ends."""
+"""The predictor as a process: start, failing start, signals, a dead step loop."""
 
 import re
 import signal
@@ -6,134 +6,185 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from devtools import processes
-from devtools.processes import ROOT
+from devtools.paths import DEMO_MODEL, ROOT
+from predictor.entrypoints import kserve_server
+from predictor.errors import PortInUse
+from tests.predictor import servers
+from tests.predictor.servers import HANG_SECONDS, OPENAI, PROTOCOLS, Call, Orders, ServerProcess, StreamReader
 
-DEMO_MODEL = str(ROOT / "demo" / "model")
+pytestmark = pytest.mark.xdist_group("process")
+
+STREAMS = [OPENAI, servers.GENERATE_STREAM] * 4
 
 
-def failure(*arguments: str) -> tuple[int, str]:
+def failed_start(*arguments: str) -> tuple[int, str]:
     """Exit code and last line of a predictor that cannot start."""
     command = [sys.executable, "-m", "predictor", "--http_port", str(processes.free_port()), *arguments]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert "Traceback" not in ended.stderr
-    return ended.returncode, ended.stderr.strip().splitlines()[-1]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert "Traceback" not in done.stderr
+    return done.returncode, done.stderr.strip().splitlines()[-1]
 
 
-def test_names_an_unknown_flag() -> None:
-    assert failure("--modeldir", "/x") == (2, "error: Unknown flag: --modeldir. Did you mean --model_dir?")
+def test_process_with_an_unknown_flag_exits_2() -> None:
+    code, line = failed_start("--modeldir", "/x")
+    assert (code, line.startswith("error: Unknown flag: --modeldir")) == (2, True)
+    assert "--model_dir" in line
 
 
-def test_names_a_missing_directory() -> None:
-    code, line = failure("--model_dir", "/nowhere/at/all")
-    assert code == 1
-    assert line == ("error: /nowhere/at/all is not a directory; point --model_dir to a snapshot or a volume's root.")
-
-
-def test_names_what_a_directory_lacks(weights: Path) -> None:
+def test_process_without_weights_exits_1(weights: Path) -> None:
     (weights / "model.safetensors").unlink()
-    code, line = failure("--model_dir", str(weights))
-    assert (code, line.startswith(f"error: {weights} has no *.safetensors")) == (1, True)
+    code, line = failed_start("--model_dir", str(weights))
+    assert (code, str(weights) in line) == (1, True)
+    assert line.startswith("error: ")
+    assert "*.safetensors" in line
 
 
-def test_names_a_busy_port() -> None:
-    with socket.socket() as busy:
-        busy.bind(("0.0.0.0", 0))
-        busy.listen()
-        port = str(busy.getsockname()[1])
-        code, line = failure("--model_dir", DEMO_MODEL, "--http_port", port)
-    assert code == 1
-    assert line == f"error: Port {port} cannot be opened: Address already in use. Choose another with --http_port."
-
-
-def test_the_port_is_open_while_the_snapshot_is_awaited_and_503_says_so(tmp_path: Path) -> None:
-    port = processes.free_port()
-    reference = ["--model_reference", "hf://demo/arithmetic", "--snapshot_wait_seconds", "600"]
-    began = time.monotonic()
-    process = processes.start(
-        [
-            "predictor",
-            "--served_model_name",
-            "demo",
-            "--model_dir",
-            str(tmp_path),
-            "--http_port",
-            str(port),
-            *reference,
-        ],
-        stderr=subprocess.PIPE,
+def test_bind_of_a_taken_port_names_the_flag() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUse) as raised:
+            kserve_server.bind(port)
+    assert str(raised.value) == (
+        f"Port {port} cannot be opened: Address already in use. Choose another with --http_port."
     )
+
+
+def test_process_opens_its_port_before_the_model_is_loaded(tmp_path: Path) -> None:
+    started = time.monotonic()
+    port = str(processes.free_port())
+    flags = ["--served_model_name", "demo", "--model_dir", str(tmp_path), "--http_port", port]
+    flags += ["--model_reference", "hf://demo/arithmetic", "--snapshot_wait_seconds", "600"]
+    process = processes.start(["predictor", *flags], stderr=subprocess.DEVNULL)
     try:
-        response = None
-        deadline = time.monotonic() + 180
-        while response is None and time.monotonic() < deadline:
-            try:
-                response = httpx.get(f"http://127.0.0.1:{port}/v2/models/demo/ready", trust_env=False)
-            except httpx.TransportError:
-                time.sleep(0.1)
-        assert response is not None
-        assert response.status_code == 503
-        assert response.json() == {"error": "Model demo is not ready: waiting for the snapshot."}
-        assert "Retry-After" in response.headers
-        live = httpx.get(f"http://127.0.0.1:{port}/v2/health/live", trust_env=False)
-        assert live.status_code == 200
-        told = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
-        [imports] = re.findall(r'load_phase_seconds{.*phase="imports".*} (\S+)', told)
-        assert 0 < float(imports) < time.monotonic() - began + 0.02, "no longer than it was there, but for a tick"
-        body = {"inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["1+1="]}]}
-        asked = httpx.post(f"http://127.0.0.1:{port}/v2/models/demo/infer", json=body, trust_env=False)
-        assert asked.status_code == 503
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_SECONDS, trust_env=False) as client:
+            server = ServerProcess(str(client.base_url), "demo", client, lambda: "", process)
+            response = server.wait_for_status(503, "/v2/models/demo/ready")
+            assert response.json() == {"error": "Model demo is not ready: waiting for the snapshot."}
+            assert client.get("/v2/health/live").status_code == 200
+            metrics = client.get("/metrics").text
+            [imports] = re.findall(r'load_phase_seconds{.*phase="imports".*} (\S+)', metrics)
+            assert 0 < float(imports) < time.monotonic() - started + 0.02, "a clock tick of tolerance"
+            assert Call(server, servers.INFER, 1).post().status_code == 503
     finally:
         assert processes.stop(process) == 0
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_running_requests_finish_and_exits_zero(sent: signal.Signals, tmp_path: Path) -> None:
-    with (tmp_path / "log").open("w") as log, ThreadPoolExecutor() as threads:
-        arguments = ["--model_dir", DEMO_MODEL]
-        with processes.predictor(arguments, model_name="demo", port=processes.free_port(), stderr=log) as server:
-            body = {
-                "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [4], "data": ["Once upon"] * 4}],
-                "parameters": {"max_tokens": 400, "temperature": 9.0, "top_k": 300},
-            }
-            url = f"{server.url}/v2/models/demo/infer"
-            running = threads.submit(httpx.post, url, json=body, timeout=120, trust_env=False)
-            time.sleep(0.5)
+@contextmanager
+def blocked_streams(server: ServerProcess, orders: Orders, tokens: int) -> Iterator[list[StreamReader]]:
+    """Eight streams that have started and cannot finish before `orders.withdraw`; read to their end on exit."""
+    streams = [StreamReader() for _ in STREAMS]
+    with ThreadPoolExecutor(len(STREAMS)) as threads:
+        orders.give("slow")
+        readers = [
+            threads.submit(stream.read, Call(server, protocol, tokens))
+            for stream, protocol in zip(streams, STREAMS, strict=True)
+        ]
+        for stream in streams:
+            assert stream.started.wait(HANG_SECONDS)
+        orders.give("block")
+        yield streams
+        for reader in readers:
+            reader.result(HANG_SECONDS)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_process_signalled_finishes_streams_and_rejects_new_requests(sent: signal.Signals, tmp_path: Path) -> None:
+    with servers.own_process(tmp_path) as (server, orders):
+        whole = Call(server, OPENAI, 600).post().json()["choices"][0]["text"]
+        with blocked_streams(server, orders, 600) as streams:
             server.process.send_signal(sent)
-            assert running.result().status_code == 200
-            assert server.process.wait(60) == 0
-    assert "Traceback" not in (tmp_path / "log").read_text()
+            ready = server.wait_for_status(503, "/v2/models/demo/ready")
+            assert ready.json() == {"error": "Model demo is not ready: shutting down."}
+            assert "retry-after" in ready.headers
+            assert server.client.get("/v2/health/live").status_code == 200
+            for protocol in PROTOCOLS:
+                rejection = Call(server, protocol, 1).post()
+                assert (rejection.status_code, int(rejection.headers["retry-after"]) > 0) == (503, True)
+                assert "shutting down" in rejection.text
+            orders.withdraw()
+        assert [stream.text == whole for stream in streams] == [True] * 8
+        assert {stream.finish_reason for stream in streams} == {"length"}
+        assert {stream.last for stream in streams[::2]} == {"[DONE]"}
+        assert server.process.wait(HANG_SECONDS) == 0
+    assert "Traceback" not in server.log
+
+
+def test_process_signalled_twice_aborts_streams_with_an_error(tmp_path: Path) -> None:
+    with servers.own_process(tmp_path) as (server, orders):
+        with blocked_streams(server, orders, 1000) as streams:
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for_status(503, "/v2/health/ready")
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for(lambda: "aborting running requests" in server.log)
+            orders.withdraw()
+        for stream, protocol in zip(streams, STREAMS, strict=True):
+            error = stream.last["error"]
+            message = error["message"] if protocol == OPENAI else error
+            assert message.startswith("The server stopped before")
+            assert stream.finish_reason is None
+        assert server.process.wait(HANG_SECONDS) == 0
+    assert "Traceback" not in server.log
 
 
 @pytest.mark.parametrize("phase", ["starting", "loading weights", "warming up", "ready"])
-def test_a_signal_at_any_phase_of_the_start_ends_the_process(phase: str, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_process_signalled_in_any_phase_of_the_start_exits_0(phase: str, tmp_path: Path) -> None:
+    port = str(processes.free_port())
+    flags = ["--served_model_name", "demo", "--model_dir", str(DEMO_MODEL), "--http_port", port]
     with (tmp_path / "log").open("w") as log:
-        flags = [
-            "--served_model_name",
-            "demo",
-            "--model_dir",
-            DEMO_MODEL,
-            "--http_port",
-            str(port := processes.free_port()),
-        ]
         process = processes.start(["predictor", *flags], stderr=log)
-        try:
-            deadline = time.monotonic() + 180
-            while time.monotonic() < deadline:
-                try:
-                    response = httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", trust_env=False)
-                except httpx.TransportError:
-                    continue
-                if phase == "starting" or phase in response.text or response.is_success:
-                    break
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(60) == 0
-        finally:
-            processes.stop(process)
+    try:
+        deadline = time.monotonic() + HANG_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                response = httpx.get(f"http://127.0.0.1:{port}/v2/health/ready", trust_env=False)
+            except httpx.TransportError:
+                continue
+            if phase == "starting" or phase in response.text or response.is_success:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(HANG_SECONDS) == 0
+    finally:
+        processes.stop(process)
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_process_with_a_dead_step_loop_is_not_live_and_returns_503(tmp_path: Path) -> None:
+    with servers.own_process(tmp_path) as (server, orders):
+        orders.give("fail")
+        for _ in range(2):
+            response = Call(server, OPENAI, 400).post()
+            assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+            assert "Retry-After" in response.headers
+        live = server.client.get("/v2/health/live")
+        assert (live.status_code, "restarted" in live.json()["error"]) == (503, True)
+        ready = server.client.get("/v2/models/demo/ready")
+        assert (ready.status_code, "makes no progress" in ready.json()["error"]) == (503, True)
+        assert processes.stop(server.process) == 0
+
+
+@pytest.mark.slow
+def test_process_with_a_hanging_step_is_not_live_until_it_ends(tmp_path: Path) -> None:
+    with servers.own_process(tmp_path, "--step_timeout_seconds", "0.5") as (server, orders):
+        orders.give("block")
+        with ThreadPoolExecutor(1) as threads:
+            waiting = threads.submit(Call(server, OPENAI, 400).post)
+            server.wait_for_status(503, "/v2/health/live")
+            assert waiting.result(HANG_SECONDS).status_code == 503
+        assert server.client.get("/v2/health/live").status_code == 503, "even if no client waits"
+        orders.withdraw()
+        server.wait_for_status(200, "/v2/health/live")
+        assert Call(server, OPENAI, 400).post().status_code == 200
+        orders.give("block")
+        assert Call(server, OPENAI, 400).post().status_code == 503
+        server.process.terminate()
+        assert server.process.wait(HANG_SECONDS) == 0, "a step that hangs does not keep the process alive"

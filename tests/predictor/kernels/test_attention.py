@@ -2,17 +2,23 @@
 
 import asyncio
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import transformers
 
-from devtools.processes import ROOT
+from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
 from predictor.kernels.cpu import attention, ops, transformers_attention
 from predictor.models import loader
 from predictor.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
+
+
+@cache
+def load(dtype: str, quantization: str) -> loader.LoadedModel:
+    return loader.load(DEMO_MODEL, device="cpu", dtype=dtype, trust_remote_code=False, quantization=quantization)
 
 
 def generate(
@@ -25,9 +31,8 @@ def generate(
     sequential: bool = False,
 ) -> list[list[int]]:
     """Greedy tokens of all prompts, sequentially or together, and again with cached prefixes."""
-    loaded = loader.load(
-        ROOT / "demo" / "model", device="cpu", dtype=dtype, trust_remote_code=False, quantization=quantization
-    )
+    loaded = load(dtype, quantization)
+    loaded.model.set_attn_implementation("sdpa")
     with pytest.MonkeyPatch.context() as patch:
         if not custom_attention:
             patch.setattr(attention, "install", lambda _: False)
@@ -64,6 +69,8 @@ def generate(
     finally:
         engine.stop()
 
+
+pytestmark = pytest.mark.xdist_group("engine")
 
 PROMPTS = [f"{a}+{a * b}=" * (1 + 6 * (b % 4)) for a in range(2, 6) for b in range(1, 5)] + ["4"]
 

@@ -1,6 +1,4 @@
-"""Which file systems are read ahead, and that they are, and are left alone again."""
-
-import time
+import threading
 from pathlib import Path
 
 import psutil
@@ -16,10 +14,13 @@ MOUNTS = [
     ("/mnt/bucket", "fuse.gcsfuse"),
     ("/a", "9p"),
 ]
+MIB = 2**20
+TIB = 2**40
+HANG_SECONDS = 60
 
 
 @pytest.mark.parametrize(
-    ("path", "name"),
+    ("path", "expected"),
     [
         ("/mnt/models/x", "nfs4"),
         ("/mnt/bucket", "fuse.gcsfuse"),
@@ -28,67 +29,70 @@ MOUNTS = [
         ("/ab", "overlay"),
     ],
 )
-def test_the_innermost_mount_says_what_a_path_lies_on(path: str, name: str) -> None:
-    assert prefetch.file_system(Path(path), MOUNTS) == name
+def test_file_system_is_that_of_the_innermost_mount(path: str, expected: str) -> None:
+    assert prefetch.file_system(Path(path), MOUNTS) == expected
 
 
-def test_the_mounts_of_this_machine_are_known() -> None:
+def test_file_system_reads_the_mounts_of_this_machine() -> None:
     assert prefetch.file_system(Path("/proc/self")) == "proc"
+
+
+def sparse_file(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.truncate(size)
+    return path
 
 
 @pytest.fixture
 def weights(tmp_path: Path) -> list[Path]:
-    """Two files of 64 MiB, and one of 1 TiB with nothing in it."""
-    files = [tmp_path / name for name in ("1.safetensors", "2.safetensors", "3.safetensors")]
-    for file, size in zip(files, (64 << 20, 64 << 20, 1 << 40), strict=True):
-        with file.open("wb") as opened:
-            opened.truncate(size)
-    return files
+    """Two files of 64 MiB."""
+    return [sparse_file(tmp_path / name, 64 * MIB) for name in ("1.safetensors", "2.safetensors")]
+
+
+@pytest.fixture
+def remote(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefetch, "file_system", lambda _: "nfs4")
+
+
+def reader() -> threading.Thread | None:
+    return next((thread for thread in threading.enumerate() if thread.name == "prefetch"), None)
 
 
 def read_bytes() -> int:
-    """What this process has read from files, so far."""
+    """Return how much this process has read from files."""
     return int(psutil.Process().io_counters().read_chars)
 
 
-def test_a_remote_file_is_read_to_its_end(weights: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefetch, "file_system", lambda _: "nfs4")
+@pytest.mark.usefixtures("remote")
+def test_remote_files_are_read_to_the_end(weights: list[Path]) -> None:
     before = read_bytes()
-    with prefetch.ahead(weights[:2], 128 << 20):
-        for _ in range(1000):
-            if read_bytes() - before >= 128 << 20:
-                break
-            time.sleep(0.01)
-    assert read_bytes() - before >= 128 << 20
+    with prefetch.prefetch_files(weights, 128 * MIB):
+        if thread := reader():
+            thread.join(HANG_SECONDS)
+    assert read_bytes() - before >= 128 * MIB
 
 
-def test_who_has_what_they_need_does_not_wait_for_the_rest(
-    weights: list[Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("remote")
+def test_prefetch_stops_at_the_end_of_the_block(tmp_path: Path) -> None:
+    with prefetch.prefetch_files([sparse_file(tmp_path / "large.safetensors", TIB)], 2 * TIB):
+        assert reader() is not None
+    assert reader() is None
+
+
+@pytest.mark.parametrize(
+    ("file_system", "free_bytes"), [("fuse", 100 * MIB), ("ext4", 2 * TIB)], ids=["too-large", "local"]
+)
+def test_files_that_are_local_or_exceed_the_page_cache_are_not_read(
+    weights: list[Path], monkeypatch: pytest.MonkeyPatch, file_system: str, free_bytes: int
 ) -> None:
-    monkeypatch.setattr(prefetch, "file_system", lambda _: "nfs4")
-    with prefetch.ahead(weights, 2 << 40):
-        pass
-    after = read_bytes()
-    time.sleep(0.1)
-    assert read_bytes() - after < 1 << 20
+    monkeypatch.setattr(prefetch, "file_system", lambda _: file_system)
+    with prefetch.prefetch_files(weights, free_bytes):
+        assert reader() is None
 
 
-@pytest.mark.parametrize(("name", "free_bytes"), [("fuse", 100 << 20), ("ext4", 2 << 40)])
-def test_nothing_is_read_that_would_not_stay_or_lies_on_a_disk(
-    weights: list[Path], monkeypatch: pytest.MonkeyPatch, name: str, free_bytes: int
-) -> None:
-    monkeypatch.setattr(prefetch, "file_system", lambda _: name)
-    before = read_bytes()
-    with prefetch.ahead(weights[:2], free_bytes):
-        time.sleep(0.1)
-    assert read_bytes() - before < 1 << 20
-
-
-def test_a_file_that_cannot_be_read_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(prefetch, "file_system", lambda _: "nfs4")
+@pytest.mark.usefixtures("remote")
+def test_unreadable_file_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.safetensors").mkdir()
-    with prefetch.ahead([tmp_path / "a.safetensors"], 1 << 40):
+    with prefetch.prefetch_files([tmp_path / "a.safetensors"], TIB):
         pass
-    assert "not read ahead any more" in caplog.text
+    assert "prefetch of weights failed" in caplog.text

@@ -15,8 +15,9 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from devtools.processes import ROOT, Predictor
+from devtools.processes import ROOT
 from predictor.observability import metrics
+from tests.predictor.servers import Server
 
 ROW = re.compile(r"^\| (`[a-z0-9_`, ]+`) \|([^|]*)\|([^|]*)\|", re.MULTILINE)
 SUFFIXES = ("_bucket", "_count", "_sum", "_created")
@@ -189,7 +190,7 @@ def hostile(number: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_ten_thousand_hostile_requests_add_no_series(server: Predictor, client: httpx.Client) -> None:
+def test_ten_thousand_hostile_requests_add_no_series(server: Server, client: httpx.Client) -> None:
     def send(numbers: range) -> set[int]:
         with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
             return {http.request(**hostile(number)).status_code for number in numbers}

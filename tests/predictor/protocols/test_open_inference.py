@@ -6,6 +6,7 @@ import pytest
 
 from predictor.errors import InvalidRequest
 from predictor.protocols import open_inference
+from predictor.protocols.open_inference_binary import HEADER_LENGTH
 from predictor.protocols.sampling_fields import TIMEOUT_HEADER, timeout_seconds
 from predictor.types import Chat, Completion, FinishReason, SamplingParams, Token
 
@@ -97,7 +98,7 @@ def test_an_inputs_own_parameters_come_first() -> None:
         (body(outputs={}), "outputs: input should be a valid list"),
         (body(id=7), "id: input should be a valid string"),
         (body(parameters=[]), "parameters: input should be a valid dictionary"),
-        (body(parameters={"max_token": 5}), "parameters.max_token: not known here; known are frequency_penalty"),
+        (body(parameters={"max_token": 5}), "parameters.max_token: unknown field. Allowed: frequency_penalty"),
         (body(parameters={"max_tokens": -1}), "parameters.max_tokens: input should be greater than or equal to 1"),
         (body(parameters={"max_tokens": 1.5}), "parameters.max_tokens: input should be a valid integer"),
         (body(parameters={"max_tokens": True}), "parameters.max_tokens: input should be a valid integer"),
@@ -106,7 +107,7 @@ def test_an_inputs_own_parameters_come_first() -> None:
         (body(parameters={"temperature": float("nan")}), "parameters.temperature: input should be a finite number"),
         (body(parameters={"top_p": 1.1}), "parameters.top_p: input should be less than or equal to 1"),
         (body(parameters={"top_k": -2}), "parameters.top_k: input should be greater than or equal to -1"),
-        (body(parameters={"logprobs": 2}), "parameters.logprobs is given, but outputs does not select logprobs"),
+        (body(parameters={"logprobs": 2}), "parameters.logprobs is set, but outputs does not select logprobs"),
         (b"[" * 100_000, "The body is not JSON"),
         (b'{"inputs": "\\ud800"}', "The body has half of a surrogate pair"),
         (body(parameters={"stop": ""}), "parameters.stop.0: string should have at least 1 character"),
@@ -270,5 +271,5 @@ def test_nothing_is_too_deep_or_too_long_to_be_refused() -> None:
         with pytest.raises(InvalidRequest):
             decoded(raw)
     for length in ("9" * 5000, "-1", "²", "", "1.0"):
-        with pytest.raises(InvalidRequest, match=open_inference.HEADER_LENGTH):
+        with pytest.raises(InvalidRequest, match=HEADER_LENGTH):
             open_inference.parse(body(), "m", length)

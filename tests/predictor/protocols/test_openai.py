@@ -17,8 +17,9 @@ from openai.types.chat import completion_create_params as chat_create_params
 
 from predictor import errors
 from predictor.errors import InvalidRequest, NotFound, RequestError
-from predictor.protocols import openai
-from predictor.protocols.openai import Asked, Stream
+from predictor.protocols.openai import models, requests, responses
+from predictor.protocols.openai.requests import DecodedRequest
+from predictor.protocols.openai.streaming import EventEncoder
 from predictor.types import (
     MIN_LOGPROB,
     Chat,
@@ -32,7 +33,7 @@ from predictor.types import (
 )
 
 Json = dict[str, Any]
-Decode = Callable[[bytes, str], Asked]
+Decode = Callable[[bytes], DecodedRequest]
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
@@ -41,18 +42,18 @@ IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}
 AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
 
 
-def completions(**fields: Any) -> Asked:
-    return openai.decode_completions(json.dumps({"model": "m", "prompt": "Hi"} | fields).encode(), "m")
+def completions(**fields: Any) -> DecodedRequest:
+    return requests.decode_completion(json.dumps({"model": "m", "prompt": "Hi"} | fields).encode())
 
 
-def chat(**fields: Any) -> Asked:
-    return openai.decode_chat(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode(), "m")
+def chat(**fields: Any) -> DecodedRequest:
+    return requests.decode_chat_completion(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode())
 
 
 ask = pytest.mark.parametrize("ask", [completions, chat])
 
 
-def refused(ask: Callable[..., Asked], **fields: Any) -> InvalidRequest:
+def refused(ask: Callable[..., DecodedRequest], **fields: Any) -> InvalidRequest:
     with pytest.raises(InvalidRequest) as raised:
         ask(**fields)
     return raised.value
@@ -85,7 +86,7 @@ def test_completions_have_the_apis_default_of_16_tokens_and_a_chat_the_models_ow
 
 
 @ask
-def test_decodes_every_field_of_sampling(ask: Callable[..., Asked]) -> None:
+def test_decodes_every_field_of_sampling(ask: Callable[..., DecodedRequest]) -> None:
     fields: Json = {
         "max_tokens": 5,
         "min_tokens": 2,
@@ -105,12 +106,16 @@ def test_decodes_every_field_of_sampling(ask: Callable[..., Asked]) -> None:
 
 @ask
 @pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a"], ("a",)), ("[1]", ("[1]",)), ("[]", ("[]",))])
-def test_takes_a_stop_string_to_the_letter(ask: Callable[..., Asked], stop: Any, expected: tuple[str, ...]) -> None:
+def test_takes_a_stop_string_to_the_letter(
+    ask: Callable[..., DecodedRequest], stop: Any, expected: tuple[str, ...]
+) -> None:
     assert ask(stop=stop).requests[0].sampling.stop == expected
 
 
-@pytest.mark.parametrize(("ask", "body"), [(completions, openai.COMPLETIONS_SCHEMA), (chat, openai.CHAT_SCHEMA)])
-def test_null_means_absent_for_every_optional_field(ask: Callable[..., Asked], body: Json) -> None:
+@pytest.mark.parametrize(
+    ("ask", "body"), [(completions, requests.COMPLETION_SCHEMA), (chat, requests.CHAT_COMPLETION_SCHEMA)]
+)
+def test_null_means_absent_for_every_optional_field(ask: Callable[..., DecodedRequest], body: Json) -> None:
     nulls = dict.fromkeys(set(body["properties"]) - set(body["required"]))
     assert ask(**nulls).requests == ask().requests
 
@@ -155,7 +160,7 @@ def test_gives_the_template_tool_calls_as_objects_and_their_results() -> None:
 
 
 def test_takes_its_own_answer_back_as_a_message() -> None:
-    message = openai.encode(chat(), [HELLO])["choices"][0]["message"]
+    message = responses.encode(chat(), [HELLO])["choices"][0]["message"]
     assert template_messages(MESSAGES[0], message)[1] == {"role": "assistant", "content": "Héllo"}
 
 
@@ -211,7 +216,7 @@ def test_takes_labels_and_what_the_api_does_anyway() -> None:
         ("prefix", "a"),
     ],
 )
-def test_names_the_one_field_that_is_wrong(ask: Callable[..., Asked], field: str, value: Any) -> None:
+def test_names_the_one_field_that_is_wrong(ask: Callable[..., DecodedRequest], field: str, value: Any) -> None:
     error = refused(ask, **{field: value})
     assert error.field == field
     assert str(error).startswith(f"{field}: ")
@@ -220,10 +225,10 @@ def test_names_the_one_field_that_is_wrong(ask: Callable[..., Asked], field: str
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({"suffix": "a"}, "suffix: text is continued, never inserted."),
-        ({"best_of": 2}, "best_of: no more than n are generated"),
+        ({"suffix": "a"}, "suffix: insertion is not supported."),
+        ({"best_of": 2}, "best_of: only n completions are generated"),
         ({"best_of": 2, "n": 3}, "best_of: "),
-        ({"echo": True, "logprobs": 0}, "echo: log probabilities of prompts are not computed"),
+        ({"echo": True, "logprobs": 0}, "echo: log probabilities of prompts are not supported"),
         ({"logprobs": 21}, "logprobs: input should be less than or equal to 20"),
         ({"logprobs": True}, "logprobs: input should be a valid integer"),
     ],
@@ -237,8 +242,8 @@ def test_says_why_completions_refuse_a_field(fields: Json, expected: str) -> Non
     [
         ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio: only text is generated."),
         ({"modalities": ["text", "audio"]}, "modalities: only text is generated."),
-        ({"functions": [{"name": "f"}]}, "functions: deprecated, and not served; use tools."),
-        ({"function_call": "none"}, "function_call: deprecated, and not served; use tool_choice."),
+        ({"functions": [{"name": "f"}]}, "functions: deprecated and not supported. Use tools."),
+        ({"function_call": "none"}, "function_call: deprecated and not supported. Use tool_choice."),
         ({"moderation": {"model": "m"}}, "moderation: "),
         ({"prediction": {"type": "content", "content": "a"}}, "prediction: "),
         ({"reasoning_effort": "low"}, "reasoning_effort: "),
@@ -248,9 +253,9 @@ def test_says_why_completions_refuse_a_field(fields: Json, expected: str) -> Non
         ({"service_tier": "flex"}, "service_tier: input should be 'auto' or 'default'."),
         ({"response_format": {"type": "json_object"}}, "response_format: .*json_object and json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: "),
-        ({"tool_choice": "required"}, "tool_choice: .*the answer comes as text."),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice: .*the answer comes as text."),
-        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type: only function tools are served"),
+        ({"tool_choice": "required"}, "tool_choice: .*returned as text."),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice: .*returned as text."),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type: only function tools are supported"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: "),
         ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict: "),
         ({"top_logprobs": 2}, "top_logprobs: needs logprobs to be true."),
@@ -258,7 +263,7 @@ def test_says_why_completions_refuse_a_field(fields: Json, expected: str) -> Non
         ({"logprobs": 1}, "logprobs: "),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens: differs from max_completion_tokens"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: "),
-        ({"stream": True, "stream_options": {"usage": True}}, "stream_options: usage: not known here; known are inc"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options: usage: unknown field. Allowed: inc"),
         ({"messages": []}, "messages: list should have at least 1 item"),
     ],
 )
@@ -280,13 +285,19 @@ def test_says_why_a_chat_refuses_a_field(fields: Json, expected: str) -> None:
         ({"role": "user", "content": 7}, "messages.0.content: input should be a valid array."),
         ({"role": "user", "content": []}, "messages.0.content: list should have at least 1 item"),
         ({"role": "user", "content": ["a"]}, "messages.0.content.0: input should be an object."),
-        ({"role": "user", "content": [IMAGE]}, "messages.0.content.0.type: only text parts are served; images"),
-        ({"role": "user", "content": [AUDIO]}, "messages.0.content.0.type: only text parts are served; images, audio"),
-        ({"role": "user", "content": "a", "mood": 1}, "messages.0: mood: not known here; known are content, name"),
-        ({"role": "user", "content": "a", "tool_calls": [CALL]}, "messages.0: tool_calls .* the assistant's alone."),
-        ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0: tool_call_id belongs to every message"),
-        ({"role": "tool", "content": "a"}, "messages.0: tool_call_id belongs to every message of role tool"),
-        ({"role": "assistant", "content": "a", "refusal": "no"}, "messages.0: refusal: not known here"),
+        ({"role": "user", "content": [IMAGE]}, "messages.0.content.0.type: only text parts are supported, not images"),
+        (
+            {"role": "user", "content": [AUDIO]},
+            "messages.0.content.0.type: only text parts are supported, not images, audio",
+        ),
+        ({"role": "user", "content": "a", "mood": 1}, "messages.0: mood: unknown field. Allowed: content, name"),
+        (
+            {"role": "user", "content": "a", "tool_calls": [CALL]},
+            "messages.0: tool_calls .* allowed for role assistant only.",
+        ),
+        ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0: tool_call_id is required"),
+        ({"role": "tool", "content": "a"}, "messages.0: tool_call_id is required for role tool"),
+        ({"role": "assistant", "content": "a", "refusal": "no"}, "messages.0: refusal: unknown field"),
         (
             {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "city"}}]},
             "messages.0.tool_calls.0.function.arguments: invalid JSON",
@@ -299,29 +310,28 @@ def test_says_what_is_wrong_with_a_message(message: Any, expected: str) -> None:
 
 
 @ask
-def test_names_the_served_model_where_another_is_asked_for(ask: Callable[..., Asked]) -> None:
-    with pytest.raises(NotFound, match="the model served here is m, and no other"):
-        ask(model="gpt-4o")
+def test_decode_returns_the_model_and_requires_it(ask: Callable[..., DecodedRequest]) -> None:
+    assert ask(model="other").model == "other"
     assert refused(ask, model=None).field == "model"
 
 
 @ask
-def test_names_all_wrong_fields_at_once(ask: Callable[..., Asked]) -> None:
+def test_names_all_wrong_fields_at_once(ask: Callable[..., DecodedRequest]) -> None:
     error = refused(ask, max_tokens=0, top_p=2, beam=1)
     assert all(f"{name}: " in str(error) for name in ("max_tokens", "top_p", "beam"))
     assert error.field is None
 
 
-@pytest.mark.parametrize("decode", [openai.decode_completions, openai.decode_chat])
+@pytest.mark.parametrize("decode", [requests.decode_completion, requests.decode_chat_completion])
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"7", b'{"model": "\\ud800"}', b"[" * 10_000])
 def test_refuses_a_body_that_is_no_json_object(decode: Decode, body: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"^the body: "):
-        decode(body, "m")
+        decode(body)
 
 
 @pytest.mark.parametrize(
     ("params", "body"),
-    [(completion_create_params, openai.COMPLETIONS_SCHEMA), (chat_create_params, openai.CHAT_SCHEMA)],
+    [(completion_create_params, requests.COMPLETION_SCHEMA), (chat_create_params, requests.CHAT_COMPLETION_SCHEMA)],
 )
 def test_knows_every_field_that_the_client_can_send(params: Any, body: Json) -> None:
     fields = {*params.CompletionCreateParamsBase.__annotations__, "stream"}
@@ -341,7 +351,7 @@ anything = st.recursive(
 def bodies(draw: st.DrawFn) -> tuple[bool, Json]:
     """A body of either API in which a few fields, or a field of a message, are anything."""
     is_chat = draw(st.booleans())
-    known = sorted((openai.CHAT_SCHEMA if is_chat else openai.COMPLETIONS_SCHEMA)["properties"])
+    known = sorted((requests.CHAT_COMPLETION_SCHEMA if is_chat else requests.COMPLETION_SCHEMA)["properties"])
     body: Json = {"model": "m", **({"messages": [{**MESSAGES[0]}]} if is_chat else {"prompt": "Hi"})}
     if is_chat and draw(st.booleans()):
         body["messages"][0][draw(st.sampled_from(["role", "content", "name", "tool_calls", "tool_call_id"]))] = draw(
@@ -353,25 +363,28 @@ def bodies(draw: st.DrawFn) -> tuple[bool, Json]:
 @given(bodies())
 def test_any_body_is_decoded_as_its_schema_says_or_refused_in_a_sentence(asked: tuple[bool, Json]) -> None:
     is_chat, body = asked
-    decode = openai.decode_chat if is_chat else openai.decode_completions
+    decode = requests.decode_chat_completion if is_chat else requests.decode_completion
     try:
-        decode(json.dumps(body).encode(), "m")
+        decode(json.dumps(body).encode())
     except RequestError as error:
         message = str(error)
         assert message.endswith(".")
-        assert not any(word in message for word in ("pydantic", "http", "_Chats", "_Completions", "instance of"))
+        assert not any(
+            word in message
+            for word in ("pydantic", "http", "BaseRequest", "CompletionRequest", "SamplingFields", "instance of")
+        )
     else:
-        jsonschema.validate(body, openai.CHAT_SCHEMA if is_chat else openai.COMPLETIONS_SCHEMA)
+        jsonschema.validate(body, requests.CHAT_COMPLETION_SCHEMA if is_chat else requests.COMPLETION_SCHEMA)
 
 
 @given(st.binary() | anything.map(lambda value: json.dumps(value).encode()))
 def test_any_bytes_are_decoded_or_refused(body: bytes) -> None:
-    for decode in (openai.decode_chat, openai.decode_completions):
+    for decode in (requests.decode_chat_completion, requests.decode_completion):
         with pytest.raises(RequestError):
-            decode(body, "m")
+            decode(body)
 
 
-@pytest.mark.parametrize("schema", [openai.COMPLETIONS_SCHEMA, openai.CHAT_SCHEMA])
+@pytest.mark.parametrize("schema", [requests.COMPLETION_SCHEMA, requests.CHAT_COMPLETION_SCHEMA])
 def test_schemas_stand_on_their_own_and_show_no_private_name(schema: Json) -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     written = json.dumps(schema)
@@ -415,7 +428,7 @@ STOPPED = Completion("", finish_reason=FinishReason.STOP_SEQUENCE, prompt_tokens
 
 def test_answers_a_chat_in_the_clients_form() -> None:
     asked = chat(n=2)
-    answer = openai.encode(asked, [HELLO, CUT])
+    answer = responses.encode(asked, [HELLO, CUT])
     strictly(ChatCompletion, answer)
     assert answer == {
         "id": asked.id,
@@ -441,7 +454,7 @@ def test_answers_a_chat_in_the_clients_form() -> None:
 
 
 def test_answers_completions_in_order_and_counts_each_prompt_once() -> None:
-    answer = openai.encode(completions(prompt=["a", "b"], n=2), [HELLO, CUT, STOPPED, STOPPED])
+    answer = responses.encode(completions(prompt=["a", "b"], n=2), [HELLO, CUT, STOPPED, STOPPED])
     strictly(CompletionObject, answer)
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [
         (0, "Héllo"),
@@ -454,7 +467,7 @@ def test_answers_completions_in_order_and_counts_each_prompt_once() -> None:
 
 
 def test_tells_log_probabilities_of_completions_with_the_chosen_token_among_its_rivals() -> None:
-    answer = openai.encode(completions(logprobs=2), [HELLO])
+    answer = responses.encode(completions(logprobs=2), [HELLO])
     strictly(CompletionObject, answer)
     assert answer["choices"][0]["logprobs"] == {
         "tokens": ["Hé", "llo"],
@@ -465,7 +478,7 @@ def test_tells_log_probabilities_of_completions_with_the_chosen_token_among_its_
 
 
 def test_tells_log_probabilities_of_a_chat_with_bytes_where_they_are_known() -> None:
-    answer = openai.encode(chat(logprobs=True, top_logprobs=2), [HELLO])
+    answer = responses.encode(chat(logprobs=True, top_logprobs=2), [HELLO])
     strictly(ChatCompletion, answer)
     assert answer["choices"][0]["logprobs"]["content"] == [
         {
@@ -490,13 +503,15 @@ def test_tells_log_probabilities_of_a_chat_with_bytes_where_they_are_known() -> 
 
 
 def test_tells_the_tier_where_one_was_asked_for() -> None:
-    answer = openai.encode(chat(service_tier="auto"), [HELLO])
+    answer = responses.encode(chat(service_tier="auto"), [HELLO])
     strictly(ChatCompletion, answer)
     assert answer["service_tier"] == "default"
 
 
 @pytest.mark.parametrize(("ask", "prefix"), [(completions, "cmpl-"), (chat, "chatcmpl-")])
-def test_every_answer_has_its_own_id_and_the_time_of_its_request(ask: Callable[..., Asked], prefix: str) -> None:
+def test_every_answer_has_its_own_id_and_the_time_of_its_request(
+    ask: Callable[..., DecodedRequest], prefix: str
+) -> None:
     before = int(time.time())
     first, second = ask(), ask()
     assert first.id.startswith(prefix)
@@ -505,10 +520,10 @@ def test_every_answer_has_its_own_id_and_the_time_of_its_request(ask: Callable[.
 
 
 def test_describes_the_model() -> None:
-    listed = openai.models("m", 5, None)
-    assert listed == {"object": "list", "data": [openai.model("m", 5, None)]}
+    listed = models.model_list(["m"], created=5, context_tokens=None)
+    assert listed == {"object": "list", "data": [models.model_card("m", created=5, context_tokens=None)]}
     strictly(Model, listed["data"][0])
-    assert openai.model("m", 5, 4096) == {**listed["data"][0], "max_model_len": 4096}
+    assert models.model_card("m", created=5, context_tokens=4096) == {**listed["data"][0], "max_model_len": 4096}
 
 
 # How it is streamed
@@ -525,8 +540,8 @@ def chunks(events: Iterable[str]) -> list[Any]:
     return contents
 
 
-def check(asked: Asked, chunk: Json) -> None:
-    if asked.chat:
+def check(asked: DecodedRequest, chunk: Json) -> None:
+    if asked.is_chat:
         strictly(ChatCompletionChunk, chunk)
         return
     # The client's type is that of a whole answer, whose finish reason is never null.
@@ -552,10 +567,10 @@ def delta(
     )
 
 
-def streamed(asked: Asked, pieces: list[CompletionDelta]) -> list[Any]:
-    stream = Stream(asked)
-    events = [*stream.begin(), *(event for piece in pieces for event in stream.piece(piece)), *stream.end()]
-    assert stream.end() == stream.piece(pieces[-1]) == stream.error(NotFound("late")) == []
+def streamed(asked: DecodedRequest, pieces: list[CompletionDelta]) -> list[Any]:
+    stream = EventEncoder(asked)
+    events = [*stream.begin(), *(event for piece in pieces for event in stream.delta(piece)), *stream.end()]
+    assert stream.end() == stream.delta(pieces[-1]) == stream.error(NotFound("late")) == []
     contents = chunks(events)
     assert contents.pop() == "[DONE]"
     for chunk in contents:
@@ -600,7 +615,7 @@ def test_an_end_without_text_has_an_empty_delta() -> None:
 
 
 @ask
-def test_tells_no_usage_in_a_stream_unless_asked(ask: Callable[..., Asked]) -> None:
+def test_tells_no_usage_in_a_stream_unless_asked(ask: Callable[..., DecodedRequest]) -> None:
     assert not any("usage" in chunk for chunk in streamed(ask(stream=True, n=2), PIECES))
 
 
@@ -611,7 +626,9 @@ def test_tells_no_usage_in_a_stream_unless_asked(ask: Callable[..., Asked]) -> N
         (completions(stream=True, stream_options={"include_usage": True}, prompt=["a", "b"]), 6),
     ],
 )
-def test_counts_the_tokens_of_a_stream_in_a_last_chunk_without_choices(asked: Asked, prompt_tokens: int) -> None:
+def test_counts_the_tokens_of_a_stream_in_a_last_chunk_without_choices(
+    asked: DecodedRequest, prompt_tokens: int
+) -> None:
     *before, last = streamed(asked, PIECES)
     assert all(chunk["usage"] is None for chunk in before)
     assert last["choices"] == []
@@ -641,7 +658,7 @@ def test_any_text_and_probability_makes_whole_events(text: str, tokens: list[str
     piece = delta(0, text, 1, len(tokens), FinishReason.LENGTH, told)
     for asked in (chat(stream=True, logprobs=True), completions(stream=True, logprobs=1)):
         (choice,) = streamed(asked, [piece])[-1]["choices"]
-        assert (choice["delta"]["content"] if asked.chat and (text or tokens) else choice.get("text", "")) == text
+        assert (choice["delta"]["content"] if asked.is_chat and (text or tokens) else choice.get("text", "")) == text
 
 
 # How it fails
@@ -666,11 +683,11 @@ def test_any_text_and_probability_makes_whole_events(text: str, tokens: list[str
 def test_describes_an_error_as_the_api_does(
     error: RequestError, kind: str, param: str | None, code: str | None
 ) -> None:
-    assert openai.encode_error(error) == {"error": {"message": "No.", "type": kind, "param": param, "code": code}}
+    assert responses.encode_error(error) == {"error": {"message": "No.", "type": kind, "param": param, "code": code}}
 
 
 def test_tells_what_was_generated_before_the_time_was_over() -> None:
-    described = openai.encode_error(errors.DeadlineExceeded("Too late.", ("Hé", "")))["error"]
+    described = responses.encode_error(errors.DeadlineExceeded("Too late.", ("Hé", "")))["error"]
     assert described["partial"] == ["Hé", ""]
 
 
@@ -684,18 +701,18 @@ def client(status: int, content: str, kind: str) -> client_package.OpenAI:
 
 
 def test_the_client_reads_a_stream_to_its_end() -> None:
-    stream = Stream(chat(stream=True))
-    events = [*stream.begin(), *stream.piece(delta(0, "Héllo", 3, 3, FinishReason.EOS_TOKEN)), *stream.end()]
+    stream = EventEncoder(chat(stream=True))
+    events = [*stream.begin(), *stream.delta(delta(0, "Héllo", 3, 3, FinishReason.EOS_TOKEN)), *stream.end()]
     with client(200, "".join(events), "text/event-stream") as connected:
         told = list(connected.chat.completions.create(model="m", messages=[], stream=True))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in told) == "Héllo"
 
 
 def test_the_client_raises_the_error_that_ends_a_stream() -> None:
-    stream = Stream(completions(stream=True))
+    stream = EventEncoder(completions(stream=True))
     events = [
         *stream.begin(),
-        *stream.piece(delta(0, "Hé", 3, 1)),
+        *stream.delta(delta(0, "Hé", 3, 1)),
         *stream.error(errors.GenerationFailed("No luck.")),
     ]
     assert stream.end() == []
@@ -710,7 +727,7 @@ def test_the_client_raises_the_error_that_ends_a_stream() -> None:
 
 def test_the_client_knows_the_field_that_was_refused() -> None:
     error = refused(chat, top_p=2)
-    content = json.dumps(openai.encode_error(error))
+    content = json.dumps(responses.encode_error(error))
     with (
         client(error.status, content, "application/json") as connected,
         pytest.raises(client_package.BadRequestError) as raised,

@@ -15,6 +15,7 @@ from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconne
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
 from predictor.protocols import open_inference, open_inference_generate
+from predictor.protocols.open_inference_binary import HEADER_LENGTH
 
 MODEL_PATHS = ("/models/{model_name}", "/models/{model_name}/versions/{model_version}")
 
@@ -52,13 +53,13 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
     async def infer(request: Request) -> Response:
         name, version = _require_model(request, service)
         body = await read_body(request, "v2")
-        payload = open_inference.parse(body, name, request.headers.get(open_inference.HEADER_LENGTH))
+        payload = open_inference.parse(body, name, request.headers.get(HEADER_LENGTH))
         inference = kserve_server.infer(predictor, payload, dict(request.headers))
         response = await cancel_on_disconnect(request.receive, inference)
         content, header_length = open_inference.serialize(payload, response, version)
         if header_length is None:
             return Response(content, media_type="application/json")
-        headers = {open_inference.HEADER_LENGTH: str(header_length)}
+        headers = {HEADER_LENGTH: str(header_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
     async def generate(request: Request) -> JSONResponse:
@@ -70,7 +71,7 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
     async def generate_stream(request: Request) -> Response:
         name, version = _require_model(request, service)
         decoded = open_inference_generate.decode(await read_body(request, "generate_stream"), name, version)
-        return EventStream(request, service, [decoded.request], open_inference_generate.Stream(decoded))
+        return EventStream(request, service, [decoded.request], open_inference_generate.EventEncoder(decoded))
 
     generate_schema = request_schema(open_inference_generate.REQUEST_SCHEMA)
     for path in MODEL_PATHS:

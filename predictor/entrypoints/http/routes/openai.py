@@ -11,7 +11,9 @@ from predictor.entrypoints.http.openapi import EVENTS, GENERATION_ERRORS, OPENAI
 from predictor.entrypoints.http.routes.health import require_ready
 from predictor.entrypoints.http.streaming import EventStream, complete, read_body
 from predictor.generation.service import LLMService
-from predictor.protocols import openai
+from predictor.protocols.openai import requests, responses
+from predictor.protocols.openai.models import model_card, model_list
+from predictor.protocols.openai.streaming import EventEncoder
 
 
 def create_router(service: LLMService) -> APIRouter:
@@ -22,13 +24,13 @@ def create_router(service: LLMService) -> APIRouter:
 
     @router.get("/openai/v1/models", **json_responses(openapi.OPENAI_MODELS, 401, error=OPENAI_ERROR))
     async def list_models() -> dict[str, Any]:
-        return openai.models(models.default, created, service.context_tokens)
+        return model_list(models.names, created=created, context_tokens=service.context_tokens)
 
     @router.get("/openai/v1/models/{model_name}", **json_responses(openapi.OPENAI_MODEL, 401, 404, error=OPENAI_ERROR))
     async def get_model(request: Request) -> dict[str, Any]:
         name = request.path_params["model_name"]
         models.require(name)
-        return openai.model(name, created, service.context_tokens)
+        return model_card(name, created=created, context_tokens=service.context_tokens)
 
     @router.get("/v1/models", **json_responses(openapi.BOTH_MODELS, 401))
     async def list_models_for_both() -> dict[str, Any]:
@@ -42,21 +44,22 @@ def create_router(service: LLMService) -> APIRouter:
         require_ready(service)
         return {**model, "name": model["id"], "ready": True}
 
-    async def respond(request: Request, decoded: openai.Asked) -> Response:
+    async def respond(request: Request, decoded: requests.DecodedRequest) -> Response:
+        models.require(decoded.model)
         if decoded.stream:
-            return EventStream(request, service, decoded.requests, openai.Stream(decoded))
-        return JSONResponse(openai.encode(decoded, await complete(request, service, decoded.requests)))
+            return EventStream(request, service, decoded.requests, EventEncoder(decoded))
+        return JSONResponse(responses.encode(decoded, await complete(request, service, decoded.requests)))
 
     async def completions(request: Request) -> Response:
-        return await respond(request, openai.decode_completions(await read_body(request, "openai"), models.default))
+        return await respond(request, requests.decode_completion(await read_body(request, "openai")))
 
     async def chat_completions(request: Request) -> Response:
-        return await respond(request, openai.decode_chat(await read_body(request, "openai"), models.default))
+        return await respond(request, requests.decode_chat_completion(await read_body(request, "openai")))
 
     for prefix in ("/openai/v1", "/v1"):
         for path, endpoint, body, response in (
-            ("/completions", completions, openai.COMPLETIONS_SCHEMA, openapi.COMPLETION),
-            ("/chat/completions", chat_completions, openai.CHAT_SCHEMA, openapi.CHAT_COMPLETION),
+            ("/completions", completions, requests.COMPLETION_SCHEMA, openapi.COMPLETION),
+            ("/chat/completions", chat_completions, requests.CHAT_COMPLETION_SCHEMA, openapi.CHAT_COMPLETION),
         ):
             router.add_api_route(
                 prefix + path,

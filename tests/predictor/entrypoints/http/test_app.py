@@ -1,157 +1,206 @@
-"""A real predictor process on the demo model, asked over HTTP."""
+"""The application of one service: limits, API keys, request log, admin routes; and two applications in one process."""
 
 import asyncio
 import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
-import kserve
 import pytest
 
-from demo import evaluate, exam
-from devtools.processes import Predictor
+from predictor import settings
+from predictor.entrypoints.http.app import create_app
+from predictor.generation.service import LLMService
+from tests.predictor import servers
+from tests.predictor.servers import OPENAI, PROTOCOLS, Call, InProcessServer
 
-INFER = "/v2/models/demo/infer"
-RAW = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["17+25="]}
+pytestmark = pytest.mark.xdist_group("engine")
 
-
-def chat(*contents: str) -> dict[str, Any]:
-    data = [json.dumps([{"role": "user", "content": content}]) for content in contents]
-    return {"name": "messages", "datatype": "BYTES", "shape": [len(data)], "data": data}
-
-
-def ask(client: httpx.Client, tensor: dict[str, Any], **fields: Any) -> httpx.Response:
-    return client.post(INFER, json={"inputs": [tensor], **fields})
+KEY, OTHER_KEY = "alices-key-0123456789", "bobs-key-9876543210"
+PROMPT = "xylophone"
 
 
-def outputs(response: httpx.Response) -> dict[str, list[Any]]:
-    assert response.status_code == 200, response.text
-    return {output["name"]: output["data"] for output in response.json()["outputs"]}
+# Two applications in one process
 
 
-def test_answers_raw_prompts_and_chats(client: httpx.Client) -> None:
-    assert outputs(ask(client, RAW)) == {"text_output": [" 7+5=12 1+2+1=4 42"]}
-    answers = outputs(ask(client, chat("What is 17 + 25?", "Who are you?")))["text_output"]
-    assert answers == ["7+5=12 1+2+1=4 42", "I am the demo model of kserve-llm, a tiny language model."]
+@pytest.fixture(scope="module")
+def two_servers() -> Iterator[tuple[InProcessServer, InProcessServer]]:
+    with (
+        servers.in_process(model_name="first") as first,
+        servers.in_process("--dtype", "bfloat16", model_name="second") as second,
+    ):
+        yield first, second
 
 
-def test_answers_held_out_sums_right(server: Predictor) -> None:
-    asked = exam.held_out_questions(100)
-    answers = evaluate.complete_by_server(server.url, "demo", [question for question, _ in asked])
-    assert evaluate.accuracy(answers, [result for _, result in asked]) >= 0.97
+def test_apps_of_two_services_answer_with_their_own_models(two_servers: tuple[InProcessServer, ...]) -> None:
+    for server, other in zip(two_servers, reversed(two_servers), strict=True):
+        response = Call(server, servers.GENERATE, 4).post().json()
+        assert response["model_name"] == server.model_name
+        assert server.client.get("/v1/models").json()["models"] == [server.model_name]
+        assert server.client.get(f"/v2/models/{other.model_name}").status_code == 404
+    dtypes = [server.client.get(f"/v2/models/{server.model_name}").json()["properties"] for server in two_servers]
+    assert [properties["dtype"] for properties in dtypes] == ["float32", "bfloat16"]
 
 
-def test_tells_counts_and_finish_reasons(client: httpx.Client) -> None:
-    names = ["text_output", "finish_reason", "prompt_tokens", "completion_tokens"]
-    selected = {"outputs": [{"name": name} for name in names]}
-    ended = outputs(ask(client, chat("What is 17 + 25?"), **selected))
-    assert ended["finish_reason"] == ["eos_token"]
-    cut = outputs(ask(client, chat("What is 17 + 25?"), parameters={"max_tokens": 3}, **selected))
-    assert (cut["finish_reason"], cut["completion_tokens"]) == (["length"], [3])
-    assert cut["prompt_tokens"] == ended["prompt_tokens"]
-    stopped = outputs(ask(client, chat("What is 17 + 25?"), parameters={"stop": " 1+"}, **selected))
-    assert (stopped["finish_reason"], stopped["text_output"]) == (["stop_sequence"], ["7+5=12"])
+def test_metrics_of_two_services_have_their_own_labels(two_servers: tuple[InProcessServer, ...]) -> None:
+    first, second = two_servers
+    before = second.metric("generation_tokens_total")
+    counted = first.metric("generation_tokens_total")
+    assert Call(first, OPENAI, 5).post().status_code == 200
+    first.wait_until_idle()
+    assert first.metric("generation_tokens_total") == counted + 5
+    assert second.metric("generation_tokens_total") == before
+    assert first.metric("model_info", dtype="float32") == second.metric("model_info", dtype="bfloat16") == 1
 
 
-def test_describes_the_server(client: httpx.Client) -> None:
-    described = client.get("/v2").json()
-    assert (described["name"], "binary_tensor_data" in described["extensions"]) == ("kserve-llm", True)
+def test_create_app_returns_a_new_app_that_may_still_be_loading() -> None:
+    parsed = settings.read(["--served_model_name", "loading", "--model_dir", "/nowhere"])
+    service = LLMService(parsed)
+    apps = [create_app(service, parsed), create_app(service, parsed)]
+    assert apps[0] is not apps[1]
+
+    async def get(path: str) -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(apps[0]), base_url="http://app") as http:
+            return await http.get(path)
+
+    assert asyncio.run(get("/v2/health/live")).status_code == 200
+    response = asyncio.run(get("/v2/models/loading/ready"))
+    assert (response.status_code, response.json()) == (503, {"error": "Model loading is not ready: starting."})
 
 
-def test_describes_its_inputs_and_outputs(client: httpx.Client) -> None:
-    metadata = client.get("/v2/models/demo").json()
-    assert metadata["name"] == "demo"
-    assert {tensor["name"]: tensor["datatype"] for tensor in metadata["inputs"]} == {
-        "text_input": "BYTES",
-        "messages": "BYTES",
-    }
-    assert metadata["outputs"][0] == {"name": "text_output", "datatype": "BYTES", "shape": [-1]}
+# Limits, API keys, logs
 
 
-def test_is_live_and_ready(client: httpx.Client) -> None:
-    assert client.get("/").json() == {"status": "alive"}
-    assert client.get("/v2/health/live").json() == {"live": True}
-    assert client.get("/v2/health/ready").json() == {"ready": True}
-    assert client.get("/v2/models/demo/ready").json() == {"name": "demo", "ready": True}
+@pytest.fixture(scope="module")
+def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("app") / "keys"
+    file.write_text(f"alice:{KEY}\n")
+    return file
 
 
-def test_keeps_the_sdks_metrics(client: httpx.Client) -> None:
-    outputs(ask(client, RAW))
-    assert 'request_predict_seconds_count{model_name="demo"}' in client.get("/metrics").text
+@pytest.fixture(scope="module")
+def limited(keys_file: Path) -> Iterator[InProcessServer]:
+    flags = ["--max_num_seqs", "2", "--max_queued_requests", "2", "--max_request_bytes", "5000"]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with servers.in_process(*flags, model_name="limited", keys=keys_file, headers=headers) as running:
+        yield running
 
 
-def test_the_kserve_client_gets_the_answer(server: Predictor) -> None:
-    async def infer() -> kserve.InferResponse:
-        tensor = kserve.InferInput("text_input", [1], "BYTES", ["17+25="])
-        request = kserve.InferRequest("demo", [tensor], request_id="7", parameters={"max_tokens": 32})
-        client = kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2", timeout=60))
-        try:
-            assert await client.is_server_ready(server.url)
-            assert await client.is_model_ready(server.url, "demo")
-            return await client.infer(server.url, request, model_name="demo")
-        finally:
-            await client.close()
+def log_lines(server: InProcessServer, request_id: str) -> list[dict[str, Any]]:
+    """Log lines of a request; the last one is written after the response."""
 
-    response = asyncio.run(infer())
-    assert response.id == "7"
-    assert response.outputs[0].data == [" 7+5=12 1+2+1=4 42"]
+    def read() -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in server.log.splitlines()]
+        return [line for line in lines if line["request_id"] == request_id]
+
+    server.wait_for(lambda: any("status" in line for line in read()))
+    return read()
 
 
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (b"not json", "The body is not JSON"),
-        (b"{}", "inputs: field required"),
-        (json.dumps({"inputs": [RAW | {"datatype": "INT32"}]}).encode(), "inputs.0.datatype is 'INT32'"),
-        (json.dumps({"inputs": [RAW | {"shape": [4]}]}).encode(), "inputs.0.shape is [4], but data has 1 elements"),
-        (json.dumps({"inputs": [RAW | {"data": [""]}]}).encode(), "inputs.0.data.0 is an empty prompt"),
-        (json.dumps({"inputs": [RAW | {"data": ["1" * 2000]}]}).encode(), "The prompt is too long: 2001 tokens"),
-        (json.dumps({"inputs": [RAW], "parameters": {"max_tokens": -1}}).encode(), "parameters.max_tokens: "),
-        (json.dumps({"inputs": [RAW], "parameters": {"max_tokens": 2000}}).encode(), "max_tokens is too large: 2000"),
-        (json.dumps({"inputs": [RAW], "parameters": {"beams": 3}}).encode(), "parameters.beams: not known here"),
-        (json.dumps({"inputs": [chat("Hi") | {"data": ["Hi"]}]}).encode(), "inputs.0.data.0 is not a JSON list"),
-    ],
-)
-def test_bad_input_is_400_and_the_connection_lives_on(client: httpx.Client, content: bytes, expected: str) -> None:
-    response = client.post(INFER, content=content)
-    assert response.status_code == 400
-    assert list(response.json()) == ["error"]
-    assert response.json()["error"].startswith(expected)
-    connections = client._transport._pool.connections  # type: ignore[attr-defined]
-    before = list(connections)
-    assert outputs(ask(client, RAW))
-    assert list(connections) == before, "the next request took the same connection"
+def test_request_beyond_the_queue_limit_returns_429(limited: InProcessServer) -> None:
+    rejected = limited.metric("request_rejected_total")
+    limited.hold.delay_seconds = 0.02
+    with ExitStack() as stack:
+        for protocol in (OPENAI, servers.GENERATE_STREAM) * 2:
+            call = Call(limited, protocol, 900).streamed()
+            response = stack.enter_context(limited.client.stream("POST", call.path, json=call.body))
+            assert response.status_code == 200
+        limited.wait_for_metrics(num_requests_running=2, num_requests_waiting=2)
+        limited.hold.close()
+        responses = {protocol: Call(limited, protocol, 900).post() for protocol in PROTOCOLS}
+        assert limited.metric("num_requests_running") == 2
+    limited.hold.open()
+    assert {response.status_code for response in responses.values()} == {429}
+    assert all(int(response.headers["retry-after"]) > 0 for response in responses.values())
+    error = responses[OPENAI].json()["error"]
+    assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+    for protocol in PROTOCOLS[1:]:
+        assert responses[protocol].json() == {"error": error["message"]}
+    assert limited.metric("request_rejected_total") == rejected + 3
+    limited.wait_until_idle()
+    assert Call(limited, OPENAI, 1).post().status_code == 200
 
 
-def test_one_bad_prompt_refuses_the_whole_request(client: httpx.Client) -> None:
-    response = ask(client, RAW | {"shape": [2], "data": ["7+5=", "1" * 2000]})
+def test_request_with_more_sequences_than_the_limit_returns_400(limited: InProcessServer) -> None:
+    response = Call(limited, OPENAI, 1, more={"n": 5}).post()
     assert response.status_code == 400
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status", "expected"),
-    [
-        ("GET", "/v2/models/other", 404, "Model not found: 'other'. Use 'demo'."),
-        ("POST", "/v2/models/other/infer", 404, "Model not found: 'other'. Use 'demo'."),
-        ("GET", "/v3", 404, "Route not found: GET /v3. Use /v2/models/NAME/infer"),
-        ("GET", INFER, 405, f"Method not allowed: GET {INFER}. Use POST."),
-        ("POST", "/v2/models/demo/versions/2/infer", 404, "Version of model 'demo' not found: '2'. Use '1'."),
-        ("POST", "/v1/models/demo:explain", 404, "`:explain` is not supported. POST /v1/models/demo:predict."),
-        (
-            "POST",
-            "/v2/repository/models/demo/unload",
-            403,
-            "Model unload is disabled. Start the server with --enable_admin_routes.",
-        ),
-        (
-            "POST",
-            "/v2/repository/models/demo/load",
-            403,
-            "Model load is disabled. Start the server with --enable_admin_routes.",
-        ),
-    ],
-)
-def test_errors_have_one_form(client: httpx.Client, method: str, path: str, status: int, expected: str) -> None:
-    response = client.request(method, path)
-    assert response.status_code == status
-    assert response.json()["error"].startswith(expected)
+def test_request_with_a_body_beyond_the_limit_returns_413(limited: InProcessServer) -> None:
+    for protocol in PROTOCOLS:
+        response = Call(limited, protocol, 1, prompt="1" * 5000).post()
+        assert response.status_code == 413
+        assert "--max_request_bytes" in response.text
+    assert Call(limited, OPENAI, 1).post().status_code == 200
+
+
+def test_request_without_an_api_key_returns_401_except_for_probes(limited: InProcessServer) -> None:
+    with httpx.Client(base_url=limited.url, timeout=60, trust_env=False) as anonymous:
+        predict = "/v1/models/limited:predict"
+        for path in (predict, *(Call(limited, protocol, 1).path for protocol in PROTOCOLS)):
+            response = anonymous.post(path, json=Call(limited, OPENAI, 1).body)
+            assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
+        for path in ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/limited/ready"):
+            assert anonymous.get(path).status_code == 200, path
+        assert anonymous.get("/v1/models").status_code == 401
+
+
+def test_request_with_an_api_key_is_logged_with_its_name_only(limited: InProcessServer) -> None:
+    assert Call(limited, OPENAI, 1).post(headers={"x-request-id": "by-alice"}).status_code == 200
+    [line] = log_lines(limited, "by-alice")
+    assert line["key"] == "alice"
+    assert KEY not in limited.log
+
+
+def test_api_keys_are_reloaded_when_the_file_changes(limited: InProcessServer, keys_file: Path) -> None:
+    bob = {"Authorization": f"Bearer {OTHER_KEY}"}
+    assert limited.client.get("/v1/models", headers=bob).status_code == 401
+    keys_file.write_text(f"alice:{KEY}\nbob:{OTHER_KEY}\n")
+    limited.wait_for_status(200, "/v1/models", headers=bob)
+    keys_file.write_text(f"alice:{KEY}\n")
+    limited.wait_for_status(401, "/v1/models", headers=bob)
+    assert limited.client.get("/v1/models").status_code == 200
+
+
+def test_request_is_logged_in_one_line_without_its_prompt(limited: InProcessServer) -> None:
+    headers = {"x-request-id": "mine", "x-secret": PROMPT}
+    response = Call(limited, OPENAI, 3, prompt=PROMPT).post(headers=headers)
+    assert response.headers["x-request-id"] == "mine"
+    [line] = log_lines(limited, "mine")
+    assert (line["method"], line["path"], line["status"], line["protocol"]) == ("POST", OPENAI, 200, "openai")
+    assert line["prompt_tokens"] == response.json()["usage"]["prompt_tokens"]
+    assert (line["completion_tokens"], line["sequences"], line["finish_reasons"]) == (3, 1, ["length"])
+    assert {"duration_ms", "queue_seconds", "first_token_seconds"} <= line.keys()
+    assert PROMPT not in limited.log
+    assert "/metrics" not in limited.log
+    generated_id = limited.client.get("/v1/models").headers["x-request-id"]
+    assert [line["status"] for line in log_lines(limited, generated_id)] == [200]
+
+
+@pytest.mark.parametrize("action", ["load", "unload"])
+def test_admin_routes_are_disabled_by_default(limited: InProcessServer, action: str) -> None:
+    response = limited.client.post(f"/v2/repository/models/limited/{action}")
+    assert (response.status_code, action in response.json()["error"]) == (403, True)
+    assert limited.client.get("/v2/models/limited/ready").status_code == 200
+
+
+# Other settings
+
+
+def test_app_with_log_prompts_and_admin_routes_and_a_server_side_deadline() -> None:
+    flags = ["--enable_admin_routes", "--log_prompts", "--request_timeout_seconds", "0.5"]
+    with servers.in_process(*flags, model_name="open") as server:
+        Call(server, OPENAI, 1, prompt=PROMPT).post()
+        assert PROMPT in server.log
+        server.hold.close()
+        response = Call(server, OPENAI, 1000, more={"n": 2}).post(headers={"x-request-timeout-seconds": "1000"})
+        assert (response.status_code, response.json()["error"]["type"]) == (504, "timeout")
+        server.hold.open()
+        server.wait_until_idle()
+        load, unload = "/v2/repository/models/open/load", "/v2/repository/models/open/unload"
+        assert server.client.post(load).json() == {"name": "open", "load": True}
+        assert server.client.post("/v2/repository/models/other/unload").status_code == 404
+        assert server.client.post(unload).json() == {"name": "open", "unload": True}
+        assert Call(server, OPENAI, 1).post().status_code == 503

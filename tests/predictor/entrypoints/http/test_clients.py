@@ -7,20 +7,20 @@ import openai
 import pytest
 from tritonclient import http as triton
 
-from devtools.processes import Predictor
+from tests.predictor.servers import Server
 
 QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
 ANSWER = "7+5=12 1+2+1=4 42"
 
 
 @pytest.fixture(params=["/v1", "/openai/v1"])
-def openai_client(server: Predictor, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
+def openai_client(server: Server, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=server.url + request.param, api_key="none", max_retries=0, timeout=60) as client:
         yield client
 
 
 @pytest.fixture
-def triton_client(server: Predictor) -> Iterator[triton.InferenceServerClient]:
+def triton_client(server: Server) -> Iterator[triton.InferenceServerClient]:
     client = triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=60)
     try:
         yield client

@@ -19,7 +19,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from devtools.processes import Predictor
+from tests.predictor.servers import Server
 
 SPECIFICATIONS = os.environ.get("OPEN_INFERENCE_DIR")
 EXAMPLES = 25
@@ -47,7 +47,7 @@ Ask = Callable[[Case], requests.Response]
 
 
 @pytest.fixture
-def ask(server: Predictor) -> Iterator[Ask]:
+def ask(server: Server) -> Iterator[Ask]:
     with requests.Session() as session:
         session.trust_env = False
 

@@ -1,0 +1,24 @@
+"""OpenAI's list of models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+OWNER = "kserve-llm"
+
+
+def model_list(names: Sequence[str], *, created: int, context_tokens: int | None) -> dict[str, Any]:
+    """Return the list of models; see `model_card` for the arguments."""
+    cards = [model_card(name, created=created, context_tokens=context_tokens) for name in names]
+    return {"object": "list", "data": cards}
+
+
+def model_card(name: str, *, created: int, context_tokens: int | None) -> dict[str, Any]:
+    """Return the description of one model.
+
+    Args:
+        name: as in requests.
+        created: Unix time in seconds.
+        context_tokens: maximum of prompt and completion together, vLLM's `max_model_len`; None while unknown.
+    """
+    card = {"id": name, "object": "model", "created": created, "owned_by": OWNER}
+    return card if context_tokens is None else {**card, "max_model_len": context_tokens}

@@ -1,0 +1,105 @@
+"""OpenAI's requests: JSON bodies -> generation requests."""
+
+import time
+import uuid
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from predictor.errors import InvalidRequest
+from predictor.protocols.json_body import format_validation_error, json_schema
+from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest
+from predictor.types import Chat, GenerationRequest
+
+COMPLETION_SCHEMA = json_schema(CompletionRequest)
+CHAT_COMPLETION_SCHEMA = json_schema(ChatCompletionRequest)
+
+RequestT = TypeVar("RequestT", bound=BaseRequest)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodedRequest:
+    """Generation requests of one body, and the options of its response."""
+
+    requests: list[GenerationRequest]
+    """One per prompt, in order; a chat is one."""
+    n: int
+    """Completions per prompt."""
+    stream: bool
+    id: str
+    created: int
+    """Unix time in seconds."""
+    model: str
+    is_chat: bool
+    logprobs: bool
+    include_usage: bool
+    """Whether a stream reports its usage; whole responses always do."""
+    include_service_tier: bool
+
+
+def decode_completion(body: bytes) -> DecodedRequest:
+    """Decode a completion request: one generation request per prompt.
+
+    Raises:
+        InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
+    """
+    content = _validate(CompletionRequest, body)
+    if content.best_of not in (None, content.n):
+        raise _invalid("best_of", "only n completions are generated. Omit it")
+    if content.echo and content.logprobs is not None:
+        raise _invalid("echo", "log probabilities of prompts are not supported. Omit echo or logprobs")
+    sampling = content.to_sampling_params(content.logprobs)
+    prompts = [prompt if isinstance(prompt, str) else tuple(prompt) for prompt in content.prompt]
+    return _decoded(content, [GenerationRequest(prompt, sampling, content.n, content.echo) for prompt in prompts])
+
+
+def decode_chat_completion(body: bytes) -> DecodedRequest:
+    """Decode a chat completion request: one generation request.
+
+    Raises:
+        InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
+    """
+    content = _validate(ChatCompletionRequest, body)
+    if content.max_completion_tokens and content.max_tokens not in (None, content.max_completion_tokens):
+        raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it. Omit it")
+    if content.top_logprobs is not None and not content.logprobs:
+        raise _invalid("top_logprobs", "needs logprobs to be true")
+    sampling = content.to_sampling_params((content.top_logprobs or 0) if content.logprobs else None)
+    sampling = replace(sampling, max_tokens=content.max_completion_tokens or content.max_tokens)
+    messages = tuple(message.to_template_message() for message in content.messages)
+    tools = () if content.tool_choice == "none" else content.tools
+    chat = Chat(messages, tuple(tool.model_dump(exclude_unset=True) for tool in tools))
+    return _decoded(content, [GenerationRequest(chat, sampling, content.n)])
+
+
+def _validate(model: type[RequestT], body: bytes) -> RequestT:
+    try:
+        content = model.model_validate_json(body)
+    except ValidationError as error:
+        fields = [".".join(map(str, issue["loc"])) for issue in error.errors(include_input=False)]
+        field = fields[0] if len(fields) == 1 and fields[0] else None
+        raise InvalidRequest(format_validation_error(error, allowed=model.model_fields), field) from None
+    if content.stream_options and not content.stream:
+        raise _invalid("stream_options", "needs stream to be true")
+    return content
+
+
+def _invalid(field: str, reason: str) -> InvalidRequest:
+    return InvalidRequest(f"{field}: {reason}.", field)
+
+
+def _decoded(content: BaseRequest, requests: list[GenerationRequest]) -> DecodedRequest:
+    is_chat = isinstance(content, ChatCompletionRequest)
+    return DecodedRequest(
+        requests=requests,
+        n=content.n,
+        stream=content.stream,
+        id=f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        created=int(time.time()),
+        model=content.model,
+        is_chat=is_chat,
+        logprobs=requests[0].sampling.logprobs is not None,
+        include_usage=content.stream_options is not None and content.stream_options.include_usage,
+        include_service_tier="service_tier" in content.model_fields_set,
+    )

@@ -1,0 +1,449 @@
+"""Assumptions of the fences about libraries' internals, one section per fence.
+
+A test that fails here after an upgrade names the fence module that has to change.
+"""
+
+import asyncio
+import dataclasses
+import inspect
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers.core_model_loading import ConversionOps
+from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+from devtools.paths import DEMO_MODEL
+from predictor.engine import batching_manager
+from predictor.engine.batching_manager import BatchingManager
+from predictor.engine.executor import EngineOutput
+from predictor.engine.kv_cache import PAGE_TOKENS
+from predictor.engine.sampler import SequenceSampler
+from predictor.errors import EngineStopped
+from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
+from predictor.kernels.cpu.linear import Int8Linear
+from predictor.models import loader
+from predictor.models.int8_quantizer import Int8Config
+from predictor.types import SamplingParams
+
+pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
+
+HANG_SECONDS = 120
+
+
+# transformers' continuous batching: predictor/engine/batching_manager.py
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
+
+
+@contextmanager
+def started(model: Any, kv_cache_tokens: int = 4 * PAGE_TOKENS) -> Iterator[BatchingManager]:
+    executor = BatchingManager(
+        model, max_num_seqs=4, max_num_batched_tokens=128, kv_cache_tokens=kv_cache_tokens, kv_cache_memory_fraction=0.8
+    )
+    executor.start()
+    try:
+        yield executor
+    finally:
+        if executor.is_running:
+            executor.stop(HANG_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def executor(model: Any) -> Iterator[BatchingManager]:
+    with started(model) as running:
+        yield running
+
+
+def submit(
+    executor: BatchingManager,
+    request_id: str,
+    prompt_tokens: int,
+    max_tokens: int,
+    on_output: Callable[[EngineOutput], None],
+) -> list[int]:
+    """Submit a greedy sequence that ends by length, and return its prompt."""
+    seed = sum(request_id.encode())
+    prompt = [5 + (seed + 7 * position) % 400 for position in range(prompt_tokens)]
+    sampler = SequenceSampler(SamplingParams(temperature=0.0), prompt_tokens, ())
+    executor.submit(request_id, prompt, sampler, max_tokens=max_tokens, end_token_ids=(), on_output=on_output)
+    return prompt
+
+
+async def finish(executor: BatchingManager, sizes: Sequence[tuple[int, int]]) -> tuple[list[list[int]], list[Any]]:
+    """Run sequences of (prompt tokens, new tokens), and return their prompts and lists of outputs."""
+    done: asyncio.Queue[None] = asyncio.Queue()
+    outputs: list[list[EngineOutput]] = [[] for _ in sizes]
+
+    def collect(index: int) -> Callable[[EngineOutput], None]:
+        def on_output(output: EngineOutput) -> None:
+            outputs[index].append(output)
+            if output.finished:
+                done.put_nowait(None)
+
+        return on_output
+
+    prompts = [submit(executor, str(index), *size, collect(index)) for index, size in enumerate(sizes)]
+    async with asyncio.timeout(HANG_SECONDS):
+        for _ in sizes:
+            await done.get()
+    return prompts, outputs
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(HANG_SECONDS):
+        while not condition():  # noqa: ASYNC110, there is no event for it
+            await asyncio.sleep(0)
+
+
+def idle(executor: BatchingManager) -> bool:
+    return not executor.num_running and not executor.has_pending
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (continuous_api.ContinuousMixin.init_continuous_batching, "generation_config continuous_batching_config"),
+        (
+            continuous_api.ContinuousBatchingManager.add_request,
+            "input_ids request_id max_new_tokens streaming eos_token_id",
+        ),
+        (continuous_api.ContinuousBatchingManager.cancel_request, "request_id"),
+        (continuous_api.ContinuousBatchingManager.register_result_handler, "request_id callback"),
+        (continuous_api.ContinuousBatchingManager.warmup, ""),
+        (continuous_api.ContinuousBatchingManager.start, ""),
+        (continuous_api.ContinuousBatchingManager.stop, "block timeout hard_stop"),
+        (continuous_api.ContinuousBatchingManager.is_running, ""),
+        (continuous_api.BackgroundThreadStatus.can_accept_new_requests, ""),
+        (continuous_api.ContinuousBatchProcessor.has_pending_requests, ""),
+        (cache.PagedAttentionCache.compute_free_capacity, "relative"),
+        (scheduler.FIFOScheduler.clear_cancelled_requests, ""),
+        (cb_logits_processors.ContinuousBatchingLogitsProcessorList.__init__, "logits_processor"),
+        (cb_logits_processors.ContinuousBatchingLogitsProcessor.fill_defaults, "int32_tensor"),
+        (cb_logits_processors.ContinuousBatchingLogitsProcessor.prepare_tensor_args, "requests_with_new_token"),
+        (cb_logits_processors.ContinuousBatchingLogitsProcessor.__call__, "scores tensor_arg"),
+    ],
+    ids=lambda value: value.__qualname__ if callable(value) else "",
+)
+def test_batching_signature_has_parameters(function: Callable[..., Any], parameters: str) -> None:
+    available = inspect.signature(function).parameters
+    assert set(parameters.split()) <= set(available)
+    required = {name for name, value in available.items() if value.default is value.empty} - {"self"}
+    assert required <= {*parameters.split(), "logit_processor_kwargs"}
+
+
+def test_batching_config_has_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(transformers.ContinuousBatchingConfig)}
+    assert fields >= {
+        "page_size",
+        "num_blocks",
+        "max_memory_percent",
+        "max_batch_tokens",
+        "max_requests_per_batch",
+        "scheduler_type",
+        "use_cuda_graph",
+        "use_async_batching",
+        "max_blocks_per_request",
+        "auto_switch_to_flash",
+    }
+
+
+def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingManager) -> None:
+    processor = executor._manager.batch_processor
+    assert isinstance(processor.scheduler, batching_manager._Scheduler)
+    assert processor.scheduler.block_new_requests is False
+    assert processor.logit_processor.logits_processor == [executor._row_sampler]
+    assert processor.logit_processor.do_processing
+
+
+def test_batching_cache_reports_the_configured_capacity(executor: BatchingManager) -> None:
+    paged = executor._manager.batch_processor.cache
+    [allocator] = paged.cache_allocators.values()
+    assert executor.cache_tokens == 4 * PAGE_TOKENS
+    assert paged.num_sectors * paged.bytes_per_sector == paged.num_blocks * allocator.bytes_per_block
+    assert paged.compute_free_capacity(relative=False) <= paged.cache_tensor.nbytes
+    assert executor.cache_usage == 0.0
+
+
+def test_batching_finished_prefix_blocks_stay_cached_and_count_as_free(executor: BatchingManager) -> None:
+    asyncio.run(finish(executor, [(PAGE_TOKENS + 10, 2)]))
+    [allocator] = executor._manager.batch_processor.cache.cache_allocators.values()
+    assert len(allocator.ledger.cached_blocks) == 1
+    assert executor.cache_usage == 0.0
+
+
+def test_batching_outputs_are_cumulative(executor: BatchingManager) -> None:
+    _, [outputs] = asyncio.run(finish(executor, [(10, 5)]))
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3, 4, 5]
+    assert [output.token_ids for output in outputs] == [outputs[-1].token_ids[: index + 1] for index in range(5)]
+    assert [output.finished for output in outputs] == [False] * 4 + [True]
+
+
+def test_batching_times_are_of_perf_counter(executor: BatchingManager) -> None:
+    created: list[tuple[float, float]] = []
+    record = batching_manager._queue_seconds
+
+    def keep(state: Any) -> float | None:
+        created.append((state.created_time, state.lifespan[0]))
+        return record(state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching_manager, "_queue_seconds", keep)
+        before = time.perf_counter()
+        asyncio.run(finish(executor, [(10, 1)]))
+        after = time.perf_counter()
+    [(submitted, scheduled)] = created
+    assert before <= submitted <= scheduled <= after
+    waiting = continuous_api.RequestState(request_id="waiting", initial_tokens=[1])
+    assert waiting.lifespan[0] < 0
+    assert record(waiting) is None
+
+
+def test_batching_rows_without_a_new_token_come_last(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled: dict[str, list[int]] = {}
+    unused_rows = 0
+    call = batching_manager._RowSampler.__call__
+
+    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        nonlocal unused_rows
+        unused_rows += len(scores) - len(row_sampler._states)
+        for state, row in zip(row_sampler._states, scores, strict=False):
+            sampled.setdefault(state.request_id, []).append(int(row.argmax()))
+        return call(row_sampler, scores, tensor_arg)
+
+    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    _, outputs = asyncio.run(finish(executor, [(20, 30), (200, 3), (150, 5)]))
+    assert unused_rows > 0, "a chunk of a prompt and a decode in one step"
+    assert sampled == {str(index): each[-1].token_ids for index, each in enumerate(outputs)}
+
+
+def test_batching_processor_is_called_once_per_step(executor: BatchingManager) -> None:
+    before = executor.step_count
+    asyncio.run(finish(executor, [(128 + 128 + 3, 4)]))
+    assert executor.step_count - before == 3 + 3, "three chunks, the last with the first token, and three decodes"
+
+
+def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager) -> None:
+    handlers = executor._manager.output_router.result_handlers
+
+    async def cancel() -> int:
+        outputs: list[EngineOutput] = []
+        submit(executor, "cancelled", 10, 900, outputs.append)
+        await until(lambda: len(outputs) >= 2)
+        assert set(handlers) == {"cancelled"}
+        executor.cancel("cancelled")
+        count = len(outputs)
+        await until(lambda: idle(executor))
+        await asyncio.sleep(0)
+        return len([output for output in outputs[count:] if output.finished])
+
+    assert asyncio.run(cancel()) == 0, "a cancelled sequence has no final output"
+    asyncio.run(finish(executor, [(10, 1)]))
+    assert (handlers, executor._row_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
+
+
+def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: dict[str, dict[int, Any]] = {}
+    tokens: dict[str, list[list[int]]] = {}
+    call = batching_manager._RowSampler.__call__
+
+    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        for state in row_sampler._states:
+            states.setdefault(state.request_id, {})[id(state)] = state
+            tokens.setdefault(state.request_id, []).append(state.initial_tokens + state.generated_tokens)
+        return call(row_sampler, scores, tensor_arg)
+
+    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    with started(model, 2 * PAGE_TOKENS) as small:
+        prompts, outputs = asyncio.run(finish(small, [(240, 40), (230, 40)]))
+    assert max(len(copies) for copies in states.values()) > 1, "a sequence left the full cache and started again"
+    for index, (prompt, each) in enumerate(zip(prompts, outputs, strict=True)):
+        expected = [prompt + each[-1].token_ids[:count] for count in range(40)]
+        assert tokens[str(index)] == expected
+        assert len(each[-1].token_ids) == 40
+
+
+def test_batching_scheduler_admits_again_after_a_cancellation(model: Any) -> None:
+    async def cancel_running(small: BatchingManager) -> None:
+        outputs: dict[str, list[EngineOutput]] = {name: [] for name in "abc"}
+        for name, received in outputs.items():
+            submit(small, name, 500, 40, received.append)
+        queue = small._manager.batch_processor.scheduler
+        await until(lambda: queue.block_new_requests)
+        running = set(queue.active_requests)
+        for name in running:
+            small.cancel(name)
+        waiting = set(outputs) - running
+        assert waiting
+        await until(lambda: all(outputs[name] and outputs[name][-1].finished for name in waiting))
+        assert all(len(outputs[name][-1].token_ids) == 40 for name in waiting)
+
+    with started(model) as small:
+        asyncio.run(cancel_running(small))
+
+
+def test_batching_dead_loop_fails_sequences_and_accepts_no_more(model: Any) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is gone")
+
+    with started(model) as dying:
+        handle = model.register_forward_pre_hook(fail)
+        try:
+            _, [[output]] = asyncio.run(finish(dying, [(10, 5)]))
+        finally:
+            handle.remove()
+        assert output.error == "the device is gone"
+        assert dying._manager.background_thread_status.can_accept_new_requests() is not None
+        assert not dying.is_accepting
+        with pytest.raises(EngineStopped):
+            asyncio.run(finish(dying, [(10, 5)]))
+        assert (dying._row_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
+
+
+# transformers' quantizers: predictor/models/transformers_quantization.py
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (get_module_from_name, "module tensor_name"),
+        (should_convert_module, "full_name patterns"),
+        (HfQuantizer.get_modules_to_not_convert, "model skip_modules keep_in_fp32_modules add_default_skips"),
+        (HfQuantizer.param_needs_quantization, "self model param_name kwargs"),
+        (HfQuantizer._process_model_before_weight_loading, "self model kwargs"),
+        (HfQuantizer.get_quantize_ops, "self"),
+        (ConversionOps.convert, "self input_dict source_patterns target_patterns kwargs"),
+    ],
+    ids=lambda value: getattr(value, "__qualname__", ""),
+)
+def test_quantizer_hook_has_parameters(function: Callable[..., Any], parameters: str) -> None:
+    assert list(inspect.signature(function).parameters) == parameters.split()
+
+
+def test_quantizer_model_names_modules_kept_in_float32(model: Any) -> None:
+    assert model._keep_in_fp32_modules is None or isinstance(model._keep_in_fp32_modules, (list, set))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_skipped"),
+    [
+        ("down_proj", True),
+        ("proj", True),
+        ("model.layers.11", True),
+        ("model.layers.*", True),
+        ("model.layers.1", False),
+        ("layers.1", False),
+    ],
+)
+def test_quantizer_skip_pattern_matches_prefix_regex_or_suffix(pattern: str, is_skipped: bool) -> None:
+    assert should_convert_module("model.layers.11.mlp.down_proj", [pattern]) is not is_skipped
+
+
+def test_quantizer_default_skips_are_the_output_layer(model: Any) -> None:
+    assert "lm_head" in HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None, add_default_skips=True)
+    assert HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None) == ["o_proj"]
+
+
+def test_quantizer_converts_each_weight_while_it_loads() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.float32, quantization_config=Int8Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Int8Linear)
+    assert (layer.weight.dtype, layer.scale.dtype) == (torch.int8, torch.float32)
+    original = transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+    weight = original.model.layers[0].mlp.down_proj.weight
+    assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
+    assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
+    for file in DEMO_MODEL.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = transformers.AutoConfig.from_pretrained(DEMO_MODEL, num_hidden_layers=5, intermediate_size=64)
+    _, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+    )
+    assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
+    assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}
+
+
+# transformers' attention and decoder layers: predictor/kernels/cpu/transformers_attention.py
+
+
+def test_attention_interface_passes_the_paged_arguments() -> None:
+    parameters = inspect.signature(cache.PagedAttentionCache.update).parameters
+    assert list(parameters)[1:4] == ["key_states", "value_states", "layer_idx"]
+    assert len(parameters) == 5
+    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
+    assert ALL_ATTENTION_FUNCTIONS[transformers_attention.NAME] is attention.attend
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=99, head_dim=8, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    [(parent, name)] = transformers_attention.find_decoder_layers(model)
+    parts = transformers_attention.DecoderLayerParts.of(parent.get_submodule(name))
+    assert (parts.layer_idx, parts.head_dim, parts.num_key_value_groups, parts.is_silu) == (0, 8, 2, True)
+    assert (parts.qk_norms is not None) is (model_type == "qwen3")
+    assert parts.input_layernorm.variance_epsilon > 0
+    assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
+
+
+def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[int] = []
+    calls: list[int] = []
+    build, supports = attention._build_metadata, ops.supports_paged_attention
+    monkeypatch.setattr(attention, "_build_metadata", lambda *args: builds.append(1) or build(*args))
+    monkeypatch.setattr(ops, "supports_paged_attention", lambda *args: calls.append(1) or supports(*args))
+    fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
+    assert attention.install(fresh)
+    with started(fresh) as executor:
+        asyncio.run(finish(executor, [(5, 4), (9, 3)]))
+    assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
+
+
+# torch's private operators: predictor/kernels/cpu/torch_private.py
+
+
+def test_torch_private_operators_exist() -> None:
+    torch_private.check_operators()
+
+
+def test_torch_private_missing_operator_raises_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_private._OPERATORS, "mkldnn", ("_no_such_operator",))
+    with pytest.raises(ImportError, match=r"torch\.ops\.mkldnn\._no_such_operator"):
+        torch_private.check_operators()
+
+
+@pytest.mark.skipif(not torch_private.supports_onednn_bf16(), reason="oneDNN has no bfloat16 kernels on this CPU")
+def test_onednn_linear_multiplies_packed_weights() -> None:
+    weight, inputs = torch.eye(32, dtype=torch.bfloat16) * 2, torch.randn(3, 32, dtype=torch.bfloat16)
+    packed = torch_private.onednn_pack_weight(weight)
+    assert torch.equal(torch_private.onednn_linear(inputs, packed, None), inputs * 2)
+
+
+@pytest.mark.skipif(not torch_private.supports_fbgemm(), reason="this CPU has no fbgemm kernels")
+def test_fbgemm_linear_multiplies_packed_weights_with_the_given_scale() -> None:
+    with torch_private.ignore_deprecated_quantization():
+        packed = torch_private.fbgemm_pack_weight(torch.eye(32, dtype=torch.int8), torch.full((32,), 0.5))
+    inputs = torch.arange(-16, 16, dtype=torch.float32)[None]
+    assert torch.equal(torch_private.fbgemm_linear(inputs, 1.0, 64, packed), inputs / 2)

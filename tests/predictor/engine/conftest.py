@@ -1,0 +1,161 @@
+"""The demo model, loaded once, engines on it, and functions that generate with them."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from devtools.paths import DEMO_MODEL
+from predictor.engine.engine import Engine
+from predictor.engine.stream import Stream
+from predictor.models import loader
+from predictor.models.loader import LoadedModel
+from predictor.types import FinishReason, SamplingParams, TokenLogprob
+
+HANG_SECONDS = 120
+GREEDY = SamplingParams(max_tokens=48, temperature=0.0, top_p=1.0, top_k=0)
+SAMPLED = SamplingParams(max_tokens=24, temperature=3.0, top_p=1.0, top_k=0, ignore_eos=True)
+LONG = replace(GREEDY, max_tokens=900, ignore_eos=True)
+
+
+@dataclass
+class Generated:
+    """Everything that one sequence generated."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    reason: FinishReason | None = None
+
+
+class Hold:
+    """Forward hook that can block the model, so that a test does not depend on its speed."""
+
+    def __init__(self) -> None:
+        self._released = threading.Event()
+        self._released.set()
+        self._blocked = threading.Event()
+
+    def __call__(self, *_: Any) -> None:
+        if not self._released.is_set():
+            self._blocked.set()
+            assert self._released.wait(HANG_SECONDS)
+
+    def block(self) -> None:
+        """Block the next step."""
+        self._blocked.clear()
+        self._released.clear()
+
+    async def until_blocked(self) -> None:
+        """Wait until a step is blocked."""
+        assert await asyncio.to_thread(self._blocked.wait, HANG_SECONDS)
+
+    def release(self) -> None:
+        """Continue."""
+        self._released.set()
+
+
+def load() -> LoadedModel:
+    return loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False)
+
+
+@contextmanager
+def started(loaded: LoadedModel, **changes: Any) -> Iterator[Engine]:
+    """A running engine of 8 sequences; engines that share a model must not run steps at the same time."""
+    settings: dict[str, Any] = {
+        "max_num_seqs": 8,
+        "max_queued_requests": 24,
+        "max_num_batched_tokens": 128,
+        "kv_cache_tokens": 8192,
+        "context_tokens": loaded.context_tokens,
+    }
+    engine = Engine.from_model(loaded.model, eos_token_ids=loaded.eos_token_ids, **{**settings, **changes})
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+@pytest.fixture(scope="session")
+def loaded() -> LoadedModel:
+    return load()
+
+
+@pytest.fixture(scope="session")
+def reference() -> LoadedModel:
+    """The model as transformers runs it, never used by an engine."""
+    return load()
+
+
+@pytest.fixture(scope="session")
+def engine(loaded: LoadedModel) -> Iterator[Engine]:
+    with started(loaded) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def small(loaded: LoadedModel) -> Iterator[Engine]:
+    """An engine whose cache is full with one sequence of the whole context."""
+    with started(loaded, kv_cache_tokens=1024) as running:
+        yield running
+
+
+@pytest.fixture
+def hold(loaded: LoadedModel) -> Iterator[Hold]:
+    hook = Hold()
+    handle = loaded.model.register_forward_pre_hook(hook)
+    yield hook
+    hook.release()
+    handle.remove()
+
+
+@pytest.fixture(scope="session")
+def ids(loaded: LoadedModel) -> list[int]:
+    return chat_ids(loaded, "What is 17 + 25?")
+
+
+def chat_ids(loaded: LoadedModel, question: str) -> list[int]:
+    text = loaded.tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+    )
+    return list(loaded.tokenizer.encode(text, add_special_tokens=False))
+
+
+def random_ids(loaded: LoadedModel, count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(5, loaded.vocabulary_tokens), k=count)
+
+
+async def read(stream: Stream) -> Generated:
+    generated = Generated()
+    async for step in stream:
+        assert generated.reason is None, "the finish reason comes last"
+        generated.token_ids += step.token_ids
+        generated.logprobs += step.logprobs
+        generated.reason = step.finish_reason
+    return generated
+
+
+def generate_all(engine: Engine, requests: Sequence[tuple[Sequence[int], SamplingParams]]) -> list[Generated]:
+    """Generate several sequences in one batch."""
+
+    async def together() -> list[Generated]:
+        async with asyncio.timeout(HANG_SECONDS):
+            return await asyncio.gather(*(read(stream) for stream in engine.submit(requests)))
+
+    return asyncio.run(together())
+
+
+def generate(engine: Engine, ids: Sequence[int], sampling: SamplingParams) -> Generated:
+    [generated] = generate_all(engine, [(ids, sampling)])
+    return generated
+
+
+async def until_idle(engine: Engine) -> None:
+    async with asyncio.timeout(HANG_SECONDS):
+        while engine.running or engine.waiting:  # noqa: ASYNC110, there is no event for it
+            await asyncio.sleep(0.001)

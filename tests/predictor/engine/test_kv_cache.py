@@ -1,0 +1,87 @@
+"""Size of the KV cache: the estimate, and the memory that an engine really takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from devtools.paths import DEMO_MODEL, ROOT
+from predictor.engine import kv_cache
+from predictor.engine.kv_cache import PAGE_TOKENS, SEQUENCE_TOKENS
+from predictor.errors import StartupError
+from predictor.models.loader import LoadedModel
+from predictor.resources import memory
+
+pytestmark = pytest.mark.xdist_group("engine")
+
+MIB = 2**20
+
+
+def tokens(
+    loaded: LoadedModel,
+    budget_bytes: int,
+    max_num_batched_tokens: int = 512,
+    max_num_seqs: int = 32,
+    context_tokens: int | None = None,
+) -> int:
+    return kv_cache.tokens_within(
+        loaded.model,
+        budget_bytes=budget_bytes,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        context_tokens=context_tokens,
+    )
+
+
+def test_tokens_within_larger_budget_holds_more(loaded: LoadedModel) -> None:
+    capacities = [tokens(loaded, budget) for budget in range(16 * MIB, 512 * MIB, 16 * MIB)]
+    assert capacities == sorted(set(capacities))
+    assert capacities[0] > 0
+
+
+def test_tokens_within_excludes_working_space_of_steps(loaded: LoadedModel) -> None:
+    assert tokens(loaded, 0) < 0
+    assert tokens(loaded, 256 * MIB, max_num_batched_tokens=2048) < tokens(loaded, 256 * MIB)
+    assert tokens(loaded, 256 * MIB, max_num_seqs=2000) < tokens(loaded, 256 * MIB)
+
+
+def test_tokens_within_masks_per_sequence_leave_room_for_more(loaded: LoadedModel) -> None:
+    dense, short, long = (tokens(loaded, 64 * MIB, context_tokens=context) for context in (None, 1024, 4096))
+    assert dense < long < short
+    longest = [tokens(loaded, 64 * MIB, context_tokens=context) for context in (1 << 20, 1 << 21)]
+    assert longest[0] == longest[1], "a context that does not fit is not longer than the cache"
+
+
+def budget(loaded: LoadedModel, free_bytes: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(memory, "available_bytes", lambda _: free_bytes)
+    return kv_cache.token_budget(
+        loaded.model,
+        context_tokens=1024,
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        memory_fraction=0.5,
+        dense_mask=False,
+    )
+
+
+def test_token_budget_is_limited_by_memory_then_by_use(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    little, much = budget(loaded, 8 * MIB, monkeypatch), budget(loaded, 2**40, monkeypatch)
+    assert 0 < little < much == 4 * min(1024, SEQUENCE_TOKENS)
+    assert little % PAGE_TOKENS == 0
+
+
+def test_token_budget_without_memory_fails(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartupError, match=r"Not enough memory for a KV cache: 0\.0 GiB"):
+        budget(loaded, MIB, monkeypatch)
+
+
+@pytest.mark.slow
+def test_token_budget_is_kept_by_a_full_engine() -> None:
+    budget_bytes = 48 * MIB
+    command = [sys.executable, "-m", "tests.programs.kv_cache_memory", str(DEMO_MODEL), str(budget_bytes)]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stderr
+    used = json.loads(ended.stdout)
+    assert budget_bytes / 2 < used["allocated"] <= budget_bytes, "neither more than allowed, nor much less"
+    assert used["growth"] <= budget_bytes + 32 * MIB, "with weights that are loaded again, and torch's own memory"
