@@ -66,14 +66,9 @@ class _GenerationOutput(_Timed, Protocol):
 
 
 class BatchingManager:
-    """Executor in this process, on transformers' `ContinuousBatchingManager`.
+    """Executor in this process, on transformers' `ContinuousBatchingManager`; arguments as of `Engine.from_model`.
 
-    Args:
-        model: its attention implementation is set already.
-        max_num_seqs: maximum number of sequences in one batch.
-        max_num_batched_tokens: maximum number of tokens computed in one step.
-        kv_cache_tokens: capacity over all sequences; None: what `kv_cache_memory_fraction` allows.
-        kv_cache_memory_fraction: share of the free memory for the KV cache and its working space.
+    Set the model's attention implementation before.
     """
 
     def __init__(
@@ -155,11 +150,7 @@ class BatchingManager:
         return processor is not None and bool(processor.has_pending_requests())
 
     def start(self) -> None:
-        """Allocate the KV cache, warm up if the device needs it and start the step loop; blocks.
-
-        Raises:
-            StartupError: the KV cache does not fit.
-        """
+        """Allocate the KV cache, warm up if the device needs it and start the step loop; blocks."""
         try:
             self._manager.warmup()
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
@@ -184,11 +175,7 @@ class BatchingManager:
         end_token_ids: Collection[int],
         on_output: Callable[[EngineOutput], None],
     ) -> None:
-        """Queue a sequence; `on_output` is called on the running event loop after each of its steps.
-
-        Raises:
-            EngineStopped: the step loop has ended.
-        """
+        """Queue a sequence; `on_output` is called on the running event loop after each of its steps."""
 
         def handle(output: _GenerationOutput) -> None:
             finished = output.is_finished()

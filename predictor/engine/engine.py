@@ -71,16 +71,13 @@ class Engine:
     ) -> Self:
         """Return an engine that runs a model in this process.
 
-        Args:
+        Args, in addition to the constructor's:
             model: a transformers causal language model, in evaluation mode, on its device.
-            eos_token_ids: tokens that end a sequence.
-            context_tokens: maximum of prompt and completion together, before the cache's capacity is known.
             max_num_seqs: maximum number of sequences in one batch.
             max_queued_requests: maximum number of sequences that wait for a place in the batch.
             max_num_batched_tokens: maximum number of tokens computed in one step.
             kv_cache_tokens: capacity over all sequences; None: what `kv_cache_memory_fraction` allows.
             kv_cache_memory_fraction: share of the free memory for the KV cache and its working space.
-            step_timeout_seconds: a step loop that has work and makes no step for this long counts as dead.
 
         Raises:
             StartupError: not even one block of KV cache fits into memory.

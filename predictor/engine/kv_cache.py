@@ -1,7 +1,7 @@
 """Size of the KV cache."""
 
 import math
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,17 +26,11 @@ class TextConfig(Protocol):
     vocab_size: int
 
 
-class ModelConfig(Protocol):
-    """Config of a transformers model."""
-
-    def get_text_config(self) -> TextConfig:
-        """Return the decoder's config."""
-
-
 class CacheableModel(Protocol):
     """A transformers causal language model, on its device."""
 
-    config: ModelConfig
+    config: Any
+    """Its `get_text_config()` returns a TextConfig."""
     device: torch.device
     dtype: torch.dtype
 
@@ -103,7 +97,7 @@ def tokens_within(
         context_tokens: keys per query, if masks are made for one sequence at a time, twice, as booleans and as
             numbers; None: one dense mask is made for the whole cache.
     """
-    config = model.config.get_text_config()
+    config: TextConfig = model.config.get_text_config()
     element_bytes = model.dtype.itemsize
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -22,11 +22,9 @@ from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, GenerationRequest, SamplingParams
 from tests.predictor.engine.conftest import (
     GREEDY,
-    HANG_SECONDS,
     LONG,
     SAMPLED,
     Generated,
-    Hold,
     chat_ids,
     generate,
     generate_all,
@@ -35,6 +33,7 @@ from tests.predictor.engine.conftest import (
     started,
     until_idle,
 )
+from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -64,13 +63,13 @@ def test_engine_prompt_longer_than_a_step_is_computed_in_chunks(engine: Engine, 
 
 
 def test_engine_high_temperature_varies_unless_one_token_is_kept(engine: Engine, ids: list[int]) -> None:
-    def distinct(**sampling: Any) -> int:
-        answers = generate_all(engine, [(ids, replace(SAMPLED, temperature=8.0, **sampling))] * 6)
+    def distinct(temperature: float = 8.0, **sampling: Any) -> int:
+        answers = generate_all(engine, [(ids, replace(SAMPLED, temperature=temperature, **sampling))] * 6)
         return len({tuple(answer.token_ids) for answer in answers})
 
     assert distinct() > 1
     assert distinct(top_k=1) == 1
-    generate_all(engine, [(ids, replace(SAMPLED, temperature=1e-30, top_p=1e-9, top_k=10**6))])
+    assert distinct(temperature=1e-30, top_p=1e-9, top_k=10**6) == 1
 
 
 def test_engine_seed_repeats_alone_and_batched(engine: Engine, ids: list[int]) -> None:
@@ -201,7 +200,7 @@ def test_engine_logprobs_equal_a_single_forward_pass(
 
 def test_engine_full_queue_rejects_all_prompts_of_a_request(engine: Engine, ids: list[int], hold: Hold) -> None:
     async def fill() -> None:
-        hold.block()
+        hold.close()
         streams = engine.submit([(ids, LONG)] * (engine.capacity - 1))
         with pytest.raises(Overloaded, match=f"{engine.capacity - 1} of {engine.capacity} sequence slots"):
             engine.submit([(ids, LONG)] * 2)
@@ -213,7 +212,7 @@ def test_engine_full_queue_rejects_all_prompts_of_a_request(engine: Engine, ids:
         streams += engine.submit([(ids, LONG)])
         for stream in streams:
             stream.close()
-        hold.release()
+        hold.open()
         await until_idle(engine)
 
     asyncio.run(fill())
@@ -236,13 +235,13 @@ def test_engine_closed_stream_leaves_at_the_next_step(engine: Engine, ids: list[
     async def leave() -> None:
         [stream] = engine.submit([(ids, LONG)])
         await anext(stream)
-        hold.block()
-        await hold.until_blocked()
+        hold.close()
+        assert await asyncio.to_thread(hold.blocked.wait, HANG_SECONDS)
         assert engine.running == 1
         assert engine.cache_usage > 0
         before = engine.steps
         stream.close()
-        hold.release()
+        hold.open()
         await until_idle(engine)
         assert engine.steps - before == 1, "the step that was running"
 
@@ -271,15 +270,15 @@ def test_engine_deadline_fails_a_sequence_and_frees_its_place(
     engine: Engine, ids: list[int], hold: Hold, started_before: bool
 ) -> None:
     async def time_out() -> None:
-        hold.block()
+        hold.close()
         [stream] = engine.submit([(ids, LONG)], time.monotonic() + (0.05 if started_before else -1.0))
         if started_before:
-            await hold.until_blocked()
+            assert await asyncio.to_thread(hold.blocked.wait, HANG_SECONDS)
         with pytest.raises(DeadlineExceeded, match="raise the timeout"):
             await read(stream)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        hold.release()
+        hold.open()
         await until_idle(engine)
 
     asyncio.run(time_out())

@@ -1,3 +1,5 @@
+"""Open Inference Protocol v2: JSON bodies."""
+
 import json
 from typing import Any
 
@@ -6,8 +8,6 @@ import pytest
 
 from predictor.errors import InvalidRequest
 from predictor.protocols import open_inference
-from predictor.protocols.open_inference_binary import HEADER_LENGTH
-from predictor.protocols.sampling_fields import TIMEOUT_HEADER, timeout_seconds
 from predictor.types import Chat, Completion, FinishReason, SamplingParams, Token
 
 CHAT = '[{"role": "user", "content": "Hi"}]'
@@ -26,34 +26,34 @@ def decoded(raw: bytes) -> list[Any]:
     return open_inference.decode(open_inference.parse(raw, "m"))
 
 
-def test_decodes_raw_prompts_in_order() -> None:
+def test_decode_raw_prompts_keeps_their_order() -> None:
     requests = decoded(body(shape=[3], data=["a", "b", "c"]))
     assert [request.prompt for request in requests] == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("data", [["a", "b"], [["a"], ["b"]]])
-def test_takes_nested_and_flat_data(data: list[Any]) -> None:
+def test_decode_nested_or_flat_data_gives_equal_prompts(data: list[Any]) -> None:
     assert [request.prompt for request in decoded(body(shape=[2, 1], data=data))] == ["a", "b"]
 
 
-def test_decodes_chats() -> None:
+def test_decode_messages_returns_chats() -> None:
     (request,) = decoded(body(name="messages", data=[CHAT]))
     assert request.prompt == Chat(({"role": "user", "content": "Hi"},))
 
 
-def test_takes_bytes_where_the_data_came_binary() -> None:
+def test_decode_bytes_elements_as_utf8() -> None:
     tensor = kserve.InferInput("text_input", [1], "BYTES", ["é".encode()])
     (request,) = open_inference.decode(kserve.InferRequest("m", [tensor]))
     assert request.prompt == "é"
 
 
-def test_decodes_every_parameter() -> None:
+def test_decode_parameters_returns_sampling_params() -> None:
     parameters = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": 3, "stop": "\n"}
     (request,) = decoded(body(parameters=parameters))
     assert request.sampling == SamplingParams(max_tokens=5, temperature=0.5, top_p=0.9, top_k=3, stop=("\n",))
 
 
-def test_says_nothing_of_parameters_that_were_not_given() -> None:
+def test_decode_without_parameters_uses_defaults() -> None:
     (request,) = decoded(body())
     assert request.sampling == SamplingParams()
 
@@ -61,12 +61,12 @@ def test_says_nothing_of_parameters_that_were_not_given() -> None:
 @pytest.mark.parametrize(
     ("stop", "expected"), [("a", ("a",)), (["a", "b"], ("a", "b")), ('["a", "b"]', ("a", "b")), ("[", ("[",))]
 )
-def test_takes_one_stop_sequence_or_several(stop: Any, expected: tuple[str, ...]) -> None:
+def test_decode_stop_accepts_string_list_or_json(stop: Any, expected: tuple[str, ...]) -> None:
     (request,) = decoded(body(parameters={"stop": stop}))
     assert request.sampling.stop == expected
 
 
-def test_an_inputs_own_parameters_come_first() -> None:
+def test_decode_input_parameters_override_the_requests() -> None:
     (request,) = decoded(body(parameters={"max_tokens": 5, "top_k": 2}, input_parameters={"max_tokens": 7}))
     assert request.sampling == SamplingParams(max_tokens=7, top_k=2)
 
@@ -115,25 +115,25 @@ def test_an_inputs_own_parameters_come_first() -> None:
         (body(parameters={"stop": ["a"] * 17}), "parameters.stop: value should have at most 16 items"),
     ],
 )
-def test_names_the_field_that_is_wrong(raw: bytes, expected: str) -> None:
+def test_decode_invalid_field_raises_with_its_path(raw: bytes, expected: str) -> None:
     with pytest.raises(InvalidRequest, match=f"^{expected}") as raised:
         decoded(raw)
     assert "\n" not in str(raised.value)
 
 
-def test_names_all_wrong_fields_at_once() -> None:
+def test_decode_several_invalid_fields_are_all_reported() -> None:
     with pytest.raises(InvalidRequest) as raised:
         decoded(body(parameters={"max_tokens": 0, "top_p": 2, "beam": 1}))
     assert all(f"parameters.{name}: " in str(raised.value) for name in ("max_tokens", "top_p", "beam"))
 
 
-def test_refuses_two_inputs_at_once() -> None:
+def test_decode_two_inputs_raises() -> None:
     tensors = [json.loads(body())["inputs"][0], json.loads(body(name="messages", data=[CHAT]))["inputs"][0]]
     with pytest.raises(InvalidRequest, match="inputs has text_input, messages: expected one of"):
         decoded(json.dumps({"inputs": tensors}).encode())
 
 
-def test_ignores_fields_that_the_protocol_does_not_know() -> None:
+def test_decode_unknown_top_level_field_is_ignored() -> None:
     assert len(decoded(body(priority="high"))) == 1
 
 
@@ -150,7 +150,7 @@ def response(**fields: Any) -> dict[str, Any]:
     return json.loads(content)
 
 
-def test_answers_with_the_text_alone_unless_asked_for_more() -> None:
+def test_encode_without_outputs_returns_text_only() -> None:
     answered = response(id="42")
     assert answered == {
         "model_name": "m",
@@ -159,7 +159,7 @@ def test_answers_with_the_text_alone_unless_asked_for_more() -> None:
     }
 
 
-def test_answers_with_the_outputs_selected_in_their_order() -> None:
+def test_encode_selected_outputs_keeps_their_order() -> None:
     names = ["completion_tokens", "finish_reason", "prompt_tokens"]
     outputs = response(outputs=[{"name": name} for name in names])["outputs"]
     assert [(output["name"], output["datatype"], output["data"]) for output in outputs] == [
@@ -169,21 +169,21 @@ def test_answers_with_the_outputs_selected_in_their_order() -> None:
     ]
 
 
-def test_keeps_the_shape_of_the_input() -> None:
+def test_encode_keeps_the_shape_of_the_input() -> None:
     assert response(shape=[2, 1])["outputs"][0]["shape"] == [2, 1]
 
 
-def test_makes_an_id_where_none_came() -> None:
+def test_encode_without_id_makes_a_unique_one() -> None:
     assert response()["id"] != response()["id"]
 
 
-def test_names_the_version_where_the_route_did() -> None:
+def test_serialize_with_version_has_model_version() -> None:
     request = open_inference.parse(body(), "m")
     content, _ = open_inference.serialize(request, open_inference.encode(request, COMPLETIONS[:1]), "1")
     assert json.loads(content)["model_version"] == "1"
 
 
-def test_gives_log_probabilities_as_json() -> None:
+def test_encode_logprobs_as_json() -> None:
     (request,) = decoded(body(outputs=[{"name": "logprobs"}], parameters={"logprobs": 1}))
     assert request.sampling.logprobs == 1
     (plain,) = decoded(body(outputs=[{"name": "logprobs"}]))
@@ -196,69 +196,11 @@ def test_gives_log_probabilities_as_json() -> None:
     [output] = json.loads(open_inference.serialize(parsed, open_inference.encode(parsed, [completion]), None)[0])[
         "outputs"
     ]
-    [[told]] = [json.loads(element) for element in output["data"]]
-    assert (told["id"], told["logprob"], told["top"][0]["text"]) == (7, -0.5, "a")
+    [[reported]] = [json.loads(element) for element in output["data"]]
+    assert (reported["id"], reported["logprob"], reported["top"][0]["text"]) == (7, -0.5, "a")
 
 
-def binary(elements: list[bytes], size: int | None = None, **fields: Any) -> tuple[bytes, str]:
-    """A body whose prompts follow the JSON, and its header."""
-    tail = b"".join(len(element).to_bytes(4, "little") + element for element in elements)
-    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [len(elements)]}
-    tensor["parameters"] = {"binary_data_size": len(tail) if size is None else size}
-    head = json.dumps({"inputs": [tensor], **fields}).encode()
-    return head + tail, str(len(head))
-
-
-def test_takes_binary_tensors() -> None:
-    raw, header_length = binary([b"a", "é".encode()], parameters={"max_tokens": 3})
-    requests = open_inference.decode(open_inference.parse(raw, "m", header_length))
-    assert [(request.prompt, request.sampling.max_tokens) for request in requests] == [("a", 3), ("é", 3)]
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"parameters": {"binary_data_output": True}},
-        {"outputs": [{"name": name, "parameters": {"binary_data": True}} for name in ("text_output", "prompt_tokens")]},
-    ],
-)
-def test_answers_with_binary_tensors(fields: dict[str, Any]) -> None:
-    fields = {"outputs": [{"name": "text_output"}, {"name": "prompt_tokens"}], **fields}
-    raw, given = binary([b"a", b"b"], **fields)
-    request = open_inference.parse(raw, "m", given)
-    open_inference.decode(request)
-    content, header_length = open_inference.serialize(request, open_inference.encode(request, COMPLETIONS), None)
-    outputs = json.loads(content[:header_length])["outputs"]
-    assert [output["parameters"]["binary_data_size"] for output in outputs] == [14, 16]
-    assert content[header_length:] == b"\3\0\0\0one\3\0\0\0two" + bytes([3, *[0] * 7, 4, *[0] * 7])
-
-
-@pytest.mark.parametrize(
-    ("raw", "header_length", "expected"),
-    [
-        (*binary([b"a"], size=99), "inputs.0.parameters.binary_data_size is 99, but only 5 bytes follow"),
-        (*binary([b"a"], size=3), "inputs.0 is not BYTES"),
-        (*binary([b"a"], size=0), "5 bytes follow the last tensor"),
-        (binary([b"a"])[0], "x", "The header inference-header-content-length is not a number"),
-        (binary([b"a"])[0], "9999", "The header inference-header-content-length is not a number"),
-        (*binary([bytes([255])]), "inputs.0.data.0 is not UTF-8"),
-        (*binary([b"a"], parameters={"binary_data_output": "yes"}), "parameters.binary_data_output: "),
-    ],
-)
-def test_says_what_is_wrong_with_binary_tensors(raw: bytes, header_length: str, expected: str) -> None:
-    with pytest.raises(InvalidRequest, match=f"^{expected}"):
-        open_inference.decode(open_inference.parse(raw, "m", header_length))
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "soon"])
-def test_a_timeout_is_a_positive_number(text: str) -> None:
-    with pytest.raises(InvalidRequest, match="x-request-timeout-seconds is not a positive number"):
-        timeout_seconds({TIMEOUT_HEADER: text})
-    assert timeout_seconds({TIMEOUT_HEADER: "1.5"}) == 1.5
-    assert timeout_seconds({}) is None
-
-
-def test_nothing_is_too_deep_or_too_long_to_be_refused() -> None:
+def test_decode_deep_or_long_input_raises() -> None:
     deep = "[" * 100_000
     half = json.dumps([{"role": "user", "content": "\ud800"}])
     for raw in (
@@ -270,6 +212,3 @@ def test_nothing_is_too_deep_or_too_long_to_be_refused() -> None:
     ):
         with pytest.raises(InvalidRequest):
             decoded(raw)
-    for length in ("9" * 5000, "-1", "²", "", "1.0"):
-        with pytest.raises(InvalidRequest, match=HEADER_LENGTH):
-            open_inference.parse(body(), "m", length)

@@ -1,0 +1,371 @@
+"""Decoding of completion and chat completion requests."""
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
+
+from predictor.errors import InvalidRequest, RequestError
+from predictor.protocols.openai import requests
+from predictor.protocols.openai.requests import DecodedRequest
+from predictor.types import (
+    Chat,
+    GenerationRequest,
+    SamplingParams,
+)
+from tests.predictor.protocols.openai.helpers import (
+    MESSAGES,
+    Json,
+    both_apis,
+    chat,
+    completions,
+    rejected,
+    template_messages,
+)
+
+Decode = Callable[[bytes], DecodedRequest]
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "default": None}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}}
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+AUDIO = {"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a", ["a"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 0], [(1, 0)]),
+        ([[1, 2], [3]], [(1, 2), (3,)]),
+    ],
+)
+def test_decode_prompts_of_text_or_token_ids_keeps_their_order(prompt: Any, expected: list[Any]) -> None:
+    assert [request.prompt for request in completions(prompt=prompt).requests] == expected
+
+
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], [1, "a"], [True], [-1], [[1], 2], [1.5], 7, {"a": 1}, None])
+def test_decode_other_prompt_raises_with_its_field(prompt: Any) -> None:
+    assert rejected(completions, prompt=prompt).field == "prompt"
+
+
+def test_decode_without_max_tokens_uses_16_for_completions_only() -> None:
+    assert completions().requests == [GenerationRequest("Hi", SamplingParams(max_tokens=16))]
+    assert chat().requests == [GenerationRequest(Chat(({"role": "user", "content": "Hi"},)), SamplingParams())]
+
+
+@both_apis
+def test_decode_sampling_fields_returns_all_of_them(decode_fields: Callable[..., DecodedRequest]) -> None:
+    fields: Json = {
+        "max_tokens": 5,
+        "min_tokens": 2,
+        "temperature": 1,
+        "top_p": 0.9,
+        "top_k": 3,
+        "repetition_penalty": 1.1,
+        "presence_penalty": -1,
+        "frequency_penalty": 0.5,
+        "ignore_eos": True,
+        "seed": -7,
+    }
+    (request,) = decode_fields(**fields, stop=["a", "b"], stop_token_ids=[4], n=3).requests
+    assert request.sampling == SamplingParams(**fields, stop=("a", "b"), stop_token_ids=(4,))
+    assert request.n == 3
+
+
+@both_apis
+@pytest.mark.parametrize(("stop", "expected"), [("a", ("a",)), (["a"], ("a",)), ("[1]", ("[1]",)), ("[]", ("[]",))])
+def test_decode_stop_string_like_json_is_kept_verbatim(
+    decode_fields: Callable[..., DecodedRequest], stop: Any, expected: tuple[str, ...]
+) -> None:
+    assert decode_fields(stop=stop).requests[0].sampling.stop == expected
+
+
+@pytest.mark.parametrize(
+    ("decode_fields", "body"), [(completions, requests.COMPLETION_SCHEMA), (chat, requests.CHAT_COMPLETION_SCHEMA)]
+)
+def test_decode_null_equals_absent_for_every_optional_field(
+    decode_fields: Callable[..., DecodedRequest], body: Json
+) -> None:
+    nulls = dict.fromkeys(set(body["properties"]) - set(body["required"]))
+    assert decode_fields(**nulls).requests == decode_fields().requests
+
+
+def test_decode_echo_and_logprobs_by_each_apis_fields() -> None:
+    assert completions(echo=True).requests[0].echo
+    assert [completions(logprobs=count).requests[0].sampling.logprobs for count in (None, 0, 5)] == [None, 0, 5]
+    assert chat(logprobs=True).requests[0].sampling.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).requests[0].sampling.logprobs == 20
+    assert chat(logprobs=False).requests[0].sampling.logprobs is None
+
+
+@pytest.mark.parametrize("fields", [{"max_tokens": 9}, {"max_completion_tokens": 9}])
+def test_decode_chat_accepts_both_names_of_max_tokens(fields: Json) -> None:
+    assert chat(**fields).requests[0].sampling.max_tokens == 9
+    assert chat(max_tokens=9, max_completion_tokens=9).requests[0].sampling.max_tokens == 9
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
+def test_chat_message_of_any_role_is_passed_unchanged(role: str) -> None:
+    assert template_messages({"role": role, "content": "x", "name": "n"}) == [
+        {"role": role, "content": "x", "name": "n"}
+    ]
+
+
+def test_chat_message_parts_are_concatenated() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "prompt_cache_breakpoint": {}}]
+    assert template_messages({"role": "user", "content": parts}) == [{"role": "user", "content": "ab"}]
+
+
+def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
+    decoded = {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None}
+    reported = {"role": "tool", "content": "rain", "tool_call_id": "1"}
+    called = {**CALL, "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+    assert template_messages(decoded, reported) == [
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        reported,
+    ]
+
+
+@pytest.mark.parametrize(("choice", "offered"), [(None, (TOOL,)), ("auto", (TOOL,)), ("none", ())])
+def test_chat_tools_are_passed_unless_tool_choice_is_none(choice: str | None, offered: tuple[Json, ...]) -> None:
+    prompt = chat(tools=[TOOL], tool_choice=choice).requests[0].prompt
+    assert isinstance(prompt, Chat)
+    assert prompt.tools == offered
+
+
+def test_decode_fields_without_effect_are_ignored() -> None:
+    labels = {
+        "user": "u",
+        "safety_identifier": "s",
+        "metadata": {"a": "b"},
+        "prompt_cache_key": "k",
+        "prompt_cache_options": {"mode": "implicit"},
+        "prompt_cache_retention": "24h",
+        "parallel_tool_calls": False,
+        "store": False,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "modalities": ["text"],
+        "service_tier": "auto",
+    }
+    assert chat(**labels).requests == chat().requests
+    assert completions(user="u", logit_bias={}, best_of=2, n=2).requests == completions(n=2).requests
+
+
+@pytest.mark.parametrize(("decode_fields", "prefix"), [(completions, "cmpl-"), (chat, "chatcmpl-")])
+def test_decode_sets_a_unique_id_and_the_current_time(
+    decode_fields: Callable[..., DecodedRequest], prefix: str
+) -> None:
+    before = int(time.time())
+    first, second = decode_fields(), decode_fields()
+    assert first.id.startswith(prefix)
+    assert first.id != second.id
+    assert before <= first.created <= time.time()
+
+
+@both_apis
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 2.1),
+        ("temperature", "hot"),
+        ("temperature", float("nan")),
+        ("top_p", 1.1),
+        ("n", 0),
+        ("n", 129),
+        ("n", True),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("seed", 2**63),
+        ("stop", 7),
+        ("stop", ["a"] * 17),
+        ("logit_bias", {"50256": -100}),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("user", 7),
+        ("prefix", "a"),
+    ],
+)
+def test_decode_invalid_field_raises_with_its_name(
+    decode_fields: Callable[..., DecodedRequest], field: str, value: Any
+) -> None:
+    error = rejected(decode_fields, **{field: value})
+    assert error.field == field
+    assert str(error).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"suffix": "a"}, "suffix: insertion is not supported."),
+        ({"best_of": 2}, "best_of: only n completions are generated"),
+        ({"best_of": 2, "n": 3}, "best_of: "),
+        ({"echo": True, "logprobs": 0}, "echo: log probabilities of prompts are not supported"),
+        ({"logprobs": 21}, "logprobs: input should be less than or equal to 20"),
+        ({"logprobs": True}, "logprobs: input should be a valid integer"),
+    ],
+)
+def test_decode_completion_unsupported_field_raises_with_the_reason(fields: Json, expected: str) -> None:
+    assert str(rejected(completions, **fields)).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio: only text is generated."),
+        ({"modalities": ["text", "audio"]}, "modalities: only text is generated."),
+        ({"functions": [{"name": "f"}]}, "functions: deprecated and not supported. Use tools."),
+        ({"function_call": "none"}, "function_call: deprecated and not supported. Use tool_choice."),
+        ({"moderation": {"model": "m"}}, "moderation: "),
+        ({"prediction": {"type": "content", "content": "a"}}, "prediction: "),
+        ({"reasoning_effort": "low"}, "reasoning_effort: "),
+        ({"verbosity": "low"}, "verbosity: "),
+        ({"web_search_options": {}}, "web_search_options: "),
+        ({"store": True}, "store: completions are not stored."),
+        ({"service_tier": "flex"}, "service_tier: input should be 'auto' or 'default'."),
+        ({"response_format": {"type": "json_object"}}, "response_format: .*json_object and json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: "),
+        ({"tool_choice": "required"}, "tool_choice: .*returned as text."),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice: .*returned as text."),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type: only function tools are supported"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: "),
+        ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict: "),
+        ({"top_logprobs": 2}, "top_logprobs: needs logprobs to be true."),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
+        ({"logprobs": 1}, "logprobs: "),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens: differs from max_completion_tokens"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: "),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options: usage: unknown field. Allowed: inc"),
+        ({"messages": []}, "messages: list should have at least 1 item"),
+    ],
+)
+def test_decode_chat_unsupported_field_raises_with_the_reason(fields: Json, expected: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{expected}"):
+        chat(**fields)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("Hi", "messages.0: input should be an object."),
+        ({"content": "a"}, "messages.0.role: field required."),
+        ({"role": "function", "content": "a"}, "messages.0.role: input should be 'system'"),
+        ({"role": "user"}, "messages.0: content is required"),
+        ({"role": "user", "content": None}, "messages.0: content is required"),
+        ({"role": "assistant", "content": None}, "messages.0: content is required"),
+        ({"role": "assistant", "tool_calls": []}, "messages.0: content is required"),
+        ({"role": "user", "content": 7}, "messages.0.content: input should be a valid array."),
+        ({"role": "user", "content": []}, "messages.0.content: list should have at least 1 item"),
+        ({"role": "user", "content": ["a"]}, "messages.0.content.0: input should be an object."),
+        ({"role": "user", "content": [IMAGE]}, "messages.0.content.0.type: only text parts are supported, not images"),
+        (
+            {"role": "user", "content": [AUDIO]},
+            "messages.0.content.0.type: only text parts are supported, not images, audio",
+        ),
+        ({"role": "user", "content": "a", "mood": 1}, "messages.0: mood: unknown field. Allowed: content, name"),
+        (
+            {"role": "user", "content": "a", "tool_calls": [CALL]},
+            "messages.0: tool_calls .* allowed for role assistant only.",
+        ),
+        ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0: tool_call_id is required"),
+        ({"role": "tool", "content": "a"}, "messages.0: tool_call_id is required for role tool"),
+        ({"role": "assistant", "content": "a", "refusal": "no"}, "messages.0: refusal: unknown field"),
+        (
+            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "city"}}]},
+            "messages.0.tool_calls.0.function.arguments: invalid JSON",
+        ),
+    ],
+)
+def test_decode_chat_invalid_message_raises_with_the_reason(message: Any, expected: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{expected}"):
+        chat(messages=[message])
+
+
+@both_apis
+def test_decode_returns_the_model_and_requires_it(decode_fields: Callable[..., DecodedRequest]) -> None:
+    assert decode_fields(model="other").model == "other"
+    assert rejected(decode_fields, model=None).field == "model"
+
+
+@both_apis
+def test_decode_several_invalid_fields_are_all_reported(decode_fields: Callable[..., DecodedRequest]) -> None:
+    error = rejected(decode_fields, max_tokens=0, top_p=2, beam=1)
+    assert all(f"{name}: " in str(error) for name in ("max_tokens", "top_p", "beam"))
+    assert error.field is None
+
+
+@pytest.mark.parametrize("decode", [requests.decode_completion, requests.decode_chat_completion])
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"7", b'{"model": "\\ud800"}', b"[" * 10_000])
+def test_decode_body_other_than_a_json_object_raises(decode: Decode, body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match=r"^the body: "):
+        decode(body)
+
+
+@pytest.mark.parametrize(
+    ("params", "body"),
+    [(completion_create_params, requests.COMPLETION_SCHEMA), (chat_create_params, requests.CHAT_COMPLETION_SCHEMA)],
+)
+def test_schema_has_every_field_of_the_openai_client(params: Any, body: Json) -> None:
+    fields = {*params.CompletionCreateParamsBase.__annotations__, "stream"}
+    assert fields <= set(body["properties"])
+
+
+any_json = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(["text", "user", "none"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> tuple[bool, Json]:
+    """A body of either API in which a few fields, or a field of a message, are any_json."""
+    is_chat = draw(st.booleans())
+    known = sorted((requests.CHAT_COMPLETION_SCHEMA if is_chat else requests.COMPLETION_SCHEMA)["properties"])
+    body: Json = {"model": "m", **({"messages": [{**MESSAGES[0]}]} if is_chat else {"prompt": "Hi"})}
+    if is_chat and draw(st.booleans()):
+        body["messages"][0][draw(st.sampled_from(["role", "content", "name", "tool_calls", "tool_call_id"]))] = draw(
+            any_json
+        )
+    return is_chat, body | draw(st.dictionaries(st.sampled_from(known), any_json, max_size=3))
+
+
+@given(bodies())
+def test_decode_any_body_matches_its_schema_or_raises_a_sentence(decoded: tuple[bool, Json]) -> None:
+    is_chat, body = decoded
+    decode = requests.decode_chat_completion if is_chat else requests.decode_completion
+    try:
+        decode(json.dumps(body).encode())
+    except RequestError as error:
+        message = str(error)
+        assert message.endswith(".")
+        assert not any(
+            word in message
+            for word in ("pydantic", "http", "BaseRequest", "CompletionRequest", "SamplingFields", "instance of")
+        )
+    else:
+        jsonschema.validate(body, requests.CHAT_COMPLETION_SCHEMA if is_chat else requests.COMPLETION_SCHEMA)
+
+
+@given(st.binary() | any_json.map(lambda value: json.dumps(value).encode()))
+def test_decode_any_bytes_raises_request_errors_only(body: bytes) -> None:
+    for decode in (requests.decode_chat_completion, requests.decode_completion):
+        with pytest.raises(RequestError):
+            decode(body)
+
+
+@pytest.mark.parametrize("schema", [requests.COMPLETION_SCHEMA, requests.CHAT_COMPLETION_SCHEMA])
+def test_schema_is_self_contained_without_private_names(schema: Json) -> None:
+    jsonschema.Draft202012Validator.check_schema(schema)
+    written = json.dumps(schema)
+    assert "$ref" not in written
+    assert "$defs" not in written
+    assert '"_' not in written

@@ -1,0 +1,170 @@
+"""Streams as server-sent events."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import openai as client_package
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.types import Completion as CompletionObject
+from openai.types.chat import ChatCompletionChunk
+
+from predictor import errors
+from predictor.errors import NotFound
+from predictor.protocols.openai.requests import DecodedRequest
+from predictor.protocols.openai.streaming import EventEncoder
+from predictor.types import (
+    MIN_LOGPROB,
+    CompletionDelta,
+    FinishReason,
+)
+from tests.predictor.protocols.openai.helpers import (
+    TOKENS,
+    Json,
+    assert_conforms,
+    both_apis,
+    chat,
+    client,
+    completions,
+    delta,
+    token,
+)
+
+
+def chunks(events: Iterable[str]) -> list[Any]:
+    """The content of events, each of which is whole and one line."""
+    contents = []
+    for event in events:
+        assert event.startswith("data: ")
+        assert event.endswith("\n\n")
+        assert len(event.splitlines()) == 2
+        contents.append("[DONE]" if event == "data: [DONE]\n\n" else json.loads(event.removeprefix("data: ")))
+    return contents
+
+
+def check(decoded: DecodedRequest, chunk: Json) -> None:
+    if decoded.is_chat:
+        assert_conforms(ChatCompletionChunk, chunk)
+        return
+    # The client's type is that of a whole response, whose finish reason is never null.
+    ended = [choice | {"finish_reason": choice["finish_reason"] or "stop"} for choice in chunk["choices"]]
+    assert_conforms(CompletionObject, chunk | {"choices": ended})
+
+
+def streamed(decoded: DecodedRequest, deltas: list[CompletionDelta]) -> list[Any]:
+    stream = EventEncoder(decoded)
+    events = [*stream.begin(), *(event for added in deltas for event in stream.delta(added)), *stream.end()]
+    assert stream.end() == stream.delta(deltas[-1]) == stream.error(NotFound("late")) == []
+    contents = chunks(events)
+    assert contents.pop() == "[DONE]"
+    for chunk in contents:
+        check(decoded, chunk)
+        assert (chunk["id"], chunk["created"], chunk["model"]) == (decoded.id, decoded.created, "m")
+    return contents
+
+
+DELTAS = [
+    delta(0, "Hé", 3, 1, tokens=TOKENS[:1]),
+    delta(1, "", 3, 1),
+    delta(0, "", 3, 2, tokens=TOKENS[1:2]),
+    delta(1, "Ho\u2028", 3, 2, FinishReason.LENGTH),
+    delta(0, "llo", 3, 3, FinishReason.EOS_TOKEN, tokens=TOKENS[2:]),
+]
+
+
+def test_stream_of_a_chat_begins_with_the_role() -> None:
+    choices = [chunk["choices"] for chunk in streamed(chat(stream=True, n=2), DELTAS)]
+    assert all(len(of_chunk) == 1 for of_chunk in choices)
+    assert [(choice["index"], choice["delta"], choice["finish_reason"]) for (choice,) in choices] == [
+        (0, {"role": "assistant", "content": ""}, None),
+        (1, {"role": "assistant", "content": ""}, None),
+        (0, {"content": "Hé"}, None),
+        (1, {"content": "Ho\u2028"}, "length"),
+        (0, {"content": "llo"}, "stop"),
+    ]
+
+
+def test_stream_of_several_prompts_has_their_indices() -> None:
+    chunks_ = streamed(completions(stream=True, prompt=["a", "b"]), DELTAS)
+    assert [(c["index"], c["text"], c["finish_reason"]) for chunk in chunks_ for c in chunk["choices"]] == [
+        (0, "Hé", None),
+        (1, "Ho\u2028", "length"),
+        (0, "llo", "stop"),
+    ]
+
+
+def test_stream_end_without_text_has_an_empty_delta() -> None:
+    last = streamed(chat(stream=True), [delta(0, "", 3, 1, FinishReason.EOS_TOKEN)])[-1]
+    assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+
+
+@both_apis
+def test_stream_without_include_usage_has_no_usage(decode_fields: Callable[..., DecodedRequest]) -> None:
+    assert not any("usage" in chunk for chunk in streamed(decode_fields(stream=True, n=2), DELTAS))
+
+
+@pytest.mark.parametrize(
+    ("decoded", "prompt_tokens"),
+    [
+        (chat(stream=True, stream_options={"include_usage": True}, n=2), 3),
+        (completions(stream=True, stream_options={"include_usage": True}, prompt=["a", "b"]), 6),
+    ],
+)
+def test_stream_with_include_usage_ends_with_a_usage_chunk(decoded: DecodedRequest, prompt_tokens: int) -> None:
+    *before, last = streamed(decoded, DELTAS)
+    assert all(chunk["usage"] is None for chunk in before)
+    assert last["choices"] == []
+    assert last["usage"] == {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": 5,
+        "total_tokens": prompt_tokens + 5,
+    }
+
+
+def test_stream_logprobs_are_sent_while_text_is_held_back() -> None:
+    chunks_of_chat = streamed(chat(stream=True, logprobs=True, n=2), DELTAS)
+    reported = [c for chunk in chunks_of_chat for c in chunk["choices"] if c["index"] == 0 and c["logprobs"]]
+    assert [c["delta"] for c in reported] == [{"content": "Hé"}, {"content": ""}, {"content": "llo"}]
+    assert [[t["token"] for t in c["logprobs"]["content"]] for c in reported] == [["Hé"], ["llo"], []]
+
+
+def test_stream_text_offsets_continue_over_chunks() -> None:
+    chunks_of_completions = streamed(completions(stream=True, logprobs=0, n=2), DELTAS)
+    reported = [c["logprobs"] for chunk in chunks_of_completions for c in chunk["choices"] if c["index"] == 0]
+    assert [logprobs["text_offset"] for logprobs in reported] == [[0], [2], []]
+
+
+@given(st.text(), st.lists(st.text(), max_size=3), st.floats(MIN_LOGPROB, 0))
+def test_stream_any_text_makes_whole_events(text: str, tokens: list[str], logprob: float) -> None:
+    reported = tuple(token(text_, logprob, top=(token(text_, logprob),)) for text_ in tokens)
+    added = delta(0, text, 1, len(tokens), FinishReason.LENGTH, reported)
+    for decoded in (chat(stream=True, logprobs=True), completions(stream=True, logprobs=1)):
+        (choice,) = streamed(decoded, [added])[-1]["choices"]
+        assert (choice["delta"]["content"] if decoded.is_chat and (text or tokens) else choice.get("text", "")) == text
+
+
+def test_stream_is_read_by_the_openai_client() -> None:
+    stream = EventEncoder(chat(stream=True))
+    events = [*stream.begin(), *stream.delta(delta(0, "Héllo", 3, 3, FinishReason.EOS_TOKEN)), *stream.end()]
+    with client(200, "".join(events), "text/event-stream") as connected:
+        reported = list(connected.chat.completions.create(model="m", messages=[], stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in reported) == "Héllo"
+
+
+def test_stream_error_is_raised_by_the_openai_client() -> None:
+    stream = EventEncoder(completions(stream=True))
+    events = [
+        *stream.begin(),
+        *stream.delta(delta(0, "Hé", 3, 1)),
+        *stream.error(errors.GenerationFailed("No memory.")),
+    ]
+    assert stream.end() == []
+    reported: list[str] = []
+    with client(200, "".join(events), "text/event-stream") as connected:
+        chunks = connected.completions.create(model="m", prompt="a", stream=True)
+        with pytest.raises(client_package.APIError, match=r"^No memory\.$") as raised:
+            reported.extend(chunk.choices[0].text for chunk in chunks)
+    assert reported == ["Hé"]
+    assert raised.value.type == "server_error"
