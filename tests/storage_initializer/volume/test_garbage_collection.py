@@ -59,7 +59,7 @@ def test_verify_tells_everything_that_is_wrong_at_once(run: Run, two: Volume) ->
     assert "Remove it and publish hf://demo/arithmetic:main again" in result.reason
 
     fast = run("verify", "--fast", snapshot)
-    assert "3 files are wrong" in fast.reason
+    assert "3 files differ" in fast.reason
     assert "model.safetensors" not in fast.reason
 
 
