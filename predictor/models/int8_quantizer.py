@@ -7,7 +7,7 @@ from torch import nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from predictor.kernels.cpu.gemm import to_int8
+from predictor.kernels.cpu.gemm import quantize_per_channel_int8
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models.transformers_quantization import LinearQuantizer
 
@@ -48,4 +48,4 @@ class Int8Quantizer(LinearQuantizer):
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the int8 weight and one float32 scale per output channel."""
-        return to_int8(weight)
+        return quantize_per_channel_int8(weight)

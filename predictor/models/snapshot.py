@@ -28,9 +28,9 @@ FORMAT_VERSION = 1
 DEFAULT_REVISION = "main"
 POLL_SECONDS = 1.0
 PREPARED = "int8-cpu"
-"""What the storage initializer calls linear layers that it has rounded for `linears.Int8Linear`."""
+"""What the storage initializer calls linear layers that it has rounded for `linear.Int8Linear`."""
 RECIPE_VERSION = 1
-"""By which it must have rounded them, to be what `kernels.to_int8` makes; another one makes other weights."""
+"""Version of the recipe that equals `gemm.quantize_per_channel_int8`; another version makes other weights."""
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,8 @@ import torch
 import transformers
 from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
@@ -27,6 +29,7 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped
+from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
@@ -379,3 +382,68 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
     )
     assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
     assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}
+
+
+# transformers' attention and decoder layers: predictor/kernels/cpu/transformers_attention.py
+
+
+def test_attention_interface_passes_the_paged_arguments() -> None:
+    parameters = inspect.signature(cache.PagedAttentionCache.update).parameters
+    assert list(parameters)[1:4] == ["key_states", "value_states", "layer_idx"]
+    assert len(parameters) == 5
+    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
+    assert ALL_ATTENTION_FUNCTIONS[transformers_attention.NAME] is attention.attend
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=99, head_dim=8, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    [(parent, name)] = transformers_attention.find_decoder_layers(model)
+    parts = transformers_attention.DecoderLayerParts.of(parent.get_submodule(name))
+    assert (parts.layer_idx, parts.head_dim, parts.num_key_value_groups, parts.is_silu) == (0, 8, 2, True)
+    assert (parts.qk_norms is not None) is (model_type == "qwen3")
+    assert parts.input_layernorm.variance_epsilon > 0
+    assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
+
+
+def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[int] = []
+    calls: list[int] = []
+    build, supports = attention._build_metadata, ops.supports_paged_attention
+    monkeypatch.setattr(attention, "_build_metadata", lambda *args: builds.append(1) or build(*args))
+    monkeypatch.setattr(ops, "supports_paged_attention", lambda *args: calls.append(1) or supports(*args))
+    fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
+    assert attention.install(fresh)
+    with started(fresh) as executor:
+        asyncio.run(finish(executor, [(5, 4), (9, 3)]))
+    assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
+
+
+# torch's private operators: predictor/kernels/cpu/torch_private.py
+
+
+def test_torch_private_operators_exist() -> None:
+    torch_private.check_operators()
+
+
+def test_torch_private_missing_operator_raises_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_private._OPERATORS, "mkldnn", ("_no_such_operator",))
+    with pytest.raises(ImportError, match=r"torch\.ops\.mkldnn\._no_such_operator"):
+        torch_private.check_operators()
+
+
+@pytest.mark.skipif(not torch_private.supports_onednn_bf16(), reason="oneDNN has no bfloat16 kernels on this CPU")
+def test_onednn_linear_multiplies_packed_weights() -> None:
+    weight, inputs = torch.eye(32, dtype=torch.bfloat16) * 2, torch.randn(3, 32, dtype=torch.bfloat16)
+    packed = torch_private.onednn_pack_weight(weight)
+    assert torch.equal(torch_private.onednn_linear(inputs, packed, None), inputs * 2)
+
+
+@pytest.mark.skipif(not torch_private.supports_fbgemm(), reason="this CPU has no fbgemm kernels")
+def test_fbgemm_linear_multiplies_packed_weights_with_the_given_scale() -> None:
+    with torch_private.ignore_deprecated_quantization():
+        packed = torch_private.fbgemm_pack_weight(torch.eye(32, dtype=torch.int8), torch.full((32,), 0.5))
+    inputs = torch.arange(-16, 16, dtype=torch.float32)[None]
+    assert torch.equal(torch_private.fbgemm_linear(inputs, 1.0, 64, packed), inputs / 2)
