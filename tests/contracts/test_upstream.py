@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import kserve
 import pytest
 import torch
 import transformers
+from kserve.protocol.grpc import grpc_predict_v2_pb2
 from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -33,6 +35,7 @@ from predictor.kernels.cpu import attention, ops, torch_private, transformers_at
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
+from predictor.protocols import open_inference_types
 from predictor.types import SamplingParams
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
@@ -382,6 +385,39 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
     )
     assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
     assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}
+
+
+# KServe's tensor helpers: predictor/protocols/open_inference_types.py
+
+
+def test_requested_output_has_its_name_and_parameters() -> None:
+    output = open_inference_types.requested_output("text_output", {"binary_data": True})
+    assert (output.name, output.parameters) == ("text_output", {"binary_data": True})
+    request = kserve.InferRequest("m", [], request_outputs=[output])
+    assert request.request_outputs == [output]
+
+
+@pytest.mark.parametrize("elements", [[], [b""], [b"one", "é".encode()]])
+def test_bytes_tensor_has_the_length_before_each_element(elements: list[bytes]) -> None:
+    encoded = open_inference_types.encode_bytes_tensor(elements)
+    assert encoded == b"".join(len(element).to_bytes(4, "little") + element for element in elements)
+    assert open_inference_types.decode_bytes_tensor(encoded) == elements
+
+
+def test_truncated_bytes_tensor_raises_value_error() -> None:
+    with pytest.raises(ValueError, match="requires"):
+        open_inference_types.decode_bytes_tensor(b"\5\0")
+    with pytest.raises(ValueError, match="requires"):
+        open_inference_types.decode_bytes_tensor(b"\5\0\0\0one")
+
+
+def test_grpc_parameters_are_plain_values() -> None:
+    parameters = grpc_predict_v2_pb2.ModelInferRequest().parameters
+    parameters["max_tokens"].int64_param = 3
+    parameters["stop"].string_param = "a"
+    parameters["ignore_eos"].bool_param = True
+    decoded = open_inference_types.decode_grpc_parameters(parameters)
+    assert decoded == {"max_tokens": 3, "stop": "a", "ignore_eos": True}
 
 
 # transformers' attention and decoder layers: predictor/kernels/cpu/transformers_attention.py
