@@ -6,24 +6,31 @@ A test that fails here after an upgrade names the fence module that has to chang
 import asyncio
 import dataclasses
 import inspect
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import kserve
 import pytest
 import torch
 import transformers
+from huggingface_hub import utils as hub_utils
+from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from kserve.protocol.grpc import grpc_predict_v2_pb2
-from transformers.core_model_loading import ConversionOps
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, rename_source_key
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
+from devtools import tiny_llama
 from devtools.paths import DEMO_MODEL
 from predictor.engine import batching_manager
 from predictor.engine.batching_manager import BatchingManager
@@ -37,6 +44,8 @@ from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.types import SamplingParams
+from storage_initializer.prepare import transformers_mapping
+from storage_initializer.sources import hub_client
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
 
@@ -483,3 +492,81 @@ def test_fbgemm_linear_multiplies_packed_weights_with_the_given_scale() -> None:
         packed = torch_private.fbgemm_pack_weight(torch.eye(32, dtype=torch.int8), torch.full((32,), 0.5))
     inputs = torch.arange(-16, 16, dtype=torch.float32)[None]
     assert torch.equal(torch_private.fbgemm_linear(inputs, 1.0, 64, packed), inputs / 2)
+
+
+# transformers' weight mapping: storage_initializer/prepare/transformers_mapping.py
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (get_model_conversion_mapping, ["model"]),
+        (
+            rename_source_key,
+            ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"],
+        ),
+        (
+            HfQuantizer.get_modules_to_not_convert,
+            ["model", "skip_modules", "keep_in_fp32_modules", "add_default_skips"],
+        ),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_weight_mapping_signature_has_parameters(function: Callable[..., Any], parameters: list[str]) -> None:
+    assert list(inspect.signature(function).parameters)[: len(parameters)] == parameters
+
+
+def test_weight_mapping_maps_linear_layers_of_a_meta_model(tmp_path: Path) -> None:
+    meta_model = transformers_mapping.build_meta_model(
+        transformers_mapping.load_config(tiny_llama.make(tmp_path / "m"))
+    )
+    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"])
+    assert len(layers) == tiny_llama.QUANTIZED - tiny_llama.LAYERS
+    assert not any("down_proj" in layer or "lm_head" in layer for layer in layers)
+    parameter_name = transformers_mapping.parameter_mapping(meta_model, {f"{layers[0]}.scale": True})
+    for name in (f"{layers[0]}.weight", f"{layers[0]}.scale", "model.embed_tokens.weight"):
+        assert parameter_name(name) == name
+    assert parameter_name("unknown.weight") == ""
+
+
+# huggingface_hub: storage_initializer/sources/hub_client.py
+
+
+def test_hub_session_offers_get_and_stream_with_timeout() -> None:
+    session = huggingface_hub.get_session()
+    for method in (session.get, session.stream):
+        assert {"headers", "timeout"} <= set(inspect.signature(method).parameters)
+    assert hub_utils.build_hf_headers(token=False).keys() >= {"user-agent"}
+    assert isinstance(huggingface_hub.constants.HF_HUB_DISABLE_XET, bool)
+    assert isinstance(huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, bool)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"ratelimit": '"api";r=0;t=55', "ratelimit-policy": '"fixed window";"api";q=500;w=300'}, 55),
+        ({"retry-after": "7"}, 7),
+        ({}, None),
+    ],
+    ids=["ratelimit", "retry-after", "none"],
+)
+def test_hub_rate_limit_headers_give_the_wait(headers: dict[str, str], seconds: float | None) -> None:
+    assert hub_client.retry_after_seconds(headers) == seconds
+
+
+def test_xet_reporter_counts_every_byte_once() -> None:
+    counted: list[int] = []
+    reporter = XetDownloadProgressReporter(
+        reconstruction_desc="", total=100, log_level=logging.INFO, tqdm_class=hub_client.byte_counter(counted.append)
+    )
+    with reporter:
+        for done in (40, 100):
+            report = SimpleNamespace(
+                total_bytes=100,
+                total_bytes_completed=done,
+                total_bytes_completion_rate=1.0,
+                total_transfer_bytes_completed=done // 2,
+                total_transfer_bytes_completion_rate=1.0,
+            )
+            reporter.update_progress(report)
+    assert counted == [40, 60]

@@ -2,41 +2,18 @@
 
 import io
 import json
-import logging
 import os
 import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.parse import unquote
 
 import pytest
-from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from devtools.local_hub import LocalHub, Request, Response
-from storage_initializer.sources.hub_client import byte_counter
 from tests.storage_initializer.conftest import ROOT, Run, Start, finish, make_model, problems
-
-WATCHED = """\
-import sys, threading
-from pathlib import Path
-from storage_initializer.cli.main import main
-from tests.storage_initializer.conftest import problems
-volume, seen, looking = Path(sys.argv[-1]), set(), threading.local()
-def look(event, _):
-    if event.startswith(("open", "os.")) and not vars(looking):
-        looking.now = True
-        snapshots = [path for path in volume.glob("*--*/*") if path.name != "refs"]
-        seen.update([str(problems(path)) for path in snapshots] or ["nothing"])
-        del looking.now
-sys.addaudithook(look)
-code = main()
-print(*sorted(seen), sep="\\n")
-sys.exit(code)
-"""
-"""The program, with a reader who looks before every single step on a file or directory, and tells at the end."""
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -64,7 +41,7 @@ def test_publishes_a_snapshot_with_its_record_and_its_ref(run: Run, hub: LocalHu
 
 
 def test_between_any_two_steps_a_reader_sees_nothing_or_all_of_it(environment: dict[str, str], volume: Path) -> None:
-    command = [sys.executable, "-c", WATCHED, "hf://demo/arithmetic", str(volume)]
+    command = [sys.executable, "-m", "tests.programs.observed_initializer", "hf://demo/arithmetic", str(volume)]
     watched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert watched.returncode == 0, watched.stderr
     assert watched.stdout.splitlines()[1:] == ["[]", "nothing"]
@@ -235,24 +212,6 @@ def test_opens_a_gated_repository_with_a_token_and_never_shows_it(
     assert problems(volume / "demo--gated" / commit) == []
     assert "s3cr3t" not in result.stdout + result.stderr
     assert not any(b"s3cr3t" in content for content in contents(volume).values())
-
-
-def test_bytes_that_come_over_xet_count_once() -> None:
-    counted: list[int] = []
-    reporter = XetDownloadProgressReporter(
-        reconstruction_desc="", total=100, log_level=logging.INFO, tqdm_class=byte_counter(counted.append)
-    )
-    with reporter:
-        for done in (40, 100):
-            report = SimpleNamespace(
-                total_bytes=100,
-                total_bytes_completed=done,
-                total_bytes_completion_rate=1.0,
-                total_transfer_bytes_completed=done // 2,
-                total_transfer_bytes_completion_rate=1.0,
-            )
-            reporter.update_progress(report)
-    assert counted == [40, 60]
 
 
 def test_tells_how_the_fetching_goes_in_lines(run: Run, hub: LocalHub, volume: Path) -> None:

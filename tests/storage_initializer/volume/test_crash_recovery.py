@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import GROUP, NOBODY, SOMEBODY, Run, Start, finish, make_model, problems
+from tests.storage_initializer.conftest import GROUP, NOBODY, ROOT, SOMEBODY, Run, Start, finish, make_model, problems
 
 KILLS = 50
 
@@ -117,6 +118,30 @@ def test_killed_at_fifty_random_moments_and_started_again_it_always_ends_complet
         cut_off = {name: size for name, size in begun[repository].items() if size < sizes[name]}
         ranges = {(request.file, request.headers.get("range")) for request in again}
         assert {(name, f"bytes={size}-") for name, size in cut_off.items()} <= ranges
+
+
+def test_crash_at_every_file_operation_is_recovered_by_next_run(
+    run: Run, environment: dict[str, str], hub: LocalHub, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.programs.crash_points", str(tmp_path), "hf://demo/arithmetic"]
+    crashes = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert crashes.returncode == 0, crashes.stderr
+    volumes = sorted((path for path in tmp_path.iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    assert len(volumes) > 20
+    commit = hub.commit("demo/arithmetic")
+    published = []
+    for volume in volumes:
+        snapshot, ref = volume / "demo--arithmetic" / commit, volume / "demo--arithmetic" / "refs" / "main"
+        published.append(snapshot.exists())
+        assert not snapshot.exists() or problems(snapshot) == []
+        assert not ref.exists() or snapshot.exists()
+        result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.1"})
+        assert result.code == 0, (volume.name, result.stderr)
+        assert problems(snapshot) == []
+        assert ref.read_text() == f"{commit}\n"
+        assert list((volume / ".staging").glob("*@*.????????????????")) == []
+    assert published == sorted(published)
+    assert published.count(False) > 10
 
 
 def test_of_eight_at_once_one_downloads_and_all_succeed(start: Start, hub: LocalHub, volume: Path) -> None:
