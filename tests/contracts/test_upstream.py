@@ -6,15 +6,20 @@ A test that fails here after an upgrade names the fence module that has to chang
 import asyncio
 import dataclasses
 import inspect
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import kserve
 import pytest
 import torch
 import transformers
+import uvicorn
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
 from transformers.quantizers import HfQuantizer
@@ -26,6 +31,7 @@ from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
@@ -379,3 +385,55 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
     )
     assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
     assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}
+
+
+# KServe and uvicorn: predictor/entrypoints/kserve_server.py
+
+
+class EchoModel(kserve.Model):
+    """Returns its payload."""
+
+    async def predict(self, payload: Any, headers: Any = None) -> Any:
+        return payload, headers
+
+
+def test_kserve_parses_argv_when_it_is_imported() -> None:
+    command = [sys.executable, "-c", "import kserve", "--http_port", "not-a-port"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, "predictor/__main__.py no longer has to hide sys.argv"
+
+
+def test_kserve_model_call_returns_the_response_and_headers() -> None:
+    request = kserve.InferRequest("echo", [], request_id="7")
+    response = asyncio.run(kserve_server.infer(EchoModel("echo"), request, {"a": "b"}))
+    assert response == (request, {"a": "b"})
+
+
+def test_kserve_repository_unload_stops_the_model() -> None:
+    repository, model = kserve.ModelRepository(), EchoModel("echo")
+    repository.update(model)
+    model.ready = True
+    extension = ModelRepositoryExtension(repository)
+    asyncio.run(extension.load("echo"))
+    asyncio.run(extension.unload("echo"))
+    assert (model.ready, repository.get_models()) == (False, {})
+
+
+def test_uvicorn_serve_installs_signal_handlers_in_capture_signals() -> None:
+    assert "self.capture_signals()" in inspect.getsource(uvicorn.Server.serve)
+    assert list(inspect.signature(uvicorn.Server.serve).parameters) == ["self", "sockets"]
+
+
+def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
+    async def app(*_: Any) -> None:
+        pass
+
+    async def serve() -> None:
+        server = kserve_server.HTTPServer(app, 1)
+        with kserve_server.bind(0) as port:
+            serving = asyncio.create_task(server.serve(sockets=[port]))
+            await asyncio.sleep(0)
+            server.should_exit = True
+            await asyncio.wait_for(serving, HANG_SECONDS)
+
+    asyncio.run(serve())

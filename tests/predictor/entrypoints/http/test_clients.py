@@ -1,4 +1,4 @@
-"""Clients that are not ours, against a running predictor: OpenAI's and Triton's. KServe's is in `test_server.py`."""
+"""OpenAI's and Triton's clients; KServe's is in `routes/test_open_inference.py`."""
 
 from collections.abc import Iterator
 
@@ -28,14 +28,14 @@ def triton_client(server: Server) -> Iterator[triton.InferenceServerClient]:
         client.close()
 
 
-def test_openai_lists_and_retrieves_the_model(openai_client: openai.OpenAI) -> None:
+def test_openai_models_are_listed_and_retrieved(openai_client: openai.OpenAI) -> None:
     assert [model.id for model in openai_client.models.list()] == ["demo"]
     assert openai_client.models.retrieve("demo").object == "model"
     with pytest.raises(openai.NotFoundError):
         openai_client.models.retrieve("other")
 
 
-def test_openai_gets_a_chat_completion(openai_client: openai.OpenAI) -> None:
+def test_openai_chat_completion_is_correct(openai_client: openai.OpenAI) -> None:
     completion = openai_client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     [choice] = completion.choices
     assert (choice.message.content, choice.finish_reason) == (ANSWER, "stop")
@@ -43,7 +43,7 @@ def test_openai_gets_a_chat_completion(openai_client: openai.OpenAI) -> None:
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
 
 
-def test_openai_streams_a_chat_with_its_usage(openai_client: openai.OpenAI) -> None:
+def test_openai_chat_stream_has_text_and_usage(openai_client: openai.OpenAI) -> None:
     chunks = list(
         openai_client.chat.completions.create(
             model="demo", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
@@ -57,7 +57,7 @@ def test_openai_streams_a_chat_with_its_usage(openai_client: openai.OpenAI) -> N
     assert chunks[-1].choices == []
 
 
-def test_openai_gets_several_completions_that_a_seed_repeats(openai_client: openai.OpenAI) -> None:
+def test_openai_completions_with_a_seed_repeat(openai_client: openai.OpenAI) -> None:
     def ask() -> list[str]:
         completion = openai_client.completions.create(
             model="demo", prompt="17+25=", n=2, seed=5, temperature=2, top_p=1, max_tokens=12
@@ -68,7 +68,7 @@ def test_openai_gets_several_completions_that_a_seed_repeats(openai_client: open
     assert len(set(ask())) == 2
 
 
-def test_openai_streams_completions_with_stop_and_echo(openai_client: openai.OpenAI) -> None:
+def test_openai_completion_stream_with_stop_and_echo_is_correct(openai_client: openai.OpenAI) -> None:
     stream = openai_client.completions.create(
         model="demo", prompt="17+25=", echo=True, stop=" 1+", temperature=0, stream=True
     )
@@ -77,7 +77,7 @@ def test_openai_streams_completions_with_stop_and_echo(openai_client: openai.Ope
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_openai_gets_log_probabilities(openai_client: openai.OpenAI) -> None:
+def test_openai_logprobs_cover_all_tokens(openai_client: openai.OpenAI) -> None:
     completion = openai_client.chat.completions.create(
         model="demo", messages=QUESTION, temperature=0, max_completion_tokens=3, logprobs=True, top_logprobs=2
     )
@@ -92,7 +92,7 @@ def test_openai_gets_log_probabilities(openai_client: openai.OpenAI) -> None:
     assert len(old.choices[0].logprobs.tokens or []) == 3
 
 
-def test_openai_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
+def test_openai_errors_have_their_own_types(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         openai_client.chat.completions.create(model="other", messages=QUESTION)
     with pytest.raises(openai.BadRequestError) as raised:
@@ -106,7 +106,7 @@ def test_openai_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
         )
 
 
-def test_triton_sees_a_ready_server_and_its_model(triton_client: triton.InferenceServerClient) -> None:
+def test_triton_health_and_metadata_are_read(triton_client: triton.InferenceServerClient) -> None:
     assert triton_client.is_server_live()
     assert triton_client.is_server_ready()
     assert triton_client.is_model_ready("demo")
@@ -116,7 +116,7 @@ def test_triton_sees_a_ready_server_and_its_model(triton_client: triton.Inferenc
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_infers_with_binary_and_with_json_tensors(
+def test_triton_infer_with_either_tensor_format_is_correct(
     triton_client: triton.InferenceServerClient, binary: bool
 ) -> None:
     prompts = numpy.array([b"17+25=", b"60-91="], dtype=numpy.object_)
@@ -130,7 +130,7 @@ def test_triton_infers_with_binary_and_with_json_tensors(
     assert result.as_numpy("completion_tokens").tolist()[0] == 19
 
 
-def test_triton_raises_what_the_server_says(triton_client: triton.InferenceServerClient) -> None:
+def test_triton_error_has_the_servers_message(triton_client: triton.InferenceServerClient) -> None:
     tensor = triton.InferInput("text_input", [1], "BYTES")
     tensor.set_data_from_numpy(numpy.array([b"1"], dtype=numpy.object_))
     with pytest.raises(triton.InferenceServerException, match="max_tokens: input should be greater"):
