@@ -20,6 +20,7 @@ import torch
 import transformers
 import uvicorn
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from starlette.applications import Starlette
 from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
 from transformers.quantizers import HfQuantizer
@@ -425,14 +426,12 @@ def test_uvicorn_serve_installs_signal_handlers_in_capture_signals() -> None:
 
 
 def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
-    async def app(*_: Any) -> None:
-        pass
-
     async def serve() -> None:
-        server = kserve_server.HTTPServer(app, 1)
+        server = kserve_server.HTTPServer(Starlette(), 1)
         with kserve_server.bind(0) as port:
             serving = asyncio.create_task(server.serve(sockets=[port]))
-            await asyncio.sleep(0)
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
             server.should_exit = True
             await asyncio.wait_for(serving, HANG_SECONDS)
 
