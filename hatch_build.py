@@ -1,6 +1,6 @@
-"""Compiles what of the predictor is in C when the wheel is built, on its platform, if there is a C compiler.
+"""Hatch build hook that compiles the predictor's C kernels into the wheel.
 
-Without, nothing is missing but speed, and the predictor's log says so.
+Without a C compiler the wheel is built without them. The predictor then logs a warning and uses torch's kernels.
 """
 
 import os
@@ -14,44 +14,45 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
 
-SOURCES = ("predictor/kernels/csrc/gemm_int8.c", "predictor/kernels/csrc/paged_attention.c")
+SOURCES = "predictor/kernels/csrc"
 LIBRARY = "predictor/kernels/cpu/libnative.so"
-FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-fopenmp"]
+FLAGS = ["-std=gnu11", "-O3", "-Wall", "-Wextra", "-fno-math-errno", "-fPIC", "-fopenmp"]
 INSTRUCTIONS = ["-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512vnni", "-mamx-tile", "-mamx-int8"]
-"""Every CPU gets the same code, which asks it first."""
+"""Every x86-64 CPU gets the same library; `cpu_isa` selects the kernels at run time."""
 
 
 class NativeLibrary(BuildHookInterface):
-    """Hatch's hook."""
+    """Hatch build hook."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Put the library beside its sources, and into the wheel."""
+        """Compile the library into the package and add it to the wheel."""
         del version
-        sources, library = [Path(self.root, name) for name in SOURCES], Path(self.root, LIBRARY)
-        # What lies there may be older than the sources, or for another platform. A process that has it open keeps it.
+        sources, library = sorted(Path(self.root, SOURCES).glob("*.c")), Path(self.root, LIBRARY)
+        # An existing file may be stale or for another platform. Processes that have it open keep it.
         library.unlink(missing_ok=True)
         # The storage initializer's image is built without the predictor.
-        if not sources[0].is_file() or (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        if not sources or (sys.platform, platform.machine()) != ("linux", "x86_64"):
             return
         try:
-            _compile(sources, library)
+            compile_library(sources, library)
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            self.app.display_warning(f"{LIBRARY} is not compiled, and a CPU will be slower: {said.strip()}")
+            reason = getattr(error, "stderr", None) or str(error)
+            self.app.display_warning(f"{LIBRARY} is not compiled, CPU inference will be slower: {reason.strip()}")
             return
         build_data["artifacts"].append(LIBRARY)
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{next(platform_tags())}"
 
 
-def _compile(sources: list[Path], library: Path) -> None:
+def compile_library(sources: list[Path], library: Path) -> None:
+    """Compile `sources` with `$CC`, by default `cc`."""
     compiler = os.environ.get("CC") or "cc"
     with tempfile.TemporaryDirectory() as scratch:
         objects = [Path(scratch, f"{source.stem}.o") for source in sources]
         commands = [
-            [compiler, *FLAGS, *INSTRUCTIONS, "-c", source, "-o", to]
-            for source, to in zip(sources, objects, strict=True)
+            [compiler, *FLAGS, *INSTRUCTIONS, "-c", source, "-o", target]
+            for source, target in zip(sources, objects, strict=True)
         ]
-        # OpenMP's runtime is not linked: torch brings one, and two would each have threads.
+        # The OpenMP runtime is not linked, because torch loads one. A second one would start threads as well.
         for command in (*commands, [compiler, "-shared", *objects, "-o", library]):
             subprocess.run(command, check=True, capture_output=True, text=True)

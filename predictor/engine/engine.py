@@ -83,7 +83,7 @@ class Engine:
             StartupError: not even one block of KV cache fits into memory.
         """
         max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
-        dense_mask = not attention.use(model)
+        dense_mask = not attention.install(model)
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = kv_cache.token_budget(
                 model,

@@ -7,12 +7,10 @@ from torch import nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from predictor.kernels.cpu.gemm import to_int8
+from predictor.kernels.cpu.gemm import quantize_per_channel_int8
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models.transformers_quantization import LinearQuantizer
-
-INT8_METHOD = "kserve_llm_int8"
-"""`quant_method` in a config.json."""
+from snapshot_format.recipe import INT8_METHOD
 
 
 @register_quantization_config(INT8_METHOD)
@@ -48,4 +46,4 @@ class Int8Quantizer(LinearQuantizer):
 
     def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the int8 weight and one float32 scale per output channel."""
-        return to_int8(weight)
+        return quantize_per_channel_int8(weight)

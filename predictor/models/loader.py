@@ -12,16 +12,16 @@ import transformers
 
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import checkpoint, placement, prefetch, snapshot
-from predictor.models.int8_quantizer import INT8_METHOD, Int8Config
+from predictor.models import checkpoint, placement, snapshot
+from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
 from predictor.types import SamplingParams
+from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
 
 TimePhase = Callable[[str], AbstractContextManager[object]]
 """Entered for each phase of a load, with its name: "tokenizer", "weights", "pack"."""
@@ -134,13 +134,15 @@ def make_plan(
         quantization=mode,
         quantization_config=quantization_config,
         skip_modules=skip_modules,
-        placement=placement.place(target, mode, weight_bytes, free_bytes, lambda: memory.available_bytes(_CPU)),
+        placement=placement.place(
+            target, mode, weight_bytes, free_bytes, lambda: memory.available_bytes(torch.device("cpu"))
+        ),
         prequantized_dir=None,
         trust_remote_code=trust_remote_code,
     )
     if not isinstance(quantization_config, Int8Config):
         return plan
-    prequantized_dir = snapshot.prepared(
+    prequantized_dir = snapshot.prequantized(
         directory, _name(target_dtype), quantization_config.modules_to_not_convert or ()
     )
     if prequantized_dir is None:
@@ -163,19 +165,17 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         logger.info("loading pre-quantized weights from %s", plan.prequantized_dir)
     with time_phase("tokenizer"):
         tokenizer = _load_tokenizer(plan)
-    # Until layers are packed: only then are the mapped weights read.
-    with prefetch.prefetch_files(checkpoint.weight_files(plan.weights_dir), memory.available_bytes(_CPU)):
-        with time_phase("weights"):
-            model = _load_weights(plan)
-        quantization = _resolved_method(model, plan.quantization)
-        if plan.device.type == "cpu":
-            with time_phase("pack"):
-                _pack(model, quantization, plan.skip_modules)
-    int8_kernels = gemm.int8_by() if quantization == "8bit" and plan.device.type == "cpu" else ""
+    with time_phase("weights"):
+        model = _load_weights(plan)
+    quantization = _resolved_method(model, plan.quantization)
+    if plan.device.type == "cpu":
+        with time_phase("pack"):
+            _pack(model, quantization, plan.skip_modules)
+    int8_kernels = gemm.int8_backend() if quantization == "8bit" and plan.device.type == "cpu" else ""
     if int8_kernels:
         logger.info("int8 kernels: %s", int8_kernels)
-    if plan.device.type == "cpu" and ops.lack():
-        logger.warning("native CPU kernels are unavailable: %s", ops.lack())
+    if plan.device.type == "cpu" and ops.unavailable_reason():
+        logger.warning("native CPU kernels are unavailable: %s", ops.unavailable_reason())
     text_config = plan.config.get_text_config()
     return LoadedModel(
         model=model.eval(),
@@ -248,7 +248,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     lm_head = model.get_output_embeddings()
     quantizes_lm_head = quantization == "8bit" and should_quantize(model, lm_head, skip_modules)
     decoder_layer.fuse(model)
-    linear.pack(model, lm_head if quantizes_lm_head else None)
+    linear.pack_linear_layers(model, lm_head if quantizes_lm_head else None)
 
 
 def _resolved_method(model: Any, mode: str) -> str:

@@ -19,10 +19,13 @@ import pytest
 import torch
 import transformers
 import uvicorn
+from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from starlette.applications import Starlette
 from transformers.core_model_loading import ConversionOps
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
@@ -34,9 +37,11 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
+from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
+from predictor.protocols import open_inference_types
 from predictor.types import SamplingParams
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
@@ -436,3 +441,101 @@ def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
             await asyncio.wait_for(serving, HANG_SECONDS)
 
     asyncio.run(serve())
+
+
+# KServe's tensor helpers: predictor/protocols/open_inference_types.py
+
+
+def test_requested_output_has_its_name_and_parameters() -> None:
+    output = open_inference_types.requested_output("text_output", {"binary_data": True})
+    assert (output.name, output.parameters) == ("text_output", {"binary_data": True})
+    request = kserve.InferRequest("m", [], request_outputs=[output])
+    assert request.request_outputs == [output]
+
+
+@pytest.mark.parametrize("elements", [[], [b""], [b"one", "é".encode()]])
+def test_bytes_tensor_has_the_length_before_each_element(elements: list[bytes]) -> None:
+    encoded = open_inference_types.encode_bytes_tensor(elements)
+    assert encoded == b"".join(len(element).to_bytes(4, "little") + element for element in elements)
+    assert open_inference_types.decode_bytes_tensor(encoded) == elements
+
+
+def test_truncated_bytes_tensor_raises_value_error() -> None:
+    with pytest.raises(ValueError, match="requires"):
+        open_inference_types.decode_bytes_tensor(b"\5\0")
+    with pytest.raises(ValueError, match="requires"):
+        open_inference_types.decode_bytes_tensor(b"\5\0\0\0one")
+
+
+def test_grpc_parameters_are_plain_values() -> None:
+    parameters = grpc_predict_v2_pb2.ModelInferRequest().parameters
+    parameters["max_tokens"].int64_param = 3
+    parameters["stop"].string_param = "a"
+    parameters["ignore_eos"].bool_param = True
+    decoded = open_inference_types.decode_grpc_parameters(parameters)
+    assert decoded == {"max_tokens": 3, "stop": "a", "ignore_eos": True}
+
+
+# transformers' attention and decoder layers: predictor/kernels/cpu/transformers_attention.py
+
+
+def test_attention_interface_passes_the_paged_arguments() -> None:
+    parameters = inspect.signature(cache.PagedAttentionCache.update).parameters
+    assert list(parameters)[1:4] == ["key_states", "value_states", "layer_idx"]
+    assert len(parameters) == 5
+    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
+    assert ALL_ATTENTION_FUNCTIONS[transformers_attention.NAME] is attention.attend
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=99, head_dim=8, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    [(parent, name)] = transformers_attention.find_decoder_layers(model)
+    parts = transformers_attention.DecoderLayerParts.of(parent.get_submodule(name))
+    assert (parts.layer_idx, parts.head_dim, parts.num_key_value_groups, parts.is_silu) == (0, 8, 2, True)
+    assert (parts.qk_norms is not None) is (model_type == "qwen3")
+    assert parts.input_layernorm.variance_epsilon > 0
+    assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
+
+
+def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    builds: list[int] = []
+    calls: list[int] = []
+    build, supports = attention._build_metadata, ops.supports_paged_attention
+    monkeypatch.setattr(attention, "_build_metadata", lambda *args: builds.append(1) or build(*args))
+    monkeypatch.setattr(ops, "supports_paged_attention", lambda *args: calls.append(1) or supports(*args))
+    fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
+    assert attention.install(fresh)
+    with started(fresh) as executor:
+        asyncio.run(finish(executor, [(5, 4), (9, 3)]))
+    assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
+
+
+# torch's private operators: predictor/kernels/cpu/torch_private.py
+
+
+def test_torch_private_operators_exist() -> None:
+    torch_private.check_operators()
+
+
+def test_torch_private_missing_operator_raises_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torch_private._OPERATORS, "mkldnn", ("_no_such_operator",))
+    with pytest.raises(ImportError, match=r"torch\.ops\.mkldnn\._no_such_operator"):
+        torch_private.check_operators()
+
+
+@pytest.mark.skipif(not torch_private.supports_onednn_bf16(), reason="oneDNN has no bfloat16 kernels on this CPU")
+def test_onednn_linear_multiplies_packed_weights() -> None:
+    weight, inputs = torch.eye(32, dtype=torch.bfloat16) * 2, torch.randn(3, 32, dtype=torch.bfloat16)
+    packed = torch_private.onednn_pack_weight(weight)
+    assert torch.equal(torch_private.onednn_linear(inputs, packed, None), inputs * 2)
+
+
+@pytest.mark.skipif(not torch_private.supports_fbgemm(), reason="this CPU has no fbgemm kernels")
+def test_fbgemm_linear_multiplies_packed_weights_with_the_given_scale() -> None:
+    with torch_private.ignore_deprecated_quantization():
+        packed = torch_private.fbgemm_pack_weight(torch.eye(32, dtype=torch.int8), torch.full((32,), 0.5))
+    inputs = torch.arange(-16, 16, dtype=torch.float32)[None]
+    assert torch.equal(torch_private.fbgemm_linear(inputs, 1.0, 64, packed), inputs / 2)

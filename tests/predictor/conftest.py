@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
 def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What computes int8: each that this machine has, and not only the one that the predictor would take."""
+    """Select each int8 kernel that this machine supports."""
     from predictor.kernels.cpu import gemm, ops
 
     name = str(request.param)
-    by_ours = {None: [], "avx512_vnni": ["avx512_vnni"], "amx": ["avx512_vnni", "amx"]}[ops.level]
-    if name != "fbgemm" and name not in by_ours:
-        pytest.skip(f"{name}: this CPU has none" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
-    monkeypatch.setattr(ops, "level", None if name == "fbgemm" else name)
+    supported = ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1]
+    if name != "fbgemm" and name not in supported:
+        pytest.skip(f"{name}: not supported here" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
+    monkeypatch.setattr(ops, "cpu_isa", None if name == "fbgemm" else name)
     if not gemm.has_int8():
-        pytest.skip("fbgemm: torch has none on this CPU")
+        pytest.skip("fbgemm: not supported by torch on this CPU")
     return name
 
 

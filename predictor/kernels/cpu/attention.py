@@ -1,97 +1,77 @@
-"""Attention over the paged cache on a CPU: each sequence sees its own keys, and no mask over all of them is built.
+"""Attention over the paged KV cache on a CPU, for transformers' `AttentionInterface`.
 
-transformers' batching manager computes one dense attention for a whole batch, all queries by all keys, whose cost grows
-with the square of the batch. Here sequences that decode, one query each, are computed where their keys lie, in C; where
-that cannot be, they are padded to one length and computed at once. A prompt, or a chunk of one, is computed by itself.
+transformers' batching manager computes one dense attention for the whole batch, at a cost quadratic in the batch size.
+Here each sequence attends to its own keys only:
 
-A function for transformers' `AttentionInterface`. Its name has `flash` in it: the manager builds no mask for those.
+    paged decode   one query per sequence, in C, keys read in place
+    padded decode  one query per sequence, keys gathered and padded to one length, where C does not support the heads
+    prefill        a prompt, or a chunk of one, by itself
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from torch.nn.functional import scaled_dot_product_attention
 
-from predictor.kernels.cpu import ops
-
-NAME = "cpu_flash_paged"
+from predictor.kernels.cpu import ops, transformers_attention
+from predictor.kernels.cpu.transformers_attention import PagedKVCache, paged_kv
 
 PADDED_TOKENS = 32
-"""Lengths are padded to multiples of this, so that sums over keys have the same order whoever the neighbours are."""
-_SPREAD = 2
-"""Sequences up to so many times as long as the shortest are padded to one length."""
+"""Key lengths are padded to multiples of this, so that sums over keys have the same order in any batch."""
+_MAX_LENGTH_RATIO = 2
+"""Sequences up to this many times as long as the shortest are padded to one length."""
 
 
-def use(model: Any) -> bool:
-    """Have `model` attend by this module, if it is on a CPU and its layers allow; says whether they do.
-
-    Layers with a sliding window keep their own cache in another order, so their models stay with the manager's way.
-    """
-    config = model.config.get_text_config()
-    kinds = set(
-        getattr(config, "layer_types", None)
-        or ["sliding" if getattr(config, "sliding_window", None) else "full_attention"]
-    )
-    if (
-        model.device.type != "cpu"
-        or model.config._attn_implementation not in ("sdpa", NAME)
-        or kinds != {"full_attention"}
-    ):
-        return False
-    # Not by `set_attn_implementation`, which takes every unknown name with `flash` in it for a kernel to download.
-    model.config._attn_implementation = NAME
-    return True
+def install(model: Any) -> bool:
+    """Make `model` use this attention, and return whether it is supported."""
+    return transformers_attention.enable(model)
 
 
 @dataclass(frozen=True, slots=True)
-class _InPlace:
-    """Sequences with one query each, as `native.attention` takes them."""
+class PagedDecode:
+    """Sequences with one query each, in the form of `ops.paged_attention`."""
 
-    tokens: torch.Tensor
-    spans: torch.Tensor
+    query_indices: torch.Tensor
+    slot_mapping: torch.Tensor
+    kv_ranges: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class _Decodes:
+class PaddedDecode:
     """Sequences with one query each, and keys padded to one length."""
 
-    queries: torch.Tensor | None
-    """Their places in the batch, (sequences,); None where they are the whole batch."""
+    query_indices: torch.Tensor | None
+    """(sequences,); None if they are the whole batch."""
     keys: slice
-    """Their places among the keys read, sequences x length of them."""
+    """Their keys among those gathered, sequences x length."""
     length: int
-    padding: torch.Tensor
+    mask: torch.Tensor
     """Added to the scores: 0 for a key, -inf for padding, (sequences, 1, 1, length)."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Prompt:
+class Prefill:
     """A prompt, or the next chunk of one."""
 
     queries: slice
     keys: slice
     mask: torch.Tensor | None
-    """Which keys each query sees, (queries, keys); None where both are the whole prompt so far."""
+    """Keys visible to each query, (queries, keys); None for a whole prompt, which is causal."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """What one step reads and computes; the same in every layer."""
+class AttentionMetadata:
+    """Index tensors of one step, the same in every layer."""
 
-    of: torch.Tensor
-    """The step's `cu_seq_lens_q`, by which it is known again."""
-    native: bool
-    """Whether sequences that decode are computed in C."""
+    uses_paged_kernel: bool
     read_index: torch.Tensor
-    in_place: _InPlace | None
-    decodes: list[_Decodes]
-    prompts: list[_Prompt]
-
-
-_last: _Plan | None = None
+    """Cache slots to gather for `padded_decodes` and `prefills`."""
+    paged_decode: PagedDecode | None
+    padded_decodes: list[PaddedDecode]
+    prefills: list[Prefill]
 
 
 def attend(
@@ -102,141 +82,177 @@ def attend(
     attention_mask: torch.Tensor | None,
     *,
     scaling: float,
-    cache: Any,
+    cache: PagedKVCache,
     cu_seq_lens_q: torch.Tensor,
     cu_seq_lens_k: dict[str, torch.Tensor],
     max_length_k: dict[str, int],
     read_index: list[torch.Tensor],
     write_index: list[torch.Tensor],
-    **other: Any,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer; writes the new keys and values into the cache.
+    """Compute attention of one layer, and write the new keys and values into the cache.
 
     Args:
         module: the layer.
-        query: (1, heads, tokens, head size), the tokens of all sequences one after the other.
-        key: (1, key-value heads, tokens, head size).
+        query: (1, num_heads, tokens, head_dim), the tokens of all sequences concatenated.
+        key: (1, num_kv_heads, tokens, head_dim).
         value: as `key`.
         attention_mask: None.
-        scaling: of the scores.
-        cache: the manager's.
-        cu_seq_lens_q: where each sequence's queries begin, (sequences + 1,).
-        cu_seq_lens_k: where each sequence's keys begin, by layer type.
+        scaling: factor of the scores.
+        cache: the batching manager's.
+        cu_seq_lens_q: cumulative query lengths, (sequences + 1,).
+        cu_seq_lens_k: cumulative key lengths, by layer type.
         max_length_k: by layer type.
-        read_index: where in the cache the keys of all sequences lie; empty where none has any there.
-        write_index: where in the cache the new keys belong.
-        other: what other attention functions take.
+        read_index: cache slots of the keys of all sequences; empty if the cache has none of them.
+        write_index: cache slots of the new keys.
+        kwargs: arguments of other attention implementations.
 
     Returns:
-        (1, tokens, heads, head size), and no weights.
+        (1, tokens, num_heads, head_dim), and no attention weights.
+
+    Raises:
+        NotImplementedError: for soft-capped scores or attention sinks.
     """
-    global _last
     del attention_mask
-    if other.get("softcap") is not None or other.get("s_aux") is not None:
-        raise NotImplementedError("Soft-capped scores and attention sinks are not computed here.")
-    _, heads, tokens, size = query.shape
-    shared = key.shape[1]
-    plan, in_c = _last, ops.attends(query.dtype, heads, shared, size)
-    if plan is None or plan.of is not cu_seq_lens_q or plan.native is not in_c:
-        [starts_k] = cu_seq_lens_k.values()
-        plan = _last = _plan(cu_seq_lens_q, starts_k, read_index[0], query.dtype, in_c)
-    moved = {
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("Soft-capped scores and attention sinks are not supported on a CPU.")
+    _, num_heads, tokens, head_dim = query.shape
+    uses_paged_kernel = ops.supports_paged_attention(query.dtype, num_heads, key.shape[1], head_dim)
+    # Kept on the step's tensor, which all layers share: it is freed with the step.
+    metadata: AttentionMetadata | None = getattr(cu_seq_lens_q, "attention_metadata", None)
+    if metadata is None or metadata.uses_paged_kernel is not uses_paged_kernel:
+        [cu_seq_lens] = cu_seq_lens_k.values()
+        metadata = _build_metadata(cu_seq_lens_q, cu_seq_lens, read_index[0], query.dtype, uses_paged_kernel)
+        cu_seq_lens_q.attention_metadata = metadata  # type: ignore[attr-defined, unused-ignore]
+    update_kwargs = {
         "cu_seq_lens_k": cu_seq_lens_k,
         "max_length_k": max_length_k,
-        "read_index": [plan.read_index],
+        "read_index": [metadata.read_index],
         "write_index": write_index,
     }
-    key, value = cache.update(key, value, module.layer_idx, moved)
+    key, value = cache.update(key, value, module.layer_idx, update_kwargs)
     query, key, value = query[0], key[0], value[0]
-    output = query.new_empty(tokens, heads, size)
-    if plan.in_place is not None:
-        keys, values = (
-            them.flatten(0, 1)
-            for them in cache.layer_to_allocator[module.layer_idx].get_cache_for_block_table(module.layer_idx)
-        )
-        found = ops.attention(
-            query.transpose(0, 1),
-            keys,
-            values,
-            tokens=plan.in_place.tokens,
-            places=read_index[0],
-            spans=plan.in_place.spans,
-            scaling=scaling,
-        )
-        if len(found) == tokens:
-            return found.to(query.dtype)[None], None
-        output[plan.in_place.tokens] = found.to(query.dtype)
-    for group in plan.decodes:
-        # Query heads that share a key head become its queries: nothing has to be repeated.
-        asked = query if group.queries is None else query[:, group.queries]
-        asked = asked.transpose(0, 1).unflatten(1, (shared, heads // shared))
-        keys, values = (them[:, group.keys].unflatten(1, (-1, group.length)).transpose(0, 1) for them in (key, value))
-        found = torch.nn.functional.scaled_dot_product_attention(
-            asked, keys, values, attn_mask=group.padding, scale=scaling
-        )
-        if group.queries is None:
-            return found.flatten(1, 2)[None], None
-        output[group.queries] = found.flatten(1, 2)
-    for prompt in plan.prompts:
-        found = torch.nn.functional.scaled_dot_product_attention(
-            query[None, :, prompt.queries],
-            key[None, :, prompt.keys],
-            value[None, :, prompt.keys],
-            attn_mask=prompt.mask,
-            is_causal=prompt.mask is None,
-            scale=scaling,
-            enable_gqa=shared != heads,
-        )
-        output[prompt.queries] = found[0].transpose(0, 1)
+    paged_decode, padded_decodes = metadata.paged_decode, metadata.padded_decodes
+    # A batch of one group needs no copy into an output.
+    if paged_decode is not None and len(paged_decode.query_indices) == tokens:
+        return _paged_decode(query, *paged_kv(cache, module.layer_idx), paged_decode, scaling)[None], None
+    if padded_decodes and padded_decodes[0].query_indices is None:
+        return _padded_decode(query, key, value, padded_decodes[0], scaling)[None], None
+    output = query.new_empty(tokens, num_heads, head_dim)
+    if paged_decode is not None:
+        key_value_cache = paged_kv(cache, module.layer_idx)
+        output[paged_decode.query_indices] = _paged_decode(query, *key_value_cache, paged_decode, scaling)
+    for group in padded_decodes:
+        output[group.query_indices] = _padded_decode(query, key, value, group, scaling)
+    for prefill in metadata.prefills:
+        output[prefill.queries] = _prefill(query, key, value, prefill, scaling)
     return output[None], None
 
 
-def _plan(
-    starts_q: torch.Tensor, starts_k: torch.Tensor, read_index: torch.Tensor, dtype: torch.dtype, in_c: bool
-) -> _Plan:
-    """What a step reads, in the order in which it is computed: first the sequences that decode, then prompts."""
-    q, k = starts_q.tolist(), starts_k.tolist()
-    queries = [slice(start, end) for start, end in pairwise(q)]
-    keys = [slice(start, end) for start, end in pairwise(k)]
-    reads = read_index.numel() > 0
-    # Without anything to read, keys and values are those of the prompts, as they come.
-    decoding = [row for row, one in enumerate(queries) if reads and one.stop - one.start == 1]
-    in_place = None
-    if decoding and in_c:
-        spans = torch.tensor([[keys[row].start, keys[row].stop] for row in decoding])
-        in_place, decoding = _InPlace(torch.tensor([queries[row].start for row in decoding]), spans), []
-    decoding.sort(key=lambda row: keys[row].stop - keys[row].start)
-    places: list[torch.Tensor] = []
-    read = 0
-    decodes, prompts = [], []
-    while decoding:
-        shortest = keys[decoding[0]].stop - keys[decoding[0]].start
-        rows = [row for row in decoding if keys[row].stop - keys[row].start <= _SPREAD * max(shortest, PADDED_TOKENS)]
-        decoding = decoding[len(rows) :]
-        rows.sort()
-        begins = torch.tensor([[keys[row].start] for row in rows])
-        lengths = torch.tensor([[keys[row].stop - keys[row].start] for row in rows])
-        length = -(-int(lengths.max()) // PADDED_TOKENS) * PADDED_TOKENS
-        steps = torch.arange(length)
-        # Padding reads the last key again: a number, whatever else lies in the cache.
-        places.append(read_index[begins + steps.minimum(lengths - 1)].flatten())
-        padding = torch.zeros(len(rows), 1, 1, length, dtype=dtype)
-        padding.masked_fill_((steps >= lengths)[:, None, None], -torch.inf)
-        asked = None if len(rows) == len(queries) else torch.tensor([queries[row].start for row in rows])
-        decodes.append(_Decodes(asked, slice(read, read + places[-1].numel()), length, padding))
-        read += places[-1].numel()
-    for asked_for, seen in zip(queries, keys, strict=True):
-        many, all_keys = asked_for.stop - asked_for.start, seen.stop - seen.start
-        if many == 1 and reads:
+def _paged_decode(
+    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, group: PagedDecode, scale: float
+) -> torch.Tensor:
+    attn_output = ops.paged_attention(
+        query.transpose(0, 1),
+        key_cache,
+        value_cache,
+        query_indices=group.query_indices,
+        slot_mapping=group.slot_mapping,
+        kv_ranges=group.kv_ranges,
+        scale=scale,
+    )
+    return attn_output.to(query.dtype)
+
+
+def _padded_decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: PaddedDecode, scale: float
+) -> torch.Tensor:
+    # Query heads that share a KV head become its queries, so that keys are not repeated.
+    num_kv_heads = len(key)
+    queries = query if group.query_indices is None else query[:, group.query_indices]
+    query_group = queries.transpose(0, 1).unflatten(1, (num_kv_heads, len(query) // num_kv_heads))
+    keys = key[:, group.keys].unflatten(1, (-1, group.length)).transpose(0, 1)
+    values = value[:, group.keys].unflatten(1, (-1, group.length)).transpose(0, 1)
+    return scaled_dot_product_attention(query_group, keys, values, attn_mask=group.mask, scale=scale).flatten(1, 2)
+
+
+def _prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Prefill, scale: float) -> torch.Tensor:
+    attn_output = scaled_dot_product_attention(
+        query[None, :, group.queries],
+        key[None, :, group.keys],
+        value[None, :, group.keys],
+        attn_mask=group.mask,
+        is_causal=group.mask is None,
+        scale=scale,
+        enable_gqa=len(key) != len(query),
+    )
+    return attn_output[0].transpose(0, 1)
+
+
+def _build_metadata(
+    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: torch.Tensor,
+    read_index: torch.Tensor,
+    dtype: torch.dtype,
+    uses_paged_kernel: bool,
+) -> AttentionMetadata:
+    """Assign each sequence to a strategy, and gather cache slots in the order in which they are computed."""
+    q_ranges = [slice(start, end) for start, end in pairwise(cu_seq_lens_q.tolist())]
+    kv_ranges = [slice(start, end) for start, end in pairwise(cu_seq_lens_k.tolist())]
+    # Without slots to read, keys and values are those of the prompts, in their order.
+    reads_cache = read_index.numel() > 0
+    decodes = [seq for seq, q_range in enumerate(q_ranges) if reads_cache and _length(q_range) == 1]
+    paged_decode = None
+    padded_decodes, prefills = [], []
+    read_indices: list[torch.Tensor] = []
+    offset = 0
+    if decodes and uses_paged_kernel:
+        paged_decode = PagedDecode(
+            torch.tensor([q_ranges[seq].start for seq in decodes]),
+            read_index,
+            torch.tensor([[kv_ranges[seq].start, kv_ranges[seq].stop] for seq in decodes]),
+        )
+    else:
+        for group in _group_by_length(decodes, kv_ranges):
+            starts = torch.tensor([[kv_ranges[seq].start] for seq in group])
+            lengths = torch.tensor([[_length(kv_ranges[seq])] for seq in group])
+            padded_length = -(-int(lengths.max()) // PADDED_TOKENS) * PADDED_TOKENS
+            positions = torch.arange(padded_length)
+            # Padding repeats the last key: unwritten cache may hold NaN, which a mask does not remove.
+            read_indices.append(read_index[starts + positions.minimum(lengths - 1)].flatten())
+            mask = torch.zeros(len(group), 1, 1, padded_length, dtype=dtype)
+            mask.masked_fill_((positions >= lengths)[:, None, None], -torch.inf)
+            is_whole_batch = len(group) == len(q_ranges)
+            query_indices = None if is_whole_batch else torch.tensor([q_ranges[seq].start for seq in group])
+            keys = slice(offset, offset := offset + read_indices[-1].numel())
+            padded_decodes.append(PaddedDecode(query_indices, keys, padded_length, mask))
+    for q_range, kv_range in zip(q_ranges, kv_ranges, strict=True):
+        q_length, kv_length = _length(q_range), _length(kv_range)
+        if q_length == 1 and reads_cache:
             continue
-        mask = None if many == all_keys else torch.ones(many, all_keys, dtype=torch.bool).tril(all_keys - many)
-        if reads:
-            places.append(read_index[seen])
-            seen = slice(read, read + all_keys)
-            read += all_keys
-        prompts.append(_Prompt(asked_for, seen, mask))
-    return _Plan(starts_q, in_c, torch.cat(places) if places else read_index[:0], in_place, decodes, prompts)
+        is_whole_prompt = q_length == kv_length
+        causal = None if is_whole_prompt else torch.ones(q_length, kv_length, dtype=torch.bool)
+        keys = kv_range
+        if reads_cache:
+            read_indices.append(read_index[kv_range])
+            keys = slice(offset, offset := offset + kv_length)
+        prefills.append(Prefill(q_range, keys, None if causal is None else causal.tril(kv_length - q_length)))
+    gathered = torch.cat(read_indices) if read_indices else read_index[:0]
+    return AttentionMetadata(uses_paged_kernel, gathered, paged_decode, padded_decodes, prefills)
 
 
-AttentionInterface.register(NAME, attend)
-ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+def _group_by_length(seqs: list[int], kv_ranges: list[slice]) -> Iterator[list[int]]:
+    """Yield groups of sequences of similar key length, each in batch order."""
+    remaining = sorted(seqs, key=lambda seq: _length(kv_ranges[seq]))
+    while remaining:
+        limit = _MAX_LENGTH_RATIO * max(_length(kv_ranges[remaining[0]]), PADDED_TOKENS)
+        group = [seq for seq in remaining if _length(kv_ranges[seq]) <= limit]
+        remaining = remaining[len(group) :]
+        yield sorted(group)
+
+
+def _length(interval: slice) -> int:
+    return int(interval.stop - interval.start)
+
+
+transformers_attention.register(attend)

@@ -1,16 +1,14 @@
-"""Matrix products on a CPU: weights in the order in which their kernel reads them, in bfloat16 or as int8.
+"""Linear kernels for a CPU, with weights prepacked in the kernel's layout.
 
-    bfloat16  onednn's blocked order, found once and not at every call
-    int8      our own `int8.c` where the CPU has AMX or AVX-512 VNNI: activations of 8 bits
-              else fbgemm: activations of 8 bits with VNNI, of 7 without
+    bfloat16  oneDNN's blocked layout
+    int8      `gemm_int8.c` where the CPU has AMX or AVX-512 VNNI, with 8-bit activations;
+              else fbgemm, with 8-bit activations where the CPU has VNNI and 7-bit ones elsewhere
 
-int8 weights have a scale for each output, activations one for each token. That is the token's own and sums of integers
-are exact, so that a token's result is bit by bit the same whoever else is in the batch.
-`torch.ops.quantized.linear_dynamic` would take one scale for all of them.
+int8 weights have one scale per output channel, activations one per token. Integer sums are exact, so a token's result
+is bit-identical in any batch. `torch.ops.quantized.linear_dynamic` would use one activation scale for the whole batch.
 """
 
 import ctypes
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,194 +17,212 @@ from typing import Any
 import torch
 from torch import nn
 
-from predictor.kernels.cpu import ops
+from predictor.kernels.cpu import ops, torch_private
 
-_ENGINE = "fbgemm"
-_SMALLEST = 1e-30
-"""Instead of a scale of zero, for a token of nothing but zeros."""
-_ROUNDED_AT_ONCE = 4096
-"""Outputs."""
-_PACKED_AT_ONCE = 16384
-"""Outputs. A vocabulary's width in one piece takes fbgemm four times as long: by one thread, uncached."""
+MIN_SCALE = 1e-30
+"""Lower bound of scales, so that rows of zeros do not divide by zero."""
+QUANTIZE_CHUNK_ROWS = 4096
+PACK_CHUNK_ROWS = 16384
+"""fbgemm packs a vocabulary-wide matrix four times slower in one piece: in one thread, uncached."""
 _ACTIVATION_BITS = 8 if torch.cpu.get_capabilities().get("avx512_vnni") else 7
-"""Without that instruction fbgemm adds two products in 16 bits: 8 by 8 bits would be cut off there, 7 by 8 fit."""
-_ACTIVATION_ZERO = 2 ** (_ACTIVATION_BITS - 1)
-_ACTIVATION_STEP = 1 / (_ACTIVATION_ZERO - 1)
-"""A token over its largest number is in -1..1; as an unsigned byte, 1..255 or 1..127."""
+"""Without VNNI, fbgemm adds two products in 16 bits: 8 by 8 bits would saturate, 7 by 8 fit."""
+_ACTIVATION_ZERO_POINT = 2 ** (_ACTIVATION_BITS - 1)
+_ACTIVATION_SCALE = 1 / (_ACTIVATION_ZERO_POINT - 1)
+"""Maps a token divided by its largest magnitude, -1..1, to unsigned bytes, 1..255 or 1..127."""
 
 
 def has_int8() -> bool:
-    """Whether this CPU has kernels for int8: x86 with AVX2, as torch is built."""
-    return ops.level is not None or _ENGINE in torch.backends.quantized.supported_engines
+    """Whether this CPU has int8 kernels."""
+    return ops.cpu_isa is not None or torch_private.supports_fbgemm()
 
 
-def int8_by() -> str:
-    """What computes int8 here."""
-    return ops.level or _ENGINE
+def int8_backend() -> str:
+    """Name of the int8 kernels in use: `amx`, `avx512_vnni` or `fbgemm`."""
+    return ops.cpu_isa or "fbgemm"
 
 
-def to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round weights (outputs, inputs) to int8, with a scale (outputs,) in float32 for each output."""
-    rounded = torch.empty_like(weight, dtype=torch.int8)
+def quantize_per_channel_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize weights (out_features, in_features) to int8; also return the float32 scales (out_features,)."""
+    qweight = torch.empty_like(weight, dtype=torch.int8)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
-    for start in range(0, len(weight), _ROUNDED_AT_ONCE):  # of a vocabulary's width, float32 copies would be large
-        part = slice(start, start + _ROUNDED_AT_ONCE)
-        scale[part] = weight[part].abs().amax(dim=1).float().clamp(min=_SMALLEST) / 127
-        rounded[part] = (weight[part] / scale[part, None]).round_()
-    return rounded, scale
+    for start in range(0, len(weight), QUANTIZE_CHUNK_ROWS):  # Chunks bound the size of the float32 copies.
+        rows = slice(start, start + QUANTIZE_CHUNK_ROWS)
+        scale[rows] = weight[rows].abs().amax(dim=1).float().clamp(min=MIN_SCALE) / 127
+        qweight[rows] = (weight[rows] / scale[rows, None]).round_()
+    return qweight, scale
 
 
-def on_all_cores(build: Callable[..., Any], given: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """What `build` makes of each: a kernel orders its weights in one thread, without Python's lock.
+def map_in_threads(fn: Callable[..., Any], args: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Call `fn` with each tuple of arguments in a thread pool; packing is single-threaded and releases the GIL.
 
-    In threads that end: each that computes has a team of OpenMP's, and where those are more than cores, all are slow.
-    What is alone is built in the thread that asks.
+    Threads are short-lived: each thread that runs OpenMP code keeps its own worker team, and oversubscription slows
+    all of them. A single call runs in the calling thread.
     """
 
-    def build_and_trim(arguments: tuple[Any, ...]) -> Any:
-        built = build(*arguments)
-        _give_back()
-        return built
+    def call_and_trim(arguments: tuple[Any, ...]) -> Any:
+        result = fn(*arguments)
+        _malloc_trim()
+        return result
 
-    with warnings.catch_warnings():
-        # That quantized tensors will go one day; they are the only way to fbgemm's order of weights.
-        warnings.filterwarnings("ignore", "torch.quantize_per_tensor", UserWarning)
-        if len(given) == 1:
-            return [build(*given[0])]
+    with torch_private.ignore_deprecated_quantization():
+        if len(args) == 1:
+            return [fn(*args[0])]
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            return list(pool.map(build_and_trim, given))
+            return list(pool.map(call_and_trim, args))
 
 
-def _give_back() -> None:
-    """Return freed memory to the kernel. glibc keeps it for each thread by itself: a second copy of all weights."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+def _malloc_trim() -> None:
+    """Return freed memory to the kernel; glibc's per-thread arenas would keep a second copy of all weights."""
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)
 
 
-class Norm:
-    """A root-mean-square norm: a weight for each feature, and a gain for each token."""
+class RMSNorm:
+    """Root-mean-square norm: a weight per feature and a factor per token."""
 
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         self.weight, self.epsilon = weight.detach().float().contiguous(), epsilon
         self._epsilon = torch.tensor(epsilon)
 
-    def gain(self, rows: torch.Tensor) -> torch.Tensor:
-        """(…, features) to (…, 1)."""
-        length = torch.linalg.vector_norm(rows, 2, -1, keepdim=True)
-        return torch.addcmul(self._epsilon, length, length, value=1 / rows.shape[-1]).rsqrt_()
+    def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Compute 1 / sqrt(mean(x^2) + epsilon), (..., features) to (..., 1)."""
+        l2_norm = torch.linalg.vector_norm(hidden_states, 2, -1, keepdim=True)
+        mean_factor = 1 / hidden_states.shape[-1]
+        return torch.addcmul(self._epsilon, l2_norm, l2_norm, value=mean_factor).rsqrt_()
 
 
-class Kernel(ABC):
-    """A matrix product with weights in the order in which it reads them, and a bias where the layers have one."""
+class LinearKernel(ABC):
+    """Linear layer with prepacked weights and an optional bias."""
 
     def __init__(self) -> None:
-        # The neighbours ask for the same one after the other.
-        self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
+        self._cached_input: torch.Tensor | None = None
+        self._cached_output: torch.Tensor | None = None
 
-    def shared(self, inputs: torch.Tensor) -> torch.Tensor:
-        """`self(inputs)`, or what came of it the last time if the input is the last one."""
-        if self._output is None or self._input is not inputs:
-            self._input, self._output = inputs, self(inputs)
-        return self._output
+    def forward_cached(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Return `self(inputs)`, from the cache if the last call had the same tensor.
+
+        q/k/v and gate/up projections are called one after the other with the same input.
+        """
+        if self._cached_output is None or self._cached_input is not inputs:
+            self._cached_input, self._cached_output = inputs, self(inputs)
+        return self._cached_output
 
     @abstractmethod
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(…, inputs) to (…, outputs), in the format of the inputs."""
+        """(..., in_features) to (..., out_features), in the dtype of the inputs."""
 
     @abstractmethod
-    def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
-        """(tokens, inputs) to (tokens, outputs), both float32.
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply the layer to (tokens, in_features), float32; return (tokens, out_features), float32.
 
         Args:
-            rows: the inputs.
-            norm: of each token, to be computed first.
-            onto: what the product is added to, (tokens, outputs).
+            hidden_states: the inputs.
+            norm: applied to the inputs.
+            residual: added to the outputs, (tokens, out_features).
         """
 
-    def gated(self, rows: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        """The same of silu(gate) * up; rows are (tokens, 2 x inputs), gate and up side by side, and are overwritten."""
-        gate, up = rows.chunk(2, -1)
-        return self.rows(nn.functional.silu(gate).mul_(up), onto=onto)
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Apply the layer to silu(gate) * up; `gate_up` is (tokens, 2 x in_features) and is overwritten."""
+        gate, up = gate_up.chunk(2, -1)
+        return self.forward(nn.functional.silu(gate).mul_(up), residual=residual)
 
 
-class _Bfloat16(Kernel):
+class OneDNNBf16Linear(LinearKernel):
+    """bfloat16 weights, multiplied by oneDNN."""
+
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
-        self._bias = bias
+        self._weight, self._bias = torch_private.onednn_pack_weight(weight), bias
 
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = torch.ops.mkldnn._linear_pointwise(
-            inputs.to(torch.bfloat16), self._weight, self._bias, "none", [], ""
-        )
+        """(..., in_features) to (..., out_features), in the dtype of the inputs."""
+        outputs = torch_private.onednn_linear(inputs.to(torch.bfloat16), self._weight, self._bias)
         return outputs.to(inputs.dtype)
 
-    def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
-        outputs = self(rows if norm is None else rows * norm.weight * norm.gain(rows))
-        return outputs if onto is None else outputs.add_(onto)
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply the layer in bfloat16; norm and residual in float32."""
+        if norm is not None:
+            hidden_states = hidden_states * norm.weight * norm.inverse_rms(hidden_states)
+        outputs = self(hidden_states)
+        return outputs if residual is None else outputs.add_(residual)
 
 
-class _OnFloat32(Kernel):
+class Float32InputLinear(LinearKernel):
+    """Linear kernel whose `forward` is the general case; `__call__` converts to float32 and back."""
+
     def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        outputs = self.rows(inputs.float().reshape(-1, inputs.shape[-1])).to(inputs.dtype)
+        """(..., in_features) to (..., out_features), in the dtype of the inputs."""
+        outputs = self.forward(inputs.float().reshape(-1, inputs.shape[-1])).to(inputs.dtype)
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 
-class _Int8(_OnFloat32):
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+class NativeInt8Linear(Float32InputLinear):
+    """int8 weights, multiplied by `gemm_int8.c`."""
+
+    def __init__(self, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self._weight, self._scale = ops.pack(weight), scale.float().contiguous()
+        self._weight, self._scale = ops.int8_pack_weight(qweight), scale.float().contiguous()
         self._bias = None if bias is None else bias.float()
 
-    def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
-        first = None if norm is None else (norm.weight, norm.epsilon)
-        return ops.product(rows, self._weight, self._scale, bias=self._bias, norm=first, onto=onto)
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm, layer and residual in one call."""
+        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
+        return ops.int8_scaled_mm(
+            hidden_states, self._weight, self._scale, bias=self._bias, norm=norm_arguments, residual=residual
+        )
 
-    def gated(self, rows: torch.Tensor, onto: torch.Tensor) -> torch.Tensor:
-        return ops.product(rows, self._weight, self._scale, bias=self._bias, gated=True, onto=onto)
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Apply activation, layer and residual in one call; `gate_up` is overwritten."""
+        return ops.int8_scaled_mm(
+            gate_up, self._weight, self._scale, bias=self._bias, silu_and_mul=True, residual=residual
+        )
 
 
-class _Fbgemm(_OnFloat32):
-    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+class FbgemmInt8Linear(Float32InputLinear):
+    """int8 weights, multiplied by fbgemm."""
+
+    def __init__(self, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        parts = -(-len(scale) // _PACKED_AT_ONCE)
-        self._parts = on_all_cores(_prepack, list(zip(weight.chunk(parts), scale.chunk(parts), strict=True)))
+        chunks = -(-len(scale) // PACK_CHUNK_ROWS)
+        pairs = list(zip(qweight.chunk(chunks), scale.chunk(chunks), strict=True))
+        self._weights = map_in_threads(torch_private.fbgemm_pack_weight, pairs)
         self._bias = None if bias is None else bias.float()
 
-    def rows(self, rows: torch.Tensor, norm: Norm | None = None, onto: torch.Tensor | None = None) -> torch.Tensor:
-        # A token's gain changes nothing of its rounding, so that it joins the scale. `vector_norm` takes far longer.
-        inputs = rows if norm is None else rows * norm.weight
-        largest = inputs.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST)
-        outputs = self._product(inputs / largest)
-        scale = largest if norm is None else largest.mul_(norm.gain(rows))
-        if onto is not None:
-            outputs = torch.addcmul(onto, outputs, scale)
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply the layer; RMSNorm's factor per token joins the activation scale."""
+        # `amax(abs)`, because `vector_norm` of infinite order is far slower.
+        inputs = hidden_states if norm is None else hidden_states * norm.weight
+        abs_max = inputs.abs().amax(-1, keepdim=True).clamp_(min=MIN_SCALE)
+        outputs = self._multiply(inputs / abs_max)
+        scale = abs_max if norm is None else abs_max.mul_(norm.inverse_rms(hidden_states))
+        if residual is not None:
+            outputs = torch.addcmul(residual, outputs, scale)
             return outputs if self._bias is None else outputs.add_(self._bias)
         return outputs.mul_(scale) if self._bias is None else torch.addcmul(self._bias, outputs, scale)
 
-    def _product(self, unit: torch.Tensor) -> torch.Tensor:
-        """Of tokens in -1..1."""
-        product = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-        outputs = [product(unit, _ACTIVATION_STEP, _ACTIVATION_ZERO, part) for part in self._parts]
+    def _multiply(self, normalized: torch.Tensor) -> torch.Tensor:
+        """Multiply tokens within -1..1 by the weights."""
+        outputs = [
+            torch_private.fbgemm_linear(normalized, _ACTIVATION_SCALE, _ACTIVATION_ZERO_POINT, weight)
+            for weight in self._weights
+        ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
-def _prepack(weight: torch.Tensor, scale: torch.Tensor) -> Any:
-    """int8 weights (outputs, inputs) in the order in which fbgemm reads them."""
-    torch.backends.quantized.engine = _ENGINE
-    zero = torch.zeros(len(scale), dtype=torch.long)
-    quantized = torch._make_per_channel_quantized_tensor(weight.contiguous(), scale.double(), zero, 0)
-    return torch.ops.quantized.linear_prepack(quantized, None)
+def make_bf16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
+    """Pack bfloat16 weights (out_features, in_features); None if this CPU has no bfloat16 kernel."""
+    return OneDNNBf16Linear(weight, bias) if torch_private.supports_onednn_bf16() else None
 
 
-def of_bfloat16(weight: torch.Tensor, bias: torch.Tensor | None) -> Kernel | None:
-    """For weights (outputs, inputs) in bfloat16; None where this CPU has none."""
-    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return _Bfloat16(weight, bias) if has else None
-
-
-def of_int8(weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> Kernel:
-    """For int8 weights (outputs, inputs) with a scale (outputs,) for each output, as `to_int8` made them."""
-    return (_Fbgemm if ops.level is None else _Int8)(weight, scale, bias)
+def make_int8_linear(qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel:
+    """Pack weights and scales of `quantize_per_channel_int8`."""
+    return (FbgemmInt8Linear if ops.cpu_isa is None else NativeInt8Linear)(qweight, scale, bias)

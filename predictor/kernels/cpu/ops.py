@@ -1,6 +1,6 @@
-"""What is computed in C, for torch's tensors: `int8.c` and `paged.c`, compiled where the wheel is built.
+"""Python bindings of the C kernels in `predictor/kernels/csrc`, which `hatch_build.py` compiles into the wheel.
 
-Hands tensors over; knows nothing of layers or sequences. Nothing here may be called where `level` is None.
+Call the kernels only where `cpu_isa` is not None.
 """
 
 import ctypes
@@ -10,152 +10,159 @@ from typing import Any
 import torch
 
 LIBRARY = Path(__file__).with_name("libnative.so")
+SOURCES = LIBRARY.parents[1] / "csrc"
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
-_FUNCTIONS = {
-    "int8_level": (_INT, []),
+PROTOTYPES = {
+    "cpu_isa": (_INT, []),
     "int8_packed_bytes": (_SIZE, [_SIZE] * 2),
     "int8_scratch_bytes": (_SIZE, [_SIZE] * 2),
-    "int8_pack": (None, [_POINTER] * 2 + [_SIZE] * 2),
-    "int8_product": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
+    "int8_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
+    "int8_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
     "paged_attention": (
         None,
         [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE] + [_POINTER] * 3 + [_SIZE] * 4 + [_FLOAT, _POINTER, _INT],
     ),
 }
-_LEVELS = (None, "avx512_vnni", "amx")
+"""Result and argument types of the functions in `kernels.h`."""
+CPU_ISAS = (None, "avx512_vnni", "amx")
+"""Instruction sets, in the order of the `ISA_*` constants in `kernels.h`."""
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none. After torch, whose OpenMP it calls."""
+    """Load the library, or return why it is unavailable. torch must be imported first: its OpenMP is used."""
     if not LIBRARY.is_file():
-        return None, f"{LIBRARY} is not there; build where there is a C compiler"
-    if any(source.stat().st_mtime > LIBRARY.stat().st_mtime for source in LIBRARY.parent.glob("*.[ch]")):
-        return None, f"{LIBRARY} is older than its sources; install again"
+        return None, f"{LIBRARY} does not exist; build the package with a C compiler"
+    if any(source.stat().st_mtime > LIBRARY.stat().st_mtime for source in SOURCES.glob("*.[ch]")):
+        return None, f"{LIBRARY} is older than its sources; install the package again"
     try:
         library = ctypes.CDLL(str(LIBRARY))
-        for name, (result, arguments) in _FUNCTIONS.items():
+        for name, (result, arguments) in PROTOTYPES.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        return None, f"{LIBRARY} cannot be used ({error}); install again, with gcc"
+        return None, f"{LIBRARY} cannot be loaded ({error}); install the package again, with gcc"
     return library, ""
 
 
 _library: Any
-_library, _lack = _load()
-level: str | None = _LEVELS[_library.int8_level()] if _library else None
-"""What computes here: "amx", "avx512_vnni", or None if this CPU has neither or nothing was compiled for it."""
+_library, _load_error = _load()
+cpu_isa: str | None = CPU_ISAS[_library.cpu_isa()] if _library else None
+"""Instruction set that the kernels use; None if this CPU supports none of them or the library is unavailable."""
 
 
-def lack() -> str:
-    """Why this CPU is slower than it could be; empty where it is not."""
-    return _lack if torch.cpu.get_capabilities().get("avx512_vnni") else ""
+def unavailable_reason() -> str:
+    """Why the kernels are unavailable on a CPU that supports them; empty otherwise."""
+    return _load_error if torch.cpu.get_capabilities().get("avx512_vnni") else ""
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """int8 weights (outputs, inputs) in the order in which `product` reads them, as bytes; by one thread."""
-    outputs, inputs = weight.shape
-    packed = torch.empty(_library.int8_packed_bytes(outputs, inputs), dtype=torch.uint8)
+def int8_pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Pack int8 weights (out_features, in_features) into the layout of `int8_scaled_mm`, in one thread."""
+    out_features, in_features = weight.shape
+    packed_weight = torch.empty(_library.int8_packed_bytes(out_features, in_features), dtype=torch.uint8)
     weight = weight.contiguous()
-    _library.int8_pack(weight.data_ptr(), packed.data_ptr(), outputs, inputs)
-    return packed
+    _library.int8_pack_weight(weight.data_ptr(), packed_weight.data_ptr(), out_features, in_features)
+    return packed_weight
 
 
-def product(
-    rows: torch.Tensor,
-    packed: torch.Tensor,
-    scales: torch.Tensor,
+def int8_scaled_mm(
+    activations: torch.Tensor,
+    packed_weight: torch.Tensor,
+    weight_scales: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
-    gated: bool = False,
-    onto: torch.Tensor | None = None,
+    silu_and_mul: bool = False,
+    residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(tokens, inputs) to (tokens, outputs), both float32, with the inputs rounded to int8 by a scale for each token.
+    """Multiply float32 activations, quantized per token to int8, by packed int8 weights.
 
     Args:
-        rows: the inputs.
-        packed: by `pack`.
-        scales: of the weights, (outputs,), float32.
-        bias: (outputs,), float32.
-        norm: weight (inputs,), float32, and epsilon of a root-mean-square norm of each token, to be computed first.
-        gated: rows are (tokens, 2 x inputs): silu of the first half times the second is computed first, in their place.
-        onto: what the product is added to, (tokens, outputs), float32.
+        activations: (tokens, in_features), float32.
+        packed_weight: from `int8_pack_weight`.
+        weight_scales: (out_features,), float32.
+        bias: (out_features,), float32.
+        norm: weight (in_features,), float32, and epsilon of an RMSNorm applied first.
+        silu_and_mul: activations are (tokens, 2 x in_features), gate and up. silu(gate) * up overwrites gate first.
+        residual: added to the output, (tokens, out_features), float32.
+
+    Returns:
+        (tokens, out_features), float32.
     """
-    rows = rows.contiguous()
-    onto = None if onto is None else onto.contiguous()
-    tokens, inputs = len(rows), rows.shape[1] // (2 if gated else 1)
-    outputs = torch.empty(tokens, len(scales), dtype=torch.float32)
-    scratch = torch.empty(_library.int8_scratch_bytes(tokens, inputs), dtype=torch.int8)
-    _library.int8_product(
-        rows.data_ptr(),
-        packed.data_ptr(),
-        scales.data_ptr(),
+    activations = activations.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    tokens, in_features = len(activations), activations.shape[1] // (2 if silu_and_mul else 1)
+    output = torch.empty(tokens, len(weight_scales), dtype=torch.float32)
+    scratch = torch.empty(_library.int8_scratch_bytes(tokens, in_features), dtype=torch.int8)
+    _library.int8_scaled_mm(
+        activations.data_ptr(),
+        packed_weight.data_ptr(),
+        weight_scales.data_ptr(),
         None if bias is None else bias.data_ptr(),
         None if norm is None else norm[0].data_ptr(),
         0.0 if norm is None else norm[1],
-        gated,
-        None if onto is None else onto.data_ptr(),
-        outputs.data_ptr(),
+        silu_and_mul,
+        None if residual is None else residual.data_ptr(),
+        output.data_ptr(),
         scratch.data_ptr(),
         tokens,
-        inputs,
-        len(scales),
-        _LEVELS.index(level),
+        in_features,
+        len(weight_scales),
+        CPU_ISAS.index(cpu_isa),
         torch.get_num_threads(),
     )
-    return outputs
+    return output
 
 
-def attends(dtype: torch.dtype, heads: int, key_heads: int, size: int) -> bool:
-    """Whether `attention` computes heads of this kind."""
-    return level is not None and dtype == torch.bfloat16 and heads <= 16 * key_heads and size in (32, 64, 96, 128)
+def supports_paged_attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
+    """Whether `paged_attention` computes heads of this shape and dtype on this CPU."""
+    supports_shape = num_heads <= 16 * num_kv_heads and head_dim in (32, 64, 96, 128)
+    return cpu_isa is not None and dtype == torch.bfloat16 and supports_shape
 
 
-def attention(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+def paged_attention(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
     *,
-    tokens: torch.Tensor,
-    places: torch.Tensor,
-    spans: torch.Tensor,
-    scaling: float,
+    query_indices: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_ranges: torch.Tensor,
+    scale: float,
 ) -> torch.Tensor:
-    """Attention of sequences with one query each, over keys and values where they lie in a cache.
+    """Compute attention of sequences with one query each, reading keys and values in place from a paged cache.
 
     Args:
-        queries: (tokens, heads, size), bfloat16; those of other sequences may be among them.
-        keys: the cache, (places, key heads, size), bfloat16.
-        values: as `keys`.
-        tokens: the place of each sequence's query, (sequences,), int64.
-        places: in the cache, of the keys of all sequences, int64.
-        spans: from where to where among those a sequence's own are, (sequences, 2), int64.
-        scaling: of the scores.
+        query: (tokens, num_heads, head_dim), bfloat16; may contain other sequences' tokens.
+        key_cache: (slots, num_kv_heads, head_dim), bfloat16.
+        value_cache: as `key_cache`.
+        query_indices: index of each sequence's query in `query`, (sequences,), int64.
+        slot_mapping: cache slots of the keys of all sequences, int64.
+        kv_ranges: start and end of each sequence's slots in `slot_mapping`, (sequences, 2), int64.
+        scale: factor of the scores.
 
     Returns:
-        (sequences, heads, size), float32.
+        (sequences, num_heads, head_dim), float32.
     """
-    _, heads, size = queries.shape
-    if queries.stride()[1:] != (size, 1):
-        queries = queries.contiguous()
-    outputs = torch.empty(len(tokens), heads, size, dtype=torch.float32)
+    _, num_heads, head_dim = query.shape
+    if query.stride()[1:] != (head_dim, 1):
+        query = query.contiguous()
+    output = torch.empty(len(query_indices), num_heads, head_dim, dtype=torch.float32)
     _library.paged_attention(
-        queries.data_ptr(),
-        queries.stride(0),
-        keys.data_ptr(),
-        values.data_ptr(),
-        keys.stride(0),
-        places.data_ptr(),
-        spans.data_ptr(),
-        tokens.data_ptr(),
-        len(tokens),
-        heads,
-        keys.shape[1],
-        size,
-        scaling,
-        outputs.data_ptr(),
+        query.data_ptr(),
+        query.stride(0),
+        key_cache.data_ptr(),
+        value_cache.data_ptr(),
+        key_cache.stride(0),
+        slot_mapping.data_ptr(),
+        kv_ranges.data_ptr(),
+        query_indices.data_ptr(),
+        len(query_indices),
+        num_heads,
+        key_cache.shape[1],
+        head_dim,
+        scale,
+        output.data_ptr(),
         torch.get_num_threads(),
     )
-    return outputs
+    return output

@@ -1,241 +1,255 @@
-/* Products of float32 tokens with int8 weights on an x86 CPU: AMX where it is there, else AVX-512 VNNI.
+/* GEMM of float32 activations and int8 weights on x86: AMX where available, else AVX-512 VNNI.
  *
- * A token is rounded to int8 by a scale of its own, and sums of integers are exact: its result is bit by bit the same
- * whoever else is in the batch, and on either kind of instruction. Both read the same order of weights:
+ * Each token is quantized to int8 with its own scale, and integer sums are exact. A token's result is therefore
+ * bit-identical in any batch and with either instruction set. Both read the same packed weight layout:
  *
- *     a panel      PANEL outputs, one after the other through memory
- *     in a panel   for each 4 inputs, of each output those 4 weights: [inputs / 4][PANEL][4]
- *     a weight     + 128: the instructions multiply signed by unsigned; 128 times a token's sum is taken off again
+ *     panel    BLOCK_N output features, contiguous in memory
+ *     in it    for each group of 4 input features, the 4 weights of every output: [K / 4][BLOCK_N][4]
+ *     weight   + 128, because the instructions multiply signed by unsigned; 128 * (sum of the token) is subtracted
+ * again
  *
- * Inputs are filled up to a multiple of BLOCK, outputs to one of PANEL. Threads are OpenMP's, by the runtime that torch
- * has loaded: its team is the one that computes everything else. Knows nothing of models; `native.py` says what the
- * functions want.
+ * K is padded to a multiple of BLOCK_K, N to a multiple of BLOCK_N. Threads are those of the OpenMP runtime that torch
+ * has loaded.
  */
+#include "kernels.h"
 #include "simd_avx512.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 enum {
-    PANEL = 32,  /* outputs: two registers, or two tiles, of LANES each */
-    BLOCK = 64,  /* inputs: a tile's width */
-    ROWS = 12,   /* tokens at once without AMX: two sums of each fit into the registers */
-    TILED = 32,  /* tokens at once with AMX: two tiles */
-    AHEAD = 2048 /* bytes: so far ahead weights are asked for. At 1 token nothing else hides the memory's latency. */
+    BLOCK_N = 32,         /* output features: two registers, or two tiles, of LANES each */
+    BLOCK_K = 64,         /* input features: the width of a tile */
+    VNNI_BLOCK_M = 12,    /* tokens per block without AMX: two accumulators per token fit into the registers */
+    AMX_BLOCK_M = 32,     /* tokens per block with AMX: two tiles */
+    PREFETCH_BYTES = 2048 /* prefetch distance: hides memory latency at batch size 1 */
 };
 
-enum { NONE, VNNI, AMX }; /* as `native.py` has them */
+static const float MIN_SCALE = 1e-30f; /* avoids a division by zero for tokens of zeros */
 
 typedef struct {
-    const float *gains;   /* (tokens) */
-    const int32_t *sums;  /* (tokens), of the rounded inputs */
-    const float *scales;  /* (outputs) */
-    const float *bias;    /* (outputs), or NULL */
-    const float *onto;    /* (tokens, outputs), or NULL */
-    float *outputs;       /* (tokens, outputs) */
-    size_t width;         /* of a row of those */
+    const float *act_scales;     /* (M) */
+    const int32_t *act_row_sums; /* (M), of the quantized activations */
+    const float *weight_scales;  /* (N) */
+    const float *bias;           /* (N), or NULL */
+    const float *residual;       /* (M, N), or NULL */
+    float *output;               /* (M, N) */
+    size_t n;
 } Epilogue;
 
-static size_t round_up(size_t number, size_t of) { return (number + of - 1) / of * of; }
-
-static __mmask16 mask_of(size_t left) { return left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1); }
-
-/* What asks the CPU must itself run on any. */
-__attribute__((target("no-avx"))) int int8_level(void) {
-    const int xcomp_perm = 0x1023, tile_data = 18; /* ARCH_REQ_XCOMP_PERM: Linux keeps tiles from who did not ask */
-    __builtin_cpu_init();
-    if (!__builtin_cpu_supports("fma") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512vl") ||
-        !__builtin_cpu_supports("avx512vnni"))
-        return NONE;
-    return __builtin_cpu_supports("amx-int8") && !syscall(SYS_arch_prctl, xcomp_perm, tile_data) ? AMX : VNNI;
+static size_t round_up(size_t number, size_t multiple) {
+    return (number + multiple - 1) / multiple * multiple;
 }
 
-size_t int8_packed_bytes(size_t outputs, size_t inputs) { return round_up(outputs, PANEL) * round_up(inputs, BLOCK); }
-
-size_t int8_scratch_bytes(size_t tokens, size_t inputs) {
-    return round_up(tokens, TILED) * (round_up(inputs, BLOCK) + BLOCK) + tokens * (sizeof(float) + sizeof(int32_t));
+static __mmask16 tail_mask(size_t remaining) {
+    return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
 }
 
-void int8_pack(const int8_t *weights, uint8_t *packed, size_t outputs, size_t inputs) {
-    const size_t fours = round_up(inputs, BLOCK) / 4, whole = inputs / 4;
-    for (size_t panel = 0; panel < round_up(outputs, PANEL) / PANEL; panel++) {
-        uint8_t *to = packed + panel * fours * 4 * PANEL;
-        for (size_t four = 0; four < fours; four++)
-            for (size_t column = 0; column < PANEL; column++, to += 4) {
-                const size_t output = panel * PANEL + column;
-                uint32_t taken = 0;
-                if (output < outputs && four < whole)
-                    memcpy(&taken, weights + output * inputs + four * 4, 4);
-                else if (output < outputs && four * 4 < inputs)
-                    memcpy(&taken, weights + output * inputs + four * 4, inputs % 4);
-                taken ^= 0x80808080;
-                memcpy(to, &taken, 4);
+size_t int8_packed_bytes(size_t n, size_t k) {
+    return round_up(n, BLOCK_N) * round_up(k, BLOCK_K);
+}
+
+size_t int8_scratch_bytes(size_t m, size_t k) {
+    return round_up(m, AMX_BLOCK_M) * (round_up(k, BLOCK_K) + BLOCK_K) + m * (sizeof(float) + sizeof(int32_t));
+}
+
+void int8_pack_weight(const int8_t *weight, uint8_t *packed_weight, size_t n, size_t k) {
+    for (size_t panel = 0; panel < n; panel += BLOCK_N)
+        for (size_t group = 0; group < round_up(k, BLOCK_K); group += 4)
+            for (size_t row = panel; row < panel + BLOCK_N; row++, packed_weight += 4) {
+                uint32_t four = 0;
+                if (row < n && group < k) memcpy(&four, weight + row * k + group, k - group < 4 ? k - group : 4);
+                four ^= 0x80808080;
+                memcpy(packed_weight, &four, 4);
             }
-    }
 }
 
 static __m512 silu(__m512 x) {
-    const __m512 other = exponential(_mm512_sub_ps(_mm512_setzero_ps(), x));
-    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), other));
+    const __m512 exp_minus_x = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exp_minus_x));
 }
 
-/* One token to int8: over its largest number, times 127. What a norm multiplies all of it with joins the gain.
- * Where it is gated, as many numbers follow, and it becomes silu(it) * those first, in place. */
-static void round_token(
-    float *token, int gated, const float *norm, float epsilon, size_t inputs, int8_t *rounded, float *gain, int32_t *sum
+/* Quantize one token to int8 by its largest magnitude. RMSNorm's per-token factor is folded into the scale.
+ * With `silu_and_mul` the row is (gate, up), and silu(gate) * up replaces gate first. */
+static void quantize_row_int8(
+    float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k, int8_t *quantized,
+    float *act_scale, int32_t *act_row_sum
 ) {
-    __m512 largest = _mm512_set1_ps(1e-30f), squares = _mm512_setzero_ps(); /* no scale is zero, not even of zeros */
-    __mmask16 nan = 0;
-    for (size_t k = 0; k < inputs; k += LANES) {
-        const __mmask16 in = mask_of(inputs - k);
-        __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
-        if (gated) {
-            numbers = _mm512_mul_ps(silu(numbers), _mm512_maskz_loadu_ps(in, token + inputs + k));
-            _mm512_mask_storeu_ps(token + k, in, numbers);
+    __m512 abs_max = _mm512_set1_ps(MIN_SCALE), square_sum = _mm512_setzero_ps();
+    __mmask16 has_nan = 0;
+    for (size_t i = 0; i < k; i += LANES) {
+        const __mmask16 mask = tail_mask(k - i);
+        __m512 x = _mm512_maskz_loadu_ps(mask, row + i);
+        if (silu_and_mul) {
+            x = _mm512_mul_ps(silu(x), _mm512_maskz_loadu_ps(mask, row + k + i));
+            _mm512_mask_storeu_ps(row + i, mask, x);
         }
-        if (norm) {
-            squares = _mm512_fmadd_ps(numbers, numbers, squares);
-            numbers = _mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(in, norm + k));
+        if (norm_weight) {
+            square_sum = _mm512_fmadd_ps(x, x, square_sum);
+            x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, norm_weight + i));
         }
-        nan |= _mm512_cmp_ps_mask(numbers, numbers, _CMP_UNORD_Q);
-        largest = _mm512_max_ps(largest, _mm512_abs_ps(numbers));
+        has_nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        abs_max = _mm512_max_ps(abs_max, _mm512_abs_ps(x));
     }
-    const float most = nan ? NAN : _mm512_reduce_max_ps(largest);
-    const __m512 by = _mm512_set1_ps(127 / most);
-    __m512i total = _mm512_setzero_si512();
-    for (size_t k = 0; k < inputs; k += LANES) {
-        const __mmask16 in = mask_of(inputs - k);
-        __m512 numbers = _mm512_maskz_loadu_ps(in, token + k);
-        if (norm) numbers = _mm512_mul_ps(numbers, _mm512_maskz_loadu_ps(in, norm + k));
-        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(numbers, by));
-        total = _mm512_add_epi32(total, integers);
-        _mm_storeu_si128((__m128i *)(rounded + k), _mm512_cvtepi32_epi8(integers));
+    const float row_max = has_nan ? NAN : _mm512_reduce_max_ps(abs_max);
+    const __m512 inverse_scale = _mm512_set1_ps(127 / row_max);
+    __m512i row_sum = _mm512_setzero_si512();
+    for (size_t i = 0; i < k; i += LANES) {
+        const __mmask16 mask = tail_mask(k - i);
+        __m512 x = _mm512_maskz_loadu_ps(mask, row + i);
+        if (norm_weight) x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, norm_weight + i));
+        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse_scale));
+        row_sum = _mm512_add_epi32(row_sum, integers);
+        _mm_storeu_si128((__m128i *)(quantized + i), _mm512_cvtepi32_epi8(integers));
     }
-    memset(rounded + round_up(inputs, LANES), 0, round_up(inputs, BLOCK) - round_up(inputs, LANES));
-    *gain = most / 127 * (norm ? 1 / sqrtf(_mm512_reduce_add_ps(squares) / (float)inputs + epsilon) : 1);
-    *sum = _mm512_reduce_add_epi32(total);
+    memset(quantized + round_up(k, LANES), 0, round_up(k, BLOCK_K) - round_up(k, LANES));
+    const float inverse_rms = norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + epsilon) : 1;
+    *act_scale = row_max / 127 * inverse_rms;
+    *act_row_sum = _mm512_reduce_add_epi32(row_sum);
 }
 
-/* LANES sums of a token, from `output` on, become outputs. */
-static void store(__m512i products, const Epilogue *epilogue, size_t token, size_t output) {
-    if (output >= epilogue->width) return;
-    const __mmask16 in = mask_of(epilogue->width - output);
-    const size_t place = token * epilogue->width + output;
-    const __m512i exact = _mm512_sub_epi32(products, _mm512_slli_epi32(_mm512_set1_epi32(epilogue->sums[token]), 7));
-    const __m512 scales = _mm512_maskz_loadu_ps(in, epilogue->scales + output);
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scales);
+/* Scale LANES accumulators of a token, add bias and residual, and store them from output feature `column` on. */
+static void store_epilogue(__m512i accumulators, const Epilogue *epilogue, size_t row, size_t column) {
+    if (column >= epilogue->n) return;
+    const __mmask16 mask = tail_mask(epilogue->n - column);
+    const size_t offset = row * epilogue->n + column;
+    const __m512i zero_point = _mm512_slli_epi32(_mm512_set1_epi32(epilogue->act_row_sums[row]), 7);
+    const __m512 weight_scales = _mm512_maskz_loadu_ps(mask, epilogue->weight_scales + column);
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(accumulators, zero_point)), weight_scales);
     __m512 base = _mm512_setzero_ps();
-    if (epilogue->bias) base = _mm512_maskz_loadu_ps(in, epilogue->bias + output);
-    if (epilogue->onto) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(in, epilogue->onto + place));
-    const __m512 gain = _mm512_set1_ps(epilogue->gains[token]);
-    _mm512_mask_storeu_ps(epilogue->outputs + place, in, _mm512_fmadd_ps(scaled, gain, base));
+    if (epilogue->bias) base = _mm512_maskz_loadu_ps(mask, epilogue->bias + column);
+    if (epilogue->residual) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(mask, epilogue->residual + offset));
+    const __m512 act_scale = _mm512_set1_ps(epilogue->act_scales[row]);
+    _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(scaled, act_scale, base));
 }
 
-/* `rows` tokens from `token` on by a panel. How many is a constant wherever this is inlined: sums stay in registers. */
-static inline __attribute__((always_inline)) void by_vnni(
-    const size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
-    const Epilogue *epilogue, size_t token, size_t output
+/* One block of `block_m` tokens by one panel. `block_m` is constant where inlined, to keep accumulators in registers.
+ */
+static inline __attribute__((always_inline)) void gemm_kernel_vnni(
+    const size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column
 ) {
-    __m512i left[ROWS], right[ROWS];
-    for (size_t row = 0; row < rows; row++) left[row] = right[row] = _mm512_setzero_si512();
-    for (size_t k = 0; k < inputs; k += 4, weights += 4 * PANEL) {
-        _mm_prefetch(weights + AHEAD, _MM_HINT_T0);
-        _mm_prefetch(weights + AHEAD + 64, _MM_HINT_T0);
-        const __m512i some = _mm512_loadu_si512(weights), others = _mm512_loadu_si512(weights + 64);
+    __m512i left[VNNI_BLOCK_M], right[VNNI_BLOCK_M];
+    for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_si512();
+    for (size_t j = 0; j < k; j += 4, panel += 4 * BLOCK_N) {
+        _mm_prefetch(panel + PREFETCH_BYTES, _MM_HINT_T0);
+        _mm_prefetch(panel + PREFETCH_BYTES + 64, _MM_HINT_T0);
+        const __m512i left_weights = _mm512_loadu_si512(panel), right_weights = _mm512_loadu_si512(panel + 64);
 #pragma GCC unroll 12
-        for (size_t row = 0; row < rows; row++) {
+        for (size_t i = 0; i < block_m; i++) {
             int32_t four;
-            memcpy(&four, rounded + row * stride + k, 4);
-            left[row] = _mm512_dpbusd_epi32(left[row], some, _mm512_set1_epi32(four));
-            right[row] = _mm512_dpbusd_epi32(right[row], others, _mm512_set1_epi32(four));
+            memcpy(&four, quantized + i * stride + j, 4);
+            left[i] = _mm512_dpbusd_epi32(left[i], left_weights, _mm512_set1_epi32(four));
+            right[i] = _mm512_dpbusd_epi32(right[i], right_weights, _mm512_set1_epi32(four));
         }
     }
 #pragma GCC unroll 12
-    for (size_t row = 0; row < rows; row++) {
-        store(left[row], epilogue, token + row, output);
-        store(right[row], epilogue, token + row, output + LANES);
+    for (size_t i = 0; i < block_m; i++) {
+        store_epilogue(left[i], epilogue, row + i, column);
+        store_epilogue(right[i], epilogue, row + i, column + LANES);
     }
 }
 
-static void rows_by_vnni(
-    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
-    const Epilogue *epilogue, size_t token, size_t output
+static void dispatch_vnni(
+    size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue,
+    size_t row, size_t column
 ) {
-#define OF(number) case number: by_vnni(number, rounded, stride, weights, inputs, epilogue, token, output); break;
-    switch (rows) { OF(1) OF(2) OF(3) OF(4) OF(5) OF(6) OF(7) OF(8) OF(9) OF(10) OF(11) OF(12) }
-#undef OF
+#define CASE_ROWS(rows)                                                                                                \
+    case rows:                                                                                                         \
+        gemm_kernel_vnni(rows, quantized, stride, panel, k, epilogue, row, column);                                    \
+        break;
+    switch (block_m) {
+        CASE_ROWS(1)
+        CASE_ROWS(2)
+        CASE_ROWS(3)
+        CASE_ROWS(4)
+        CASE_ROWS(5)
+        CASE_ROWS(6)
+        CASE_ROWS(7)
+        CASE_ROWS(8)
+        CASE_ROWS(9)
+        CASE_ROWS(10)
+        CASE_ROWS(11)
+        CASE_ROWS(12)
+    }
+#undef CASE_ROWS
 }
 
-/* Tiles 0 to 3 are sums, 4 and 5 tokens, 6 and 7 weights. */
-static void rows_by_amx(
-    size_t rows, const int8_t *rounded, size_t stride, const uint8_t *weights, size_t inputs,
-    const Epilogue *epilogue, size_t token, size_t output
+/* Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
+static void gemm_kernel_amx(
+    size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue,
+    size_t row, size_t column
 ) {
-    int32_t sums[2][2][LANES][LANES] __attribute__((aligned(64)));
-    const int two = rows > LANES;
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    for (size_t k = 0; k < inputs; k += BLOCK, weights += BLOCK * PANEL) {
-        if (!token) /* later tokens find them in the cache */
-            for (size_t line = 0; line < BLOCK * PANEL; line += 64) _mm_prefetch(weights + AHEAD + line, _MM_HINT_T0);
-        _tile_loadd(6, weights, 4 * PANEL);
-        _tile_loadd(7, weights + 64, 4 * PANEL);
-        _tile_loadd(4, rounded + k, stride);
+    int32_t accumulators[2][2][LANES][LANES] __attribute__((aligned(64)));
+    const int two_tiles = block_m > LANES;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t j = 0; j < k; j += BLOCK_K, panel += BLOCK_K * BLOCK_N) {
+        if (row == 0) /* Later blocks of tokens find the panel in the cache. */
+            for (size_t line = 0; line < BLOCK_K * BLOCK_N; line += 64)
+                _mm_prefetch(panel + PREFETCH_BYTES + line, _MM_HINT_T0);
+        _tile_loadd(6, panel, 4 * BLOCK_N);
+        _tile_loadd(7, panel + 64, 4 * BLOCK_N);
+        _tile_loadd(4, quantized + j, stride);
         _tile_dpbsud(0, 4, 6);
         _tile_dpbsud(1, 4, 7);
-        if (two) {
-            _tile_loadd(5, rounded + LANES * stride + k, stride);
+        if (two_tiles) {
+            _tile_loadd(5, quantized + LANES * stride + j, stride);
             _tile_dpbsud(2, 5, 6);
             _tile_dpbsud(3, 5, 7);
         }
     }
-    _tile_stored(0, sums[0][0], sizeof sums[0][0][0]);
-    _tile_stored(1, sums[0][1], sizeof sums[0][0][0]);
-    _tile_stored(2, sums[1][0], sizeof sums[0][0][0]);
-    _tile_stored(3, sums[1][1], sizeof sums[0][0][0]);
-    for (size_t row = 0; row < rows; row++)
+    _tile_stored(0, accumulators[0][0], sizeof accumulators[0][0][0]);
+    _tile_stored(1, accumulators[0][1], sizeof accumulators[0][0][0]);
+    _tile_stored(2, accumulators[1][0], sizeof accumulators[0][0][0]);
+    _tile_stored(3, accumulators[1][1], sizeof accumulators[0][0][0]);
+    for (size_t i = 0; i < block_m; i++)
         for (size_t half = 0; half < 2; half++) {
-            const __m512i products = _mm512_load_si512(sums[row / LANES][half][row % LANES]);
-            store(products, epilogue, token + row, output + half * LANES);
+            const __m512i sums = _mm512_load_si512(accumulators[i / LANES][half][i % LANES]);
+            store_epilogue(sums, epilogue, row + i, column + half * LANES);
         }
 }
 
 static const struct {
     uint8_t palette, start_row, reserved[14];
-    uint16_t bytes_in_row[16];
+    uint16_t bytes_per_row[16];
     uint8_t rows[16];
-} TILES = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+} TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-void int8_product(
-    float *tokens, const uint8_t *packed, const float *scales, const float *bias, const float *norm, float epsilon,
-    int gated, const float *onto, float *outputs, int8_t *scratch, size_t count, size_t inputs, size_t width, int level,
-    int threads
+void int8_scaled_mm(
+    float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias, const float *norm_weight,
+    float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch, size_t m, size_t k,
+    size_t n, int isa, int num_threads
 ) {
-    const size_t padded = round_up(inputs, BLOCK), row = inputs * (gated ? 2 : 1);
-    const size_t stride = padded + BLOCK; /* a power of two would have all tokens share few lines of a cache */
-    const size_t at_once = level == AMX ? TILED : ROWS;
-    float *gains = (float *)(scratch + round_up(count, TILED) * stride);
-    int32_t *sums = (int32_t *)(gains + count);
-    const Epilogue epilogue = {gains, sums, scales, bias, onto, outputs, width};
-#pragma omp parallel num_threads(threads)
+    const size_t padded_k = round_up(k, BLOCK_K), input_stride = silu_and_mul ? 2 * k : k;
+    const size_t stride = padded_k + BLOCK_K; /* A power of two would map all tokens to the same few cache lines. */
+    const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : VNNI_BLOCK_M;
+    float *act_scales = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
+    int32_t *act_row_sums = (int32_t *)(act_scales + m);
+    const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, bias, residual, output, n};
+#pragma omp parallel num_threads(num_threads)
     {
-        /* Not by the intrinsic, of whose argument gcc 12 keeps the first 8 bytes. */
-        if (level == AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILES));
+        /* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
+        if (isa == ISA_AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIG));
 #pragma omp for
-        for (size_t token = 0; token < count; token++) {
-            int8_t *rounded = scratch + token * stride;
-            round_token(tokens + token * row, gated, norm, epsilon, inputs, rounded, gains + token, sums + token);
-        }
+        for (size_t row = 0; row < m; row++)
+            quantize_row_int8(
+                input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,
+                act_scales + row, act_row_sums + row
+            );
 #pragma omp for
-        for (size_t output = 0; output < width; output += PANEL)
-            for (size_t token = 0; token < count; token += at_once) {
-                const size_t rows = count - token < at_once ? count - token : at_once;
-                const uint8_t *weights = packed + output * padded;
-                (level == AMX ? rows_by_amx : rows_by_vnni)(
-                    rows, scratch + token * stride, stride, weights, padded, &epilogue, token, output
-                );
+        for (size_t column = 0; column < n; column += BLOCK_N)
+            for (size_t row = 0; row < m; row += max_block_m) {
+                const size_t block_m = m - row < max_block_m ? m - row : max_block_m;
+                const int8_t *quantized = scratch + row * stride;
+                const uint8_t *panel = packed_weight + column * padded_k;
+                if (isa == ISA_AMX)
+                    gemm_kernel_amx(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
+                else
+                    dispatch_vnni(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
             }
-        if (level == AMX) _tile_release();
+        if (isa == ISA_AMX) _tile_release();
     }
 }

@@ -1,133 +1,136 @@
-/* Attention of sequences that decode, one query each, over a paged cache in bfloat16: keys and values are read where
- * they lie.
+/* Attention of decoding sequences, one query each, over a paged bfloat16 KV cache that is read in place.
  *
- * A sequence is computed by itself, in blocks of keys with a running softmax, in float32: its result is bit by bit the
- * same whoever else is in the batch. Knows nothing of models; `native.py` says what the function wants.
+ * Each sequence is computed by itself in float32, in blocks of keys with an online softmax. Its result is therefore
+ * bit-identical in any batch.
  */
+#include "kernels.h"
 #include "simd_avx512.h"
+
 #include <math.h>
-#include <stdint.h>
 
 enum {
-    KEYS = 32,     /* at once: they and their values stay in the first cache */
-    QUERIES = 16,  /* at most, that share a key head; `attends` in `native.py` holds callers to that and to sizes */
-    SIZE = 128     /* at most, of a head */
+    BLOCK_KEYS = 32,  /* keys per block: they and their values stay in the L1 cache */
+    MAX_QUERIES = 16, /* query heads per KV head; `supports_paged_attention` in ops.py enforces both limits */
+    MAX_HEAD_DIM = 128
 };
 
-typedef uint16_t bfloat16;
-
-static __m512 wide(const bfloat16 *numbers) {
+static inline __m512 bf16_to_f32(const bfloat16 *numbers) {
     const __m256i halves = _mm256_loadu_si256((const __m256i *)numbers);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-static inline __m512 ps(__m512d of) { return _mm512_castpd_ps(of); }
+static inline void bf16_row_to_f32(const bfloat16 *row, size_t head_dim, float *output) {
+    for (size_t i = 0; i < head_dim; i += LANES) _mm512_storeu_ps(output + i, bf16_to_f32(row + i));
+}
 
-/* The sum of each of LANES registers, in their order: four times two registers become one. */
-static inline __m512 sums_of(const __m512 *of) {
-    __m512 half[8], quarter[4], eighth[2];
-    for (int i = 0; i < 8; i++, of += 2)
-        half[i] = _mm512_add_ps(_mm512_unpacklo_ps(of[0], of[1]), _mm512_unpackhi_ps(of[0], of[1]));
+/* Horizontal sums of 16 registers, as one register: four rounds that each halve the number of registers. */
+static inline __m512 reduce_add_16x16(const __m512 *rows) {
+    __m512 eight[8], four[4], two[2];
+    for (int i = 0; i < 8; i++, rows += 2)
+        eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
     for (int i = 0; i < 4; i++) {
-        const __m512d one = _mm512_castps_pd(half[2 * i]), other = _mm512_castps_pd(half[2 * i + 1]);
-        quarter[i] = _mm512_add_ps(ps(_mm512_unpacklo_pd(one, other)), ps(_mm512_unpackhi_pd(one, other)));
+        const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
+        const __m512d low = _mm512_unpacklo_pd(a, b), high = _mm512_unpackhi_pd(a, b);
+        four[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
     }
     for (int i = 0; i < 2; i++) {
-        const __m512 one = quarter[2 * i], other = quarter[2 * i + 1];
-        eighth[i] = _mm512_add_ps(_mm512_shuffle_f32x4(one, other, 0x88), _mm512_shuffle_f32x4(one, other, 0xdd));
+        const __m512 a = four[2 * i], b = four[2 * i + 1];
+        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
     }
-    return _mm512_add_ps(
-        _mm512_shuffle_f32x4(eighth[0], eighth[1], 0x88), _mm512_shuffle_f32x4(eighth[0], eighth[1], 0xdd)
-    );
+    return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-/* The whole head of a key or a value, as float32. */
-static inline void widen(const bfloat16 *numbers, size_t size, float *to) {
-    for (size_t i = 0; i < size; i += LANES) _mm512_storeu_ps(to + i, wide(numbers + i));
-}
-
-/* `queries` queries of one sequence that share a key head. The size is a constant wherever this is inlined: its loops
- * unroll. */
-static inline __attribute__((always_inline)) void attend(
-    const bfloat16 *query, const bfloat16 *keys, const bfloat16 *values, size_t stride, const int64_t *place,
-    const int64_t *end, size_t queries, size_t size, float scaling, float *outputs
+/* The queries of one sequence that share a KV head. `head_dim` is constant where inlined, to unroll its loops. */
+static inline __attribute__((always_inline)) void attend_kv_head(
+    const bfloat16 *query, const bfloat16 *key_cache, const bfloat16 *value_cache, size_t slot_stride,
+    const int64_t *slot, const int64_t *slot_end, size_t num_queries, size_t head_dim, float scale, float *output
 ) {
-    float asked[QUERIES][SIZE], block[KEYS][SIZE], scores[QUERIES][KEYS], most[QUERIES], sums[QUERIES];
-    for (size_t q = 0; q < queries; q++) {
-        most[q] = -INFINITY;
-        sums[q] = 0;
-        for (size_t i = 0; i < size; i += LANES) {
-            _mm512_storeu_ps(asked[q] + i, _mm512_mul_ps(wide(query + q * size + i), _mm512_set1_ps(scaling)));
-            _mm512_storeu_ps(outputs + q * size + i, _mm512_setzero_ps());
+    float q[MAX_QUERIES][MAX_HEAD_DIM], block[BLOCK_KEYS][MAX_HEAD_DIM], scores[MAX_QUERIES][BLOCK_KEYS];
+    float running_max[MAX_QUERIES], running_sum[MAX_QUERIES];
+    for (size_t h = 0; h < num_queries; h++) {
+        running_max[h] = -INFINITY;
+        running_sum[h] = 0;
+        for (size_t i = 0; i < head_dim; i += LANES) {
+            const __m512 row = bf16_to_f32(query + h * head_dim + i);
+            _mm512_storeu_ps(q[h] + i, _mm512_mul_ps(row, _mm512_set1_ps(scale)));
+            _mm512_storeu_ps(output + h * head_dim + i, _mm512_setzero_ps());
         }
     }
-    for (; place < end; place += KEYS) {
-        const size_t many = end - place < KEYS ? (size_t)(end - place) : KEYS;
-        for (size_t k = 0; k < many; k++) widen(keys + place[k] * stride, size, block[k]);
-        for (size_t q = 0; q < queries; q++) {
-            for (size_t some = 0; some < KEYS; some += LANES) {
-                __m512 sum[LANES];
+    for (; slot < slot_end; slot += BLOCK_KEYS) {
+        const size_t n_keys = slot_end - slot < BLOCK_KEYS ? (size_t)(slot_end - slot) : BLOCK_KEYS;
+        for (size_t k = 0; k < n_keys; k++) bf16_row_to_f32(key_cache + slot[k] * slot_stride, head_dim, block[k]);
+        for (size_t h = 0; h < num_queries; h++) {
+            for (size_t first = 0; first < BLOCK_KEYS; first += LANES) {
+                __m512 products[LANES];
 #pragma GCC unroll 16
                 for (size_t k = 0; k < LANES; k++) {
-                    sum[k] = _mm512_setzero_ps();
+                    products[k] = _mm512_setzero_ps();
 #pragma GCC unroll 8
-                    for (size_t i = 0; i < size; i += LANES) {
-                        const __m512 key = _mm512_loadu_ps(block[some + k] + i);
-                        sum[k] = _mm512_fmadd_ps(_mm512_loadu_ps(asked[q] + i), key, sum[k]);
+                    for (size_t i = 0; i < head_dim; i += LANES) {
+                        const __m512 key = _mm512_loadu_ps(block[first + k] + i);
+                        products[k] = _mm512_fmadd_ps(_mm512_loadu_ps(q[h] + i), key, products[k]);
                     }
                 }
-                _mm512_storeu_ps(scores[q] + some, sums_of(sum));
+                _mm512_storeu_ps(scores[h] + first, reduce_add_16x16(products));
             }
-            for (size_t k = many; k < KEYS; k++) scores[q][k] = -INFINITY;
+            for (size_t k = n_keys; k < BLOCK_KEYS; k++) scores[h][k] = -INFINITY;
         }
-        for (size_t k = 0; k < many; k++) widen(values + place[k] * stride, size, block[k]);
-        for (size_t q = 0; q < queries; q++) {
-            const __m512 left = _mm512_loadu_ps(scores[q]), right = _mm512_loadu_ps(scores[q] + LANES);
-            const float highest = _mm512_reduce_max_ps(_mm512_max_ps(left, right));
-            const float now = highest > most[q] ? highest : most[q];
-            const __m512 less = _mm512_set1_ps(now);
-            const __m512 a = exponential(_mm512_sub_ps(left, less)), b = exponential(_mm512_sub_ps(right, less));
-            const float keep = _mm512_cvtss_f32(exponential(_mm512_set1_ps(most[q] - now)));
-            _mm512_storeu_ps(scores[q], a);
-            _mm512_storeu_ps(scores[q] + LANES, b);
-            most[q] = now;
-            sums[q] = sums[q] * keep + _mm512_reduce_add_ps(_mm512_add_ps(a, b));
-            __m512 sum[SIZE / LANES];
+        for (size_t k = 0; k < n_keys; k++) bf16_row_to_f32(value_cache + slot[k] * slot_stride, head_dim, block[k]);
+        for (size_t h = 0; h < num_queries; h++) {
+            const __m512 left = _mm512_loadu_ps(scores[h]), right = _mm512_loadu_ps(scores[h] + LANES);
+            const float block_max = _mm512_reduce_max_ps(_mm512_max_ps(left, right));
+            const float new_max = block_max > running_max[h] ? block_max : running_max[h];
+            const __m512 shift = _mm512_set1_ps(new_max);
+            const __m512 left_exp = exp_ps(_mm512_sub_ps(left, shift)), right_exp = exp_ps(_mm512_sub_ps(right, shift));
+            const float rescale = _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(running_max[h] - new_max)));
+            _mm512_storeu_ps(scores[h], left_exp);
+            _mm512_storeu_ps(scores[h] + LANES, right_exp);
+            running_max[h] = new_max;
+            running_sum[h] = running_sum[h] * rescale + _mm512_reduce_add_ps(_mm512_add_ps(left_exp, right_exp));
+            __m512 sum[MAX_HEAD_DIM / LANES];
 #pragma GCC unroll 8
-            for (size_t i = 0; i < size / LANES; i++)
-                sum[i] = _mm512_mul_ps(_mm512_loadu_ps(outputs + q * size + i * LANES), _mm512_set1_ps(keep));
-            for (size_t k = 0; k < many; k++)
+            for (size_t i = 0; i < head_dim / LANES; i++)
+                sum[i] = _mm512_mul_ps(_mm512_loadu_ps(output + h * head_dim + i * LANES), _mm512_set1_ps(rescale));
+            for (size_t k = 0; k < n_keys; k++)
 #pragma GCC unroll 8
-                for (size_t i = 0; i < size / LANES; i++) {
+                for (size_t i = 0; i < head_dim / LANES; i++) {
                     const __m512 value = _mm512_loadu_ps(block[k] + i * LANES);
-                    sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[q][k]), value, sum[i]);
+                    sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h][k]), value, sum[i]);
                 }
 #pragma GCC unroll 8
-            for (size_t i = 0; i < size / LANES; i++) _mm512_storeu_ps(outputs + q * size + i * LANES, sum[i]);
+            for (size_t i = 0; i < head_dim / LANES; i++) _mm512_storeu_ps(output + h * head_dim + i * LANES, sum[i]);
         }
     }
-    for (size_t q = 0; q < queries; q++)
-        for (size_t i = 0; i < size; i += LANES) {
-            float *output = outputs + q * size + i;
-            _mm512_storeu_ps(output, _mm512_div_ps(_mm512_loadu_ps(output), _mm512_set1_ps(sums[q])));
+    for (size_t h = 0; h < num_queries; h++)
+        for (size_t i = 0; i < head_dim; i += LANES) {
+            float *row = output + h * head_dim + i;
+            _mm512_storeu_ps(row, _mm512_div_ps(_mm512_loadu_ps(row), _mm512_set1_ps(running_sum[h])));
         }
 }
 
 void paged_attention(
-    const bfloat16 *queries, size_t query_stride, const bfloat16 *keys, const bfloat16 *values, size_t stride,
-    const int64_t *places, const int64_t *spans, const int64_t *tokens, size_t sequences, size_t heads,
-    size_t key_heads, size_t size, float scaling, float *outputs, int threads
+    const bfloat16 *query, size_t query_stride, const bfloat16 *key_cache, const bfloat16 *value_cache,
+    size_t slot_stride, const int64_t *slot_mapping, const int64_t *kv_ranges, const int64_t *query_indices,
+    size_t num_seqs, size_t num_heads, size_t num_kv_heads, size_t head_dim, float scale, float *output, int num_threads
 ) {
-    const size_t group = heads / key_heads;
-#pragma omp parallel for num_threads(threads) schedule(dynamic) /* lengths differ */
-    for (size_t job = 0; job < sequences * key_heads; job++) {
-        const size_t sequence = job / key_heads, head = job % key_heads, token = (size_t)tokens[sequence];
-        const bfloat16 *query = queries + token * query_stride + head * group * size;
-        const int64_t *from = places + spans[2 * sequence], *to = places + spans[2 * sequence + 1];
-        const bfloat16 *key = keys + head * size, *value = values + head * size;
-        float *output = outputs + (sequence * heads + head * group) * size;
-#define OF(number) case number: attend(query, key, value, stride, from, to, group, number, scaling, output); break;
-        switch (size) { OF(32) OF(64) OF(96) OF(128) }
-#undef OF
+    const size_t num_queries = num_heads / num_kv_heads;
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic) /* Sequences differ in length. */
+    for (size_t job = 0; job < num_seqs * num_kv_heads; job++) {
+        const size_t seq = job / num_kv_heads, kv_head = job % num_kv_heads, head = kv_head * num_queries;
+        const bfloat16 *q = query + (size_t)query_indices[seq] * query_stride + head * head_dim;
+        const bfloat16 *keys = key_cache + kv_head * head_dim, *values = value_cache + kv_head * head_dim;
+        const int64_t *slot = slot_mapping + kv_ranges[2 * seq], *slot_end = slot_mapping + kv_ranges[2 * seq + 1];
+        float *attn_output = output + (seq * num_heads + head) * head_dim;
+#define CASE_HEAD_DIM(dim)                                                                                             \
+    case dim:                                                                                                          \
+        attend_kv_head(q, keys, values, slot_stride, slot, slot_end, num_queries, dim, scale, attn_output);            \
+        break;
+        switch (head_dim) {
+            CASE_HEAD_DIM(32)
+            CASE_HEAD_DIM(64)
+            CASE_HEAD_DIM(96)
+            CASE_HEAD_DIM(128)
+        }
+#undef CASE_HEAD_DIM
     }
 }

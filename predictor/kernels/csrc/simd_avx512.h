@@ -1,15 +1,21 @@
-/* What both `int8.c` and `paged.c` need of AVX-512. */
+/* AVX-512 helpers shared by the kernels. */
+#ifndef SIMD_AVX512_H
+#define SIMD_AVX512_H
+
 #include <immintrin.h>
 
 enum { LANES = 16 }; /* 32-bit numbers in a register */
 
-/* exp(x): 2^whole * exp(rest) with |rest| <= ln(2) / 2, and that is Taylor's polynomial: within 2e-7, and 1e-7 * |x|.
- * Of -inf it is 0: rest is no number then, and scalef by -inf makes 0 of that. */
-static inline __m512 exponential(__m512 x) {
-    const __m512 power = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    const __m512 rest = _mm512_mul_ps(_mm512_sub_ps(power, whole), _mm512_set1_ps(0.69314718f));
+/* exp(x) = 2^exponent * exp(remainder) with |remainder| <= ln(2) / 2, where exp is its Taylor polynomial of degree 6.
+ * The relative error is below 2e-7 + 1e-7 * |x|. exp(-inf) is 0: scalef by -inf also turns a NaN remainder into 0. */
+static inline __m512 exp_ps(__m512 x) {
+    const __m512 log2_exp = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+    const __m512 exponent = _mm512_roundscale_ps(log2_exp, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512 remainder = _mm512_mul_ps(_mm512_sub_ps(log2_exp, exponent), _mm512_set1_ps(0.69314718f));
     __m512 sum = _mm512_set1_ps(1.f / 720);
-    for (int n = 5, of = 720; n >= 0; n--) sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.f / (of /= n + 1)));
-    return _mm512_scalef_ps(sum, whole);
+    for (int n = 5, factorial = 720; n >= 0; n--)
+        sum = _mm512_fmadd_ps(sum, remainder, _mm512_set1_ps(1.f / (factorial /= n + 1)));
+    return _mm512_scalef_ps(sum, exponent);
 }
+
+#endif

@@ -2,7 +2,6 @@
 
 import asyncio
 import random
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,8 +15,8 @@ from predictor.engine.stream import Stream
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, SamplingParams, TokenLogprob
+from tests.predictor.servers import HANG_SECONDS, Hold
 
-HANG_SECONDS = 120
 GREEDY = SamplingParams(max_tokens=48, temperature=0.0, top_p=1.0, top_k=0)
 SAMPLED = SamplingParams(max_tokens=24, temperature=3.0, top_p=1.0, top_k=0, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=900, ignore_eos=True)
@@ -30,33 +29,6 @@ class Generated:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason | None = None
-
-
-class Hold:
-    """Forward hook that can block the model, so that a test does not depend on its speed."""
-
-    def __init__(self) -> None:
-        self._released = threading.Event()
-        self._released.set()
-        self._blocked = threading.Event()
-
-    def __call__(self, *_: Any) -> None:
-        if not self._released.is_set():
-            self._blocked.set()
-            assert self._released.wait(HANG_SECONDS)
-
-    def block(self) -> None:
-        """Block the next step."""
-        self._blocked.clear()
-        self._released.clear()
-
-    async def until_blocked(self) -> None:
-        """Wait until a step is blocked."""
-        assert await asyncio.to_thread(self._blocked.wait, HANG_SECONDS)
-
-    def release(self) -> None:
-        """Continue."""
-        self._released.set()
 
 
 def load() -> LoadedModel:
@@ -110,7 +82,7 @@ def hold(loaded: LoadedModel) -> Iterator[Hold]:
     hook = Hold()
     handle = loaded.model.register_forward_pre_hook(hook)
     yield hook
-    hook.release()
+    hook.open()
     handle.remove()
 
 

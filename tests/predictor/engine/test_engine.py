@@ -22,11 +22,9 @@ from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, GenerationRequest, SamplingParams
 from tests.predictor.engine.conftest import (
     GREEDY,
-    HANG_SECONDS,
     LONG,
     SAMPLED,
     Generated,
-    Hold,
     chat_ids,
     generate,
     generate_all,
@@ -35,6 +33,7 @@ from tests.predictor.engine.conftest import (
     started,
     until_idle,
 )
+from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -201,7 +200,7 @@ def test_engine_logprobs_equal_a_single_forward_pass(
 
 def test_engine_full_queue_rejects_all_prompts_of_a_request(engine: Engine, ids: list[int], hold: Hold) -> None:
     async def fill() -> None:
-        hold.block()
+        hold.close()
         streams = engine.submit([(ids, LONG)] * (engine.capacity - 1))
         with pytest.raises(Overloaded, match=f"{engine.capacity - 1} of {engine.capacity} sequence slots"):
             engine.submit([(ids, LONG)] * 2)
@@ -213,7 +212,7 @@ def test_engine_full_queue_rejects_all_prompts_of_a_request(engine: Engine, ids:
         streams += engine.submit([(ids, LONG)])
         for stream in streams:
             stream.close()
-        hold.release()
+        hold.open()
         await until_idle(engine)
 
     asyncio.run(fill())
@@ -236,13 +235,13 @@ def test_engine_closed_stream_leaves_at_the_next_step(engine: Engine, ids: list[
     async def leave() -> None:
         [stream] = engine.submit([(ids, LONG)])
         await anext(stream)
-        hold.block()
-        await hold.until_blocked()
+        hold.close()
+        assert await asyncio.to_thread(hold.blocked.wait, HANG_SECONDS)
         assert engine.running == 1
         assert engine.cache_usage > 0
         before = engine.steps
         stream.close()
-        hold.release()
+        hold.open()
         await until_idle(engine)
         assert engine.steps - before == 1, "the step that was running"
 
@@ -271,15 +270,15 @@ def test_engine_deadline_fails_a_sequence_and_frees_its_place(
     engine: Engine, ids: list[int], hold: Hold, started_before: bool
 ) -> None:
     async def time_out() -> None:
-        hold.block()
+        hold.close()
         [stream] = engine.submit([(ids, LONG)], time.monotonic() + (0.05 if started_before else -1.0))
         if started_before:
-            await hold.until_blocked()
+            assert await asyncio.to_thread(hold.blocked.wait, HANG_SECONDS)
         with pytest.raises(DeadlineExceeded, match="raise the timeout"):
             await read(stream)
         with pytest.raises(StopAsyncIteration):
             await anext(stream)
-        hold.release()
+        hold.open()
         await until_idle(engine)
 
     asyncio.run(time_out())

@@ -1,4 +1,4 @@
-"""Spans as a collector gets them: a real predictor process tells a real OTLP receiver on loopback."""
+"""Spans as received by an OTLP collector on loopback, from an in-process predictor."""
 
 import json
 import signal
@@ -24,25 +24,29 @@ from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as service
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span as Message
 
-from devtools import processes
-from devtools.processes import ROOT
+from devtools.paths import ROOT
+from predictor import settings
+from predictor.entrypoints import lifecycle
 from predictor.errors import InvalidSettings
 from predictor.observability import request_record
+from predictor.observability import tracing as tracing_module
 from predictor.observability.request_record import RequestRecord
 from predictor.observability.tracing import Tracing
 from predictor.types import FinishedSequence
+from tests.predictor import servers
+from tests.predictor.servers import InProcessServer
 
 WAIT_SECONDS = 60
 PRIVATE = "xylophone"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-OPENAI, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/v2/models/demo/generate"
+OPENAI, CHAT, GENERATE = "/v1/completions", "/v1/chat/completions", "/v2/models/traced/generate"
 UNSET, ERROR = 0, 2
 PHASES = ("queue", "prefill", "decode")
 
 
 @dataclass(frozen=True)
 class Span:
-    """One span as it came over the wire."""
+    """A received span."""
 
     message: Message
     resource: dict[str, Any]
@@ -92,14 +96,14 @@ def finished(index: int, outcome: str, admitted_at: float) -> FinishedSequence:
 def values(pairs: Any) -> dict[str, Any]:
     def plain(value: Any) -> Any:
         kind = value.WhichOneof("value")
-        return [plain(each) for each in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+        return [plain(item) for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
 
     return {pair.key: plain(pair.value) for pair in pairs}
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A request's spans: its own, and those of its sequences by their index."""
+    """The span of a request, and those of its sequences by index."""
 
     request: Span
     sequences: dict[int, list[Span]]
@@ -109,14 +113,14 @@ class Trace:
 
 
 class Collector:
-    """OTLP over HTTP, and every byte that came."""
+    """Received OTLP requests."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.bodies: list[bytes] = []
         self._arrived = threading.Condition()
 
-    def take(self, body: bytes) -> None:
+    def receive(self, body: bytes) -> None:
         with self._arrived:
             self.bodies.append(body)
             self._arrived.notify_all()
@@ -131,15 +135,15 @@ class Collector:
             for message in scope.spans
         ]
 
-    def trace(self, wanted: Callable[[Span], bool]) -> Trace:
-        """The trace of the one request whose span is wanted; that comes last."""
+    def trace(self, matches: Callable[[Span], bool]) -> Trace:
+        """The trace of the one request whose span matches; that span arrives last."""
 
-        def found() -> list[Span]:
-            return [each for each in self.spans if each.message.kind == Message.SPAN_KIND_SERVER and wanted(each)]
+        def requests() -> list[Span]:
+            return [span for span in self.spans if span.message.kind == Message.SPAN_KIND_SERVER and matches(span)]
 
         with self._arrived:
-            assert self._arrived.wait_for(found, WAIT_SECONDS), [span.name for span in self.spans]
-        [request] = found()
+            assert self._arrived.wait_for(requests, WAIT_SECONDS), [span.name for span in self.spans]
+        [request] = requests()
         sequences: dict[int, list[Span]] = {}
         for span in self.spans:
             if span.message.parent_span_id == request.message.span_id:
@@ -157,13 +161,13 @@ def collecting() -> Iterator[Collector]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             assert self.path == "/v1/traces"
-            collector.take(body)
+            collector.receive(body)
             self.send_response(200)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
-            """Nothing."""
+            """Log nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Receiver) as server:
         collector = Collector(f"http://127.0.0.1:{server.server_port}")
@@ -177,83 +181,82 @@ def collecting() -> Iterator[Collector]:
 
 
 @contextmanager
-def serving(folder: Path, endpoint: str, *flags: str, **variables: str) -> Iterator[processes.Predictor]:
-    """A predictor process that tells `endpoint` of its requests, soon; its log is the file `log` in the folder."""
-    log = folder / "log"
-    with pytest.MonkeyPatch.context() as patch, log.open("w") as stderr:
-        told = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50", **variables}
-        for name, value in told.items():
+def serving(endpoint: str, *flags: str, model_name: str, **variables: str) -> Iterator[InProcessServer]:
+    """An in-process predictor that exports its spans to `endpoint` soon."""
+    with pytest.MonkeyPatch.context() as patch:
+        defaults = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
+        for name, value in {**defaults, **variables}.items():
             patch.setenv(name, value)
-        arguments = ["--model_dir", str(ROOT / "demo" / "model"), "--dtype", "float32", "--tracing", *flags]
-        try:
-            with processes.predictor(
-                arguments, model_name="demo", port=processes.free_port(), stderr=stderr
-            ) as predictor:
-                yield predictor
-        finally:
-            print(log.read_text())  # noqa: T201, shown by pytest where a test failed
-    assert "Traceback" not in log.read_text()
+        with servers.in_process("--tracing", *flags, model_name=model_name) as server:
+            yield server
+            assert "Traceback" not in server.log
 
 
 @dataclass(frozen=True)
 class Served:
-    """A predictor that traces, what it has told, and how to ask it."""
+    """A predictor with tracing, and its collector."""
 
-    client: httpx.Client
+    server: InProcessServer
     collector: Collector
     stub: Any
-    log_file: Path
 
-    def ask(self, path: str, body: dict[str, Any], trace_id: str, flags: str = "01", **more: Any) -> httpx.Response:
+    @property
+    def client(self) -> httpx.Client:
+        return self.server.client
+
+    def send(self, path: str, body: dict[str, Any], trace_id: str, flags: str = "01", **more: Any) -> httpx.Response:
         headers = {"traceparent": f"00-{trace_id}-{SPAN}-{flags}", **more.pop("headers", {})}
         return self.client.post(path, json=body, headers=headers, **more)
 
-    def catch_up(self) -> None:
-        """Wait for the spans of one more request: those of all before have come then."""
+    def flush(self) -> None:
+        """Wait for the spans of one more request; those of all previous ones have arrived then."""
         last = uuid.uuid4().hex
-        self.ask(OPENAI, completing(1), last)
+        self.send(OPENAI, completing(1), last)
         self.collector.of(last)
 
-    def until(self, running: int) -> None:
-        """Wait until so many sequences run, for as long as the run's own limit allows."""
-        gauge = f'kserve_llm_num_requests_running{{model_name="demo"}} {running}.0\n'
-        while gauge not in self.client.get("/metrics").text:
-            time.sleep(0.01)
+    def wait_running(self, count: int) -> None:
+        """Wait until `count` sequences run."""
+        self.server.wait_for_metrics(num_requests_running=count)
 
-    def line(self, trace_id: str) -> dict[str, Any]:
-        """The log's line of the request with that trace, which comes after the answer."""
-        deadline = time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < deadline:
-            lines = [json.loads(line) for line in self.log_file.read_text().splitlines()]
-            if found := [line for line in lines if line.get("trace_id") == trace_id]:
-                [line] = found
-                return line
-            time.sleep(0.02)
-        raise AssertionError(f"the log has no line of {trace_id}")
+    def line(self, name: str, value: str) -> dict[str, Any]:
+        """The log line with this field; it is written after the response."""
+
+        def matching() -> list[dict[str, Any]]:
+            lines = map(json.loads, self.server.log.splitlines())
+            return [line for line in lines if line.get(name) == value and "status" in line]
+
+        self.server.wait_for(lambda: bool(matching()))
+        [line] = matching()
+        return line
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    folder, port = tmp_path_factory.mktemp("tracing"), processes.free_port()
-    flags = ["--max_num_seqs", "2", "--max_queued_requests", "2", "--log_format", "json"]
-    flags += ["--enable_grpc", "--grpc_port", str(port)]
+def served() -> Iterator[Served]:
+    flags = ["--max_num_seqs", "2", "--max_queued_requests", "2", "--enable_grpc"]
     with (
         collecting() as collector,
-        serving(folder, collector.url, *flags) as predictor,
-        httpx.Client(base_url=predictor.url, timeout=WAIT_SECONDS, trust_env=False) as client,
-        grpc.insecure_channel(f"127.0.0.1:{port}") as channel,
+        serving(collector.url, *flags, model_name="traced") as server,
+        grpc.insecure_channel(f"127.0.0.1:{server.grpc_port}") as channel,
     ):
-        yield Served(client, collector, service.GRPCInferenceServiceStub(channel), folder / "log")
+        yield Served(server, collector, service.GRPCInferenceServiceStub(channel))
+
+
+@pytest.fixture
+def slow(served: Served) -> Iterator[None]:
+    """Slow down the model, so that a long request does not finish within the test."""
+    served.server.hold.delay_seconds = 0.05
+    yield
+    served.server.hold.open()
 
 
 @pytest.fixture
 def trace_id() -> str:
-    """One for each test."""
+    """A new trace id."""
     return uuid.uuid4().hex
 
 
 def completing(tokens: int, **more: Any) -> dict[str, Any]:
-    return {"model": "demo", "prompt": "17+25=", "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
+    return {"model": "traced", "prompt": "17+25=", "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
 
 
 def generating(tokens: int) -> dict[str, Any]:
@@ -274,24 +277,24 @@ def tensor(name: str, *data: str) -> dict[str, Any]:
     [
         (OPENAI, completing(3), "text_completion"),
         (OPENAI, completing(3, stream=True), "text_completion"),
-        (CHAT, {"model": "demo", "messages": MESSAGES, **SAMPLING}, "chat"),
+        (CHAT, {"model": "traced", "messages": MESSAGES, **SAMPLING}, "chat"),
         (GENERATE, generating(3), "text_completion"),
         (f"{GENERATE}_stream", generating(3), "text_completion"),
-        ("/v1/models/demo:predict", {"instances": ["17+25="], "parameters": SAMPLING}, "text_completion"),
-        ("/v2/models/demo/infer", tensor("text_input", "17+25="), "text_completion"),
-        ("/v2/models/demo/versions/1/infer", tensor("messages", json.dumps(MESSAGES)), "chat"),
+        ("/v1/models/traced:predict", {"instances": ["17+25="], "parameters": SAMPLING}, "text_completion"),
+        ("/v2/models/traced/infer", tensor("text_input", "17+25="), "text_completion"),
+        ("/v2/models/traced/versions/1/infer", tensor("messages", json.dumps(MESSAGES)), "chat"),
     ],
 )
-def test_a_request_is_a_span_of_its_clients_trace(
+def test_request_is_child_span_of_caller(
     served: Served, trace_id: str, path: str, body: dict[str, Any], operation: str
 ) -> None:
-    assert served.ask(path, body, trace_id).status_code == 200
+    assert served.send(path, body, trace_id).status_code == 200
     trace = served.collector.of(trace_id)
     span = trace.request
     assert span.message.parent_span_id.hex() == SPAN
-    assert (span.name, span.status) == (f"{operation} demo", UNSET)
-    prompt_tokens = served.line(trace_id)["prompt_tokens"]
-    route = path.replace("demo", "{model_name}").replace("versions/1", "versions/{model_version}")
+    assert (span.name, span.status) == (f"{operation} traced", UNSET)
+    prompt_tokens = served.line("trace_id", trace_id)["prompt_tokens"]
+    route = path.replace("traced", "{model_name}").replace("versions/1", "versions/{model_version}")
     assert span.attributes == {
         "http.request.method": "POST",
         "http.response.status_code": 200,
@@ -299,7 +302,7 @@ def test_a_request_is_a_span_of_its_clients_trace(
         "url.scheme": "http",
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "kserve-llm",
-        "gen_ai.request.model": "demo",
+        "gen_ai.request.model": "traced",
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.input_tokens": prompt_tokens,
         "gen_ai.usage.output_tokens": 3,
@@ -316,9 +319,9 @@ def test_a_request_is_a_span_of_its_clients_trace(
     ]
 
 
-def test_its_sequences_go_through_their_phases_one_after_the_other_and_within_it(served: Served, trace_id: str) -> None:
+def test_sequences_have_consecutive_phases_within_request(served: Served, trace_id: str) -> None:
     before = time.time_ns()
-    assert served.ask(OPENAI, completing(20, n=2, prompt=["17+25=", "1+1="]), trace_id).status_code == 200
+    assert served.send(OPENAI, completing(20, n=2, prompt=["17+25=", "1+1="]), trace_id).status_code == 200
     trace = served.collector.of(trace_id)
     assert trace.names() == {index: list(PHASES) for index in range(4)}
     assert before <= trace.request.start < trace.request.end <= time.time_ns()
@@ -331,23 +334,23 @@ def test_its_sequences_go_through_their_phases_one_after_the_other_and_within_it
     assert trace.request.attributes["gen_ai.usage.output_tokens"] == 80
 
 
-def test_its_phases_take_as_long_as_the_log_says(served: Served, trace_id: str) -> None:
-    assert served.ask(OPENAI, completing(5), trace_id).status_code == 200
+def test_phases_have_same_durations_as_log(served: Served, trace_id: str) -> None:
+    assert served.send(OPENAI, completing(5), trace_id).status_code == 200
     [queue, prefill, decode] = served.collector.of(trace_id).sequences[0]
-    line = served.line(trace_id)
+    line = served.line("trace_id", trace_id)
     assert queue.seconds == pytest.approx(line["queue_seconds"], abs=1e-4)
     assert queue.seconds + prefill.seconds == pytest.approx(line["first_token_seconds"], abs=1e-4)
     assert queue.seconds + prefill.seconds + decode.seconds < line["duration_ms"] / 1000
 
 
-def test_nothing_that_a_client_sends_is_in_a_span(served: Served, trace_id: str) -> None:
-    body = {"model": "demo", "messages": [{"role": "user", "content": PRIVATE}], **SAMPLING, "stop": [PRIVATE]}
+def test_spans_contain_no_client_data(served: Served, trace_id: str) -> None:
+    body = {"model": "traced", "messages": [{"role": "user", "content": PRIVATE}], **SAMPLING, "stop": [PRIVATE]}
     headers = {"x-request-id": PRIVATE, "user-agent": PRIVATE, "cookie": PRIVATE, "baggage": f"a={PRIVATE}"}
     for path, status in ((f"{CHAT}?q={PRIVATE}", 200), (f"/{PRIVATE}", 404), (f"/v2/models/{PRIVATE}/infer", 404)):
-        assert served.ask(path, body, trace_id, headers=headers).status_code == status
+        assert served.send(path, body, trace_id, headers=headers).status_code == status
     wrong = {**body, PRIVATE: PRIVATE, "model": PRIVATE}
-    assert served.ask(CHAT, wrong, trace_id, headers=headers).status_code in (400, 404)
-    served.catch_up()
+    assert served.send(CHAT, wrong, trace_id, headers=headers).status_code in (400, 404)
+    served.flush()
     assert len([span for span in served.collector.spans if span.trace_id == trace_id]) == 4 + len(PHASES)
     assert not any(PRIVATE.encode() in body for body in served.collector.bodies)
 
@@ -369,40 +372,35 @@ def test_nothing_that_a_client_sends_is_in_a_span(served: Served, trace_id: str)
         [f"00-{TRACE}-{SPAN}-01", f"00-{TRACE[::-1]}-{SPAN}-01"],
     ],
 )
-def test_a_traceparent_that_is_none_is_ignored(served: Served, trace_id: str, sent: list[Any]) -> None:
+def test_invalid_traceparent_is_ignored(served: Served, trace_id: str, sent: list[Any]) -> None:
     headers = [("x-request-id", trace_id), *(("traceparent", value) for value in sent)]
     assert served.client.post(OPENAI, json=completing(2), headers=headers).status_code == 200
-    deadline = time.monotonic() + WAIT_SECONDS
-    while f'"request_id": "{trace_id}"' not in served.log_file.read_text() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    [line] = [
-        line for line in map(json.loads, served.log_file.read_text().splitlines()) if line.get("request_id") == trace_id
-    ]
+    line = served.line("request_id", trace_id)
     trace = served.collector.of(line["trace_id"])
     assert line["trace_id"] not in (TRACE, TRACE[::-1])
     assert trace.request.message.parent_span_id == b""
     assert trace.names() == {0: list(PHASES)}
 
 
-def test_a_tracestate_is_passed_on_and_a_broken_one_dropped(served: Served, trace_id: str) -> None:
-    assert served.ask(OPENAI, completing(1), trace_id, headers={"tracestate": "vendor=1,other=2"}).status_code == 200
+def test_tracestate_is_propagated_if_valid(served: Served, trace_id: str) -> None:
+    assert served.send(OPENAI, completing(1), trace_id, headers={"tracestate": "vendor=1,other=2"}).status_code == 200
     assert served.collector.of(trace_id).request.message.trace_state == "vendor=1,other=2"
     other = uuid.uuid4().hex
-    assert served.ask(OPENAI, completing(1), other, headers={"tracestate": "vendor=1,marmalade"}).status_code == 200
+    assert served.send(OPENAI, completing(1), other, headers={"tracestate": "vendor=1,marmalade"}).status_code == 200
     assert served.collector.of(other).request.message.trace_state == ""
-    assert "marmalade" not in served.log_file.read_text()
+    assert "marmalade" not in served.server.log
 
 
-def test_a_client_may_ask_not_to_be_traced(served: Served, trace_id: str) -> None:
-    assert served.ask(OPENAI, completing(1), trace_id, flags="00").status_code == 200
-    assert served.line(trace_id)["status"] == 200
-    served.catch_up()
+def test_unsampled_traceparent_is_not_exported(served: Served, trace_id: str) -> None:
+    assert served.send(OPENAI, completing(1), trace_id, flags="00").status_code == 200
+    assert served.line("trace_id", trace_id)["status"] == 200
+    served.flush()
     assert trace_id not in {span.trace_id for span in served.collector.spans}
 
 
-def test_probes_are_not_traced(served: Served, trace_id: str) -> None:
+def test_probes_are_not_exported(served: Served, trace_id: str) -> None:
     headers = {"traceparent": f"00-{trace_id}-{SPAN}-01"}
-    for path in ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready"):
+    for path in ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/traced/ready"):
         assert served.client.get(path, headers=headers).status_code == 200
     assert served.client.get("/v2", headers=headers).status_code == 200
     assert served.collector.of(trace_id).request.name == "GET /v2"
@@ -415,11 +413,11 @@ def test_probes_are_not_traced(served: Served, trace_id: str) -> None:
         ("POST", "/v2/models/other/generate", {}, "POST /v2/models/{model_name}/generate", 404, "NotFound"),
         ("POST", "/nowhere", {}, "POST", 404, None),
         ("PROPFIND", "/nowhere", {}, "HTTP", 404, None),
-        ("POST", OPENAI, completing(2000), "text_completion demo", 400, "InvalidRequest"),
-        ("POST", OPENAI, completing(9, n=5), "text_completion demo", 400, "InvalidRequest"),
+        ("POST", OPENAI, completing(2000), "text_completion traced", 400, "InvalidRequest"),
+        ("POST", OPENAI, completing(9, n=5), "text_completion traced", 400, "InvalidRequest"),
     ],
 )
-def test_a_request_that_is_refused_is_no_error_of_ours(
+def test_rejected_request_is_not_an_error_span(
     served: Served, trace_id: str, method: str, path: str, body: Any, name: str, status: int, error: str | None
 ) -> None:
     headers = {"traceparent": f"00-{trace_id}-{SPAN}-01"}
@@ -431,12 +429,11 @@ def test_a_request_that_is_refused_is_no_error_of_ours(
     assert trace.request.attributes["http.request.method"] == ("POST" if method == "POST" else "_OTHER")
 
 
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_whose_time_is_over_is_an_error_and_so_is_the_phase_that_it_was_in(
-    served: Served, trace_id: str, stream: bool
-) -> None:
+def test_timed_out_request_is_error_span_with_failed_phase(served: Served, trace_id: str, stream: bool) -> None:
     late = {"x-request-timeout-seconds": "0.4"}
-    answer = served.ask(OPENAI, completing(1000, n=4, stream=stream), trace_id, headers=late)
+    answer = served.send(OPENAI, completing(1000, n=4, stream=stream), trace_id, headers=late)
     assert answer.status_code == (200 if stream else 504)
     trace = served.collector.of(trace_id)
     assert trace.request.status == ERROR
@@ -450,18 +447,19 @@ def test_a_request_whose_time_is_over_is_an_error_and_so_is_the_phase_that_it_wa
         assert spans[-1].attributes["gen_ai.response.finish_reasons"] == ["deadline"]
 
 
+@pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_is_no_error(served: Served, trace_id: str, stream: bool) -> None:
+def test_disconnected_client_is_not_an_error_span(served: Served, trace_id: str, stream: bool) -> None:
     body = json.dumps(completing(1000, stream=stream))
     head = (
         f"POST {OPENAI} HTTP/1.1\r\nHost: here\r\nTraceparent: 00-{trace_id}-{SPAN}-01\r\nContent-Length: {len(body)}"
     )
     with socket.create_connection((served.client.base_url.host, served.client.base_url.port or 0)) as connection:
-        served.until(running=0)
+        served.wait_running(0)
         connection.sendall(f"{head}\r\n\r\n{body}".encode())
-        served.until(running=1)
+        served.wait_running(1)
     trace = served.collector.of(trace_id)
-    assert (trace.request.name, trace.request.status) == ("text_completion demo", UNSET)
+    assert (trace.request.name, trace.request.status) == ("text_completion traced", UNSET)
     assert trace.request.attributes["http.response.status_code"] == request_record.CLIENT_GONE
     assert trace.request.attributes["gen_ai.response.finish_reasons"] == ["cancelled"]
     # It ran; whether it had a token is a matter of time.
@@ -469,13 +467,14 @@ def test_a_client_that_leaves_is_no_error(served: Served, trace_id: str, stream:
     assert {span.status for span in trace.sequences[0]} == {UNSET}
 
 
-def test_a_request_for_which_there_is_no_room_is_refused_and_never_queued(served: Served, trace_id: str) -> None:
+@pytest.mark.usefixtures("slow")
+def test_overloaded_request_has_no_sequences(served: Served, trace_id: str) -> None:
     with served.client.stream("POST", OPENAI, json=completing(1000, n=4, stream=True)) as running:
         lines = running.iter_lines()
         next(lines)
-        assert served.ask(OPENAI, completing(1), trace_id).status_code == 429
+        assert served.send(OPENAI, completing(1), trace_id).status_code == 429
     trace = served.collector.of(trace_id)
-    assert (trace.request.name, trace.request.status, trace.sequences) == ("text_completion demo", UNSET, {})
+    assert (trace.request.name, trace.request.status, trace.sequences) == ("text_completion traced", UNSET, {})
     assert trace.request.attributes["error.type"] == "Overloaded"
 
 
@@ -490,21 +489,21 @@ def inferring(tokens: int, **fields: Any) -> Any:
         "max_tokens": messages.InferParameter(int64_param=tokens),
         "ignore_eos": messages.InferParameter(bool_param=True),
     }
-    return messages.ModelInferRequest(**{"model_name": "demo", "inputs": inputs, "parameters": parameters} | fields)
+    return messages.ModelInferRequest(**{"model_name": "traced", "inputs": inputs, "parameters": parameters} | fields)
 
 
-def test_a_call_over_grpc_is_a_span_of_its_clients_trace(served: Served, trace_id: str) -> None:
+def test_grpc_call_is_child_span_of_caller(served: Served, trace_id: str) -> None:
     served.stub.ModelInfer(inferring(3), metadata=[("traceparent", f"00-{trace_id}-{SPAN}-01")])
     trace = served.collector.of(trace_id)
     assert trace.request.message.parent_span_id.hex() == SPAN
-    assert (trace.request.name, trace.request.status) == ("text_completion demo", UNSET)
+    assert (trace.request.name, trace.request.status) == ("text_completion traced", UNSET)
     assert trace.request.attributes == {
         "rpc.system.name": "grpc",
         "rpc.method": "inference.GRPCInferenceService/ModelInfer",
         "rpc.response.status_code": "OK",
         "gen_ai.operation.name": "text_completion",
         "gen_ai.provider.name": "kserve-llm",
-        "gen_ai.request.model": "demo",
+        "gen_ai.request.model": "traced",
         "gen_ai.response.finish_reasons": ["length"],
         "gen_ai.usage.input_tokens": 7,
         "gen_ai.usage.output_tokens": 3,
@@ -512,10 +511,10 @@ def test_a_call_over_grpc_is_a_span_of_its_clients_trace(served: Served, trace_i
     assert trace.names() == {0: list(PHASES)}
     assert trace.request.start <= trace.sequences[0][0].start
     assert trace.sequences[0][-1].end <= trace.request.end
-    assert served.line(trace_id)["protocol"] == "grpc"
+    assert served.line("trace_id", trace_id)["protocol"] == "grpc"
 
 
-def test_a_call_over_grpc_that_fails_says_so(served: Served, trace_id: str) -> None:
+def test_failed_grpc_call_has_status_code(served: Served, trace_id: str) -> None:
     metadata = [("traceparent", f"00-{trace_id}-{SPAN}-01")]
     with pytest.raises(grpc.RpcError):
         served.stub.ModelInfer(inferring(3, model_name="other"), metadata=metadata)
@@ -525,127 +524,104 @@ def test_a_call_over_grpc_that_fails_says_so(served: Served, trace_id: str) -> N
     assert trace.request.attributes["error.type"] == "NotFound"
 
 
-def test_a_call_over_grpc_that_is_cancelled_is_no_error(served: Served, trace_id: str) -> None:
-    served.until(running=0)
+@pytest.mark.usefixtures("slow")
+def test_cancelled_grpc_call_is_not_an_error_span(served: Served, trace_id: str) -> None:
+    served.wait_running(0)
     call = served.stub.ModelInfer.future(inferring(1000), metadata=[("traceparent", f"00-{trace_id}-{SPAN}-01")])
-    served.until(running=1)
+    served.wait_running(1)
     assert call.cancel()
     trace = served.collector.of(trace_id)
     assert (trace.request.status, trace.request.attributes["rpc.response.status_code"]) == (UNSET, "CANCELLED")
     assert trace.request.attributes["gen_ai.response.finish_reasons"] == ["cancelled"]
 
 
-# The end, and collectors that are not there
+# Shutdown and unavailable collectors
 
 
-def test_the_last_spans_leave_before_the_process_ends(tmp_path: Path) -> None:
-    # Nothing would leave by itself within an hour.
-    with (
-        collecting() as collector,
-        serving(tmp_path, collector.url, OTEL_BSP_SCHEDULE_DELAY="3600000") as predictor,
-        ThreadPoolExecutor() as threads,
-    ):
-        began = threading.Event()
+def test_process_shutdown_exports_last_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with collecting() as collector, ThreadPoolExecutor() as threads:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+        # No span is exported before the shutdown.
+        monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "3600000")
+        with servers.own_process(tmp_path, "--tracing") as (server, orders):
+            orders.give("slow")
+            started = threading.Event()
 
-        def read() -> None:
-            with httpx.stream(
-                "POST",
-                predictor.url + OPENAI,
-                json=completing(1000, stream=True),
-                headers={"traceparent": f"00-{TRACE}-{SPAN}-01"},
-                timeout=WAIT_SECONDS,
-                trust_env=False,
-            ) as response:
-                for _ in response.iter_lines():
-                    began.set()
+            def read() -> None:
+                body = {**completing(1000, stream=True), "model": server.model_name}
+                headers = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
+                with server.client.stream("POST", OPENAI, json=body, headers=headers) as response:
+                    for _ in response.iter_lines():
+                        started.set()
 
-        reading = threads.submit(read)
-        assert began.wait(WAIT_SECONDS)
-        assert collector.bodies == []
-        for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
-            predictor.process.send_signal(sent)
-        reading.result(WAIT_SECONDS)
-        assert predictor.process.wait(WAIT_SECONDS) == 0
+            reading = threads.submit(read)
+            assert started.wait(WAIT_SECONDS)
+            assert collector.bodies == []
+            for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+                server.process.send_signal(sent)
+            reading.result(WAIT_SECONDS)
+            assert server.process.wait(WAIT_SECONDS) == 0
+            assert "Traceback" not in server.log
         trace = collector.of(TRACE)
     assert (trace.request.status, trace.request.attributes["error.type"]) == (ERROR, "EngineStopped")
     assert trace.request.attributes["gen_ai.response.finish_reasons"] == ["failed"]
     assert [span.status for span in trace.sequences[0]] == [UNSET, UNSET, ERROR]
 
 
-@pytest.mark.parametrize("collector", ["refuses", "never answers"])
-def test_a_collector_that_is_not_there_disturbs_nothing(collector: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("answers", [False, True], ids=["refuses", "never-answers"])
+def test_unavailable_collector_affects_neither_requests_nor_shutdown(
+    answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing_module, "CLOSE_SECONDS", 0.2)
     with socket.socket() as port:
         port.bind(("127.0.0.1", 0))
-        if collector == "never answers":
+        if answers:
             port.listen()
         endpoint = f"http://127.0.0.1:{port.getsockname()[1]}"
-        with (
-            serving(
-                tmp_path,
-                endpoint,
-                # Longer than a process that is told to end is waited for.
-                OTEL_EXPORTER_OTLP_TIMEOUT="3600",
-                OTEL_BSP_MAX_QUEUE_SIZE="8",
-                OTEL_BSP_MAX_EXPORT_BATCH_SIZE="8",
-            ) as predictor,
-            httpx.Client(base_url=predictor.url, timeout=WAIT_SECONDS, trust_env=False) as client,
-        ):
-            # More of them than the queue holds.
-            assert {client.post(OPENAI, json=completing(2)).status_code for _ in range(12)} == {200}
-            assert processes.stop(predictor.process) == 0
+        limits = {
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "3600",
+            "OTEL_BSP_MAX_QUEUE_SIZE": "8",
+            "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "8",
+        }
+        with serving(endpoint, model_name=f"unexported-{answers}", **limits) as server:
+            body = {**completing(2), "model": server.model_name}
+            # More requests than the queue holds.
+            assert {server.client.post(OPENAI, json=body).status_code for _ in range(12)} == {200}
 
 
 # Off, or not installed
 
 
-LOADED = """
-import sys
-from predictor import settings
-read = settings.read(sys.argv[1:])
-del sys.argv[1:]
-from predictor.entrypoints import lifecycle
-lifecycle.create_tracing(read)
-names = "predictor.observability.tracing", "opentelemetry.sdk", "opentelemetry.exporter"
-print(*(name for name in names if name in sys.modules))
-"""
-
-
 @pytest.mark.parametrize(
     ("flags", "loaded"),
     [([], []), (["--tracing"], ["predictor.observability.tracing", "opentelemetry.sdk", "opentelemetry.exporter"])],
+    ids=["off", "on"],
 )
-def test_what_makes_spans_is_loaded_only_where_they_are_wanted(flags: list[str], loaded: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-c", LOADED, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
+def test_opentelemetry_is_imported_only_if_enabled(flags: list[str], loaded: list[str]) -> None:
+    program = ROOT / "tests" / "programs" / "tracing_modules.py"
+    done = subprocess.run([sys.executable, program, *flags], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == loaded
 
 
-MISSING = """
-import runpy, sys
-sys.modules[sys.argv.pop(1)] = None
-runpy.run_module("predictor", run_name="__main__", alter_sys=True)
-"""
-
-
-def test_what_is_not_installed_is_named_with_the_extra_that_has_it() -> None:
+def test_missing_opentelemetry_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     module = "opentelemetry.exporter.otlp.proto.http.trace_exporter"
-    command = [sys.executable, "-c", MISSING, module, "--tracing", "--model_dir", str(ROOT / "demo" / "model")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip().splitlines()[-1]) == (
-        2,
-        f"error: --tracing needs OpenTelemetry; {module} is not installed. Run pip install 'kserve-llm[tracing]'.",
-    )
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.delitem(sys.modules, "predictor.observability.tracing")
+    monkeypatch.delattr("predictor.observability.tracing")
+    with pytest.raises(InvalidSettings, match=rf"{module} is not installed. Run pip install 'kserve-llm\[tracing\]'"):
+        lifecycle.create_tracing(settings.read(["--tracing"]))
 
 
-# Tracing by itself
+# `Tracing` without a server
 
 
 @contextmanager
-def telling(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[tuple[Tracing, Collector]]:
-    """What tells, and where it arrives; all of it has once this ends."""
+def exporting(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[tuple[Tracing, Collector]]:
+    """A `Tracing` and its collector, which has received all spans at the end."""
     with collecting() as collector:
         for name, value in {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, **variables}.items():
             monkeypatch.setenv(name, value)
-        tracing = Tracing("demo")
+        tracing = Tracing("traced")
         yield tracing, collector
         tracing.close()
 
@@ -670,10 +646,10 @@ def scope(*headers: tuple[str, str]) -> dict[str, Any]:
         (504, "DeadlineExceeded", ERROR),
     ],
 )
-def test_an_error_is_what_the_server_could_not_do(
+def test_export_http_status_decides_error(
     monkeypatch: pytest.MonkeyPatch, status: int, error: str | None, expected: int
 ) -> None:
-    with telling(monkeypatch) as (tracing, collector):
+    with exporting(monkeypatch) as (tracing, collector):
         tracing.export_http(scope(), status, time.monotonic(), RequestRecord(error=error))
     [span] = collector.spans
     assert (span.status, span.attributes.get("error.type")) == (expected, error)
@@ -684,7 +660,7 @@ def test_an_error_is_what_the_server_could_not_do(
     [("eos_token", UNSET), ("stop_sequence", UNSET), ("cancelled", UNSET), ("deadline", ERROR), ("failed", ERROR)],
 )
 @pytest.mark.parametrize("reached", PHASES)
-def test_a_sequence_ends_in_the_phase_that_it_reached(
+def test_export_http_sequence_ends_in_reached_phase(
     monkeypatch: pytest.MonkeyPatch, reached: str, outcome: str, status: int
 ) -> None:
     admitted = time.monotonic() - 4
@@ -703,7 +679,7 @@ def test_a_sequence_ends_in_the_phase_that_it_reached(
             )
         ]
     )
-    with telling(monkeypatch) as (tracing, collector):
+    with exporting(monkeypatch) as (tracing, collector):
         now = time.time()
         tracing.export_http(scope(), 200, admitted - 1, record)
     *spans, request = collector.spans
@@ -719,11 +695,11 @@ def test_a_sequence_ends_in_the_phase_that_it_reached(
     assert record.trace_id == request.trace_id
 
 
-def test_sequences_stand_in_the_order_in_which_they_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_http_orders_sequences_by_index(monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     reasons = {1: "length", 2: "eos_token", 0: "stop_sequence"}
     record = RequestRecord(finished=[finished(index, outcome, began) for index, outcome in reasons.items()])
-    with telling(monkeypatch) as (tracing, collector):
+    with exporting(monkeypatch) as (tracing, collector):
         tracing.export_http(scope(), 200, began, record)
     assert collector.spans[-1].attributes["gen_ai.response.finish_reasons"] == ["stop_sequence", "length", "eos_token"]
     assert [span.attributes["kserve_llm.sequence"] for span in collector.spans[:-1]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
@@ -740,31 +716,31 @@ def test_sequences_stand_in_the_order_in_which_they_were_asked_for(monkeypatch: 
         ),
     ],
 )
-def test_a_service_is_called_as_opentelemetrys_variables_say(
+def test_resource_follows_otel_variables(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], expected: dict[str, str]
 ) -> None:
-    with telling(monkeypatch, **variables) as (tracing, collector):
+    with exporting(monkeypatch, **variables) as (tracing, collector):
         tracing.export_http(scope(), 200, time.monotonic(), RequestRecord())
     [span] = collector.spans
     assert span.resource.items() >= expected.items()
     assert "service.version" in span.resource
 
 
-def test_which_requests_are_kept_is_opentelemetrys_variables_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_http_with_sampler_off_exports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     record = RequestRecord(finished=[finished(0, "length", time.monotonic())])
-    with telling(monkeypatch, OTEL_TRACES_SAMPLER="always_off") as (tracing, collector):
+    with exporting(monkeypatch, OTEL_TRACES_SAMPLER="always_off") as (tracing, collector):
         tracing.export_http(scope(("traceparent", f"00-{TRACE}-{SPAN}-01")), 200, time.monotonic(), record)
     assert (collector.spans, record.trace_id) == ([], TRACE)
 
 
-def test_a_variable_of_opentelemetrys_that_makes_no_sense_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_otel_variable_is_invalid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "-1")
     with pytest.raises(InvalidSettings, match=r"OTEL_.*schedule_delay_millis must be positive"):
-        Tracing("demo")
+        Tracing("traced")
 
 
-def test_nothing_is_told_where_opentelemetry_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disabled_sdk_exports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     record = RequestRecord()
-    with telling(monkeypatch, OTEL_SDK_DISABLED="true") as (tracing, collector):
+    with exporting(monkeypatch, OTEL_SDK_DISABLED="true") as (tracing, collector):
         tracing.export_http(scope(), 200, time.monotonic(), record)
     assert (collector.spans, record.trace_id) == ([], None)

@@ -147,7 +147,8 @@ def response(**fields: Any) -> dict[str, Any]:
     request = open_inference.parse(body(data=["a", "b"], **{"shape": [2]} | fields), "m")
     content, header_length = open_inference.serialize(request, open_inference.encode(request, COMPLETIONS), None)
     assert header_length is None
-    return json.loads(content)
+    parsed: dict[str, Any] = json.loads(content)
+    return parsed
 
 
 def test_encode_without_outputs_returns_text_only() -> None:

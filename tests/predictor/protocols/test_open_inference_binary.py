@@ -19,7 +19,7 @@ COMPLETIONS = [
 def binary(elements: list[bytes], size: int | None = None, **fields: Any) -> tuple[bytes, str]:
     """A body whose prompts follow the JSON, and its header."""
     tail = b"".join(len(element).to_bytes(4, "little") + element for element in elements)
-    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [len(elements)]}
+    tensor: dict[str, Any] = {"name": "text_input", "datatype": "BYTES", "shape": [len(elements)]}
     tensor["parameters"] = {"binary_data_size": len(tail) if size is None else size}
     head = json.dumps({"inputs": [tensor], **fields}).encode()
     return head + tail, str(len(head))

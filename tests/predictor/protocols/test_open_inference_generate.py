@@ -25,13 +25,13 @@ def delta(
 
 
 def test_decode_without_parameters_uses_the_specifications_defaults() -> None:
-    asked = open_inference_generate.decode(b'{"text_input": "Hi"}', "m", None)
-    assert asked.request.sampling == SamplingParams(max_tokens=20, temperature=1.0)
+    decoded = open_inference_generate.decode(b'{"text_input": "Hi"}', "m", None)
+    assert decoded.request.sampling == SamplingParams(max_tokens=20, temperature=1.0)
 
 
 def test_stream_details_are_in_the_last_event() -> None:
-    asked = open_inference_generate.decode(b'{"text_input": "Hi", "parameters": {"details": true}}', "m", "1")
-    stream = open_inference_generate.EventEncoder(asked)
+    decoded = open_inference_generate.decode(b'{"text_input": "Hi", "parameters": {"details": true}}', "m", "1")
+    stream = open_inference_generate.EventEncoder(decoded)
     token = Token(7, "a", -0.5)
     [first] = stream.delta(delta(0, "a", 1, 1, tokens=(token,)))
     assert json.loads(first.removeprefix("data: ")) == {"text_output": "a", "model_name": "m", "model_version": "1"}

@@ -1,41 +1,42 @@
-"""OpenAI's and Triton's clients; KServe's is in `routes/test_open_inference.py`."""
+"""OpenAI's and Triton's clients with a running predictor; KServe's is in `routes/test_open_inference.py`."""
 
 from collections.abc import Iterator
 
 import numpy
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
 from tritonclient import http as triton
 
 from tests.predictor.servers import Server
 
-QUESTION = [{"role": "user", "content": "What is 17 + 25?"}]
+QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 17 + 25?"}]
 ANSWER = "7+5=12 1+2+1=4 42"
 
 
 @pytest.fixture(params=["/v1", "/openai/v1"])
 def openai_client(server: Server, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + request.param, api_key="none", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(base_url=server.url + request.param, api_key="none", max_retries=0, timeout=300) as client:
         yield client
 
 
 @pytest.fixture
 def triton_client(server: Server) -> Iterator[triton.InferenceServerClient]:
-    client = triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=60)
+    client = triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=300)
     try:
         yield client
     finally:
         client.close()
 
 
-def test_openai_models_are_listed_and_retrieved(openai_client: openai.OpenAI) -> None:
+def test_openai_client_lists_and_retrieves_the_model(openai_client: openai.OpenAI) -> None:
     assert [model.id for model in openai_client.models.list()] == ["demo"]
     assert openai_client.models.retrieve("demo").object == "model"
     with pytest.raises(openai.NotFoundError):
         openai_client.models.retrieve("other")
 
 
-def test_openai_chat_completion_is_correct(openai_client: openai.OpenAI) -> None:
+def test_openai_client_chat_returns_a_completion(openai_client: openai.OpenAI) -> None:
     completion = openai_client.chat.completions.create(model="demo", messages=QUESTION, temperature=0)
     [choice] = completion.choices
     assert (choice.message.content, choice.finish_reason) == (ANSWER, "stop")
@@ -43,32 +44,32 @@ def test_openai_chat_completion_is_correct(openai_client: openai.OpenAI) -> None
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + completion.usage.completion_tokens
 
 
-def test_openai_chat_stream_has_text_and_usage(openai_client: openai.OpenAI) -> None:
+def test_openai_client_chat_stream_ends_with_usage(openai_client: openai.OpenAI) -> None:
     chunks = list(
         openai_client.chat.completions.create(
             model="demo", messages=QUESTION, temperature=0, stream=True, stream_options={"include_usage": True}
         )
     )
-    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(pieces) == ANSWER
-    assert len([piece for piece in pieces if piece]) > 5, "piece by piece, not in one lump"
+    deltas = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(deltas) == ANSWER
+    assert len([delta for delta in deltas if delta]) > 1
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == "stop"
     assert chunks[-1].usage is not None
     assert chunks[-1].choices == []
 
 
-def test_openai_completions_with_a_seed_repeat(openai_client: openai.OpenAI) -> None:
-    def ask() -> list[str]:
+def test_openai_client_n_completions_with_a_seed_are_repeatable(openai_client: openai.OpenAI) -> None:
+    def generate() -> list[str]:
         completion = openai_client.completions.create(
             model="demo", prompt="17+25=", n=2, seed=5, temperature=2, top_p=1, max_tokens=12
         )
         return [choice.text for choice in completion.choices]
 
-    assert ask() == ask()
-    assert len(set(ask())) == 2
+    assert generate() == generate()
+    assert len(set(generate())) == 2
 
 
-def test_openai_completion_stream_with_stop_and_echo_is_correct(openai_client: openai.OpenAI) -> None:
+def test_openai_client_completion_stream_with_stop_and_echo(openai_client: openai.OpenAI) -> None:
     stream = openai_client.completions.create(
         model="demo", prompt="17+25=", echo=True, stop=" 1+", temperature=0, stream=True
     )
@@ -77,7 +78,7 @@ def test_openai_completion_stream_with_stop_and_echo_is_correct(openai_client: o
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_openai_logprobs_cover_all_tokens(openai_client: openai.OpenAI) -> None:
+def test_openai_client_logprobs_are_returned(openai_client: openai.OpenAI) -> None:
     completion = openai_client.chat.completions.create(
         model="demo", messages=QUESTION, temperature=0, max_completion_tokens=3, logprobs=True, top_logprobs=2
     )
@@ -92,7 +93,7 @@ def test_openai_logprobs_cover_all_tokens(openai_client: openai.OpenAI) -> None:
     assert len(old.choices[0].logprobs.tokens or []) == 3
 
 
-def test_openai_errors_have_their_own_types(openai_client: openai.OpenAI) -> None:
+def test_openai_client_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         openai_client.chat.completions.create(model="other", messages=QUESTION)
     with pytest.raises(openai.BadRequestError) as raised:
@@ -106,7 +107,7 @@ def test_openai_errors_have_their_own_types(openai_client: openai.OpenAI) -> Non
         )
 
 
-def test_triton_health_and_metadata_are_read(triton_client: triton.InferenceServerClient) -> None:
+def test_triton_client_reads_readiness_and_metadata(triton_client: triton.InferenceServerClient) -> None:
     assert triton_client.is_server_live()
     assert triton_client.is_server_ready()
     assert triton_client.is_model_ready("demo")
@@ -116,7 +117,7 @@ def test_triton_health_and_metadata_are_read(triton_client: triton.InferenceServ
 
 
 @pytest.mark.parametrize("binary", [True, False])
-def test_triton_infer_with_either_tensor_format_is_correct(
+def test_triton_client_infers_with_binary_and_json_tensors(
     triton_client: triton.InferenceServerClient, binary: bool
 ) -> None:
     prompts = numpy.array([b"17+25=", b"60-91="], dtype=numpy.object_)
@@ -130,7 +131,7 @@ def test_triton_infer_with_either_tensor_format_is_correct(
     assert result.as_numpy("completion_tokens").tolist()[0] == 19
 
 
-def test_triton_error_has_the_servers_message(triton_client: triton.InferenceServerClient) -> None:
+def test_triton_client_raises_the_servers_error(triton_client: triton.InferenceServerClient) -> None:
     tensor = triton.InferInput("text_input", [1], "BYTES")
     tensor.set_data_from_numpy(numpy.array([b"1"], dtype=numpy.object_))
     with pytest.raises(triton.InferenceServerException, match="max_tokens: input should be greater"):

@@ -4,14 +4,8 @@ import httpx
 import pytest
 
 PREDICT = "/v1/models/demo:predict"
-
-
 GREEDY = {"temperature": 0, "max_tokens": 40}
-
-
 MESSAGES = [{"role": "user", "content": "What is 17 + 25?"}]
-
-
 ANSWER = " 7+5=12 1+2+1=4 42"
 
 

@@ -1,0 +1,103 @@
+"""Measure the CPU kernels: linear layers of one step, and attention of one layer.
+
+Shapes are those of Qwen2.5-0.5B. Prints medians in milliseconds as Markdown tables.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from predictor.kernels.cpu import gemm, ops
+from predictor.kernels.cpu.gemm import LinearKernel
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 896, 4864, 24, 151936
+HEADS, KV_HEADS, HEAD_DIM, KEYS = 14, 2, 64, 100
+LINEARS = [
+    *[(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM), (HIDDEN, HIDDEN), (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)]
+    * LAYERS,
+    (HIDDEN, VOCABULARY),
+]
+"""In and out features of the linear layers of a step, the LM head last."""
+
+
+def milliseconds(function: Callable[[], object], repetitions: int) -> float:
+    """Median duration of a call, after one warm-up call."""
+    durations = []
+    for _ in range(repetitions + 1):
+        start = time.perf_counter()
+        function()
+        durations.append(1000 * (time.perf_counter() - start))
+    return statistics.median(durations[1:])
+
+
+def build_linears(backend: str) -> list[LinearKernel]:
+    """Pack all linear layers of a step with random weights."""
+    kernels = []
+    for in_features, out_features in LINEARS:
+        weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
+        if backend == "onednn":
+            kernel = gemm.make_bf16_linear(weight, None)
+            if kernel is None:
+                raise SystemExit("oneDNN has no bfloat16 kernels on this CPU.")
+            kernels.append(kernel)
+        else:
+            make = gemm.FbgemmInt8Linear if backend == "fbgemm" else gemm.NativeInt8Linear
+            kernels.append(make(*gemm.quantize_per_channel_int8(weight), None))
+    return kernels
+
+
+def measure_linears(backends: list[str], token_counts: list[int], repetitions: int) -> None:
+    """Print a row per backend; above 32 tokens without the LM head, as in prefill."""
+    print("| backend |", *(f"{tokens} tokens |" for tokens in token_counts))
+    print("|---|" + "---|" * len(token_counts))
+    for backend in backends:
+        if backend in ops.CPU_ISAS:
+            ops.cpu_isa = backend
+        linears = build_linears(backend)
+        row = []
+        for tokens in token_counts:
+            inputs = {size: torch.randn(tokens, size) for size in (HIDDEN, INTERMEDIATE)}
+            steps = list(zip(linears, LINEARS, strict=True))[: None if tokens <= 32 else -1]
+            calls = [(kernel, inputs[in_features]) for kernel, (in_features, _) in steps]
+            row.append(milliseconds(lambda calls=calls: [kernel.forward(x) for kernel, x in calls], repetitions))
+        print(f"| {backend} |", *(f"{value:.1f} |" for value in row))
+
+
+def measure_attention(sequences: int, repetitions: int) -> None:
+    """Print the duration of one layer in C, and gathered with torch."""
+    slots = sequences * KEYS
+    key_cache, value_cache = torch.randn(2, slots, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind()
+    query = torch.randn(sequences, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    mapping, query_indices = torch.randperm(slots), torch.arange(sequences)
+    ranges = torch.stack((query_indices * KEYS, (query_indices + 1) * KEYS), 1)
+
+    def gathered() -> torch.Tensor:
+        key, value = (
+            cache.index_select(0, mapping).unflatten(0, (sequences, KEYS)).transpose(1, 2)
+            for cache in (key_cache, value_cache)
+        )
+        grouped = query.unflatten(1, (KV_HEADS, HEADS // KV_HEADS))
+        return torch.nn.functional.scaled_dot_product_attention(grouped, key, value)
+
+    def paged() -> torch.Tensor:
+        indices = {"query_indices": query_indices, "slot_mapping": mapping, "kv_ranges": ranges}
+        return ops.paged_attention(query, key_cache, value_cache, scale=HEAD_DIM**-0.5, **indices)
+
+    in_c = f"{milliseconds(paged, repetitions):.3f}" if ops.cpu_isa else "unavailable"
+    print(f"attention, {sequences} sequences: C {in_c}, torch {milliseconds(gathered, repetitions):.3f}")
+
+
+if __name__ == "__main__":
+    supported = list(ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backends", nargs="+", default=["fbgemm", "onednn", *supported])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 256])
+    parser.add_argument("--repetitions", type=int, default=20)
+    arguments = parser.parse_args()
+    with torch.inference_mode():
+        for sequences in (8, 32):
+            measure_attention(sequences, 10 * arguments.repetitions)
+        measure_linears(arguments.backends, arguments.tokens, arguments.repetitions)

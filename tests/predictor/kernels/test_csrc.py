@@ -1,0 +1,71 @@
+"""The C sources: ctypes prototypes match the header, no compiler warnings, no sanitizer errors."""
+
+import ast
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from devtools.paths import ROOT
+from predictor.kernels.cpu import ops
+
+CSRC = ROOT / "predictor" / "kernels" / "csrc"
+C_TYPES = {"void": None, "int": ctypes.c_int, "size_t": ctypes.c_size_t, "float": ctypes.c_float}
+needs_gcc = pytest.mark.skipif(not shutil.which("gcc") or ops.cpu_isa is None, reason="needs gcc and AVX-512 VNNI")
+
+
+def flags() -> list[str]:
+    """Compiler flags of the build hook, whose own imports exist only while a wheel is built."""
+    tree = ast.parse((ROOT / "hatch_build.py").read_text())
+    constants = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    return [*ast.literal_eval(constants["FLAGS"]), *ast.literal_eval(constants["INSTRUCTIONS"])]
+
+
+def c_type(declaration: str) -> object:
+    """The ctypes type of a parameter."""
+    return ctypes.c_void_p if "*" in declaration else C_TYPES[declaration.split()[-2]]
+
+
+def test_prototypes_match_the_header() -> None:
+    header = re.sub(r"/\*.*?\*/", "", (CSRC / "kernels.h").read_text(), flags=re.DOTALL)
+    declarations = re.findall(r"^(\w+) (\w+)\(([^)]*)\);", header, flags=re.MULTILINE)
+    assert len(declarations) == header.count(");")
+    parsed = {
+        name: (C_TYPES[result], [] if arguments == "void" else [c_type(argument) for argument in arguments.split(",")])
+        for result, name, arguments in declarations
+    }
+    assert parsed == ops.PROTOTYPES
+
+
+def test_cpu_isas_match_the_header() -> None:
+    names = re.search(r"enum \{ ([^}]*) \}", (CSRC / "kernels.h").read_text())
+    assert names is not None
+    assert [str(isa or "none") for isa in ops.CPU_ISAS] == names[1].lower().replace("isa_", "").split(", ")
+
+
+@needs_gcc
+@pytest.mark.parametrize("source", sorted(path.name for path in CSRC.glob("*.c")))
+def test_source_compiles_without_warnings(source: str, tmp_path: Path) -> None:
+    command = ["gcc", *flags(), "-Werror", "-fsyntax-only", str(CSRC / source)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
+    program = tmp_path / "kernels_driver"
+    sources = [*CSRC.glob("*.c"), ROOT / "tests" / "programs" / "kernels_driver.c"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", f"-I{CSRC}"]
+    compile_command = ["gcc", *flags(), *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
+    result = subprocess.run(compile_command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    result = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,50 @@
+/* Calls the kernels with odd sizes on exactly sized buffers, for AddressSanitizer and UBSan. */
+#include "kernels.h"
+
+#include <stdlib.h>
+
+static float *floats(size_t count) {
+    float *numbers = malloc(count * sizeof *numbers);
+    for (size_t i = 0; i < count; i++) numbers[i] = (float)(rand() % 201 - 100) / 50;
+    return numbers;
+}
+
+static void test_gemm(size_t m, size_t n, size_t k, int isa) {
+    int8_t *weight = malloc(n * k), *scratch = malloc(int8_scratch_bytes(m, k));
+    uint8_t *packed_weight = malloc(int8_packed_bytes(n, k));
+    float *input = floats(2 * m * k), *scales = floats(n), *bias = floats(n), *norm = floats(k),
+          *residual = floats(m * n);
+    float *output = malloc(m * n * sizeof *output);
+    for (size_t i = 0; i < n * k; i++) weight[i] = (int8_t)(rand() % 255 - 127);
+    int8_pack_weight(weight, packed_weight, n, k);
+    int8_scaled_mm(input, packed_weight, scales, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, isa, 2);
+    int8_scaled_mm(input, packed_weight, scales, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, isa, 2);
+    free(weight), free(scratch), free(packed_weight), free(input), free(scales), free(bias), free(norm), free(residual);
+    free(output);
+}
+
+static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_dim) {
+    enum { SEQS = 3, SLOTS = 75 };
+    const int64_t kv_ranges[2 * SEQS] = {0, 1, 1, 34, 34, SLOTS}, query_indices[SEQS] = {2, 0, 1};
+    const size_t slot_stride = num_kv_heads * head_dim, query_stride = num_heads * head_dim;
+    int64_t *slot_mapping = malloc(SLOTS * sizeof *slot_mapping);
+    bfloat16 *cache = calloc(SLOTS * slot_stride, sizeof *cache), *query = calloc(SEQS * query_stride, sizeof *query);
+    float *output = malloc(SEQS * query_stride * sizeof *output);
+    for (int64_t i = 0; i < SLOTS; i++) slot_mapping[i] = SLOTS - 1 - i;
+    paged_attention(
+        query, query_stride, cache, cache, slot_stride, slot_mapping, kv_ranges, query_indices, SEQS, num_heads,
+        num_kv_heads, head_dim, 0.125f, output, 2
+    );
+    free(slot_mapping), free(cache), free(query), free(output);
+}
+
+int main(void) {
+    const size_t sizes[] = {1, 13, 33, 70};
+    for (int isa = ISA_AVX512_VNNI; isa <= cpu_isa(); isa++)
+        for (size_t m = 0; m < 4; m++)
+            for (size_t n = 0; n < 4; n++)
+                for (size_t k = 0; k < 4; k++) test_gemm(sizes[m], sizes[n], sizes[k], isa);
+    for (size_t head_dim = 32; head_dim <= 128; head_dim += 32)
+        test_attention(16, 1, head_dim), test_attention(6, 3, head_dim);
+    return 0;
+}
