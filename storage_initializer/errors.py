@@ -1,49 +1,49 @@
-"""Why a run failed, and whether running it again can help.
+"""Reasons why a run failed, and whether another run may succeed.
 
     InitializerError                exit 1, worth a retry
-    ├── HubUnavailable              the Hub does not give what it promised
-    │   └── HubBusy                 network, rate limit, stall, 5xx: asked again a few times within the run
-    ├── LeaseTimeout                another initializer holds the snapshot for too long
-    ├── LeaseLost                   another initializer took the snapshot over
-    ├── NoSpace                     the volume is too full
-    ├── VolumeFailed                the volume failed in some other way
-    ├── SourceFailed                a directory or archive as a source failed in some other way
-    ├── VerificationFailed          what was fetched is not what was promised
+    ├── HubUnavailable              the Hub returned something unexpected
+    │   └── TransientHubError       network, rate limit, stall, 5xx: retried a few times within the run
+    ├── LeaseTimeout                another initializer held the lease for too long
+    ├── LeaseLost                   another initializer took the lease over
+    ├── NoSpace                     the volume is full
+    ├── VolumeFailed                any other error of the volume
+    ├── SourceFailed                any other error of a source directory or archive
+    ├── VerificationFailed          fetched files do not match their checksums
     ├── Stopped                     SIGTERM or Ctrl-C
-    └── Pointless                   exit 2, pointless to retry
-        ├── InvalidUsage            the command line or a setting
-        ├── InvalidReference        a source that is not a reference
+    └── PermanentError              exit 2, pointless to retry
+        ├── InvalidUsage            command line or settings
+        ├── InvalidReference        malformed source
         ├── NotFound                no such repository, revision, directory or snapshot
-        ├── AccessDenied            gated or private, or the token is not accepted; a directory that may not be read
+        ├── AccessDenied            gated or private repository, rejected token, unreadable directory
         ├── RefusedSnapshot         files that no predictor should load
-        ├── RefusedVolume           a volume that cannot be written, or holds something unknown
-        └── DamagedSnapshot         a published snapshot is not what its record says
+        ├── RefusedVolume           a volume that is not writable or contains unknown files
+        └── DamagedSnapshot         a published snapshot differs from its record
 
-The text of every error is one sentence that names the culprit and the remedy: KServe shows the last line of the log
-as the reason of a failed InferenceService.
+Every message is one line with the cause and the fix: KServe shows the last line of the log as the reason of a failed
+InferenceService.
 """
 
 from typing import ClassVar
 
 
 class InitializerError(Exception):
-    """A failure with a cause that can be told in one sentence."""
+    """A failure that one line explains."""
 
     exit_code: ClassVar[int] = 1
-    """What the program exits with: 1 is worth a retry, 2 is not."""
+    """The program's exit code: 1 is worth a retry, 2 is not."""
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
 
 
 class HubUnavailable(InitializerError):
-    """The Hub did not give what was asked for."""
+    """The Hub did not return the requested data."""
 
 
-class HubBusy(HubUnavailable):
-    """The Hub did not answer, or answered that it cannot now; asking again soon may help.
+class TransientHubError(HubUnavailable):
+    """The Hub did not respond or is overloaded; a retry may succeed soon.
 
-    `retry_after_seconds` is the wait that it asked for, if it did.
+    `retry_after_seconds` is the wait that the Hub requested, if any.
     """
 
     def __init__(self, reason: str, retry_after_seconds: float | None = None) -> None:
@@ -52,62 +52,62 @@ class HubBusy(HubUnavailable):
 
 
 class LeaseTimeout(InitializerError):
-    """Another initializer was still publishing the same snapshot when patience ended."""
+    """Another initializer still held the lease when the timeout expired."""
 
 
 class LeaseLost(InitializerError):
-    """Another initializer took this one for dead and goes on in its place."""
+    """Another initializer considered this one dead and took its lease over."""
 
 
 class NoSpace(InitializerError):
-    """The volume has fewer free bytes than the plan needs."""
+    """The volume has too few free bytes."""
 
 
 class VolumeFailed(InitializerError):
-    """The volume failed in a way that may pass."""
+    """The volume failed in a way that may be temporary."""
 
 
 class SourceFailed(InitializerError):
-    """The directory or archive that is the source failed in a way that may pass."""
+    """The source directory or archive failed in a way that may be temporary."""
 
 
 class VerificationFailed(InitializerError):
-    """Fetched files differ from the plan in size or checksum."""
+    """Fetched files differ from the listing in size or checksum."""
 
 
 class Stopped(InitializerError):
-    """Somebody asked the program to stop."""
+    """A signal stopped the program."""
 
 
-class Pointless(InitializerError):
+class PermanentError(InitializerError):
     """A failure that the same command will meet again."""
 
     exit_code: ClassVar[int] = 2
 
 
-class InvalidUsage(Pointless):
-    """The command line or a setting is wrong."""
+class InvalidUsage(PermanentError):
+    """The command line or a setting is invalid."""
 
 
-class InvalidReference(Pointless):
-    """The source does not follow the grammar of references."""
+class InvalidReference(PermanentError):
+    """The source is not a model reference."""
 
 
-class NotFound(Pointless):
-    """The reference is well-formed and leads nowhere."""
+class NotFound(PermanentError):
+    """The reference is well-formed, but its target does not exist."""
 
 
-class AccessDenied(Pointless):
-    """The source exists, and this token (or no token), or this user, may not read it."""
+class AccessDenied(PermanentError):
+    """The source exists, but this token or user may not read it."""
 
 
-class RefusedSnapshot(Pointless):
-    """The repository or directory holds what must not, or cannot, be served."""
+class RefusedSnapshot(PermanentError):
+    """The repository or directory contains files that must not, or cannot, be served."""
 
 
-class RefusedVolume(Pointless):
-    """The destination cannot be written, or holds a directory that this program did not write."""
+class RefusedVolume(PermanentError):
+    """The destination is not writable, or contains a directory that this program did not write."""
 
 
-class DamagedSnapshot(Pointless):
-    """A published snapshot has lost or changed files."""
+class DamagedSnapshot(PermanentError):
+    """A published snapshot has missing or changed files."""

@@ -1,7 +1,4 @@
-"""The story: resolve, plan, stage, fetch, verify, publish.
-
-Composes the modules below and owns the order of the steps, nothing else.
-"""
+"""Publishing of a snapshot: resolve, plan, stage, fetch, verify, publish."""
 
 import contextlib
 import itertools
@@ -12,37 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from snapshot_format.layout import SnapshotLocation
+from snapshot_format.record import File, FileSelection, Record
+from snapshot_format.reference import DirectoryReference, ModelReference
 from storage_initializer.errors import HubUnavailable, NotFound, RefusedVolume, VerificationFailed
-from storage_initializer.reference import DirectoryReference, ModelReference
+from storage_initializer.formatting import format_bytes
 from storage_initializer.settings import Settings
 from storage_initializer.sources import file_selection
-from storage_initializer.sources.file_selection import Choice, File
-from storage_initializer.volume import layout, lease, record, verify
+from storage_initializer.volume import layout, lease, permissions, record, verify
 from storage_initializer.volume.lease import Lease
-from storage_initializer.volume.record import Record
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What is on the volume now."""
+    """A published snapshot."""
 
     reference: ModelReference
-    place: layout.Place
+    location: SnapshotLocation
     record: Record
     fresh: bool
-    """Whether this run published it; otherwise it was there already."""
+    """Whether this run published it."""
 
 
 class Source(Protocol):
-    """Where snapshots come from. An `OSError` of `fetch` is the volume's; a source explains its own."""
+    """A source of snapshots. It translates its own errors; an `OSError` of `fetch` comes from the volume."""
 
-    def resolve(self, *, patient: bool = True) -> str:
-        """The commit, 40 hex digits, that the reference stands for now; without patience, nobody is asked twice."""
+    def resolve(self, *, retry: bool = True) -> str:
+        """Return the current commit of the reference, 40 hex digits."""
 
-    def listing(self, commit: str) -> tuple[File, ...]:
-        """All files of a commit."""
+    def list_files(self, commit: str) -> tuple[File, ...]:
+        """List all files of a commit."""
 
     def fetch(
         self,
@@ -52,36 +50,36 @@ class Source(Protocol):
         advance: Callable[[int], None],
         finished: Callable[[File], None],
     ) -> None:
-        """Put files into staging; `advance` gets numbers of bytes and `finished` whole files, from any thread."""
+        """Put files into staging; call `advance` with numbers of bytes and `finished` with files, from any thread."""
 
 
 class Progress(Protocol):
-    """Who is told how the work goes."""
+    """A progress display."""
 
     def begin(self, total_bytes: int) -> None:
-        """So many bytes are to come."""
+        """Start with the number of expected bytes."""
 
     def advance(self, size_bytes: int) -> None:
-        """So many more are here, or must come again if negative. Called from several threads."""
+        """Add a number of bytes, negative if they must be fetched again. Called from several threads."""
 
     def end(self) -> None:
-        """No more will come."""
+        """Display the final state."""
 
 
 def initialize(reference: ModelReference, root: Path, settings: Settings, progress: Progress) -> Outcome:
-    """Make sure that the volume at `root` holds the snapshot that a reference stands for.
+    """Publish the snapshot of a reference on the volume at `root`, unless it is there already.
 
     Raises:
-        InitializerError: one sentence says why not; nothing half-done is visible to readers.
+        InitializerError: readers see no incomplete snapshot.
     """
-    work = _Work(reference, root, settings, progress, time.monotonic())
-    with layout.created_with(settings.umask):
-        return work.outcome()
+    publication = _Publication(reference, root, settings, progress, time.monotonic())
+    with permissions.umask(settings.umask):
+        return publication.run()
 
 
 @dataclass(frozen=True, slots=True)
-class _Work:
-    """One reference on its way to one volume."""
+class _Publication:
+    """The publication of one reference on one volume."""
 
     reference: ModelReference
     root: Path
@@ -91,113 +89,115 @@ class _Work:
     """By the monotonic clock."""
 
     @property
-    def choice(self) -> Choice:
-        return Choice(self.settings.allow_patterns, self.settings.ignore_patterns, self.settings.allow_pickle)
+    def selection(self) -> FileSelection:
+        return FileSelection(self.settings.allow_patterns, self.settings.ignore_patterns, self.settings.allow_pickle)
 
-    def outcome(self) -> Outcome:
+    def run(self) -> Outcome:
         source = self._source()
         commit = self._resolve(source)
-        place = layout.Place(self.root, self.reference.slug, commit)
-        published = self._find(place)
+        location = SnapshotLocation(self.root, self.reference.slug, commit)
+        published = self._find(location)
         fresh = published is None
         if published is None:
-            if self._must_not_ask:
-                raise NotFound(f"{self.reference} is not published on {self.root}: run once without --offline")
+            if self._is_offline:
+                raise NotFound(f"{self.reference} is not published on {self.root}. Run once without --offline.")
             log.info("%s is commit %s", self.reference, commit)
-            # Planned before the lease, so that a repository that must be refused is refused without waiting.
-            chosen = file_selection.make(source.listing(commit), str(self.reference), self.choice)
-            left_out = f", leaving out {', '.join(chosen.left_out)}" if chosen.left_out else ""
-            log.info("%d files, %s%s", len(chosen.files), file_selection.readable(chosen.size_bytes), left_out)
-            with layout.explained(self.root), self._lease(place) as held:
-                # Whoever held the lease before may have published meanwhile.
-                published = self._find(place)
+            # Planned before the lease, so that a repository is rejected without waiting.
+            plan = file_selection.make_plan(source.list_files(commit), str(self.reference), self.selection)
+            excluded = f", excluding {', '.join(plan.excluded)}" if plan.excluded else ""
+            log.info("%d files, %s%s", len(plan.files), format_bytes(plan.size_bytes), excluded)
+            with layout.translate_os_errors(self.root), self._lease(location) as held:
+                # The previous holder of the lease may have published it in the meantime.
+                published = self._find(location)
                 fresh = published is None
                 if published is None:
-                    published = self._publish(source, place, chosen, held)
+                    published = self._publish(source, location, plan, held)
         if not self.reference.is_commit:
-            with layout.explained(self.root):
-                layout.point(place, self.reference.revision)
-        return Outcome(self.reference, place, published, fresh)
+            with layout.translate_os_errors(self.root):
+                layout.write_ref(location, self.reference.revision)
+        return Outcome(self.reference, location, published, fresh)
 
     @property
-    def _must_not_ask(self) -> bool:
+    def _is_offline(self) -> bool:
         return self.settings.offline and not isinstance(self.reference, DirectoryReference)
 
     def _source(self) -> Source:
-        # Each is imported when it is needed: what a published snapshot costs is mostly imports.
+        # Imported here, because imports dominate the time to check a published snapshot.
         if isinstance(self.reference, DirectoryReference):
             from storage_initializer.sources import local
 
-            return local.source(self.reference, self.choice)
+            return local.open_source(self.reference, self.selection)
         from storage_initializer.sources.hub import Hub
 
         return Hub(self.reference, self.settings)
 
-    def _lease(self, place: layout.Place) -> contextlib.AbstractContextManager[Lease]:
+    def _lease(self, location: SnapshotLocation) -> contextlib.AbstractContextManager[Lease]:
         return lease.hold(
-            layout.lease_path(place), self.settings.lock_stale_seconds, self.settings.lock_timeout_seconds
+            layout.lease_path(location), self.settings.lock_stale_seconds, self.settings.lock_timeout_seconds
         )
 
     def _resolve(self, source: Source) -> str:
-        """The commit, or the last known one where the Hub may not be asked or does not answer."""
+        """Return the commit, or the last known one if the Hub is unreachable or offline mode is set."""
         if self.reference.is_commit:
             return self.reference.revision
-        with layout.explained(self.root):
-            last = layout.resolved(self.root, self.reference.slug, self.reference.revision)
-        if self._must_not_ask:
+        with layout.translate_os_errors(self.root):
+            last = layout.resolve_ref(self.root, self.reference.slug, self.reference.revision)
+        if self._is_offline:
             if last is None:
-                raise NotFound(f"{self.reference} was never resolved on {self.root}: run once without --offline")
-            log.warning("offline: %s may have moved since it was commit %s", self.reference, last)
+                raise NotFound(f"{self.reference} was never resolved on {self.root}. Run once without --offline.")
+            log.warning("offline: using commit %s of %s, which may be outdated", last, self.reference)
             return last
         try:
-            # With something to fall back on, a pod should not wait for a Hub that is away.
-            return source.resolve(patient=last is None)
+            # With a fallback, a pod should not wait for an unavailable Hub.
+            return source.resolve(retry=last is None)
         except HubUnavailable as error:
             if last is None:
                 raise
-            log.warning("%s; going on with commit %s, which %s was the last time", error, last, self.reference)
+            log.warning("using commit %s, the last known one of %s: %s", last, self.reference, error)
             return last
 
-    def _find(self, place: layout.Place) -> Record | None:
-        """What is published there.
+    def _find(self, location: SnapshotLocation) -> Record | None:
+        """Return the record of the published snapshot.
 
         Raises:
-            RefusedVolume: other files of that commit than those that are wanted now.
+            RefusedVolume: it was published with another selection of files.
         """
-        with layout.explained(self.root):
-            published = layout.find(place)
-        if published is not None and not self.choice.agrees_with(published.choice):
+        with layout.translate_os_errors(self.root):
+            published = layout.find(location)
+        if published is not None and not self.selection.agrees_with(published.selection):
             raise RefusedVolume(
-                f"{place.directory} was published with {published.choice}, not with {self.choice}: ask for the same, "
-                f"or remove it first (gc {self.root} --reference {self.reference.name}:{place.commit} --force)"
+                f"{location.directory} was published with {published.selection}, not with {self.selection}. "
+                f"Use the same patterns, or remove it first "
+                f"(gc {self.root} --reference {self.reference.name}:{location.commit} --force)."
             )
         return published
 
-    def _publish(self, source: Source, place: layout.Place, chosen: file_selection.Plan, held: Lease) -> Record:
+    def _publish(self, source: Source, location: SnapshotLocation, plan: file_selection.Plan, held: Lease) -> Record:
         """Stage, fetch, verify and publish, under a lease."""
-        staging = layout.stage(place, held.token)
-        files = self._fetch(source, place, chosen, staging, held)
-        layout.tidy(staging)
-        # Every checksum was compared when the file came; now nothing may be missing, and nothing else be there.
+        staging = layout.stage(location, held.token)
+        files = self._fetch(source, location, plan, staging, held)
+        layout.remove_bookkeeping(staging)
+        # Checksums were compared when each file was complete. Now check that no file is missing or unexpected.
         self._require(verify.check(staging, files, fast=True).issues, staging)
         log.info("verified %d files", len(files))
         seconds = time.monotonic() - self.started
-        published = record.make(str(self.reference), place.commit, files, self.choice.taken(chosen), seconds)
+        selection = file_selection.effective_selection(self.selection, plan)
+        published = record.make(str(self.reference), location.commit, files, selection, seconds)
         held.check()
-        layout.publish(place, staging, published)
+        layout.publish(location, staging, published)
         return published
 
     def _fetch(
-        self, source: Source, place: layout.Place, chosen: file_selection.Plan, staging: Path, held: Lease
+        self, source: Source, location: SnapshotLocation, plan: file_selection.Plan, staging: Path, held: Lease
     ) -> tuple[File, ...]:
-        """The files of the plan, verified, in staging."""
-        # What an earlier run left is kept for its content only: whatever does not verify is fetched again.
-        staged = verify.check(staging, chosen.files)
+        """Fetch the files of the plan into staging and verify them."""
+        # Files of an earlier run are kept only if their content verifies.
+        staged = verify.check(staging, plan.files)
         layout.discard(staging, [issue.path for issue in staged.issues])
         verified = {file.path: file for file in staged.files}
-        missing = [file for file in chosen.files if file.path not in verified]
+        missing = [file for file in plan.files if file.path not in verified]
         missing_bytes = sum(max(0, file.size_bytes - layout.partial_bytes(staging, file.path)) for file in missing)
-        layout.require_space(place, missing_bytes)
+        layout.require_space(location, missing_bytes)
         issues: list[verify.Issue] = []
 
         def advance(size_bytes: int) -> None:
@@ -206,46 +206,45 @@ class _Work:
 
         def finished(file: File) -> None:
             # In the thread that has fetched it, while others still wait for the network.
-            found = verify.compare(staging, file)
-            if isinstance(found, verify.Issue):
-                issues.append(found)
+            compared = verify.compare(staging, file)
+            if isinstance(compared, verify.Issue):
+                issues.append(compared)
             else:
-                verified[file.path] = found
-                layout.settle(staging / file.path)
+                verified[file.path] = compared
+                permissions.chmod_and_fsync(staging / file.path)
 
         self.progress.begin(missing_bytes)
         try:
-            # Others of the group can remove what is left, should this program die.
-            with layout.created_with(self.settings.umask & ~0o070):
-                # Indexes first: that a shard is missing should not come out after hours.
-                source.fetch(place.commit, filter(file_selection.is_index, missing), staging, advance, finished)
+            # Group-writable, so that other users of the group can remove the files if this program dies.
+            with permissions.umask(self.settings.umask & ~0o070):
+                # Indexes first: a missing shard should be reported before hours of downloading.
+                source.fetch(location.commit, filter(file_selection.is_index, missing), staging, advance, finished)
                 self._require(issues, staging)
-                for index in filter(file_selection.is_index, chosen.files):
-                    file_selection.require_shards(
-                        chosen, index.path, (staging / index.path).read_bytes(), str(self.reference)
-                    )
+                for index in filter(file_selection.is_index, plan.files):
+                    content = (staging / index.path).read_bytes()
+                    file_selection.require_shards(plan, index.path, content, str(self.reference))
                 others = itertools.filterfalse(file_selection.is_index, missing)
-                source.fetch(place.commit, others, staging, advance, finished)
+                source.fetch(location.commit, others, staging, advance, finished)
                 self._require(issues, staging)
         except OSError as error:
             if layout.is_full(error):
-                layout.tidy(staging, keep_partial=True)
+                layout.remove_bookkeeping(staging, keep_partial=True)
             raise
         finally:
             self.progress.end()
-        return tuple(verified[file.path] for file in chosen.files)
+        return tuple(verified[file.path] for file in plan.files)
 
     def _require(self, issues: Sequence[verify.Issue], staging: Path) -> None:
-        """Leave out of staging what is wrong, and tell all of it at once.
+        """Remove wrong files from staging and report all of them.
 
         Raises:
-            VerificationFailed: anything is.
+            VerificationFailed: there are issues.
         """
         if not issues:
             return
         layout.discard(staging, [issue.path for issue in issues])
         problems = "; ".join(str(issue) for issue in sorted(issues, key=str))
         raise VerificationFailed(
-            f"{self.reference} was not published, {len(issues)} of its files are wrong: {problems}; "
-            "run again to fetch these anew"
+            f"{self.reference} was not published, {len(issues)} of its files are wrong: {problems}. "
+            "Run again to fetch them again."
         )

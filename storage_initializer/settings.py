@@ -1,14 +1,9 @@
-"""What the program can be told, and the only place that reads the command line and the environment.
-
-Knows names, units and defaults; does nothing with them.
-"""
+"""Settings from the environment: names, units and defaults."""
 
 import json
-import math
 import os
 import re
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
@@ -16,23 +11,22 @@ from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, Secre
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from storage_initializer.cli import arguments
-from storage_initializer.cli.arguments import Command, Form, Publish
+from snapshot_format.recipe import Variant
 from storage_initializer.errors import InvalidUsage
 
 PREFIX = "STORAGE_INITIALIZER_"
 
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Variables that hold a secret; the second is read by huggingface_hub alone, where the first is not set."""
+"""Variables with secrets. huggingface_hub reads the second one if the first is not set."""
 
 _BEARER = re.compile(r"\bbearer\s+[^\s'\"]+", re.IGNORECASE)
 _USERINFO = re.compile(r"\b(https?|socks\w*)://[^\s/]*@", re.IGNORECASE)
 _HOST = re.compile(r"[\w.:%-]+")
-_SHORTEST_SECRET = 4
+_MIN_SECRET_CHARACTERS = 4
 
 
 def _endpoint(text: str) -> str:
-    """Refuse a URL that no request could use or that no log may show; the sentences never repeat it."""
+    """Reject URLs that are unusable or must not be logged; messages never repeat the value."""
     url = text.strip()
     try:
         parts = urlsplit(url)
@@ -42,49 +36,48 @@ def _endpoint(text: str) -> str:
         host, port = "", None
     else:
         if "@" in parts.netloc:
-            raise PydanticCustomError("endpoint", "it holds a user or a password: remove them, and set HF_TOKEN")
+            raise PydanticCustomError("endpoint", "it contains a user or password; remove it and set HF_TOKEN")
     usable = _HOST.fullmatch(host) and port != 0 and url.isprintable() and not re.search(r"[\s?#\\]", url)
     if not usable or parts.scheme not in ("http", "https"):
-        raise PydanticCustomError("endpoint", "expected https://host or http://host:port, with a path if need be")
+        raise PydanticCustomError("endpoint", "expected https://host or http://host:port, with an optional path")
     return url
 
 
 def _token(secret: SecretStr) -> SecretStr | None:
-    """Refuse what cannot travel in a header: the error of whoever tried would show it."""
+    """Reject tokens that are not valid in a header: the HTTP client's error would show them."""
     token = secret.get_secret_value().strip()
     if not re.fullmatch(r"[!-~]*", token):
         raise PydanticCustomError(
-            "token",
-            "a token has printable ASCII characters and no white space: look for a line break or a blank inside it",
+            "token", "expected printable ASCII without white space; remove line breaks and blanks"
         )
     return SecretStr(token) if token else None
 
 
-def _patterns(given: object) -> object:
-    """KServe's own initializer takes a JSON list or words with commas between them: so does this one."""
-    if not isinstance(given, str):
-        return given
+def _patterns(value: object) -> object:
+    """Parse a JSON list or a comma-separated list, like KServe's own initializer."""
+    if not isinstance(value, str):
+        return value
     try:
-        listed = json.loads(given) if given.lstrip().startswith("[") else given.split(",")
+        patterns = json.loads(value) if value.lstrip().startswith("[") else value.split(",")
     except ValueError as error:
         raise PydanticCustomError("patterns", 'expected a JSON list like ["*.json"], or *.json,*.txt') from error
-    return [pattern.strip() if isinstance(pattern, str) else pattern for pattern in listed if pattern != ""]
+    return [pattern.strip() if isinstance(pattern, str) else pattern for pattern in patterns if pattern != ""]
 
 
-def _umask(given: object) -> object:
-    """Octal digits, as for the shell's umask; never one that takes reading away from the group."""
-    if not isinstance(given, str):
-        return given
-    if not re.fullmatch(r"0?[0-7]{3}", given) or int(given, 8) & 0o050:
+def _umask(value: object) -> object:
+    """Parse octal digits as in the shell's umask; the group must keep its read permission."""
+    if not isinstance(value, str):
+        return value
+    if not re.fullmatch(r"0?[0-7]{3}", value) or int(value, 8) & 0o050:
         raise PydanticCustomError("umask", "expected three octal digits that let the group read, like 0022 or 0027")
-    return int(given, 8)
+    return int(value, 8)
 
 
 Patterns = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_patterns)]
 
 
 class Settings(BaseSettings):
-    """Everything that the environment can change; durations in seconds."""
+    """Settings of the storage initializer; durations in seconds."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -98,142 +91,118 @@ class Settings(BaseSettings):
     hf_endpoint: Annotated[str, AfterValidator(_endpoint)] = Field(
         default="https://huggingface.co", validation_alias="HF_ENDPOINT"
     )
-    """The Hub or a mirror of it, as an http or https URL without user and password."""
+    """The Hub or a mirror, as an http or https URL without user and password."""
 
     hf_token: Annotated[SecretStr, AfterValidator(_token)] | None = Field(default=None, validation_alias="HF_TOKEN")
-    """Opens private and gated repositories; never logged. Without it, a login by `hf auth login` counts."""
+    """Token for private and gated repositories; never logged. Default: the login of `hf auth login`."""
 
     log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(str.upper)] = Field(
         default="INFO", validation_alias=AliasChoices(f"{PREFIX}LOG_LEVEL", "LOG_LEVEL")
     )
-    """How much is told on stderr. Tracebacks appear with DEBUG only."""
+    """Log level on stderr. Tracebacks appear with DEBUG only."""
 
     log_format: Literal["text", "json"] = "text"
-    """How stderr and the summaries look; the last line of a failure is a bare sentence in both."""
+    """Format of stderr and the summaries; the last line of a failure is plain text in both."""
 
     allow_patterns: Patterns = Field(default=(), validation_alias="STORAGE_ALLOW_PATTERNS")
-    """Only files whose path matches one of these (fnmatch; `*` crosses `/`) are published; all, if there are none.
+    """Patterns (fnmatch; `*` crosses `/`) of files to publish. Default: all files.
 
-    KServe's own variable, as a JSON list or with commas; so is the next one.
+    This variable and the next one are KServe's own; a JSON list or a comma-separated list.
     """
 
     ignore_patterns: Patterns = Field(default=(), validation_alias="STORAGE_IGNORE_PATTERNS")
-    """No file whose path matches one of these is published."""
+    """Patterns of files to exclude."""
 
     allow_pickle: bool = False
-    """Take pickled weights where there are no safetensors. A pickle can run code in whoever opens it."""
+    """Publish pickled weights if there are no safetensors. A pickle can run code when opened."""
 
     offline: bool = Field(default=False, validation_alias=AliasChoices(f"{PREFIX}OFFLINE", "HF_HUB_OFFLINE"))
-    """Ask no Hub: a branch or tag stands for the commit that it was resolved to the last time."""
+    """Send no requests to the Hub: a branch or tag resolves to its last known commit."""
 
-    prepare: Form | None = None
-    """What to publish beside each snapshot, made of it: `int8-cpu`, its linear layers rounded to int8. Needs torch."""
+    prepare: Variant | None = None
+    """Variant to derive from each snapshot: `int8-cpu`, linear layers quantized to int8. Needs torch."""
 
-    prepare_keep: Patterns = ()
-    """Layers that are not to be rounded then: a predictor takes what was prepared only if it would keep the same."""
+    prepare_skip_modules: Patterns = ()
+    """Patterns of layers not to quantize. A predictor loads the variant only if it skips the same layers."""
 
     umask: Annotated[int, BeforeValidator(_umask)] = 0o022
-    """Rights that nothing on the volume gets, in octal; the group must be able to read (fsGroup)."""
+    """Octal umask of all files on the volume; the group must be able to read (fsGroup)."""
 
     parallel_files: int = Field(default=4, ge=1, le=64)
-    """Files that are fetched at the same time. More helps on fast lines and costs memory per file."""
+    """Number of parallel downloads. More helps on fast networks and costs memory per file."""
 
     xet_buffer_mib: int = Field(default=128, ge=16, le=65_536)
-    """Mebibytes that hf_xet may hold on their way to the disk, for all files together; its own default is gigabytes."""
+    """Memory in MiB that hf_xet may buffer for all files together; its own default is gigabytes."""
 
     attempts: int = Field(default=6, ge=1, le=100)
-    """How often the Hub is asked one thing, or for the rest of one file, before the run ends with exit code 1."""
+    """Number of attempts for each request to the Hub, and for the rest of each file."""
 
     retry_wait_seconds: float = Field(default=1.0, ge=0.001, le=60, allow_inf_nan=False)
-    """The first wait between two attempts; every further one is twice as long, 60 s at most.
+    """First wait between two attempts, doubled each time up to 60 s.
 
-    Where the Hub says how long to wait (Retry-After), that counts, up to five minutes.
+    A `Retry-After` of the Hub replaces it, up to five minutes.
     """
 
     stall_seconds: float = Field(default=30.0, ge=0.1, le=3600, allow_inf_nan=False)
-    """How long a connection may be silent, or slower than the floor below, before it is given up and made anew."""
+    """Time without data, or below the minimum throughput, after which a connection is replaced."""
 
     stall_bytes_per_second: int = Field(default=4096, ge=0)
-    """The floor: a file that comes more slowly on average over `stall_seconds` has stalled."""
+    """Minimum throughput of a file, averaged over `stall_seconds`."""
 
     lock_stale_seconds: float = Field(default=30.0, ge=0.1, le=3600, allow_inf_nan=False)
-    """Without a heartbeat for this long, the holder of a lease counts as dead.
+    """Time without heartbeat after which the holder of a lease is considered dead.
 
-    Five heartbeats fit into it; a volume that pauses for longer needs more.
+    The heartbeat interval is a fifth of it. Increase it for volumes that pause longer.
     """
 
     lock_timeout_seconds: float = Field(default=7200.0, ge=0, le=604_800, allow_inf_nan=False)
-    """How long to wait for another initializer that is alive and publishes the same snapshot."""
+    """Maximum wait for another live initializer that publishes the same snapshot."""
 
     progress_seconds: float = Field(default=2.0, gt=0, le=3600, allow_inf_nan=False)
-    """Time between two lines of progress in a log; a terminal gets a live bar instead."""
+    """Interval between two progress lines in a log; a terminal shows a live bar."""
 
 
-def read(words: Sequence[str] | None = None) -> tuple[Command, Settings]:
-    """Read the command line (`words`, by default the program's own) and the environment.
+def load(overrides: Mapping[str, object]) -> Settings:
+    """Read the settings from the environment; `overrides` are the values of flags, by setting name.
 
     Raises:
-        InvalidUsage: a flag, a number of arguments, a variable's name or a value that is not understood.
-        SystemExit: with code 0, after `--help`.
+        InvalidUsage: an unknown `STORAGE_INITIALIZER_*` variable or an invalid value.
     """
-    command = arguments.parse(sys.argv[1:] if words is None else list(words))
-    _refuse_unknown_variables()
+    variables = known_variables()
+    for variable in sorted(os.environ):
+        if variable.upper().startswith(PREFIX) and variable.upper() not in variables:
+            raise InvalidUsage(f"Unknown setting: {variable}. Unset it, or use one of {', '.join(sorted(variables))}.")
     try:
         settings = Settings()
     except ValidationError as error:
         first = error.errors(include_input=False, include_context=False)[0]
-        raise InvalidUsage(f"{_variable(str(first['loc'][0]))} has a wrong value: {first['msg']}") from error
-    if isinstance(command, Publish):
-        settings = settings.model_copy(update=command.overrides)
-    return command, settings
+        raise InvalidUsage(f"{_variable(str(first['loc'][0]))} has an invalid value: {first['msg']}.") from error
+    return settings.model_copy(update=overrides)
 
 
-def concealed(text: str) -> str:
-    """A text as people may see it: `***` for the token of the environment, bearer tokens and passwords in URLs.
+def redact(text: str) -> str:
+    """Replace the tokens of the environment, bearer tokens and passwords in URLs by `***`.
 
-    A second fence behind `_token` and `_endpoint`, for every log line and the last sentence. Words of a token shorter
-    than four characters stay: they are no secret, and every sentence holds them.
+    A second safeguard after `_token` and `_endpoint`, for every log line and the final error. Token words shorter than
+    four characters are kept: they are not secret and occur in ordinary text.
     """
     for variable, value in os.environ.items():
         if variable.upper() in _TOKENS:
             for word in sorted(value.split(), key=len, reverse=True):
-                if len(word) >= _SHORTEST_SECRET:
+                if len(word) >= _MIN_SECRET_CHARACTERS:
                     text = text.replace(word, "***").replace(repr(word)[1:-1], "***")
     return _USERINFO.sub(r"\1://***@", _BEARER.sub("Bearer ***", text))
 
 
-def limit_xet(settings: Settings) -> None:
-    """Tell hf_xet, which reads the environment when it is loaded, how much to hold, how wide to go, how long to wait.
-
-    KServe sets `HF_XET_HIGH_PERFORMANCE`, which trades gigabytes of memory for speed; here the settings count.
-    """
-    buffer = f"{settings.xet_buffer_mib}mb"
-    os.environ |= {
-        "HF_XET_HIGH_PERFORMANCE": "0",
-        "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_SIZE": buffer,
-        "HF_XET_RECONSTRUCTION_DOWNLOAD_BUFFER_LIMIT": buffer,
-        "HF_XET_RECONSTRUCTION_MIN_PREFETCH_BUFFER": "8mb",
-        "HF_XET_DATA_MAX_CONCURRENT_FILE_DOWNLOADS": str(settings.parallel_files),
-        "HF_XET_CLIENT_READ_TIMEOUT": f"{math.ceil(settings.stall_seconds)}s",
-    }
-
-
 def known_variables() -> frozenset[str]:
-    """Every `STORAGE_INITIALIZER_*` variable that means something."""
+    """Return the names of all `STORAGE_INITIALIZER_*` variables."""
     fields = Settings.model_fields.items()
     return frozenset(f"{PREFIX}{name.upper()}" for name, field in fields if not isinstance(field.validation_alias, str))
 
 
 def _variable(name: str) -> str:
-    """The variable that gave a field its value, from the name under which pydantic reports the field."""
-    second = {f"{PREFIX}LOG_LEVEL": "LOG_LEVEL", f"{PREFIX}OFFLINE": "HF_HUB_OFFLINE"}.get(name)
-    if second and not any(os.environ[variable] for variable in os.environ if variable.upper() == name):
-        return second
+    """Return the variable that set a field, from pydantic's name of the field."""
+    alias = {f"{PREFIX}LOG_LEVEL": "LOG_LEVEL", f"{PREFIX}OFFLINE": "HF_HUB_OFFLINE"}.get(name)
+    if alias and not any(os.environ[variable] for variable in os.environ if variable.upper() == name):
+        return alias
     return name if name.isupper() else f"{PREFIX}{name.upper()}"
-
-
-def _refuse_unknown_variables() -> None:
-    known = known_variables()
-    for variable in sorted(os.environ):
-        if variable.upper().startswith(PREFIX) and variable.upper() not in known:
-            raise InvalidUsage(f"{variable} is no setting: unset it, or use one of {', '.join(sorted(known))}")

@@ -10,9 +10,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from predictor.kernels.cpu.gemm import quantize_per_channel_int8
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models.transformers_quantization import LinearQuantizer
-
-INT8_METHOD = "kserve_llm_int8"
-"""`quant_method` in a config.json."""
+from snapshot_format.recipe import INT8_METHOD
 
 
 @register_quantization_config(INT8_METHOD)

@@ -13,11 +13,12 @@ import transformers
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
 from predictor.models import checkpoint, placement, snapshot
-from predictor.models.int8_quantizer import INT8_METHOD, Int8Config
+from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
 from predictor.types import SamplingParams
+from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def make_plan(
     )
     if not isinstance(quantization_config, Int8Config):
         return plan
-    prequantized_dir = snapshot.prepared(
+    prequantized_dir = snapshot.prequantized(
         directory, _name(target_dtype), quantization_config.modules_to_not_convert or ()
     )
     if prequantized_dir is None:

@@ -18,8 +18,9 @@ from transformers import BitsAndBytesConfig
 
 from predictor.errors import StartupError
 from predictor.kernels.cpu.gemm import has_int8
-from predictor.models.int8_quantizer import INT8_METHOD, Int8Config
+from predictor.models.int8_quantizer import Int8Config
 from predictor.models.transformers_quantization import is_skipped
+from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from preflight import quantities
 from preflight.deployment import Deployment, name_of
 from preflight.findings import Finding
+from snapshot_format.reference import HubReference, MalformedReference, parse
 
 PREFIXES = ("PREDICTOR_", "STORAGE_INITIALIZER_")
 """Prefixes whose unknown keys the programs reject."""
@@ -15,8 +16,6 @@ _KEY = re.compile(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", re.MULTILINE)
 _NUMBER = re.compile(r"\d+(\.\d+)?")
 _MOUNT = "/mnt/models"
 """Mount path of `storageUri`, which is fixed in KServe."""
-_PINNED = re.compile(r"hf://[\w.-]+/[\w.-]+[:@][0-9a-f]{40}")
-_REFERENCE = re.compile(r"hf://[\w.-]+/[\w.-]+([:@].+)?|file:///.+")
 
 
 def known_keys(base: Path) -> dict[str, str]:
@@ -68,9 +67,12 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             "add it to the ConfigMap model-download with a configMapGenerator of `behavior: merge`",
         )
         return
-    if not _REFERENCE.fullmatch(reference):
+    try:
+        parsed = parse(reference)
+    except MalformedReference:
+        parsed = None
         yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>")
-    elif reference.startswith("hf://") and not _PINNED.fullmatch(reference):
+    if isinstance(parsed, HubReference) and not parsed.is_commit:
         yield Finding(
             deployment.where,
             f"MODEL_REFERENCE {reference} is not pinned, so two replicas may serve different weights",

@@ -1,43 +1,44 @@
-"""What the words of the command line ask for: pure, from words to a command.
+"""Command line arguments: words to commands; pure.
 
-Words that name no command are pairs of a source and a destination: that is how KServe calls a storage initializer. No
-source can be mistaken for a command, since every source holds `://`.
+Without a command name, the arguments are pairs of source and destination: KServe calls a storage initializer this way.
+Sources contain `://`, so they cannot be mistaken for commands.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import NoReturn, get_args
 
-from storage_initializer.errors import InvalidUsage
+from snapshot_format.recipe import Variant
+from snapshot_format.reference import MalformedReference, ModelReference
+from snapshot_format.reference import parse as parse_reference
+from storage_initializer.errors import InvalidReference, InvalidUsage
+from storage_initializer.volume.garbage_collection import Policy
 
 PROGRAM = "python -m storage_initializer"
 
-Form = Literal["int8-cpu"]
-"""What can be made of a snapshot ahead of serving: linear layers rounded for the int8 kernels of a CPU."""
-
 EPILOG = """\
 SOURCE is hf://owner/model, hf://owner/model:revision (a branch, a tag or a commit), or file:///absolute/path of a
-directory or a tar archive. DEST is the root of a volume; the snapshot appears in DEST/<owner>--<model>/<commit>/.
+directory or a tar archive. DEST is the root of a volume; the snapshot is published as DEST/<owner>--<model>/<commit>/.
 
 other commands, each with --help:
   verify DIR    check a published snapshot against its record
-  list DEST     show the snapshots on a volume
-  gc DEST       remove old snapshots and what dead initializers left behind
+  list DEST     list the snapshots on a volume
+  gc DEST       remove old snapshots and stale files
 
 environment: HF_ENDPOINT, HF_TOKEN, LOG_LEVEL and STORAGE_INITIALIZER_*, see storage_initializer/README.md
-exit codes: 0 done, 1 worth a retry, 2 pointless to retry; the last line on stderr says why
+exit codes: 0 done, 1 worth a retry, 2 pointless to retry; the last line on stderr is the reason
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
-    """Put what onto which volume, in order."""
+    """Publish snapshots on volumes, in order."""
 
-    pairs: tuple[tuple[str, Path], ...]
+    pairs: tuple[tuple[ModelReference, Path], ...]
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """What flags said, by the name of the setting; it counts more than the environment."""
+    """Values of flags, by setting name; they override the environment."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,31 +52,29 @@ class Verify:
 
 @dataclass(frozen=True, slots=True)
 class List:
-    """Show what lies on a volume."""
+    """List the snapshots on a volume."""
 
     root: Path
 
 
 @dataclass(frozen=True, slots=True)
 class Collect:
-    """Remove old snapshots and leftovers from a volume."""
+    """Remove old snapshots and stale files from a volume."""
 
     root: Path
-    keep: int | None
-    """How many snapshots of each model stay, the latest ones; None where nobody said."""
-    reference: str | None
+    policy: Policy
     dry_run: bool
-    force: bool
 
 
 Command = Publish | Verify | List | Collect
 
 
 def parse(words: Sequence[str]) -> Command:
-    """Read the words.
+    """Parse the command line.
 
     Raises:
-        InvalidUsage: a flag, or a number of arguments, that is not understood.
+        InvalidUsage: an unknown flag, or a wrong number of arguments.
+        InvalidReference: a malformed reference.
         SystemExit: with code 0, after `--help`.
     """
     match words:
@@ -91,7 +90,8 @@ def parse(words: Sequence[str]) -> Command:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InvalidUsage(f"{message}: expected {' '.join(self.format_usage().removeprefix('usage: ').split())}")
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise InvalidUsage(f"Invalid command line: {message}. Expected: {usage}")
 
 
 def _parser(command: str, description: str, usage: str | None = None, epilog: str | None = None) -> _Parser:
@@ -108,77 +108,88 @@ def _parser(command: str, description: str, usage: str | None = None, epilog: st
 def _publish(words: Sequence[str]) -> Publish:
     parser = _parser(
         "",
-        "Put snapshots of models onto volumes: verified, atomic, once.",
+        "Publish verified model snapshots on volumes, atomically and once.",
         usage=f"{PROGRAM} [FLAG ...] SOURCE DEST [SOURCE DEST ...]",
         epilog=EPILOG,
     )
-    parser.add_argument("words", nargs="*", metavar="SOURCE DEST", help="what to put where")
+    parser.add_argument("words", nargs="*", metavar="SOURCE DEST", help="pairs of a model and a volume")
     parser.add_argument(
-        "--allow", action="append", dest="allow_patterns", metavar="PATTERN", help="only files that match; repeatable"
+        "--allow", action="append", dest="allow_patterns", metavar="PATTERN", help="files to publish; repeatable"
     )
     parser.add_argument(
-        "--ignore", action="append", dest="ignore_patterns", metavar="PATTERN", help="no file that matches; repeatable"
+        "--ignore", action="append", dest="ignore_patterns", metavar="PATTERN", help="files to exclude; repeatable"
     )
     parser.add_argument(
-        "--allow-pickle", action="store_true", default=None, help="take pickled weights where there are no safetensors"
+        "--allow-pickle", action="store_true", default=None, help="pickled weights if there are no safetensors"
     )
     parser.add_argument(
-        "--offline", action="store_true", default=None, help="ask no Hub; a revision is what it was the last time"
+        "--offline", action="store_true", default=None, help="no requests to the Hub; revisions keep their last commit"
     )
     parser.add_argument(
-        "--prepare", choices=get_args(Form), help="publish beside each snapshot what is made of it; needs torch"
+        "--prepare", choices=get_args(Variant), help="variant to derive from each snapshot; needs torch"
     )
     parser.add_argument(
-        "--prepare-keep", action="append", metavar="PATTERN", help="layers that are not to be rounded; repeatable"
+        "--prepare-skip-modules", action="append", metavar="PATTERN", help="layers not to quantize; repeatable"
     )
-    given = vars(parser.parse_intermixed_args(words))
-    pairs: list[str] = given.pop("words")
+    values = vars(parser.parse_intermixed_args(words))
+    pairs: list[str] = values.pop("words")
     if not pairs or len(pairs) % 2:
         parser.error(f"{len(pairs)} arguments do not make pairs")
     if "" in pairs:
         parser.error("an argument is empty")
     return Publish(
-        tuple((source, Path(root)) for source, root in zip(pairs[::2], pairs[1::2], strict=True)),
+        tuple(
+            (_reference(source), Path(root).absolute()) for source, root in zip(pairs[::2], pairs[1::2], strict=True)
+        ),
         {
             name: tuple(value) if isinstance(value, list) else value
-            for name, value in given.items()
+            for name, value in values.items()
             if value is not None
         },
     )
 
 
 def _verify(words: Sequence[str]) -> Verify:
-    parser = _parser(" verify", "Check a published snapshot against its record; tell everything that is wrong.")
+    parser = _parser(" verify", "Check a published snapshot against its record and report all differences.")
     parser.add_argument("directory", type=Path, metavar="DIR", help="DEST/<owner>--<model>/<commit>")
-    parser.add_argument("--fast", action="store_true", help="compare names and sizes only")
-    given = parser.parse_args(words)
-    return Verify(given.directory.absolute(), given.fast)
+    parser.add_argument("--fast", action="store_true", help="names and sizes only")
+    values = parser.parse_args(words)
+    return Verify(values.directory.absolute(), values.fast)
 
 
 def _list(words: Sequence[str]) -> List:
-    parser = _parser(" list", "Show the snapshots on a volume: size, age, the references that lead there.")
-    parser.add_argument("root", type=Path, metavar="DEST", help="the root of a volume")
+    parser = _parser(" list", "List the snapshots on a volume with size, age, refs and reference.")
+    parser.add_argument("root", type=Path, metavar="DEST", help="root of a volume")
     return List(parser.parse_args(words).root.absolute())
 
 
 def _collect(words: Sequence[str]) -> Collect:
     parser = _parser(
         " gc",
-        "Remove old snapshots that no refs/ entry leads to, and what dead initializers left behind.",
-        epilog="Safe only while no reader serves what goes, see storage_initializer/README.md: try --dry-run first.",
+        "Remove old snapshots without refs, and stale files of dead initializers.",
+        epilog="Only safe while no reader serves these snapshots, see storage_initializer/README.md. "
+        "Use --dry-run first.",
     )
-    parser.add_argument("root", type=Path, metavar="DEST", help="the root of a volume")
+    parser.add_argument("root", type=Path, metavar="DEST", help="root of a volume")
     parser.add_argument(
-        "--keep", type=_count, metavar="N", help="latest snapshots of each model that stay (1; of a commit 0)"
+        "--keep", type=_count, metavar="N", help="latest snapshots of each model to keep. Default: 1; of a commit 0"
     )
-    parser.add_argument("--reference", metavar="REF", help="only snapshots of this model; of a commit, only that one")
-    parser.add_argument("--dry-run", action="store_true", help="tell what would go, and remove nothing")
-    parser.add_argument("--force", action="store_true", help="also snapshots that refs/ entries lead to, and these")
-    given = parser.parse_args(words)
-    return Collect(given.root.absolute(), given.keep, given.reference, given.dry_run, given.force)
+    parser.add_argument("--reference", metavar="REF", help="model or commit to remove snapshots of")
+    parser.add_argument("--dry-run", action="store_true", help="list without removing")
+    parser.add_argument("--force", action="store_true", help="also snapshots with refs, and these refs")
+    values = parser.parse_args(words)
+    reference = None if values.reference is None else _reference(values.reference)
+    return Collect(values.root.absolute(), Policy(values.keep, reference, values.force), values.dry_run)
+
+
+def _reference(text: str) -> ModelReference:
+    try:
+        return parse_reference(text)
+    except MalformedReference as error:
+        raise InvalidReference(str(error)) from error
 
 
 def _count(text: str) -> int:
     if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of snapshots")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of snapshots")
     return int(text)

@@ -1,4 +1,4 @@
-"""What each command of the command line does, and what it says on stdout when it is done."""
+"""Commands of the command line, and their summaries on stdout."""
 
 import contextlib
 import functools
@@ -8,22 +8,21 @@ import time
 from collections.abc import Callable
 
 from storage_initializer.cli.arguments import Collect, Command, List, Publish, Verify
-from storage_initializer.cli.output import Progress, say
+from storage_initializer.cli.output import Progress, write_result
 from storage_initializer.errors import DamagedSnapshot, NotFound
+from storage_initializer.formatting import format_bytes
 from storage_initializer.prepare import pipeline
 from storage_initializer.publish import Outcome, initialize
-from storage_initializer.reference import parse
 from storage_initializer.settings import Settings
-from storage_initializer.sources.file_selection import readable
 from storage_initializer.volume import garbage_collection, layout, record, verify
 from storage_initializer.volume.garbage_collection import Snapshot
 
 
 def run(command: Command, settings: Settings) -> None:
-    """Do what was asked for.
+    """Run a command.
 
     Raises:
-        InitializerError: it could not be done.
+        InitializerError: the command failed.
     """
     match command:
         case Publish():
@@ -37,31 +36,29 @@ def run(command: Command, settings: Settings) -> None:
 
 
 def _publish(command: Publish, settings: Settings) -> None:
-    # All references are read before the first is fetched: a typing error in the last should not cost hours.
-    pairs = [(parse(source), root.absolute()) for source, root in command.pairs]
     pipeline.require(settings)
-    for reference, root in pairs:
-        initialized = functools.partial(initialize, reference, root, settings, Progress(settings))
-        outcome = _told(settings, "published", initialized)
+    for reference, root in command.pairs:
+        publish = functools.partial(initialize, reference, root, settings, Progress(settings))
+        outcome = _reported(settings, "published", publish)
         if settings.prepare:
             progress = Progress(settings, "prepared")
-            _told(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
+            _reported(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
 
 
-def _told(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome:
-    """Do a piece of work and say what came of it."""
+def _reported(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome:
+    """Run a piece of work and write its summary."""
     started = time.monotonic()
-    # Whatever a library prints belongs to the log: stdout is for the summaries.
+    # Output of libraries belongs to the log: stdout is for the summaries.
     with contextlib.redirect_stdout(sys.stderr):
         outcome = work()
     seconds = time.monotonic() - started
-    say(
+    write_result(
         settings,
         _summary(verb, outcome, seconds),
-        path=str(outcome.place.directory),
+        path=str(outcome.location.directory),
         reference=str(outcome.reference),
-        commit=outcome.place.commit,
-        form=outcome.place.form,
+        commit=outcome.location.commit,
+        variant=outcome.location.variant,
         files=len(outcome.record.files),
         size_bytes=outcome.record.size_bytes,
         fresh=outcome.fresh,
@@ -71,29 +68,29 @@ def _told(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome
 
 
 def _summary(verb: str, outcome: Outcome, seconds: float) -> str:
-    what = f"{outcome.reference.name}@{outcome.place.commit[:12]}"
-    size = f"{len(outcome.record.files)} files, {readable(outcome.record.size_bytes)}"
+    name = f"{outcome.reference.name}@{outcome.location.commit[:12]}"
+    size = f"{len(outcome.record.files)} files, {format_bytes(outcome.record.size_bytes)}"
     if outcome.fresh:
-        return f"{verb} {what} at {outcome.place.directory}: {size} in {seconds:.1f} s"
-    return f"already {verb} {what} at {outcome.place.directory}: {size}, nothing to do ({seconds:.2f} s)"
+        return f"{verb} {name} at {outcome.location.directory}: {size} in {seconds:.1f} s"
+    return f"already {verb} {name} at {outcome.location.directory}: {size}, nothing to do ({seconds:.2f} s)"
 
 
 def _verify(command: Verify, settings: Settings) -> None:
     directory = command.directory
     if not directory.is_dir():
-        raise NotFound(f"{directory} does not exist: give the directory of a published snapshot")
-    with layout.explained(directory):
+        raise NotFound(f"{directory} does not exist. Specify the directory of a published snapshot.")
+    with layout.translate_os_errors(directory):
         published = record.read(directory)
         issues = verify.check(directory, published.files, fast=command.fast).issues
     if issues:
         raise DamagedSnapshot(
-            f"{directory} is damaged, {len(issues)} files are wrong: {'; '.join(map(str, issues))}; "
-            f"remove it and publish {published.reference} again"
+            f"{directory} is damaged, {len(issues)} files differ: {'; '.join(map(str, issues))}. "
+            f"Remove it and publish {published.reference} again."
         )
-    how = "names and sizes" if command.fast else "sizes and checksums"
-    say(
+    checked = "names and sizes" if command.fast else "sizes and checksums"
+    write_result(
         settings,
-        f"verified {directory}: {how} of {len(published.files)} files, {readable(published.size_bytes)}",
+        f"verified {directory}: {checked} of {len(published.files)} files, {format_bytes(published.size_bytes)}",
         path=str(directory),
         files=len(published.files),
         size_bytes=published.size_bytes,
@@ -101,34 +98,34 @@ def _verify(command: Verify, settings: Settings) -> None:
 
 
 def _list(command: List, settings: Settings) -> None:
-    snapshots = garbage_collection.take(command.root)
+    snapshots = garbage_collection.list_snapshots(command.root)
     for snapshot in snapshots:
         published = snapshot.record
         size_bytes = published.size_bytes if published else 0
         reference = published.reference if published else "(no readable record)"
-        revisions = ", ".join(f"refs/{revision}" for revision in snapshot.revisions) or snapshot.place.form or "-"
-        say(
+        revisions = ", ".join(f"refs/{revision}" for revision in snapshot.revisions) or snapshot.location.variant or "-"
+        write_result(
             settings,
-            f"{snapshot.name}  {readable(size_bytes):>10}  {_age(snapshot):>10}  {revisions}  {reference}",
-            path=str(snapshot.place.directory),
+            f"{snapshot.name}  {format_bytes(size_bytes):>10}  {_age(snapshot):>10}  {revisions}  {reference}",
+            path=str(snapshot.location.directory),
             reference=reference,
-            form=snapshot.place.form,
+            variant=snapshot.location.variant,
             size_bytes=size_bytes,
             age_seconds=round(snapshot.age_seconds),
             revisions=snapshot.revisions,
         )
     size_bytes = sum(snapshot.record.size_bytes for snapshot in snapshots if snapshot.record)
     free_bytes = shutil.disk_usage(command.root).free
-    say(
+    write_result(
         settings,
-        f"{len(snapshots)} snapshots, {readable(size_bytes)}, {readable(free_bytes)} free on {command.root}",
+        f"{len(snapshots)} snapshots, {format_bytes(size_bytes)}, {format_bytes(free_bytes)} free on {command.root}",
         size_bytes=size_bytes,
         free_bytes=free_bytes,
     )
 
 
 def _age(snapshot: Snapshot) -> str:
-    """In the largest unit that fits."""
+    """Return the age in the largest unit that fits."""
     minutes = max(0, int(snapshot.age_seconds)) // 60
     for unit, size in (("d", 1440), ("h", 60)):
         if minutes >= size:
@@ -139,8 +136,14 @@ def _age(snapshot: Snapshot) -> str:
 def _collect(command: Collect, settings: Settings) -> None:
     verb = "would remove" if command.dry_run else "removed"
     count = size_bytes = 0
-    for removal in garbage_collection.collect(command, settings.lock_stale_seconds):
-        say(settings, f"{verb} {removal.what}: {readable(removal.size_bytes)}", path=str(command.root / removal.what))
+    for removal in garbage_collection.collect(
+        command.root, command.policy, settings.lock_stale_seconds, dry_run=command.dry_run
+    ):
+        write_result(
+            settings,
+            f"{verb} {removal.path}: {format_bytes(removal.size_bytes)}",
+            path=str(command.root / removal.path),
+        )
         count += 1
         size_bytes += removal.size_bytes
-    say(settings, f"{verb} {count} in all: {readable(size_bytes)}", size_bytes=size_bytes)
+    write_result(settings, f"{verb} {count} in all: {format_bytes(size_bytes)}", size_bytes=size_bytes)

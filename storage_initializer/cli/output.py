@@ -1,4 +1,4 @@
-"""What people and log collectors see on stderr: lines, JSON lines or a live bar, and never a secret."""
+"""Output: log lines, JSON lines or a live bar on stderr, results on stdout; secrets are redacted."""
 
 import datetime
 import json
@@ -8,8 +8,8 @@ import threading
 import time
 from typing import Any, TextIO
 
-from storage_initializer.settings import Settings, concealed
-from storage_initializer.sources.file_selection import readable
+from storage_initializer.formatting import format_bytes
+from storage_initializer.settings import Settings, redact
 
 _LIVE_SECONDS = 0.1
 
@@ -17,105 +17,105 @@ log = logging.getLogger("storage_initializer")
 
 
 def configure(settings: Settings) -> None:
-    """Let every log line of this program and its libraries go to stderr, in the format of the settings."""
-    output = logging.StreamHandler(sys.stderr)
-    output.setFormatter(_JsonLines() if settings.log_format == "json" else _Lines())
+    """Send the log of this program and its libraries to stderr, in the configured format."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonFormatter() if settings.log_format == "json" else _TextFormatter())
     logging.disable(logging.NOTSET)
-    logging.basicConfig(level=settings.log_level, handlers=[output], force=True)
+    logging.basicConfig(level=settings.log_level, handlers=[handler], force=True)
     logging.captureWarnings(True)
-    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for library in ("httpx", "httpx2", "httpcore", "httpcore2", "filelock"):
+        logging.getLogger(library).setLevel(logging.WARNING)
 
 
-def say(settings: Settings, text: str, **facts: object) -> None:
-    """Write a line of the result to stdout; as JSON, it has the facts beside the text."""
+def write_result(settings: Settings, text: str, **fields: object) -> None:
+    """Write a result line to stdout; as JSON, it includes the fields."""
     if settings.log_format == "json":
-        text = _json("INFO", text, facts)
+        text = _json("INFO", text, fields)
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
-class _Lines(logging.Formatter):
-    """One line per record."""
+class _TextFormatter(logging.Formatter):
+    """Format records as single lines."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
-        return concealed(text if record.exc_info else " ".join(text.split()))
+        return redact(text if record.exc_info else " ".join(text.split()))
 
 
-class _JsonLines(logging.Formatter):
-    """One JSON object per line, with the facts that a record carries."""
+class _JsonFormatter(logging.Formatter):
+    """Format records as JSON objects, with the record's `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        facts: dict[str, Any] = dict(getattr(record, "facts", {}))
+        fields: dict[str, Any] = dict(getattr(record, "fields", {}))
         if record.exc_info:
-            facts["traceback"] = self.formatException(record.exc_info)
-        return concealed(_json(record.levelname, " ".join(record.getMessage().split()), facts))
+            fields["traceback"] = self.formatException(record.exc_info)
+        return redact(_json(record.levelname, " ".join(record.getMessage().split()), fields))
 
 
-def _json(level: str, message: str, facts: dict[str, Any]) -> str:
+def _json(level: str, message: str, fields: dict[str, Any]) -> str:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    return json.dumps({"time": now, "level": level, "message": message} | facts)
+    return json.dumps({"time": now, "level": level, "message": message} | fields)
 
 
 class Progress:
-    """Tells how the work goes: a live bar on a terminal, a line every few seconds in a log."""
+    """Progress display: a live bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, settings: Settings, verb: str = "fetched") -> None:
         self._verb = verb
-        self._output: TextIO = sys.stderr
-        self._live = self._output.isatty() and settings.log_format == "text"
+        self._stderr: TextIO = sys.stderr
+        self._live = self._stderr.isatty() and settings.log_format == "text"
         self._interval_seconds = _LIVE_SECONDS if self._live else settings.progress_seconds
         self._lock = threading.Lock()
         self._total_bytes = 0
         self._done_bytes = 0
-        self._began = 0.0
-        self._told = 0.0
+        self._started = 0.0
+        self._displayed = 0.0
 
     def begin(self, total_bytes: int) -> None:
-        """So many bytes are to come."""
+        """Start with the number of expected bytes."""
         self._total_bytes = total_bytes
         self._done_bytes = 0
-        self._began = self._told = time.monotonic()
+        self._started = self._displayed = time.monotonic()
 
     def advance(self, size_bytes: int) -> None:
-        """So many more are here; from any thread."""
+        """Add a number of bytes; thread-safe."""
         with self._lock:
             self._done_bytes += size_bytes
             now = time.monotonic()
-            if now - self._told >= self._interval_seconds:
-                self._told = now
-                self._tell(now)
+            if now - self._displayed >= self._interval_seconds:
+                self._displayed = now
+                self._display(now)
 
     def end(self) -> None:
-        """No more will come."""
+        """Display the final state."""
         with self._lock:
-            self._tell(time.monotonic())
+            self._display(time.monotonic())
             if self._live:
-                self._output.write("\n")
+                self._stderr.write("\n")
 
-    def _tell(self, now: float) -> None:
-        left_bytes = max(0, self._total_bytes - self._done_bytes)
+    def _display(self, now: float) -> None:
+        remaining_bytes = max(0, self._total_bytes - self._done_bytes)
         percent = 100 * self._done_bytes / self._total_bytes if self._total_bytes else 100.0
-        rate = self._done_bytes / max(now - self._began, 1e-3)
-        eta_seconds = left_bytes / rate if rate > 0 else None
+        rate = self._done_bytes / max(now - self._started, 1e-3)
+        eta_seconds = remaining_bytes / rate if rate > 0 else None
         line = (
-            f"{self._verb} {readable(self._done_bytes)} of {readable(self._total_bytes)} "
-            f"({percent:.0f} %), {readable(rate)}/s"
+            f"{self._verb} {format_bytes(self._done_bytes)} of {format_bytes(self._total_bytes)} "
+            f"({percent:.0f} %), {format_bytes(rate)}/s"
         )
-        if left_bytes and eta_seconds is not None:
+        if remaining_bytes and eta_seconds is not None:
             line += f", {datetime.timedelta(seconds=round(eta_seconds))} left"
         if self._live:
-            self._output.write(f"\r{line}\x1b[K")
-            self._output.flush()
+            self._stderr.write(f"\r{line}\x1b[K")
+            self._stderr.flush()
         else:
-            facts = {
+            fields = {
                 "done_bytes": self._done_bytes,
                 "total_bytes": self._total_bytes,
                 "bytes_per_second": round(rate),
                 "eta_seconds": None if eta_seconds is None else round(eta_seconds),
             }
-            log.info("%s", line, extra={"facts": facts})
+            log.info("%s", line, extra={"fields": fields})

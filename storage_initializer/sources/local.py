@@ -1,7 +1,7 @@
-"""Sources of this machine, for clusters without a Hub: a directory, or a tar archive of one.
+"""Local sources of snapshots, for clusters without a Hub: a directory, or a tar archive of one.
 
-Their content stands for the commit, so every run reads it whole. They write where they are told to, through
-`volume.write`, and explain what is wrong with themselves; what is wrong with the volume is left to others.
+The fingerprint of the content replaces the commit, so every run reads the whole source. Errors of the source are
+translated here; errors of the volume pass through.
 """
 
 import contextlib
@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import cast
 
+from snapshot_format.record import File, FileSelection
+from snapshot_format.reference import DirectoryReference
 from storage_initializer.errors import AccessDenied, NotFound, RefusedSnapshot, SourceFailed
-from storage_initializer.reference import DirectoryReference
 from storage_initializer.sources import file_selection
-from storage_initializer.sources.file_selection import Choice, File
 from storage_initializer.volume import layout, verify
 
 _CHUNK_BYTES = 1 << 20
@@ -32,26 +32,26 @@ _Content = io.BufferedReader
 class Directory:
     """The visible files of a directory."""
 
-    def __init__(self, reference: DirectoryReference, choice: Choice) -> None:
+    def __init__(self, reference: DirectoryReference, selection: FileSelection) -> None:
         self._reference = reference
-        self._choice = choice
+        self._selection = selection
         self._files: tuple[File, ...] = ()
 
-    def resolve(self, *, patient: bool = True) -> str:  # noqa: ARG002 - nobody has to be asked twice
-        """The fingerprint of the files that would be published.
+    def resolve(self, *, retry: bool = True) -> str:  # noqa: ARG002 - local sources need no retry
+        """Return the fingerprint of the files that would be published.
 
         Raises:
-            NotFound: no such directory.
-            AccessDenied: this user may not read it, or something in it.
-            SourceFailed: it cannot be read for now.
-            RefusedSnapshot: it holds what must not be served.
+            NotFound: the directory does not exist.
+            AccessDenied: this user may not read it completely.
+            SourceFailed: a temporary failure.
+            RefusedSnapshot: it contains files that must not be served.
         """
-        with _explained(self._reference):
-            self._files = self._describe()
-        return file_selection.make(self._files, str(self._reference), self._choice).fingerprint
+        with _translated_errors(self._reference):
+            self._files = self._measure()
+        return file_selection.make_plan(self._files, str(self._reference), self._selection).fingerprint
 
-    def listing(self, _commit: str) -> tuple[File, ...]:
-        """The files as `resolve` has found them."""
+    def list_files(self, _commit: str) -> tuple[File, ...]:
+        """Return the files that `resolve` has measured."""
         return self._files
 
     def fetch(
@@ -62,67 +62,67 @@ class Directory:
         advance: Callable[[int], None],
         finished: Callable[[File], None],
     ) -> None:
-        """Copy the files.
+        """Copy files into `staging`.
 
         Raises:
-            AccessDenied, SourceFailed: as above.
+            AccessDenied, SourceFailed: see above.
         """
         for file, content in self._open(files):
             layout.write(staging, file.path, _chunks(self._reference, content), advance)
             finished(file)
 
-    def _describe(self) -> tuple[File, ...]:
-        return verify.describe(self._reference.path)
+    def _measure(self) -> tuple[File, ...]:
+        return verify.list_files(self._reference.path)
 
     def _open(self, files: Iterable[File]) -> Iterator[tuple[File, _Content]]:
         for file in files:
-            with _explained(self._reference):
+            with _translated_errors(self._reference):
                 content = (self._reference.path / file.path).open("rb")
             with content:
                 yield file, content
 
 
 class Archive(Directory):
-    """The visible files of a tar archive, compressed or not, read from its beginning to its end without seeking.
+    """The visible files of a tar archive, compressed or not, read sequentially.
 
-    A model's files lie at its top, or all of them in one directory there, as `tar cf model.tar my-model` puts them.
+    The model's files are at its top, or all in one directory, as in `tar cf model.tar my-model`.
     """
 
     _top = ""
     """That directory with a slash, if there is one."""
 
-    def _describe(self) -> tuple[File, ...]:
-        found: dict[str, File] = {}
+    def _measure(self) -> tuple[File, ...]:
+        files: dict[str, File] = {}
         for name, content in self._members():
-            file_selection.guard(name, str(self._reference))
-            if name in found:
-                raise RefusedSnapshot(f"{self._reference} holds {name} twice: make the archive anew")
+            file_selection.check_safe_path(name, str(self._reference))
+            if name in files:
+                raise RefusedSnapshot(f"{self._reference} contains {name} twice. Create the archive again.")
             size_bytes, sha256 = 0, hashlib.sha256()
             for chunk in _chunks(self._reference, content):
                 size_bytes += len(chunk)
                 sha256.update(chunk)
-            found[name] = File(name, size_bytes, sha256.hexdigest())
-        tops = {name.partition("/")[0] + "/" for name in found}
-        if file_selection.CONFIG not in found and len(tops) == 1:
+            files[name] = File(name, size_bytes, sha256.hexdigest())
+        tops = {name.partition("/")[0] + "/" for name in files}
+        if file_selection.CONFIG not in files and len(tops) == 1:
             self._top = tops.pop()
         return tuple(
-            File(name.removeprefix(self._top), file.size_bytes, file.sha256) for name, file in sorted(found.items())
+            File(name.removeprefix(self._top), file.size_bytes, file.sha256) for name, file in sorted(files.items())
         )
 
     def _open(self, files: Iterable[File]) -> Iterator[tuple[File, _Content]]:
-        wanted = {self._top + file.path: file for file in files}
+        pending = {self._top + file.path: file for file in files}
         for name, content in self._members():
-            if name in wanted:
-                yield wanted.pop(name), content
-        if wanted:
-            raise SourceFailed(f"{self._reference} has changed, {', '.join(wanted)} is gone: run again")
+            if name in pending:
+                yield pending.pop(name), content
+        if pending:
+            raise SourceFailed(f"{self._reference} has changed, {', '.join(pending)} no longer exists. Run again.")
 
     def _members(self) -> Iterator[tuple[str, _Content]]:
-        """Every visible file, by its name in the archive, open until the next one is asked for."""
+        """Iterate over the visible files; each is open until the next one is requested."""
         members = self._unpacked()
         while True:
-            # What the consumer raises between two members is no matter of this archive.
-            with _explained(self._reference):
+            # Exceptions that the consumer raises between two members are not errors of this archive.
+            with _translated_errors(self._reference):
                 member = next(members, None)
             if member is None:
                 return
@@ -137,26 +137,26 @@ class Archive(Directory):
                 content = archive.extractfile(member) if member.isfile() else None
                 if content is None:
                     raise RefusedSnapshot(
-                        f"{self._reference} holds {name}, a link or a device: make it anew with copies (tar -h)"
+                        f"{self._reference} contains {name}, a link or a device. Create it again with copies (tar -h)."
                     )
                 yield name, cast(_Content, content)
 
 
-def source(reference: DirectoryReference, choice: Choice) -> Directory:
-    """A directory or an archive, as it lies there.
+def open_source(reference: DirectoryReference, selection: FileSelection) -> Directory:
+    """Return the source of a directory or archive.
 
     Raises:
-        NotFound, AccessDenied, SourceFailed: nothing does, or it cannot be reached.
+        NotFound, AccessDenied, SourceFailed: it does not exist or is not accessible.
     """
-    with _explained(reference):
+    with _translated_errors(reference):
         mode = reference.path.stat().st_mode
-    return Directory(reference, choice) if stat.S_ISDIR(mode) else Archive(reference, choice)
+    return Directory(reference, selection) if stat.S_ISDIR(mode) else Archive(reference, selection)
 
 
 def _chunks(reference: DirectoryReference, content: _Content) -> Iterator[bytes]:
-    """The content of a file. Errors of whoever takes the chunks do not pass through here."""
+    """Iterate over the content of a file; exceptions of the consumer are not translated."""
     while True:
-        with _explained(reference):
+        with _translated_errors(reference):
             chunk = content.read(_CHUNK_BYTES)
         if not chunk:
             return
@@ -164,32 +164,33 @@ def _chunks(reference: DirectoryReference, content: _Content) -> Iterator[bytes]
 
 
 @contextlib.contextmanager
-def _explained(reference: DirectoryReference) -> Iterator[None]:
-    """Tell what an error means for the directory or archive of a reference."""
+def _translated_errors(reference: DirectoryReference) -> Iterator[None]:
+    """Translate errors of the operating system into errors of this source."""
     path = reference.path
     try:
         yield
     except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError) as error:
-        raise _no_archive(reference, error) from error
+        raise _not_an_archive(reference, error) from error
     except OSError as error:
         where = error.filename or path
         match error.errno:
             case None:
-                raise _no_archive(reference, error) from error
+                raise _not_an_archive(reference, error) from error
             case errno.EACCES | errno.EPERM:
                 raise AccessDenied(
-                    f"{reference} cannot be read ({where}: {error.strerror}): let user {os.getuid()} "
-                    f"or group {os.getgid()} read it (chmod -R a+rX)"
+                    f"{reference} is not readable ({where}: {error.strerror}). Let user {os.getuid()} "
+                    f"or group {os.getgid()} read it (chmod -R a+rX)."
                 ) from error
             case errno.ENOENT | errno.ENOTDIR if where in (path, str(path)):
-                raise NotFound(f"{reference} does not exist: check the path") from error
+                raise NotFound(f"{reference} does not exist. Check the path.") from error
             case _:
                 raise SourceFailed(
-                    f"{reference} failed ({where}: {error.strerror}): check it, then run again"
+                    f"{reference} failed ({where}: {error.strerror}). Check it, then run again."
                 ) from error
 
 
-def _no_archive(reference: DirectoryReference, error: Exception) -> RefusedSnapshot:
+def _not_an_archive(reference: DirectoryReference, error: Exception) -> RefusedSnapshot:
     return RefusedSnapshot(
-        f"{reference} is neither a directory nor a whole tar archive ({error or type(error).__name__}): copy it again"
+        f"{reference} is neither a directory nor a complete tar archive ({error or type(error).__name__}). "
+        "Copy it again."
     )

@@ -1,4 +1,4 @@
-"""When a busy Hub is asked again: exponential back-off with jitter, or when it says so. Knows nothing of the Hub."""
+"""Retries of transient Hub errors: exponential back-off with jitter, or the Hub's `Retry-After`."""
 
 import logging
 import threading
@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from storage_initializer.errors import HubBusy
+from storage_initializer.errors import TransientHubError
 
 if TYPE_CHECKING:
     from tenacity import RetryCallState
 
-_LONGEST_WAIT_SECONDS = 60.0
-"""What doubling ends at."""
-_LONGEST_RETRY_AFTER_SECONDS = 300.0
-"""The Hub's rate limits count over windows of five minutes. Who asks for more is left to the Job's own back-off."""
+_MAX_WAIT_SECONDS = 60.0
+"""Upper bound of the exponential back-off."""
+_MAX_RETRY_AFTER_SECONDS = 300.0
+"""The Hub's rate limits have windows of five minutes. Longer waits are left to the Job's own back-off."""
 
 _Result = TypeVar("_Result")
 
@@ -22,49 +22,51 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How often to ask, and how long to wait for the first time in between."""
+class RetryPolicy:
+    """Number of attempts, and the first wait between two of them."""
 
     attempts: int
     first_wait_seconds: float
 
-    def call(self, ask: Callable[[], _Result], stopped: threading.Event | None = None) -> _Result:
-        """What `ask` returns, called again while it raises `HubBusy` and patience lasts; `stopped` ends a wait.
+    def call(self, request: Callable[[], _Result], stopped: threading.Event | None = None) -> _Result:
+        """Return the result of `request`, repeated while it raises `TransientHubError`; `stopped` ends a wait.
 
         Raises:
-            HubBusy: the last one.
+            TransientHubError: the error of the last attempt.
         """
-        # Imported when it is needed, since it takes longer than finding a published snapshot.
+        # Imported here because it takes longer than checking a published snapshot.
         import tenacity
 
-        backing_off = tenacity.wait_exponential_jitter(
-            multiplier=self.first_wait_seconds, max=_LONGEST_WAIT_SECONDS, jitter=self.first_wait_seconds
+        backoff = tenacity.wait_exponential_jitter(
+            multiplier=self.first_wait_seconds, max=_MAX_WAIT_SECONDS, jitter=self.first_wait_seconds
         )
 
         def wait(state: "RetryCallState") -> float:
-            asked_for = _asked_for(state)
-            return backing_off(state) if asked_for is None else asked_for
+            retry_after_seconds = _retry_after_seconds(state)
+            return backoff(state) if retry_after_seconds is None else retry_after_seconds
 
         def stop(state: "RetryCallState") -> bool:
-            return state.attempt_number >= self.attempts or (_asked_for(state) or 0.0) > _LONGEST_RETRY_AFTER_SECONDS
+            return (
+                state.attempt_number >= self.attempts or (_retry_after_seconds(state) or 0.0) > _MAX_RETRY_AFTER_SECONDS
+            )
 
         return tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(HubBusy),
+            retry=tenacity.retry_if_exception_type(TransientHubError),
             stop=stop,
             wait=wait,
             sleep=tenacity.sleep_using_event(stopped or threading.Event()),
             before_sleep=lambda state: log.warning(
-                "attempt %d of %d: %s; asking again in %.1f s",
+                "attempt %d of %d failed, retrying in %.1f s: %s",
                 state.attempt_number,
                 self.attempts,
-                state.outcome.exception() if state.outcome else "",
                 state.upcoming_sleep,
+                state.outcome.exception() if state.outcome else "",
             ),
             reraise=True,
-        )(ask)
+        )(request)
 
 
-def _asked_for(state: "RetryCallState") -> float | None:
-    """The seconds that the Hub has asked to be left alone for, if it has."""
+def _retry_after_seconds(state: "RetryCallState") -> float | None:
+    """Return the wait that the Hub requested in the last attempt, if any."""
     error = state.outcome.exception() if state.outcome else None
-    return error.retry_after_seconds if isinstance(error, HubBusy) else None
+    return error.retry_after_seconds if isinstance(error, TransientHubError) else None

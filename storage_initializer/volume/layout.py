@@ -1,24 +1,13 @@
-"""What lies on a volume, and the only writer of it: staging, publishing, refs, free space, removing.
+"""The only writer of the volume: staging, publishing, refs, free space, removal.
 
-    <root>/
-        demo--arithmetic/                             one directory per model: the reference's slug
-            4f0a…c1/                                  one directory per snapshot: the commit
-                config.json  model.safetensors  …     as on the Hub
-                .snapshot.json                        the record, see `record.py`
-            4f0a…c1-int8-cpu/                         what was prepared of it, with a record of its own
-            refs/
-                main                                  holds the commit and a line feed
-                refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
-        .staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot being fetched; the suffix is the lease's token
-            .partial/model.safetensors                a file whose end is still missing; gone on with after a kill
-        .locks/demo--arithmetic@4f0a…c1.lease         who fetches or prepares it, see `lease.py`
+`snapshot_format.layout` defines the paths that readers see. Initializers add two directories:
 
-Readers look at `<slug>/` only, and see no snapshot or a complete one: the record is written last into staging, then one
-rename publishes the whole directory. Nothing is ever written into a published snapshot.
+    <root>/.staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot being fetched; the suffix is the lease's token
+               .partial/model.safetensors                an incomplete file, resumed by the next run
+    <root>/.locks/demo--arithmetic@4f0a…c1.lease         see `lease.py`
 
-The group of the volume (`fsGroup`) may be all that two initializers have in common: `<slug>/`, `refs/`, `.staging/`,
-`.locks/` and the leases are group-writable, so that each can publish beside the other, move its refs and take over from
-it. Published snapshots are for the group to read only. The root's own mode is up to whoever made it.
+Readers see a complete snapshot or none: the record is written last into staging, then one rename publishes the whole
+directory. A published snapshot is never modified.
 """
 
 import contextlib
@@ -28,138 +17,101 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from snapshot_format.layout import SnapshotLocation, read_ref, ref_path
+from snapshot_format.record import RECORD, Record
 from storage_initializer.errors import InitializerError, NoSpace, RefusedVolume, VolumeFailed
-from storage_initializer.reference import escape
-from storage_initializer.sources.file_selection import readable
-from storage_initializer.volume.record import RECORD, Record, read
+from storage_initializer.formatting import format_bytes
+from storage_initializer.volume.permissions import chmod_and_fsync, fsync, make_shared_directory
+from storage_initializer.volume.record import read
 
-REFS = "refs"
 STAGING = ".staging"
 LOCKS = ".locks"
-LEASE = ".lease"
+LEASE_SUFFIX = ".lease"
 _PARTIAL = ".partial"
-_LEFT = ".left"
+_ADOPTED = ".adopted"
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where one snapshot belongs."""
-
-    root: Path
-    slug: str
-    commit: str
-    form: str = ""
-    """What was made of the snapshot of that commit, `int8-cpu` say; empty for the snapshot itself."""
-
-    @property
-    def name(self) -> str:
-        """Of the directory."""
-        return f"{self.commit}-{self.form}" if self.form else self.commit
-
-    @property
-    def directory(self) -> Path:
-        """The published snapshot."""
-        return self.root / self.slug / self.name
-
-    @property
-    def key(self) -> str:
-        """The name of this snapshot in staging; no slug holds an `@`."""
-        return f"{self.slug}@{self.name}"
-
-
-def find(place: Place) -> Record | None:
-    """The record of a published snapshot, or None where nothing is published.
+def find(location: SnapshotLocation) -> Record | None:
+    """Return the record of a published snapshot, or None.
 
     Raises:
-        RefusedVolume: something else lies there, or a tool with another format wrote it.
+        RefusedVolume: the directory is not a snapshot, or has another format version.
     """
-    return read(place.directory) if place.directory.is_dir() else None
+    return read(location.directory) if location.directory.is_dir() else None
 
 
-def resolved(root: Path, slug: str, revision: str) -> str | None:
-    """The commit that a revision was resolved to the last time, if that is published still."""
+def resolve_ref(root: Path, slug: str, revision: str) -> str | None:
+    """Return the commit that a revision was last resolved to, if its snapshot is still published."""
     try:
-        commit = (root / slug / REFS / escape(revision)).read_text().strip()
+        commit = read_ref(root, slug, revision)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return commit if commit and Place(root, slug, commit).directory.is_dir() else None
+    return commit if commit and SnapshotLocation(root, slug, commit).directory.is_dir() else None
 
 
-def point(place: Place, revision: str) -> None:
-    """Write down that a revision leads to this snapshot; touches nothing where that is already so."""
-    path = place.root / place.slug / REFS / escape(revision)
-    content = f"{place.commit}\n"
+def write_ref(location: SnapshotLocation, revision: str) -> None:
+    """Point a revision to this snapshot; an up-to-date ref is not touched."""
+    path = ref_path(location.root, location.slug, revision)
+    content = f"{location.commit}\n"
     with contextlib.suppress(FileNotFoundError):
         if path.read_text() == content:
             return
-    _make(path.parent)
-    draft = _make(place.root / STAGING) / f"{place.key}.{secrets.token_hex(8)}.ref"
+    make_shared_directory(path.parent)
+    draft = make_shared_directory(location.root / STAGING) / f"{location.key}.{secrets.token_hex(8)}.ref"
     draft.write_text(content)
-    settle(draft)
+    chmod_and_fsync(draft)
     draft.replace(path)
-    _sync(path.parent)
+    fsync(path.parent)
 
 
-def unpoint(place: Place, revisions: Iterable[str]) -> None:
-    """Forget what these revisions were resolved to."""
+def delete_refs(location: SnapshotLocation, revisions: Iterable[str]) -> None:
+    """Delete the refs of revisions."""
     for revision in revisions:
-        (place.root / place.slug / REFS / escape(revision)).unlink(missing_ok=True)
+        ref_path(location.root, location.slug, revision).unlink(missing_ok=True)
 
 
-def lease_path(place: Place, *, make: bool = True) -> Path:
-    """Where the lease of a snapshot and of all that is made of it lies; makes the directory, if it shall."""
-    locks = place.root / LOCKS
-    return (_make(locks) if make else locks) / f"{place.slug}@{place.commit}{LEASE}"
+def lease_path(location: SnapshotLocation) -> Path:
+    """Return the lease file of a snapshot and all its variants."""
+    return location.root / LOCKS / f"{location.slug}@{location.commit}{LEASE_SUFFIX}"
 
 
-def stage(place: Place, token: str, *, afresh: bool = False) -> Path:
-    """The staging directory of a lease, by its token, with all that earlier ones left behind for the same snapshot.
+def stage(location: SnapshotLocation, token: str, *, resume: bool = True) -> Path:
+    """Return the staging directory of a lease, with the files of earlier interrupted runs if it may resume.
 
-    What another user left there is removed as far as this one may, and fetched anew; so is all of it, if it is to be
-    begun afresh.
+    Files of another user are removed as far as permitted and fetched again, because their modes cannot be changed.
     """
-    staging = _make(place.root / STAGING)
-    own = staging / f"{place.key}.{token}"
-    for left in sorted(path for path in staging.iterdir() if path.name.startswith(f"{place.key}.") and path.is_dir()):
+    staging = make_shared_directory(location.root / STAGING)
+    own = staging / f"{location.key}.{token}"
+    prefix = f"{location.key}."
+    for path in sorted(path for path in staging.iterdir() if path.name.startswith(prefix) and path.is_dir()):
         with contextlib.suppress(FileNotFoundError):
-            if left.stat().st_uid != os.geteuid():
-                # Its modes cannot be set by this user, so it cannot be published. Renamed first: its author loses it.
-                shutil.rmtree(left.rename(f"{own}.{secrets.token_hex(8)}"), ignore_errors=True)
-            elif afresh or own.exists():
-                shutil.rmtree(left, ignore_errors=True)
+            if path.stat().st_uid != os.geteuid():
+                # Rename first, so that a writer that is still alive loses the directory.
+                shutil.rmtree(path.rename(f"{own}.{secrets.token_hex(8)}"), ignore_errors=True)
+            elif not resume or own.exists():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                left.rename(own)
-                log.info("going on with what an earlier run has fetched")
-    _make(own)
-    tidy(own, keep_partial=True)
+                path.rename(own)
+                log.info("resuming from the files of an earlier run")
+    make_shared_directory(own)
+    remove_bookkeeping(own, keep_partial=True)
     _adopt_partial(own)
     return own
 
 
-@contextlib.contextmanager
-def created_with(umask: int) -> Iterator[None]:
-    """Whatever is created meanwhile lacks these rights."""
-    before = os.umask(umask)
-    try:
-        yield
-    finally:
-        os.umask(before)
-
-
-def partial(staging: Path, path: str) -> Path:
-    """Where a file of a snapshot lies as long as its end is missing; the directory is made."""
-    unfinished = staging / _PARTIAL / path
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    return unfinished
+def partial_path(staging: Path, path: str) -> Path:
+    """Return the path of an incomplete file; its directory is created."""
+    incomplete = staging / _PARTIAL / path
+    incomplete.parent.mkdir(parents=True, exist_ok=True)
+    return incomplete
 
 
 def partial_bytes(staging: Path, path: str) -> int:
-    """How many bytes of a file are there already, of those whose end is missing."""
+    """Return the size of an incomplete file, 0 if there is none."""
     try:
         return (staging / _PARTIAL / path).stat().st_size
     except FileNotFoundError:
@@ -167,83 +119,83 @@ def partial_bytes(staging: Path, path: str) -> int:
 
 
 def complete(staging: Path, path: str) -> None:
-    """Put a file whose end is there in its place."""
+    """Move a complete file from its partial path to its place in staging."""
     target = staging / path
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial(staging, path).replace(target)
+    partial_path(staging, path).replace(target)
 
 
-def tidy(staging: Path, *, keep_partial: bool = False) -> None:
-    """Remove bookkeeping from staging: whatever is hidden at its top is no part of a snapshot."""
+def remove_bookkeeping(staging: Path, *, keep_partial: bool = False) -> None:
+    """Remove hidden entries at the top of staging; they are not part of the snapshot."""
     for path in staging.iterdir():
-        if path.name.startswith(".") and not (keep_partial and path.name in (_PARTIAL, _LEFT)):
-            clear(path)
+        if path.name.startswith(".") and not (keep_partial and path.name in (_PARTIAL, _ADOPTED)):
+            remove_path(path)
 
 
 def discard(staging: Path, paths: Iterable[str]) -> None:
-    """Remove files from staging that must be fetched again, or not be there at all."""
+    """Remove files from staging."""
     for path in paths:
         (staging / path).unlink(missing_ok=True)
 
 
 def write(staging: Path, path: str, chunks: Iterable[bytes], advance: Callable[[int], None]) -> None:
-    """Write a file into staging; `advance` gets the number of bytes of every chunk. Half a file does not stay."""
-    unfinished = partial(staging, path)
+    """Write a file into staging and report the size of every chunk; an incomplete file is removed."""
+    incomplete = partial_path(staging, path)
     try:
-        with unfinished.open("wb") as into:
+        with incomplete.open("wb") as into:
             for chunk in chunks:
                 into.write(chunk)
                 advance(len(chunk))
     except BaseException:
-        unfinished.unlink(missing_ok=True)
+        incomplete.unlink(missing_ok=True)
         raise
     complete(staging, path)
 
 
-def require_space(place: Place, needed_bytes: int) -> None:
-    """Check that the volume has room.
+def require_space(location: SnapshotLocation, needed_bytes: int) -> None:
+    """Check the free space of the volume.
 
     Raises:
-        NoSpace: fewer bytes are free than needed; names both numbers.
+        NoSpace: fewer bytes are free than needed.
     """
-    space = os.statvfs(place.root)
+    space = os.statvfs(location.root)
     free_bytes = space.f_bavail * space.f_frsize
     if free_bytes < needed_bytes:
         raise NoSpace(
-            f"{place.slug} needs {readable(needed_bytes)}, {readable(free_bytes)} free on {place.root}: "
-            "enlarge it, or remove snapshots that nobody serves (gc)"
+            f"{location.slug} needs {format_bytes(needed_bytes)}, {format_bytes(free_bytes)} free on {location.root}. "
+            "Enlarge the volume, or remove unused snapshots (gc)."
         )
 
 
-def publish(place: Place, staging: Path, record: Record) -> None:
-    """Make a verified staging directory the published snapshot: record, fsync, one rename."""
+def publish(location: SnapshotLocation, staging: Path, record: Record) -> None:
+    """Publish a verified staging directory: write the record, fsync everything, rename once."""
     (staging / RECORD).write_text(record.to_json())
     for folder, _, names in os.walk(staging, topdown=False):
         for name in names:
-            settle(Path(folder, name))
-        settle(Path(folder))
-    parent = _make(place.directory.parent)
+            chmod_and_fsync(Path(folder, name))
+        chmod_and_fsync(Path(folder))
+    parent = make_shared_directory(location.directory.parent)
     try:
-        staging.rename(place.directory)
+        staging.rename(location.directory)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        # Whoever took over while this process was thought dead was faster, with the same verified content.
+        # Another initializer took over and has published the same verified content.
         shutil.rmtree(staging)
-    _sync(parent)
-    _sync(place.root)
+    fsync(parent)
+    fsync(location.root)
 
 
-def remove(place: Place, token: str) -> None:
-    """Take a snapshot away from readers with one rename, then remove it; under its lease, of that token."""
-    gone = _make(place.root / STAGING) / f"{place.key}.{token}"
-    place.directory.rename(gone)
-    _sync(place.directory.parent)
-    shutil.rmtree(gone)
+def remove(location: SnapshotLocation, token: str) -> None:
+    """Hide a snapshot from readers with one rename, then remove it; the caller holds its lease."""
+    removed = make_shared_directory(location.root / STAGING) / f"{location.key}.{token}"
+    location.directory.rename(removed)
+    fsync(location.directory.parent)
+    shutil.rmtree(removed)
 
 
-def clear(path: Path) -> None:
-    """Remove something that was left in staging or among the leases."""
+def remove_path(path: Path) -> None:
+    """Remove a file or a directory tree."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -251,25 +203,25 @@ def clear(path: Path) -> None:
 
 
 def size_bytes(path: Path) -> int:
-    """Of a file, or of all files below a directory."""
+    """Return the size of a file, or of all files in a directory tree."""
     if path.is_dir():
         return sum(below.lstat().st_size for below in path.rglob("*") if not below.is_dir())
     return path.lstat().st_size
 
 
 def is_full(error: OSError) -> bool:
-    """Whether the volume, or the quota of this user, has no room left."""
+    """Return whether the volume or the user's quota is full."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
-def explained(root: Path) -> Iterator[None]:
-    """Tell what an error of the operating system means for the volume at `root`.
+def translate_os_errors(root: Path) -> Iterator[None]:
+    """Translate errors of the operating system into errors of the volume at `root`.
 
     Raises:
         NoSpace: the volume or its quota is full.
-        RefusedVolume: the volume cannot be written.
-        VolumeFailed: anything else.
+        RefusedVolume: the volume is not writable.
+        VolumeFailed: any other error.
     """
     try:
         yield
@@ -282,85 +234,41 @@ def explained(root: Path) -> Iterator[None]:
         match error.errno:
             case _ if is_full(error):
                 raise NoSpace(
-                    f"no space left on {root}: enlarge it, or remove snapshots that nobody serves (gc), then run again"
+                    f"No space left on {root}. Enlarge it, or remove unused snapshots (gc), then run again."
                 ) from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 raise RefusedVolume(
-                    f"{where} cannot be used ({error.strerror}): mount {root} writable for user {os.getuid()} "
-                    f"or group {os.getgid()} (fsGroup)"
+                    f"{where} is not usable ({error.strerror}). Mount {root} writable for user {os.getuid()} "
+                    f"or group {os.getgid()} (fsGroup)."
                 ) from error
             case errno.ENOTDIR | errno.EEXIST | errno.ENAMETOOLONG:
-                raise RefusedVolume(f"{where} is no directory: give the root of a volume") from error
+                raise RefusedVolume(f"{where} is not a directory. Specify the root of a volume.") from error
             case _:
-                raise VolumeFailed(f"{where} failed ({error.strerror}): check the volume, then run again") from error
+                raise VolumeFailed(f"{where} failed ({error.strerror}). Check the volume, then run again.") from error
 
 
 def _adopt_partial(staging: Path) -> None:
-    """Go on with copies of unfinished files: who began them may be alive still, and write to those it has opened."""
-    left = staging / _LEFT
-    # Killed while it copied, an earlier run has left what it had not copied to the end.
-    for begun, path in _files(left):
-        begun.replace(partial(staging, path))
-    shutil.rmtree(left, ignore_errors=True)
+    """Replace incomplete files by copies: the process that started them may still be alive and write to them."""
+    adopted = staging / _ADOPTED
+    # An earlier run was killed while it copied: these files have not been copied completely.
+    for source, path in _files(adopted):
+        source.replace(partial_path(staging, path))
+    shutil.rmtree(adopted, ignore_errors=True)
     with contextlib.suppress(FileNotFoundError):
-        (staging / _PARTIAL).rename(left)
-    for begun, path in _files(left):
+        (staging / _PARTIAL).rename(adopted)
+    for source, path in _files(adopted):
         try:
-            shutil.copyfile(begun, partial(staging, path))
+            shutil.copyfile(source, partial_path(staging, path))
         except OSError as error:
-            # Without room for both, what was copied is gone on with.
+            # Without space for both files, the incomplete copy is resumed.
             if not is_full(error):
                 raise
-        begun.unlink()
-    shutil.rmtree(left, ignore_errors=True)
+        source.unlink()
+    shutil.rmtree(adopted, ignore_errors=True)
 
 
 def _files(directory: Path) -> Iterator[tuple[Path, str]]:
-    """All files below a directory, each with its path relative to it; none where there is no directory."""
+    """Iterate over all files in a directory tree with their relative paths."""
     for folder, _, names in os.walk(directory):
         for name in names:
             yield Path(folder, name), Path(folder, name).relative_to(directory).as_posix()
-
-
-def _make(directory: Path) -> Path:
-    """Create a directory that its group can write, with parents that it can read; leaves what exists as it is."""
-    if directory.is_dir():
-        return directory
-    missing = [parent for parent in directory.parents if not parent.is_dir()]
-    for each, rights in (*((parent, 0o050) for parent in reversed(missing)), (directory, 0o070)):
-        with contextlib.suppress(FileExistsError):
-            each.mkdir()
-            _set_mode(each, add=rights)
-    if not directory.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(directory))
-    return directory
-
-
-def settle(path: Path) -> None:
-    """Let the group read a file or directory and not write it, whatever the umask says, and bring it to the disk."""
-    _set_mode(path, add=0o050 if path.is_dir() else 0o040, remove=0o022)
-    _sync(path)
-
-
-def _set_mode(path: Path, add: int, remove: int = 0) -> None:
-    mode = path.stat().st_mode
-    wanted = mode & ~remove | add
-    if wanted != mode:
-        try:
-            path.chmod(wanted)
-        except OSError:
-            # Some volumes have fixed modes: rights that are missing matter, rights in excess do not.
-            if mode | add != mode:
-                raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems know no fsync of a directory.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

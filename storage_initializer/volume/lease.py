@@ -1,9 +1,9 @@
-"""Leases: of many initializers on one volume, one at a time publishes a snapshot. Knows nothing of snapshots.
+"""Leases: one initializer at a time publishes a snapshot.
 
-Nothing here relies on flock, which network file systems are known to accept and ignore. A lease is a file that only
-one can create; its holder touches it, and whoever finds it untouched for too long, by the volume's own clock, takes
-over. A holder that was taken for dead by mistake does no harm: whoever takes over renames the staging directory, so the
-old holder loses it, and a rename onto a published snapshot fails.
+flock is not used, because some network file systems accept and ignore it. A lease is a file that only one process can
+create. Its holder updates the mtime regularly; another initializer takes over a lease whose mtime is too old by the
+volume's own clock. A holder that was wrongly considered dead does no harm: the new holder renames the staging
+directory, and a rename onto a published snapshot fails.
 """
 
 import contextlib
@@ -19,15 +19,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from storage_initializer.errors import LeaseLost, LeaseTimeout
+from storage_initializer.volume.permissions import make_shared_directory
 
 _POLL_SECONDS = 0.5
-_STILL_WAITING_SECONDS = 10.0
+_LOG_INTERVAL_SECONDS = 10.0
+_MODE = 0o664
 
 log = logging.getLogger(__name__)
 
 
 class Lease:
-    """The right to stage and publish one snapshot, held as long as the heartbeat goes on."""
+    """The exclusive right to stage and publish one snapshot, kept by a heartbeat."""
 
     def __init__(self, path: Path, stale_seconds: float) -> None:
         self.token = secrets.token_hex(8)
@@ -35,87 +37,90 @@ class Lease:
         self._stale_seconds = stale_seconds
         self._lost = threading.Event()
         self._released = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def check(self) -> None:
-        """Raise unless the lease is still held; cheap, for every chunk and before every step that matters.
+        """Raise unless the lease is still held; cheap enough for every chunk.
 
         Raises:
             LeaseLost: another initializer has taken over.
         """
         if self._lost.is_set():
             raise LeaseLost(
-                f"another initializer took over {self._path.stem}, since this one was silent for more than "
-                f"{self._stale_seconds:g} s: run again to see its result"
+                f"Lease lost: another initializer took over {self._path.stem} after more than "
+                f"{self._stale_seconds:g} s without a heartbeat. Run again to see its result."
             )
 
     def acquire(self, timeout_seconds: float) -> None:
-        """Wait until nobody holds the lease, or its holder is dead.
+        """Create the lease, after its holder has released it or died.
 
         Raises:
-            LeaseTimeout: somebody alive held it for all that time.
+            LeaseTimeout: the lease was held until the timeout expired.
         """
+        make_shared_directory(self._path.parent)
         started = time.monotonic()
-        told = -_STILL_WAITING_SECONDS
+        logged = -_LOG_INTERVAL_SECONDS
         while not self._create():
             waited = time.monotonic() - started
-            holder = self._holder()
+            holder = _read_holder(self._path)
             if holder is None or self._evict(holder):
                 continue
             if waited > timeout_seconds:
                 raise LeaseTimeout(
-                    f"{holder.name} has been publishing {self._path.stem} for {waited:.0f} s: "
-                    "look why it takes so long, or run again"
+                    f"{holder.name} has been publishing {self._path.stem} for {waited:.0f} s. "
+                    "Check its progress, or run again."
                 )
-            if waited - told >= _STILL_WAITING_SECONDS:
-                told = waited
+            if waited - logged >= _LOG_INTERVAL_SECONDS:
+                logged = waited
                 log.info("waiting for %s, which publishes %s (%.0f s)", holder.name, self._path.stem, waited)
             time.sleep(min(_POLL_SECONDS, self._stale_seconds / 5))
-        self._heart.start()
+        self._heartbeat.start()
 
     def release(self) -> None:
-        """Let the next one in; harmless when the lease is lost, or was never had."""
+        """Delete the lease if it is still held."""
         self._released.set()
-        if self._heart.is_alive():
-            self._heart.join()
-        holder = self._holder()
-        if holder is not None and holder.token == self.token:
+        if self._heartbeat.is_alive():
+            self._heartbeat.join()
+        if self._is_held():
             self._path.unlink(missing_ok=True)
+
+    def _is_held(self) -> bool:
+        holder = _read_holder(self._path)
+        return holder is not None and holder.token == self.token
 
     def _create(self) -> bool:
         try:
-            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o664)
+            descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _MODE)
         except FileExistsError:
             return False
         try:
             with os.fdopen(descriptor, "w") as file, contextlib.suppress(PermissionError):
                 json.dump({"token": self.token, "name": f"{socket.gethostname()}:{os.getpid()}"}, file)
-                # For users of the same group, whatever the umask says; some volumes have fixed modes.
-                os.fchmod(descriptor, 0o664)
+                # For users of the same group, whatever the umask. Some volumes have fixed modes.
+                os.fchmod(descriptor, _MODE)
         except BaseException:
-            # A full volume, or a signal: nobody would recognise this lease as ours.
+            # A full volume, or a signal: without a token, this lease could never be released.
             self._path.unlink(missing_ok=True)
             raise
         return True
 
-    def _holder(self) -> "_Holder | None":
-        return _holder(self._path)
-
     def _evict(self, holder: "_Holder") -> bool:
-        """Remove the lease of a holder without heartbeat; the volume's clock decides, not this machine's."""
+        """Remove the lease of a holder without heartbeat, by the volume's clock and not this machine's."""
         probe = self._path.with_suffix(f".{self.token}.clock")
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
-        if now - holder.beat < self._stale_seconds:
+        if now - holder.last_beat < self._stale_seconds:
             return False
-        log.warning("%s is silent for %.0f s: taking over %s", holder.name, now - holder.beat, self._path.stem)
+        log.warning(
+            "no heartbeat of %s for %.0f s, taking over %s", holder.name, now - holder.last_beat, self._path.stem
+        )
         aside = self._path.with_suffix(f".{self.token}.stale")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(aside)
-            evicted = _holder(aside)
+            evicted = _read_holder(aside)
             if evicted is not None and evicted.token != holder.token:
-                # Somebody else took over in between: this lease is alive, and goes back.
+                # Another initializer took over in the meantime: restore its lease.
                 aside.rename(self._path)
                 return False
             aside.unlink()
@@ -124,55 +129,54 @@ class Lease:
     def _beat(self) -> None:
         while not self._released.wait(self._stale_seconds / 5):
             try:
-                holder = self._holder()
-                if holder is None or holder.token != self.token:
+                if not self._is_held():
                     self._lost.set()
                     return
                 os.utime(self._path)
             except OSError as error:
-                # The volume hiccups: whether the beat was missed for too long is for the others to judge.
-                log.debug("no heartbeat on %s: %s", self._path, error)
+                # A temporary failure of the volume: other initializers decide whether the gap was too long.
+                log.debug("heartbeat failed on %s: %s", self._path, error)
 
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """Who holds a lease; `beat` is the mtime of the file, in the volume's seconds since the epoch."""
+    """The holder of a lease; `last_beat` is the file's mtime in the volume's seconds since the epoch."""
 
     token: str
     name: str
-    beat: float
+    last_beat: float
 
 
-def _holder(path: Path) -> _Holder | None:
-    """Read a lease. Opening the file makes network file systems fetch its attributes anew."""
+def _read_holder(path: Path) -> _Holder | None:
+    """Read a lease. Opening the file makes network file systems refresh its attributes."""
     try:
         with path.open() as file:
-            beat = os.fstat(file.fileno()).st_mtime
+            last_beat = os.fstat(file.fileno()).st_mtime
             fields = json.load(file)
-        return _Holder(fields["token"], fields["name"], beat)
+        return _Holder(fields["token"], fields["name"], last_beat)
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError):
-        # Created a moment ago and not written yet, or its author died in between.
-        return _Holder("", "an initializer", beat)
+        # Created but not yet written, or its creator died in between.
+        return _Holder("", "an initializer", last_beat)
 
 
 def seems_held(path: Path, stale_seconds: float) -> bool:
-    """Whether somebody alive holds a lease, by this machine's clock: for looking, since it touches nothing."""
-    holder = _holder(path)
-    return holder is not None and time.time() - holder.beat < stale_seconds
+    """Return whether a live initializer holds a lease, by this machine's clock; read-only."""
+    holder = _read_holder(path)
+    return holder is not None and time.time() - holder.last_beat < stale_seconds
 
 
 @contextlib.contextmanager
 def hold(path: Path, stale_seconds: float, timeout_seconds: float) -> Iterator[Lease]:
-    """Hold the lease at `path`; wait for it first, if somebody else does.
+    """Hold the lease at `path` within the block; wait for another holder first.
 
     Raises:
-        LeaseTimeout: somebody alive held it for longer than `timeout_seconds`.
+        LeaseTimeout: a live initializer held it for longer than `timeout_seconds`.
     """
-    held = Lease(path, stale_seconds)
+    lease = Lease(path, stale_seconds)
     try:
-        held.acquire(timeout_seconds)
-        yield held
+        lease.acquire(timeout_seconds)
+        yield lease
     finally:
-        held.release()
+        lease.release()

@@ -17,7 +17,8 @@ from devtools import processes, tiny_llama
 from devtools.processes import ROOT
 from predictor.models import int8_quantizer, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
-from storage_initializer.prepare import int8_weights, pipeline
+from snapshot_format.recipe import INT8_CPU
+from snapshot_format.record import RECORD
 
 DEMO_MODEL = ROOT / "demo" / "model"
 PROMPTS = ["60-91=", "3+4=", "7*8=", "100-1="]
@@ -41,7 +42,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_predictor_finds_what_the_storage_initializer_published(volume: Path, reference: str) -> None:
     found = snapshot.find(volume, reference)
     assert (found.directory / "model.safetensors").read_bytes() == (DEMO_MODEL / "model.safetensors").read_bytes()
-    record = json.loads((found.directory / snapshot.RECORD).read_text())
+    record = json.loads((found.directory / RECORD).read_text())
     assert record["commit"] == found.commit == found.directory.name
     assert snapshot.find(volume, f"hf://demo/arithmetic:{found.commit}") == found
     assert snapshot.find(found.directory, None) == found
@@ -67,16 +68,16 @@ class Prepared:
 
     def say(self, **changes: object) -> None:
         """Change what the record says of how it was made."""
-        path = self.made / snapshot.RECORD
+        path = self.made / RECORD
         record = json.loads(path.read_text())
         record["derived_from"] |= changes
         path.write_text(json.dumps(record))
 
 
 def prepare(source: Path, root: Path, *flags: str) -> Prepared:
-    processes.initialize(source.as_uri(), root, None, "--prepare", snapshot.PREPARED, *flags)
+    processes.initialize(source.as_uri(), root, None, "--prepare", INT8_CPU, *flags)
     published = snapshot.find(root, source.as_uri()).directory
-    return Prepared(published, published.with_name(f"{published.name}-{snapshot.PREPARED}"))
+    return Prepared(published, published.with_name(f"{published.name}-{INT8_CPU}"))
 
 
 @pytest.fixture(scope="module")
@@ -132,15 +133,10 @@ def greedy(loaded: LoadedModel) -> list[list[int]]:
     return texts
 
 
-def test_both_packages_mean_the_same() -> None:
-    assert int8_weights.METHOD == int8_quantizer.INT8_METHOD
-    assert pipeline.VERSION == snapshot.RECIPE_VERSION
-
-
 def test_prepared_weights_are_bit_by_bit_what_the_predictor_makes_while_it_loads(
     each: Prepared, tmp_path: Path
 ) -> None:
-    dtype = json.loads((each.made / snapshot.RECORD).read_text())["derived_from"]["dtype"]
+    dtype = json.loads((each.made / RECORD).read_text())["derived_from"]["dtype"]
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
         each.published, dtype=getattr(torch, dtype), quantization_config=int8_quantizer.Int8Config()
     )
@@ -189,21 +185,21 @@ def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_version
     assert not loaded.prequantized
     assert loaded.quantization == "8bit"
     [warning] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert f"not using {prepared.made}, but rounding weights while they load" in warning
-    assert "made by int8-cpu version 7, and this predictor knows int8-cpu version 1" in warning
+    assert f"not using prequantized weights in {prepared.made}, quantizing while loading" in warning
+    assert "uses recipe int8-cpu version 7 instead of int8-cpu version 1" in warning
 
 
 def test_weights_rounded_from_another_format_are_passed_over(
     prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert not prepared.load(dtype="bfloat16").prequantized
-    assert "rounded from float32, and this predictor would from bfloat16; use --dtype auto" in caplog.text
+    assert "quantized from float32 instead of bfloat16; use --dtype auto" in caplog.text
 
 
 def test_what_keeps_other_layers_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    prepared = prepare(DEMO_MODEL, tmp_path / "volume", "--prepare-keep", "down_proj")
+    prepared = prepare(DEMO_MODEL, tmp_path / "volume", "--prepare-skip-modules", "down_proj")
     assert not prepared.load().prequantized
-    assert "layers kept as they were are ['down_proj'], and this predictor would keep []" in caplog.text
+    assert "it skips modules ['down_proj'] instead of []" in caplog.text
 
     assert prepared.load(skip_modules=["down_proj"]).prequantized
 
@@ -212,13 +208,13 @@ def test_what_keeps_other_layers_is_passed_over(tmp_path: Path, caplog: pytest.L
 def test_what_is_not_whole_is_passed_over(prepared: Prepared, caplog: pytest.LogCaptureFixture, change: str) -> None:
     match change:
         case "no record":
-            (prepared.made / snapshot.RECORD).unlink()
+            (prepared.made / RECORD).unlink()
         case "a file less":
             (prepared.made / "tokenizer.json").unlink()
         case "nonsense":
-            prepared.say(version=1, keep=None)
+            prepared.say(version=1, skip_modules=None)
     assert not prepared.load().prequantized
-    assert f"not using {prepared.made}" in caplog.text
+    assert f"not using prequantized weights in {prepared.made}" in caplog.text
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ from devtools.paths import ROOT
 from predictor import settings as predictor_settings
 from preflight.checks import knative, resources, timeouts
 from preflight.deployment import Manifest
+from snapshot_format.reference import parse as parse_reference
 from storage_initializer import settings as initializer_settings
-from storage_initializer.cli.arguments import Publish
+from storage_initializer.cli import arguments
 from tests.kustomize.conftest import (
     BASE,
     COMPONENTS,
@@ -126,9 +127,10 @@ def test_storage_initializer_accepts_its_arguments_and_environment(
     environment = {"MODEL_REFERENCE": "hf://owner/model", **deployment.environment(deployment.download)}
     monkeypatch.setattr("os.environ", environment)
     words = [word.replace("$(MODEL_REFERENCE)", environment["MODEL_REFERENCE"]) for word in deployment.download["args"]]
-    command_line, settings = initializer_settings.read(words)
-    assert isinstance(command_line, Publish)
-    assert [source for source, _ in command_line.pairs] == [environment["MODEL_REFERENCE"]]
+    command = arguments.parse(words)
+    assert isinstance(command, arguments.Publish)
+    settings = initializer_settings.load(command.overrides)
+    assert [source for source, _ in command.pairs] == [parse_reference(environment["MODEL_REFERENCE"])]
     assert settings.hf_endpoint == environment["HF_ENDPOINT"]
 
 

@@ -18,7 +18,7 @@ import huggingface_hub
 import pytest
 
 from devtools.local_hub import LocalHub
-from storage_initializer.__main__ import main
+from storage_initializer.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 NOBODY, SOMEBODY = 65534, 60_001

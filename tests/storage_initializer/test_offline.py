@@ -27,7 +27,7 @@ def test_offline_a_branch_is_the_commit_of_the_last_time(
     result = run(*flags, "hf://demo/arithmetic", volume, env=env)
     assert result.code == 0, result.stderr
     assert result.stdout.startswith(f"already published hf://demo/arithmetic@{last[:12]}")
-    assert f"offline: hf://demo/arithmetic:main may have moved since it was commit {last}" in result.stderr
+    assert f"offline: using commit {last} of hf://demo/arithmetic:main, which may be outdated" in result.stderr
     assert hub.requests == []
 
 
@@ -37,7 +37,7 @@ def test_offline_refuses_what_was_never_there(run: Run, hub: LocalHub, volume: P
     assert "was never resolved on" in branch.reason
     commit = run("--offline", f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}", volume)
     assert commit.code == 2
-    assert f"is not published on {volume}: run once without --offline" in commit.reason
+    assert f"is not published on {volume}. Run once without --offline" in commit.reason
     assert hub.requests == []
 
 
@@ -46,7 +46,7 @@ def test_an_unreachable_hub_does_not_matter_to_what_is_published(run: Run, hub: 
     result = run("hf://demo/arithmetic", volume, env=UNREACHABLE)
     assert result.code == 0, result.stderr
     assert "nothing to do" in result.stdout
-    assert f"going on with commit {hub.commit('demo/arithmetic')}" in result.stderr
+    assert f"using commit {hub.commit('demo/arithmetic')}" in result.stderr
 
 
 def test_a_failing_hub_is_asked_once_where_something_is_published(run: Run, hub: LocalHub, volume: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_published_commit_costs_no_large_import(run: Run, hub: LocalHub, volum
     reference = f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}"
     run(reference, volume)
     script = (
-        "import sys; from storage_initializer.__main__ import main; code = main(sys.argv[1:]); "
+        "import sys; from storage_initializer.cli.main import main; code = main(sys.argv[1:]); "
         "print(code, *{m.partition('.')[0] for m in sys.modules} "
         "& {'huggingface_hub', 'httpx2', 'hf_xet', 'tenacity', 'torch', 'transformers', 'tqdm'})"
     )

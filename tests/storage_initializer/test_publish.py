@@ -16,13 +16,13 @@ import pytest
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 
 from devtools.local_hub import LocalHub, Request, Response
-from storage_initializer.sources.hub import _bar
+from storage_initializer.sources.hub_client import byte_counter
 from tests.storage_initializer.conftest import ROOT, Run, Start, finish, make_model, problems
 
 WATCHED = """\
 import sys, threading
 from pathlib import Path
-from storage_initializer.__main__ import main
+from storage_initializer.cli.main import main
 from tests.storage_initializer.conftest import problems
 volume, seen, looking = Path(sys.argv[-1]), set(), threading.local()
 def look(event, _):
@@ -100,7 +100,7 @@ def test_leaves_out_pickles_and_hidden_files(run: Run, hub: LocalHub, volume: Pa
     result = run("hf://demo/arithmetic", volume)
     published = set(contents(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")))
     assert published == {"config.json", "tokenizer.json", "README.md", "model.safetensors", ".snapshot.json"}
-    assert "leaving out pytorch_model.bin" in result.stderr
+    assert "excluding pytorch_model.bin" in result.stderr
     assert "pytorch_model.bin" not in hub.downloads()
 
 
@@ -240,7 +240,7 @@ def test_opens_a_gated_repository_with_a_token_and_never_shows_it(
 def test_bytes_that_come_over_xet_count_once() -> None:
     counted: list[int] = []
     reporter = XetDownloadProgressReporter(
-        reconstruction_desc="", total=100, log_level=logging.INFO, tqdm_class=_bar(counted.append)
+        reconstruction_desc="", total=100, log_level=logging.INFO, tqdm_class=byte_counter(counted.append)
     )
     with reporter:
         for done in (40, 100):

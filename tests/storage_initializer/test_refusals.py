@@ -27,16 +27,16 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
         (("hf://demo/arithmetic",), "1 arguments do not make pairs"),
         (("hf://demo/arithmetic", "VOLUME", "hf://demo/other"), "3 arguments do not make pairs"),
         (("--force", "hf://demo/arithmetic", "VOLUME"), "unrecognized arguments: --force"),
-        (("s3://bucket/model", "VOLUME"), "'s3://bucket/model' is not a reference: expected hf://owner/model"),
+        (("s3://bucket/model", "VOLUME"), "'s3://bucket/model' is not a reference. Expected hf://owner/model"),
         (("arithmetic", "VOLUME"), "'arithmetic' is not a reference"),
         (("hf://arithmetic", "VOLUME"), "is not a reference"),
         (("hf://demo/arithmetic/main", "VOLUME"), "is not a reference"),
-        (("hf://demo/a--b", "VOLUME"), "'a--b', which is no name on the Hub"),
-        (("hf://demo/..", "VOLUME"), "'..', which is no name on the Hub"),
-        (("hf://demo/arithmetic:../../etc", "VOLUME"), "'../../etc', which is no branch, tag or commit"),
+        (("hf://demo/a--b", "VOLUME"), "'a--b', which is not a valid name on the Hub"),
+        (("hf://demo/..", "VOLUME"), "'..', which is not a valid name on the Hub"),
+        (("hf://demo/arithmetic:../../etc", "VOLUME"), "'../../etc', which is not a branch, tag or commit"),
         (("file://relative/model", "VOLUME"), "is not an absolute directory"),
-        (("file:///", "VOLUME"), "has no name"),
-        (("file:///does/not/exist", "VOLUME"), "file:///does/not/exist does not exist: check the path"),
+        (("file:///", "VOLUME"), "has no usable directory name"),
+        (("file:///does/not/exist", "VOLUME"), "file:///does/not/exist does not exist. Check the path"),
         (("hf://demo/absent", "VOLUME"), "hf://demo/absent:main at http://127.0.0.1"),
         (("hf://demo/arithmetic:absent", "VOLUME"), "hf://demo/arithmetic has no revision absent"),
         (("hf://demo/arithmetic:" + "0" * 40, "VOLUME"), "has no revision 0000"),
@@ -51,19 +51,35 @@ def test_refuses_bad_words(run: Run, volume: Path, words: tuple[str, ...], expec
 @pytest.mark.parametrize(
     ("variable", "value", "expected"),
     [
-        ("STORAGE_INITIALIZER_LOCK_STALE", "5", "STORAGE_INITIALIZER_LOCK_STALE is no setting"),
-        ("STORAGE_INITIALIZER_PARALLEL_FILES", "many", "STORAGE_INITIALIZER_PARALLEL_FILES has a wrong value"),
-        ("STORAGE_INITIALIZER_PARALLEL_FILES", "0", "STORAGE_INITIALIZER_PARALLEL_FILES has a wrong value"),
-        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
-        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "nan", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
-        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "3601", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
-        ("STORAGE_INITIALIZER_LOCK_STALE_SECONDS", "1e-9", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has a wrong value"),
-        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has a wrong"),
-        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "1e10", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has a wrong"),
-        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "nan", "STORAGE_INITIALIZER_PROGRESS_SECONDS has a wrong value"),
-        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "1e10", "STORAGE_INITIALIZER_PROGRESS_SECONDS has a wrong value"),
-        ("LOG_LEVEL", "LOUD", "LOG_LEVEL has a wrong value"),
-        ("STORAGE_INITIALIZER_LOG_LEVEL", "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL has a wrong value"),
+        ("STORAGE_INITIALIZER_LOCK_STALE", "5", "Unknown setting: STORAGE_INITIALIZER_LOCK_STALE"),
+        ("STORAGE_INITIALIZER_PARALLEL_FILES", "many", "STORAGE_INITIALIZER_PARALLEL_FILES has an invalid value"),
+        ("STORAGE_INITIALIZER_PARALLEL_FILES", "0", "STORAGE_INITIALIZER_PARALLEL_FILES has an invalid value"),
+        (
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS",
+            "inf",
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has an invalid",
+        ),
+        (
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS",
+            "nan",
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has an invalid",
+        ),
+        (
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS",
+            "3601",
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has an invalid",
+        ),
+        (
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS",
+            "1e-9",
+            "STORAGE_INITIALIZER_LOCK_STALE_SECONDS has an invalid",
+        ),
+        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "inf", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has an invalid"),
+        ("STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS", "1e10", "STORAGE_INITIALIZER_LOCK_TIMEOUT_SECONDS has an invalid"),
+        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "nan", "STORAGE_INITIALIZER_PROGRESS_SECONDS has an invalid"),
+        ("STORAGE_INITIALIZER_PROGRESS_SECONDS", "1e10", "STORAGE_INITIALIZER_PROGRESS_SECONDS has an invalid"),
+        ("LOG_LEVEL", "LOUD", "LOG_LEVEL has an invalid value"),
+        ("STORAGE_INITIALIZER_LOG_LEVEL", "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL has an invalid value"),
     ],
 )
 def test_refuses_bad_variables(run: Run, volume: Path, variable: str, value: str, expected: str) -> None:
@@ -99,7 +115,7 @@ def test_blames_the_log_level_that_counts(run: Run, volume: Path) -> None:
 )
 def test_refuses_an_endpoint_that_can_never_answer(run: Run, volume: Path, endpoint: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint})
-    assert_refused(result, 2, "HF_ENDPOINT has a wrong value: expected https://host")
+    assert_refused(result, 2, "HF_ENDPOINT has an invalid value: expected https://host")
 
 
 @pytest.mark.parametrize(
@@ -107,14 +123,14 @@ def test_refuses_an_endpoint_that_can_never_answer(run: Run, volume: Path, endpo
 )
 def test_refuses_a_password_in_the_endpoint_and_never_shows_it(run: Run, volume: Path, endpoint: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint, "LOG_LEVEL": "DEBUG"})
-    assert_refused(result, 2, "HF_ENDPOINT has a wrong value")
+    assert_refused(result, 2, "HF_ENDPOINT has an invalid value")
     assert "s3cr3t" not in result.stderr
 
 
 @pytest.mark.parametrize("token", ["hf_s3cr3ts3cr3t\nfoo", "hf_s3cr3t foo", "hf_s3cr3té", "hf_s3cr3t\x7f"])
 def test_refuses_a_token_that_no_header_can_hold_and_never_shows_it(run: Run, volume: Path, token: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": token, "LOG_LEVEL": "DEBUG"})
-    assert_refused(result, 2, "HF_TOKEN has a wrong value")
+    assert_refused(result, 2, "HF_TOKEN has an invalid value")
     assert "s3cr3t" not in result.stderr
     assert "foo" not in result.stderr
 
@@ -125,16 +141,16 @@ def test_conceals_secrets_that_a_library_puts_into_its_error(
     def explode(*_: object) -> None:
         raise RuntimeError(r"b'Bearer hf_0th3r' of http://user:p@ss@proxy:1/x is not hf_s3cr3t\'s")
 
-    monkeypatch.setattr("storage_initializer.sources.file_selection.make", explode)
+    monkeypatch.setattr("storage_initializer.sources.file_selection.make_plan", explode)
     result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": "hf_s3cr3t\\'s", "LOG_LEVEL": "DEBUG"})
-    shown = "unexpected RuntimeError (b'Bearer ***' of http://***@proxy:1/x is not ***): run again"
+    shown = "Unexpected RuntimeError (b'Bearer ***' of http://***@proxy:1/x is not ***). Run again"
     assert_refused(dataclasses.replace(result, stderr=result.reason), 1, shown)
     assert not any(secret in result.stderr for secret in ("s3cr3t", "0th3r", "p@ss"))
 
 
 def test_a_library_that_cannot_be_loaded_is_told_on_stderr_only(start: Start, volume: Path) -> None:
     result = finish(start("hf://demo/arithmetic", volume, env={"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}))
-    assert_refused(result, 2, "huggingface_hub cannot be loaded", "'soon'", "HF_*")
+    assert_refused(result, 2, "Cannot load huggingface_hub", "'soon'", "HF_*")
 
 
 def test_help_tells_the_exit_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -180,17 +196,17 @@ def test_refuses_a_token_that_the_hub_does_not_accept(run: Run, hub: LocalHub, m
 
 def test_an_unreachable_hub_is_worth_a_retry(run: Run, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert_refused(result, 1, "http://127.0.0.1:9 cannot be reached", "HF_ENDPOINT")
+    assert_refused(result, 1, "http://127.0.0.1:9 is unreachable", "HF_ENDPOINT")
 
 
 def test_a_hub_that_fails_is_worth_a_retry(run: Run, hub: LocalHub, volume: Path) -> None:
     hub.fault = lambda _request, _response: Response(503)
-    assert_refused(run("hf://demo/arithmetic", volume), 1, "answered 503", "run again later")
+    assert_refused(run("hf://demo/arithmetic", volume), 1, "returned 503", "Run again later")
 
 
 def test_an_endpoint_that_is_no_hub_is_not(run: Run, hub: LocalHub, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": f"{hub.url}/elsewhere"})
-    assert_refused(result, 2, "answered 404", "check HF_ENDPOINT")
+    assert_refused(result, 2, "returned status 404", "Check HF_ENDPOINT")
 
 
 def test_refuses_a_repository_with_pickles_only(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
@@ -212,7 +228,7 @@ def test_refuses_an_index_that_names_a_missing_shard(run: Run, hub: LocalHub, vo
     model = make_model(tmp_path / "sharded", shards=3)
     (model / "model-00002-of-00003.safetensors").unlink()
     commit = hub.add("demo/sharded", model)
-    assert_refused(run("hf://demo/sharded", volume), 2, "lacks model-00002-of-00003.safetensors")
+    assert_refused(run("hf://demo/sharded", volume), 2, "misses model-00002-of-00003.safetensors")
     assert not (volume / "demo--sharded" / commit).exists()
 
 
@@ -270,20 +286,22 @@ def test_too_little_space_is_told_before_the_first_byte(run: Run, hub: LocalHub,
     blobs = hub.blobs("demo/arithmetic")
     blobs["model.safetensors"] = dataclasses.replace(blobs["model.safetensors"], size=1 << 60)
     result = run("hf://demo/arithmetic", volume)
-    assert_refused(result, 1, "needs 1048576.0 TiB", f"free on {volume}", "enlarge it", "(gc)")
+    assert_refused(result, 1, "needs 1048576.0 TiB", f"free on {volume}", "Enlarge", "(gc)")
     assert hub.downloads() == {}
 
 
 def test_refuses_a_destination_that_is_a_file(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    assert_refused(run("hf://demo/arithmetic", tmp_path / "file"), 2, "is no directory: give the root of a volume")
+    assert_refused(
+        run("hf://demo/arithmetic", tmp_path / "file"), 2, "is not a directory. Specify the root of a volume"
+    )
 
 
 def test_refuses_a_destination_that_cannot_be_written(start: Start, public: Path, unprivileged: int | None) -> None:
     (public / "volume").mkdir()
     (public / "volume").chmod(0o555)
     result = finish(start("hf://demo/arithmetic", public / "volume", user=unprivileged))
-    assert_refused(result, 2, f"{public}/volume/.locks cannot be used (Permission denied)", "writable", "fsGroup")
+    assert_refused(result, 2, f"{public}/volume/.locks is not usable (Permission denied)", "writable", "fsGroup")
 
 
 @pytest.mark.parametrize("closed", ["model", "model/model.safetensors", "model/extra"])
@@ -300,7 +318,7 @@ def test_names_what_cannot_be_read_in_a_directory(
 
     (public / closed).chmod(0o755)
     assert_refused(
-        result, 2, f"file://{public}/model cannot be read ({public}/{closed}: Permission denied)", "chmod -R a+rX"
+        result, 2, f"file://{public}/model is not readable ({public}/{closed}: Permission denied)", "chmod -R a+rX"
     )
     assert "volume" not in result.reason
     assert list((public / "volume").iterdir()) == []
@@ -312,34 +330,34 @@ def test_a_file_that_can_no_longer_be_read_is_the_directorys_fault(
     # Between the reading for the fingerprint and the copying.
     monkeypatch.setattr("storage_initializer.volume.layout.require_space", lambda *_: (model / "README.md").unlink())
     result = run(f"file://{model}", volume)
-    assert_refused(result, 1, f"file://{model} failed ({model}/README.md: No such file", "run again")
+    assert_refused(result, 1, f"file://{model} failed ({model}/README.md: No such file", "un again")
     assert list((volume / ".locks").iterdir()) == []
 
 
 def test_a_missing_certificate_file_is_not_the_volumes_fault(start: Start, volume: Path) -> None:
     env = {"SSL_CERT_FILE": "/does/not/exist.pem", "HF_ENDPOINT": "https://127.0.0.1:9"}
     result = finish(start("hf://demo/arithmetic", volume, env=env))
-    assert_refused(result, 1, "hf://demo/arithmetic:main at https://127.0.0.1:9 failed", "No such file", "run again")
+    assert_refused(result, 1, "hf://demo/arithmetic:main at https://127.0.0.1:9 failed", "No such file", "un again")
 
 
 def test_refuses_a_record_of_another_format(run: Run, hub: LocalHub, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     path = volume / "demo--arithmetic" / hub.commit("demo/arithmetic") / ".snapshot.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
-    assert_refused(run("hf://demo/arithmetic", volume), 2, "format version 2", "knows 1 only", "use the version")
+    assert_refused(run("hf://demo/arithmetic", volume), 2, "format version 2", "reads 1", "Use the version")
     path.unlink()
-    assert_refused(run("hf://demo/arithmetic", volume), 2, "no readable .snapshot.json", "remove it")
+    assert_refused(run("hf://demo/arithmetic", volume), 2, "no readable .snapshot.json", "Remove it")
 
 
 def test_an_unexpected_error_is_one_sentence_too(run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*_: object) -> None:
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("storage_initializer.sources.file_selection.make", explode)
-    assert_refused(run("hf://demo/arithmetic", volume), 1, "unexpected RuntimeError (two lines)", "LOG_LEVEL=DEBUG")
+    monkeypatch.setattr("storage_initializer.sources.file_selection.make_plan", explode)
+    assert_refused(run("hf://demo/arithmetic", volume), 1, "Unexpected RuntimeError (two lines)", "LOG_LEVEL=DEBUG")
     told = run("hf://demo/arithmetic", volume, env={"LOG_LEVEL": "debug"})
     assert "Traceback" in told.stderr
-    assert told.reason.startswith("unexpected RuntimeError")
+    assert told.reason.startswith("Unexpected RuntimeError")
 
 
 def test_a_published_snapshot_needs_no_source_any_more(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:

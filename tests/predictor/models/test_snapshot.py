@@ -1,3 +1,5 @@
+"""Tests of `predictor.models.snapshot`: lookup of snapshots and prequantized variants."""
+
 import json
 import re
 from pathlib import Path
@@ -6,17 +8,28 @@ import pytest
 
 from predictor.errors import InvalidSettings, SnapshotMissing
 from predictor.models import snapshot
+from snapshot_format.record import RECORD as RECORD_NAME
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-RECORD = {"format_version": 1, "commit": COMMIT, "files": [{"path": "config.json", "size": 2, "sha256": "-"}]}
+RECORD = {
+    "format_version": 1,
+    "reference": "hf://owner/model:main",
+    "commit": COMMIT,
+    "files": [{"path": "config.json", "size": 2, "sha256": "-"}],
+    "choice": {},
+    "derived_from": None,
+    "tool": "test",
+    "published_at": "2026-11-24T04:00:13Z",
+    "duration_seconds": 1.0,
+}
 
 
 def publish(root: Path, folder: str = "owner--model", ref: str = "main") -> Path:
     directory = root / folder / COMMIT
     directory.mkdir(parents=True)
     (directory / "config.json").write_text("{}")
-    (directory / snapshot.RECORD).write_text(json.dumps(RECORD))
+    (directory / RECORD_NAME).write_text(json.dumps(RECORD))
     refs = root / folder / "refs"
     refs.mkdir()
     (refs / ref).write_text(COMMIT + "\n")
@@ -34,12 +47,12 @@ def publish(root: Path, folder: str = "owner--model", ref: str = "main") -> Path
         ("file:///data/my%20model", "file--my%20model", "main"),
     ],
 )
-def test_finds_what_a_reference_names(tmp_path: Path, reference: str, folder: str, ref: str) -> None:
+def test_find_reference_returns_its_snapshot(tmp_path: Path, reference: str, folder: str, ref: str) -> None:
     directory = publish(tmp_path, folder, ref)
     assert snapshot.find(tmp_path, reference) == snapshot.Snapshot(directory, COMMIT)
 
 
-def test_takes_a_directory_as_it_is(tmp_path: Path) -> None:
+def test_find_directory_without_record_returns_it(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert snapshot.find(tmp_path, None) == snapshot.Snapshot(tmp_path, None)
 
@@ -61,32 +74,32 @@ def test_says_that_a_directory_is_missing(tmp_path: Path) -> None:
         snapshot.find(tmp_path / "nowhere", None)
 
 
-def test_asks_for_a_reference_on_a_volume_root(tmp_path: Path) -> None:
+def test_find_volume_root_without_reference_raises(tmp_path: Path) -> None:
     publish(tmp_path)
-    with pytest.raises(SnapshotMissing, match=r"has no config.json; .* --model_reference"):
+    with pytest.raises(SnapshotMissing, match=r"has no config.json. .* --model_reference"):
         snapshot.find(tmp_path, None)
 
 
-def test_refuses_a_snapshot_without_a_record(tmp_path: Path) -> None:
-    (publish(tmp_path) / snapshot.RECORD).unlink()
+def test_find_snapshot_without_record_raises(tmp_path: Path) -> None:
+    (publish(tmp_path) / RECORD_NAME).unlink()
     with pytest.raises(SnapshotMissing, match="was not published by the storage initializer"):
         snapshot.find(tmp_path, "hf://owner/model")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", json.dumps({**RECORD, "files": [7]})])
-def test_refuses_a_record_that_it_cannot_read(tmp_path: Path, text: str) -> None:
-    (publish(tmp_path) / snapshot.RECORD).write_text(text)
+def test_find_unreadable_record_raises(tmp_path: Path, text: str) -> None:
+    (publish(tmp_path) / RECORD_NAME).write_text(text)
     with pytest.raises(SnapshotMissing, match="is not a record"):
         snapshot.find(tmp_path, "hf://owner/model")
 
 
-def test_refuses_a_record_of_another_format(tmp_path: Path) -> None:
-    (publish(tmp_path) / snapshot.RECORD).write_text(json.dumps({**RECORD, "format_version": 2}))
+def test_find_other_format_version_raises(tmp_path: Path) -> None:
+    (publish(tmp_path) / RECORD_NAME).write_text(json.dumps({**RECORD, "format_version": 2}))
     with pytest.raises(SnapshotMissing, match="has format version 2, and this predictor reads 1"):
         snapshot.find(tmp_path, "hf://owner/model")
 
 
-def test_names_the_file_that_is_not_as_recorded(tmp_path: Path) -> None:
+def test_find_damaged_snapshot_names_the_file(tmp_path: Path) -> None:
     directory = publish(tmp_path)
     (directory / "config.json").write_text("{ }")
     with pytest.raises(SnapshotMissing, match=r"config.json has 3 of 2 bytes"):
@@ -97,12 +110,12 @@ def test_names_the_file_that_is_not_as_recorded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("reference", ["s3://bucket/key", "owner/model", "hf://model", "hf://a/b/c", "file://relative"])
-def test_names_the_references_that_it_knows(tmp_path: Path, reference: str) -> None:
-    with pytest.raises(InvalidSettings, match="expected hf://owner/model, hf://owner/model:revision or file:///dir"):
+def test_find_malformed_reference_raises_with_grammar(tmp_path: Path, reference: str) -> None:
+    with pytest.raises(InvalidSettings, match="Expected hf://owner/model, hf://owner/model:revision or file:///"):
         snapshot.find(tmp_path, reference)
 
 
-def test_waits_until_it_is_published(tmp_path: Path) -> None:
+def test_wait_returns_snapshot_published_meanwhile(tmp_path: Path) -> None:
     slept: list[float] = []
 
     def publish_meanwhile(seconds: float) -> None:
@@ -110,58 +123,61 @@ def test_waits_until_it_is_published(tmp_path: Path) -> None:
         if len(slept) == 2:
             publish(tmp_path)
 
-    found = snapshot.wait(tmp_path, "hf://owner/model", timeout_seconds=3600, sleep=publish_meanwhile)
-    assert found.commit == COMMIT
+    published = snapshot.wait(tmp_path, "hf://owner/model", timeout_seconds=3600, sleep=publish_meanwhile)
+    assert published.commit == COMMIT
     assert len(slept) == 2
 
 
-def test_gives_up_after_the_time_to_wait(tmp_path: Path) -> None:
+def test_wait_timeout_raises(tmp_path: Path) -> None:
     with pytest.raises(SnapshotMissing):
         snapshot.wait(tmp_path, "hf://owner/model", timeout_seconds=0)
 
 
-def prepare(directory: Path, **changes: object) -> Path:
-    """Put beside a snapshot what could have been prepared of it."""
-    made = directory.with_name(f"{directory.name}-int8-cpu")
-    made.mkdir()
-    (made / "config.json").write_text("{}")
-    origin = {"commit": COMMIT, "recipe": "int8-cpu", "version": 1, "dtype": "bfloat16", "keep": ["a", "b"]}
-    (made / snapshot.RECORD).write_text(json.dumps({**RECORD, "derived_from": origin | changes}))
-    return made
+def derive(directory: Path, **changes: object) -> Path:
+    """Create the int8 variant of a snapshot."""
+    variant = directory.with_name(f"{directory.name}-int8-cpu")
+    variant.mkdir()
+    (variant / "config.json").write_text("{}")
+    recipe = {"recipe": "int8-cpu", "version": 1, "dtype": "bfloat16", "skip_modules": ["a", "b"]}
+    commit = changes.pop("commit", COMMIT)
+    record = RECORD | {"commit": commit, "derived_from": recipe | changes}
+    (variant / RECORD_NAME).write_text(json.dumps(record))
+    return variant
 
 
-def test_finds_what_was_prepared_of_a_snapshot_wherever_that_is_mounted(tmp_path: Path) -> None:
+def test_prequantized_returns_matching_variant_also_through_a_link(tmp_path: Path) -> None:
     directory = publish(tmp_path)
-    assert snapshot.prepared(directory, "bfloat16", ["b", "a"]) is None
-    made = prepare(directory)
-    assert snapshot.prepared(directory, "bfloat16", ["b", "a"]) == made
+    assert snapshot.prequantized(directory, "bfloat16", ["b", "a"]) is None
+    variant = derive(directory)
+    assert snapshot.prequantized(directory, "bfloat16", ["b", "a"]) == variant
     (tmp_path / "link").symlink_to(directory)
-    assert snapshot.prepared(tmp_path / "link", "bfloat16", ["b", "a"]) == made
+    assert snapshot.prequantized(tmp_path / "link", "bfloat16", ["b", "a"]) == variant
     assert snapshot.find(tmp_path, "hf://owner/model").directory == directory
 
 
 @pytest.mark.parametrize("directory", [".", "/"])
-def test_beside_any_other_directory_nothing_is_prepared(directory: str) -> None:
-    assert snapshot.prepared(Path(directory), "bfloat16", []) is None
+def test_prequantized_unpublished_directory_has_no_variant(directory: str) -> None:
+    assert snapshot.prequantized(Path(directory), "bfloat16", []) is None
 
 
 @pytest.mark.parametrize(
-    ("changes", "why"),
+    ("changes", "reason"),
     [
-        ({"version": 2}, "made by int8-cpu version 2, and this predictor knows int8-cpu version 1"),
-        ({"recipe": "4bit-cpu"}, "made by 4bit-cpu version 1, and this predictor knows int8-cpu version 1"),
-        ({"commit": "f" * 40}, "made of ffff"),
-        ({"dtype": "float32"}, "rounded from float32, and this predictor would from bfloat16"),
-        ({"keep": []}, r"are \[\], and this predictor would keep \['b', 'a'\]"),
-        ({"keep": None}, "not iterable"),
+        ({"version": 2}, "uses recipe int8-cpu version 2 instead of int8-cpu version 1"),
+        ({"recipe": "4bit-cpu"}, "uses recipe 4bit-cpu version 1 instead of int8-cpu version 1"),
+        ({"commit": "f" * 40}, "derived from ffff"),
+        ({"dtype": "float32"}, "quantized from float32 instead of bfloat16"),
+        ({"skip_modules": []}, r"skips modules \[\] instead of \['b', 'a'\]"),
+        ({"skip_modules": None}, "not iterable"),
     ],
+    ids=["version", "recipe", "commit", "dtype", "skip_modules", "malformed"],
 )
-def test_passes_over_what_was_prepared_in_another_way_and_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], why: str
+def test_prequantized_different_variant_is_skipped_with_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, changes: dict[str, object], reason: str
 ) -> None:
     directory = publish(tmp_path)
-    made = prepare(directory, **changes)
-    assert snapshot.prepared(directory, "bfloat16", ["b", "a"]) is None
+    variant = derive(directory, **changes)
+    assert snapshot.prequantized(directory, "bfloat16", ["b", "a"]) is None
     [message] = caplog.messages
-    assert message.startswith(f"not using {made}, but rounding weights while they load: ")
-    assert re.search(why, message)
+    assert message.startswith(f"not using prequantized weights in {variant}, quantizing while loading: ")
+    assert re.search(reason, message)

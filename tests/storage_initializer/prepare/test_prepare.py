@@ -91,7 +91,7 @@ def test_what_is_prepared_lies_beside_its_snapshot_with_a_record_that_says_of_wh
         "recipe": "int8-cpu",
         "version": 1,
         "dtype": "bfloat16",
-        "keep": [],
+        "skip_modules": [],
     }
     assert json.loads((made.with_name(commit) / ".snapshot.json").read_text())["derived_from"] is None
     assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{commit}\n"
@@ -138,7 +138,7 @@ def test_the_index_names_every_tensor_where_it_is(run: Run, volume: Path, made: 
 
 
 def test_layers_to_be_kept_are_kept_and_it_is_written_down(run: Run, volume: Path, made: Path) -> None:
-    keep = ("--prepare-keep", "down_proj", "--prepare-keep", r"model\.layers\.0")
+    keep = ("--prepare-skip-modules", "down_proj", "--prepare-skip-modules", r"model\.layers\.0")
     assert prepare(run, volume, *keep).code == 0
     kept = {
         name for name, tensor in tensors(made).items() if name.endswith("proj.weight") and tensor.is_floating_point()
@@ -147,7 +147,7 @@ def test_layers_to_be_kept_are_kept_and_it_is_written_down(run: Run, volume: Pat
     patterns = ["down_proj", r"model\.layers\.0"]
     said = json.loads((made / "config.json").read_text())["quantization_config"]
     assert said["modules_to_not_convert"] == patterns
-    assert json.loads((made / ".snapshot.json").read_text())["derived_from"]["keep"] == patterns
+    assert json.loads((made / ".snapshot.json").read_text())["derived_from"]["skip_modules"] == patterns
 
 
 def test_what_is_prepared_already_is_done_without_hub_and_torch(
@@ -158,7 +158,7 @@ def test_what_is_prepared_already_is_done_without_hub_and_torch(
     hub.forget()
     code = (
         "import sys\n"
-        "from storage_initializer.__main__ import main\n"
+        "from storage_initializer.cli.main import main\n"
         "code = main(sys.argv[1:])\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "sys.exit(code)"
@@ -181,7 +181,7 @@ def test_a_snapshot_that_is_there_already_is_prepared_later(run: Run, hub: Local
     assert problems(made) == []
 
 
-@pytest.mark.parametrize("other", [{"version": 0}, {"version": 2}, {"keep": ["down_proj"]}])
+@pytest.mark.parametrize("other", [{"version": 0}, {"version": 2}, {"skip_modules": ["down_proj"]}])
 def test_what_another_recipe_has_made_is_replaced(run: Run, volume: Path, made: Path, other: dict[str, object]) -> None:
     assert prepare(run, volume).code == 0
     path = made / ".snapshot.json"
@@ -190,8 +190,8 @@ def test_what_another_recipe_has_made_is_replaced(run: Run, volume: Path, made: 
     path.write_text(json.dumps(record))
     result = prepare(run, volume)
     assert result.code == 0, result.stderr
-    assert "replacing what another recipe has made" in result.stderr
-    assert json.loads(path.read_text())["derived_from"] == record["derived_from"] | {"version": 1, "keep": []}
+    assert "replacing a variant of another recipe" in result.stderr
+    assert json.loads(path.read_text())["derived_from"] == record["derived_from"] | {"version": 1, "skip_modules": []}
     assert problems(made) == []
     assert list((volume / ".staging").iterdir()) == []
 
@@ -228,17 +228,17 @@ def test_killed_in_the_middle_it_begins_afresh(
 def test_stopped_in_the_middle_it_leaves_nothing(
     run: Run, volume: Path, commit: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    to_int8 = int8_weights._to_int8
+    quantize = int8_weights.quantize
 
-    def interrupted(weight: torch.Tensor) -> object:
+    def interrupted(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         signal.raise_signal(signal.SIGTERM)
-        return to_int8(weight)
+        return quantize(weight)
 
     with monkeypatch.context() as patch:
-        patch.setattr(int8_weights, "_to_int8", interrupted)
+        patch.setattr(int8_weights, "quantize", interrupted)
         result = prepare(run, volume)
     assert result.code == 1
-    assert result.reason == "stopped by SIGTERM: run the same command again to go on"
+    assert result.reason == "Stopped by SIGTERM. Run the same command again to resume."
     assert problems(made.with_name(commit)) == []
     assert not made.exists()
     assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
@@ -272,8 +272,8 @@ def test_without_torch_it_names_the_image_before_anything_is_fetched(
     result = prepare(run, volume)
     assert result.code == 2
     assert result.reason == (
-        "--prepare int8-cpu needs torch, which this image lacks: "
-        "use the one that is built with --target prepare, or install kserve-llm[prepare]"
+        "--prepare int8-cpu needs torch, which are not installed. "
+        "Use the image that is built with --target prepare, or install kserve-llm[prepare]."
     )
     assert hub.requests == []
     assert run("hf://demo/arithmetic", volume).code == 0
@@ -321,7 +321,7 @@ def test_pickles_are_never_opened(run: Run, hub: LocalHub, volume: Path, llama: 
 
 def test_refuses_what_is_quantized_already(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
     model = copy(llama, tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
-    assert "quantized already: leave out --prepare" in refused(run, hub, volume, model)
+    assert "already quantized. Remove --prepare" in refused(run, hub, volume, model)
 
 
 def test_refuses_what_needs_remote_code(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_refuses_weights_that_are_put_together_while_they_are_loaded(
     }
     save_file(weights, model / "model.safetensors")
     reason = refused(run, hub, volume, model)
-    assert "since model.layers.1.mlp.up_proj is put together of others while it is loaded" in reason
+    assert "transformers assembles model.layers.1.mlp.up_proj from other tensors while loading" in reason
 
 
 def test_refuses_weights_that_cannot_be_read(
@@ -355,7 +355,7 @@ def test_refuses_weights_that_cannot_be_read(
 ) -> None:
     model = copy(llama, tmp_path / "broken")
     next(model.glob("*.safetensors")).write_bytes(b"\xff" * 100)
-    assert "has weights that cannot be read" in refused(run, hub, volume, model)
+    assert "has unreadable weights" in refused(run, hub, volume, model)
 
 
 @pytest.mark.parametrize("words", [["--prepare", "4bit"], ["--prepare"]])
@@ -363,7 +363,7 @@ def test_refuses_a_preparation_that_is_none(run: Run, volume: Path, words: list[
     assert run("hf://demo/arithmetic", volume, *words).code == 2
     said = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PREPARE": "4bit"})
     assert said.code == 2
-    assert "STORAGE_INITIALIZER_PREPARE has a wrong value: Input should be 'int8-cpu'" in said.reason
+    assert "STORAGE_INITIALIZER_PREPARE has an invalid value: Input should be 'int8-cpu'" in said.reason
 
 
 def test_an_administrator_sees_it_verifies_it_and_is_told_of_its_damage(run: Run, volume: Path, made: Path) -> None:
@@ -374,7 +374,7 @@ def test_an_administrator_sees_it_verifies_it_and_is_told_of_its_damage(run: Run
     assert f"verified {made}: sizes and checksums of {FILES} files" in run("verify", made).stdout
     weights = next(made.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    assert f"{made} is damaged, 1 files are wrong" in run("verify", made).reason
+    assert f"{made} is damaged, 1 files differ" in run("verify", made).reason
 
 
 @pytest.fixture
@@ -442,27 +442,22 @@ def test_gc_leaves_a_snapshot_alone_of_which_somebody_alive_is_making_something(
 # The files themselves
 
 
-def write(plan: int8_weights.Rounded, directory: Path) -> None:
+def write(plan: int8_weights.QuantizedCheckpoint, directory: Path) -> None:
     directory.mkdir()
-    for draft in plan.drafts:
+    for draft in plan.files:
         content = b"".join(draft.chunks())
         assert len(content) == draft.size_bytes
         (directory / draft.path).write_bytes(content)
 
 
-def test_never_is_more_than_a_block_of_a_tensor_in_memory_and_blocks_change_nothing(
-    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write(int8_weights.plan(llama, "it", ()), tmp_path / "whole")
-    monkeypatch.setattr(int8_weights, "_BLOCK_NUMBERS", 200)
-    plan = int8_weights.plan(llama, "it", ())
+def test_plan_block_size_bounds_memory_and_keeps_bytes(llama: Path, tmp_path: Path) -> None:
+    write(int8_weights.plan(llama, "model", ()), tmp_path / "whole")
+    plan = int8_weights.plan(llama, "model", (), block_elements=200)
     write(plan, tmp_path / "blocks")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "blocks" / path.name).read_bytes()
-    pieces = [
-        chunk for draft in plan.drafts if draft.path.endswith(".safetensors") for chunk in list(draft.chunks())[1:]
-    ]
-    assert max(map(len, pieces)) <= 200 * 4
+    blocks = [chunk for file in plan.files if file.path.endswith(".safetensors") for chunk in list(file.chunks())[1:]]
+    assert max(map(len, blocks)) <= 200 * 4
 
 
 @pytest.mark.parametrize(("dtype", "rounded_in"), [("float32", "float32"), ("float16", "bfloat16")])
@@ -470,7 +465,7 @@ def test_rounds_what_the_predictor_would_compute_in(tmp_path: Path, dtype: str, 
     model = tiny_llama.make(tmp_path / "model", dtype=getattr(torch, dtype), tied=True)
     plan = int8_weights.plan(model, "it", ())
     assert plan.dtype == rounded_in
-    assert [draft.path for draft in plan.drafts] == ["model.safetensors", "config.json"]
+    assert [draft.path for draft in plan.files] == ["model.safetensors", "config.json"]
 
 
 def test_without_a_format_in_the_configuration_it_is_float32(llama: Path, tmp_path: Path) -> None:
@@ -505,7 +500,8 @@ def test_odd_sizes_scalars_and_nothing_at_all_are_aligned_and_read_back(tmp_path
     assert all(torch.equal(made[name], tensor) for name, tensor in extra.items())
 
 
-def test_an_output_without_weights_is_no_division_by_zero() -> None:
+def test_quantize_all_zero_row_has_positive_scale() -> None:
     zeros = torch.zeros(2, 8, dtype=torch.bfloat16)
-    assert torch.equal(int8_weights._to_int8(zeros), zeros.to(torch.int8))
-    assert (int8_weights._scale(zeros) > 0).all()
+    weight, scale = int8_weights.quantize(zeros)
+    assert torch.equal(weight, zeros.to(torch.int8))
+    assert (scale > 0).all()

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from snapshot_format.record import FileSelection
+from snapshot_format.reference import DirectoryReference
 from storage_initializer.errors import InitializerError
-from storage_initializer.reference import DirectoryReference
-from storage_initializer.sources.file_selection import Choice, guard
+from storage_initializer.sources.file_selection import check_safe_path
 from storage_initializer.sources.local import Archive
 from tests.storage_initializer.conftest import Run, make_model, problems
 
@@ -92,7 +93,7 @@ def test_refuses_a_hostile_member_before_anything_is_written(run: Run, volume: P
     before = sorted(tmp_path.rglob("*"))
     result = run(f"file://{packed}", volume)
     assert result.code == 2, result.stderr
-    assert result.reason.startswith(f"file://{packed} holds ")
+    assert result.reason.startswith(f"file://{packed} contains ")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -115,7 +116,7 @@ def test_refuses_what_is_no_whole_archive(
     damage(packed)
     result = run(f"file://{packed}", volume)
     assert result.code == 2, result.stderr
-    assert "is neither a directory nor a whole tar archive" in result.reason
+    assert "is neither a directory nor a complete tar archive" in result.reason
     assert not volume.exists()
 
 
@@ -128,10 +129,10 @@ PARTS = st.sampled_from(["..", ".", "", "a", "b.json", "C:", "x\\y", "..a", "/"]
 def test_whatever_an_archive_holds_its_listing_is_safe(tmp_path: Path, hostile: list[tuple[str, bytes]]) -> None:
     others = [member(name, b"", type=kind, linkname="/etc/passwd") for name, kind in hostile]
     packed = pack(tmp_path / "model.tar", [*GOOD, *others])
-    archive = Archive(DirectoryReference(packed), Choice())
+    archive = Archive(DirectoryReference(packed), FileSelection())
     try:
         commit = archive.resolve()
     except InitializerError:
         return
-    for file in archive.listing(commit):
-        guard(file.path, "archive")
+    for file in archive.list_files(commit):
+        check_safe_path(file.path, "archive")

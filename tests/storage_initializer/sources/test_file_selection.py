@@ -1,11 +1,17 @@
 """Which files of a repository become the snapshot, as patterns and settings say."""
 
 import json
+import posixpath
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from devtools.local_hub import LocalHub
+from snapshot_format.record import File, FileSelection
+from storage_initializer.errors import RefusedSnapshot
+from storage_initializer.sources import file_selection
 from tests.storage_initializer.conftest import Run, make_model, problems
 
 
@@ -52,14 +58,14 @@ def test_refuses_patterns_that_leave_nothing(run: Run, volume: Path) -> None:
     result = run("--allow", "*.gguf", "hf://demo/arithmetic", volume)
     assert result.code == 2
     assert result.reason == (
-        "hf://demo/arithmetic:main has no file that the patterns let through: check --allow and --ignore"
+        "hf://demo/arithmetic:main has no file that matches the patterns. Check --allow and --ignore."
     )
 
 
 def test_refuses_variables_that_are_no_patterns(run: Run, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_ALLOW_PATTERNS": '["*.json"'})
     assert result.code == 2
-    assert result.reason.startswith("STORAGE_ALLOW_PATTERNS has a wrong value: expected a JSON list")
+    assert result.reason.startswith("STORAGE_ALLOW_PATTERNS has an invalid value: expected a JSON list")
 
 
 def test_refuses_the_same_commit_with_other_patterns(run: Run, hub: LocalHub, volume: Path) -> None:
@@ -67,7 +73,7 @@ def test_refuses_the_same_commit_with_other_patterns(run: Run, hub: LocalHub, vo
     assert run("--ignore", "*.md", "hf://demo/arithmetic", volume).code == 0
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 2
-    assert "was published with --ignore *.md, not with no patterns: ask for the same" in result.reason
+    assert "was published with --ignore *.md, not with no patterns. Use the same" in result.reason
     assert f"gc {volume} --reference hf://demo/arithmetic:{hub.commit('demo/arithmetic')} --force" in result.reason
 
 
@@ -113,7 +119,7 @@ def test_a_missing_shard_is_told_before_any_weights_are_fetched(
     flags = ["--ignore", "*00002*"] if excluded else []
     result = run(*flags, "hf://demo/sharded", volume)
     assert result.code == 2
-    assert "lacks model-00002-of-00003.safetensors, which its model.safetensors.index.json names" in result.reason
+    assert "misses model-00002-of-00003.safetensors of its model.safetensors.index.json" in result.reason
     assert set(hub.downloads()) == {"model.safetensors.index.json"}
 
 
@@ -136,3 +142,51 @@ def test_an_index_that_points_outside_names_no_file_of_the_plan(
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     hub.add("demo/sharded", model)
     assert run("hf://demo/sharded", volume).code == 2
+
+
+PATHS = st.lists(st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=10), min_size=1, max_size=4)
+"""Includes surrogates, which a JSON listing may contain."""
+
+
+@given(PATHS, st.sampled_from(["", "/"]))
+def test_check_safe_path_accepts_only_paths_below_the_directory(parts: list[str], root: str) -> None:
+    path = root + "/".join(parts)
+    try:
+        file_selection.check_safe_path(path, "hf://demo/arithmetic")
+    except RefusedSnapshot:
+        return
+    joined = posixpath.normpath(posixpath.join("/snapshot", path))
+    assert joined == f"/snapshot/{path}"
+    assert "\\" not in path
+
+
+@pytest.mark.parametrize(
+    "path", ["", "/", "..", "../x", "x/..", "a//b", "./x", "x/", "C:/x", "x\\y", "a\nb", "x" * 250]
+)
+def test_check_safe_path_rejects(path: str) -> None:
+    with pytest.raises(RefusedSnapshot):
+        file_selection.check_safe_path(path, "hf://demo/arithmetic")
+
+
+@given(st.lists(st.builds(File, path=st.text(max_size=20), size_bytes=st.integers(0), sha256=st.just("0" * 64))))
+def test_make_plan_selects_safe_visible_files_only(listing: list[File]) -> None:
+    needed = [File("config.json", 2, "0" * 64), File("model.safetensors", 2, "0" * 64)]
+    try:
+        chosen = file_selection.make_plan([*listing, *needed], "hf://demo/arithmetic", FileSelection())
+    except RefusedSnapshot:
+        return
+    for file in chosen.files:
+        file_selection.check_safe_path(file.path, "hf://demo/arithmetic")
+        assert not any(part.startswith(".") for part in file.path.split("/"))
+
+
+def test_fingerprint_depends_on_every_path_size_and_checksum() -> None:
+    file = File("config.json", 2, "0" * 64)
+    prints = {
+        file_selection.Plan((file,)).fingerprint,
+        file_selection.Plan((File("config.jsom", 2, "0" * 64),)).fingerprint,
+        file_selection.Plan((File("config.json", 3, "0" * 64),)).fingerprint,
+        file_selection.Plan((File("config.json", 2, "1" * 64),)).fingerprint,
+    }
+    assert len(prints) == 4
+    assert file_selection.Plan((file,)).fingerprint == file_selection.Plan((file,), excluded=("a.bin",)).fingerprint

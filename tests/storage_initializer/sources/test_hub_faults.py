@@ -55,7 +55,8 @@ def test_asks_a_busy_hub_again(run: Run, hub: LocalHub, volume: Path, snapshot: 
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
     assert len(fault.asked) == 3
-    assert f"attempt 2 of 3: hf://demo/arithmetic:main at {hub.url} answered {status}" in result.stderr
+    assert "attempt 2 of 3 failed" in result.stderr
+    assert f"hf://demo/arithmetic:main at {hub.url} returned {status}" in result.stderr
     assert problems(snapshot) == []
 
 
@@ -65,8 +66,8 @@ def test_waits_as_long_as_retry_after_says(run: Run, hub: LocalHub, volume: Path
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0
     assert len(fault.asked) == 2
-    assert "attempt 1 of 3: " in result.stderr
-    assert "asking again in 1.0 s" in result.stderr
+    assert "attempt 1 of 3 failed, retrying" in result.stderr
+    assert "retrying in 1.0 s" in result.stderr
 
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
@@ -74,7 +75,7 @@ def test_leaves_a_hub_alone_that_asks_for_hours(run: Run, hub: LocalHub, volume:
     hub.fault = fault = Once(kind, answer(429, Retry_After="7200"), times=9)
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
-    assert "answered 429" in result.reason
+    assert "returned 429" in result.reason
     assert len(fault.asked) == 1
 
 
@@ -83,7 +84,7 @@ def test_gives_up_after_as_many_attempts_as_were_set(run: Run, hub: LocalHub, vo
     hub.fault = fault = Once(kind, answer(500), times=9)
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "2"})
     assert result.code == 1
-    assert "answered 500" in result.reason
+    assert "returned 500" in result.reason
     assert len(fault.asked) == 2
     assert not (volume / "demo--arithmetic").exists()
 
@@ -114,7 +115,7 @@ def test_goes_on_in_the_next_run_where_this_one_gave_up(
     assert run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "1"}).code == 1
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
-    assert "going on with what an earlier run has fetched" in result.stderr
+    assert "resuming from the files of an earlier run" in result.stderr
     assert hub.sent_bytes()[WEIGHTS] == (model / WEIGHTS).stat().st_size
     assert problems(snapshot) == []
 
@@ -199,7 +200,7 @@ def test_a_silent_connection_is_made_anew(
         assert problems(snapshot) == []
     else:
         assert result.code == 1
-        assert "stalled: check the network" in result.reason
+        assert "stalled. Check the network" in result.reason
 
 
 def test_a_connection_that_only_trickles_is_made_anew(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
@@ -260,7 +261,7 @@ def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, h
     hub.fault = fault = Once("resolve", answer(404, X_Error_Code="EntryNotFound"))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
-    assert "lacks a file that it listed a moment ago: run again later" in result.reason
+    assert "does not have a file of its own listing. Run again later" in result.reason
     assert len(fault.asked) == 1
     assert not (volume / "demo--arithmetic").exists()
 
@@ -271,7 +272,7 @@ def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, h
     [
         (answer(401), ("401", "set HF_TOKEN")),
         (answer(403), ("403", "set HF_TOKEN")),
-        (answer(403, X_Error_Code="GatedRepo"), ("is gated", "accept its licence at", "set HF_TOKEN")),
+        (answer(403, X_Error_Code="GatedRepo"), ("is gated", "Accept its license at", "set HF_TOKEN")),
     ],
     ids=["401", "403", "403-gated"],
 )

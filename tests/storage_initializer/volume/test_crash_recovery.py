@@ -200,7 +200,7 @@ def test_killed_while_it_copied_what_was_begun_it_loses_nothing(
     commit = hub.commit("demo/arithmetic")
     staging = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}"
     weights = (model / "model.safetensors").read_bytes()
-    for folder, size_bytes in ((".left", 5_000), (".partial", 2_000)):
+    for folder, size_bytes in ((".adopted", 5_000), (".partial", 2_000)):
         (staging / folder).mkdir(parents=True)
         (staging / folder / "model.safetensors").write_bytes(weights[:size_bytes])
     result = run("hf://demo/arithmetic", volume)
@@ -249,7 +249,7 @@ def test_sigterm_ends_it_in_time_whatever_the_hub_does(
     finally:
         released.set()
     assert result.code == 1
-    assert result.reason == "stopped by SIGTERM: run the same command again to go on"
+    assert result.reason == "Stopped by SIGTERM. Run the same command again to resume."
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
     assert "Exception" not in result.stderr
@@ -274,7 +274,7 @@ def test_one_more_signal_ends_it_where_the_volume_hangs(start: Start, hub: Local
         time.sleep(0.1)
     result = finish(process)
     assert result.code == 1
-    assert result.reason == "stopped by SIGTERM: run the same command again to go on"
+    assert result.reason == "Stopped by SIGTERM. Run the same command again to resume."
     assert "Traceback" not in result.stderr
 
 
@@ -285,7 +285,7 @@ def test_ctrl_c_says_how_to_go_on(start: Start, hub: LocalHub, volume: Path) -> 
     process.send_signal(signal.SIGINT)
     result = finish(process)
     assert result.code == 1
-    assert result.reason == "stopped by Ctrl-C: run the same command again to go on"
+    assert result.reason == "Stopped by Ctrl-C. Run the same command again to resume."
     assert list((volume / ".locks").iterdir()) == []
 
 
@@ -303,7 +303,7 @@ def test_no_except_clause_on_the_way_swallows_a_signal(
     stderr = Interrupting()
     monkeypatch.setattr("sys.stderr", stderr)
     assert run(f"file://{model}", volume).code == 1
-    assert stderr.getvalue().splitlines()[-1] == "stopped by SIGTERM: run the same command again to go on"
+    assert stderr.getvalue().splitlines()[-1] == "Stopped by SIGTERM. Run the same command again to resume."
     assert not (volume / "file--model").exists()
     assert list((volume / ".locks").iterdir()) == []
 

@@ -23,7 +23,7 @@ def test_the_umask_setting_decides_what_others_may(
 def test_refuses_a_umask_that_keeps_the_group_out(run: Run, volume: Path, umask: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_UMASK": umask})
     assert result.code == 2
-    assert "STORAGE_INITIALIZER_UMASK has a wrong value: expected three octal digits" in result.reason
+    assert "STORAGE_INITIALIZER_UMASK has an invalid value: expected three octal digits" in result.reason
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_a_volume_that_fills_up_ends_in_one_sentence_and_goes_on_when_there_is_r
         monkeypatch.setattr("storage_initializer.volume.layout.require_space", lambda *_: None)
         full = run("hf://demo/large", tiny, env={"STORAGE_INITIALIZER_PARALLEL_FILES": "1"})
         assert full.code == 1
-        assert f"no space left on {tiny}: enlarge it" in full.reason
+        assert f"No space left on {tiny}. Enlarge it" in full.reason
         assert list(tiny.glob(".locks/*.lease")) == []
         assert not (tiny / "demo--large").exists()
 

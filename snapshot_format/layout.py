@@ -1,0 +1,59 @@
+"""Paths of snapshots on a volume.
+
+<root>/
+demo--arithmetic/                             one directory per model: the reference's slug
+4f0a…c1/                                  one directory per snapshot: the commit
+config.json  model.safetensors  …     as on the Hub
+.snapshot.json                        the record, see `record.py`
+4f0a…c1-int8-cpu/                         a derived variant with its own record
+refs/
+main                                  the commit and a line feed
+refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from snapshot_format.reference import escape
+
+REFS = "refs"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotLocation:
+    """Location of one snapshot on a volume."""
+
+    root: Path
+    slug: str
+    commit: str
+    variant: str = ""
+    """The derived variant, such as `int8-cpu`; empty for the original snapshot."""
+
+    @property
+    def name(self) -> str:
+        """The directory name."""
+        return f"{self.commit}-{self.variant}" if self.variant else self.commit
+
+    @property
+    def directory(self) -> Path:
+        """The published snapshot."""
+        return self.root / self.slug / self.name
+
+    @property
+    def key(self) -> str:
+        """The snapshot's name in staging. Slugs never contain `@`."""
+        return f"{self.slug}@{self.name}"
+
+
+def ref_path(root: Path, slug: str, revision: str) -> Path:
+    """Return the file that stores the commit of a revision."""
+    return root / slug / REFS / escape(revision)
+
+
+def read_ref(root: Path, slug: str, revision: str) -> str:
+    """Return the commit that a revision was last resolved to.
+
+    Raises:
+        FileNotFoundError: the revision has no ref on this volume.
+    """
+    return ref_path(root, slug, revision).read_text().strip()
