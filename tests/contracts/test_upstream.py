@@ -7,6 +7,8 @@ import asyncio
 import dataclasses
 import inspect
 import logging
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +21,12 @@ import kserve
 import pytest
 import torch
 import transformers
+import uvicorn
 from huggingface_hub import utils as hub_utils
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from kserve.protocol.grpc import grpc_predict_v2_pb2
+from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from starlette.applications import Starlette
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, rename_source_key
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
@@ -37,6 +42,7 @@ from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
@@ -394,6 +400,56 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
     )
     assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
     assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}
+
+
+# KServe and uvicorn: predictor/entrypoints/kserve_server.py
+
+
+class EchoModel(kserve.Model):
+    """Returns its payload."""
+
+    async def predict(self, payload: Any, headers: Any = None) -> Any:
+        return payload, headers
+
+
+def test_kserve_parses_argv_when_it_is_imported() -> None:
+    command = [sys.executable, "-c", "import kserve", "--http_port", "not-a-port"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, "predictor/__main__.py no longer has to hide sys.argv"
+
+
+def test_kserve_model_call_returns_the_response_and_headers() -> None:
+    request = kserve.InferRequest("echo", [], request_id="7")
+    response = asyncio.run(kserve_server.infer(EchoModel("echo"), request, {"a": "b"}))
+    assert response == (request, {"a": "b"})
+
+
+def test_kserve_repository_unload_stops_the_model() -> None:
+    repository, model = kserve.ModelRepository(), EchoModel("echo")
+    repository.update(model)
+    model.ready = True
+    extension = ModelRepositoryExtension(repository)
+    asyncio.run(extension.load("echo"))
+    asyncio.run(extension.unload("echo"))
+    assert (model.ready, repository.get_models()) == (False, {})
+
+
+def test_uvicorn_serve_installs_signal_handlers_in_capture_signals() -> None:
+    assert "self.capture_signals()" in inspect.getsource(uvicorn.Server.serve)
+    assert list(inspect.signature(uvicorn.Server.serve).parameters) == ["self", "sockets"]
+
+
+def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
+    async def serve() -> None:
+        server = kserve_server.HTTPServer(Starlette(), 1)
+        with kserve_server.bind(0) as port:
+            serving = asyncio.create_task(server.serve(sockets=[port]))
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            server.should_exit = True
+            await asyncio.wait_for(serving, HANG_SECONDS)
+
+    asyncio.run(serve())
 
 
 # KServe's tensor helpers: predictor/protocols/open_inference_types.py

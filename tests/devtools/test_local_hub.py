@@ -18,7 +18,7 @@ def get(url: str, **headers: str) -> tuple[int, bytes]:
         return response.status, response.read()
 
 
-def test_answers_a_range_and_counts_what_it_sends(hub: LocalHub, model: Path) -> None:
+def test_range_request_returns_range_and_counts_bytes(hub: LocalHub, model: Path) -> None:
     content = (model / "model.safetensors").read_bytes()
     url = f"{hub.url}/demo/arithmetic/resolve/main/model.safetensors"
     assert get(url, Range="bytes=100-199") == (206, content[100:200])
@@ -28,7 +28,7 @@ def test_answers_a_range_and_counts_what_it_sends(hub: LocalHub, model: Path) ->
     assert hub.sent_bytes() == {"model.safetensors": 100 + len(content) - 19000 + len(content)}
 
 
-def test_a_fault_can_cut_a_download_off(hub: LocalHub) -> None:
+def test_fault_truncates_download(hub: LocalHub) -> None:
     def cut(_request: Request, response: Response) -> Response:
         response.cut_after_bytes = 10
         return response
@@ -38,7 +38,7 @@ def test_a_fault_can_cut_a_download_off(hub: LocalHub) -> None:
         get(f"{hub.url}/demo/arithmetic/resolve/main/model.safetensors")
 
 
-def test_runs_as_a_program_until_sigterm(model: Path) -> None:
+def test_program_runs_until_sigterm(model: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.local_hub", "--port", "0", f"demo/arithmetic={model}"],
         cwd=ROOT,
@@ -56,7 +56,7 @@ def test_runs_as_a_program_until_sigterm(model: Path) -> None:
     assert process.returncode == 0
 
 
-def test_the_client_sees_large_files_as_lfs_and_small_ones_as_git_blobs(hub: LocalHub) -> None:
+def test_listing_has_large_files_as_lfs_and_small_as_blobs(hub: LocalHub) -> None:
     api = HfApi(endpoint=hub.url, token=False)
     tree = {entry.path: entry for entry in api.list_repo_tree("demo/arithmetic", recursive=True)}
     blobs = hub.blobs("demo/arithmetic")

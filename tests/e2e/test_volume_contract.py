@@ -39,7 +39,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "reference", ["hf://demo/arithmetic", "hf://demo/arithmetic:main", "hf://demo/arithmetic@main"]
 )
-def test_the_predictor_finds_what_the_storage_initializer_published(volume: Path, reference: str) -> None:
+def test_predictor_finds_published_reference(volume: Path, reference: str) -> None:
     found = snapshot.find(volume, reference)
     assert (found.directory / "model.safetensors").read_bytes() == (DEMO_MODEL / "model.safetensors").read_bytes()
     record = json.loads((found.directory / RECORD).read_text())
@@ -48,7 +48,7 @@ def test_the_predictor_finds_what_the_storage_initializer_published(volume: Path
     assert snapshot.find(found.directory, None) == found
 
 
-def test_the_predictor_finds_a_published_directory(volume: Path) -> None:
+def test_predictor_finds_published_directory(volume: Path) -> None:
     found = snapshot.find(volume, "file:///anywhere/my%20model")
     assert found.directory.parent.name == "file--my%20model"
 
@@ -133,9 +133,7 @@ def greedy(loaded: LoadedModel) -> list[list[int]]:
     return texts
 
 
-def test_prepared_weights_are_bit_by_bit_what_the_predictor_makes_while_it_loads(
-    each: Prepared, tmp_path: Path
-) -> None:
+def test_prequantized_weights_equal_those_quantized_while_loading(each: Prepared, tmp_path: Path) -> None:
     dtype = json.loads((each.made / RECORD).read_text())["derived_from"]["dtype"]
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
         each.published, dtype=getattr(torch, dtype), quantization_config=int8_quantizer.Int8Config()
@@ -150,7 +148,7 @@ def test_prepared_weights_are_bit_by_bit_what_the_predictor_makes_while_it_loads
         assert torch.equal(made[name].to(tensor.dtype), tensor), name
 
 
-def test_the_predictor_finds_what_is_prepared_by_itself_and_says_the_same_tokens(
+def test_prequantized_variant_is_loaded_and_gives_the_same_tokens(
     each: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -168,7 +166,7 @@ def test_the_predictor_finds_what_is_prepared_by_itself_and_says_the_same_tokens
     assert greedy(loaded) == greedy(rounding_now)
 
 
-def test_auto_takes_it_and_none_never_does(prepared: Prepared) -> None:
+def test_quantization_mode_decides_use_of_variant(prepared: Prepared) -> None:
     assert prepared.load("auto").prequantized == (
         quantization.resolve_mode("auto", torch.device("cpu"), None, 1, 1) == "8bit"
     )
@@ -177,7 +175,7 @@ def test_auto_takes_it_and_none_never_does(prepared: Prepared) -> None:
     assert loaded.quantization == "none"
 
 
-def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_versions(
+def test_variant_of_unknown_recipe_is_skipped_with_warning(
     prepared: Prepared, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepared.say(version=7)
@@ -189,14 +187,12 @@ def test_an_unknown_recipe_is_passed_over_with_a_warning_that_names_both_version
     assert "uses recipe int8-cpu version 7 instead of int8-cpu version 1" in warning
 
 
-def test_weights_rounded_from_another_format_are_passed_over(
-    prepared: Prepared, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_variant_of_other_dtype_is_skipped(prepared: Prepared, caplog: pytest.LogCaptureFixture) -> None:
     assert not prepared.load(dtype="bfloat16").prequantized
     assert "quantized from float32 instead of bfloat16; use --dtype auto" in caplog.text
 
 
-def test_what_keeps_other_layers_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_variant_with_other_skip_modules_is_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prepared = prepare(DEMO_MODEL, tmp_path / "volume", "--prepare-skip-modules", "down_proj")
     assert not prepared.load().prequantized
     assert "it skips modules ['down_proj'] instead of []" in caplog.text
@@ -205,7 +201,7 @@ def test_what_keeps_other_layers_is_passed_over(tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.parametrize("change", ["no record", "a file less", "nonsense"])
-def test_what_is_not_whole_is_passed_over(prepared: Prepared, caplog: pytest.LogCaptureFixture, change: str) -> None:
+def test_damaged_variant_is_skipped(prepared: Prepared, caplog: pytest.LogCaptureFixture, change: str) -> None:
     match change:
         case "no record":
             (prepared.made / RECORD).unlink()
@@ -218,7 +214,7 @@ def test_what_is_not_whole_is_passed_over(prepared: Prepared, caplog: pytest.Log
 
 
 @pytest.mark.slow
-def test_a_predictor_serves_what_was_prepared_and_says_so(prepared: Prepared, tmp_path: Path) -> None:
+def test_predictor_serves_prequantized_variant(prepared: Prepared, tmp_path: Path) -> None:
     arguments = ["--model_dir", str(prepared.published.parents[1]), "--model_reference", DEMO_MODEL.as_uri()]
     arguments += ["--quantization", "8bit"]
     log = tmp_path / "log"

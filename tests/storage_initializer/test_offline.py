@@ -17,7 +17,7 @@ UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
     ("flags", "env"),
     [(["--offline"], {}), ([], {"STORAGE_INITIALIZER_OFFLINE": "true"}), ([], {"HF_HUB_OFFLINE": "1"})],
 )
-def test_offline_a_branch_is_the_commit_of_the_last_time(
+def test_offline_branch_resolves_to_last_commit(
     run: Run, hub: LocalHub, volume: Path, tmp_path: Path, flags: list[str], env: dict[str, str]
 ) -> None:
     run("hf://demo/arithmetic", volume)
@@ -31,7 +31,7 @@ def test_offline_a_branch_is_the_commit_of_the_last_time(
     assert hub.requests == []
 
 
-def test_offline_refuses_what_was_never_there(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_offline_unpublished_reference_is_rejected(run: Run, hub: LocalHub, volume: Path) -> None:
     branch = run("--offline", "hf://demo/arithmetic", volume)
     assert branch.code == 2
     assert "was never resolved on" in branch.reason
@@ -41,7 +41,7 @@ def test_offline_refuses_what_was_never_there(run: Run, hub: LocalHub, volume: P
     assert hub.requests == []
 
 
-def test_an_unreachable_hub_does_not_matter_to_what_is_published(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_unreachable_hub_uses_published_snapshot(run: Run, hub: LocalHub, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     result = run("hf://demo/arithmetic", volume, env=UNREACHABLE)
     assert result.code == 0, result.stderr
@@ -49,7 +49,7 @@ def test_an_unreachable_hub_does_not_matter_to_what_is_published(run: Run, hub: 
     assert f"using commit {hub.commit('demo/arithmetic')}" in result.stderr
 
 
-def test_a_failing_hub_is_asked_once_where_something_is_published(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_failing_hub_with_published_snapshot_is_not_retried(run: Run, hub: LocalHub, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     hub.forget()
     hub.fault = lambda _request, _response: Response(503)
@@ -57,14 +57,14 @@ def test_a_failing_hub_is_asked_once_where_something_is_published(run: Run, hub:
     assert [request.kind for request in hub.requests] == ["info"]
 
 
-def test_a_ref_whose_snapshot_is_gone_is_nothing_to_fall_back_on(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_ref_without_snapshot_is_no_fallback(run: Run, hub: LocalHub, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     shutil.rmtree(volume / "demo--arithmetic" / hub.commit("demo/arithmetic"))
     assert run("hf://demo/arithmetic", volume, env=UNREACHABLE).code == 1
     assert run("--offline", "hf://demo/arithmetic", volume).code == 2
 
 
-def test_a_published_commit_costs_no_large_import(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_published_commit_imports_no_large_library(run: Run, hub: LocalHub, volume: Path) -> None:
     reference = f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}"
     run(reference, volume)
     script = (

@@ -20,7 +20,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
-def test_publishes_a_snapshot_with_its_record_and_its_ref(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+def test_publish_writes_snapshot_record_and_ref(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume)
 
     commit = hub.commit("demo/arithmetic")
@@ -40,16 +40,14 @@ def test_publishes_a_snapshot_with_its_record_and_its_ref(run: Run, hub: LocalHu
     )
 
 
-def test_between_any_two_steps_a_reader_sees_nothing_or_all_of_it(environment: dict[str, str], volume: Path) -> None:
+def test_publish_reader_never_sees_incomplete_snapshot(environment: dict[str, str], volume: Path) -> None:
     command = [sys.executable, "-m", "tests.programs.observed_initializer", "hf://demo/arithmetic", str(volume)]
     watched = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert watched.returncode == 0, watched.stderr
     assert watched.stdout.splitlines()[1:] == ["[]", "nothing"]
 
 
-def test_all_of_it_is_on_the_disk_before_anybody_can_see_it(
-    run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_publish_fsyncs_before_rename(run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = volume / "demo--arithmetic" / hub.commit("demo/arithmetic")
     synced: dict[int, bool] = {}
     fsync = os.fsync
@@ -67,13 +65,13 @@ def test_all_of_it_is_on_the_disk_before_anybody_can_see_it(
     assert synced[snapshot.parent.stat().st_ino]
 
 
-def test_leaves_nothing_behind_in_staging_and_among_the_leases(run: Run, volume: Path) -> None:
+def test_publish_leaves_no_staging_files_or_leases(run: Run, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     assert list((volume / ".staging").iterdir()) == []
     assert list((volume / ".locks").iterdir()) == []
 
 
-def test_leaves_out_pickles_and_hidden_files(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_publish_excludes_pickles_and_hidden_files(run: Run, hub: LocalHub, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume)
     published = set(contents(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")))
     assert published == {"config.json", "tokenizer.json", "README.md", "model.safetensors", ".snapshot.json"}
@@ -81,7 +79,7 @@ def test_leaves_out_pickles_and_hidden_files(run: Run, hub: LocalHub, volume: Pa
     assert "pytorch_model.bin" not in hub.downloads()
 
 
-def test_a_second_run_asks_for_the_commit_and_does_nothing_else(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_second_run_only_resolves_the_branch(run: Run, hub: LocalHub, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     before = {path: path.stat().st_mtime_ns for path in volume.rglob("*")}
     hub.forget()
@@ -95,7 +93,7 @@ def test_a_second_run_asks_for_the_commit_and_does_nothing_else(run: Run, hub: L
     assert {path: path.stat().st_mtime_ns for path in volume.rglob("*")} == before
 
 
-def test_a_second_run_with_a_commit_asks_nobody(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_second_run_with_commit_sends_no_request(run: Run, hub: LocalHub, volume: Path) -> None:
     reference = f"hf://demo/arithmetic:{hub.commit('demo/arithmetic')}"
     assert run(reference, volume).code == 0
     assert not (volume / "demo--arithmetic" / "refs").exists()
@@ -108,7 +106,7 @@ def test_a_second_run_with_a_commit_asks_nobody(run: Run, hub: LocalHub, volume:
     assert hub.requests == []
 
 
-def test_a_branch_that_moves_leads_to_a_new_snapshot_and_leaves_the_old_one(
+def test_moved_branch_publishes_new_snapshot_and_keeps_old(
     run: Run, hub: LocalHub, volume: Path, tmp_path: Path
 ) -> None:
     run("hf://demo/arithmetic", volume)
@@ -123,7 +121,7 @@ def test_a_branch_that_moves_leads_to_a_new_snapshot_and_leaves_the_old_one(
 
 
 @pytest.mark.parametrize("separator", [":", "@"])
-def test_a_revision_with_a_slash_has_one_escaped_ref(
+def test_revision_with_slash_has_one_escaped_ref(
     run: Run, hub: LocalHub, model: Path, volume: Path, separator: str
 ) -> None:
     commit = hub.add("demo/arithmetic", model, revision="refs/pr/4")
@@ -134,7 +132,7 @@ def test_a_revision_with_a_slash_has_one_escaped_ref(
     assert ref.read_text() == f"{commit}\n"
 
 
-def test_publishes_every_shard_and_nested_file(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
+def test_publish_includes_shards_and_nested_files(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "sharded", shards=3)
     (model / "extra").mkdir()
     (model / "extra" / "notes on it.txt").write_text("nested, with spaces\n")
@@ -146,9 +144,7 @@ def test_publishes_every_shard_and_nested_file(run: Run, hub: LocalHub, volume: 
     assert (snapshot / "extra" / "notes on it.txt").read_text() == "nested, with spaces\n"
 
 
-def test_publishes_a_directory_under_the_fingerprint_of_its_content(
-    run: Run, hub: LocalHub, model: Path, volume: Path
-) -> None:
+def test_directory_is_published_under_its_fingerprint(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     first = run(f"file://{model}", volume)
     commit = (volume / "file--model" / "refs" / "main").read_text().strip()
     assert first.code == 0
@@ -165,7 +161,7 @@ def test_publishes_a_directory_under_the_fingerprint_of_its_content(
     assert hub.requests == []
 
 
-def test_takes_several_pairs_in_one_run(run: Run, model: Path, tmp_path: Path) -> None:
+def test_several_pairs_are_published_in_one_run(run: Run, model: Path, tmp_path: Path) -> None:
     result = run("hf://demo/arithmetic", tmp_path / "a", f"file://{model}", tmp_path / "b")
     assert result.code == 0
     assert len(result.stdout.splitlines()) == 2
@@ -174,9 +170,7 @@ def test_takes_several_pairs_in_one_run(run: Run, model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("umask", [0o077, 0o022, 0o000])
-def test_the_group_can_read_snapshots_and_write_around_them_whatever_the_umask_says(
-    run: Run, hub: LocalHub, volume: Path, umask: int
-) -> None:
+def test_group_modes_do_not_depend_on_the_umask(run: Run, hub: LocalHub, volume: Path, umask: int) -> None:
     leases: list[int] = []
 
     def look(_request: Request, response: Response) -> Response:
@@ -202,9 +196,7 @@ def test_the_group_can_read_snapshots_and_write_around_them_whatever_the_umask_s
     assert set(leases) == {0o664}
 
 
-def test_opens_a_gated_repository_with_a_token_and_never_shows_it(
-    run: Run, hub: LocalHub, model: Path, volume: Path
-) -> None:
+def test_token_opens_gated_repository_and_is_never_logged(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     commit = hub.add("demo/gated", model, gated=True)
     hub.token = "hf_s3cr3t"  # noqa: S105 - opens nothing but this hub
     result = run("hf://demo/gated", volume, env={"HF_TOKEN": "hf_s3cr3t\n", "LOG_LEVEL": "DEBUG"})
@@ -214,7 +206,7 @@ def test_opens_a_gated_repository_with_a_token_and_never_shows_it(
     assert not any(b"s3cr3t" in content for content in contents(volume).values())
 
 
-def test_tells_how_the_fetching_goes_in_lines(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_progress_in_a_log_is_lines(run: Run, hub: LocalHub, volume: Path) -> None:
     hub.bytes_per_second = 100_000
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PROGRESS_SECONDS": "0.01"})
     lines = [line for line in result.stderr.splitlines() if "INFO fetched " in line]
@@ -223,9 +215,7 @@ def test_tells_how_the_fetching_goes_in_lines(run: Run, hub: LocalHub, volume: P
     assert "\r" not in result.stderr
 
 
-def test_json_logs_are_objects_on_both_streams_and_the_last_line_a_sentence(
-    run: Run, hub: LocalHub, volume: Path
-) -> None:
+def test_json_format_applies_to_all_lines_but_the_last(run: Run, hub: LocalHub, volume: Path) -> None:
     env = {"STORAGE_INITIALIZER_LOG_FORMAT": "json"}
     done = run("hf://demo/arithmetic", volume, env=env)
     (summary,) = map(json.loads, done.stdout.splitlines())
@@ -242,7 +232,7 @@ def test_json_logs_are_objects_on_both_streams_and_the_last_line_a_sentence(
     assert reason.startswith("hf://demo/absent:main at ")
 
 
-def test_a_terminal_gets_a_bar_that_stays_on_its_line(
+def test_progress_on_a_terminal_is_one_line(
     run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Terminal(io.StringIO):
@@ -259,7 +249,7 @@ def test_a_terminal_gets_a_bar_that_stays_on_its_line(
     assert "(100 %)" in bar[-1]
 
 
-def test_goes_through_a_proxy(start: Start, hub: LocalHub, volume: Path) -> None:
+def test_proxy_variables_are_used(start: Start, hub: LocalHub, volume: Path) -> None:
     env = {"HF_ENDPOINT": "http://hub.invalid", "HTTP_PROXY": hub.url, "http_proxy": hub.url}
     result = finish(start("hf://demo/arithmetic", volume, env=env))
     assert result.code == 0, result.stderr
@@ -267,9 +257,7 @@ def test_goes_through_a_proxy(start: Start, hub: LocalHub, volume: Path) -> None
     assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
 
 
-def test_trusts_a_private_certificate_that_it_is_told_of(
-    start: Start, model: Path, volume: Path, tmp_path: Path
-) -> None:
+def test_private_certificate_is_trusted(start: Start, model: Path, volume: Path, tmp_path: Path) -> None:
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("openssl makes the certificate")
@@ -287,9 +275,7 @@ def test_trusts_a_private_certificate_that_it_is_told_of(
         assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
 
 
-def test_what_the_library_itself_fetches_is_verified_and_published_without_its_bookkeeping(
-    run: Run, hub: LocalHub, volume: Path
-) -> None:
+def test_xet_download_is_verified_and_published_without_bookkeeping(run: Run, hub: LocalHub, volume: Path) -> None:
     def claim_xet(request: Request, response: Response) -> Response:
         # The listing promises Xet and the file's own headers do not: the library falls back to plain HTTP.
         if request.kind == "tree":

@@ -42,7 +42,7 @@ def assert_refused(result: Result, code: int, *words: str) -> None:
         (("hf://demo/arithmetic:" + "0" * 40, "VOLUME"), "has no revision 0000"),
     ],
 )
-def test_refuses_bad_words(run: Run, volume: Path, words: tuple[str, ...], expected: str) -> None:
+def test_invalid_arguments_are_rejected(run: Run, volume: Path, words: tuple[str, ...], expected: str) -> None:
     result = run(*(volume if word == "VOLUME" else word for word in words))
     assert_refused(result, 2, expected)
     assert not volume.exists()
@@ -82,14 +82,14 @@ def test_refuses_bad_words(run: Run, volume: Path, words: tuple[str, ...], expec
         ("STORAGE_INITIALIZER_LOG_LEVEL", "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL has an invalid value"),
     ],
 )
-def test_refuses_bad_variables(run: Run, volume: Path, variable: str, value: str, expected: str) -> None:
+def test_invalid_variables_are_rejected(run: Run, volume: Path, variable: str, value: str, expected: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={variable: value})
     assert_refused(result, 2)
     assert result.reason.startswith(expected)
     assert result.stderr == f"{result.reason}\n"
 
 
-def test_blames_the_log_level_that_counts(run: Run, volume: Path) -> None:
+def test_invalid_log_level_names_the_effective_variable(run: Run, volume: Path) -> None:
     both = {"LOG_LEVEL": "INFO", "STORAGE_INITIALIZER_LOG_LEVEL": "LOUD"}
     assert run("hf://demo/arithmetic", volume, env=both).reason.startswith("STORAGE_INITIALIZER_LOG_LEVEL has")
     empty = {"LOG_LEVEL": "LOUD", "STORAGE_INITIALIZER_LOG_LEVEL": ""}
@@ -113,7 +113,7 @@ def test_blames_the_log_level_that_counts(run: Run, volume: Path) -> None:
         "ftp://host",
     ],
 )
-def test_refuses_an_endpoint_that_can_never_answer(run: Run, volume: Path, endpoint: str) -> None:
+def test_unusable_endpoint_is_rejected(run: Run, volume: Path, endpoint: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint})
     assert_refused(result, 2, "HF_ENDPOINT has an invalid value: expected https://host")
 
@@ -121,23 +121,21 @@ def test_refuses_an_endpoint_that_can_never_answer(run: Run, volume: Path, endpo
 @pytest.mark.parametrize(
     "endpoint", ["http://user:s3cr3t@127.0.0.1:9", "https://s3cr3t@host", "http://user:s3cr3t@h:x"]
 )
-def test_refuses_a_password_in_the_endpoint_and_never_shows_it(run: Run, volume: Path, endpoint: str) -> None:
+def test_endpoint_with_password_is_rejected_and_not_logged(run: Run, volume: Path, endpoint: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": endpoint, "LOG_LEVEL": "DEBUG"})
     assert_refused(result, 2, "HF_ENDPOINT has an invalid value")
     assert "s3cr3t" not in result.stderr
 
 
 @pytest.mark.parametrize("token", ["hf_s3cr3ts3cr3t\nfoo", "hf_s3cr3t foo", "hf_s3cr3té", "hf_s3cr3t\x7f"])
-def test_refuses_a_token_that_no_header_can_hold_and_never_shows_it(run: Run, volume: Path, token: str) -> None:
+def test_invalid_token_is_rejected_and_not_logged(run: Run, volume: Path, token: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": token, "LOG_LEVEL": "DEBUG"})
     assert_refused(result, 2, "HF_TOKEN has an invalid value")
     assert "s3cr3t" not in result.stderr
     assert "foo" not in result.stderr
 
 
-def test_conceals_secrets_that_a_library_puts_into_its_error(
-    run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_in_library_errors_are_redacted(run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*_: object) -> None:
         raise RuntimeError(r"b'Bearer hf_0th3r' of http://user:p@ss@proxy:1/x is not hf_s3cr3t\'s")
 
@@ -148,12 +146,12 @@ def test_conceals_secrets_that_a_library_puts_into_its_error(
     assert not any(secret in result.stderr for secret in ("s3cr3t", "0th3r", "p@ss"))
 
 
-def test_a_library_that_cannot_be_loaded_is_told_on_stderr_only(start: Start, volume: Path) -> None:
+def test_library_import_error_is_reported_on_stderr_only(start: Start, volume: Path) -> None:
     result = finish(start("hf://demo/arithmetic", volume, env={"HF_HUB_DOWNLOAD_TIMEOUT": "soon"}))
     assert_refused(result, 2, "Cannot load huggingface_hub", "'soon'", "HF_*")
 
 
-def test_help_tells_the_exit_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_exit_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         run("--help")
     assert ended.value.code == 0
@@ -162,7 +160,7 @@ def test_help_tells_the_exit_codes(run: Run, capsys: pytest.CaptureFixture[str])
     assert "0 done, 1 worth a retry, 2 pointless to retry" in shown
 
 
-def test_promised_settings_are_documented_with_their_defaults() -> None:
+def test_readme_documents_all_settings_with_defaults() -> None:
     readme = (ROOT / "storage_initializer" / "README.md").read_text()
     defaults = Settings.model_construct()
     for variable in known_variables():
@@ -183,33 +181,33 @@ def test_promised_settings_are_documented_with_their_defaults() -> None:
     assert "`STORAGE_ALLOW_PATTERNS`, `STORAGE_IGNORE_PATTERNS` | |" in readme
 
 
-def test_refuses_a_gated_repository_without_a_token(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+def test_gated_repository_without_token_is_rejected(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     hub.add("demo/gated", model, gated=True)
     assert_refused(run("hf://demo/gated", volume), 2, "is gated", f"{hub.url}/demo/gated", "set HF_TOKEN")
 
 
-def test_refuses_a_token_that_the_hub_does_not_accept(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+def test_rejected_token_is_reported(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     hub.add("demo/private", model, private=True)
     assert_refused(run("hf://demo/private", volume, env={"HF_TOKEN": "hf_wrong"}), 2, "401", "check HF_TOKEN")
     assert_refused(run("hf://demo/private", volume), 2, "does not exist or is private", "set HF_TOKEN")
 
 
-def test_an_unreachable_hub_is_worth_a_retry(run: Run, volume: Path) -> None:
+def test_unreachable_hub_is_worth_a_retry(run: Run, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
     assert_refused(result, 1, "http://127.0.0.1:9 is unreachable", "HF_ENDPOINT")
 
 
-def test_a_hub_that_fails_is_worth_a_retry(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_failing_hub_is_worth_a_retry(run: Run, hub: LocalHub, volume: Path) -> None:
     hub.fault = lambda _request, _response: Response(503)
     assert_refused(run("hf://demo/arithmetic", volume), 1, "returned 503", "Run again later")
 
 
-def test_an_endpoint_that_is_no_hub_is_not(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_endpoint_without_hub_is_permanent(run: Run, hub: LocalHub, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume, env={"HF_ENDPOINT": f"{hub.url}/elsewhere"})
     assert_refused(result, 2, "returned status 404", "Check HF_ENDPOINT")
 
 
-def test_refuses_a_repository_with_pickles_only(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+def test_repository_with_pickles_only_is_rejected(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     (model / "model.safetensors").unlink()
     hub.add("demo/pickle", model)
     assert_refused(
@@ -217,14 +215,14 @@ def test_refuses_a_repository_with_pickles_only(run: Run, hub: LocalHub, model: 
     )
 
 
-def test_refuses_a_repository_without_a_configuration(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+def test_repository_without_config_is_rejected(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     (model / "config.json").unlink()
     hub.add("demo/bare", model)
     assert_refused(run("hf://demo/bare", volume), 2, "has no config.json")
     assert_refused(run(f"file://{model}", volume), 2, "has no config.json")
 
 
-def test_refuses_an_index_that_names_a_missing_shard(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
+def test_repository_with_missing_shard_is_rejected(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "sharded", shards=3)
     (model / "model-00002-of-00003.safetensors").unlink()
     commit = hub.add("demo/sharded", model)
@@ -233,21 +231,19 @@ def test_refuses_an_index_that_names_a_missing_shard(run: Run, hub: LocalHub, vo
 
 
 @pytest.mark.parametrize("path", ["../evil.txt", "/etc/evil.txt", "a/../../evil.txt", "a\\..\\evil.txt", ".cache/../x"])
-def test_refuses_a_path_that_leaves_the_snapshot(run: Run, hub: LocalHub, volume: Path, path: str) -> None:
+def test_unsafe_path_is_rejected(run: Run, hub: LocalHub, volume: Path, path: str) -> None:
     blobs = hub.blobs("demo/arithmetic")
     blobs[path] = blobs["README.md"]
     assert_refused(run("hf://demo/arithmetic", volume), 2, "unsafe path")
     assert not volume.exists()
 
 
-def test_refuses_links_in_a_directory(run: Run, model: Path, volume: Path) -> None:
+def test_directory_with_link_is_rejected(run: Run, model: Path, volume: Path) -> None:
     (model / "extra.json").symlink_to("/etc/passwd")
     assert_refused(run(f"file://{model}", volume), 2, "extra.json is a link or a device")
 
 
-def test_wrong_bytes_are_never_published_and_all_are_reported_at_once(
-    run: Run, hub: LocalHub, model: Path, volume: Path
-) -> None:
+def test_wrong_bytes_are_reported_and_not_published(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     right = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(right[:-1] + bytes([right[-1] ^ 1]))
     (model / "tokenizer.json").write_text("[]")
@@ -267,7 +263,7 @@ def test_wrong_bytes_are_never_published_and_all_are_reported_at_once(
     assert hub.downloads() == {"model.safetensors": 1, "tokenizer.json": 1}
 
 
-def test_goes_on_after_a_failure_without_fetching_finished_files_again(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_next_run_keeps_complete_files(run: Run, hub: LocalHub, volume: Path) -> None:
     def lose_weights(request: Request, response: Response) -> Response:
         return Response(404, {"X-Error-Code": "EntryNotFound"}) if request.file == "model.safetensors" else response
 
@@ -282,7 +278,7 @@ def test_goes_on_after_a_failure_without_fetching_finished_files_again(run: Run,
     assert fetched["README.md"] == fetched["config.json"] == fetched["model.safetensors"] == 1
 
 
-def test_too_little_space_is_told_before_the_first_byte(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_missing_space_fails_before_download(run: Run, hub: LocalHub, volume: Path) -> None:
     blobs = hub.blobs("demo/arithmetic")
     blobs["model.safetensors"] = dataclasses.replace(blobs["model.safetensors"], size=1 << 60)
     result = run("hf://demo/arithmetic", volume)
@@ -290,14 +286,14 @@ def test_too_little_space_is_told_before_the_first_byte(run: Run, hub: LocalHub,
     assert hub.downloads() == {}
 
 
-def test_refuses_a_destination_that_is_a_file(run: Run, tmp_path: Path) -> None:
+def test_destination_file_is_rejected(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert_refused(
         run("hf://demo/arithmetic", tmp_path / "file"), 2, "is not a directory. Specify the root of a volume"
     )
 
 
-def test_refuses_a_destination_that_cannot_be_written(start: Start, public: Path, unprivileged: int | None) -> None:
+def test_destination_without_write_permission_is_rejected(start: Start, public: Path, unprivileged: int | None) -> None:
     (public / "volume").mkdir()
     (public / "volume").chmod(0o555)
     result = finish(start("hf://demo/arithmetic", public / "volume", user=unprivileged))
@@ -305,9 +301,7 @@ def test_refuses_a_destination_that_cannot_be_written(start: Start, public: Path
 
 
 @pytest.mark.parametrize("closed", ["model", "model/model.safetensors", "model/extra"])
-def test_names_what_cannot_be_read_in_a_directory(
-    start: Start, public: Path, unprivileged: int | None, closed: str
-) -> None:
+def test_unreadable_source_path_is_named(start: Start, public: Path, unprivileged: int | None, closed: str) -> None:
     make_model(public / "model")
     (public / "model" / "extra").mkdir()
     (public / "volume").mkdir()
@@ -324,7 +318,7 @@ def test_names_what_cannot_be_read_in_a_directory(
     assert list((public / "volume").iterdir()) == []
 
 
-def test_a_file_that_can_no_longer_be_read_is_the_directorys_fault(
+def test_file_removed_during_copy_is_a_source_error(
     run: Run, model: Path, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Between the reading for the fingerprint and the copying.
@@ -334,13 +328,13 @@ def test_a_file_that_can_no_longer_be_read_is_the_directorys_fault(
     assert list((volume / ".locks").iterdir()) == []
 
 
-def test_a_missing_certificate_file_is_not_the_volumes_fault(start: Start, volume: Path) -> None:
+def test_missing_certificate_file_is_a_hub_error(start: Start, volume: Path) -> None:
     env = {"SSL_CERT_FILE": "/does/not/exist.pem", "HF_ENDPOINT": "https://127.0.0.1:9"}
     result = finish(start("hf://demo/arithmetic", volume, env=env))
     assert_refused(result, 1, "hf://demo/arithmetic:main at https://127.0.0.1:9 failed", "No such file", "un again")
 
 
-def test_refuses_a_record_of_another_format(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_other_format_version_is_rejected(run: Run, hub: LocalHub, volume: Path) -> None:
     run("hf://demo/arithmetic", volume)
     path = volume / "demo--arithmetic" / hub.commit("demo/arithmetic") / ".snapshot.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format_version": 2}))
@@ -349,7 +343,7 @@ def test_refuses_a_record_of_another_format(run: Run, hub: LocalHub, volume: Pat
     assert_refused(run("hf://demo/arithmetic", volume), 2, "no readable .snapshot.json", "Remove it")
 
 
-def test_an_unexpected_error_is_one_sentence_too(run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_error_is_one_line(run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*_: object) -> None:
         raise RuntimeError("two\nlines")
 
@@ -360,7 +354,7 @@ def test_an_unexpected_error_is_one_sentence_too(run: Run, volume: Path, monkeyp
     assert told.reason.startswith("Unexpected RuntimeError")
 
 
-def test_a_published_snapshot_needs_no_source_any_more(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+def test_published_commit_needs_no_source(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     commit = hub.commit("demo/arithmetic")
     run(f"hf://demo/arithmetic:{commit}", volume)
     shutil.rmtree(model)

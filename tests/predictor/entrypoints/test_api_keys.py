@@ -1,4 +1,4 @@
-"""Bearer keys, read from real files that are written, swapped and broken."""
+"""API keys from real files that are written, swapped and broken."""
 
 import logging
 from pathlib import Path
@@ -15,7 +15,7 @@ BOB = "bobs:key#with=signs+0"
 
 
 class Clock:
-    """Seconds that pass when they are told to."""
+    """A clock that moves only by `tick`."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -30,7 +30,7 @@ class Clock:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
-    path.write_text(f"# who may ask\n\nalice:{ALICE}\n  bob:{BOB}  \r\n")
+    path.write_text(f"# clients\n\nalice:{ALICE}\n  bob:{BOB}  \r\n")
     return path
 
 
@@ -39,7 +39,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_names_the_owner_of_a_key(path: Path) -> None:
+def test_name_of_a_key_is_its_owner(path: Path) -> None:
     keys = KeyFile(path)
     assert (keys.name_of(ALICE), keys.name_of(BOB)) == ("alice", "bob")
 
@@ -47,17 +47,17 @@ def test_names_the_owner_of_a_key(path: Path) -> None:
 @pytest.mark.parametrize(
     "key", ["", "alice", ALICE[:-1], ALICE + "0", ALICE.upper(), f"alice:{ALICE}", f" {ALICE}", "schlüssel", "\ud800"]
 )
-def test_knows_no_other_key(path: Path, key: str) -> None:
+def test_name_of_another_key_is_none(path: Path, key: str) -> None:
     assert KeyFile(path).name_of(key) is None
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(key=st.text())
-def test_takes_any_text_for_a_key(path: Path, key: str) -> None:
+def test_name_of_any_text_does_not_raise(path: Path, key: str) -> None:
     assert KeyFile(path).name_of(key) == {ALICE: "alice", BOB: "bob"}.get(key)
 
 
-def test_takes_a_file_with_a_byte_order_mark_and_a_comment_in_any_language(path: Path) -> None:
+def test_file_with_a_byte_order_mark_and_unicode_comment_is_read(path: Path) -> None:
     path.write_text(f"# Schlüssel\nalice:{ALICE}", encoding="utf-8-sig")
     assert KeyFile(path).name_of(ALICE) == "alice"
 
@@ -82,41 +82,41 @@ OTHER = "another-key-of-this-test"
         (f"alice:{OTHER}\nbob:{OTHER}", 2),
     ],
 )
-def test_a_malformed_line_is_named_but_not_shown(path: Path, lines: str, number: int) -> None:
+def test_malformed_line_is_numbered_but_not_shown(path: Path, lines: str, number: int) -> None:
     path.write_text(lines, encoding="utf-8")
     with pytest.raises(InvalidSettings, match=f"^API key file {path}, line {number}: .*\\.$") as raised:
         KeyFile(path)
     assert OTHER[:15] not in str(raised.value)
 
 
-def test_bytes_that_are_no_text_are_a_malformed_line(path: Path) -> None:
+def test_line_of_invalid_utf8_is_malformed(path: Path) -> None:
     path.write_bytes(b"alice:\xff\xfe\xff\xfe\xff\xfe\xff\xfe\xff\xfe\xff\xfe\xff\xfe\xff\xfe")
     with pytest.raises(InvalidSettings, match=", line 1: "):
         KeyFile(path)
 
 
-@pytest.mark.parametrize("lines", ["", "\n# nobody\n"])
-def test_a_file_without_keys_is_refused(path: Path, lines: str) -> None:
+@pytest.mark.parametrize("lines", ["", "\n# none\n"])
+def test_file_without_keys_is_rejected(path: Path, lines: str) -> None:
     path.write_text(lines)
     with pytest.raises(InvalidSettings, match=r"is empty\. Write one name:key per line"):
         KeyFile(path)
 
 
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_unreadable_file_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(InvalidSettings, match=r"missing cannot be read: No such file or directory"):
         KeyFile(tmp_path / "missing")
     with pytest.raises(InvalidSettings, match=r"cannot be read: Is a directory"):
         KeyFile(tmp_path)
 
 
-def test_reads_a_changed_file_again(path: Path, clock: Clock) -> None:
+def test_changed_file_is_read_again(path: Path, clock: Clock) -> None:
     keys = KeyFile(path, clock)
     path.write_text(f"carol:{ALICE}\n")
     clock.tick()
     assert (keys.name_of(ALICE), keys.name_of(BOB)) == ("carol", None)
 
 
-def test_looks_at_the_file_once_a_second_at_most(path: Path, clock: Clock) -> None:
+def test_file_is_checked_once_a_second(path: Path, clock: Clock) -> None:
     keys = KeyFile(path, clock)
     path.write_text(f"carol:{ALICE}\n")
     assert keys.name_of(ALICE) == "alice"
@@ -126,7 +126,7 @@ def test_looks_at_the_file_once_a_second_at_most(path: Path, clock: Clock) -> No
     assert keys.name_of(ALICE) == "carol"
 
 
-def test_follows_the_swap_of_a_mounted_secret(tmp_path: Path, clock: Clock) -> None:
+def test_swapped_secret_is_read_again(tmp_path: Path, clock: Clock) -> None:
     """A Kubernetes Secret: keys -> ..data/keys, ..data -> a directory per version."""
     for version, name in (("..1", "alice"), ("..2", "carol")):
         (tmp_path / version).mkdir()
@@ -142,7 +142,7 @@ def test_follows_the_swap_of_a_mounted_secret(tmp_path: Path, clock: Clock) -> N
 
 
 @pytest.mark.parametrize("broken", [None, "", "alice", f"carol:{OTHER}\ncarol:{ALICE}"])
-def test_a_file_that_breaks_keeps_the_last_good_keys_and_says_so_once(
+def test_file_that_becomes_invalid_keeps_the_previous_keys_and_is_logged_once(
     path: Path, clock: Clock, caplog: pytest.LogCaptureFixture, broken: str | None
 ) -> None:
     keys = KeyFile(path, clock)

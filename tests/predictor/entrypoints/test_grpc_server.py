@@ -37,7 +37,7 @@ def stub(server: InProcessServer) -> Iterator[Any]:
 
 
 def request(*prompts: bytes, raw: bool = False, **fields: Any) -> Any:
-    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [len(prompts)]}
+    tensor: dict[str, Any] = {"name": "text_input", "datatype": "BYTES", "shape": [len(prompts)]}
     if raw:
         encoded = b"".join(len(prompt).to_bytes(4, "little") + prompt for prompt in prompts)
         fields["raw_input_contents"] = [encoded]

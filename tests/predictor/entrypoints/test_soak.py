@@ -1,7 +1,8 @@
-"""A minute of everything at once against one server: whoever asks for something right is answered right."""
+"""Soak: all kinds of requests at once for SOAK_SECONDS; every valid one gets the right answer."""
 
 import asyncio
 import json
+import os
 import random
 import time
 from collections import Counter
@@ -16,10 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from demo import exam
 from devtools import processes
-from devtools.processes import ROOT, Predictor
+from devtools.paths import DEMO_MODEL
+from devtools.processes import Predictor
 
 WORKERS = 64
-SECONDS = 60
+SECONDS = float(os.environ.get("SOAK_SECONDS", "8"))
 QUESTIONS = [question for question, _ in exam.held_out_questions(24, seed=3)]
 RIGHT = dict(exam.held_out_questions(24, seed=3))
 CHAT, COMPLETIONS = "/v1/chat/completions", "/openai/v1/completions"
@@ -30,7 +32,7 @@ MIB = 2**20
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Predictor]:
     log = tmp_path / "log"
-    arguments = ["--model_dir", str(ROOT / "demo" / "model"), "--dtype", "float32"]
+    arguments = ["--model_dir", str(DEMO_MODEL), "--dtype", "float32"]
     with (
         log.open("w") as stderr,
         processes.predictor(arguments, model_name="demo", port=processes.free_port(), stderr=stderr) as running,
@@ -40,19 +42,19 @@ def server(tmp_path: Path) -> Iterator[Predictor]:
     assert " ERROR " not in log.read_text()
 
 
-class Crowd:
-    """Clients that ask all kinds of things and know what they must hear."""
+class Clients:
+    """Clients that send all kinds of requests and check the responses."""
 
     def __init__(self, http: httpx.AsyncClient) -> None:
         self.http = http
-        self.asked: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
         self.answers: dict[str, str] = {}
         self.stories: dict[tuple[str, str], str] = {}
         """Greedy continuations of raw prompts, by protocol's path and question."""
 
     async def learn(self) -> None:
-        """Ask every question alone: what is said then has to be said in the crowd."""
+        """Send every question alone; under load, the answers must be the same."""
         for question in QUESTIONS:
             self.answers[question] = await self._chat(question)
         for question in QUESTIONS[:4]:
@@ -73,12 +75,12 @@ class Crowd:
             self.sample_several,
             self.leave_stream,
             self.leave_answer,
-            self.ask_wrongly,
+            self.send_invalid,
         ]
         while time.monotonic() < until:
             kind = rng.choice(kinds)
             await kind(rng)
-            self.asked[kind.__name__] += 1
+            self.sent[kind.__name__] += 1
 
     async def chat(self, rng: random.Random) -> None:
         question = rng.choice(QUESTIONS)
@@ -161,7 +163,7 @@ class Crowd:
             await self.http.post(GENERATE, json=body, timeout=httpx.Timeout(60, read=0.7))
         self.ended["cancelled"] += 1
 
-    async def ask_wrongly(self, rng: random.Random) -> None:
+    async def send_invalid(self, rng: random.Random) -> None:
         path, body, status = rng.choice(
             [
                 (CHAT, {**self._about("1+1"), "temperature": -1}, 400),
@@ -212,40 +214,41 @@ async def metrics(http: httpx.AsyncClient) -> dict[str, float]:
     return found
 
 
+@pytest.mark.serial
 @pytest.mark.slow
-def test_a_minute_of_everything_at_once(server: Predictor) -> None:
+def test_server_under_mixed_load_answers_correctly_and_frees_memory(server: Predictor) -> None:
     process = psutil.Process(server.process.pid)
 
-    async def minute() -> None:
+    async def soak() -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=WORKERS)
         async with httpx.AsyncClient(base_url=server.url, timeout=120, trust_env=False, limits=limits) as http:
-            crowd = Crowd(http)
+            clients = Clients(http)
             before = await metrics(http)
-            await crowd.learn()
+            await clients.learn()
             resident = []
             for third in range(3):
                 until = time.monotonic() + SECONDS / 3
                 async with asyncio.TaskGroup() as workers:
                     for worker in range(WORKERS):
-                        workers.create_task(crowd.work(third * WORKERS + worker, until))
+                        workers.create_task(clients.work(third * WORKERS + worker, until))
                 resident.append(process.memory_info().rss)
             async with asyncio.timeout(60):
                 while (after := await metrics(http))["num_requests_running"] or after["num_requests_waiting"]:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
-            print(dict(crowd.asked), [size // MIB for size in resident])  # noqa: T201
-            assert min(crowd.asked.values()) > 0
-            assert len(crowd.asked) == 11
+            print(dict(clients.sent), [size // MIB for size in resident])  # noqa: T201
+            assert min(clients.sent.values()) > 0
+            assert len(clients.sent) == 11
             assert after["kv_cache_usage_perc"] == 0
             assert after.get("request_rejected_total", 0) == 0
             ended = {
                 reason: after.get(f"finished/{reason}", 0) - before.get(f"finished/{reason}", 0)
                 for reason in ("eos_token", "length", "stop_sequence", "cancelled", "deadline", "failed")
             }
-            assert ended == {**dict.fromkeys(ended, 0), **crowd.ended}
+            assert ended == {**dict.fromkeys(ended, 0), **clients.ended}
             assert resident[2] < resident[0] + 100 * MIB
             assert (await http.get("/v2/health/live")).is_success
             assert (await http.get("/v2/models/demo/ready")).is_success
             question = QUESTIONS[0]
-            assert await crowd._chat(question) == crowd.answers[question]
+            assert await clients._chat(question) == clients.answers[question]
 
-    asyncio.run(minute())
+    asyncio.run(soak())

@@ -73,9 +73,7 @@ def weights_bytes(snapshot: Path) -> int:
     return sum(path.stat().st_size for path in snapshot.glob("*.safetensors"))
 
 
-def test_what_is_prepared_lies_beside_its_snapshot_with_a_record_that_says_of_what_it_was_made(
-    run: Run, volume: Path, commit: str, made: Path
-) -> None:
+def test_prepare_publishes_variant_with_recipe_in_record(run: Run, volume: Path, commit: str, made: Path) -> None:
     result = prepare(run, volume)
     assert result.code == 0, result.stderr
     published, prepared = result.stdout.splitlines()
@@ -98,7 +96,7 @@ def test_what_is_prepared_lies_beside_its_snapshot_with_a_record_that_says_of_wh
     assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
 
 
-def test_linear_layers_are_half_of_bfloat16_and_all_else_is_byte_for_byte_as_it_was(
+def test_prepare_quantizes_linear_layers_and_copies_other_tensors(
     run: Run, volume: Path, made: Path, llama: Path
 ) -> None:
     assert prepare(run, volume).code == 0
@@ -125,7 +123,7 @@ def test_linear_layers_are_half_of_bfloat16_and_all_else_is_byte_for_byte_as_it_
     assert config == json.loads((llama / "config.json").read_text())
 
 
-def test_the_index_names_every_tensor_where_it_is(run: Run, volume: Path, made: Path) -> None:
+def test_prepare_index_maps_every_tensor_to_its_shard(run: Run, volume: Path, made: Path) -> None:
     assert prepare(run, volume).code == 0
     index = json.loads((made / "model.safetensors.index.json").read_text())
     there: dict[str, str] = {}
@@ -137,7 +135,7 @@ def test_the_index_names_every_tensor_where_it_is(run: Run, volume: Path, made: 
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors(made).values())
 
 
-def test_layers_to_be_kept_are_kept_and_it_is_written_down(run: Run, volume: Path, made: Path) -> None:
+def test_prepare_skip_modules_are_not_quantized_and_recorded(run: Run, volume: Path, made: Path) -> None:
     keep = ("--prepare-skip-modules", "down_proj", "--prepare-skip-modules", r"model\.layers\.0")
     assert prepare(run, volume, *keep).code == 0
     kept = {
@@ -150,9 +148,7 @@ def test_layers_to_be_kept_are_kept_and_it_is_written_down(run: Run, volume: Pat
     assert json.loads((made / ".snapshot.json").read_text())["derived_from"]["skip_modules"] == patterns
 
 
-def test_what_is_prepared_already_is_done_without_hub_and_torch(
-    run: Run, hub: LocalHub, volume: Path, made: Path
-) -> None:
+def test_prepare_published_variant_imports_no_torch(run: Run, hub: LocalHub, volume: Path, made: Path) -> None:
     assert prepare(run, volume).code == 0
     before = made.stat().st_ino
     hub.forget()
@@ -171,7 +167,7 @@ def test_what_is_prepared_already_is_done_without_hub_and_torch(
     assert made.stat().st_ino == before
 
 
-def test_a_snapshot_that_is_there_already_is_prepared_later(run: Run, hub: LocalHub, volume: Path, made: Path) -> None:
+def test_prepare_published_snapshot_downloads_nothing(run: Run, hub: LocalHub, volume: Path, made: Path) -> None:
     assert run("hf://demo/arithmetic", volume).code == 0
     assert not made.exists()
     hub.forget()
@@ -182,7 +178,7 @@ def test_a_snapshot_that_is_there_already_is_prepared_later(run: Run, hub: Local
 
 
 @pytest.mark.parametrize("other", [{"version": 0}, {"version": 2}, {"skip_modules": ["down_proj"]}])
-def test_what_another_recipe_has_made_is_replaced(run: Run, volume: Path, made: Path, other: dict[str, object]) -> None:
+def test_prepare_replaces_variant_of_other_recipe(run: Run, volume: Path, made: Path, other: dict[str, object]) -> None:
     assert prepare(run, volume).code == 0
     path = made / ".snapshot.json"
     record = json.loads(path.read_text())
@@ -198,7 +194,7 @@ def test_what_another_recipe_has_made_is_replaced(run: Run, volume: Path, made: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 4, FILES - 1])
-def test_killed_in_the_middle_it_begins_afresh(
+def test_prepare_after_kill_starts_again(
     run: Run, environment: dict[str, str], volume: Path, commit: str, made: Path, after: int
 ) -> None:
     words = [str(after), "--prepare", "int8-cpu", "hf://demo/arithmetic", str(volume)]
@@ -225,7 +221,7 @@ def test_killed_in_the_middle_it_begins_afresh(
     assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
 
 
-def test_stopped_in_the_middle_it_leaves_nothing(
+def test_prepare_sigterm_leaves_no_files(
     run: Run, volume: Path, commit: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quantize = int8_weights.quantize
@@ -245,7 +241,7 @@ def test_stopped_in_the_middle_it_leaves_nothing(
 
 
 @pytest.mark.slow
-def test_of_four_at_once_one_prepares_and_all_succeed(environment: dict[str, str], volume: Path, made: Path) -> None:
+def test_prepare_four_processes_publish_once(environment: dict[str, str], volume: Path, made: Path) -> None:
     words = ["--prepare", "int8-cpu", "hf://demo/arithmetic", str(volume)]
     processes = [
         subprocess.Popen(
@@ -264,7 +260,7 @@ def test_of_four_at_once_one_prepares_and_all_succeed(environment: dict[str, str
     assert problems(made) == []
 
 
-def test_without_torch_it_names_the_image_before_anything_is_fetched(
+def test_prepare_without_torch_fails_before_download(
     run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # How Python is told that a package is not there.
@@ -279,7 +275,7 @@ def test_without_torch_it_names_the_image_before_anything_is_fetched(
     assert run("hf://demo/arithmetic", volume).code == 0
 
 
-def test_a_damaged_source_is_told_of_and_nothing_is_made_of_it(run: Run, volume: Path, commit: str, made: Path) -> None:
+def test_prepare_damaged_source_is_rejected(run: Run, volume: Path, commit: str, made: Path) -> None:
     assert run("hf://demo/arithmetic", volume).code == 0
     tokenizer = made.with_name(commit) / "tokenizer.json"
     tokenizer.write_bytes(b"x" + tokenizer.read_bytes()[1:])
@@ -311,7 +307,7 @@ def copy(model: Path, to: Path, **config: object) -> Path:
     return to
 
 
-def test_pickles_are_never_opened(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
+def test_prepare_pickles_are_never_opened(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
     model = copy(llama, tmp_path / "pickled")
     for path in model.glob("*.safetensors*"):
         path.unlink()
@@ -319,12 +315,14 @@ def test_pickles_are_never_opened(run: Run, hub: LocalHub, volume: Path, llama: 
     assert "neither model.safetensors nor a readable" in refused(run, hub, volume, model)
 
 
-def test_refuses_what_is_quantized_already(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
+def test_prepare_quantized_checkpoint_is_rejected(
+    run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
+) -> None:
     model = copy(llama, tmp_path / "quantized", quantization_config={"quant_method": "gptq", "bits": 4})
     assert "already quantized. Remove --prepare" in refused(run, hub, volume, model)
 
 
-def test_refuses_what_needs_remote_code(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
+def test_prepare_remote_code_is_rejected(run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     auto_map = {"AutoConfig": "modeling.Config", "AutoModelForCausalLM": "modeling.Model"}
     model = copy(llama, tmp_path / "remote", model_type="unheard-of", auto_map=auto_map)
@@ -333,7 +331,7 @@ def test_refuses_what_needs_remote_code(run: Run, hub: LocalHub, volume: Path, l
     assert not ran.exists()
 
 
-def test_refuses_weights_that_are_put_together_while_they_are_loaded(
+def test_prepare_assembled_weights_are_rejected(
     run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
 ) -> None:
     model = copy(llama, tmp_path / "apart")
@@ -350,7 +348,7 @@ def test_refuses_weights_that_are_put_together_while_they_are_loaded(
     assert "transformers assembles model.layers.1.mlp.up_proj from other tensors while loading" in reason
 
 
-def test_refuses_weights_that_cannot_be_read(
+def test_prepare_unreadable_weights_are_rejected(
     run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
 ) -> None:
     model = copy(llama, tmp_path / "broken")
@@ -359,14 +357,14 @@ def test_refuses_weights_that_cannot_be_read(
 
 
 @pytest.mark.parametrize("words", [["--prepare", "4bit"], ["--prepare"]])
-def test_refuses_a_preparation_that_is_none(run: Run, volume: Path, words: list[str]) -> None:
+def test_prepare_unknown_variant_is_rejected(run: Run, volume: Path, words: list[str]) -> None:
     assert run("hf://demo/arithmetic", volume, *words).code == 2
     said = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PREPARE": "4bit"})
     assert said.code == 2
     assert "STORAGE_INITIALIZER_PREPARE has an invalid value: Input should be 'int8-cpu'" in said.reason
 
 
-def test_an_administrator_sees_it_verifies_it_and_is_told_of_its_damage(run: Run, volume: Path, made: Path) -> None:
+def test_prepare_variant_is_listed_and_verified(run: Run, volume: Path, made: Path) -> None:
     assert prepare(run, volume).code == 0
     listed = run("list", volume).stdout.splitlines()
     assert sum(line.startswith(f"demo--arithmetic/{made.name} ") for line in listed) == 1
@@ -392,9 +390,7 @@ def there(volume: Path) -> set[str]:
     return {path.name for path in (volume / "demo--arithmetic").iterdir()} - {"refs"}
 
 
-def test_gc_removes_what_was_made_of_a_snapshot_with_it_and_counts_it_not(
-    run: Run, volume: Path, two: tuple[str, str]
-) -> None:
+def test_gc_removes_variant_with_its_source(run: Run, volume: Path, two: tuple[str, str]) -> None:
     old, new = two
     everything = {old, new, f"{old}-int8-cpu", f"{new}-int8-cpu"}
     assert run("gc", volume, "--keep", "2").stdout.startswith("removed 0 in all")
@@ -412,18 +408,14 @@ def test_gc_removes_what_was_made_of_a_snapshot_with_it_and_counts_it_not(
     assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
 
 
-def test_gc_removes_what_has_outlived_the_snapshot_that_it_was_made_of(
-    run: Run, volume: Path, two: tuple[str, str]
-) -> None:
+def test_gc_removes_variant_without_source(run: Run, volume: Path, two: tuple[str, str]) -> None:
     old, new = two
     (volume / "demo--arithmetic" / old).rename(volume / "moved-away")
     assert "removed 1 in all" in run("gc", volume).stdout
     assert there(volume) == {new, f"{new}-int8-cpu"}
 
 
-def test_gc_leaves_a_snapshot_alone_of_which_somebody_alive_is_making_something(
-    run: Run, volume: Path, two: tuple[str, str]
-) -> None:
+def test_gc_keeps_snapshot_that_is_being_prepared(run: Run, volume: Path, two: tuple[str, str]) -> None:
     old, _ = two
     before = there(volume)
     lease = volume / ".locks" / f"demo--arithmetic@{old}.lease"
@@ -461,19 +453,19 @@ def test_plan_block_size_bounds_memory_and_keeps_bytes(llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("dtype", "rounded_in"), [("float32", "float32"), ("float16", "bfloat16")])
-def test_rounds_what_the_predictor_would_compute_in(tmp_path: Path, dtype: str, rounded_in: str) -> None:
+def test_plan_casts_to_the_predictors_dtype(tmp_path: Path, dtype: str, rounded_in: str) -> None:
     model = tiny_llama.make(tmp_path / "model", dtype=getattr(torch, dtype), tied=True)
     plan = int8_weights.plan(model, "it", ())
     assert plan.dtype == rounded_in
     assert [draft.path for draft in plan.files] == ["model.safetensors", "config.json"]
 
 
-def test_without_a_format_in_the_configuration_it_is_float32(llama: Path, tmp_path: Path) -> None:
+def test_plan_without_dtype_in_config_is_float32(llama: Path, tmp_path: Path) -> None:
     model = copy(llama, tmp_path / "unsaid", dtype=None)
     assert int8_weights.plan(model, "it", ()).dtype == "float32"
 
 
-def test_odd_sizes_scalars_and_nothing_at_all_are_aligned_and_read_back(tmp_path: Path) -> None:
+def test_plan_odd_sizes_scalars_and_empty_tensors_are_aligned(tmp_path: Path) -> None:
     model = tiny_llama.make(tmp_path / "model", hidden_size=20)
     weights = tensors(model)
     extra = {

@@ -48,7 +48,7 @@ def files(volume: Path) -> set[str]:
 
 @pytest.mark.parametrize("compression", ["", "gz", "bz2", "xz"])
 @pytest.mark.parametrize("around", [".", "my-model"])
-def test_publishes_an_archive_packed_in_either_way(
+def test_archive_with_or_without_top_directory_is_published(
     run: Run, model: Path, volume: Path, tmp_path: Path, compression: str, around: str
 ) -> None:
     packed = tmp_path / "my-model.tar"
@@ -60,7 +60,7 @@ def test_publishes_an_archive_packed_in_either_way(
     assert "nothing to do" in run(f"file://{packed}", volume).stdout
 
 
-def test_an_archive_and_the_directory_in_it_have_the_same_fingerprint(run: Run, tmp_path: Path) -> None:
+def test_archive_and_its_directory_have_the_same_fingerprint(run: Run, tmp_path: Path) -> None:
     model = make_model(tmp_path / "sharded", shards=3)
     with tarfile.open(tmp_path / "model.tar", "w") as archive:
         archive.add(model, "sharded")
@@ -88,7 +88,9 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-def test_refuses_a_hostile_member_before_anything_is_written(run: Run, volume: Path, tmp_path: Path, kind: str) -> None:
+def test_archive_with_unsafe_member_is_rejected_before_writing(
+    run: Run, volume: Path, tmp_path: Path, kind: str
+) -> None:
     packed = pack(tmp_path / "model.tar", [*GOOD, HOSTILE[kind]])
     before = sorted(tmp_path.rglob("*"))
     result = run(f"file://{packed}", volume)
@@ -97,7 +99,7 @@ def test_refuses_a_hostile_member_before_anything_is_written(run: Run, volume: P
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_link_that_is_hidden_is_left_out_like_all_that_is_hidden(run: Run, volume: Path, tmp_path: Path) -> None:
+def test_archive_hidden_link_is_excluded(run: Run, volume: Path, tmp_path: Path) -> None:
     link = member(".cache/evil", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd")
     assert run(f"file://{pack(tmp_path / 'model.tar', [*GOOD, link])}", volume).code == 0
     assert files(volume) == {"config.json", "model.safetensors"}
@@ -109,7 +111,7 @@ def cut_off(path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
 @pytest.mark.parametrize("damage", [cut_off, lambda path: path.write_bytes(b"no tar at all")], ids=["cut", "other"])
-def test_refuses_what_is_no_whole_archive(
+def test_archive_truncated_or_invalid_is_rejected(
     run: Run, volume: Path, tmp_path: Path, mode: str, damage: Callable[[Path], None]
 ) -> None:
     packed = pack(tmp_path / "model.tar", [*GOOD, member("extra.json", os.urandom(100_000))], mode)
@@ -126,7 +128,7 @@ PARTS = st.sampled_from(["..", ".", "", "a", "b.json", "C:", "x\\y", "..a", "/"]
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
 @given(st.lists(st.tuples(st.lists(PARTS, min_size=1, max_size=4).map("/".join), KINDS), max_size=3))
-def test_whatever_an_archive_holds_its_listing_is_safe(tmp_path: Path, hostile: list[tuple[str, bytes]]) -> None:
+def test_archive_listing_of_any_members_is_safe(tmp_path: Path, hostile: list[tuple[str, bytes]]) -> None:
     others = [member(name, b"", type=kind, linkname="/etc/passwd") for name, kind in hostile]
     packed = pack(tmp_path / "model.tar", [*GOOD, *others])
     archive = Archive(DirectoryReference(packed), FileSelection())

@@ -36,14 +36,14 @@ ALL = {"config.json", "tokenizer.json", "README.md", "model.safetensors"}
         (["--ignore", "nothing"], {"STORAGE_IGNORE_PATTERNS": "*.md"}, ALL),
     ],
 )
-def test_takes_what_the_patterns_say(
+def test_patterns_select_published_files(
     run: Run, volume: Path, flags: list[str], env: dict[str, str], expected: set[str]
 ) -> None:
     assert run(*flags, "hf://demo/arithmetic", volume, env=env).code == 0
     assert published(volume) == expected
 
 
-def test_a_pattern_crosses_folders_and_a_slash_at_its_end_means_all_below(
+def test_pattern_crosses_folders_and_trailing_slash_matches_all_below(
     run: Run, hub: LocalHub, model: Path, volume: Path
 ) -> None:
     for name in ("onnx/a/b.json", "original/c.json"):
@@ -54,7 +54,7 @@ def test_a_pattern_crosses_folders_and_a_slash_at_its_end_means_all_below(
     assert published(volume) == ALL
 
 
-def test_refuses_patterns_that_leave_nothing(run: Run, volume: Path) -> None:
+def test_patterns_without_match_are_rejected(run: Run, volume: Path) -> None:
     result = run("--allow", "*.gguf", "hf://demo/arithmetic", volume)
     assert result.code == 2
     assert result.reason == (
@@ -62,13 +62,13 @@ def test_refuses_patterns_that_leave_nothing(run: Run, volume: Path) -> None:
     )
 
 
-def test_refuses_variables_that_are_no_patterns(run: Run, volume: Path) -> None:
+def test_invalid_pattern_variable_is_rejected(run: Run, volume: Path) -> None:
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_ALLOW_PATTERNS": '["*.json"'})
     assert result.code == 2
     assert result.reason.startswith("STORAGE_ALLOW_PATTERNS has an invalid value: expected a JSON list")
 
 
-def test_refuses_the_same_commit_with_other_patterns(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_published_commit_with_other_patterns_is_rejected(run: Run, hub: LocalHub, volume: Path) -> None:
     assert run("--ignore", "*.md", "hf://demo/arithmetic", volume).code == 0
     assert run("--ignore", "*.md", "hf://demo/arithmetic", volume).code == 0
     result = run("hf://demo/arithmetic", volume)
@@ -80,7 +80,7 @@ def test_refuses_the_same_commit_with_other_patterns(run: Run, hub: LocalHub, vo
 @pytest.mark.parametrize(
     ("flags", "env"), [(["--allow-pickle"], {}), ([], {"STORAGE_INITIALIZER_ALLOW_PICKLE": "true"})]
 )
-def test_takes_pickles_on_request_only(
+def test_pickles_are_published_only_if_allowed(
     run: Run, hub: LocalHub, model: Path, volume: Path, flags: list[str], env: dict[str, str]
 ) -> None:
     (model / "model.safetensors").unlink()
@@ -93,14 +93,14 @@ def test_takes_pickles_on_request_only(
     assert published(volume) == ALL - {"model.safetensors"} | {"pytorch_model.bin"}
 
 
-def test_prefers_safetensors_even_where_pickles_are_allowed(run: Run, volume: Path) -> None:
+def test_safetensors_are_preferred_over_allowed_pickles(run: Run, volume: Path) -> None:
     assert run("--allow-pickle", "hf://demo/arithmetic", volume).code == 0
     assert published(volume) == ALL
     assert "nothing to do" in run("hf://demo/arithmetic", volume).stdout
 
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "h5", "msgpack", "onnx", "gguf", "BIN"])
-def test_leaves_out_weights_in_other_formats(run: Run, hub: LocalHub, model: Path, volume: Path, suffix: str) -> None:
+def test_foreign_weight_formats_are_excluded(run: Run, hub: LocalHub, model: Path, volume: Path, suffix: str) -> None:
     (model / f"weights.{suffix}").write_bytes(b"weights")
     hub.add("demo/many", model)
     result = run("hf://demo/many", volume)
@@ -109,7 +109,7 @@ def test_leaves_out_weights_in_other_formats(run: Run, hub: LocalHub, model: Pat
 
 
 @pytest.mark.parametrize("excluded", [False, True])
-def test_a_missing_shard_is_told_before_any_weights_are_fetched(
+def test_missing_shard_fails_before_weights_are_fetched(
     run: Run, hub: LocalHub, volume: Path, tmp_path: Path, excluded: bool
 ) -> None:
     model = make_model(tmp_path / "sharded", shards=3)
@@ -126,7 +126,7 @@ def test_a_missing_shard_is_told_before_any_weights_are_fetched(
 @pytest.mark.parametrize(
     "index", ["[]", "{", '{"weight_map": 1}', '{"weight_map": {"a": ["b"]}}', '{"weight_map": {"a": 1}}']
 )
-def test_refuses_an_index_that_is_none(run: Run, hub: LocalHub, volume: Path, tmp_path: Path, index: str) -> None:
+def test_unreadable_index_is_rejected(run: Run, hub: LocalHub, volume: Path, tmp_path: Path, index: str) -> None:
     model = make_model(tmp_path / "sharded", shards=2)
     (model / "model.safetensors.index.json").write_text(index)
     hub.add("demo/sharded", model)
@@ -135,9 +135,7 @@ def test_refuses_an_index_that_is_none(run: Run, hub: LocalHub, volume: Path, tm
     assert "has an unreadable model.safetensors.index.json" in result.reason
 
 
-def test_an_index_that_points_outside_names_no_file_of_the_plan(
-    run: Run, hub: LocalHub, volume: Path, tmp_path: Path
-) -> None:
+def test_index_with_path_outside_is_rejected(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
     model = make_model(tmp_path / "sharded", shards=2)
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/passwd"}}')
     hub.add("demo/sharded", model)

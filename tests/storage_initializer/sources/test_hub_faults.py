@@ -50,7 +50,9 @@ def snapshot(hub: LocalHub, volume: Path) -> Path:
     ("kind", "status"),
     [(kind, status) for kind in ("info", "tree", "resolve") for status in (408, 429, 500, 502, 503, 504)],
 )
-def test_asks_a_busy_hub_again(run: Run, hub: LocalHub, volume: Path, snapshot: Path, kind: str, status: int) -> None:
+def test_transient_hub_error_is_retried(
+    run: Run, hub: LocalHub, volume: Path, snapshot: Path, kind: str, status: int
+) -> None:
     hub.fault = fault = Once(kind, answer(status), times=2)
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
@@ -61,7 +63,7 @@ def test_asks_a_busy_hub_again(run: Run, hub: LocalHub, volume: Path, snapshot: 
 
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
-def test_waits_as_long_as_retry_after_says(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
+def test_retry_after_sets_the_wait(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
     hub.fault = fault = Once(kind, answer(429, Retry_After="1"))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0
@@ -71,7 +73,7 @@ def test_waits_as_long_as_retry_after_says(run: Run, hub: LocalHub, volume: Path
 
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
-def test_leaves_a_hub_alone_that_asks_for_hours(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
+def test_long_retry_after_ends_the_run(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
     hub.fault = fault = Once(kind, answer(429, Retry_After="7200"), times=9)
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
@@ -80,7 +82,7 @@ def test_leaves_a_hub_alone_that_asks_for_hours(run: Run, hub: LocalHub, volume:
 
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
-def test_gives_up_after_as_many_attempts_as_were_set(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
+def test_last_attempt_ends_the_run(run: Run, hub: LocalHub, volume: Path, kind: str) -> None:
     hub.fault = fault = Once(kind, answer(500), times=9)
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "2"})
     assert result.code == 1
@@ -89,7 +91,7 @@ def test_gives_up_after_as_many_attempts_as_were_set(run: Run, hub: LocalHub, vo
     assert not (volume / "demo--arithmetic").exists()
 
 
-def test_goes_on_where_a_body_was_truncated(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
+def test_truncated_body_is_resumed(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
     hub.fault = fault = Once("resolve", cut(in_order=True))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
@@ -98,7 +100,7 @@ def test_goes_on_where_a_body_was_truncated(run: Run, hub: LocalHub, volume: Pat
     assert problems(snapshot) == []
 
 
-def test_goes_on_after_a_reset_in_mid_file(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
+def test_connection_reset_is_resumed(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
     hub.fault = fault = Once("resolve", cut(in_order=False))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
@@ -108,9 +110,7 @@ def test_goes_on_after_a_reset_in_mid_file(run: Run, hub: LocalHub, volume: Path
     assert problems(snapshot) == []
 
 
-def test_goes_on_in_the_next_run_where_this_one_gave_up(
-    run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path
-) -> None:
+def test_next_run_resumes_incomplete_file(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:
     hub.fault = Once("resolve", cut(in_order=True))
     assert run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "1"}).code == 1
     result = run("hf://demo/arithmetic", volume)
@@ -120,7 +120,7 @@ def test_goes_on_in_the_next_run_where_this_one_gave_up(
     assert problems(snapshot) == []
 
 
-def test_begins_anew_at_a_mirror_that_knows_no_ranges(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
+def test_mirror_without_ranges_restarts_the_file(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
     first = Once("resolve", cut(in_order=True))
 
     def no_ranges(request: Request, response: Response) -> Response:
@@ -134,7 +134,7 @@ def test_begins_anew_at_a_mirror_that_knows_no_ranges(run: Run, hub: LocalHub, v
     assert problems(snapshot) == []
 
 
-def test_a_body_shorter_than_listed_is_not_published(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_body_shorter_than_listed_is_not_published(run: Run, hub: LocalHub, volume: Path) -> None:
     def shorten(response: Response) -> Response:
         response.length = 7_000
         return response
@@ -147,7 +147,7 @@ def test_a_body_shorter_than_listed_is_not_published(run: Run, hub: LocalHub, vo
     assert run("hf://demo/arithmetic", volume).code == 0
 
 
-def test_begins_anew_when_what_an_earlier_run_left_does_not_fit(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_oversized_partial_file_is_restarted(run: Run, hub: LocalHub, volume: Path) -> None:
     commit = hub.commit("demo/arithmetic")
     left = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}" / ".partial"
     left.mkdir(parents=True)
@@ -163,7 +163,7 @@ def test_begins_anew_when_what_an_earlier_run_left_does_not_fit(run: Run, hub: L
 
 
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-Etag", "X-Repo-Commit"])
-def test_believes_the_listing_and_not_a_wrong_header(
+def test_listing_takes_precedence_over_headers(
     run: Run, hub: LocalHub, volume: Path, snapshot: Path, header: str
 ) -> None:
     def mislead(_request: Request, response: Response) -> Response:
@@ -178,7 +178,7 @@ def test_believes_the_listing_and_not_a_wrong_header(
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
 @pytest.mark.parametrize("times", [1, 9])
-def test_a_silent_connection_is_made_anew(
+def test_silent_connection_is_replaced(
     run: Run, hub: LocalHub, volume: Path, snapshot: Path, times: int, kind: str
 ) -> None:
     released = threading.Event()
@@ -203,7 +203,7 @@ def test_a_silent_connection_is_made_anew(
         assert "stalled. Check the network" in result.reason
 
 
-def test_a_connection_that_only_trickles_is_made_anew(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
+def test_slow_connection_is_replaced(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
     def trickle(response: Response) -> Response:
         response.bytes_per_second = 1_000
         return response
@@ -218,7 +218,7 @@ def test_a_connection_that_only_trickles_is_made_anew(run: Run, hub: LocalHub, v
     assert problems(snapshot) == []
 
 
-def test_reads_a_listing_of_several_pages(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
+def test_listing_with_several_pages_is_complete(run: Run, hub: LocalHub, volume: Path, snapshot: Path) -> None:
     def one_entry_a_page(request: Request, response: Response) -> Response:
         if request.kind == "tree":
             assert isinstance(response.body, bytes)
@@ -242,7 +242,7 @@ def test_reads_a_listing_of_several_pages(run: Run, hub: LocalHub, volume: Path,
     ]
 
 
-def test_follows_to_a_content_network_and_keeps_the_token_from_it(
+def test_redirect_to_other_host_does_not_send_the_token(
     run: Run, hub: LocalHub, model: Path, volume: Path, snapshot: Path
 ) -> None:
     with LocalHub({"demo/arithmetic": model}) as network:
@@ -257,7 +257,7 @@ def test_follows_to_a_content_network_and_keeps_the_token_from_it(
     assert "authorization" not in network.requests[0].headers
 
 
-def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_listed_file_without_content_is_worth_a_retry(run: Run, hub: LocalHub, volume: Path) -> None:
     hub.fault = fault = Once("resolve", answer(404, X_Error_Code="EntryNotFound"))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
@@ -276,7 +276,7 @@ def test_a_file_that_vanishes_after_the_listing_is_worth_a_later_run(run: Run, h
     ],
     ids=["401", "403", "403-gated"],
 )
-def test_a_closed_door_is_not_knocked_at_twice(
+def test_hub_auth_error_is_not_retried(
     run: Run, hub: LocalHub, volume: Path, kind: str, change: Change, words: tuple[str, ...]
 ) -> None:
     hub.fault = fault = Once(kind, change, times=9)

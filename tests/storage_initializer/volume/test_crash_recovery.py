@@ -56,9 +56,7 @@ def reader(volumes: list[Path]) -> Iterator[list[str]]:
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_random_moments_and_started_again_it_always_ends_complete(
-    start: Start, hub: LocalHub, tmp_path: Path
-) -> None:
+def test_fifty_random_kills_are_recovered_by_next_run(start: Start, hub: LocalHub, tmp_path: Path) -> None:
     commits: list[str] = []
     for number in range(KILLS):
         # A repository for each volume, so that the Hub counts each by itself.
@@ -144,7 +142,7 @@ def test_crash_at_every_file_operation_is_recovered_by_next_run(
     assert published.count(False) > 10
 
 
-def test_of_eight_at_once_one_downloads_and_all_succeed(start: Start, hub: LocalHub, volume: Path) -> None:
+def test_eight_processes_download_once(start: Start, hub: LocalHub, volume: Path) -> None:
     hub.bytes_per_second = 20_000
     processes = [start("hf://demo/arithmetic", volume) for _ in range(8)]
     results = [finish(process) for process in processes]
@@ -154,7 +152,7 @@ def test_of_eight_at_once_one_downloads_and_all_succeed(start: Start, hub: Local
     assert problems(volume / "demo--arithmetic" / hub.commit("demo/arithmetic")) == []
 
 
-def test_waits_for_a_living_holder_no_longer_than_told(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_lease_held_until_timeout_ends_the_run(run: Run, hub: LocalHub, volume: Path) -> None:
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     lease.parent.mkdir(parents=True)
     lease.write_text(json.dumps({"token": "0" * 16, "name": "other:7"}))
@@ -165,9 +163,7 @@ def test_waits_for_a_living_holder_no_longer_than_told(run: Run, hub: LocalHub, 
     assert lease.exists()
 
 
-def test_does_not_wait_for_the_holder_of_another_snapshot(
-    run: Run, hub: LocalHub, volume: Path, tmp_path: Path
-) -> None:
+def test_lease_of_other_snapshot_is_ignored(run: Run, hub: LocalHub, volume: Path, tmp_path: Path) -> None:
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     lease.parent.mkdir(parents=True)
     lease.write_text(json.dumps({"token": "0" * 16, "name": "other:7"}))
@@ -178,7 +174,7 @@ def test_does_not_wait_for_the_holder_of_another_snapshot(
     assert lease.exists()
 
 
-def test_takes_over_from_a_dead_holder_at_once_when_its_heartbeat_is_old(run: Run, hub: LocalHub, volume: Path) -> None:
+def test_stale_lease_is_taken_over(run: Run, hub: LocalHub, volume: Path) -> None:
     commit = hub.commit("demo/arithmetic")
     lease = volume / ".locks" / f"demo--arithmetic@{commit}.lease"
     lease.parent.mkdir(parents=True)
@@ -197,7 +193,7 @@ def test_takes_over_from_a_dead_holder_at_once_when_its_heartbeat_is_old(run: Ru
     assert list((volume / ".staging").iterdir()) == []
 
 
-def test_one_that_was_taken_for_dead_cannot_write_into_what_another_publishes(
+def test_evicted_holder_cannot_write_into_published_snapshot(
     run: Run, hub: LocalHub, model: Path, volume: Path
 ) -> None:
     commit = hub.commit("demo/arithmetic")
@@ -219,9 +215,7 @@ def test_one_that_was_taken_for_dead_cannot_write_into_what_another_publishes(
     assert problems(volume / "demo--arithmetic" / commit) == []
 
 
-def test_killed_while_it_copied_what_was_begun_it_loses_nothing(
-    run: Run, hub: LocalHub, model: Path, volume: Path
-) -> None:
+def test_interrupted_adoption_keeps_partial_files(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
     commit = hub.commit("demo/arithmetic")
     staging = volume / ".staging" / f"demo--arithmetic@{commit}.{'0' * 16}"
     weights = (model / "model.safetensors").read_bytes()
@@ -234,7 +228,7 @@ def test_killed_while_it_copied_what_was_begun_it_loses_nothing(
     assert problems(volume / "demo--arithmetic" / commit) == []
 
 
-def test_gives_way_when_another_has_taken_its_lease(start: Start, hub: LocalHub, volume: Path) -> None:
+def test_lost_lease_ends_the_run(start: Start, hub: LocalHub, volume: Path) -> None:
     hub.bytes_per_second = 10_000
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     process = start("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "1"})
@@ -250,7 +244,7 @@ def test_gives_way_when_another_has_taken_its_lease(start: Start, hub: LocalHub,
 @pytest.mark.parametrize(
     ("asked", "pace"), [("info", "silent"), ("tree", "silent"), ("resolve", "silent"), ("resolve", "slow")]
 )
-def test_sigterm_ends_it_in_time_whatever_the_hub_does(
+def test_sigterm_ends_the_run_while_the_hub_stalls(
     run: Run, start: Start, hub: LocalHub, volume: Path, asked: str, pace: str
 ) -> None:
     reached, released = threading.Event(), threading.Event()
@@ -286,7 +280,7 @@ def test_sigterm_ends_it_in_time_whatever_the_hub_does(
     assert list((volume / ".staging").iterdir()) == []
 
 
-def test_one_more_signal_ends_it_where_the_volume_hangs(start: Start, hub: LocalHub, volume: Path) -> None:
+def test_second_sigterm_ends_the_run_while_the_volume_hangs(start: Start, hub: LocalHub, volume: Path) -> None:
     hub.bytes_per_second = 1_000
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     process = start("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"})
@@ -303,7 +297,7 @@ def test_one_more_signal_ends_it_where_the_volume_hangs(start: Start, hub: Local
     assert "Traceback" not in result.stderr
 
 
-def test_ctrl_c_says_how_to_go_on(start: Start, hub: LocalHub, volume: Path) -> None:
+def test_ctrl_c_reports_how_to_resume(start: Start, hub: LocalHub, volume: Path) -> None:
     hub.bytes_per_second = 10_000
     process = start("hf://demo/arithmetic", volume)
     until_exists(volume / ".staging", process)
@@ -314,7 +308,7 @@ def test_ctrl_c_says_how_to_go_on(start: Start, hub: LocalHub, volume: Path) -> 
     assert list((volume / ".locks").iterdir()) == []
 
 
-def test_no_except_clause_on_the_way_swallows_a_signal(
+def test_signal_during_logging_is_not_swallowed(
     run: Run, model: Path, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Interrupting(io.StringIO):
@@ -333,7 +327,7 @@ def test_no_except_clause_on_the_way_swallows_a_signal(
     assert list((volume / ".locks").iterdir()) == []
 
 
-def test_another_user_of_the_group_takes_over_publishes_beside_and_moves_the_ref(
+def test_other_user_of_the_group_takes_over_and_updates_ref(
     start: Start, hub: LocalHub, public: Path, tmp_path: Path, others_can_run: bool
 ) -> None:
     if not others_can_run:

@@ -11,16 +11,14 @@ from tests.storage_initializer.conftest import Run, make_model, problems
 
 
 @pytest.mark.parametrize(("umask", "mode"), [("0027", 0o640), ("022", 0o644)])
-def test_the_umask_setting_decides_what_others_may(
-    run: Run, hub: LocalHub, volume: Path, umask: str, mode: int
-) -> None:
+def test_umask_setting_limits_file_modes(run: Run, hub: LocalHub, volume: Path, umask: str, mode: int) -> None:
     assert run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_UMASK": umask}).code == 0
     snapshot = volume / "demo--arithmetic" / hub.commit("demo/arithmetic")
     assert {path.stat().st_mode & 0o777 for path in snapshot.iterdir()} == {mode}
 
 
 @pytest.mark.parametrize("umask", ["0077", "0040", "9", "rwx"])
-def test_refuses_a_umask_that_keeps_the_group_out(run: Run, volume: Path, umask: str) -> None:
+def test_umask_without_group_read_is_rejected(run: Run, volume: Path, umask: str) -> None:
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_UMASK": umask})
     assert result.code == 2
     assert "STORAGE_INITIALIZER_UMASK has an invalid value: expected three octal digits" in result.reason
@@ -37,7 +35,7 @@ def tiny(tmp_path: Path) -> Path:
     return root
 
 
-def test_a_volume_that_fills_up_ends_in_one_sentence_and_goes_on_when_there_is_room(
+def test_full_volume_fails_and_next_run_resumes(
     run: Run, hub: LocalHub, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
@@ -63,9 +61,7 @@ def test_a_volume_that_fills_up_ends_in_one_sentence_and_goes_on_when_there_is_r
         subprocess.run(["umount", str(tiny)], check=True)
 
 
-def test_without_room_for_a_copy_of_what_was_begun_it_goes_on_with_less(
-    run: Run, hub: LocalHub, tiny: Path, tmp_path: Path
-) -> None:
+def test_adoption_without_space_resumes_incomplete_copy(run: Run, hub: LocalHub, tiny: Path, tmp_path: Path) -> None:
     try:
         commit = hub.add("demo/large", make_model(tmp_path / "large", shard_bytes=180_000))
         left = tiny / ".staging" / f"demo--large@{commit}.{'0' * 16}" / ".partial"
