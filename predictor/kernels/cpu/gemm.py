@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from predictor.kernels.cpu import ops, torch_private
+from snapshot_format.recipe import MIN_SCALE
 
-MIN_SCALE = 1e-30
-"""Lower bound of scales, so that rows of zeros do not divide by zero."""
 QUANTIZE_CHUNK_ROWS = 4096
 PACK_CHUNK_ROWS = 16384
 """fbgemm packs a vocabulary-wide matrix four times slower in one piece: in one thread, uncached."""
