@@ -1,16 +1,29 @@
-"""The Hub that the other tests trust: ranges, counts, faults, and as a program."""
+"""Tests of the local Hub: ranges, counters, faults, and the program."""
 
 import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import ROOT
+from devtools.paths import ROOT
+from tests.storage_initializer.conftest import make_model
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_model(tmp_path / "model")
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[LocalHub]:
+    with LocalHub({"demo/arithmetic": model}) as hub:
+        yield hub
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
