@@ -10,7 +10,9 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
+
+from transformers import PreTrainedModel
 
 from predictor.engine import kv_cache
 from predictor.engine.batching_manager import BatchingManager
@@ -31,7 +33,7 @@ class Engine:
     Args:
         executor: not started yet.
         eos_token_ids: tokens that end a sequence.
-        context_tokens: maximum of prompt and completion together, before the cache's capacity is known.
+        context_tokens: maximum of prompt and completion of one sequence together; a smaller KV cache lowers it.
         capacity: maximum number of sequences that run or wait.
         step_timeout_seconds: a step loop that has work and makes no step for this long counts as dead.
     """
@@ -46,9 +48,8 @@ class Engine:
         step_timeout_seconds: float = 120.0,
     ) -> None:
         self.capacity = capacity
-        """Maximum number of sequences that run or wait."""
+        self.context_tokens = context_tokens
         self._executor = executor
-        self._context_tokens = context_tokens
         self._eos_token_ids = eos_token_ids
         self._step_timeout_seconds = step_timeout_seconds
         self._streams: set[Stream] = set()
@@ -58,7 +59,7 @@ class Engine:
     @classmethod
     def from_model(
         cls,
-        model: Any,
+        model: PreTrainedModel,
         *,
         eos_token_ids: frozenset[int],
         context_tokens: int,
@@ -72,7 +73,7 @@ class Engine:
         """Return an engine that runs a model in this process.
 
         Args, in addition to the constructor's:
-            model: a transformers causal language model, in evaluation mode, on its device.
+            model: a causal language model, in evaluation mode, on its device.
             max_num_seqs: maximum number of sequences in one batch.
             max_queued_requests: maximum number of sequences that wait for a place in the batch.
             max_num_batched_tokens: maximum number of tokens computed in one step.
@@ -107,11 +108,6 @@ class Engine:
             capacity=max_num_seqs + max_queued_requests,
             step_timeout_seconds=step_timeout_seconds,
         )
-
-    @property
-    def context_tokens(self) -> int:
-        """Maximum of prompt and completion of one sequence together; final once started."""
-        return self._context_tokens
 
     @property
     def cache_tokens(self) -> int:
@@ -155,14 +151,14 @@ class Engine:
             StartupError: the KV cache does not fit.
         """
         self._executor.start()
-        if self.cache_tokens < self._context_tokens:
+        if self.cache_tokens < self.context_tokens:
             logger.warning(
                 "the KV cache holds %d tokens, fewer than the model's context of %d, which limits requests; add "
                 "memory or raise --kv_cache_tokens",
                 self.cache_tokens,
-                self._context_tokens,
+                self.context_tokens,
             )
-            self._context_tokens = self.cache_tokens
+            self.context_tokens = self.cache_tokens
 
     def stop(self) -> None:
         """End the step loop at the next step, with all sequences; blocks until it has ended or seems to hang."""

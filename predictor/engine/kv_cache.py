@@ -1,9 +1,8 @@
 """Size of the KV cache."""
 
 import math
-from typing import Any, Protocol
 
-import torch
+from transformers import PreTrainedModel
 
 from predictor.errors import StartupError
 from predictor.resources import memory
@@ -17,26 +16,8 @@ _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
-class TextConfig(Protocol):
-    """Sizes of a decoder; `head_dim`, `num_key_value_heads` and `intermediate_size` are optional."""
-
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_size: int
-    vocab_size: int
-
-
-class CacheableModel(Protocol):
-    """A transformers causal language model, on its device."""
-
-    config: Any
-    """Its `get_text_config()` returns a TextConfig."""
-    device: torch.device
-    dtype: torch.dtype
-
-
 def token_budget(
-    model: CacheableModel,
+    model: PreTrainedModel,
     *,
     context_tokens: int,
     max_num_seqs: int,
@@ -46,11 +27,7 @@ def token_budget(
 ) -> int:
     """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
 
-    Args:
-        model: its weights are loaded.
-        context_tokens: maximum of prompt and completion of one sequence together.
-        max_num_seqs: maximum number of sequences in one batch.
-        max_num_batched_tokens: maximum number of tokens computed in one step.
+    Args, in addition to those of `Engine.from_model`:
         memory_fraction: share of the free memory to use.
         dense_mask: whether one attention mask is made for the whole cache.
 
@@ -76,7 +53,7 @@ def token_budget(
 
 
 def tokens_within(
-    model: CacheableModel,
+    model: PreTrainedModel,
     *,
     budget_bytes: int,
     max_num_batched_tokens: int,
@@ -89,15 +66,12 @@ def tokens_within(
     gathered and padded to twice their length, or repeated for every query head; and its column in the attention mask.
     Once: float32 logits with their copies in the sampler, and the activations of the largest step.
 
-    Args:
-        model: on its device.
+    Args, in addition to those of `Engine.from_model`:
         budget_bytes: for all of it.
-        max_num_batched_tokens: maximum number of tokens computed in one step.
-        max_num_seqs: maximum number of sequences in one batch.
         context_tokens: keys per query, if masks are made for one sequence at a time, twice, as booleans and as
             numbers; None: one dense mask is made for the whole cache.
     """
-    config: TextConfig = model.config.get_text_config()
+    config = model.config.get_text_config()
     element_bytes = model.dtype.itemsize
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -106,11 +80,11 @@ def tokens_within(
     keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
     gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
     index_entry = 8
+    token_bytes = keys_and_values + index_entry + gathered
     logits = 3 * max_num_seqs * config.vocab_size * 4
     widest = max(intermediate_size, config.hidden_size)
     activations = max_num_batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
     cache_bytes = budget_bytes - logits - activations
-    token_bytes = keys_and_values + index_entry + gathered
     if context_tokens is None:
         return int(cache_bytes // (token_bytes + max_num_batched_tokens * element_bytes))
     mask_column = max_num_batched_tokens * (1 + element_bytes)

@@ -22,7 +22,6 @@ class Stream:
     """Asynchronous iterator over one sequence's steps; ends with the sequence, or when it is closed.
 
     Args:
-        executor: runs the sequence, from now on.
         prompt: token ids, at least one.
         sampling: complete, without defaults left to fill in.
         deadline: by `time.monotonic()`.
