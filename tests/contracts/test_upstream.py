@@ -333,7 +333,7 @@ def test_batching_dead_loop_fails_sequences_and_accepts_no_more(model: Any) -> N
         assert (dying._row_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
-# transformers' quantizers: predictor/models/transformers_quantization.py
+# transformers' quantizers: predictor/models/int8_quantizer.py
 
 
 @pytest.mark.parametrize(
