@@ -23,6 +23,7 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped, StartupError
+from predictor.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -32,18 +33,13 @@ _SCHEDULER = "kserve_llm"
 class BatchingManager:
     """Executor in this process, on transformers' `ContinuousBatchingManager`; its methods are those of `Executor`.
 
-    Arguments are as of `Engine.from_model`. Set the model's attention implementation before.
+    Args:
+        model: as of `Engine.from_model`, with its final attention implementation.
+        settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
+        kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        kv_cache_tokens: int | None,
-        kv_cache_memory_fraction: float,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Settings, kv_cache_tokens: int | None) -> None:
         on_cuda = model.device.type == "cuda"
         self._row_sampler = _RowSampler()
         self._manager = model.init_continuous_batching(
@@ -51,9 +47,9 @@ class BatchingManager:
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
-                max_memory_percent=kv_cache_memory_fraction,
-                max_batch_tokens=max_num_batched_tokens,
-                max_requests_per_batch=max_num_seqs,
+                max_memory_percent=settings.kv_cache_memory_fraction,
+                max_batch_tokens=settings.max_num_batched_tokens,
+                max_requests_per_batch=settings.max_num_seqs,
                 scheduler_type=_SCHEDULER,
                 # Sampling runs on the host after each step. A CUDA graph would not replay it, and asynchronous
                 # batching would prepare a step before the last one is sampled.

@@ -20,6 +20,7 @@ from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, InvalidRequest, Overloaded
 from predictor.kernels.cpu import attention
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -60,53 +61,35 @@ class Engine:
     def from_model(
         cls,
         model: PreTrainedModel,
+        settings: Settings,
         *,
         eos_token_ids: frozenset[int],
         context_tokens: int,
-        max_num_seqs: int,
-        max_queued_requests: int,
-        max_num_batched_tokens: int,
-        kv_cache_tokens: int | None = None,
-        kv_cache_memory_fraction: float = 0.8,
-        step_timeout_seconds: float = 120.0,
     ) -> Self:
         """Return an engine that runs a model in this process.
 
         Args, in addition to the constructor's:
             model: a causal language model, in evaluation mode, on its device.
-            max_num_seqs: maximum number of sequences in one batch.
-            max_queued_requests: maximum number of sequences that wait for a place in the batch.
-            max_num_batched_tokens: maximum number of tokens computed in one step.
-            kv_cache_tokens: capacity over all sequences; None: what `kv_cache_memory_fraction` allows.
-            kv_cache_memory_fraction: share of the free memory for the KV cache and its working space.
+            settings: limits of the batch, the queue and the KV cache.
 
         Raises:
             StartupError: not even one block of KV cache fits into memory.
         """
-        max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+        # Each sequence of a full batch needs a token in every step.
+        batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
+        settings = settings.model_copy(update={"max_num_batched_tokens": batched_tokens})
         dense_mask = not attention.install(model)
+        kv_cache_tokens = settings.kv_cache_tokens
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = kv_cache.token_budget(
-                model,
-                context_tokens=context_tokens,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                memory_fraction=kv_cache_memory_fraction,
-                dense_mask=dense_mask,
+                model, settings, context_tokens=context_tokens, dense_mask=dense_mask
             )
-        executor = BatchingManager(
-            model,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_tokens=kv_cache_tokens,
-            kv_cache_memory_fraction=kv_cache_memory_fraction,
-        )
         return cls(
-            executor,
+            BatchingManager(model, settings, kv_cache_tokens),
             eos_token_ids=eos_token_ids,
             context_tokens=context_tokens,
-            capacity=max_num_seqs + max_queued_requests,
-            step_timeout_seconds=step_timeout_seconds,
+            capacity=settings.max_num_seqs + settings.max_queued_requests,
+            step_timeout_seconds=settings.step_timeout_seconds,
         )
 
     @property

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from predictor.errors import StartupError
 from predictor.resources import memory
+from predictor.settings import Settings
 
 PAGE_TOKENS = 256
 """Tokens in one block of the KV cache: the smallest allocation of a sequence, and the unit of prefix sharing."""
@@ -16,49 +17,30 @@ _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
-def token_budget(
-    model: PreTrainedModel,
-    *,
-    context_tokens: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    memory_fraction: float,
-    dense_mask: bool,
-) -> int:
+def token_budget(model: PreTrainedModel, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
     """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
 
     Args, in addition to those of `Engine.from_model`:
-        memory_fraction: share of the free memory to use.
         dense_mask: whether one attention mask is made for the whole cache.
 
     Raises:
         StartupError: not even one block fits.
     """
     free_bytes = memory.available_bytes(model.device)
-    tokens = tokens_within(
-        model,
-        budget_bytes=int(free_bytes * memory_fraction),
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        context_tokens=None if dense_mask else context_tokens,
-    )
+    budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction)
+    tokens = tokens_within(model, settings, budget_bytes, None if dense_mask else context_tokens)
     blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
     if blocks < 1:
         raise StartupError(
             f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free after loading the weights. "
             "Add memory, or lower --max_num_batched_tokens and --max_num_seqs."
         )
-    useful_tokens = max(context_tokens, max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
+    useful_tokens = max(context_tokens, settings.max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
     return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
 
 
 def tokens_within(
-    model: PreTrainedModel,
-    *,
-    budget_bytes: int,
-    max_num_batched_tokens: int,
-    max_num_seqs: int,
-    context_tokens: int | None = None,
+    model: PreTrainedModel, settings: Settings, budget_bytes: int, context_tokens: int | None = None
 ) -> int:
     """Return the tokens of KV cache that fit into a budget together with its working space; may be negative.
 
@@ -71,6 +53,7 @@ def tokens_within(
         context_tokens: keys per query, if masks are made for one sequence at a time, twice, as booleans and as
             numbers; None: one dense mask is made for the whole cache.
     """
+    batched_tokens = settings.max_num_batched_tokens
     config = model.config.get_text_config()
     element_bytes = model.dtype.itemsize
     heads = config.num_attention_heads
@@ -81,13 +64,13 @@ def tokens_within(
     gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
     index_entry = 8
     token_bytes = keys_and_values + index_entry + gathered
-    logits = 3 * max_num_seqs * config.vocab_size * 4
+    logits = 3 * settings.max_num_seqs * config.vocab_size * 4
     widest = max(intermediate_size, config.hidden_size)
-    activations = max_num_batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
+    activations = batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
     cache_bytes = budget_bytes - logits - activations
     if context_tokens is None:
-        return int(cache_bytes // (token_bytes + max_num_batched_tokens * element_bytes))
-    mask_column = max_num_batched_tokens * (1 + element_bytes)
+        return int(cache_bytes // (token_bytes + batched_tokens * element_bytes))
+    mask_column = batched_tokens * (1 + element_bytes)
     # Either the cache is shorter than a context, or a context's mask is the largest there will be.
     return int(
         max(

@@ -130,14 +130,9 @@ class LLMService:
         settings = self._settings
         engine = Engine.from_model(
             loaded.model,
+            settings,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),
-            max_num_seqs=settings.max_num_seqs,
-            max_queued_requests=settings.max_queued_requests,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            kv_cache_tokens=settings.kv_cache_tokens,
-            kv_cache_memory_fraction=settings.kv_cache_memory_fraction,
-            step_timeout_seconds=settings.step_timeout_seconds,
         )
         with self._state_lock:
             self._enter(Phase.WARMING_UP)

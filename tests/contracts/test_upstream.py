@@ -49,6 +49,7 @@ from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
@@ -68,9 +69,7 @@ def model() -> Any:
 
 @contextmanager
 def started(model: Any, kv_cache_tokens: int = 4 * PAGE_TOKENS) -> Iterator[BatchingManager]:
-    executor = BatchingManager(
-        model, max_num_seqs=4, max_num_batched_tokens=128, kv_cache_tokens=kv_cache_tokens, kv_cache_memory_fraction=0.8
-    )
+    executor = BatchingManager(model, Settings(max_num_seqs=4, max_num_batched_tokens=128), kv_cache_tokens)
     executor.start()
     try:
         yield executor
