@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import HfApi, RepoFile
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import ROOT
+from devtools.paths import ROOT
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
