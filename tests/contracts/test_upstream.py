@@ -404,7 +404,7 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
 # KServe and uvicorn: predictor/entrypoints/kserve_server.py
 
 
-class EchoModel(kserve.Model):
+class EchoModel(kserve.Model):  # type: ignore[misc]
     """Returns its payload."""
 
     async def predict(self, payload: Any, headers: Any = None) -> Any:
@@ -512,8 +512,17 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
     builds: list[int] = []
     calls: list[int] = []
     build, supports = attention._build_metadata, ops.supports_paged_attention
-    monkeypatch.setattr(attention, "_build_metadata", lambda *args: builds.append(1) or build(*args))
-    monkeypatch.setattr(ops, "supports_paged_attention", lambda *args: calls.append(1) or supports(*args))
+
+    def count_build(*args: Any) -> Any:
+        builds.append(1)
+        return build(*args)
+
+    def count_call(*args: Any) -> bool:
+        calls.append(1)
+        return supports(*args)
+
+    monkeypatch.setattr(attention, "_build_metadata", count_build)
+    monkeypatch.setattr(ops, "supports_paged_attention", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:

@@ -7,10 +7,10 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoFile
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import ROOT
+from devtools.paths import ROOT
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
@@ -58,8 +58,11 @@ def test_program_runs_until_sigterm(model: Path) -> None:
 
 def test_listing_has_large_files_as_lfs_and_small_as_blobs(hub: LocalHub) -> None:
     api = HfApi(endpoint=hub.url, token=False)
-    tree = {entry.path: entry for entry in api.list_repo_tree("demo/arithmetic", recursive=True)}
+    entries = api.list_repo_tree("demo/arithmetic", recursive=True)
+    tree = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     blobs = hub.blobs("demo/arithmetic")
-    assert tree["model.safetensors"].lfs.sha256 == blobs["model.safetensors"].sha256
+    lfs = tree["model.safetensors"].lfs
+    assert lfs is not None
+    assert lfs.sha256 == blobs["model.safetensors"].sha256
     assert tree["config.json"].lfs is None
     assert tree["config.json"].blob_id == blobs["config.json"].git_sha1
