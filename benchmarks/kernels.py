@@ -62,7 +62,12 @@ def measure_linears(backends: list[str], token_counts: list[int], repetitions: i
             inputs = {size: torch.randn(tokens, size) for size in (HIDDEN, INTERMEDIATE)}
             steps = list(zip(linears, LINEARS, strict=True))[: None if tokens <= 32 else -1]
             calls = [(kernel, inputs[in_features]) for kernel, (in_features, _) in steps]
-            row.append(milliseconds(lambda calls=calls: [kernel.forward(x) for kernel, x in calls], repetitions))
+
+            def step(calls: list[tuple[LinearKernel, torch.Tensor]] = calls) -> None:
+                for kernel, activations in calls:
+                    kernel.forward(activations)
+
+            row.append(milliseconds(step, repetitions))
         print(f"| {backend} |", *(f"{value:.1f} |" for value in row))
 
 

@@ -24,6 +24,7 @@ from benchmarks import make_model
 from predictor.engine.engine import Engine
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 
 PROBE_BYTES = 1 << 30
@@ -96,12 +97,9 @@ def quantized_bytes(directory: Path) -> int:
 def _engine(loaded: LoadedModel) -> Engine:
     return Engine.from_model(
         loaded.model,
+        Settings(max_num_seqs=4, max_queued_requests=1, max_num_batched_tokens=512, kv_cache_tokens=4096),
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
-        max_num_seqs=4,
-        max_queued_requests=1,
-        max_num_batched_tokens=512,
-        kv_cache_tokens=4096,
     )
 
 

@@ -1,26 +1,4 @@
-"""Exceptions of the predictor, as one tree.
-
-    PredictorError
-    ├── StartupError              the process cannot serve: exit code 1
-    │   ├── InvalidSettings       a flag or variable is wrong: exit code 2
-    │   ├── SnapshotMissing       no complete snapshot
-    │   ├── UnsupportedModel      the snapshot cannot be served
-    │   └── PortInUse
-    └── RequestError              one request fails; has an HTTP status
-        ├── InvalidRequest        400
-        │   └── PromptTooLong     400
-        ├── Unauthorized          401
-        ├── Forbidden             403
-        ├── NotFound              404
-        ├── MethodNotAllowed      405
-        ├── BodyTooLarge          413
-        ├── GenerationFailed      500
-        ├── DeadlineExceeded      504
-        └── NotNow                503, with a Retry-After header
-            ├── Overloaded        429
-            ├── Draining          503
-            ├── ModelNotReady     503
-            └── EngineStopped     503
+"""Exceptions of the predictor: a `StartupError` ends the process, a `RequestError` fails one request.
 
 Each message names the problem and the fix; it is shown to users unchanged.
 """

@@ -18,7 +18,7 @@ def number(quantity: object) -> float:
     Raises:
         ValueError: the value is not a quantity.
     """
-    return float(parse_quantity(quantity))  # type: ignore[no-untyped-call]
+    return float(parse_quantity(quantity))
 
 
 def seconds(duration: object) -> float:

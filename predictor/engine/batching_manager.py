@@ -7,14 +7,15 @@ internals are not a public API: `tests/contracts/test_upstream.py` tests every a
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
+from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
@@ -22,64 +23,23 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped, StartupError
+from predictor.settings import Settings
 
 logger = logging.getLogger(__name__)
 
 _SCHEDULER = "kserve_llm"
 
 
-class BatchableModel(Protocol):
-    """A transformers causal language model in evaluation mode, on its device."""
-
-    device: torch.device
-
-    def init_continuous_batching(self, *, generation_config: Any, continuous_batching_config: Any) -> Any:
-        """Return a `ContinuousBatchingManager`."""
-
-
-class _Timed(Protocol):
-    """Times of a sequence by `time.perf_counter()`."""
-
-    created_time: float
-    lifespan: tuple[float, float]
-    """First scheduled, finished; negative until then."""
-
-
-class _RequestState(_Timed, Protocol):
-    request_id: str
-    initial_tokens: list[int]
-    """The prompt, and the tokens generated before the sequence last left a full cache."""
-    generated_tokens: list[int]
-    """The tokens generated since."""
-
-
-class _ScheduledRequest(Protocol):
-    state: _RequestState
-
-
-class _GenerationOutput(_Timed, Protocol):
-    generated_tokens: list[int]
-    """All of them, cumulative."""
-    error: str | None
-
-    def is_finished(self) -> bool: ...
-
-
 class BatchingManager:
-    """Executor in this process, on transformers' `ContinuousBatchingManager`; arguments as of `Engine.from_model`.
+    """Executor in this process, on transformers' `ContinuousBatchingManager`; its methods are those of `Executor`.
 
-    Set the model's attention implementation before.
+    Args:
+        model: as of `Engine.from_model`, with its final attention implementation.
+        settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
+        kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
     """
 
-    def __init__(
-        self,
-        model: BatchableModel,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        kv_cache_tokens: int | None,
-        kv_cache_memory_fraction: float,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, settings: Settings, kv_cache_tokens: int | None) -> None:
         on_cuda = model.device.type == "cuda"
         self._row_sampler = _RowSampler()
         self._manager = model.init_continuous_batching(
@@ -87,9 +47,9 @@ class BatchingManager:
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
                 num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
-                max_memory_percent=kv_cache_memory_fraction,
-                max_batch_tokens=max_num_batched_tokens,
-                max_requests_per_batch=max_num_seqs,
+                max_memory_percent=settings.kv_cache_memory_fraction,
+                max_batch_tokens=settings.max_num_batched_tokens,
+                max_requests_per_batch=settings.max_num_seqs,
                 scheduler_type=_SCHEDULER,
                 # Sampling runs on the host after each step. A CUDA graph would not replay it, and asynchronous
                 # batching would prepare a step before the last one is sampled.
@@ -100,17 +60,17 @@ class BatchingManager:
                 auto_switch_to_flash=on_cuda,
             ),
         )
-        self._manager.logit_processor = _processor_list(self._row_sampler)
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._row_sampler]))
+        processors.tensors_required = 1  # the list counts only processors that it has converted itself
+        self._manager.logit_processor = processors
 
     @property
     def cache_tokens(self) -> int:
-        """Capacity of the KV cache in tokens; 0 before the start."""
         processor = self._manager.batch_processor
         return processor.cache.num_blocks * PAGE_TOKENS if processor else 0
 
     @property
     def cache_usage(self) -> float:
-        """Share of the KV cache that running sequences hold, 0..1; blocks cached for prefix sharing count as free."""
         processor = self._manager.batch_processor
         if processor is None:
             return 0.0
@@ -124,33 +84,27 @@ class BatchingManager:
 
     @property
     def num_running(self) -> int:
-        """Sequences in the batch."""
         processor = self._manager.batch_processor
         return len(processor.scheduler.active_requests) if processor else 0
 
     @property
     def step_count(self) -> int:
-        """Steps since the start."""
         return self._row_sampler.step_count
 
     @property
     def is_running(self) -> bool:
-        """Whether the step loop's thread is alive."""
         return bool(self._manager.is_running())
 
     @property
     def is_accepting(self) -> bool:
-        """Whether the step loop runs and accepts sequences."""
         return self.is_running and self._manager.background_thread_status.can_accept_new_requests() is None
 
     @property
     def has_pending(self) -> bool:
-        """Whether a step is due."""
         processor = self._manager.batch_processor
         return processor is not None and bool(processor.has_pending_requests())
 
     def start(self) -> None:
-        """Allocate the KV cache, warm up if the device needs it and start the step loop; blocks."""
         try:
             self._manager.warmup()
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
@@ -162,7 +116,6 @@ class BatchingManager:
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
 
     def stop(self, timeout_seconds: float) -> None:
-        """End the step loop at the next step, and wait for its thread for `timeout_seconds` at most."""
         self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)
 
     def submit(
@@ -175,9 +128,7 @@ class BatchingManager:
         end_token_ids: Collection[int],
         on_output: Callable[[EngineOutput], None],
     ) -> None:
-        """Queue a sequence; `on_output` is called on the running event loop after each of its steps."""
-
-        def handle(output: _GenerationOutput) -> None:
+        def handle(output: GenerationOutput) -> None:
             finished = output.is_finished()
             if finished:
                 self._row_sampler.samplers.pop(request_id, None)
@@ -198,12 +149,10 @@ class BatchingManager:
             raise EngineStopped("The server is shutting down. Retry later.")
 
     def cancel(self, request_id: str) -> None:
-        """Remove a sequence from the batch at the next step; `on_output` is not called again."""
         self._manager.cancel_request(request_id)
         self._forget(request_id)
 
     def queue_seconds(self, request_id: str) -> float | None:
-        """Seconds that a running sequence waited for its first step; None: it is not running."""
         processor = self._manager.batch_processor
         state = processor.scheduler.active_requests.get(request_id) if processor else None
         return None if state is None else _queue_seconds(state)
@@ -216,16 +165,9 @@ class BatchingManager:
             router.result_handlers.pop(request_id, None)
 
 
-def _queue_seconds(state: _Timed) -> float | None:
-    scheduled = state.lifespan[0]
+def _queue_seconds(state: RequestState | GenerationOutput) -> float | None:
+    scheduled = state.lifespan[0]  # by time.perf_counter(), as created_time; negative until then
     return max(0.0, scheduled - state.created_time) if scheduled >= 0 else None
-
-
-def _processor_list(row_sampler: "_RowSampler") -> Any:
-    """Return the manager's list of logits processors with `row_sampler` as the only one."""
-    processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([row_sampler]))
-    processors.tensors_required = 1  # the list counts only processors that it has converted itself
-    return processors
 
 
 class _RowSampler(ContinuousBatchingLogitsProcessor):
@@ -243,14 +185,13 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
         self.samplers: dict[str, SequenceSampler] = {}
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
-        self._states: list[_RequestState] = []
+        # Of the next step's rows, in their order.
+        self._states: list[RequestState] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        """Clear the tensor of arguments, which is not used."""
-        int32_tensor.zero_()
+        int32_tensor.zero_()  # not used
 
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[_ScheduledRequest]) -> torch.Tensor:
-        """Keep the states of the next step's rows, in their order."""
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[FutureRequestState]) -> torch.Tensor:
         self._states = [request.state for request in requests_with_new_token]
         return torch.zeros(len(self._states), dtype=torch.int32)
 
@@ -263,6 +204,7 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
             sampler = self.samplers.get(state.request_id)
             if sampler is None or sampler.failure:
                 continue
+            # A sequence that left a full cache has its first tokens in `initial_tokens`, after the prompt.
             try:
                 sampler(row, state.initial_tokens + state.generated_tokens if sampler.logits_processors else ())
             except Exception as error:

@@ -10,7 +10,9 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
+
+from transformers import PreTrainedModel
 
 from predictor.engine import kv_cache
 from predictor.engine.batching_manager import BatchingManager
@@ -18,6 +20,7 @@ from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, InvalidRequest, Overloaded
 from predictor.kernels.cpu import attention
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class Engine:
     Args:
         executor: not started yet.
         eos_token_ids: tokens that end a sequence.
-        context_tokens: maximum of prompt and completion together, before the cache's capacity is known.
+        context_tokens: maximum of prompt and completion of one sequence together; a smaller KV cache lowers it.
         capacity: maximum number of sequences that run or wait.
         step_timeout_seconds: a step loop that has work and makes no step for this long counts as dead.
     """
@@ -46,9 +49,8 @@ class Engine:
         step_timeout_seconds: float = 120.0,
     ) -> None:
         self.capacity = capacity
-        """Maximum number of sequences that run or wait."""
+        self.context_tokens = context_tokens
         self._executor = executor
-        self._context_tokens = context_tokens
         self._eos_token_ids = eos_token_ids
         self._step_timeout_seconds = step_timeout_seconds
         self._streams: set[Stream] = set()
@@ -58,60 +60,37 @@ class Engine:
     @classmethod
     def from_model(
         cls,
-        model: Any,
+        model: PreTrainedModel,
+        settings: Settings,
         *,
         eos_token_ids: frozenset[int],
         context_tokens: int,
-        max_num_seqs: int,
-        max_queued_requests: int,
-        max_num_batched_tokens: int,
-        kv_cache_tokens: int | None = None,
-        kv_cache_memory_fraction: float = 0.8,
-        step_timeout_seconds: float = 120.0,
     ) -> Self:
         """Return an engine that runs a model in this process.
 
         Args, in addition to the constructor's:
-            model: a transformers causal language model, in evaluation mode, on its device.
-            max_num_seqs: maximum number of sequences in one batch.
-            max_queued_requests: maximum number of sequences that wait for a place in the batch.
-            max_num_batched_tokens: maximum number of tokens computed in one step.
-            kv_cache_tokens: capacity over all sequences; None: what `kv_cache_memory_fraction` allows.
-            kv_cache_memory_fraction: share of the free memory for the KV cache and its working space.
+            model: a causal language model, in evaluation mode, on its device.
+            settings: limits of the batch, the queue and the KV cache.
 
         Raises:
             StartupError: not even one block of KV cache fits into memory.
         """
-        max_num_batched_tokens = max(max_num_batched_tokens, max_num_seqs)
+        # Each sequence of a full batch needs a token in every step.
+        batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
+        settings = settings.model_copy(update={"max_num_batched_tokens": batched_tokens})
         dense_mask = not attention.install(model)
+        kv_cache_tokens = settings.kv_cache_tokens
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = kv_cache.token_budget(
-                model,
-                context_tokens=context_tokens,
-                max_num_seqs=max_num_seqs,
-                max_num_batched_tokens=max_num_batched_tokens,
-                memory_fraction=kv_cache_memory_fraction,
-                dense_mask=dense_mask,
+                model, settings, context_tokens=context_tokens, dense_mask=dense_mask
             )
-        executor = BatchingManager(
-            model,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_tokens=kv_cache_tokens,
-            kv_cache_memory_fraction=kv_cache_memory_fraction,
-        )
         return cls(
-            executor,
+            BatchingManager(model, settings, kv_cache_tokens),
             eos_token_ids=eos_token_ids,
             context_tokens=context_tokens,
-            capacity=max_num_seqs + max_queued_requests,
-            step_timeout_seconds=step_timeout_seconds,
+            capacity=settings.max_num_seqs + settings.max_queued_requests,
+            step_timeout_seconds=settings.step_timeout_seconds,
         )
-
-    @property
-    def context_tokens(self) -> int:
-        """Maximum of prompt and completion of one sequence together; final once started."""
-        return self._context_tokens
 
     @property
     def cache_tokens(self) -> int:
@@ -155,14 +134,14 @@ class Engine:
             StartupError: the KV cache does not fit.
         """
         self._executor.start()
-        if self.cache_tokens < self._context_tokens:
+        if self.cache_tokens < self.context_tokens:
             logger.warning(
                 "the KV cache holds %d tokens, fewer than the model's context of %d, which limits requests; add "
                 "memory or raise --kv_cache_tokens",
                 self.cache_tokens,
-                self._context_tokens,
+                self.context_tokens,
             )
-            self._context_tokens = self.cache_tokens
+            self.context_tokens = self.cache_tokens
 
     def stop(self) -> None:
         """End the step loop at the next step, with all sequences; blocks until it has ended or seems to hang."""

@@ -1,12 +1,12 @@
 """Size of the KV cache."""
 
 import math
-from typing import Any, Protocol
 
-import torch
+from transformers import PreTrainedModel
 
 from predictor.errors import StartupError
 from predictor.resources import memory
+from predictor.settings import Settings
 
 PAGE_TOKENS = 256
 """Tokens in one block of the KV cache: the smallest allocation of a sequence, and the unit of prefix sharing."""
@@ -17,71 +17,30 @@ _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
-class TextConfig(Protocol):
-    """Sizes of a decoder; `head_dim`, `num_key_value_heads` and `intermediate_size` are optional."""
-
-    num_hidden_layers: int
-    num_attention_heads: int
-    hidden_size: int
-    vocab_size: int
-
-
-class CacheableModel(Protocol):
-    """A transformers causal language model, on its device."""
-
-    config: Any
-    """Its `get_text_config()` returns a TextConfig."""
-    device: torch.device
-    dtype: torch.dtype
-
-
-def token_budget(
-    model: CacheableModel,
-    *,
-    context_tokens: int,
-    max_num_seqs: int,
-    max_num_batched_tokens: int,
-    memory_fraction: float,
-    dense_mask: bool,
-) -> int:
+def token_budget(model: PreTrainedModel, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
     """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
 
-    Args:
-        model: its weights are loaded.
-        context_tokens: maximum of prompt and completion of one sequence together.
-        max_num_seqs: maximum number of sequences in one batch.
-        max_num_batched_tokens: maximum number of tokens computed in one step.
-        memory_fraction: share of the free memory to use.
+    Args, in addition to those of `Engine.from_model`:
         dense_mask: whether one attention mask is made for the whole cache.
 
     Raises:
         StartupError: not even one block fits.
     """
     free_bytes = memory.available_bytes(model.device)
-    tokens = tokens_within(
-        model,
-        budget_bytes=int(free_bytes * memory_fraction),
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        context_tokens=None if dense_mask else context_tokens,
-    )
+    budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction)
+    tokens = tokens_within(model, settings, budget_bytes, None if dense_mask else context_tokens)
     blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
     if blocks < 1:
         raise StartupError(
             f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free after loading the weights. "
             "Add memory, or lower --max_num_batched_tokens and --max_num_seqs."
         )
-    useful_tokens = max(context_tokens, max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
+    useful_tokens = max(context_tokens, settings.max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
     return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
 
 
 def tokens_within(
-    model: CacheableModel,
-    *,
-    budget_bytes: int,
-    max_num_batched_tokens: int,
-    max_num_seqs: int,
-    context_tokens: int | None = None,
+    model: PreTrainedModel, settings: Settings, budget_bytes: int, context_tokens: int | None = None
 ) -> int:
     """Return the tokens of KV cache that fit into a budget together with its working space; may be negative.
 
@@ -89,15 +48,13 @@ def tokens_within(
     gathered and padded to twice their length, or repeated for every query head; and its column in the attention mask.
     Once: float32 logits with their copies in the sampler, and the activations of the largest step.
 
-    Args:
-        model: on its device.
+    Args, in addition to those of `Engine.from_model`:
         budget_bytes: for all of it.
-        max_num_batched_tokens: maximum number of tokens computed in one step.
-        max_num_seqs: maximum number of sequences in one batch.
         context_tokens: keys per query, if masks are made for one sequence at a time, twice, as booleans and as
             numbers; None: one dense mask is made for the whole cache.
     """
-    config: TextConfig = model.config.get_text_config()
+    batched_tokens = settings.max_num_batched_tokens
+    config = model.config.get_text_config()
     element_bytes = model.dtype.itemsize
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -106,14 +63,14 @@ def tokens_within(
     keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
     gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
     index_entry = 8
-    logits = 3 * max_num_seqs * config.vocab_size * 4
-    widest = max(intermediate_size, config.hidden_size)
-    activations = max_num_batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
-    cache_bytes = budget_bytes - logits - activations
     token_bytes = keys_and_values + index_entry + gathered
+    logits = 3 * settings.max_num_seqs * config.vocab_size * 4
+    widest = max(intermediate_size, config.hidden_size)
+    activations = batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
+    cache_bytes = budget_bytes - logits - activations
     if context_tokens is None:
-        return int(cache_bytes // (token_bytes + max_num_batched_tokens * element_bytes))
-    mask_column = max_num_batched_tokens * (1 + element_bytes)
+        return int(cache_bytes // (token_bytes + batched_tokens * element_bytes))
+    mask_column = batched_tokens * (1 + element_bytes)
     # Either the cache is shorter than a context, or a context's mask is the largest there will be.
     return int(
         max(

@@ -25,7 +25,7 @@ class LogitsProcessor(Protocol):
     """Changes the logits of one sequence, (vocabulary,), in place before a token is sampled."""
 
     def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Process `logits` of the token that follows the prompt and the output so far."""
+        """Process the logits of the token that follows the prompt and the output so far."""
 
 
 class Penalties:
@@ -101,22 +101,19 @@ class SequenceSampler:
             for process in self.logits_processors:
                 process(logits, prompt_ids, output_ids)
         if not self._is_greedy:
+            if self._generator is None and sampling.seed is not None:
+                self._generator = torch.Generator(logits.device).manual_seed(sampling.seed)
             token_id = sample(
                 logits,
                 temperature=sampling.temperature or 0.0,
                 top_k=sampling.top_k or 0,
                 top_p=1.0 if sampling.top_p is None else sampling.top_p,
-                generator=self._generator_for(logits.device),
+                generator=self._generator,
             )
             logits.fill_(-torch.inf)
             logits[token_id] = 0.0
         if logprobs is not None:
             self.logprobs.append(_token_logprob(logprobs, int(logits.argmax()), sampling.logprobs or 0))
-
-    def _generator_for(self, device: torch.device) -> torch.Generator | None:
-        if self._generator is None and self._sampling.seed is not None:
-            self._generator = torch.Generator(device).manual_seed(self._sampling.seed)
-        return self._generator
 
 
 def sample(

@@ -1,16 +1,26 @@
-"""Transformers quantizer for int8 weights on a CPU: one scale per output channel."""
+"""Fence around transformers' quantizer hooks: int8 weights on a CPU, one scale per output channel.
 
+`tests/contracts/test_upstream.py` tests what this module relies on.
+"""
+
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from predictor.kernels.cpu.gemm import quantize_per_channel_int8
 from predictor.kernels.cpu.linear import Int8Linear
-from predictor.models.transformers_quantization import LinearQuantizer
 from snapshot_format.recipe import INT8_METHOD
+
+
+def is_skipped(name: str, skip_modules: Sequence[str]) -> bool:
+    """Whether a module's name matches `skip_modules`, by transformers' rule for `modules_to_not_convert`."""
+    return not should_convert_module(name, list(skip_modules))
 
 
 @register_quantization_config(INT8_METHOD)
@@ -29,21 +39,40 @@ class Int8Config(QuantizationConfigMixin):
 
 
 @register_quantizer(INT8_METHOD)
-class Int8Quantizer(LinearQuantizer):
+class Int8Quantizer(HfQuantizer):
     """Replace linear layers by `Int8Linear` and quantize their weights while they load."""
 
-    layer_class = Int8Linear
+    requires_calibration = False
+    is_trainable = False
+    quantized_element_size = 1.0  # bytes per weight
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes per quantized weight."""
-        return 1
+    def is_serializable(self) -> bool:
+        return True
 
-    def make_layer(self, linear: nn.Linear) -> Int8Linear:
-        """Return an empty `Int8Linear` of the same shape."""
-        bias = None if linear.bias is None else linear.bias.dtype
-        return Int8Linear(linear.in_features, linear.out_features, bias)
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Int8Linear) and name == "weight"
 
-    def quantize(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the int8 weight and one float32 scale per output channel."""
-        return quantize_per_channel_int8(weight)
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        skip_modules = self.get_modules_to_not_convert(
+            model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and not is_skipped(name, skip_modules):
+                bias_dtype = None if module.bias is None else module.bias.dtype
+                with torch.device("meta"):
+                    model.set_submodule(name, Int8Linear(module.in_features, module.out_features, bias_dtype))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize()
+
+
+class _Quantize(ConversionOps):
+    """Quantize the weights of a file; add their scales."""
+
+    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
+        converted: dict[str, torch.Tensor] = {}
+        for name, weights in input_dict.items():
+            weight, scale = quantize_per_channel_int8(weights[0] if isinstance(weights, list) else weights)
+            converted |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
+        return converted

@@ -126,7 +126,13 @@ def make_plan(
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
-    plan = LoadPlan(
+    prequantized_dir = None
+    if isinstance(quantization_config, Int8Config):
+        prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
+    if prequantized_dir is not None:
+        config = checkpoint.read_config(prequantized_dir, trust_remote_code=trust_remote_code)
+        quantization_config = None
+    return LoadPlan(
         directory=directory,
         config=config,
         device=target,
@@ -137,18 +143,9 @@ def make_plan(
         placement=placement.place(
             target, mode, weight_bytes, free_bytes, lambda: memory.available_bytes(torch.device("cpu"))
         ),
-        prequantized_dir=None,
+        prequantized_dir=prequantized_dir,
         trust_remote_code=trust_remote_code,
     )
-    if not isinstance(quantization_config, Int8Config):
-        return plan
-    prequantized_dir = snapshot.prequantized(
-        directory, _name(target_dtype), quantization_config.modules_to_not_convert or ()
-    )
-    if prequantized_dir is None:
-        return plan
-    config = checkpoint.read_config(prequantized_dir, trust_remote_code=trust_remote_code)
-    return replace(plan, config=config, quantization_config=None, prequantized_dir=prequantized_dir)
 
 
 def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedModel:
@@ -168,14 +165,15 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
     with time_phase("weights"):
         model = _load_weights(plan)
     quantization = _resolved_method(model, plan.quantization)
+    int8_kernels = ""
     if plan.device.type == "cpu":
         with time_phase("pack"):
             _pack(model, quantization, plan.skip_modules)
-    int8_kernels = gemm.int8_backend() if quantization == "8bit" and plan.device.type == "cpu" else ""
-    if int8_kernels:
-        logger.info("int8 kernels: %s", int8_kernels)
-    if plan.device.type == "cpu" and ops.unavailable_reason():
-        logger.warning("native CPU kernels are unavailable: %s", ops.unavailable_reason())
+        if quantization == "8bit":
+            int8_kernels = gemm.int8_backend()
+            logger.info("int8 kernels: %s", int8_kernels)
+        if reason := ops.unavailable_reason():
+            logger.warning("native CPU kernels are unavailable: %s", reason)
     text_config = plan.config.get_text_config()
     return LoadedModel(
         model=model.eval(),
@@ -264,18 +262,22 @@ def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def _default_sampling(config: Any) -> SamplingParams:
-    repetition_penalty = 1.0 if config.repetition_penalty is None else float(config.repetition_penalty)
     greedy = SamplingParams(
-        max_tokens=config.max_new_tokens, temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=repetition_penalty
+        max_tokens=config.max_new_tokens,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        repetition_penalty=_or_one(config.repetition_penalty),
     )
     if not config.do_sample:
         return greedy
     return replace(
-        greedy,
-        temperature=1.0 if config.temperature is None else float(config.temperature),
-        top_p=1.0 if config.top_p is None else float(config.top_p),
-        top_k=config.top_k or 0,
+        greedy, temperature=_or_one(config.temperature), top_p=_or_one(config.top_p), top_k=config.top_k or 0
     )
+
+
+def _or_one(value: float | None) -> float:
+    return 1.0 if value is None else float(value)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,8 +18,7 @@ from transformers import BitsAndBytesConfig
 
 from predictor.errors import StartupError
 from predictor.kernels.cpu.gemm import has_int8
-from predictor.models.int8_quantizer import Int8Config
-from predictor.models.transformers_quantization import is_skipped
+from predictor.models.int8_quantizer import Int8Config, is_skipped
 from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def resolve_mode(
 
     Args:
         mode: "auto", "none", "8bit" or "4bit".
-        device: where the model runs.
+        device: of the model.
         checkpoint_config: the checkpoint's own quantization config, if it has one.
         weight_bytes: size of the checkpoint's weights.
         free_bytes: free memory of the device.
@@ -74,7 +73,7 @@ def make_config(
 
     Args:
         mode: as returned by `resolve_mode`.
-        device: where the model runs.
+        device: of the model.
         dtype: compute dtype of 4-bit weights.
         skip_modules: names, or parts of names, of linear layers not to quantize.
     """

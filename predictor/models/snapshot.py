@@ -88,9 +88,8 @@ def prequantized(directory: Path, dtype: str, skip_modules: Sequence[str]) -> Pa
     try:
         _checked(Snapshot(variant, directory.name))
         published = record.read(variant)
-        if published.commit == directory.name:
-            difference = _difference(published.recipe, dtype, skip_modules)
-        else:
+        difference = _difference(published.recipe, dtype, skip_modules)
+        if published.commit != directory.name:
             difference = f"it was derived from {published.commit}"
     except SnapshotMissing as error:
         difference = str(error)

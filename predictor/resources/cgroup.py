@@ -1,6 +1,7 @@
 """Memory and CPU limits of this process's control groups, version 2 or 1.
 
 A container's limits differ from the host's memory and cores. The tightest limit of its group and all parents counts.
+The argument `root` is the root of the file system that holds /proc and /sys.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,7 @@ _MEMORY_FILES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_ina
 
 
 def available_bytes(root: Path) -> int:
-    """Return the memory left before the kernel kills the process; `UNLIMITED_BYTES` without a limit.
-
-    Args:
-        root: of the file system that holds /proc and /sys.
-    """
+    """Return the memory left before the kernel kills the process; `UNLIMITED_BYTES` without a limit."""
     return min(
         (
             _available_bytes(group, *(_MEMORY_FILES_V1 if is_v1 else _MEMORY_FILES_V2))
@@ -30,11 +27,7 @@ def available_bytes(root: Path) -> int:
 
 
 def cpu_limit(root: Path) -> float | None:
-    """Return the CPU limit in cores, quota over period; None without a limit.
-
-    Args:
-        root: of the file system that holds /proc and /sys.
-    """
+    """Return the CPU limit in cores, quota over period; None without a limit."""
     limits = [_cpu_limit(group, is_v1) for group, is_v1 in _groups(root, "cpu")]
     return min((limit for limit in limits if limit is not None), default=None)
 

@@ -32,7 +32,7 @@ class Connection:
             CheckError: the context does not exist.
         """
         try:
-            api = config.new_client_from_config(context=context)  # type: ignore[no-untyped-call]
+            api = config.new_client_from_config(context=context)
         except (config.ConfigException, OSError) as error:
             raise CheckError(f"No cluster configured: {error}. See `kubectl config get-contexts`.") from None
         api.configuration.retries = False

@@ -49,6 +49,7 @@ from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
@@ -68,9 +69,7 @@ def model() -> Any:
 
 @contextmanager
 def started(model: Any, kv_cache_tokens: int = 4 * PAGE_TOKENS) -> Iterator[BatchingManager]:
-    executor = BatchingManager(
-        model, max_num_seqs=4, max_num_batched_tokens=128, kv_cache_tokens=kv_cache_tokens, kv_cache_memory_fraction=0.8
-    )
+    executor = BatchingManager(model, Settings(max_num_seqs=4, max_num_batched_tokens=128), kv_cache_tokens)
     executor.start()
     try:
         yield executor
@@ -334,7 +333,7 @@ def test_batching_dead_loop_fails_sequences_and_accepts_no_more(model: Any) -> N
         assert (dying._row_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
-# transformers' quantizers: predictor/models/transformers_quantization.py
+# transformers' quantizers: predictor/models/int8_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -405,7 +404,7 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
 # KServe and uvicorn: predictor/entrypoints/kserve_server.py
 
 
-class EchoModel(kserve.Model):
+class EchoModel(kserve.Model):  # type: ignore[misc]
     """Returns its payload."""
 
     async def predict(self, payload: Any, headers: Any = None) -> Any:
@@ -513,8 +512,17 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
     builds: list[int] = []
     calls: list[int] = []
     build, supports = attention._build_metadata, ops.supports_paged_attention
-    monkeypatch.setattr(attention, "_build_metadata", lambda *args: builds.append(1) or build(*args))
-    monkeypatch.setattr(ops, "supports_paged_attention", lambda *args: calls.append(1) or supports(*args))
+
+    def count_build(*args: Any) -> Any:
+        builds.append(1)
+        return build(*args)
+
+    def count_call(*args: Any) -> bool:
+        calls.append(1)
+        return supports(*args)
+
+    monkeypatch.setattr(attention, "_build_metadata", count_build)
+    monkeypatch.setattr(ops, "supports_paged_attention", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:

@@ -1,29 +1,16 @@
-"""Tests of the local Hub: ranges, counters, faults, and the program."""
+"""The Hub that the other tests trust: ranges, counts, faults, and as a program."""
 
 import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, RepoFile
 
 from devtools.local_hub import LocalHub, Request, Response
 from devtools.paths import ROOT
-from tests.storage_initializer.conftest import make_model
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_model(tmp_path / "model")
-
-
-@pytest.fixture
-def hub(model: Path) -> Iterator[LocalHub]:
-    with LocalHub({"demo/arithmetic": model}) as hub:
-        yield hub
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
@@ -53,7 +40,7 @@ def test_fault_truncates_download(hub: LocalHub) -> None:
 
 def test_program_runs_until_sigterm(model: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.local_hub", "--port", "0", f"demo/arithmetic={model}"],
+        [sys.executable, "-m", "devtools.local_hub", "--port", "0", f"demo/arithmetic={model}"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,
@@ -71,8 +58,11 @@ def test_program_runs_until_sigterm(model: Path) -> None:
 
 def test_listing_has_large_files_as_lfs_and_small_as_blobs(hub: LocalHub) -> None:
     api = HfApi(endpoint=hub.url, token=False)
-    tree = {entry.path: entry for entry in api.list_repo_tree("demo/arithmetic", recursive=True)}
+    entries = api.list_repo_tree("demo/arithmetic", recursive=True)
+    tree = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     blobs = hub.blobs("demo/arithmetic")
-    assert tree["model.safetensors"].lfs.sha256 == blobs["model.safetensors"].sha256
+    lfs = tree["model.safetensors"].lfs
+    assert lfs is not None
+    assert lfs.sha256 == blobs["model.safetensors"].sha256
     assert tree["config.json"].lfs is None
     assert tree["config.json"].blob_id == blobs["config.json"].git_sha1

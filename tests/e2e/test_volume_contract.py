@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 
 from devtools import processes, tiny_llama
-from devtools.processes import ROOT
+from devtools.paths import ROOT
 from predictor.models import int8_quantizer, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
 from snapshot_format.recipe import INT8_CPU

@@ -13,6 +13,7 @@ from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.models import loader
 from predictor.resources import memory
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 
 SAMPLING = SamplingParams(max_tokens=24, temperature=1.0, ignore_eos=True, logprobs=5)
@@ -41,12 +42,9 @@ def run(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
     memory.available_bytes = available_bytes
     engine = Engine.from_model(
         loaded.model,
+        Settings(max_num_seqs=64, max_queued_requests=64, max_num_batched_tokens=512, kv_cache_memory_fraction=1.0),
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
-        max_num_seqs=64,
-        max_queued_requests=64,
-        max_num_batched_tokens=512,
-        kv_cache_memory_fraction=1.0,
     )
     engine.start()
     asyncio.run(fill(engine))

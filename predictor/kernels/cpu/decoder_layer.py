@@ -43,7 +43,7 @@ def _fuse_layer(parent: nn.Module, name: str) -> bool:
     return True
 
 
-class DecoderLayer(nn.Module):  # type: ignore[misc]
+class DecoderLayer(nn.Module):
     """Drop-in replacement for a decoder layer.
 
     Args:

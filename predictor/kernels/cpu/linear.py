@@ -16,7 +16,7 @@ FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling layers that read the same input, by their names in most architectures."""
 
 
-class Int8Linear(nn.Module):  # type: ignore[misc]
+class Int8Linear(nn.Module):
     """Linear layer with int8 weights as stored in a checkpoint; `pack_linear_layers` makes it computable.
 
     Args:
@@ -95,7 +95,7 @@ def fuse_linears(layers: Sequence[nn.Module], *, quantize: bool = False) -> Line
     return gemm.make_bf16_linear(weight, bias) if weight.dtype == torch.bfloat16 else None
 
 
-class FusedLinearSlice(nn.Module):  # type: ignore[misc]
+class FusedLinearSlice(nn.Module):
     """One layer of those that a kernel computes together: a slice of the kernel's output."""
 
     def __init__(self, kernel: LinearKernel, sizes: Sequence[int], index: int) -> None:
@@ -112,7 +112,7 @@ class FusedLinearSlice(nn.Module):  # type: ignore[misc]
         return self._kernel.forward_cached(inputs).narrow(-1, self._offset, self.out_features)
 
 
-class LMHead(nn.Module):  # type: ignore[misc]
+class LMHead(nn.Module):
     """Output layer in int8. Logits stay float32 for the sampler."""
 
     def __init__(self, kernel: LinearKernel) -> None:

@@ -14,6 +14,7 @@ from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
+from predictor.settings import Settings
 from predictor.types import FinishReason, SamplingParams, TokenLogprob
 from tests.predictor.servers import HANG_SECONDS, Hold
 
@@ -43,9 +44,13 @@ def started(loaded: LoadedModel, **changes: Any) -> Iterator[Engine]:
         "max_queued_requests": 24,
         "max_num_batched_tokens": 128,
         "kv_cache_tokens": 8192,
-        "context_tokens": loaded.context_tokens,
     }
-    engine = Engine.from_model(loaded.model, eos_token_ids=loaded.eos_token_ids, **{**settings, **changes})
+    engine = Engine.from_model(
+        loaded.model,
+        Settings(**{**settings, **changes}),
+        eos_token_ids=loaded.eos_token_ids,
+        context_tokens=loaded.context_tokens,
+    )
     engine.start()
     try:
         yield engine

@@ -12,6 +12,7 @@ from predictor.engine.kv_cache import PAGE_TOKENS, SEQUENCE_TOKENS
 from predictor.errors import StartupError
 from predictor.models.loader import LoadedModel
 from predictor.resources import memory
+from predictor.settings import Settings
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -27,10 +28,9 @@ def tokens(
 ) -> int:
     return kv_cache.tokens_within(
         loaded.model,
-        budget_bytes=budget_bytes,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_num_seqs=max_num_seqs,
-        context_tokens=context_tokens,
+        Settings(max_num_batched_tokens=max_num_batched_tokens, max_num_seqs=max_num_seqs),
+        budget_bytes,
+        context_tokens,
     )
 
 
@@ -57,10 +57,8 @@ def budget(loaded: LoadedModel, free_bytes: int, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(memory, "available_bytes", lambda _: free_bytes)
     return kv_cache.token_budget(
         loaded.model,
+        Settings(max_num_seqs=4, max_num_batched_tokens=128, kv_cache_memory_fraction=0.5),
         context_tokens=1024,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-        memory_fraction=0.5,
         dense_mask=False,
     )
 

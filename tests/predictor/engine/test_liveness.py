@@ -14,6 +14,7 @@ from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, EngineStopped
 from predictor.generation.self_check import SelfCheck
 from predictor.models import loader
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 from tests.predictor.servers import HANG_SECONDS, Hold
 
@@ -31,13 +32,15 @@ def running() -> Iterator[tuple[Engine, Hold]]:
     loaded.model.register_forward_pre_hook(hold)
     engine = Engine.from_model(
         loaded.model,
+        Settings(
+            max_num_seqs=4,
+            max_queued_requests=4,
+            max_num_batched_tokens=64,
+            kv_cache_tokens=2048,
+            step_timeout_seconds=STEP_TIMEOUT_SECONDS,
+        ),
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=loaded.context_tokens,
-        max_num_seqs=4,
-        max_queued_requests=4,
-        max_num_batched_tokens=64,
-        kv_cache_tokens=2048,
-        step_timeout_seconds=STEP_TIMEOUT_SECONDS,
     )
     engine.start()
     try:

@@ -11,6 +11,7 @@ from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
 from predictor.kernels.cpu import attention, ops, transformers_attention
 from predictor.models import loader
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
@@ -38,12 +39,14 @@ def generate(
             patch.setattr(attention, "install", lambda _: False)
         engine = Engine.from_model(
             loaded.model,
+            Settings(
+                max_num_seqs=32,
+                max_queued_requests=32,
+                max_num_batched_tokens=max_num_batched_tokens,
+                kv_cache_tokens=16384,
+            ),
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
-            max_num_seqs=32,
-            max_queued_requests=32,
-            max_num_batched_tokens=max_num_batched_tokens,
-            kv_cache_tokens=16384,
         )
     assert (loaded.model.config._attn_implementation == transformers_attention.NAME) is custom_attention
     engine.start()

@@ -16,7 +16,7 @@ from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.linear import Int8Linear
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # type: ignore[misc]
     """Projections with the usual names."""
 
     def __init__(self, dtype: torch.dtype, *, bias: bool) -> None:
@@ -147,7 +147,9 @@ def test_quantized_lm_head_returns_float32_logits() -> None:
 def test_fuse_linears_with_several_pack_chunks_is_accurate() -> None:
     activations = inputs(3, torch.float32)
     wide = nn.Linear(64, 3 * gemm.PACK_CHUNK_ROWS + 5)
-    outputs = linear.fuse_linears([wide], quantize=True)(activations)
+    kernel = linear.fuse_linears([wide], quantize=True)
+    assert kernel is not None
+    outputs = kernel(activations)
     assert (outputs - wide(activations)).norm() < 0.02 * wide(activations).norm()
 
 

@@ -3,8 +3,9 @@
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -20,8 +21,11 @@ sizes = settings(
 )
 
 
-def by(*names: str) -> Any:
-    """Run the test with each instruction set that this machine has."""
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def by(*names: str) -> Callable[[Test], Test]:
+    """Run the test with each of these instruction sets that the machine has."""
     return lambda test: pytest.mark.usefixtures("int8_kernel")(
         pytest.mark.parametrize("int8_kernel", names, indirect=True)(test)
     )
@@ -39,11 +43,12 @@ class Layer:
         self.packed = ops.int8_pack_weight(self.weight)
         self.scales = (torch.rand(outputs) + 0.5) / 100 / inputs**0.5
         self.rows = torch.randn(tokens, inputs * (2 if form == "silu_and_mul" else 1)) * (torch.rand(tokens, 1) * 10)
-        self.more: dict[str, Any] = {
+        forms: dict[str, dict[str, Any]] = {
             "plain": {},
             "norm": {"norm": (torch.rand(inputs) + 0.5, 0.5)},
             "silu_and_mul": {"silu_and_mul": True},
-        }[form]
+        }
+        self.more = forms[form]
         self.bias = torch.randn(outputs)
         self.residual = torch.randn(tokens, outputs)
 
@@ -203,8 +208,10 @@ def test_silu_and_mul_is_accurate_at_any_magnitude() -> None:
 def test_int8_scaled_mm_accepts_strided_tensors(form: str) -> None:
     layer = Layer(13, 50, 37, form)
     expected = layer(bias=layer.bias, residual=layer.residual)
-    for apart in (lambda given: given.T.contiguous().T, lambda given: given.repeat_interleave(2, -1)[:, ::2]):
-        rows, residual = apart(layer.rows), apart(layer.residual)
+    for rows, residual in (
+        (layer.rows.T.contiguous().T, layer.residual.T.contiguous().T),
+        (layer.rows.repeat_interleave(2, -1)[:, ::2], layer.residual.repeat_interleave(2, -1)[:, ::2]),
+    ):
         assert not rows.is_contiguous()
         assert not residual.is_contiguous()
         outputs = ops.int8_scaled_mm(rows, layer.packed, layer.scales, bias=layer.bias, residual=residual, **layer.more)

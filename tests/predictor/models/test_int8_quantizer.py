@@ -6,7 +6,8 @@ import transformers
 from devtools.paths import DEMO_MODEL
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
-from predictor.models.int8_quantizer import INT8_METHOD, Int8Config
+from predictor.models.int8_quantizer import Int8Config
+from snapshot_format.recipe import INT8_METHOD
 from tests.predictor.models.conftest import LoadDemo
 
 

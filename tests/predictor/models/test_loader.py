@@ -37,7 +37,7 @@ def test_plan_8bit_passes_skip_modules_to_transformers() -> None:
 def test_plan_prequantized_weights_are_read_without_quantization(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "prepared", lambda *_: weights)
+    monkeypatch.setattr(snapshot, "prequantized", lambda *_: weights)
     plan = loader.make_plan(DEMO_MODEL, device="cpu", quantization="8bit")
     assert (plan.directory, plan.weights_dir, plan.prequantized_dir) == (DEMO_MODEL, weights, weights)
     assert (plan.quantization, plan.quantization_config) == ("8bit", None)

@@ -11,6 +11,7 @@ from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
 from predictor.errors import StartupError
 from predictor.models import loader, placement
+from predictor.settings import Settings
 from predictor.types import SamplingParams
 
 CUDA = torch.device("cuda", 1)
@@ -70,8 +71,8 @@ def test_engine_with_offloaded_layers_generates_the_same_tokens(tmp_path: Path) 
 
 
 async def _generate(model: torch.nn.Module) -> list[int]:
-    limits = {"max_num_seqs": 4, "max_queued_requests": 1, "max_num_batched_tokens": 128, "kv_cache_tokens": 1024}
-    engine = Engine.from_model(model, eos_token_ids=frozenset({2}), context_tokens=256, **limits)
+    settings = Settings(max_num_seqs=4, max_queued_requests=1, max_num_batched_tokens=128, kv_cache_tokens=1024)
+    engine = Engine.from_model(model, settings, eos_token_ids=frozenset({2}), context_tokens=256)
     engine.start()
     try:
         sampling = SamplingParams(max_tokens=16, temperature=0.0, ignore_eos=True)
