@@ -1,20 +1,20 @@
-"""A Hub on loopback: serves directories over the part of the Hub's HTTP API that the real huggingface_hub client uses.
+"""Local Hub: serves directories over the part of the Hub's HTTP API that huggingface_hub uses.
 
     with LocalHub({"demo/arithmetic": Path("demo/model")}) as hub:
         ...  # HF_ENDPOINT=hub.url
 
     python -m devtools.local_hub --port 0 demo/arithmetic=demo/model      # prints its URL first; SIGTERM ends it with 0
 
-A repository's listing is taken once, when it is added: `main` names a commit made of the paths and contents of that
-moment. Content is read when it is asked for: a test that changes a file afterwards has a Hub that sends wrong bytes.
+A repository is listed once, when it is added: `main` is a commit of its paths and contents at that time. Content is
+read on each request, so a test that changes a file afterwards makes the Hub send wrong bytes.
 
-Every request passes as `Request -> Response -> fault -> wire`. A fault is a function that may replace the response:
-other bytes, another status, slower, or cut off; while it waits, the Hub hangs before its headers. `requests` remembers
-what was asked, answered and sent.
+Every request passes `Request -> Response -> fault -> wire`. A fault is a function that may replace the response: other
+bytes, another status, slower, or truncated. While it blocks, the Hub hangs before its headers. `requests` records all
+requests with their status and sent bytes.
 
-Spoken: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code on
-errors, bearer tokens for gated and private repositories (others are open to everybody, whatever token is sent). Not
-spoken: pagination, Xet, redirects to a content network, uploads, any kind of repository but models.
+Supported: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code
+on errors, bearer tokens for gated and private repositories. Public repositories accept any token. Not supported:
+pagination, Xet, redirects to a content network, uploads, repositories other than models.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CHUNK_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Blob:
-    """One file of a commit, as it was when the repository was added."""
+    """One file of a commit, at the time the repository was added."""
 
     source: Path
     size: int
@@ -58,7 +58,7 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Commits by id, and the names that lead to them."""
+    """Commits by id, and revisions that point to them."""
 
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """What was asked, and afterwards what became of it."""
+    """A request, with the status and size of its response."""
 
     method: str
     path: str
@@ -88,26 +88,26 @@ class Request:
 
 @dataclass
 class Response:
-    """What would be answered; a fault may change any of it."""
+    """A response; a fault may change any of its fields."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | Path = b""
     offset: int = 0
     length: int = 0
-    """Bytes of the body that Content-Length promises, from `offset` on."""
+    """Content-Length: bytes of the body from `offset` on."""
     bytes_per_second: float | None = None
     cut_after_bytes: int | None = None
-    """The connection ends after so many bytes of the body: with a reset, as when a server dies."""
+    """Bytes of the body after which the connection is reset, as by a crashed server."""
     ends_in_order: bool = False
-    """Ends it without the reset, as a proxy does that has given up: the client has got all that was sent."""
+    """Close the connection without a reset, as a proxy does on a timeout."""
 
 
 Fault = Callable[[Request, Response], Response]
 
 
 class LocalHub:
-    """A Hub that listens on 127.0.0.1 from construction on and answers between `__enter__` and `__exit__`.
+    """A Hub that listens on 127.0.0.1 from construction on and responds within its `with` block.
 
     `bytes_per_second` throttles the bodies of each response; `token` opens gated and private repositories; `fault` is
     asked about every response. All three may be changed while the hub runs. With a `certificate`, a file that holds its
@@ -157,7 +157,7 @@ class LocalHub:
     def add(
         self, name: str, directory: Path, *, revision: str = "main", gated: bool = False, private: bool = False
     ) -> str:
-        """Commit the present content of a directory, and let a revision name it; returns the commit."""
+        """Commit the current content of a directory as a revision and return the commit."""
         files = {
             path.relative_to(directory).as_posix(): _blob(path)
             for path in sorted(directory.rglob("*"))
@@ -174,15 +174,15 @@ class LocalHub:
         return self._repositories[name].revisions[revision]
 
     def blobs(self, name: str, revision: str = "main") -> dict[str, Blob]:
-        """The files of a commit by path; a test that changes this changes what the Hub claims."""
+        """Return the files of a commit by path; changes to it change the listing."""
         return self._repositories[name].commits[self.commit(name, revision)]
 
     def downloads(self) -> Counter[str]:
-        """How often the content of each file was asked for, by path in the repository."""
+        """Return the number of content requests of each file, by path in the repository."""
         return Counter(r.file for r in self.requests if r.kind == "resolve" and r.method == "GET" and r.status < 400)
 
     def sent_bytes(self) -> Counter[str]:
-        """Bytes of content that left, by path in the repository."""
+        """Return the number of sent content bytes, by path in the repository."""
         sent: Counter[str] = Counter()
         for request in self.requests:
             if request.kind == "resolve":
@@ -190,7 +190,7 @@ class LocalHub:
         return sent
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset the recorded requests."""
         self.requests.clear()
 
     def answer(self, request: Request) -> Response:
@@ -353,7 +353,7 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     def close_connections(self) -> None:
-        """End connections that clients keep alive, so that no thread waits for their next request."""
+        """Close keep-alive connections, so that no thread waits for their next request."""
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
@@ -410,7 +410,7 @@ class _Exchange(BaseHTTPRequestHandler):
         pace = CHUNK_BYTES if response.bytes_per_second is None else max(1, int(response.bytes_per_second / 50))
         for start in range(0, len(content), pace):
             piece = content[start : start + pace]
-            # Counted first: whoever has the bytes may ask for the count at once.
+            # Counted first: a client may read the count as soon as it has the bytes.
             request.sent_bytes += len(piece)
             self.wfile.write(piece)
             if response.bytes_per_second is not None:
@@ -420,12 +420,12 @@ class _Exchange(BaseHTTPRequestHandler):
 def main(words: Sequence[str] | None = None) -> int:
     """Serve the directories of the command line until SIGTERM or Ctrl-C; the URL is the first line on stdout."""
     parser = argparse.ArgumentParser(prog="python -m devtools.local_hub", description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=0, help="0 selects a free port")
     parser.add_argument("--bytes-per-second", type=float, help="throttle every download to this rate")
     parser.add_argument("repositories", nargs="+", metavar="OWNER/NAME=DIR")
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     repositories: dict[str, Path] = {}
-    for pair in given.repositories:
+    for pair in arguments.repositories:
         name, equals, directory = pair.partition("=")
         if not equals or name.count("/") != 1 or not Path(directory).is_dir():
             parser.error(f"{pair!r} is not OWNER/NAME=DIR with an existing directory")
@@ -433,7 +433,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    with LocalHub(repositories, port=given.port, bytes_per_second=given.bytes_per_second) as hub:
+    with LocalHub(repositories, port=arguments.port, bytes_per_second=arguments.bytes_per_second) as hub:
         sys.stdout.write(hub.url + "\n")
         sys.stdout.flush()
         ended.wait()

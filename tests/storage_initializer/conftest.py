@@ -1,4 +1,4 @@
-"""The initializer as its users run it, in this process or as one of its own, against a Hub on loopback."""
+"""Fixtures that run the storage initializer in this process or as a program, against a local Hub."""
 
 import hashlib
 import json
@@ -18,24 +18,14 @@ import huggingface_hub
 import pytest
 
 from devtools.local_hub import LocalHub
+from devtools.paths import ROOT
 from storage_initializer.cli.main import main
 
-ROOT = Path(__file__).parents[2]
-NOBODY, SOMEBODY = 65534, 60_001
-"""Users to whom something can be forbidden, unlike root."""
+UNPRIVILEGED_USER, OTHER_USER = 65534, 60_001
+"""User ids without privileges."""
 GROUP = 60_000
 
-AS_USER = """\
-import os, runpy, sys
-# As root still: that other user may not reach the interpreter's library.
-import encodings.idna, hf_xet, httpx2, huggingface_hub.file_download, huggingface_hub.hf_api
-import storage_initializer.publish, storage_initializer.sources.hub, storage_initializer.sources.local
-user, group = int(sys.argv.pop(1)), int(sys.argv.pop(1))
-os.setgroups([])
-os.setresgid(group, group, group)
-os.setresuid(user, user, user)
-runpy.run_module("storage_initializer", run_name="__main__", alter_sys=True)
-"""
+AS_USER = "tests.programs.initializer_as_user"
 
 
 @dataclass(frozen=True)
@@ -62,7 +52,7 @@ def safetensors(size_bytes: int, seed: int = 0) -> bytes:
 
 
 def make_model(directory: Path, shards: int = 1, shard_bytes: int = 20_000, seed: int = 0) -> Path:
-    """A directory as models lie on the Hub: configuration, tokenizer, weights, and what nobody should load."""
+    """Create a model directory as on the Hub: configuration, tokenizer, weights, and files to exclude."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "seed": seed}))
     (directory / "tokenizer.json").write_text("{}")
@@ -164,7 +154,7 @@ def start(environment: dict[str, str]) -> Iterator[Start]:
     processes: list[subprocess.Popen[str]] = []
 
     def start(*words: object, env: Mapping[str, str] | None = None, user: int | None = None) -> "subprocess.Popen[str]":
-        program = ["-m", "storage_initializer"] if user is None else ["-c", AS_USER, str(user), str(GROUP)]
+        program = ["-m", "storage_initializer"] if user is None else ["-m", AS_USER, str(user), str(GROUP)]
         process = subprocess.Popen(
             [sys.executable, *program, *map(str, words)],
             cwd=ROOT,
@@ -197,7 +187,7 @@ def others_can_run() -> bool:
     """Whether the program can be started as another user: by root, where that user can read the code."""
     if os.getuid() != 0:
         return False
-    command = [sys.executable, "-c", AS_USER, str(NOBODY), str(GROUP), "--help"]
+    command = [sys.executable, "-m", AS_USER, str(UNPRIVILEGED_USER), str(GROUP), "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -207,8 +197,8 @@ def unprivileged(others_can_run: bool) -> int | None:
     if os.getuid() != 0:
         return None
     if not others_can_run:
-        pytest.skip(f"user {NOBODY} cannot read the repository or its virtual environment")
-    return NOBODY
+        pytest.skip(f"user {UNPRIVILEGED_USER} cannot read the repository or its virtual environment")
+    return UNPRIVILEGED_USER
 
 
 def finish(process: "subprocess.Popen[str]", timeout_seconds: float = 120) -> Result:

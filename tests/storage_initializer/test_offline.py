@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from devtools.local_hub import LocalHub, Response
-from tests.storage_initializer.conftest import ROOT, Run, make_model
+from devtools.paths import ROOT
+from tests.storage_initializer.conftest import Run, make_model
 
 UNREACHABLE = {"HF_ENDPOINT": "http://127.0.0.1:9"}
 

@@ -1,4 +1,4 @@
-"""A reference becomes a complete, recorded, named snapshot; once."""
+"""Publication of snapshots: files, record, refs, modes and output."""
 
 import io
 import json
@@ -13,7 +13,8 @@ from urllib.parse import unquote
 import pytest
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import ROOT, Run, Start, finish, make_model, problems
+from devtools.paths import ROOT
+from tests.storage_initializer.conftest import Run, Start, finish, make_model, problems
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from devtools.local_hub import LocalHub, Request, Response
+from devtools.paths import ROOT
 from storage_initializer.settings import Settings, known_variables
-from tests.storage_initializer.conftest import ROOT, Result, Run, Start, finish, make_model, problems
+from tests.storage_initializer.conftest import Result, Run, Start, finish, make_model, problems
 
 
 def assert_refused(result: Result, code: int, *words: str) -> None:
@@ -349,9 +350,9 @@ def test_unexpected_error_is_one_line(run: Run, volume: Path, monkeypatch: pytes
 
     monkeypatch.setattr("storage_initializer.sources.file_selection.make_plan", explode)
     assert_refused(run("hf://demo/arithmetic", volume), 1, "Unexpected RuntimeError (two lines)", "LOG_LEVEL=DEBUG")
-    told = run("hf://demo/arithmetic", volume, env={"LOG_LEVEL": "debug"})
-    assert "Traceback" in told.stderr
-    assert told.reason.startswith("Unexpected RuntimeError")
+    debug = run("hf://demo/arithmetic", volume, env={"LOG_LEVEL": "debug"})
+    assert "Traceback" in debug.stderr
+    assert debug.reason.startswith("Unexpected RuntimeError")
 
 
 def test_published_commit_needs_no_source(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:

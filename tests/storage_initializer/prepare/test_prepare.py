@@ -1,4 +1,4 @@
-"""What is made of a snapshot ahead of serving: its place, its record, its bytes; made once, and made again."""
+"""Prequantized variants: location, record, content, repetition and garbage collection."""
 
 import json
 import math
@@ -15,25 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from devtools import tiny_llama
 from devtools.local_hub import LocalHub
+from devtools.paths import ROOT
 from storage_initializer.prepare import int8_weights
-from tests.storage_initializer.conftest import ROOT, Result, Run, finish, problems
+from tests.storage_initializer.conftest import Result, Run, finish, problems
 
-KILLED = """\
-import os, runpy, signal, sys
-from storage_initializer.volume import layout
-left, complete = int(sys.argv.pop(1)), layout.complete
-def complete_or_die(staging, path):
-    global left
-    left -= "int8-cpu" in staging.name
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    complete(staging, path)
-layout.complete = complete_or_die
-runpy.run_module("storage_initializer", run_name="__main__", alter_sys=True)
-"""
-"""The program, killed in the middle of writing what it prepares, after so many files."""
 FILES = 8
-"""Of the model below: three shards, their index, two configurations, two files of the tokenizer."""
+"""Files of the model below: three shards, their index, two configurations, two tokenizer files."""
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +185,13 @@ def test_prepare_after_kill_starts_again(
     run: Run, environment: dict[str, str], volume: Path, commit: str, made: Path, after: int
 ) -> None:
     words = [str(after), "--prepare", "int8-cpu", "hf://demo/arithmetic", str(volume)]
-    killed = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, env=environment, capture_output=True)
+    command = [sys.executable, "-m", "tests.programs.killed_initializer", *words]
+    killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+        [sys.executable, "-m", "tests.programs.killed_initializer", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert problems(made.with_name(commit)) == []
     assert not made.exists()
@@ -263,7 +256,7 @@ def test_prepare_four_processes_publish_once(environment: dict[str, str], volume
 def test_prepare_without_torch_fails_before_download(
     run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # How Python is told that a package is not there.
+    # Python treats None in sys.modules as a missing package.
     monkeypatch.setitem(sys.modules, "torch", None)
     result = prepare(run, volume)
     assert result.code == 2

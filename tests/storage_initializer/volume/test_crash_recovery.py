@@ -1,4 +1,4 @@
-"""Many at once, killed, stopped, taken for dead: always one complete snapshot, and readers never see less."""
+"""Recovery from kills, signals, lost leases and parallel runs; readers only see complete snapshots."""
 
 import io
 import json
@@ -17,7 +17,17 @@ from pathlib import Path
 import pytest
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import GROUP, NOBODY, ROOT, SOMEBODY, Run, Start, finish, make_model, problems
+from devtools.paths import ROOT
+from tests.storage_initializer.conftest import (
+    GROUP,
+    OTHER_USER,
+    UNPRIVILEGED_USER,
+    Run,
+    Start,
+    finish,
+    make_model,
+    problems,
+)
 
 KILLS = 50
 
@@ -285,7 +295,7 @@ def test_second_sigterm_ends_the_run_while_the_volume_hangs(start: Start, hub: L
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     process = start("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"})
     until_exists(volume / ".staging", process)
-    # Whoever reads this lease waits for a writer, as for a server of files that went away.
+    # Reading this lease blocks, as on a file server that is gone.
     os.mkfifo(volume / "fifo")
     (volume / "fifo").rename(lease)
     while process.poll() is None:
@@ -343,22 +353,22 @@ def test_other_user_of_the_group_takes_over_and_updates_ref(
         return response
 
     hub.fault = leave_halfway
-    dead = start("hf://demo/arithmetic", volume, env=env, user=NOBODY)
+    dead = start("hf://demo/arithmetic", volume, env=env, user=UNPRIVILEGED_USER)
     while not list(volume.glob(".staging/*/.partial/*")) and dead.poll() is None:
         time.sleep(0.005)
     dead.kill()
     dead.wait()
     hub.fault = None
     first = hub.commit("demo/arithmetic")
-    taken_over = finish(start("hf://demo/arithmetic", volume, env=env, user=SOMEBODY))
+    taken_over = finish(start("hf://demo/arithmetic", volume, env=env, user=OTHER_USER))
     assert taken_over.code == 0, taken_over.stderr
     assert "taking over" in taken_over.stderr
     assert problems(volume / "demo--arithmetic" / first) == []
-    assert {path.stat().st_uid for path in (volume / "demo--arithmetic" / first).rglob("*")} == {SOMEBODY}
+    assert {path.stat().st_uid for path in (volume / "demo--arithmetic" / first).rglob("*")} == {OTHER_USER}
     assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
 
     second = hub.add("demo/arithmetic", make_model(tmp_path / "newer", seed=1))
-    beside = finish(start("hf://demo/arithmetic", volume, env=env, user=NOBODY))
-    assert beside.code == 0, beside.stderr
+    next_published = finish(start("hf://demo/arithmetic", volume, env=env, user=UNPRIVILEGED_USER))
+    assert next_published.code == 0, next_published.stderr
     assert problems(volume / "demo--arithmetic" / second) == []
     assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{second}\n"
