@@ -21,10 +21,7 @@ LIVENESS_POLL_SECONDS = 1.0
 class Stream:
     """Asynchronous iterator over one sequence's steps; ends with the sequence, or when it is closed.
 
-    Args:
-        prompt: token ids, at least one.
-        sampling: complete, without defaults left to fill in.
-        deadline: by `time.monotonic()`.
+    Args, in addition to those of `Engine.submit`:
         eos_token_ids: the model's; ignored if `sampling` does so.
         is_alive: whether the engine makes progress.
         on_end: called once, when the sequence has finished or is closed.

@@ -25,10 +25,13 @@ from predictor.types import (
     GenerationRequest,
     Step,
     TextDelta,
+    Token,
 )
 
 OnFinished = Callable[[FinishedSequence], None]
+"""Called once for each sequence when it has ended, whatever the outcome."""
 OnTokens = Callable[[int, float | None], None]
+"""Called with the number of new tokens of a sequence and the seconds since its previous ones; None for its first."""
 
 
 class CompletionStream:
@@ -108,16 +111,9 @@ def submit(
     on_finished: OnFinished,
     on_tokens: OnTokens,
 ) -> CompletionStream:
-    """Submit requests to the engine, `n` sequences for each; all of them or none.
+    """Submit at least one request to the engine, `n` sequences for each; all of them or none.
 
-    Args:
-        requests: at least one.
-        prompts: of the model.
-        engine: started.
-        deadline: by `time.monotonic()`.
-        on_finished: called once for each sequence when it has ended, whatever the outcome.
-        on_tokens: called with the number of new tokens of a sequence and the seconds since its previous ones, or None
-            for its first.
+    The deadline is by `time.monotonic()`.
 
     Raises:
         RequestError: a request is invalid, or the queue is full.
@@ -168,16 +164,10 @@ class _Sequence:
     async def deltas(self) -> AsyncGenerator[CompletionDelta]:
         """Yield deltas up to the one with a finish reason."""
         if self.echo:
-            yield CompletionDelta(
-                index=self.index,
-                deltas=(TextDelta(self.echo),),
-                prompt_tokens=self.prompt_tokens,
-                completion_tokens=0,
-            )
+            yield self._completion_delta(self.echo)
         try:
             async for step in self.stream:
-                self._count_tokens(step)
-                delta = self._delta(step)
+                delta = self._process(step)
                 if delta.finish_reason is not None:
                     self.outcome = delta.finish_reason.value
                     self.close()
@@ -195,11 +185,11 @@ class _Sequence:
 
     def close(self) -> None:
         """Release the sequence's place in the engine and report its end, once."""
-        self.stream.close()
+        stream = self.stream
+        stream.close()
         if self.closed:
             return
         self.closed = True
-        stream = self.stream
         self.on_finished(
             FinishedSequence(
                 index=self.index,
@@ -213,14 +203,12 @@ class _Sequence:
             )
         )
 
-    def _count_tokens(self, step: Step) -> None:
+    def _process(self, step: Step) -> CompletionDelta:
+        """Count the tokens of a step, and detokenize it up to the first stop string."""
         if step.token_ids:
             now = time.monotonic()
             self.on_tokens(len(step.token_ids), None if self.last_step_at is None else now - self.last_step_at)
             self.last_step_at = now
-
-    def _delta(self, step: Step) -> CompletionDelta:
-        """Detokenize a step, up to the first stop string."""
         text, tokens, finish_reason = "", [], step.finish_reason
         # The token that ends a completion is not part of its text.
         drop_last = finish_reason not in (None, FinishReason.LENGTH)
@@ -233,6 +221,11 @@ class _Sequence:
             if self.detokenizer.stopped:
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
+        return self._completion_delta(text, finish_reason, tokens)
+
+    def _completion_delta(
+        self, text: str, finish_reason: FinishReason | None = None, tokens: Sequence[Token] = ()
+    ) -> CompletionDelta:
         return CompletionDelta(
             index=self.index,
             deltas=(TextDelta(text),) if text else (),

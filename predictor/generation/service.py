@@ -51,8 +51,6 @@ class _LoadCancelled(Exception):
 class _Pipeline:
     """The parts that answer requests once the model is loaded."""
 
-    snapshot: Snapshot
-    loaded: LoadedModel
     prompts: Prompts
     engine: Engine
     self_check: SelfCheck
@@ -64,12 +62,14 @@ class LLMService:
     def __init__(self, settings: Settings) -> None:
         self.models = ServedModels((settings.served_model_name,))
         self.phase = Phase.CREATED
+        self.metadata: dict[str, str] = {}
+        """Properties of the loaded model, all as strings; empty before the load."""
         self._settings = settings
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
-        self._state_lock = threading.Lock()
+        self._state_lock = threading.RLock()
         self._metrics = metrics.ModelMetrics(self.models.default)
         self._metrics.register_callbacks(ready=lambda: self.is_ready, live=lambda: self.is_live)
 
@@ -98,22 +98,21 @@ class LLMService:
         return True
 
     def _enter(self, phase: Phase) -> None:
-        """Set the next phase of the load. Call with `_state_lock` held where the phase has effects."""
-        if self.phase in (Phase.DRAINING, Phase.STOPPED):
-            raise _LoadCancelled
-        self.phase = phase
+        """Set the next phase of the load."""
+        with self._state_lock:
+            if self.is_shutting_down:
+                raise _LoadCancelled
+            self.phase = phase
 
     def _find_snapshot(self) -> Snapshot:
         settings = self._settings
-        with self._state_lock:
-            self._enter(Phase.WAITING)
+        self._enter(Phase.WAITING)
         with self._metrics.time_load_phase("snapshot"):
             return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
 
     def _load_weights(self, found: Snapshot) -> LoadedModel:
         settings = self._settings
-        with self._state_lock:
-            self._enter(Phase.LOADING)
+        self._enter(Phase.LOADING)
         threads.configure_threads(settings.num_threads)
         return loader.load(
             found.directory,
@@ -160,7 +159,8 @@ class LLMService:
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
             self._enter(Phase.READY)
-            self._pipeline = _Pipeline(found, loaded, prompts, engine, self_check)
+            self.metadata = _metadata(found, loaded, engine)
+            self._pipeline = _Pipeline(prompts, engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
         )
@@ -228,24 +228,6 @@ class LLMService:
         """Maximum tokens of prompt and completion together; None before the load."""
         return self._pipeline.engine.context_tokens if self._pipeline else None
 
-    @property
-    def metadata(self) -> dict[str, str]:
-        """Properties of the loaded model, all as strings; empty before the load."""
-        if self._pipeline is None:
-            return {}
-        loaded, engine = self._pipeline.loaded, self._pipeline.engine
-        return {
-            "commit": self._pipeline.snapshot.commit or "",
-            "device": str(loaded.model.device),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
-            "quantization": loaded.quantization,
-            **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
-            "prepared": str(loaded.prequantized).lower(),
-            **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
-            "context_tokens": str(engine.context_tokens),
-            "kv_cache_tokens": str(engine.cache_tokens),
-        }
-
     async def run_self_checks(self) -> None:
         """Check the model periodically until cancelled; call after `load`."""
         if self._pipeline is not None:
@@ -266,8 +248,8 @@ class LLMService:
             RequestError: a request is invalid, or the model takes no requests now.
         """
         record = request_record.current()
-        chats = any(isinstance(request.prompt, Chat) for request in requests)
-        record.operation = "chat" if chats else "text_completion"
+        has_chat = any(isinstance(request.prompt, Chat) for request in requests)
+        record.operation = "chat" if has_chat else "text_completion"
         if self.is_shutting_down:
             raise Draining("The server is shutting down. Retry later.")
         if self._pipeline is None:
@@ -294,6 +276,20 @@ class LLMService:
         except Overloaded:
             self._metrics.count_rejected()
             raise
+
+
+def _metadata(found: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
+    return {
+        "commit": found.commit or "",
+        "device": str(loaded.model.device),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "quantization": loaded.quantization,
+        **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
+        "prepared": str(loaded.prequantized).lower(),
+        **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
+        "context_tokens": str(engine.context_tokens),
+        "kv_cache_tokens": str(engine.cache_tokens),
+    }
 
 
 def _process_age_seconds() -> float:

@@ -93,11 +93,7 @@ REGISTRY.register(_CALLBACKS)
 
 
 class ModelMetrics:
-    """The metrics of one model.
-
-    Args:
-        model_name: value of the label `model_name`.
-    """
+    """The metrics of one model, by its name."""
 
     def __init__(self, model_name: str) -> None:
         self._model_name = model_name
@@ -142,10 +138,10 @@ class ModelMetrics:
         queue, first_token = sequence.queue_seconds, sequence.first_token_seconds
         if queue is not None:
             self._histograms["request_queue_time_seconds"].observe(queue)
-            if first_token is not None:
-                self._histograms["request_prefill_time_seconds"].observe(first_token - queue)
         if first_token is not None:
             self._histograms["time_to_first_token_seconds"].observe(first_token)
+        if queue is not None and first_token is not None:
+            self._histograms["request_prefill_time_seconds"].observe(first_token - queue)
 
     def count_rejected(self) -> None:
         """Count a request rejected with 429."""

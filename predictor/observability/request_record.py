@@ -82,13 +82,9 @@ def bind(record: RequestRecord) -> Iterator[RequestRecord]:
 
 
 def log_request(summary: str, record: RequestRecord, fields: Mapping[str, Any], **details: Any) -> None:
-    """Write a request's log line.
+    """Write a request's log line: the summary, then `details` and the record's fields as `name=value`.
 
-    Args:
-        summary: beginning of the line.
-        record: its fields follow, as `name=value`.
-        fields: the summary's values by name, for the JSON format.
-        details: further fields, before those of `record`.
+    `fields` are the summary's values by name, for the JSON format.
     """
     details |= record.as_fields()
     text = " ".join(

@@ -43,9 +43,6 @@ _W3C = TraceContextTextMapPropagator()
 class Tracing:
     """Exports spans from a background thread, which drops spans when its queue is full.
 
-    Args:
-        model_name: of the served model.
-
     Raises:
         InvalidSettings: the SDK rejects an OTEL_* variable.
     """
@@ -65,11 +62,8 @@ class Tracing:
     def export_http(self, scope: Scope, status: int, started: float, record: RequestRecord) -> None:
         """Export the spans of a finished HTTP request, and set the trace id of its record.
 
-        Args:
-            scope: of ASGI, with the matched route.
-            status: of the response, or `request_record.CLIENT_GONE`.
-            started: by `time.monotonic()`.
-            record: of the request.
+        The ASGI scope has the matched route; `status` may be `request_record.CLIENT_GONE`. `started` is by
+        `time.monotonic()`.
         """
         method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
         attributes = {
@@ -92,15 +86,9 @@ class Tracing:
         started: float,
         record: RequestRecord,
     ) -> None:
-        """Export the spans of a finished gRPC call.
+        """Export the spans of a finished gRPC call, and set the trace id of its record.
 
-        Args:
-            method: of the service.
-            metadata: of the call.
-            code: of gRPC.
-            status: HTTP's for the same error.
-            started: by `time.monotonic()`.
-            record: of the call; its trace id is set.
+        `code` is gRPC's, `status` is HTTP's for the same error, `started` is by `time.monotonic()`.
         """
         attributes = {
             "rpc.system.name": "grpc",
