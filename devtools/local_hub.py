@@ -3,7 +3,7 @@
     with LocalHub({"demo/arithmetic": Path("demo/model")}) as hub:
         ...  # HF_ENDPOINT=hub.url
 
-    python -m tests.local_hub --port 0 demo/arithmetic=demo/model      # prints its URL first; SIGTERM ends it with 0
+    python -m devtools.local_hub --port 0 demo/arithmetic=demo/model      # prints its URL first; SIGTERM ends it with 0
 
 A repository's listing is taken once, when it is added: `main` names a commit made of the paths and contents of that
 moment. Content is read when it is asked for: a test that changes a file afterwards has a Hub that sends wrong bytes.
@@ -419,7 +419,7 @@ class _Exchange(BaseHTTPRequestHandler):
 
 def main(words: Sequence[str] | None = None) -> int:
     """Serve the directories of the command line until SIGTERM or Ctrl-C; the URL is the first line on stdout."""
-    parser = argparse.ArgumentParser(prog="python -m tests.local_hub", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m devtools.local_hub", description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--bytes-per-second", type=float, help="throttle every download to this rate")
     parser.add_argument("repositories", nargs="+", metavar="OWNER/NAME=DIR")
