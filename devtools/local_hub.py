@@ -12,9 +12,9 @@ Every request passes as `Request -> Response -> fault -> wire`. A fault is a fun
 other bytes, another status, slower, or truncated. While it blocks, the Hub hangs before the headers. `requests` records
 requests, statuses and sent bytes.
 
-Supported: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag),
-X-Error-Code, bearer tokens for gated and private repositories. Not supported: pagination, Xet, redirects to a CDN, uploads,
-repositories other than models.
+Supported: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code
+on errors, bearer tokens for gated and private repositories. Not supported: pagination, Xet, redirects to a CDN,
+uploads, repositories other than models.
 """
 
 import argparse
