@@ -1,20 +1,20 @@
-"""A Hub on loopback: serves directories over the part of the Hub's HTTP API that the real huggingface_hub client uses.
+"""A Hub on loopback: serves directories over the part of the HTTP API that huggingface_hub uses.
 
     with LocalHub({"demo/arithmetic": Path("demo/model")}) as hub:
         ...  # HF_ENDPOINT=hub.url
 
-    python -m tests.local_hub --port 0 demo/arithmetic=demo/model      # prints its URL first; SIGTERM ends it with 0
+    python -m devtools.local_hub --port 0 demo/arithmetic=demo/model   # prints its URL; exits with 0 on SIGTERM
 
-A repository's listing is taken once, when it is added: `main` names a commit made of the paths and contents of that
-moment. Content is read when it is asked for: a test that changes a file afterwards has a Hub that sends wrong bytes.
+A repository is listed once, when it is added: `main` names a commit of the paths and contents at that time. Content is
+read on request, so a test that changes a file makes the Hub send wrong bytes.
 
 Every request passes as `Request -> Response -> fault -> wire`. A fault is a function that may replace the response:
-other bytes, another status, slower, or cut off; while it waits, the Hub hangs before its headers. `requests` remembers
-what was asked, answered and sent.
+other bytes, another status, slower, or truncated. While it blocks, the Hub hangs before the headers. `requests` records
+requests, statuses and sent bytes.
 
-Spoken: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code on
-errors, bearer tokens for gated and private repositories (others are open to everybody, whatever token is sent). Not
-spoken: pagination, Xet, redirects to a content network, uploads, any kind of repository but models.
+Supported: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code
+on errors, bearer tokens for gated and private repositories. Not supported: pagination, Xet, redirects to a CDN,
+uploads, repositories other than models.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CHUNK_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Blob:
-    """One file of a commit, as it was when the repository was added."""
+    """One file of a commit, at the time when the repository was added."""
 
     source: Path
     size: int
@@ -58,7 +58,7 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Commits by id, and the names that lead to them."""
+    """Commits by id, and the revisions that name them."""
 
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """What was asked, and afterwards what became of it."""
+    """A request, with its status and sent bytes once it is done."""
 
     method: str
     path: str
@@ -83,35 +83,34 @@ class Request:
     file: str = ""
     status: int = 0
     sent_bytes: int = 0
-    """Of the body."""
+    """Bytes of the body."""
 
 
 @dataclass
 class Response:
-    """What would be answered; a fault may change any of it."""
+    """The response; a fault may change any of it."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | Path = b""
     offset: int = 0
     length: int = 0
-    """Bytes of the body that Content-Length promises, from `offset` on."""
+    """Content-Length, from `offset` on."""
     bytes_per_second: float | None = None
     cut_after_bytes: int | None = None
-    """The connection ends after so many bytes of the body: with a reset, as when a server dies."""
+    """Reset the connection after this many bytes of the body, as a dying server does."""
     ends_in_order: bool = False
-    """Ends it without the reset, as a proxy does that has given up: the client has got all that was sent."""
+    """Close the connection instead of resetting it, as a proxy does: the client receives all bytes sent."""
 
 
 Fault = Callable[[Request, Response], Response]
 
 
 class LocalHub:
-    """A Hub that listens on 127.0.0.1 from construction on and answers between `__enter__` and `__exit__`.
+    """A Hub that listens on 127.0.0.1 after construction and responds between `__enter__` and `__exit__`.
 
-    `bytes_per_second` throttles the bodies of each response; `token` opens gated and private repositories; `fault` is
-    asked about every response. All three may be changed while the hub runs. With a `certificate`, a file that holds its
-    key too, it speaks https.
+    `bytes_per_second` throttles each body, `token` opens gated and private repositories, `fault` may change every
+    response. All three may be set while the Hub runs. With a `certificate` (with its key), it serves HTTPS.
     """
 
     def __init__(
@@ -174,15 +173,15 @@ class LocalHub:
         return self._repositories[name].revisions[revision]
 
     def blobs(self, name: str, revision: str = "main") -> dict[str, Blob]:
-        """The files of a commit by path; a test that changes this changes what the Hub claims."""
+        """Return the files of a commit by path; a test may change them to make the Hub lie."""
         return self._repositories[name].commits[self.commit(name, revision)]
 
     def downloads(self) -> Counter[str]:
-        """How often the content of each file was asked for, by path in the repository."""
+        """Return the number of downloads by path in the repository."""
         return Counter(r.file for r in self.requests if r.kind == "resolve" and r.method == "GET" and r.status < 400)
 
     def sent_bytes(self) -> Counter[str]:
-        """Bytes of content that left, by path in the repository."""
+        """Return the bytes of content sent, by path in the repository."""
         sent: Counter[str] = Counter()
         for request in self.requests:
             if request.kind == "resolve":
@@ -190,7 +189,7 @@ class LocalHub:
         return sent
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset the recorded requests."""
         self.requests.clear()
 
     def answer(self, request: Request) -> Response:
@@ -301,10 +300,10 @@ def _resolve(request: Request, commit: str, files: Mapping[str, Blob]) -> Respon
     }
     if blob.lfs:
         headers |= {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.etag}"'}
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-    if asked is None:
+    byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    if byte_range is None:
         return Response(200, headers, blob.source, 0, blob.size)
-    first, last = int(asked[1]), min(int(asked[2] or blob.size - 1), blob.size - 1)
+    first, last = int(byte_range[1]), min(int(byte_range[2] or blob.size - 1), blob.size - 1)
     if first > last:
         return Response(416, headers | {"Content-Range": f"bytes */{blob.size}"})
     headers["Content-Range"] = f"bytes {first}-{last}/{blob.size}"
@@ -410,7 +409,7 @@ class _Exchange(BaseHTTPRequestHandler):
         pace = CHUNK_BYTES if response.bytes_per_second is None else max(1, int(response.bytes_per_second / 50))
         for start in range(0, len(content), pace):
             piece = content[start : start + pace]
-            # Counted first: whoever has the bytes may ask for the count at once.
+            # Count first: the client may read the count as soon as it has the bytes.
             request.sent_bytes += len(piece)
             self.wfile.write(piece)
             if response.bytes_per_second is not None:
@@ -418,14 +417,14 @@ class _Exchange(BaseHTTPRequestHandler):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Serve the directories of the command line until SIGTERM or Ctrl-C; the URL is the first line on stdout."""
-    parser = argparse.ArgumentParser(prog="python -m tests.local_hub", description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
+    """Serve directories until SIGTERM or Ctrl-C; the first line on stdout is the URL."""
+    parser = argparse.ArgumentParser(prog="python -m devtools.local_hub", description=__doc__.splitlines()[0])
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--bytes-per-second", type=float, help="throttle every download to this rate")
     parser.add_argument("repositories", nargs="+", metavar="OWNER/NAME=DIR")
-    given = parser.parse_args(words)
+    arguments = parser.parse_args(words)
     repositories: dict[str, Path] = {}
-    for pair in given.repositories:
+    for pair in arguments.repositories:
         name, equals, directory = pair.partition("=")
         if not equals or name.count("/") != 1 or not Path(directory).is_dir():
             parser.error(f"{pair!r} is not OWNER/NAME=DIR with an existing directory")
@@ -433,7 +432,7 @@ def main(words: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    with LocalHub(repositories, port=given.port, bytes_per_second=given.bytes_per_second) as hub:
+    with LocalHub(repositories, port=arguments.port, bytes_per_second=arguments.bytes_per_second) as hub:
         sys.stdout.write(hub.url + "\n")
         sys.stdout.flush()
         ended.wait()

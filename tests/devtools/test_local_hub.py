@@ -1,4 +1,4 @@
-"""The Hub that the other tests trust: ranges, counts, faults, and as a program."""
+"""The local Hub: ranges, counts, faults, and as a program."""
 
 import signal
 import subprocess
@@ -40,7 +40,7 @@ def test_fault_truncates_download(hub: LocalHub) -> None:
 
 def test_program_runs_until_sigterm(model: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.local_hub", "--port", "0", f"demo/arithmetic={model}"],
+        [sys.executable, "-m", "devtools.local_hub", "--port", "0", f"demo/arithmetic={model}"],
         cwd=ROOT,
         text=True,
         stdout=subprocess.PIPE,

@@ -21,7 +21,7 @@ from devtools.local_hub import LocalHub
 from storage_initializer.cli.main import main
 
 ROOT = Path(__file__).parents[2]
-NOBODY, SOMEBODY = 65534, 60_001
+FIRST_USER, SECOND_USER = 65534, 60_001
 """Users to whom something can be forbidden, unlike root."""
 GROUP = 60_000
 
@@ -55,14 +55,14 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def safetensors(size_bytes: int, seed: int = 0) -> bytes:
-    """The smallest valid file of one uint8 tensor with so many random elements."""
+    """The smallest valid file of one uint8 tensor with `size_bytes` random elements."""
     tensor = {"weight": {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}}
     header = json.dumps(tensor).encode()
     return len(header).to_bytes(8, "little") + header + random.Random(seed).randbytes(size_bytes)
 
 
 def make_model(directory: Path, shards: int = 1, shard_bytes: int = 20_000, seed: int = 0) -> Path:
-    """A directory as models lie on the Hub: configuration, tokenizer, weights, and what nobody should load."""
+    """Create a directory as on the Hub: configuration, tokenizer, weights, and files that must not be loaded."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "seed": seed}))
     (directory / "tokenizer.json").write_text("{}")
@@ -197,7 +197,7 @@ def others_can_run() -> bool:
     """Whether the program can be started as another user: by root, where that user can read the code."""
     if os.getuid() != 0:
         return False
-    command = [sys.executable, "-c", AS_USER, str(NOBODY), str(GROUP), "--help"]
+    command = [sys.executable, "-c", AS_USER, str(FIRST_USER), str(GROUP), "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -207,8 +207,8 @@ def unprivileged(others_can_run: bool) -> int | None:
     if os.getuid() != 0:
         return None
     if not others_can_run:
-        pytest.skip(f"user {NOBODY} cannot read the repository or its virtual environment")
-    return NOBODY
+        pytest.skip(f"user {FIRST_USER} cannot read the repository or its virtual environment")
+    return FIRST_USER
 
 
 def finish(process: "subprocess.Popen[str]", timeout_seconds: float = 120) -> Result:

@@ -31,7 +31,7 @@ def complete_or_die(staging, path):
 layout.complete = complete_or_die
 runpy.run_module("storage_initializer", run_name="__main__", alter_sys=True)
 """
-"""The program, killed in the middle of writing what it prepares, after so many files."""
+"""The program, killed after it has written a number of files."""
 FILES = 8
 """Of the model below: three shards, their index, two configurations, two files of the tokenizer."""
 
@@ -263,7 +263,7 @@ def test_prepare_four_processes_publish_once(environment: dict[str, str], volume
 def test_prepare_without_torch_fails_before_download(
     run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # How Python is told that a package is not there.
+    # Makes the import fail.
     monkeypatch.setitem(sys.modules, "torch", None)
     result = prepare(run, volume)
     assert result.code == 2

@@ -1,4 +1,4 @@
-"""A tar as the source: what an air-gapped cluster is given, and what somebody hostile may have packed."""
+"""Tar archives as sources, for air-gapped clusters; also hostile ones."""
 
 import io
 import os
