@@ -1,20 +1,20 @@
-"""Local Hub: serves directories over the part of the Hub's HTTP API that huggingface_hub uses.
+"""A Hub on loopback: serves directories over the part of the HTTP API that huggingface_hub uses.
 
     with LocalHub({"demo/arithmetic": Path("demo/model")}) as hub:
         ...  # HF_ENDPOINT=hub.url
 
-    python -m devtools.local_hub --port 0 demo/arithmetic=demo/model      # prints its URL first; SIGTERM ends it with 0
+    python -m devtools.local_hub --port 0 demo/arithmetic=demo/model   # prints its URL; exits with 0 on SIGTERM
 
-A repository is listed once, when it is added: `main` is a commit of its paths and contents at that time. Content is
-read on each request, so a test that changes a file afterwards makes the Hub send wrong bytes.
+A repository is listed once, when it is added: `main` names a commit of the paths and contents at that time. Content is
+read on request, so a test that changes a file makes the Hub send wrong bytes.
 
-Every request passes `Request -> Response -> fault -> wire`. A fault is a function that may replace the response: other
-bytes, another status, slower, or truncated. While it blocks, the Hub hangs before its headers. `requests` records all
-requests with their status and sent bytes.
+Every request passes as `Request -> Response -> fault -> wire`. A fault is a function that may replace the response:
+other bytes, another status, slower, or truncated. While it blocks, the Hub hangs before the headers. `requests` records
+requests, statuses and sent bytes.
 
 Supported: model info, tree, resolve (GET, HEAD, Range, ETag, X-Repo-Commit, X-Linked-Size, X-Linked-Etag), X-Error-Code
-on errors, bearer tokens for gated and private repositories. Public repositories accept any token. Not supported:
-pagination, Xet, redirects to a content network, uploads, repositories other than models.
+on errors, bearer tokens for gated and private repositories. Not supported: pagination, Xet, redirects to a CDN,
+uploads, repositories other than models.
 """
 
 import argparse
@@ -43,7 +43,7 @@ CHUNK_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class Blob:
-    """One file of a commit, at the time the repository was added."""
+    """One file of a commit, at the time when the repository was added."""
 
     source: Path
     size: int
@@ -58,7 +58,7 @@ class Blob:
 
 @dataclass
 class Repository:
-    """Commits by id, and revisions that point to them."""
+    """Commits by id, and the revisions that name them."""
 
     commits: dict[str, dict[str, Blob]] = field(default_factory=dict)
     revisions: dict[str, str] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class Repository:
 
 @dataclass
 class Request:
-    """A request, with the status and size of its response."""
+    """A request, with its status and sent bytes once it is done."""
 
     method: str
     path: str
@@ -83,35 +83,34 @@ class Request:
     file: str = ""
     status: int = 0
     sent_bytes: int = 0
-    """Of the body."""
+    """Bytes of the body."""
 
 
 @dataclass
 class Response:
-    """A response; a fault may change any of its fields."""
+    """The response; a fault may change any of it."""
 
     status: int
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes | Path = b""
     offset: int = 0
     length: int = 0
-    """Content-Length: bytes of the body from `offset` on."""
+    """Content-Length, from `offset` on."""
     bytes_per_second: float | None = None
     cut_after_bytes: int | None = None
-    """Bytes of the body after which the connection is reset, as by a crashed server."""
+    """Reset the connection after this many bytes of the body, as a dying server does."""
     ends_in_order: bool = False
-    """Close the connection without a reset, as a proxy does on a timeout."""
+    """Close the connection instead of resetting it, as a proxy does: the client receives all bytes sent."""
 
 
 Fault = Callable[[Request, Response], Response]
 
 
 class LocalHub:
-    """A Hub that listens on 127.0.0.1 from construction on and responds within its `with` block.
+    """A Hub that listens on 127.0.0.1 after construction and responds between `__enter__` and `__exit__`.
 
-    `bytes_per_second` throttles the bodies of each response; `token` opens gated and private repositories; `fault` is
-    asked about every response. All three may be changed while the hub runs. With a `certificate`, a file that holds its
-    key too, it speaks https.
+    `bytes_per_second` throttles each body, `token` opens gated and private repositories, `fault` may change every
+    response. All three may be set while the Hub runs. With a `certificate` (with its key), it serves HTTPS.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class LocalHub:
     def add(
         self, name: str, directory: Path, *, revision: str = "main", gated: bool = False, private: bool = False
     ) -> str:
-        """Commit the current content of a directory as a revision and return the commit."""
+        """Commit the present content of a directory, and let a revision name it; returns the commit."""
         files = {
             path.relative_to(directory).as_posix(): _blob(path)
             for path in sorted(directory.rglob("*"))
@@ -174,15 +173,15 @@ class LocalHub:
         return self._repositories[name].revisions[revision]
 
     def blobs(self, name: str, revision: str = "main") -> dict[str, Blob]:
-        """Return the files of a commit by path; changes to it change the listing."""
+        """Return the files of a commit by path; a test may change them to make the Hub lie."""
         return self._repositories[name].commits[self.commit(name, revision)]
 
     def downloads(self) -> Counter[str]:
-        """Return the number of content requests of each file, by path in the repository."""
+        """Return the number of downloads by path in the repository."""
         return Counter(r.file for r in self.requests if r.kind == "resolve" and r.method == "GET" and r.status < 400)
 
     def sent_bytes(self) -> Counter[str]:
-        """Return the number of sent content bytes, by path in the repository."""
+        """Return the bytes of content sent, by path in the repository."""
         sent: Counter[str] = Counter()
         for request in self.requests:
             if request.kind == "resolve":
@@ -301,10 +300,10 @@ def _resolve(request: Request, commit: str, files: Mapping[str, Blob]) -> Respon
     }
     if blob.lfs:
         headers |= {"X-Linked-Size": str(blob.size), "X-Linked-Etag": f'"{blob.etag}"'}
-    asked = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
-    if asked is None:
+    byte_range = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("range", ""))
+    if byte_range is None:
         return Response(200, headers, blob.source, 0, blob.size)
-    first, last = int(asked[1]), min(int(asked[2] or blob.size - 1), blob.size - 1)
+    first, last = int(byte_range[1]), min(int(byte_range[2] or blob.size - 1), blob.size - 1)
     if first > last:
         return Response(416, headers | {"Content-Range": f"bytes */{blob.size}"})
     headers["Content-Range"] = f"bytes {first}-{last}/{blob.size}"
@@ -353,7 +352,7 @@ class _Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     def close_connections(self) -> None:
-        """Close keep-alive connections, so that no thread waits for their next request."""
+        """End connections that clients keep alive, so that no thread waits for their next request."""
         with self._lock:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
@@ -410,7 +409,7 @@ class _Exchange(BaseHTTPRequestHandler):
         pace = CHUNK_BYTES if response.bytes_per_second is None else max(1, int(response.bytes_per_second / 50))
         for start in range(0, len(content), pace):
             piece = content[start : start + pace]
-            # Counted first: a client may read the count as soon as it has the bytes.
+            # Count first: the client may read the count as soon as it has the bytes.
             request.sent_bytes += len(piece)
             self.wfile.write(piece)
             if response.bytes_per_second is not None:
@@ -418,9 +417,9 @@ class _Exchange(BaseHTTPRequestHandler):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Serve the directories of the command line until SIGTERM or Ctrl-C; the URL is the first line on stdout."""
+    """Serve directories until SIGTERM or Ctrl-C; the first line on stdout is the URL."""
     parser = argparse.ArgumentParser(prog="python -m devtools.local_hub", description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, default=0, help="0 selects a free port")
+    parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--bytes-per-second", type=float, help="throttle every download to this rate")
     parser.add_argument("repositories", nargs="+", metavar="OWNER/NAME=DIR")
     arguments = parser.parse_args(words)

@@ -21,11 +21,7 @@ class ServedModels:
         return self.names[0]
 
     def require(self, name: str, version: str | None = None) -> None:
-        """Check that a model is served.
-
-        Args:
-            name: as the client sent it.
-            version: likewise; None or empty: any.
+        """Check that a model is served, and in this version unless that is None or empty.
 
         Raises:
             NotFound: there is no such model or version.

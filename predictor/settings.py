@@ -131,10 +131,7 @@ class Settings(BaseSettings):
 
 
 def read(argv: Sequence[str]) -> Settings:
-    """Return the settings from flags and environment.
-
-    Args:
-        argv: the flags, without the program's name; `--help` prints them all and exits.
+    """Return the settings from flags, without the program's name, and the environment; `--help` prints all and exits.
 
     Raises:
         InvalidSettings: naming the flag or variable, and the fix.

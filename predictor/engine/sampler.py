@@ -63,12 +63,9 @@ class MinTokens:
 
 
 class SequenceSampler:
-    """Samples the tokens of one sequence.
+    """Samples the tokens of one sequence, by sampling parameters without defaults left to fill in.
 
-    Args:
-        sampling: complete, without defaults left to fill in.
-        prompt_tokens: length of the prompt; the tokens after it are the output.
-        end_token_ids: tokens that would end the sequence, excluded before `min_tokens`.
+    The tokens after the first `prompt_tokens` are the output. `end_token_ids` are excluded before `min_tokens`.
     """
 
     def __init__(self, sampling: SamplingParams, prompt_tokens: int, end_token_ids: Collection[int]) -> None:
@@ -88,11 +85,9 @@ class SequenceSampler:
         self._is_greedy = (sampling.temperature or 0.0) < GREEDY_BELOW
 
     def __call__(self, logits: torch.Tensor, token_ids: Sequence[int] = ()) -> None:
-        """Make the sampled token's logit the largest.
+        """Make the sampled token's logit the largest, in place, in float32 `logits` (vocabulary,).
 
-        Args:
-            logits: float32, (vocabulary,); changed in place.
-            token_ids: prompt and output so far; needed only if there are logits processors.
+        `token_ids` are prompt and output so far, needed only if there are logits processors.
         """
         sampling = self._sampling
         logprobs = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None

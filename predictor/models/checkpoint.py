@@ -71,13 +71,9 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_complete(directory: Path, loading_info: dict[str, Any]) -> None:
-    """Check that the files had every weight in the right shape.
+    """Check, by `from_pretrained`'s loading info, that the files had every weight in the right shape.
 
     Transformers only logs such weights, and fills them with random numbers.
-
-    Args:
-        directory: the checkpoint, for the message.
-        loading_info: as returned by `from_pretrained(output_loading_info=True)`.
 
     Raises:
         UnsupportedModel: a weight is missing or has another shape.

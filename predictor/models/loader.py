@@ -22,7 +22,6 @@ from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
-
 TimePhase = Callable[[str], AbstractContextManager[object]]
 """Entered for each phase of a load, with its name: "tokenizer", "weights", "pack"."""
 
@@ -37,7 +36,7 @@ class LoadPlan:
     device: torch.device
     dtype: torch.dtype
     quantization: str
-    """`none`, `8bit` or `4bit`."""
+    """Resolved mode."""
     quantization_config: Any | None
     """How transformers quantizes the weights while they load; None if it does not."""
     skip_modules: Sequence[str]

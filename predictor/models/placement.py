@@ -55,12 +55,7 @@ def place(
 ) -> Placement:
     """Place the whole model on the device, or what exceeds a GPU in host memory.
 
-    Args:
-        device: where the model runs.
-        mode: quantization, "none", "8bit" or "4bit".
-        weight_bytes: size of the checkpoint's weights.
-        free_bytes: free memory of the device.
-        host_free_bytes: returns the free memory of the host; called only if needed.
+    The arguments are those of `resolve_mode`; `host_free_bytes` is called only if needed.
 
     Raises:
         StartupError: the weights do not fit in both memories together.

@@ -69,13 +69,9 @@ def resolve_mode(
 def make_config(
     mode: str, device: torch.device, dtype: torch.dtype, skip_modules: Sequence[str] = ()
 ) -> BitsAndBytesConfig | Int8Config | None:
-    """Return the `quantization_config` of `from_pretrained`; None without quantization.
+    """Return the `quantization_config` of `from_pretrained` for a resolved mode; None without quantization.
 
-    Args:
-        mode: as returned by `resolve_mode`.
-        device: of the model.
-        dtype: compute dtype of 4-bit weights.
-        skip_modules: names, or parts of names, of linear layers not to quantize.
+    `dtype` is the compute dtype of 4-bit weights.
     """
     if mode == "none":
         return None

@@ -76,10 +76,7 @@ def wait(
 def prequantized(directory: Path, dtype: str, skip_modules: Sequence[str]) -> Path | None:
     """Return the int8 variant of a snapshot, if its weights equal those that quantizing now would give.
 
-    Args:
-        directory: a snapshot, published or not.
-        dtype: the dtype before quantization, such as "bfloat16".
-        skip_modules: patterns of layers that are not quantized.
+    `dtype` is that of the weights before quantization, such as "bfloat16".
     """
     directory = directory.resolve()
     variant = directory.with_name(f"{directory.name}-{INT8_CPU}") if directory.name else directory

@@ -100,8 +100,6 @@ class ModelMetrics:
         # Labels are resolved once, not for every token.
         self._counters = {name: counter.labels(model_name) for name, counter in _COUNTERS.items()}
         self._histograms = {name: histogram.labels(model_name) for name, histogram in _HISTOGRAMS.items()}
-        self._generated = self._counters["generation_tokens"]
-        self._gap = self._histograms["inter_token_latency_seconds"]
 
     def register_callbacks(self, **callbacks: Callable[[], float]) -> None:
         """Read these metrics, named without prefix, by callback at every scrape."""
@@ -125,10 +123,11 @@ class ModelMetrics:
 
     def count_tokens(self, tokens: int, gap_seconds: float | None) -> None:
         """Count new tokens of a sequence, `gap_seconds` after its previous ones; None for its first."""
-        self._generated.inc(tokens)
+        self._counters["generation_tokens"].inc(tokens)
         if gap_seconds is not None:
+            gap = self._histograms["inter_token_latency_seconds"]
             for _ in range(tokens):
-                self._gap.observe(gap_seconds / tokens)
+                gap.observe(gap_seconds / tokens)
 
     def count_finished(self, sequence: FinishedSequence) -> None:
         """Count a finished sequence, by its outcome, and observe its latencies."""

@@ -1,4 +1,4 @@
-"""The Hub that the other tests trust: ranges, counts, faults, and as a program."""
+"""The local Hub: ranges, counts, faults, and as a program."""
 
 import signal
 import subprocess

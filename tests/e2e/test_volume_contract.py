@@ -224,8 +224,8 @@ def test_predictor_serves_prequantized_variant(prepared: Prepared, tmp_path: Pat
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
     ):
         properties = client.get("/v2/models/demo").json()["properties"]
-        asked = {"text_input": "60-91=", "parameters": {"temperature": 0, "max_tokens": 64}}
-        answer = client.post("/v2/models/demo/generate", json=asked).json()["text_output"]
+        body = {"text_input": "60-91=", "parameters": {"temperature": 0, "max_tokens": 64}}
+        answer = client.post("/v2/models/demo/generate", json=body).json()["text_output"]
     assert (properties["quantization"], properties["prepared"]) == ("8bit", "true")
     assert properties["commit"] == prepared.published.name
     assert f"loading pre-quantized weights from {prepared.made}" in log.read_text()

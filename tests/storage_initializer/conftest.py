@@ -1,4 +1,4 @@
-"""Fixtures that run the storage initializer in this process or as a program, against a local Hub."""
+"""The initializer as its users run it, in this process or as one of its own, against a Hub on loopback."""
 
 import hashlib
 import json
@@ -21,8 +21,8 @@ from devtools.local_hub import LocalHub
 from devtools.paths import ROOT
 from storage_initializer.cli.main import main
 
-UNPRIVILEGED_USER, OTHER_USER = 65534, 60_001
-"""User ids without privileges."""
+FIRST_USER, SECOND_USER = 65534, 60_001
+"""Users to whom something can be forbidden, unlike root."""
 GROUP = 60_000
 
 AS_USER = "tests.programs.initializer_as_user"
@@ -45,14 +45,14 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def safetensors(size_bytes: int, seed: int = 0) -> bytes:
-    """The smallest valid file of one uint8 tensor with so many random elements."""
+    """The smallest valid file of one uint8 tensor with `size_bytes` random elements."""
     tensor = {"weight": {"dtype": "U8", "shape": [size_bytes], "data_offsets": [0, size_bytes]}}
     header = json.dumps(tensor).encode()
     return len(header).to_bytes(8, "little") + header + random.Random(seed).randbytes(size_bytes)
 
 
 def make_model(directory: Path, shards: int = 1, shard_bytes: int = 20_000, seed: int = 0) -> Path:
-    """Create a model directory as on the Hub: configuration, tokenizer, weights, and files to exclude."""
+    """Create a directory as on the Hub: configuration, tokenizer, weights, and files that must not be loaded."""
     directory.mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"model_type": "llama", "seed": seed}))
     (directory / "tokenizer.json").write_text("{}")
@@ -187,7 +187,7 @@ def others_can_run() -> bool:
     """Whether the program can be started as another user: by root, where that user can read the code."""
     if os.getuid() != 0:
         return False
-    command = [sys.executable, "-m", AS_USER, str(UNPRIVILEGED_USER), str(GROUP), "--help"]
+    command = [sys.executable, "-m", AS_USER, str(FIRST_USER), str(GROUP), "--help"]
     return subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -197,8 +197,8 @@ def unprivileged(others_can_run: bool) -> int | None:
     if os.getuid() != 0:
         return None
     if not others_can_run:
-        pytest.skip(f"user {UNPRIVILEGED_USER} cannot read the repository or its virtual environment")
-    return UNPRIVILEGED_USER
+        pytest.skip(f"user {FIRST_USER} cannot read the repository or its virtual environment")
+    return FIRST_USER
 
 
 def finish(process: "subprocess.Popen[str]", timeout_seconds: float = 120) -> Result:

@@ -350,9 +350,9 @@ def test_unexpected_error_is_one_line(run: Run, volume: Path, monkeypatch: pytes
 
     monkeypatch.setattr("storage_initializer.sources.file_selection.make_plan", explode)
     assert_refused(run("hf://demo/arithmetic", volume), 1, "Unexpected RuntimeError (two lines)", "LOG_LEVEL=DEBUG")
-    debug = run("hf://demo/arithmetic", volume, env={"LOG_LEVEL": "debug"})
-    assert "Traceback" in debug.stderr
-    assert debug.reason.startswith("Unexpected RuntimeError")
+    result = run("hf://demo/arithmetic", volume, env={"LOG_LEVEL": "debug"})
+    assert "Traceback" in result.stderr
+    assert result.reason.startswith("Unexpected RuntimeError")
 
 
 def test_published_commit_needs_no_source(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:

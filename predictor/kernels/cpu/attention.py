@@ -124,12 +124,8 @@ def attend(
         [cu_seq_lens] = cu_seq_lens_k.values()
         metadata = _build_metadata(cu_seq_lens_q, cu_seq_lens, read_index[0], query.dtype, uses_paged_kernel)
         cu_seq_lens_q.attention_metadata = metadata  # type: ignore[attr-defined, unused-ignore]
-    update_kwargs = {
-        "cu_seq_lens_k": cu_seq_lens_k,
-        "max_length_k": max_length_k,
-        "read_index": [metadata.read_index],
-        "write_index": write_index,
-    }
+    lengths = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
+    update_kwargs = {**lengths, "read_index": [metadata.read_index], "write_index": write_index}
     key, value = cache.update(key, value, module.layer_idx, update_kwargs)
     query, key, value = query[0], key[0], value[0]
     paged_decode, padded_decodes = metadata.paged_decode, metadata.padded_decodes
@@ -152,15 +148,8 @@ def attend(
 def _paged_decode(
     query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, group: PagedDecode, scale: float
 ) -> torch.Tensor:
-    attn_output = ops.paged_attention(
-        query.transpose(0, 1),
-        key_cache,
-        value_cache,
-        query_indices=group.query_indices,
-        slot_mapping=group.slot_mapping,
-        kv_ranges=group.kv_ranges,
-        scale=scale,
-    )
+    indices = {"query_indices": group.query_indices, "slot_mapping": group.slot_mapping, "kv_ranges": group.kv_ranges}
+    attn_output = ops.paged_attention(query.transpose(0, 1), key_cache, value_cache, scale=scale, **indices)
     return attn_output.to(query.dtype)
 
 

@@ -5,8 +5,7 @@
  *
  *     panel    BLOCK_N output features, contiguous in memory
  *     in it    for each group of 4 input features, the 4 weights of every output: [K / 4][BLOCK_N][4]
- *     weight   + 128, because the instructions multiply signed by unsigned; 128 * (sum of the token) is subtracted
- * again
+ *     weight   + 128, as the instructions multiply signed by unsigned; 128 * (sum of the token) is subtracted again
  *
  * K is padded to a multiple of BLOCK_K, N to a multiple of BLOCK_N. Threads are those of the OpenMP runtime that torch
  * has loaded.
@@ -37,17 +36,13 @@ typedef struct {
     size_t n;
 } Epilogue;
 
-static size_t round_up(size_t number, size_t multiple) {
-    return (number + multiple - 1) / multiple * multiple;
-}
+static size_t round_up(size_t number, size_t multiple) { return (number + multiple - 1) / multiple * multiple; }
 
 static __mmask16 tail_mask(size_t remaining) {
     return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
 }
 
-size_t int8_packed_bytes(size_t n, size_t k) {
-    return round_up(n, BLOCK_N) * round_up(k, BLOCK_K);
-}
+size_t int8_packed_bytes(size_t n, size_t k) { return round_up(n, BLOCK_N) * round_up(k, BLOCK_K); }
 
 size_t int8_scratch_bytes(size_t m, size_t k) {
     return round_up(m, AMX_BLOCK_M) * (round_up(k, BLOCK_K) + BLOCK_K) + m * (sizeof(float) + sizeof(int32_t));
@@ -71,10 +66,8 @@ static __m512 silu(__m512 x) {
 
 /* Quantize one token to int8 by its largest magnitude. RMSNorm's per-token factor is folded into the scale.
  * With `silu_and_mul` the row is (gate, up), and silu(gate) * up replaces gate first. */
-static void quantize_row_int8(
-    float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k, int8_t *quantized,
-    float *act_scale, int32_t *act_row_sum
-) {
+static void quantize_row_int8(float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k,
+    int8_t *quantized, float *act_scale, int32_t *act_row_sum) {
     __m512 abs_max = _mm512_set1_ps(MIN_SCALE), square_sum = _mm512_setzero_ps();
     __mmask16 has_nan = 0;
     for (size_t i = 0; i < k; i += LANES) {
@@ -123,12 +116,9 @@ static void store_epilogue(__m512i accumulators, const Epilogue *epilogue, size_
     _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(scaled, act_scale, base));
 }
 
-/* One block of `block_m` tokens by one panel. `block_m` is constant where inlined, to keep accumulators in registers.
- */
-static inline __attribute__((always_inline)) void gemm_kernel_vnni(
-    const size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k,
-    const Epilogue *epilogue, size_t row, size_t column
-) {
+/* A block of tokens by one panel. `block_m` is constant where inlined, to keep accumulators in registers. */
+static inline __attribute__((always_inline)) void gemm_kernel_vnni(const size_t block_m, const int8_t *quantized,
+    size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue, size_t row, size_t column) {
     __m512i left[VNNI_BLOCK_M], right[VNNI_BLOCK_M];
     for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_si512();
     for (size_t j = 0; j < k; j += 4, panel += 4 * BLOCK_N) {
@@ -150,10 +140,8 @@ static inline __attribute__((always_inline)) void gemm_kernel_vnni(
     }
 }
 
-static void dispatch_vnni(
-    size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue,
-    size_t row, size_t column
-) {
+static void dispatch_vnni(size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column) {
 #define CASE_ROWS(rows)                                                                                                \
     case rows:                                                                                                         \
         gemm_kernel_vnni(rows, quantized, stride, panel, k, epilogue, row, column);                                    \
@@ -176,10 +164,8 @@ static void dispatch_vnni(
 }
 
 /* Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
-static void gemm_kernel_amx(
-    size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue,
-    size_t row, size_t column
-) {
+static void gemm_kernel_amx(size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column) {
     int32_t accumulators[2][2][LANES][LANES] __attribute__((aligned(64)));
     const int two_tiles = block_m > LANES;
     _tile_zero(0);
@@ -218,11 +204,9 @@ static const struct {
     uint8_t rows[16];
 } TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-void int8_scaled_mm(
-    float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias, const float *norm_weight,
-    float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch, size_t m, size_t k,
-    size_t n, int isa, int num_threads
-) {
+void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
+    const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
+    size_t m, size_t k, size_t n, int isa, int num_threads) {
     const size_t padded_k = round_up(k, BLOCK_K), input_stride = silu_and_mul ? 2 * k : k;
     const size_t stride = padded_k + BLOCK_K; /* A power of two would map all tokens to the same few cache lines. */
     const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : VNNI_BLOCK_M;
@@ -235,10 +219,8 @@ void int8_scaled_mm(
         if (isa == ISA_AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIG));
 #pragma omp for
         for (size_t row = 0; row < m; row++)
-            quantize_row_int8(
-                input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,
-                act_scales + row, act_row_sums + row
-            );
+            quantize_row_int8(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,
+                act_scales + row, act_row_sums + row);
 #pragma omp for
         for (size_t column = 0; column < n; column += BLOCK_N)
             for (size_t row = 0; row < m; row += max_block_m) {
@@ -247,8 +229,7 @@ void int8_scaled_mm(
                 const uint8_t *panel = packed_weight + column * padded_k;
                 if (isa == ISA_AMX)
                     gemm_kernel_amx(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
-                else
-                    dispatch_vnni(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
+                else dispatch_vnni(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
             }
         if (isa == ISA_AMX) _tile_release();
     }

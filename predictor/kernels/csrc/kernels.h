@@ -20,16 +20,13 @@ size_t int8_scratch_bytes(size_t m, size_t k);
 
 void int8_pack_weight(const int8_t *weight, uint8_t *packed_weight, size_t n, size_t k);
 
-void int8_scaled_mm(
-    float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias, const float *norm_weight,
-    float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch, size_t m, size_t k,
-    size_t n, int isa, int num_threads
-);
+void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
+    const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
+    size_t m, size_t k, size_t n, int isa, int num_threads);
 
-void paged_attention(
-    const bfloat16 *query, size_t query_stride, const bfloat16 *key_cache, const bfloat16 *value_cache,
+void paged_attention(const bfloat16 *query, size_t query_stride, const bfloat16 *key_cache, const bfloat16 *value_cache,
     size_t slot_stride, const int64_t *slot_mapping, const int64_t *kv_ranges, const int64_t *query_indices,
-    size_t num_seqs, size_t num_heads, size_t num_kv_heads, size_t head_dim, float scale, float *output, int num_threads
-);
+    size_t num_seqs, size_t num_heads, size_t num_kv_heads, size_t head_dim, float scale, float *output,
+    int num_threads);
 
 #endif

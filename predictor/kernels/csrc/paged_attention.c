@@ -41,10 +41,9 @@ static inline __m512 reduce_add_16x16(const __m512 *rows) {
 }
 
 /* The queries of one sequence that share a KV head. `head_dim` is constant where inlined, to unroll its loops. */
-static inline __attribute__((always_inline)) void attend_kv_head(
-    const bfloat16 *query, const bfloat16 *key_cache, const bfloat16 *value_cache, size_t slot_stride,
-    const int64_t *slot, const int64_t *slot_end, size_t num_queries, size_t head_dim, float scale, float *output
-) {
+static inline __attribute__((always_inline)) void attend_kv_head(const bfloat16 *query, const bfloat16 *key_cache,
+    const bfloat16 *value_cache, size_t slot_stride, const int64_t *slot, const int64_t *slot_end, size_t num_queries,
+    size_t head_dim, float scale, float *output) {
     float q[MAX_QUERIES][MAX_HEAD_DIM], block[BLOCK_KEYS][MAX_HEAD_DIM], scores[MAX_QUERIES][BLOCK_KEYS];
     float running_max[MAX_QUERIES], running_sum[MAX_QUERIES];
     for (size_t h = 0; h < num_queries; h++) {
@@ -108,11 +107,10 @@ static inline __attribute__((always_inline)) void attend_kv_head(
         }
 }
 
-void paged_attention(
-    const bfloat16 *query, size_t query_stride, const bfloat16 *key_cache, const bfloat16 *value_cache,
+void paged_attention(const bfloat16 *query, size_t query_stride, const bfloat16 *key_cache, const bfloat16 *value_cache,
     size_t slot_stride, const int64_t *slot_mapping, const int64_t *kv_ranges, const int64_t *query_indices,
-    size_t num_seqs, size_t num_heads, size_t num_kv_heads, size_t head_dim, float scale, float *output, int num_threads
-) {
+    size_t num_seqs, size_t num_heads, size_t num_kv_heads, size_t head_dim, float scale, float *output,
+    int num_threads) {
     const size_t num_queries = num_heads / num_kv_heads;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic) /* Sequences differ in length. */
     for (size_t job = 0; job < num_seqs * num_kv_heads; job++) {

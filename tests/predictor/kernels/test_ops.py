@@ -16,10 +16,6 @@ from torch import nn
 from predictor.kernels.cpu import gemm, ops
 
 each_form = pytest.mark.parametrize("form", ["plain", "norm", "silu_and_mul"])
-sizes = settings(
-    max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-
 
 Test = TypeVar("Test", bound=Callable[..., None])
 
@@ -80,7 +76,7 @@ def expected(
 
 
 @each_isa
-@sizes
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.sampled_from([1, 2, 11, 12, 13, 16, 17, 31, 32, 33, 70]),
     inputs=st.sampled_from([1, 3, 15, 16, 50, 64, 130, 896]),

@@ -56,7 +56,7 @@ def _remove(group: Path) -> None:
 def test_predictor_under_load_stays_within_a_memory_limit(limited_group: Path, tmp_path: Path) -> None:
     port = processes.free_port()
     flags = ["--served_model_name", "demo", "--model_dir", str(DEMO_MODEL), "--http_port", str(port)]
-    # So many sequences that memory limits the cache.
+    # Enough sequences for memory to limit the cache.
     flags += ["--dtype", "float32", "--max_num_seqs", "2000", "--max_queued_requests", "2000"]
     log_file = tmp_path / "log"
     with log_file.open("w") as log, httpx.Client(timeout=HANG_SECONDS, trust_env=False) as client:

@@ -1,4 +1,4 @@
-"""Prequantized variants: location, record, content, repetition and garbage collection."""
+"""What is made of a snapshot ahead of serving: its place, its record, its bytes; made once, and made again."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from storage_initializer.prepare import int8_weights
 from tests.storage_initializer.conftest import Result, Run, finish, problems
 
 FILES = 8
-"""Files of the model below: three shards, their index, two configurations, two tokenizer files."""
+"""Of the model below: three shards, their index, two configurations, two files of the tokenizer."""
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +187,6 @@ def test_prepare_after_kill_starts_again(
     words = [str(after), "--prepare", "int8-cpu", "hf://demo/arithmetic", str(volume)]
     command = [sys.executable, "-m", "tests.programs.killed_initializer", *words]
     killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
-        [sys.executable, "-m", "tests.programs.killed_initializer", *words],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert problems(made.with_name(commit)) == []
     assert not made.exists()
@@ -256,7 +251,7 @@ def test_prepare_four_processes_publish_once(environment: dict[str, str], volume
 def test_prepare_without_torch_fails_before_download(
     run: Run, hub: LocalHub, volume: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Python treats None in sys.modules as a missing package.
+    # Makes the import fail.
     monkeypatch.setitem(sys.modules, "torch", None)
     result = prepare(run, volume)
     assert result.code == 2

@@ -1,4 +1,4 @@
-"""Tar archives as sources, including hostile ones."""
+"""Tar archives as sources, for air-gapped clusters; also hostile ones."""
 
 import io
 import os

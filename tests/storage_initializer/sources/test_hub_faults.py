@@ -1,4 +1,4 @@
-"""A Hub that misbehaves: what passes is asked again, what does not ends in the documented way."""
+"""Faults of the Hub: transient ones are retried, permanent ones end the run."""
 
 import json
 import threading
@@ -19,14 +19,14 @@ class Once:
     """A fault that befalls the first answers to one question, and counts all of them."""
 
     def __init__(self, kind: str, change: Change, times: int = 1) -> None:
-        self.asked: list[Request] = []
+        self.requests: list[Request] = []
         self._kind, self._change, self._times = kind, change, times
 
     def __call__(self, request: Request, response: Response) -> Response:
         if request.kind != self._kind or (self._kind == "resolve" and request.file != WEIGHTS):
             return response
-        self.asked.append(request)
-        return self._change(response) if len(self.asked) <= self._times else response
+        self.requests.append(request)
+        return self._change(response) if len(self.requests) <= self._times else response
 
 
 def answer(status: int, **headers: str) -> Change:
@@ -56,7 +56,7 @@ def test_transient_hub_error_is_retried(
     hub.fault = fault = Once(kind, answer(status), times=2)
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
-    assert len(fault.asked) == 3
+    assert len(fault.requests) == 3
     assert "attempt 2 of 3 failed" in result.stderr
     assert f"hf://demo/arithmetic:main at {hub.url} returned {status}" in result.stderr
     assert problems(snapshot) == []
@@ -67,7 +67,7 @@ def test_retry_after_sets_the_wait(run: Run, hub: LocalHub, volume: Path, kind: 
     hub.fault = fault = Once(kind, answer(429, Retry_After="1"))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0
-    assert len(fault.asked) == 2
+    assert len(fault.requests) == 2
     assert "attempt 1 of 3 failed, retrying" in result.stderr
     assert "retrying in 1.0 s" in result.stderr
 
@@ -78,7 +78,7 @@ def test_long_retry_after_ends_the_run(run: Run, hub: LocalHub, volume: Path, ki
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
     assert "returned 429" in result.reason
-    assert len(fault.asked) == 1
+    assert len(fault.requests) == 1
 
 
 @pytest.mark.parametrize("kind", ["info", "tree", "resolve"])
@@ -87,7 +87,7 @@ def test_last_attempt_ends_the_run(run: Run, hub: LocalHub, volume: Path, kind: 
     result = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_ATTEMPTS": "2"})
     assert result.code == 1
     assert "returned 500" in result.reason
-    assert len(fault.asked) == 2
+    assert len(fault.requests) == 2
     assert not (volume / "demo--arithmetic").exists()
 
 
@@ -95,7 +95,7 @@ def test_truncated_body_is_resumed(run: Run, hub: LocalHub, volume: Path, snapsh
     hub.fault = fault = Once("resolve", cut(in_order=True))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
-    assert [request.headers.get("range") for request in fault.asked] == [None, "bytes=7000-"]
+    assert [request.headers.get("range") for request in fault.requests] == [None, "bytes=7000-"]
     assert hub.sent_bytes()[WEIGHTS] == (model / WEIGHTS).stat().st_size
     assert problems(snapshot) == []
 
@@ -104,7 +104,7 @@ def test_connection_reset_is_resumed(run: Run, hub: LocalHub, volume: Path, snap
     hub.fault = fault = Once("resolve", cut(in_order=False))
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 0, result.stderr
-    assert len(fault.asked) == 2
+    assert len(fault.requests) == 2
     # What was under way when the reset came is lost.
     assert hub.sent_bytes()[WEIGHTS] <= (model / WEIGHTS).stat().st_size + 7_000
     assert problems(snapshot) == []
@@ -193,7 +193,7 @@ def test_silent_connection_is_replaced(
         result = run("hf://demo/arithmetic", volume, env=env)
     finally:
         released.set()
-    assert len(fault.asked) == 2
+    assert len(fault.requests) == 2
     assert "stalled" in result.stderr
     if times == 1:
         assert result.code == 0
@@ -213,8 +213,8 @@ def test_slow_connection_is_replaced(run: Run, hub: LocalHub, volume: Path, snap
     result = run("hf://demo/arithmetic", volume, env=env)
     assert result.code == 0, result.stderr
     assert "stalled at" in result.stderr
-    assert len(fault.asked) == 2
-    assert fault.asked[1].headers["range"].startswith("bytes=")
+    assert len(fault.requests) == 2
+    assert fault.requests[1].headers["range"].startswith("bytes=")
     assert problems(snapshot) == []
 
 
@@ -247,12 +247,12 @@ def test_redirect_to_other_host_does_not_send_the_token(
 ) -> None:
     with LocalHub({"demo/arithmetic": model}) as network:
         hub.fault = fault = Once(
-            "resolve", lambda _response: Response(302, {"Location": network.url + fault.asked[-1].path}), times=9
+            "resolve", lambda _response: Response(302, {"Location": network.url + fault.requests[-1].path}), times=9
         )
         result = run("hf://demo/arithmetic", volume, env={"HF_TOKEN": "hf_s3cr3t"})
     assert result.code == 0, result.stderr
     assert problems(snapshot) == []
-    assert fault.asked[0].headers["authorization"] == "Bearer hf_s3cr3t"
+    assert fault.requests[0].headers["authorization"] == "Bearer hf_s3cr3t"
     assert [request.file for request in network.requests] == [WEIGHTS]
     assert "authorization" not in network.requests[0].headers
 
@@ -262,7 +262,7 @@ def test_listed_file_without_content_is_worth_a_retry(run: Run, hub: LocalHub, v
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 1
     assert "does not have a file of its own listing. Run again later" in result.reason
-    assert len(fault.asked) == 1
+    assert len(fault.requests) == 1
     assert not (volume / "demo--arithmetic").exists()
 
 
@@ -283,5 +283,5 @@ def test_hub_auth_error_is_not_retried(
     result = run("hf://demo/arithmetic", volume)
     assert result.code == 2, result.stderr
     assert [word for word in words if word not in result.reason] == []
-    assert len(fault.asked) == 1
+    assert len(fault.requests) == 1
     assert not (volume / "demo--arithmetic").exists()

@@ -1,4 +1,4 @@
-"""Recovery from kills, signals, lost leases and parallel runs; readers only see complete snapshots."""
+"""Many at once, killed, stopped, taken for dead: always one complete snapshot, and readers never see less."""
 
 import io
 import json
@@ -19,9 +19,9 @@ import pytest
 from devtools.local_hub import LocalHub, Request, Response
 from devtools.paths import ROOT
 from tests.storage_initializer.conftest import (
+    FIRST_USER,
     GROUP,
-    OTHER_USER,
-    UNPRIVILEGED_USER,
+    SECOND_USER,
     Run,
     Start,
     finish,
@@ -252,15 +252,15 @@ def test_lost_lease_ends_the_run(start: Start, hub: LocalHub, volume: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("asked", "pace"), [("info", "silent"), ("tree", "silent"), ("resolve", "silent"), ("resolve", "slow")]
+    ("kind", "pace"), [("info", "silent"), ("tree", "silent"), ("resolve", "silent"), ("resolve", "slow")]
 )
 def test_sigterm_ends_the_run_while_the_hub_stalls(
-    run: Run, start: Start, hub: LocalHub, volume: Path, asked: str, pace: str
+    run: Run, start: Start, hub: LocalHub, volume: Path, kind: str, pace: str
 ) -> None:
     reached, released = threading.Event(), threading.Event()
 
     def dawdle(request: Request, response: Response) -> Response:
-        if request.kind == asked and request.method == "GET":
+        if request.kind == kind and request.method == "GET":
             reached.set()
             response.bytes_per_second = 50
             if pace == "silent":
@@ -295,7 +295,7 @@ def test_second_sigterm_ends_the_run_while_the_volume_hangs(start: Start, hub: L
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     process = start("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"})
     until_exists(volume / ".staging", process)
-    # Reading this lease blocks, as on a file server that is gone.
+    # A reader of this lease blocks until there is a writer, as on a file server that went away.
     os.mkfifo(volume / "fifo")
     (volume / "fifo").rename(lease)
     while process.poll() is None:
@@ -353,22 +353,22 @@ def test_other_user_of_the_group_takes_over_and_updates_ref(
         return response
 
     hub.fault = leave_halfway
-    dead = start("hf://demo/arithmetic", volume, env=env, user=UNPRIVILEGED_USER)
+    dead = start("hf://demo/arithmetic", volume, env=env, user=FIRST_USER)
     while not list(volume.glob(".staging/*/.partial/*")) and dead.poll() is None:
         time.sleep(0.005)
     dead.kill()
     dead.wait()
     hub.fault = None
     first = hub.commit("demo/arithmetic")
-    taken_over = finish(start("hf://demo/arithmetic", volume, env=env, user=OTHER_USER))
+    taken_over = finish(start("hf://demo/arithmetic", volume, env=env, user=SECOND_USER))
     assert taken_over.code == 0, taken_over.stderr
     assert "taking over" in taken_over.stderr
     assert problems(volume / "demo--arithmetic" / first) == []
-    assert {path.stat().st_uid for path in (volume / "demo--arithmetic" / first).rglob("*")} == {OTHER_USER}
+    assert {path.stat().st_uid for path in (volume / "demo--arithmetic" / first).rglob("*")} == {SECOND_USER}
     assert list((volume / ".staging").iterdir()) == list((volume / ".locks").iterdir()) == []
 
     second = hub.add("demo/arithmetic", make_model(tmp_path / "newer", seed=1))
-    next_published = finish(start("hf://demo/arithmetic", volume, env=env, user=UNPRIVILEGED_USER))
-    assert next_published.code == 0, next_published.stderr
+    result = finish(start("hf://demo/arithmetic", volume, env=env, user=FIRST_USER))
+    assert result.code == 0, result.stderr
     assert problems(volume / "demo--arithmetic" / second) == []
     assert (volume / "demo--arithmetic" / "refs" / "main").read_text() == f"{second}\n"
