@@ -183,10 +183,7 @@ def encode(request: InferRequest, completions: Sequence[Completion]) -> InferRes
 def serialize(request: InferRequest, response: InferResponse, version: str | None) -> tuple[bytes, int | None]:
     """Return the body of a response, without nulls, and the size of its JSON part if binary tensors follow.
 
-    Args:
-        request: selects the outputs that are binary.
-        response: from `encode`.
-        version: of the model, if the route has one.
+    The request selects the binary outputs; `version` is the model's, if the route has one.
     """
     binary_by_default = binary_parameters(request.parameters).binary_data_output
     binary = {output.name: binary_parameters(output.parameters).binary_data for output in request.request_outputs or ()}

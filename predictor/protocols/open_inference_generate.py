@@ -48,12 +48,7 @@ class DecodedRequest:
 
 
 def decode(body: bytes, model_name: str, version: str | None) -> DecodedRequest:
-    """Decode a JSON body.
-
-    Args:
-        body: of the request.
-        model_name: from the route.
-        version: of the model, if the route has one.
+    """Decode a JSON body; the route has the model's name, and may have its version.
 
     Raises:
         InvalidRequest: not JSON, or a field is missing, unknown or out of range; the message names it.
@@ -73,10 +68,8 @@ def encode(decoded: DecodedRequest, completion: Completion) -> dict[str, Any]:
     """Return the response as a JSON object."""
     response: dict[str, Any] = {"text_output": completion.text, **decoded.model}
     if decoded.details:
-        response["details"] = {
-            "finish_reason": completion.finish_reason.value,
-            "logprobs": _logprobs(completion.tokens),
-        }
+        logprobs = _logprobs(completion.tokens)
+        response["details"] = {"finish_reason": completion.finish_reason.value, "logprobs": logprobs}
     return response
 
 

@@ -1,7 +1,4 @@
-"""Request fields for sampling and timeouts, shared by the protocols.
-
-Protocols differ in names and positions of these fields, not in their ranges.
-"""
+"""Request fields for sampling and timeouts, shared by the protocols, which differ in their names and positions only."""
 
 import json
 import math
@@ -48,8 +45,6 @@ Stop = Annotated[
 
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_list), Field(max_length=MAX_STOP)]
 
-Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-
 
 class SamplingFields(BaseModel):
     """Sampling parameters by vLLM's names; unknown names are rejected.
@@ -72,7 +67,7 @@ class SamplingFields(BaseModel):
     stop: Stop = Field(default=[], description="Strings that end the completion; not part of it.")
     stop_token_ids: StopTokenIds = Field(default=[], description="Tokens that end the completion.")
     ignore_eos: bool = Field(default=False, description="Continue after the model's end of sequence.")
-    seed: Seed | None = Field(default=None, description="Makes sampling repeatable.")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
 
     def to_sampling_params(self, logprobs: int | None = None) -> SamplingParams:
         """Return these fields, and `logprobs`, as `SamplingParams`."""
