@@ -204,7 +204,9 @@ def in_process(
         headers: of the client.
     """
     key_flags = ["--api_keys_file", str(keys)] if keys else []
-    parsed = settings.read([*DEMO_FLAGS, "--served_model_name", model_name, *flags, *key_flags])
+    # Only the process's lifecycle runs self-checks; without them, an idle server would stop being ready.
+    check_flags = ["--self_check_interval_seconds", "0"]
+    parsed = settings.read([*DEMO_FLAGS, *check_flags, "--served_model_name", model_name, *flags, *key_flags])
     hold = Hold()
     with _logged() as lines:
         service = load_service(parsed, hold)

@@ -57,19 +57,19 @@ def test_find_directory_without_record_returns_it(tmp_path: Path) -> None:
     assert snapshot.find(tmp_path, None) == snapshot.Snapshot(tmp_path, None)
 
 
-def test_reads_the_commit_of_a_published_directory(tmp_path: Path) -> None:
+def test_find_published_directory_returns_its_commit(tmp_path: Path) -> None:
     directory = publish(tmp_path)
     assert snapshot.find(directory, None).commit == COMMIT
 
 
-def test_says_how_to_publish_what_is_missing(tmp_path: Path) -> None:
+def test_find_unpublished_reference_raises_with_remedy(tmp_path: Path) -> None:
     with pytest.raises(
         SnapshotMissing, match=r"hf://owner/model is not published in .*`python -m storage_initializer hf"
     ):
         snapshot.find(tmp_path, "hf://owner/model")
 
 
-def test_says_that_a_directory_is_missing(tmp_path: Path) -> None:
+def test_find_missing_directory_raises(tmp_path: Path) -> None:
     with pytest.raises(SnapshotMissing, match="nowhere is not a directory"):
         snapshot.find(tmp_path / "nowhere", None)
 

@@ -239,7 +239,7 @@ def test_interrupted_adoption_keeps_partial_files(run: Run, hub: LocalHub, model
 
 
 def test_lost_lease_ends_the_run(start: Start, hub: LocalHub, volume: Path) -> None:
-    hub.bytes_per_second = 10_000
+    hub.bytes_per_second = 1_000
     lease = volume / ".locks" / f"demo--arithmetic@{hub.commit('demo/arithmetic')}.lease"
     process = start("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "1"})
     until_exists(volume / ".staging", process)
@@ -308,7 +308,7 @@ def test_second_sigterm_ends_the_run_while_the_volume_hangs(start: Start, hub: L
 
 
 def test_ctrl_c_reports_how_to_resume(start: Start, hub: LocalHub, volume: Path) -> None:
-    hub.bytes_per_second = 10_000
+    hub.bytes_per_second = 1_000
     process = start("hf://demo/arithmetic", volume)
     until_exists(volume / ".staging", process)
     process.send_signal(signal.SIGINT)
@@ -349,7 +349,7 @@ def test_other_user_of_the_group_takes_over_and_updates_ref(
     env = {"STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5", "STORAGE_INITIALIZER_PARALLEL_FILES": "1"}
 
     def leave_halfway(_request: Request, response: Response) -> Response:
-        response.bytes_per_second = 20_000
+        response.bytes_per_second = 1_000
         return response
 
     hub.fault = leave_halfway
