@@ -223,10 +223,10 @@ class LocalHub:
     ) -> Response:
         request.repository = name
         repository = self._repositories.get(name)
-        given = request.headers.get("authorization")
-        allowed = given == f"Bearer {self.token}"
+        authorization = request.headers.get("authorization")
+        allowed = authorization == f"Bearer {self.token}"
         restricted = repository is None or repository.private or repository.gated
-        if restricted and given is not None and not allowed:
+        if restricted and authorization is not None and not allowed:
             return _error(401, None, "Invalid credentials in Authorization header")
         if repository is None or (repository.private and not allowed):
             # The real Hub does not tell anonymous clients whether a repository exists.

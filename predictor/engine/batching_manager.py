@@ -7,18 +7,18 @@ internals are not a public API: `tests/contracts/test_upstream.py` tests every a
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.requests import FutureRequestState, GenerationOutput, RequestState
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
+from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
@@ -30,6 +30,32 @@ logger = logging.getLogger(__name__)
 _SCHEDULER = "kserve_llm"
 
 
+class _Timed(Protocol):
+    """Times of a sequence by `time.perf_counter()`."""
+
+    created_time: float
+    lifespan: tuple[float, float]
+    """First scheduled, finished; negative until then."""
+
+
+class _RequestState(_Timed, Protocol):
+    request_id: str
+    initial_tokens: list[int]
+    generated_tokens: list[int]
+
+
+class _ScheduledRequest(Protocol):
+    state: _RequestState
+
+
+class _GenerationOutput(_Timed, Protocol):
+    generated_tokens: list[int]
+    """All of them, cumulative."""
+    error: str | None
+
+    def is_finished(self) -> bool: ...
+
+
 class BatchingManager:
     """Executor in this process, on transformers' `ContinuousBatchingManager`; its methods are those of `Executor`.
 
@@ -39,7 +65,7 @@ class BatchingManager:
         kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
     """
 
-    def __init__(self, model: PreTrainedModel, settings: Settings, kv_cache_tokens: int | None) -> None:
+    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None) -> None:
         on_cuda = model.device.type == "cuda"
         self._row_sampler = _RowSampler()
         self._manager = model.init_continuous_batching(
@@ -128,7 +154,7 @@ class BatchingManager:
         end_token_ids: Collection[int],
         on_output: Callable[[EngineOutput], None],
     ) -> None:
-        def handle(output: GenerationOutput) -> None:
+        def handle(output: _GenerationOutput) -> None:
             finished = output.is_finished()
             if finished:
                 self._row_sampler.samplers.pop(request_id, None)
@@ -165,8 +191,8 @@ class BatchingManager:
             router.result_handlers.pop(request_id, None)
 
 
-def _queue_seconds(state: RequestState | GenerationOutput) -> float | None:
-    scheduled = state.lifespan[0]  # by time.perf_counter(), as created_time; negative until then
+def _queue_seconds(state: _Timed) -> float | None:
+    scheduled = state.lifespan[0]
     return max(0.0, scheduled - state.created_time) if scheduled >= 0 else None
 
 
@@ -186,12 +212,12 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
         # Of the next step's rows, in their order.
-        self._states: list[RequestState] = []
+        self._states: list[_RequestState] = []
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()  # not used
 
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[FutureRequestState]) -> torch.Tensor:
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[_ScheduledRequest]) -> torch.Tensor:
         self._states = [request.state for request in requests_with_new_token]
         return torch.zeros(len(self._states), dtype=torch.int32)
 

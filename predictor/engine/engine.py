@@ -12,10 +12,9 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-from transformers import PreTrainedModel
-
 from predictor.engine import kv_cache
 from predictor.engine.batching_manager import BatchingManager
+from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, InvalidRequest, Overloaded
@@ -60,7 +59,7 @@ class Engine:
     @classmethod
     def from_model(
         cls,
-        model: PreTrainedModel,
+        model: CausalLM,
         settings: Settings,
         *,
         eos_token_ids: frozenset[int],

@@ -2,8 +2,7 @@
 
 import math
 
-from transformers import PreTrainedModel
-
+from predictor.engine.causal_lm import CausalLM
 from predictor.errors import StartupError
 from predictor.resources import memory
 from predictor.settings import Settings
@@ -17,7 +16,7 @@ _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
-def token_budget(model: PreTrainedModel, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
+def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
     """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
 
     Args, in addition to those of `Engine.from_model`:
@@ -39,9 +38,7 @@ def token_budget(model: PreTrainedModel, settings: Settings, *, context_tokens: 
     return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
 
 
-def tokens_within(
-    model: PreTrainedModel, settings: Settings, budget_bytes: int, context_tokens: int | None = None
-) -> int:
+def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, context_tokens: int | None = None) -> int:
     """Return the tokens of KV cache that fit into a budget together with its working space; may be negative.
 
     Per token of the cache: keys and values of all layers; an index entry; keys and values of one layer once more,

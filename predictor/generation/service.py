@@ -87,11 +87,11 @@ class LLMService:
         started = time.monotonic()
         self._metrics.observe_load_phase("imports", _process_age_seconds())
         try:
-            found = self._find_snapshot()
-            loaded = self._load_weights(found)
+            model_snapshot = self._find_snapshot()
+            loaded = self._load_weights(model_snapshot)
             engine = self._start_engine(loaded)
             self._warm_up(engine)
-            self._accept_requests(found, loaded, engine)
+            self._accept_requests(model_snapshot, loaded, engine)
         except _LoadCancelled:
             return False
         logger.info("model %s is ready after %.1f s", self.models.default, time.monotonic() - started)
@@ -110,12 +110,12 @@ class LLMService:
         with self._metrics.time_load_phase("snapshot"):
             return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
 
-    def _load_weights(self, found: Snapshot) -> LoadedModel:
+    def _load_weights(self, model_snapshot: Snapshot) -> LoadedModel:
         settings = self._settings
         self._enter(Phase.LOADING)
         threads.configure_threads(settings.num_threads)
         return loader.load(
-            found.directory,
+            model_snapshot.directory,
             device=settings.device,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
@@ -147,7 +147,7 @@ class LLMService:
         except RequestError as error:
             raise StartupError(f"The model was loaded, but its first generation failed: {error}") from error
 
-    def _accept_requests(self, found: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
+    def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
         prompts = Prompts(
             loaded.tokenizer,
@@ -159,7 +159,7 @@ class LLMService:
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
             self._enter(Phase.READY)
-            self.metadata = _metadata(found, loaded, engine)
+            self.metadata = _metadata(model_snapshot, loaded, engine)
             self._pipeline = _Pipeline(prompts, engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
@@ -278,9 +278,9 @@ class LLMService:
             raise
 
 
-def _metadata(found: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
+def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
     return {
-        "commit": found.commit or "",
+        "commit": model_snapshot.commit or "",
         "device": str(loaded.model.device),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "quantization": loaded.quantization,

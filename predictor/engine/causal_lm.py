@@ -1,0 +1,32 @@
+"""The part of a transformers causal language model that the engine uses."""
+
+from typing import Any, Protocol
+
+import torch
+
+
+class TextConfig(Protocol):
+    """Sizes of a decoder; `head_dim`, `num_key_value_heads` and `intermediate_size` are optional."""
+
+    num_hidden_layers: int
+    num_attention_heads: int
+    hidden_size: int
+    vocab_size: int
+
+
+class ModelConfig(Protocol):
+    """A transformers config."""
+
+    def get_text_config(self) -> TextConfig:
+        """Return the decoder's part, which is the whole for a text model."""
+
+
+class CausalLM(Protocol):
+    """A model in evaluation mode, on its device."""
+
+    config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+
+    def init_continuous_batching(self, *, generation_config: Any, continuous_batching_config: Any) -> Any:
+        """Return a `ContinuousBatchingManager`."""
