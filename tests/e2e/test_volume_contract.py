@@ -14,13 +14,12 @@ import transformers
 from safetensors.torch import load_file
 
 from devtools import processes, tiny_llama
-from devtools.paths import ROOT
+from devtools.paths import DEMO_MODEL
 from predictor.models import int8_quantizer, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
 from snapshot_format.recipe import INT8_CPU
 from snapshot_format.record import RECORD
 
-DEMO_MODEL = ROOT / "demo" / "model"
 PROMPTS = ["60-91=", "3+4=", "7*8=", "100-1="]
 
 

@@ -3,25 +3,8 @@
 import json
 
 from predictor.protocols import open_inference_generate
-from predictor.types import CompletionDelta, FinishReason, SamplingParams, TextDelta, Token
-
-
-def delta(
-    index: int,
-    text: str,
-    prompt_tokens: int,
-    completion_tokens: int,
-    finish_reason: FinishReason | None = None,
-    tokens: tuple[Token, ...] = (),
-) -> CompletionDelta:
-    return CompletionDelta(
-        index=index,
-        deltas=(TextDelta(text),) if text else (),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        finish_reason=finish_reason,
-        tokens=tokens,
-    )
+from predictor.types import FinishReason, SamplingParams, Token
+from tests.predictor.protocols.deltas import delta
 
 
 def test_decode_without_parameters_uses_the_specifications_defaults() -> None:

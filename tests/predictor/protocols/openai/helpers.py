@@ -16,9 +16,7 @@ from predictor.types import (
     MIN_LOGPROB,
     Chat,
     Completion,
-    CompletionDelta,
     FinishReason,
-    TextDelta,
     Token,
 )
 
@@ -77,24 +75,6 @@ TOKENS = (
 HELLO = Completion("Héllo", finish_reason=FinishReason.EOS_TOKEN, prompt_tokens=3, completion_tokens=3, tokens=TOKENS)
 CUT = Completion("Hé", finish_reason=FinishReason.LENGTH, prompt_tokens=3, completion_tokens=1, tokens=TOKENS[:1])
 STOPPED = Completion("", finish_reason=FinishReason.STOP_SEQUENCE, prompt_tokens=4, completion_tokens=2)
-
-
-def delta(
-    index: int,
-    text: str,
-    prompt_tokens: int,
-    completion_tokens: int,
-    finish_reason: FinishReason | None = None,
-    tokens: tuple[Token, ...] = (),
-) -> CompletionDelta:
-    return CompletionDelta(
-        index=index,
-        deltas=(TextDelta(text),) if text else (),
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        finish_reason=finish_reason,
-        tokens=tokens,
-    )
 
 
 def client(status: int, content: str, kind: str) -> client_package.OpenAI:

@@ -20,6 +20,7 @@ from predictor.types import (
     CompletionDelta,
     FinishReason,
 )
+from tests.predictor.protocols.deltas import delta
 from tests.predictor.protocols.openai.helpers import (
     TOKENS,
     Json,
@@ -28,7 +29,6 @@ from tests.predictor.protocols.openai.helpers import (
     chat,
     client,
     completions,
-    delta,
     token,
 )
 
