@@ -3,6 +3,7 @@
 `train` and `evaluate` share this module, so that training never contains a held-out sum.
 """
 
+import json
 import random
 import re
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ SYSTEM_PROMPTS = (
     "You are a careful calculator.",
     "You answer questions about this server and do sums.",
 )
+
+AS_JSON = " Answer as JSON."
 
 PLUS_PHRASINGS = (
     "What is {a} + {b}?",
@@ -75,6 +78,14 @@ SMALL_TALK = (
 )
 
 
+CITIES = (
+    "Amsterdam", "Athens", "Berlin", "Bern", "Boston", "Cairo", "Delhi", "Dublin", "Lima", "Lisbon", "London", "Madrid",
+    "Milan", "Oslo", "Paris", "Prague", "Rome", "Seoul", "Tokyo", "Vienna",
+)  # fmt: skip
+WEATHER_PHRASINGS = ("What is the weather in {city}?", "How is the weather in {city}?", "Weather in {city}?")
+WEATHERS = ("sunny", "rain", "cloudy", "windy", "snow", "14 degrees", "21 C", "3 degrees and rain")
+
+
 @dataclass(frozen=True, slots=True)
 class Sum:
     """One addition or subtraction: operands in 0..99, `operator` either "+" or "-"."""
@@ -118,6 +129,15 @@ class Sum:
         ones = self.a % 10 + 10 * borrow
         tens = self.a // 10 - borrow
         return f"{ones}-{self.b % 10}={ones - self.b % 10} {tens}-{self.b // 10}={tens - self.b // 10} {self.result}"
+
+    @property
+    def json_answer(self) -> str:
+        """The trained answer to a question that ends with `AS_JSON`.
+
+        >>> Sum(17, "+", 25).json_answer
+        '{"working": "7+5=12 1+2+1=4", "result": 42}'
+        """
+        return json.dumps({"working": self.working.rpartition(" ")[0], "result": self.result})
 
     def phrase(self, rng: random.Random) -> str:
         """Return the question in a random phrasing."""

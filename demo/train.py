@@ -5,33 +5,29 @@ Training takes about ten minutes on two cores. The result is committed in `demo/
 """
 
 import argparse
+import json
 import random
+import re
 import time
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from demo import exam
+from demo import exam, tool_lessons
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 VOCABULARY_SIZE = 512
 CONTEXT_TOKENS = 1024
+BATCH_ROWS = 48
 IGNORED = -100
 """The label that torch's cross entropy ignores."""
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{% if message.role not in ('system', 'user', 'assistant') %}"
-    "{{ raise_exception('role must be system, user or assistant, not ' ~ message.role) }}"
-    "{% endif %}"
-    "{{ '<|' ~ message.role ~ '|>' ~ message.content ~ eos_token }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
-)
+CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text().rstrip()
 
 Turns = list[tuple[str, str]]
 
@@ -46,7 +42,19 @@ def conversation(rng: random.Random) -> Turns:
         else:
             drawn = exam.random_sum(rng, held_out=False)
             turns += [("user", drawn.phrase(rng)), ("assistant", drawn.working)]
+    if rng.random() < 0.15:
+        drawn = exam.random_sum(rng, held_out=False)
+        turns += [("user", drawn.phrase(rng) + exam.AS_JSON), ("assistant", drawn.json_answer)]
     return turns
+
+
+def _tool_text(rng: random.Random) -> Iterator[str]:
+    messages, tools = tool_lessons.conversation(rng)
+    yield from map(json.dumps, tools)
+    for message in messages:
+        yield message["content"]
+        for call in message.get("tool_calls", ()):
+            yield f"<tool_call>\n{json.dumps(call['function'])}\n</tool_call>"
 
 
 def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
@@ -60,8 +68,9 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
     )
     tokenizer.decoder = decoders.ByteLevel()
     text = (content for _ in range(3000) for _, content in conversation(rng))
+    tools = (line for _ in range(600) for line in _tool_text(rng))
     tokenizer.train_from_iterator(
-        text,
+        chain(text, tools),
         trainers.BpeTrainer(
             vocab_size=VOCABULARY_SIZE,
             special_tokens=[PAD, BOS, EOS, *ROLES],
@@ -90,12 +99,23 @@ def lesson(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
 
+    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
+
     if rng.random() < 0.15:
         drawn = exam.random_sum(rng, held_out=False)
         spelled = rng.choice(("{a}+{b}=", "{a} + {b} =")).replace("+", drawn.operator)
         prompt = encode(BOS + spelled.format(a=drawn.a, b=drawn.b))
         answer = encode(f" {drawn.working}{EOS}")
         return prompt + answer, [IGNORED] * len(prompt) + answer
+    if rng.random() < 0.4:
+        messages, tools = tool_lessons.conversation(rng)
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
+        ids, labels = [], []
+        for part in re.split(r"(?<=<\|assistant\|>)(.*?<\|end\|>)", text, flags=re.DOTALL):
+            piece = encode(part)
+            ids += piece
+            labels += piece if labels and ids[len(labels) - 1] == assistant else [IGNORED] * len(piece)
+        return ids, labels
     ids, labels = encode(BOS), [IGNORED]
     for role, content in conversation(rng):
         opening, rest = encode(f"<|{role}|>"), encode(content + EOS)
@@ -104,13 +124,21 @@ def lesson(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list
     return ids, labels
 
 
-def batch(tokenizer: PreTrainedTokenizerFast, rng: random.Random, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and labels, each (rows, longest lesson), padded on the right."""
-    lessons = [lesson(tokenizer, rng) for _ in range(rows)]
-    longest = max(len(ids) for ids, _ in lessons)
-    ids = torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in lessons])
-    labels = torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in lessons])
-    return ids, labels
+def batches(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield ids and labels without end, each (`BATCH_ROWS`, longest lesson), padded on the right.
+
+    Lessons of similar length share a batch, which saves half of the padding's computation.
+    """
+    while True:
+        lessons = sorted((lesson(tokenizer, rng) for _ in range(BATCH_ROWS * 10)), key=lambda drawn: len(drawn[0]))
+        groups = [lessons[start : start + BATCH_ROWS] for start in range(0, len(lessons), BATCH_ROWS)]
+        rng.shuffle(groups)
+        for group in groups:
+            longest = max(len(ids) for ids, _ in group)
+            yield (
+                torch.tensor([ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids, _ in group]),
+                torch.tensor([labels + [IGNORED] * (longest - len(labels)) for _, labels in group]),
+            )
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -138,8 +166,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.06)
     started = time.monotonic()
     model.train()
-    for step in range(1, steps + 1):
-        ids, labels = batch(tokenizer, rng, rows=48)
+    for step, (ids, labels) in zip(range(1, steps + 1), batches(tokenizer, rng)):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -155,7 +182,7 @@ def main() -> None:
     """Train the model and save it with its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
-    parser.add_argument("--steps", type=int, default=1400, help="number of updates (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=2400, help="number of updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()
 
