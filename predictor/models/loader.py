@@ -12,7 +12,7 @@ import transformers
 
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import checkpoint, placement, snapshot
+from predictor.models import checkpoint, context_length, placement, rope, snapshot
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
@@ -44,6 +44,8 @@ class LoadPlan:
     prequantized_dir: Path | None
     """The variant of `directory` with these weights, made by the storage initializer."""
     trust_remote_code: bool
+    context_tokens: int | None
+    """Maximum of prompt and completion together; None: the tokenizer's."""
 
     @property
     def weights_dir(self) -> Path:
@@ -59,7 +61,7 @@ class LoadedModel:
     """The transformers model, in evaluation mode, on its device."""
     tokenizer: Any
     context_tokens: int
-    """Positions that the model supports."""
+    """Maximum of prompt and completion together."""
     vocabulary_tokens: int
     """Token ids are below this."""
     eos_token_ids: frozenset[int]
@@ -84,6 +86,7 @@ class LoadOptions(TypedDict, total=False):
     quantization: str
     skip_modules: Sequence[str]
     fallback: bool
+    max_model_len: int | None
 
 
 def load(directory: Path, *, time_phase: TimePhase = nullcontext, **options: Unpack[LoadOptions]) -> LoadedModel:
@@ -100,6 +103,7 @@ def make_plan(
     quantization: str = "none",
     skip_modules: Sequence[str] = (),
     fallback: bool = False,
+    max_model_len: int | None = None,
 ) -> LoadPlan:
     """Decide how to load the model of `directory`.
 
@@ -111,12 +115,15 @@ def make_plan(
         quantization: "auto", "none", "8bit" or "4bit".
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
+        max_model_len: maximum of prompt and completion together; None: the model's.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, or transformers does not support the architecture.
+        UnsupportedModel: the weights cannot be read, or the engine cannot run the architecture.
+        InvalidSettings: `max_model_len` is more than the model supports.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
     config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
+    context_tokens = context_length.resolve(config, directory, max_model_len)
     checkpoint.check_weight_files(directory)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
@@ -144,6 +151,7 @@ def make_plan(
         ),
         prequantized_dir=prequantized_dir,
         trust_remote_code=trust_remote_code,
+        context_tokens=context_tokens,
     )
 
 
@@ -161,8 +169,11 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         logger.info("loading pre-quantized weights from %s", plan.prequantized_dir)
     with time_phase("tokenizer"):
         tokenizer = _load_tokenizer(plan)
+        context_tokens = plan.context_tokens or context_length.from_tokenizer(tokenizer, plan.directory)
     with time_phase("weights"):
         model = _load_weights(plan)
+    if context_length.needs_fixed_rope(plan.config, context_tokens):
+        rope.fix_length(model, context_tokens)
     quantization = _resolved_method(model, plan.quantization)
     int8_kernels = ""
     if plan.device.type == "cpu":
@@ -177,7 +188,7 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
-        context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
+        context_tokens=context_tokens,
         vocabulary_tokens=int(text_config.vocab_size),
         eos_token_ids=_eos_token_ids(model, tokenizer),
         quantization=quantization,
