@@ -65,8 +65,8 @@ class LoadedModel:
     """Positions that the model supports."""
     vocabulary_tokens: int
     """Rows of the input embedding, with padding: token ids are below this."""
-    unembedded_tokens: tuple[str, ...]
-    """Tokens of the tokenizer whose id has no row in the embedding; prompts with them are refused."""
+    unembedded_tokens: dict[int, str]
+    """Tokens of the tokenizer whose id has no row in the embedding, by id; prompts with them are refused."""
     eos_token_ids: frozenset[int]
     quantization: str
     """`none`, `8bit` or `4bit`, or the method of a quantized checkpoint."""
@@ -262,18 +262,20 @@ def _resolved_method(model: Any, mode: str) -> str:
     return "8bit" if method == INT8_METHOD else method
 
 
-def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> tuple[str, ...]:
+def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:
     """Return the tokens without an embedding, by id, and log them."""
-    unembedded = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocabulary_tokens)
+    unembedded = {
+        token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary_tokens
+    }
     if unembedded:
         logger.warning(
-            "%d tokens of the tokenizer have no row in the model's embedding of %d rows, and prompts with them are "
-            "refused: %s; use the tokenizer that the model was trained with, or resize the embedding",
-            len(unembedded),
+            "the model's embedding has %d rows, too few for %d of the tokenizer's tokens: %s; prompts with them are "
+            "refused; use the tokenizer that the model was trained with, or resize the embedding",
             vocabulary_tokens,
-            ", ".join(f"{token!r} ({token_id})" for token_id, token in unembedded[:_NAMED_TOKENS]),
+            len(unembedded),
+            ", ".join(f"{token!r} ({token_id})" for token_id, token in sorted(unembedded.items())[:_NAMED_TOKENS]),
         )
-    return tuple(token for _, token in unembedded)
+    return unembedded
 
 
 def _eos_token_ids(model: Any, tokenizer: Any, vocabulary_tokens: int) -> frozenset[int]:
