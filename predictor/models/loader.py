@@ -179,7 +179,7 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         if reason := ops.unavailable_reason():
             logger.warning("native CPU kernels are unavailable: %s", reason)
     text_config = plan.config.get_text_config()
-    # Not the config's `vocab_size`: the embedding may have more rows, as padding, or fewer than the tokenizer has tokens.
+    # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
     vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(
         model=model.eval(),
@@ -264,9 +264,7 @@ def _resolved_method(model: Any, mode: str) -> str:
 
 def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:
     """Return the tokens without an embedding, by id, and log them."""
-    unembedded = {
-        token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary_tokens
-    }
+    unembedded = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary_tokens}
     if unembedded:
         logger.warning(
             "the model's embedding has %d rows, too few for %d of the tokenizer's tokens: %s; prompts with them are "

@@ -112,9 +112,7 @@ def test_load_tokens_beyond_the_embedding_are_reported_and_no_end_tokens(
 @pytest.mark.parametrize("quantization", ["none", "8bit"])
 def test_load_rows_that_pad_the_embedding_are_token_ids(weights: Path, rewrite: Rewrite, quantization: str) -> None:
     tensors = load_file(DEMO_MODEL / "model.safetensors")
-    tensors["model.embed_tokens.weight"] = torch.nn.functional.pad(
-        tensors["model.embed_tokens.weight"], (0, 0, 0, 64)
-    )
+    tensors["model.embed_tokens.weight"] = torch.nn.functional.pad(tensors["model.embed_tokens.weight"], (0, 0, 0, 64))
     (weights / "model.safetensors").unlink()
     save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
     rewrite("config.json", vocab_size=576)
