@@ -10,27 +10,27 @@ BYTES = tuple(f"<0x{value:02X}>" for value in range(256))
 WORDS = ("▁Once", "▁upon", "▁a", "▁time", "Once", "def", "▁return", ":", "é", "日", "▁", "▁▁", "▁▁▁▁", *"abcdefgh")
 
 
-def llama(words: Sequence[str] = WORDS) -> PreTrainedTokenizerBase:
+def llama(words: Sequence[str] = WORDS, *, byte_fallback: bool = True) -> PreTrainedTokenizerBase:
     """As Llama 2 and Mistral: the normalizer prepends a space, the decoder strips one."""
     normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     decoder = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    return _tokenizer(words, normalizer, None, decoders.Sequence(decoder))
+    return _tokenizer((*(BYTES if byte_fallback else ()), *words), normalizer, None, decoders.Sequence(decoder))
 
 
-def metaspace(words: Sequence[str] = WORDS) -> PreTrainedTokenizerBase:
+def metaspace() -> PreTrainedTokenizerBase:
     """As T5: the pre-tokenizer prepends a space to the first word, the decoder strips it."""
     decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first")])
-    return _tokenizer(words, None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), decoder)
+    return _tokenizer((*BYTES, *WORDS), None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False), decoder)
 
 
 def _tokenizer(
-    words: Sequence[str],
+    tokens: Sequence[str],
     normalizer: normalizers.Normalizer | None,
     pre_tokenizer: pre_tokenizers.PreTokenizer | None,
     decoder: decoders.Decoder,
 ) -> PreTrainedTokenizerBase:
-    pieces = [(piece, -float(index)) for index, piece in enumerate((*SPECIAL, *BYTES, *words))]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    pieces = [(piece, -float(index)) for index, piece in enumerate((*SPECIAL, *tokens))]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=BYTES[0] in tokens))
     if normalizer:
         tokenizer.normalizer = normalizer
     if pre_tokenizer:
