@@ -124,7 +124,6 @@ REFUSED_PARAMETERS: Refusals = {
     "eta_cutoff": _refuse("not supported. Omit it", 0),
     "length_penalty": _refuse("beam search is not supported", 1),
     "logit_bias": _refuse("not supported. Omit it"),
-    "min_p": _refuse("not supported. Use top_p", 0),
     "mirostat": _refuse("not supported. Omit it", 0),
     "no_repeat_ngram_size": _refuse("not supported. Use frequency_penalty", 0),
     "num_beams": _refuse("beam search is not supported", 1),

@@ -266,7 +266,7 @@ def _sampling_params(request: InferRequest, tensor: InferInput, *, with_logprobs
 def _decode_parameters(parameters: Any) -> dict[str, Any]:
     """Return gRPC parameters; fractions are sent as strings, since InferParameter has no floating-point type."""
     values = decode_grpc_parameters(parameters)
-    for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         if isinstance(values.get(name), str):
             with contextlib.suppress(ValueError):  # `decode` rejects it by name, like any wrong type
                 values[name] = float(values[name])

@@ -86,6 +86,9 @@ class SamplingFields(JSONObject):
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="Cumulative probability kept.")
     top_k: int | None = Field(default=None, ge=-1, description="Number of most probable tokens kept; 0 and -1: all.")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Least probability kept, as a part of the most probable token's; 0: all."
+    )
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="1 is off.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)

@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -87,19 +88,15 @@ def test_encode_prompt_longer_than_context_is_too_long(prompts: Prompts) -> None
     [
         (GenerationRequest(""), "prompt is empty", None),
         (GenerationRequest((5, 300)), "Unknown token id in the prompt: 300. This model's are 0 to 299", None),
+        (GenerationRequest((-1,)), "Unknown token id in the prompt: -1", None),
         (GenerationRequest("1", SamplingParams(stop_token_ids=(301,))), "token id in stop_token_ids: 301", None),
-        (
-            GenerationRequest("1" * 53, SamplingParams(max_tokens=11)),
-            "max_tokens is too large: 11. After the prompt 10 of 64 tokens remain",
-            "max_tokens",
-        ),
         (
             GenerationRequest("1", SamplingParams(max_tokens=2, min_tokens=3)),
             "min_tokens is too large: 3. Set it to at most max_tokens, 2",
             "min_tokens",
         ),
     ],
-    ids=["empty", "token-id", "stop-token-id", "max-tokens", "min-tokens"],
+    ids=["empty", "token-id", "negative-token-id", "stop-token-id", "min-tokens"],
 )
 def test_encode_invalid_request_names_problem_and_field(
     prompts: Prompts, request_: GenerationRequest, message: str, field: str | None
@@ -109,12 +106,40 @@ def test_encode_invalid_request_names_problem_and_field(
     assert raised.value.field == field
 
 
+@pytest.mark.parametrize("prompt", ["1+1", HELLO], ids=["text", "chat"])
+def test_encode_token_without_embedding_is_invalid_and_named(prompts: Prompts, prompt: str | Chat) -> None:
+    last = max(prompts.encode(GenerationRequest(prompt))[0])
+    too_few = replace(prompts, vocabulary_tokens=last, unembedded_tokens={last: "<pad>"})
+    with pytest.raises(InvalidRequest, match=f"in the prompt: {last}, '<pad>'; remove it. This model's are 0 to"):
+        too_few.encode(GenerationRequest(prompt))
+    assert replace(prompts, vocabulary_tokens=last + 1).encode(GenerationRequest(prompt))
+
+
 def test_encode_completes_sampling_with_model_defaults(prompts: Prompts) -> None:
     defaults = SamplingParams(max_tokens=40, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
     _, sampling = replace(prompts, defaults=defaults).encode(
         GenerationRequest("1", SamplingParams(temperature=0.0, stop=("x",)))
     )
     assert sampling == replace(defaults, temperature=0.0, stop=("x",))
+
+
+@pytest.mark.parametrize(("requested", "granted"), [(10, 10), (11, 10), (sys.maxsize, 10), (0, 0)])
+def test_encode_max_tokens_is_limited_to_context(prompts: Prompts, requested: int, granted: int) -> None:
+    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=requested)))
+    assert sampling.max_tokens == granted
+
+
+def test_encode_min_tokens_is_limited_to_context(prompts: Prompts) -> None:
+    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=30, min_tokens=20)))
+    assert (sampling.max_tokens, sampling.min_tokens) == (10, 10)
+
+
+def test_encode_without_new_tokens_accepts_a_prompt_of_the_whole_context(prompts: Prompts) -> None:
+    ids, _ = prompts.encode(GenerationRequest("1" * 63, SamplingParams(max_tokens=0)))
+    assert len(ids) == 64
+    for prompt, max_tokens in (("1" * 63, 1), ("1" * 64, 0)):
+        with pytest.raises(PromptTooLong):
+            prompts.encode(GenerationRequest(prompt, SamplingParams(max_tokens=max_tokens)))
 
 
 def test_encode_default_max_tokens_is_limited_to_context(prompts: Prompts) -> None:
