@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 Manifest = dict[str, Any]
@@ -192,7 +193,7 @@ class Deployment:
 def flags(arguments: Sequence[str]) -> list[tuple[str, str, str]]:
     """Return each flag that has a value: as written, as a setting's name, and the value."""
     found = []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    for argument, following in pairwise([*arguments, "--"]):
         flag, equals, value = argument.partition("=")
         if flag.startswith("--") and (equals or not following.startswith("--")):
             found.append((flag, flag.removeprefix("--").replace("-", "_"), value if equals else following))
