@@ -3,8 +3,8 @@
 Works with any transformers tokenizer without importing transformers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from predictor.errors import InvalidRequest, PromptTooLong
 from predictor.generation.chat_template import ChatTemplate
@@ -26,9 +26,10 @@ class Prompts:
         tokenizer: the model's.
         chat_template: the model's.
         context_tokens: maximum number of tokens of prompt and completion together.
-        vocabulary_tokens: number of token ids; all are below it.
+        vocabulary_tokens: rows of the model's input embedding; token ids are below it.
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
         default_max_tokens: maximum number of new tokens if neither the request nor `defaults` has one.
+        unembedded_tokens: by id, the tokenizer's tokens for which the model has no embedding.
     """
 
     tokenizer: Tokenizer
@@ -37,24 +38,26 @@ class Prompts:
     vocabulary_tokens: int
     defaults: SamplingParams
     default_max_tokens: int
+    unembedded_tokens: Mapping[int, str] = field(default_factory=dict)
 
     def encode(self, request: GenerationRequest) -> tuple[list[int], SamplingParams]:
         """Return the prompt's token ids and the complete sampling parameters.
 
         Raises:
-            InvalidRequest: empty prompt, unknown token id, no chat template, messages rejected by the template, or
-                max_tokens too large.
-            PromptTooLong: not one new token fits.
+            InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
+                template, or min_tokens too large.
+            PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
         token_ids = self._token_ids(request.prompt)
         if not token_ids:
             raise InvalidRequest("The prompt is empty. Send at least one character.")
         remaining = self.context_tokens - len(token_ids)
-        if remaining < 1:
+        if remaining < (0 if request.sampling.max_tokens == 0 else 1):
             raise PromptTooLong(
                 f"The prompt is too long: {len(token_ids)} tokens. The context is {self.context_tokens} tokens for "
                 "prompt and completion; shorten the prompt."
             )
+        self._check_token_ids(token_ids, "the prompt")
         return token_ids, self._complete(request.sampling, remaining)
 
     def text(self, request: GenerationRequest) -> str:
@@ -68,7 +71,6 @@ class Prompts:
             return self._encode(prompt, add_special_tokens=True) if prompt else []
         if isinstance(prompt, tuple):
             self._check_length(len(prompt), 0)
-            self._check_token_ids(prompt, "the prompt")
             return list(prompt)
         return self._encode_chat(self.chat_template.render(prompt))
 
@@ -107,22 +109,21 @@ class Prompts:
             )
 
     def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocabulary_tokens:
-                raise InvalidRequest(
-                    f"Unknown token id in {where}: {token_id}. This model's are 0 to {self.vocabulary_tokens - 1}."
-                )
+        """Raise InvalidRequest if the model has no embedding for an id; text may have such tokens too."""
+        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary_tokens), None)
+        if unknown is not None:
+            token = self.unembedded_tokens.get(unknown)
+            named = f"{unknown}" if token is None else f"{unknown}, {token!r}; remove it"
+            raise InvalidRequest(
+                f"Unknown token id in {where}: {named}. This model's are 0 to {self.vocabulary_tokens - 1}."
+            )
 
     def _complete(self, sampling: SamplingParams, remaining: int) -> SamplingParams:
-        if sampling.max_tokens is not None and sampling.max_tokens > remaining:
-            raise InvalidRequest(
-                f"max_tokens is too large: {sampling.max_tokens}. After the prompt {remaining} of "
-                f"{self.context_tokens} tokens remain; lower max_tokens or shorten the prompt.",
-                "max_tokens",
-            )
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
         defaults = self.defaults
-        max_tokens = sampling.max_tokens or min(defaults.max_tokens or self.default_max_tokens, remaining)
+        max_tokens = sampling.max_tokens
+        if max_tokens is None:
+            max_tokens = defaults.max_tokens or self.default_max_tokens
         if sampling.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"min_tokens is too large: {sampling.min_tokens}. Set it to at most max_tokens, {max_tokens}.",
@@ -133,4 +134,5 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        return replace(sampling, max_tokens=max_tokens, **unset)
+        max_tokens = min(max_tokens, remaining)
+        return replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), **unset)

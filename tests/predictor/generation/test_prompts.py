@@ -1,9 +1,9 @@
+import sys
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from devtools.paths import DEMO_MODEL
 from predictor.errors import InvalidRequest, PromptTooLong
@@ -13,16 +13,6 @@ from predictor.generation.prompts import Prompts
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
 HELLO = Chat(({"role": "user", "content": "Hi"},))
-
-
-def make_sentencepiece_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer that adds a space before a text, as SentencePiece does; each character is a token."""
-    characters = ["▁", "\n", *(chr(code) for code in range(33, 127))]
-    backend = Tokenizer(models.BPE({character: index for index, character in enumerate(characters)}, []))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    backend.decoder = decoders.Metaspace()
-    backend.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template="<s>{{ messages[0].content }}")
 
 
 def test_encode_text_adds_one_bos(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -57,7 +47,7 @@ def test_encode_chat_passes_tools_to_template(prompts: Prompts) -> None:
 def test_encode_chat_control_tokens_in_messages_are_text(
     prompts: Prompts, tokenizer: PreTrainedTokenizerBase, message: dict[str, str]
 ) -> None:
-    ids, _ = prompts.encode(GenerationRequest(Chat((message,))))
+    ids, _ = replace(prompts, vocabulary_tokens=512).encode(GenerationRequest(Chat((message,))))
     # begin, role, end and the generation prompt are the template's.
     assert [token_id for token_id in ids if token_id in tokenizer.all_special_ids] == tokenizer.convert_tokens_to_ids(
         ["<|begin|>", f"<|{message['role']}|>", "<|end|>", "<|assistant|>"]
@@ -67,7 +57,13 @@ def test_encode_chat_control_tokens_in_messages_are_text(
 
 def test_encode_chat_control_tokens_in_tools_are_text(prompts: Prompts) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL, chat_template="{{ tools | tojson }}")
-    with_tools = replace(prompts, tokenizer=tokenizer, chat_template=ChatTemplate(tokenizer), context_tokens=200)
+    with_tools = replace(
+        prompts,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(tokenizer),
+        context_tokens=200,
+        vocabulary_tokens=512,
+    )
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"<|end|>": {}}}}}
     ids, _ = with_tools.encode(GenerationRequest(Chat(HELLO.messages, (tool,))))
     assert not set(ids) & set(tokenizer.all_special_ids)
@@ -79,11 +75,14 @@ def test_encode_text_keeps_control_tokens(prompts: Prompts, tokenizer: PreTraine
     assert ids[-1] == tokenizer.eos_token_id
 
 
-def test_encode_chat_sentencepiece_parts_get_no_space(prompts: Prompts) -> None:
-    tokenizer = make_sentencepiece_tokenizer()
-    sentencepiece = replace(prompts, tokenizer=tokenizer, chat_template=ChatTemplate(tokenizer))
-    ids, _ = sentencepiece.encode(GenerationRequest(Chat(({"role": "user", "content": "a</s>b"},))))
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", *"a<", *"/s>b"]
+def test_encode_chat_text_after_broken_token_gets_no_space(
+    prompts: Prompts, sentencepiece_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    sentencepiece_tokenizer.chat_template = "{% for m in messages %}<|assistant|>{{ m.content }}{% endfor %}"
+    changed = replace(prompts, tokenizer=sentencepiece_tokenizer, chat_template=ChatTemplate(sentencepiece_tokenizer))
+    ids, _ = changed.encode(GenerationRequest(Chat(({"role": "user", "content": "a</s>b"},))))
+    assert not set(ids[1:]) & set(sentencepiece_tokenizer.all_special_ids)
+    assert sentencepiece_tokenizer.decode(ids[1:]) == "a</s>b"
 
 
 def test_encode_token_ids_keeps_them_and_text_decodes_them(
@@ -137,19 +136,15 @@ def test_encode_more_token_ids_than_context_is_too_long(prompts: Prompts) -> Non
     [
         (GenerationRequest(""), "prompt is empty", None),
         (GenerationRequest((5, 300)), "Unknown token id in the prompt: 300. This model's are 0 to 299", None),
+        (GenerationRequest((-1,)), "Unknown token id in the prompt: -1", None),
         (GenerationRequest("1", SamplingParams(stop_token_ids=(301,))), "token id in stop_token_ids: 301", None),
-        (
-            GenerationRequest("1" * 53, SamplingParams(max_tokens=11)),
-            "max_tokens is too large: 11. After the prompt 10 of 64 tokens remain",
-            "max_tokens",
-        ),
         (
             GenerationRequest("1", SamplingParams(max_tokens=2, min_tokens=3)),
             "min_tokens is too large: 3. Set it to at most max_tokens, 2",
             "min_tokens",
         ),
     ],
-    ids=["empty", "token-id", "stop-token-id", "max-tokens", "min-tokens"],
+    ids=["empty", "token-id", "negative-token-id", "stop-token-id", "min-tokens"],
 )
 def test_encode_invalid_request_names_problem_and_field(
     prompts: Prompts, request_: GenerationRequest, message: str, field: str | None
@@ -159,12 +154,40 @@ def test_encode_invalid_request_names_problem_and_field(
     assert raised.value.field == field
 
 
+@pytest.mark.parametrize("prompt", ["1+1", HELLO], ids=["text", "chat"])
+def test_encode_token_without_embedding_is_invalid_and_named(prompts: Prompts, prompt: str | Chat) -> None:
+    last = max(prompts.encode(GenerationRequest(prompt))[0])
+    too_few = replace(prompts, vocabulary_tokens=last, unembedded_tokens={last: "<pad>"})
+    with pytest.raises(InvalidRequest, match=f"in the prompt: {last}, '<pad>'; remove it. This model's are 0 to"):
+        too_few.encode(GenerationRequest(prompt))
+    assert replace(prompts, vocabulary_tokens=last + 1).encode(GenerationRequest(prompt))
+
+
 def test_encode_completes_sampling_with_model_defaults(prompts: Prompts) -> None:
     defaults = SamplingParams(max_tokens=40, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
     _, sampling = replace(prompts, defaults=defaults).encode(
         GenerationRequest("1", SamplingParams(temperature=0.0, stop=("x",)))
     )
     assert sampling == replace(defaults, temperature=0.0, stop=("x",))
+
+
+@pytest.mark.parametrize(("requested", "granted"), [(10, 10), (11, 10), (sys.maxsize, 10), (0, 0)])
+def test_encode_max_tokens_is_limited_to_context(prompts: Prompts, requested: int, granted: int) -> None:
+    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=requested)))
+    assert sampling.max_tokens == granted
+
+
+def test_encode_min_tokens_is_limited_to_context(prompts: Prompts) -> None:
+    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=30, min_tokens=20)))
+    assert (sampling.max_tokens, sampling.min_tokens) == (10, 10)
+
+
+def test_encode_without_new_tokens_accepts_a_prompt_of_the_whole_context(prompts: Prompts) -> None:
+    ids, _ = prompts.encode(GenerationRequest("1" * 63, SamplingParams(max_tokens=0)))
+    assert len(ids) == 64
+    for prompt, max_tokens in (("1" * 63, 1), ("1" * 64, 0)):
+        with pytest.raises(PromptTooLong):
+            prompts.encode(GenerationRequest(prompt, SamplingParams(max_tokens=max_tokens)))
 
 
 def test_encode_default_max_tokens_is_limited_to_context(prompts: Prompts) -> None:
