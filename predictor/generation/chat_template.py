@@ -18,7 +18,7 @@ from jinja2 import nodes
 from predictor.errors import ChatTemplateFailed, InvalidRequest, InvalidSettings
 from predictor.generation.control_tokens import ControlTokens
 from predictor.generation.time_limit import TimeLimitExceeded, time_limit
-from predictor.generation.tokenizer import Tokenizer
+from predictor.generation.tokenizer import ChatTokenizer
 from predictor.types import Chat, Message
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ChatTemplate:
         InvalidSettings: `variables` contains a name that cannot be set.
     """
 
-    def __init__(self, tokenizer: Tokenizer, variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, tokenizer: ChatTokenizer, variables: Mapping[str, Any] | None = None) -> None:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         # `documents` is a parameter of transformers only for its type; templates treat it like any variable.

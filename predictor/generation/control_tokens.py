@@ -7,7 +7,7 @@ vocabulary with 6,000 of them), and also escapes what templates look for in mess
 import re
 from typing import Any
 
-from predictor.generation.tokenizer import Tokenizer
+from predictor.generation.tokenizer import ChatTokenizer
 
 BREAK = "\ufdd0"
 """Separates texts that are encoded on their own. Unicode reserves it for such internal use; in a chat it is dropped."""
@@ -22,7 +22,7 @@ class ControlTokens:
         read: text that the chat template looks for in messages, so that it may occur there: `</think>`.
     """
 
-    def __init__(self, tokenizer: Tokenizer, written: str = "", read: str = "") -> None:
+    def __init__(self, tokenizer: ChatTokenizer, written: str = "", read: str = "") -> None:
         texts = {
             token.content
             for token in tokenizer.added_tokens_decoder.values()
