@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ def prometheus(folder: Path, predictor: Predictor) -> Iterator[httpx.Client]:
         process = subprocess.Popen(["prometheus", *flags], cwd=folder, stderr=log, text=True)
         try:
             with httpx.Client(base_url=f"http://{address}/api/v1/", timeout=30, trust_env=False) as client:
+                _wait_until(lambda: _is_ready(client), "Prometheus was not ready")
                 yield client
         finally:
             processes.stop(process)
@@ -82,15 +83,23 @@ def wait_for(client: httpx.Client, query: str) -> None:
     Raises:
         TimeoutError: no result within `WAIT_SECONDS`.
     """
+    _wait_until(lambda: bool(query_instant(client, query)), f"{query} had no result")
+
+
+def _is_ready(client: httpx.Client) -> bool:
+    """Return whether Prometheus answers queries; its port is open before its storage is, with status 503."""
+    try:
+        return client.get(client.base_url.join("/-/ready")).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _wait_until(condition: Callable[[], bool], failure: str) -> None:
     deadline = time.monotonic() + WAIT_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            if query_instant(client, query):
-                return
-        except httpx.TransportError:
-            pass  # Prometheus opens its port after reading the configuration.
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"{failure} within {WAIT_SECONDS} s")
         time.sleep(0.2)
-    raise TimeoutError(f"{query} had no result within {WAIT_SECONDS} s")
 
 
 def main() -> int:

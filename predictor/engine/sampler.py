@@ -1,4 +1,4 @@
-"""Sample the next token of one sequence: logits processors, log probabilities, temperature, top-k and top-p.
+"""Sample the next token of one sequence: logits processors, log probabilities, temperature, top-k, top-p and min-p.
 
 Works on one row of logits in place. A greedy row without processors stays unchanged; a sampled row is left with its
 only finite logit at the sampled token, so that the largest logit is the next token in both cases.
@@ -40,6 +40,8 @@ class Penalties:
         """Lower the logits of tokens that occur already."""
         if self._repetition != 1.0:
             token_ids = torch.tensor([*prompt_ids, *output_ids], dtype=torch.long, device=logits.device).unique()
+            # The embedding may have more rows than the LM head: those tokens can be in a prompt only.
+            token_ids = token_ids[token_ids < logits.numel()]
             values = logits[token_ids]
             logits[token_ids] = torch.where(values > 0, values / self._repetition, values * self._repetition)
         if self._presence or self._frequency:
@@ -59,7 +61,8 @@ class MinTokens:
         """Set the logits of end tokens to minus infinity while the output is too short."""
         del prompt_ids
         if len(output_ids) < self._min_tokens:
-            logits[self._end_token_ids] = -torch.inf
+            # A token without a logit cannot be sampled, and its index would be an error.
+            logits[[token_id for token_id in self._end_token_ids if token_id < logits.numel()]] = -torch.inf
 
 
 class SequenceSampler:
@@ -103,6 +106,7 @@ class SequenceSampler:
                 temperature=sampling.temperature or 0.0,
                 top_k=sampling.top_k or 0,
                 top_p=1.0 if sampling.top_p is None else sampling.top_p,
+                min_p=sampling.min_p or 0.0,
                 generator=self._generator,
             )
             logits.fill_(-torch.inf)
@@ -112,7 +116,13 @@ class SequenceSampler:
 
 
 def sample(
-    logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
+    logits: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Sample a token id.
 
@@ -121,6 +131,7 @@ def sample(
         temperature: at least GREEDY_BELOW.
         top_k: number of most probable tokens to sample from; 0 is all.
         top_p: of those, the fewest that together have this probability, 0 <= top_p <= 1; at least one.
+        min_p: of those, the ones with at least this fraction of the largest probability, 0 <= min_p <= 1.
         generator: source of randomness; None is torch's default.
     """
     logits = logits / temperature
@@ -133,6 +144,9 @@ def sample(
         cumulative = (top_logits - total).exp().cumsum(dim=-1).roll(1)
         cumulative[0] = -1  # always keep the most probable token
         logits = top_logits.masked_fill(cumulative >= top_p, -torch.inf)
+    if min_p:
+        # Logits differ by the logarithm of the ratio of their probabilities, whatever tokens were excluded before.
+        logits = logits.masked_fill(logits < logits.max() + math.log(min_p), -torch.inf)
     # The Gumbel-max trick: the largest of logit + Gumbel noise is a sample of the softmax, without computing it.
     index = (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax()
     return index if token_ids is None else token_ids[index]

@@ -12,8 +12,9 @@ from enum import StrEnum
 import psutil
 
 from predictor.engine.engine import Engine
-from predictor.errors import Draining, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
@@ -152,17 +153,23 @@ class LLMService:
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
+        chat_template = ChatTemplate(loaded.tokenizer)
         prompts = Prompts(
             loaded.tokenizer,
+            chat_template,
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,
             settings.default_max_tokens,
+            loaded.unembedded_tokens,
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
             self._enter(Phase.READY)
-            self.metadata = _metadata(model_snapshot, loaded, engine)
+            self.metadata = {
+                **_metadata(model_snapshot, loaded, engine),
+                "chat_template": chat_template.status,
+            }
             self._pipeline = _Pipeline(prompts, engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
@@ -257,6 +264,8 @@ class LLMService:
             raise Draining("The server is shutting down. Retry later.")
         if self._pipeline is None:
             raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
@@ -281,6 +290,11 @@ class LLMService:
             raise
 
 
+def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:
+    field = paths[0] if len(paths) == 1 else None
+    return InvalidRequest(f"{', '.join(paths)}: unknown field. Omit it. The schema is at /openapi.json.", field)
+
+
 def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
     return {
         "commit": model_snapshot.commit or "",
@@ -290,6 +304,7 @@ def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> 
         **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
         "prepared": str(loaded.prequantized).lower(),
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
+        **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(engine.context_tokens),
         "kv_cache_tokens": str(engine.cache_tokens),
     }

@@ -13,14 +13,19 @@ import transformers
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
 from predictor.models import checkpoint, context_length, placement, rope, snapshot
+from predictor.models.checkpoint import Weights
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
 from predictor.types import SamplingParams
+from snapshot_format import model_files
 from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
+
+_NAMED_TOKENS = 5
+"""Number of tokens without an embedding that the log names."""
 
 TimePhase = Callable[[str], AbstractContextManager[object]]
 """Entered for each phase of a load, with its name: "tokenizer", "weights", "pack"."""
@@ -63,7 +68,9 @@ class LoadedModel:
     context_tokens: int
     """Maximum of prompt and completion together."""
     vocabulary_tokens: int
-    """Token ids are below this."""
+    """Rows of the input embedding, with padding: token ids are below this."""
+    unembedded_tokens: dict[int, str]
+    """Tokens of the tokenizer whose id has no row in the embedding, by id; prompts with them are refused."""
     eos_token_ids: frozenset[int]
     quantization: str
     """`none`, `8bit` or `4bit`, or the method of a quantized checkpoint."""
@@ -122,12 +129,12 @@ def make_plan(
         InvalidSettings: `max_model_len` is more than the model supports.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
-    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
+    checkpoint.check_auxiliary_files(directory)
+    config, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code)
     context_tokens = context_length.resolve(config, directory, max_model_len)
-    checkpoint.check_weight_files(directory)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    weight_bytes = sum(file.stat().st_size for file in checkpoint.weight_files(directory))
+    weight_bytes = weights.size_bytes
     free_bytes = memory.available_bytes(target)
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
@@ -136,7 +143,7 @@ def make_plan(
     if isinstance(quantization_config, Int8Config):
         prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
-        config = checkpoint.read_config(prequantized_dir, trust_remote_code=trust_remote_code)
+        config, _ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code)
         quantization_config = None
     return LoadPlan(
         directory=directory,
@@ -185,12 +192,15 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         if reason := ops.unavailable_reason():
             logger.warning("native CPU kernels are unavailable: %s", reason)
     text_config = plan.config.get_text_config()
+    # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
+    vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
         context_tokens=context_tokens,
-        vocabulary_tokens=int(text_config.vocab_size),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        vocabulary_tokens=vocabulary_tokens,
+        unembedded_tokens=_unembedded_tokens(tokenizer, vocabulary_tokens),
+        eos_token_ids=_eos_token_ids(model, tokenizer, vocabulary_tokens),
         quantization=quantization,
         int8_kernels=int8_kernels,
         defaults=_default_sampling(model.generation_config),
@@ -209,6 +219,17 @@ def choose_dtype(dtype: str, checkpoint_dtype: torch.dtype | None, device: torch
     if device.type == "cuda" and chosen == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         return torch.float16
     return chosen
+
+
+def _read_checkpoint(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Weights]:
+    """Return the config, which names the weights if transformers would not find them, and the weights."""
+    if trust_remote_code:
+        checkpoint.check_code(directory)
+    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
+    weights = checkpoint.find_weights(directory, getattr(config, "transformers_weights", None))
+    if weights.entry not in (model_files.SINGLE, model_files.INDEX):
+        config.transformers_weights = weights.entry
+    return config, weights
 
 
 def _load_tokenizer(plan: LoadPlan) -> Any:
@@ -265,10 +286,25 @@ def _resolved_method(model: Any, mode: str) -> str:
     return "8bit" if method == INT8_METHOD else method
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:
+    """Return the tokens without an embedding, by id, and log them."""
+    unembedded = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary_tokens}
+    if unembedded:
+        logger.warning(
+            "the model's embedding has %d rows, too few for %d of the tokenizer's tokens: %s; prompts with them are "
+            "refused; use the tokenizer that the model was trained with, or resize the embedding",
+            vocabulary_tokens,
+            len(unembedded),
+            ", ".join(f"{token!r} ({token_id})" for token_id, token in sorted(unembedded.items())[:_NAMED_TOKENS]),
+        )
+    return unembedded
+
+
+def _eos_token_ids(model: Any, tokenizer: Any, vocabulary_tokens: int) -> frozenset[int]:
+    """Return the declared ids; the model cannot generate one without an embedding."""
     declared = model.generation_config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id]
-    return frozenset(token_id for token_id in ids if token_id is not None)
+    return frozenset(token_id for token_id in ids if token_id is not None and 0 <= token_id < vocabulary_tokens)
 
 
 def _default_sampling(config: Any) -> SamplingParams:
@@ -277,12 +313,17 @@ def _default_sampling(config: Any) -> SamplingParams:
         temperature=0.0,
         top_p=1.0,
         top_k=0,
+        min_p=0.0,
         repetition_penalty=_or_one(config.repetition_penalty),
     )
     if not config.do_sample:
         return greedy
     return replace(
-        greedy, temperature=_or_one(config.temperature), top_p=_or_one(config.top_p), top_k=config.top_k or 0
+        greedy,
+        temperature=_or_one(config.temperature),
+        top_p=_or_one(config.top_p),
+        top_k=config.top_k or 0,
+        min_p=config.min_p or 0.0,
     )
 
 
