@@ -188,11 +188,11 @@ class BatchingManager:
         state = processor.scheduler.active_requests.get(request_id) if processor else None
         return None if state is None else _queue_seconds(state)
 
-    @torch.inference_mode()
     def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        input_ids = torch.tensor([token_ids], device=self._model.device)
-        with transformers_attention.selected(self._model, self._plain_implementation):
-            logits: torch.Tensor = self._model(input_ids=input_ids, use_cache=False).logits[0]
+        model = self._model
+        input_ids = torch.tensor([token_ids], device=model.device)
+        with torch.no_grad(), transformers_attention.selected(model, self._plain_implementation):
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
         return logits.cpu()
 
     def _forget(self, request_id: str) -> None:

@@ -191,7 +191,6 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
             logger.info("int8 kernels: %s", int8_kernels)
         if reason := ops.unavailable_reason():
             logger.warning("native CPU kernels are unavailable: %s", reason)
-    text_config = plan.config.get_text_config()
     # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
     vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(

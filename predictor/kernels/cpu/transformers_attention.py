@@ -58,7 +58,7 @@ def enable(model: Any) -> bool:
 
 def plain_implementation(model: Any) -> str:
     """Return the implementation that computes the same as the selected one, without a paged cache."""
-    selected = model.config._attn_implementation
+    selected: str = model.config._attn_implementation
     return {NAME: "sdpa", "paged|eager": "eager"}.get(selected, selected)
 
 

@@ -33,6 +33,7 @@ def test_plan_refuses_encoder_decoder_also_with_remote_code(tmp_path: Path) -> N
     config = CASES["t5"].config()
     config.auto_map = {"AutoModelForCausalLM": "modeling.Model"}
     config.save_pretrained(tmp_path)
+    (tmp_path / "modeling.py").touch()
     with pytest.raises(UnsupportedModel, match="an encoder-decoder model"):
         loader.make_plan(tmp_path, device="cpu", trust_remote_code=True)
 
