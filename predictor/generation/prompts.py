@@ -106,4 +106,14 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        return replace(sampling, max_tokens=max_tokens, **unset)
+        return replace(
+            sampling,
+            max_tokens=max_tokens,
+            min_tokens=sampling.min_tokens or min(defaults.min_tokens, max_tokens),
+            stop=tuple(dict.fromkeys(sampling.stop + defaults.stop)),
+            no_repeat_ngram_size=sampling.no_repeat_ngram_size or defaults.no_repeat_ngram_size,
+            suppress_tokens=sampling.suppress_tokens + defaults.suppress_tokens,
+            begin_suppress_tokens=sampling.begin_suppress_tokens + defaults.begin_suppress_tokens,
+            bad_words_ids=sampling.bad_words_ids + defaults.bad_words_ids,
+            **unset,
+        )
