@@ -12,6 +12,7 @@ from predictor.entrypoints.http import error_responses, middleware, openapi
 from predictor.entrypoints.http.routes import admin, health, kserve_v1, open_inference, openai
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
+from predictor.observability.request_record import IGNORED_FIELDS_HEADER
 from predictor.protocols.open_inference import SERVER
 from predictor.protocols.open_inference_binary import HEADER_LENGTH
 from predictor.settings import Settings
@@ -19,7 +20,7 @@ from predictor.settings import Settings
 if TYPE_CHECKING:
     from predictor.observability.tracing import Tracing
 
-EXPOSED_HEADERS = ("x-request-id", "x-ignored-fields", "Retry-After", HEADER_LENGTH)
+EXPOSED_HEADERS = ("x-request-id", IGNORED_FIELDS_HEADER, "Retry-After", HEADER_LENGTH)
 """Response headers that a script of another origin may read, in addition to those that every script may."""
 
 
