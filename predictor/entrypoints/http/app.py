@@ -77,7 +77,7 @@ def create_app(
 def _add_head(router: APIRouter) -> None:
     """Answer HEAD wherever GET is answered, which FastAPI leaves to the application; uvicorn drops the body."""
     for route in router.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
             route.methods.add("HEAD")
 
 
