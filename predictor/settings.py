@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """Request timeout in seconds. Keep it below the InferenceService's, so that clients get an error response."""
     max_request_bytes: int = Field(default=8_388_608, ge=1024)
     """Maximum size of a request body in bytes."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """Unknown fields of requests: ignore and name them in the header x-ignored-fields and the log, or refuse them."""
     step_timeout_seconds: float = Field(default=120, gt=0, allow_inf_nan=False)
     """Time without a step, while sequences run, after which liveness fails and Kubernetes restarts the pod."""
     self_check_interval_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
@@ -121,7 +123,8 @@ class Settings(BaseSettings):
     @classmethod
     def _is_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-            raise PydanticCustomError("device", "Input should be auto, cuda, cuda:N, mps or cpu")
+            expected = {"expected": "auto, cuda, cuda:N, mps or cpu"}
+            raise PydanticCustomError("device", "Input should be {expected}", expected)
         return value
 
     @field_validator("log_level", mode="before")
@@ -137,9 +140,18 @@ def read(argv: Sequence[str]) -> Settings:
         InvalidSettings: naming the flag or variable, and the fix.
     """
     _reject_unknown_variables(os.environ)
+    return parse(argv, Settings)
+
+
+def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
+    """Return the settings from flags and from the sources of `model`; `read` and preflight use different ones.
+
+    Raises:
+        InvalidSettings: naming the flag or variable, and the fix.
+    """
     arguments = [_with_underscores(argument) for argument in argv]
     try:
-        return CliApp.run(Settings, cli_args=arguments)
+        return CliApp.run(model, cli_args=arguments)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).removeprefix(ENV_PREFIX).lower()

@@ -32,7 +32,7 @@ class SamplingParams:
     """Sampling and stopping parameters; None means the model's default."""
 
     max_tokens: int | None = None
-    """Maximum number of new tokens, >= 1."""
+    """Maximum number of new tokens; without any, the prompt is only checked."""
     min_tokens: int = 0
     """Minimum number of new tokens before an end-of-sequence token, stop token or stop string ends the completion."""
     temperature: float | None = None
@@ -67,6 +67,14 @@ class Chat:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as `enable_thinking`."""
+    reasoning_effort: str | None = None
+    """Sets the variables by which the template controls the reasoning, if it has any; "none" turns it off."""
+    continue_final_message: bool = False
+    """Continue the last message, which is the assistant's, instead of beginning a new one."""
+    add_generation_prompt: bool = True
+    """Begin the assistant's message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from enum import StrEnum
 import psutil
 
 from predictor.engine.engine import Engine
-from predictor.errors import Draining, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
@@ -149,8 +150,10 @@ class LLMService:
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
+        chat_template = ChatTemplate(loaded.tokenizer)
         prompts = Prompts(
             loaded.tokenizer,
+            chat_template,
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,
@@ -160,7 +163,10 @@ class LLMService:
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
             self._enter(Phase.READY)
-            self.metadata = _metadata(model_snapshot, loaded, engine)
+            self.metadata = {
+                **_metadata(model_snapshot, loaded, engine),
+                "chat_template": chat_template.status,
+            }
             self._pipeline = _Pipeline(prompts, engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
@@ -258,6 +264,8 @@ class LLMService:
             raise Draining("The server is shutting down. Retry later.")
         if self._pipeline is None:
             raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
@@ -280,6 +288,11 @@ class LLMService:
         except Overloaded:
             self._metrics.count_rejected()
             raise
+
+
+def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:
+    field = paths[0] if len(paths) == 1 else None
+    return InvalidRequest(f"{', '.join(paths)}: unknown field. Omit it. The schema is at /openapi.json.", field)
 
 
 def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
