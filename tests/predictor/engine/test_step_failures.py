@@ -27,7 +27,7 @@ Requests = list[tuple[list[int], SamplingParams]]
 
 @pytest.fixture(scope="module")
 def requests(loaded: LoadedModel) -> Requests:
-    """More sequences than the batch has places; of two with the same prompt of more than a page, one shares a prefix."""
+    """More sequences than the batch has places; two have the same prompt of more than a page."""
     long = random_ids(loaded, 300, seed=1)
     short = [random_ids(loaded, 20 + seed, seed) for seed in range(2, 10)]
     return [(ids, TEN) for ids in (*short[:3], long, *short[3:], long, random_ids(loaded, 280, seed=11))]
@@ -68,7 +68,7 @@ class Failure:
 
 
 @contextmanager
-def spoiled_step(engine: Engine, loaded: LoadedModel, failure: Failure, at: int) -> Iterator[None]:
+def spoiled_step(loaded: LoadedModel, failure: Failure, at: int) -> Iterator[None]:
     """Write NaN into the KV cache in step `at`, until the step fails in its last layer."""
     first, *_, last = loaded.model.model.layers
     count = 0
@@ -118,7 +118,7 @@ def test_step_failure_in_forward_fails_its_sequences_only(
 ) -> None:
     failure = Failure(engine, at, error)
     before = engine.failed_steps
-    with spoiled_step(engine, loaded, failure, at):
+    with spoiled_step(loaded, failure, at):
         streams, results = outcomes(engine, requests)
     failed = {stream._id for stream, result in zip(streams, results, strict=True) if isinstance(result, Exception)}
     assert failed == failure.step
@@ -132,7 +132,7 @@ def test_step_failure_of_a_prompt_chunk_is_not_shared_as_prefix(engine: Engine, 
     ids = random_ids(loaded, 300, seed=21)
     [correct] = generate_all(engine, [(ids, TEN)])
     internals(engine).cache.evict_cached_blocks()
-    with spoiled_step(engine, loaded, Failure(engine, 2, OUT_OF_MEMORY), 2):
+    with spoiled_step(loaded, Failure(engine, 2, OUT_OF_MEMORY), 2):
         _, [first, second] = outcomes(engine, [(ids, TEN), (ids, TEN)])
     assert isinstance(first, GenerationFailed)
     assert second == correct
@@ -210,7 +210,7 @@ def test_step_failure_that_loses_the_device_ends_the_loop(
     monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
     with started(loaded) as ending:
         assertion = torch.AcceleratorError("CUDA error: device-side assert triggered")
-        with spoiled_step(ending, loaded, Failure(ending, 3, assertion), 3):
+        with spoiled_step(loaded, Failure(ending, 3, assertion), 3):
             results = asyncio.run(asyncio.wait_for(gather(ending, requests), HANG_SECONDS))
         assert {type(result) for result in results} == {EngineStopped}
         assert not ending.is_alive
