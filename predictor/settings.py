@@ -92,6 +92,8 @@ class Settings(BaseSettings):
     """Maximum time for running requests after SIGTERM, in seconds. Keep it at the InferenceService's timeout."""
     api_keys_file: Path | None = None
     """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
+    allowed_origins: str = ""
+    """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
@@ -114,6 +116,11 @@ class Settings(BaseSettings):
         """`quantization_skip_modules` as a tuple."""
         return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """`allowed_origins` as a tuple."""
+        return tuple(origin.strip().lower() for origin in self.allowed_origins.split(",") if origin.strip())
+
     @field_validator("model_reference", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -125,6 +132,16 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             expected = {"expected": "auto, cuda, cuda:N, mps or cpu"}
             raise PydanticCustomError("device", "Input should be {expected}", expected)
+        return value
+
+    @field_validator("allowed_origins", mode="after")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if origin != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._:\[\]-]+", origin):
+                raise PydanticCustomError(
+                    "origin", "Input should be * or origins without a path, as in https://ui.example.org,http://a:3000"
+                )
         return value
 
     @field_validator("log_level", mode="before")
