@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     """Maximum time for running requests after SIGTERM, in seconds. Keep it at the InferenceService's timeout."""
     api_keys_file: Path | None = None
     """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
+    allowed_origins: str = ""
+    """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
@@ -122,6 +124,11 @@ class Settings(BaseSettings):
         """`chat_template_kwargs` as a dictionary."""
         return dict(json.loads(self.chat_template_kwargs))
 
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """`allowed_origins` as a tuple."""
+        return tuple(origin.strip().lower() for origin in self.allowed_origins.split(",") if origin.strip())
+
     @field_validator("chat_template_kwargs", mode="after")
     @classmethod
     def _is_json_object(cls, value: str) -> str:
@@ -144,6 +151,16 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             expected = {"expected": "auto, cuda, cuda:N, mps or cpu"}
             raise PydanticCustomError("device", "Input should be {expected}", expected)
+        return value
+
+    @field_validator("allowed_origins", mode="after")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if origin != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._:\[\]-]+", origin):
+                raise PydanticCustomError(
+                    "origin", "Input should be * or origins without a path, as in https://ui.example.org,http://a:3000"
+                )
         return value
 
     @field_validator("log_level", mode="before")

@@ -55,6 +55,28 @@ def test_read_empty_model_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
+    ("value", "origins"),
+    [
+        ("", ()),
+        ("*", ("*",)),
+        ("https://ui.example.org", ("https://ui.example.org",)),
+        (" HTTPS://UI.example.org:8443, http://[::1]:3000,", ("https://ui.example.org:8443", "http://[::1]:3000")),
+        ("tauri://localhost,null-app://x", ("tauri://localhost", "null-app://x")),
+    ],
+)
+def test_read_allowed_origins_are_a_list(value: str, origins: tuple[str, ...]) -> None:
+    assert settings.read(["--allowed_origins", value]).origins == origins
+
+
+@pytest.mark.parametrize(
+    "value", ["https://ui.example.org/", "ui.example.org", '["*"]', "https://*.example.org", "*, a b"]
+)
+def test_read_allowed_origin_that_no_browser_sends_is_an_error(value: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"--allowed_origins \(PREDICTOR_ALLOWED_ORIGINS\): .* \* or origins"):
+        settings.read(["--allowed_origins", value])
+
+
+@pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["--modl_dir", "/x"], "Unknown flag: --modl_dir. Did you mean --model_dir?"),

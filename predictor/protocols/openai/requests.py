@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema
+from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
 from predictor.protocols.json_object import settle_other_fields
 from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest
 from predictor.types import Chat, GenerationRequest
@@ -87,7 +87,7 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
 
 def _validate(model: type[RequestT], body: bytes) -> RequestT:
     try:
-        content = model.model_validate_json(body)
+        content = model.model_validate_json(to_utf8(body))
     except ValidationError as error:
         fields = [".".join(map(str, issue["loc"])) for issue in error.errors(include_input=False)]
         field = fields[0] if len(fields) == 1 and fields[0] else None

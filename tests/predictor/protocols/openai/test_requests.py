@@ -461,7 +461,7 @@ def test_decode_several_invalid_fields_are_all_reported(decode_fields: Callable[
 
 
 @pytest.mark.parametrize("decode", [requests.decode_completion, requests.decode_chat_completion])
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"7", b'{"model": "\\ud800"}', b"[" * 10_000])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"7", b'{"model": "\\ud800"}', b"[" * 10_000])
 def test_decode_body_other_than_a_json_object_raises(decode: Decode, body: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"^the body: "):
         decode(body)
