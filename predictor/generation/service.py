@@ -177,6 +177,7 @@ class LLMService:
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
+            engine_failed_steps=lambda: engine.failed_steps,
             self_check_age_seconds=lambda: self_check.age_seconds,
             self_check_success=lambda: self_check.succeeded,
         )
@@ -197,14 +198,16 @@ class LLMService:
     @property
     def is_live(self) -> bool:
         """Whether the step loop makes progress, or has not been started yet."""
-        return self._pipeline is None or self._pipeline.engine.is_alive
+        if self._pipeline is None:
+            return True
+        return self._pipeline.engine.is_alive and not self._pipeline.self_check.is_broken
 
     @property
     def is_ready(self) -> bool:
         """Whether a request sent now would be answered."""
         if self.phase is not Phase.READY or self._pipeline is None:
             return False
-        return self._pipeline.engine.is_alive and self._pipeline.self_check.is_fresh
+        return self.is_live and self._pipeline.self_check.is_fresh
 
     @property
     def is_shutting_down(self) -> bool:
