@@ -150,7 +150,7 @@ class LLMService:
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
-        chat_template = ChatTemplate(loaded.tokenizer)
+        chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
@@ -266,6 +266,9 @@ class LLMService:
             raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
         if record.ignored_fields and self._settings.unknown_fields == "refuse":
             raise _unknown_fields(record.ignored_fields)
+        for request in requests:
+            if isinstance(request.prompt, Chat):
+                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(request.prompt))
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
