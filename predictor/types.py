@@ -27,6 +27,24 @@ CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
 """Outcomes of a sequence without a finish reason: client disconnected, request timed out, engine failed."""
 
 
+class GrammarKind(StrEnum):
+    """Notation of a `StructuredOutput`."""
+
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    CHOICE = "list of choices"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the text of a completion must follow."""
+
+    kind: GrammarKind
+    value: str
+    """JSON of the schema or of the list of choices, a regular expression, or a grammar in Lark's notation."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling and stopping parameters; None means the model's default."""
