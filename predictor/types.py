@@ -59,6 +59,8 @@ class SamplingParams:
     """Cumulative probability kept, 0 <= top_p <= 1; at least one token is kept."""
     top_k: int | None = None
     """Number of most probable tokens kept; 0 keeps all."""
+    min_p: float | None = None
+    """Keep tokens with at least this fraction of the most probable token's probability, 0 <= min_p <= 1; 0 is off."""
     repetition_penalty: float | None = None
     """Divides positive logits, and multiplies negative ones, of tokens of the prompt and the completion; 1 is off."""
     presence_penalty: float = 0.0

@@ -1,4 +1,4 @@
-"""Sample the next token of one sequence: logits processors, log probabilities, temperature, top-k and top-p.
+"""Sample the next token of one sequence: logits processors, log probabilities, temperature, top-k, top-p and min-p.
 
 Works on one row of logits in place. A greedy row without processors stays unchanged; a sampled row is left with its
 only finite logit at the sampled token, so that the largest logit is the next token in both cases.
@@ -103,6 +103,7 @@ class SequenceSampler:
                 temperature=sampling.temperature or 0.0,
                 top_k=sampling.top_k or 0,
                 top_p=1.0 if sampling.top_p is None else sampling.top_p,
+                min_p=sampling.min_p or 0.0,
                 generator=self._generator,
             )
             logits.fill_(-torch.inf)
@@ -112,7 +113,13 @@ class SequenceSampler:
 
 
 def sample(
-    logits: torch.Tensor, *, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None = None
+    logits: torch.Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> torch.Tensor:
     """Sample a token id.
 
@@ -121,6 +128,7 @@ def sample(
         temperature: at least GREEDY_BELOW.
         top_k: number of most probable tokens to sample from; 0 is all.
         top_p: of those, the fewest that together have this probability, 0 <= top_p <= 1; at least one.
+        min_p: of those, the ones with at least this fraction of the largest probability, 0 <= min_p <= 1.
         generator: source of randomness; None is torch's default.
     """
     logits = logits / temperature
@@ -133,6 +141,9 @@ def sample(
         cumulative = (top_logits - total).exp().cumsum(dim=-1).roll(1)
         cumulative[0] = -1  # always keep the most probable token
         logits = top_logits.masked_fill(cumulative >= top_p, -torch.inf)
+    if min_p:
+        # Logits differ by the logarithm of the ratio of their probabilities, whatever tokens were excluded before.
+        logits = logits.masked_fill(logits < logits.max() + math.log(min_p), -torch.inf)
     # The Gumbel-max trick: the largest of logit + Gumbel noise is a sample of the softmax, without computing it.
     index = (logits - torch.empty_like(logits).exponential_(generator=generator).log_()).argmax()
     return index if token_ids is None else token_ids[index]

@@ -21,7 +21,7 @@ class Prompts:
         tokenizer: the model's.
         context_tokens: maximum number of tokens of prompt and completion together.
         vocabulary_tokens: number of token ids; all are below it.
-        defaults: the model's sampling defaults; `temperature`, `top_p`, `top_k` and `repetition_penalty` not None.
+        defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
         default_max_tokens: maximum number of new tokens if neither the request nor `defaults` has one.
     """
 
@@ -98,7 +98,7 @@ class Prompts:
             )
         unset = {
             name: getattr(defaults, name)
-            for name in ("temperature", "top_p", "top_k", "repetition_penalty")
+            for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
         return replace(sampling, max_tokens=max_tokens, **unset)

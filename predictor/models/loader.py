@@ -266,12 +266,17 @@ def _default_sampling(config: Any) -> SamplingParams:
         temperature=0.0,
         top_p=1.0,
         top_k=0,
+        min_p=0.0,
         repetition_penalty=_or_one(config.repetition_penalty),
     )
     if not config.do_sample:
         return greedy
     return replace(
-        greedy, temperature=_or_one(config.temperature), top_p=_or_one(config.top_p), top_k=config.top_k or 0
+        greedy,
+        temperature=_or_one(config.temperature),
+        top_p=_or_one(config.top_p),
+        top_k=config.top_k or 0,
+        min_p=config.min_p or 0.0,
     )
 
 

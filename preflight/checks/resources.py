@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preflight import quantities
-from preflight.deployment import Deployment, name_of
-from preflight.findings import CheckError, Finding
+from preflight.deployment import Deployment, Manifest, Pod
+from preflight.findings import CheckError, Finding, ProblemsAndRemedies
 
 GPU = "nvidia.com/gpu"
+NODE_CONDITIONS = "node.kubernetes.io/"
+"""Prefix of the taints that Kubernetes sets on nodes that are not ready, and that it lets pods tolerate for minutes."""
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
 PROCESS_BYTES = 1.0 * 2**30
 """Python, PyTorch and their buffers."""
@@ -77,6 +79,13 @@ def read(path: Path) -> Model:
         raise CheckError(f"{path} is not a config.json of a decoder: {error!r}. Use that of the model.") from None
 
 
+def gpus(deployment: Deployment) -> dict[str, float]:
+    """Return resource names and counts of the predictor's NVIDIA GPUs, whole or MIG slices."""
+    limits = deployment.server.get("resources", {}).get("limits", {})
+    counts = {name: quantities.number(count) for name, count in limits.items() if name.startswith("nvidia.com/")}
+    return {name: count for name, count in counts.items() if count}
+
+
 def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:
     """Yield findings on requests and limits, GPUs, access modes and, with a model, memory."""
     yield from _resources(deployment)
@@ -90,56 +99,105 @@ def _resources(deployment: Deployment) -> Iterator[Finding]:
     for pod in deployment.pods:
         for container in pod.containers:
             resources = container.get("resources", {})
-            for name in ("cpu", "memory"):
-                request, limit = (resources.get(kind, {}).get(name) for kind in ("requests", "limits"))
-                if request is None or limit is None:
-                    yield Finding(
-                        pod.where,
-                        f"container {container['name']} has no request or no limit of {name}",
-                        f"set {name} in requests and limits",
-                    )
-                elif quantities.number(request) > quantities.number(limit):
-                    yield Finding(
-                        pod.where,
-                        f"container {container['name']} requests {name} {request}, more than its limit {limit}",
-                        "raise the limit or lower the request",
-                    )
+            for problem, remedy in _container(resources.get("requests") or {}, resources.get("limits") or {}):
+                yield Finding(pod.where, f"container {container['name']} {problem}", remedy)
+
+
+def _container(requests: Manifest, limits: Manifest) -> ProblemsAndRemedies:
+    for name in ("cpu", "memory"):
+        if name not in requests or name not in limits:
+            yield f"has no request or no limit of {name}", f"set {name} in requests and limits"
+    for name in sorted({*requests, *limits}):
+        # A limit without a request is valid: Kubernetes copies it to the request.
+        limit = limits.get(name)
+        request = requests.get(name, limit)
+        if _is_extended(name):
+            yield from _extended(name, request, limit)
+        elif limit is not None and quantities.number(request) > quantities.number(limit):
+            yield f"requests {name} {request}, more than its limit {limit}", "raise the limit or lower the request"
+
+
+def _is_extended(name: str) -> bool:
+    """Return whether a resource is offered by a device plugin, such as a GPU, and not by Kubernetes itself."""
+    domain, slash, _ = name.partition("/")
+    return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
+
+
+def _extended(name: str, request: object, limit: object) -> ProblemsAndRemedies:
+    """Check a resource that pods cannot share: its count is whole, and its request is its limit."""
+    for count in dict.fromkeys((request, limit)):
+        if count is not None and quantities.number(count) % 1:
+            yield (
+                f"has {name} {count}, and Kubernetes allocates whole devices only",
+                f"use a whole number{', or a MIG slice with component gpu-mig' if name == GPU else ''}",
+            )
+    if limit is None:
+        yield (
+            f"requests {name} {request} without a limit, which Kubernetes rejects",
+            "set the limit; remove the request",
+        )
+    elif quantities.number(request) != quantities.number(limit):
+        yield (
+            f"requests {name} {request}, which differs from its limit {limit} and which Kubernetes rejects",
+            "make them equal, or remove the request",
+        )
 
 
 def _gpu(deployment: Deployment) -> Iterator[Finding]:
-    resources = deployment.server.get("resources", {})
-    requests, limits = (
-        {k: v for k, v in resources.get(kind, {}).items() if k.startswith("nvidia.com/")}
-        for kind in ("requests", "limits")
-    )
-    if requests != limits:
+    """Check that a pod with GPUs tolerates some taint. Of which key, only the cluster shows: see cluster/checks.py."""
+    keys = [toleration.get("key") or "" for toleration in deployment.predictor_pod.spec.get("tolerations") or []]
+    if gpus(deployment) and all(key.startswith(NODE_CONDITIONS) for key in keys):
         yield Finding(
             deployment.where,
-            f"GPU requests {requests} differ from limits {limits}, which Kubernetes rejects",
-            "make them equal",
-        )
-    tolerations = deployment.predictor_pod.spec.get("tolerations", [])
-    if limits and not any(toleration.get("key") in (GPU, None) for toleration in tolerations):
-        yield Finding(
-            deployment.where,
-            f"a GPU is requested and the taint {GPU} is not tolerated, so GPU nodes with it reject the pod",
-            "add component gpu",
+            f"a GPU is requested and no taint is tolerated, so GPU nodes with the usual taint {GPU} reject the pod",
+            "add component gpu, or tolerate the taint of your GPU nodes",
+            "warning",
         )
 
 
 def _claim(deployment: Deployment) -> Iterator[Finding]:
     replicas = deployment.predictor.get("maxReplicas", 0)
-    for name in {deployment.claim, *deployment.predictor_pod.claims}:
-        claim = deployment.find("PersistentVolumeClaim", name)
-        if claim is None:
-            continue
-        modes = claim["spec"].get("accessModes", [])
-        if not {"ReadWriteMany", "ReadOnlyMany"} & set(modes) and replicas != 1:
+    for name in sorted(filter(None, {deployment.claim, *deployment.predictor_pod.claims})):
+        modes = _access_modes(deployment, name)
+        if modes and not {"ReadWriteMany", "ReadOnlyMany"} & modes and replicas != 1:
             yield Finding(
-                name_of(claim),
-                f"it is {' and '.join(modes)}, which one node can mount, and maxReplicas is {replicas or 'unlimited'}",
+                f"PersistentVolumeClaim/{name}",
+                f"it is {' and '.join(sorted(modes))}, which one node can mount, and maxReplicas is "
+                f"{replicas or 'unlimited'}",
                 "use ReadWriteMany, or component local-storage with one replica",
             )
+    for pod in deployment.pods:
+        yield from _writable_claims(deployment, pod)
+
+
+def _writable_claims(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
+    """Check that a claim can be written by the containers that mount it writable, and by the download in any case."""
+    downloads = [container["name"] for _, container in deployment.downloads]
+    sources = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod.spec.get("volumes", [])}
+    for container in pod.containers:
+        for mount in container.get("volumeMounts", []):
+            claim = sources.get(mount["name"])
+            if claim is None:
+                continue
+            read_only = mount.get("readOnly") or claim.get("readOnly")
+            if read_only and container["name"] in downloads:
+                yield Finding(
+                    pod.where,
+                    f"container {container['name']} mounts claim {claim['claimName']} read-only and downloads to it",
+                    "remove readOnly",
+                )
+            if not read_only and _access_modes(deployment, claim["claimName"]) == {"ReadOnlyMany"}:
+                yield Finding(
+                    f"PersistentVolumeClaim/{claim['claimName']}",
+                    f"it is ReadOnlyMany, and {pod.where} writes to it",
+                    "use ReadWriteMany",
+                )
+
+
+def _access_modes(deployment: Deployment, claim: str) -> set[str]:
+    """Return the access modes of a claim; none if the overlay does not have it."""
+    manifest = deployment.find("PersistentVolumeClaim", claim) or {}
+    return set(manifest.get("spec", {}).get("accessModes", []))
 
 
 def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
@@ -148,8 +206,8 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
     weights = model.weight_bytes(quantization, dtype)
     stored = model.weight_bytes("none", "auto")
     memory = quantities.number(limits.get("memory", 0))
-    slices = [int(match[1]) * 1e9 for name in limits if (match := _MIG.fullmatch(name))]
-    if any(name.startswith("nvidia.com/") for name in limits):
+    slices = [int(match[1]) * 1e9 for name in gpus(deployment) if (match := _MIG.fullmatch(name))]
+    if gpus(deployment):
         if slices and weights + PROCESS_BYTES > slices[0]:
             yield Finding(
                 deployment.where,

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from preflight import quantities
+from preflight.checks import resources
 from preflight.deployment import Deployment, name_of
 from preflight.findings import Finding
 from snapshot_format.reference import HubReference, MalformedReference, parse
@@ -89,14 +90,12 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _device(deployment: Deployment) -> Iterator[Finding]:
-    settings, limits = deployment.settings, deployment.server.get("resources", {}).get("limits", {})
-    gpus = [name for name in limits if name.startswith("nvidia.com/")]
-    device = settings.get("PREDICTOR_DEVICE", "auto")
-    if gpus and device != "cuda":
+    device = deployment.settings.get("PREDICTOR_DEVICE", "auto")
+    if resources.gpus(deployment) and device != "cuda":
         yield Finding(
             deployment.where,
             f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod without a usable GPU serves from its CPU",
             "set PREDICTOR_DEVICE=cuda",
         )
-    if device == "cuda" and not gpus:
+    if device == "cuda" and not resources.gpus(deployment):
         yield Finding(deployment.where, "PREDICTOR_DEVICE is cuda and no GPU is requested", "add component gpu")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from preflight import quantities
-from preflight.checks import knative, references
+from preflight.checks import knative, references, resources
 from preflight.checks.schema import is_core
 from preflight.cluster.client import Connection, PermissionDenied
 from preflight.deployment import Deployment, Manifest, name_of
@@ -120,8 +120,7 @@ def _storage(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
 
 
 def _gpus(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
-    limits = deployment.server.get("resources", {}).get("limits", {})
-    gpus = {name: quantities.number(count) for name, count in limits.items() if name.startswith("nvidia.com/")}
+    gpus = resources.gpus(deployment)
     nodes = cluster.nodes() if gpus else []
     for name, count in gpus.items():
         if reason := _unschedulable_reason(deployment.predictor_pod.spec, name, count, nodes):

@@ -47,6 +47,32 @@ def remove_memory_limit(draft: Draft) -> None:
     del draft.model["resources"]["limits"]["memory"]
 
 
+def remove_gpu_request(draft: Draft) -> None:
+    del draft.model["resources"]["requests"]["nvidia.com/gpu"]
+
+
+def remove_gpu_limit(draft: Draft) -> None:
+    del draft.model["resources"]["limits"]["nvidia.com/gpu"]
+    draft.settings["PREDICTOR_DEVICE"] = "cpu"
+
+
+def half_a_gpu(draft: Draft) -> None:
+    for kind in ("requests", "limits"):
+        draft.model["resources"][kind]["nvidia.com/gpu"] = "0.5"
+
+
+def one_gpu_in_other_notations(draft: Draft) -> None:
+    draft.model["resources"]["requests"]["nvidia.com/gpu"] = "1000m"
+    draft.model["resources"]["limits"]["nvidia.com/gpu"] = 1
+
+
+def no_gpu(draft: Draft) -> None:
+    for kind in ("requests", "limits"):
+        draft.model["resources"][kind]["nvidia.com/gpu"] = "0"
+    draft.settings["PREDICTOR_DEVICE"] = "cpu"
+    del draft.predictor["tolerations"]
+
+
 def add_hub_token(draft: Draft) -> None:
     secret = {"secretKeyRef": {"name": "hf-secret", "key": "HF_TOKEN"}}
     draft.model["env"].append({"name": "HF_TOKEN", "valueFrom": secret})
@@ -140,6 +166,19 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "no_storage_uri": (remove_storage_uri, "adds the agent of a multi-model server"),
     "storage_uri_scheme": (lambda d: d.model.update(storageUri="nfs://server/models"), "'nfs://server/models'"),
     "job_reference": (other_reference_in_the_job, "hf://owner/other"),
+    # The volume
+    "read_only_claim": (
+        lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany"]),
+        "it is ReadOnlyMany, and Job/model-download-",
+    ),
+    "read_only_mount_of_the_job": (
+        lambda d: d.job["containers"][0]["volumeMounts"][0].update(readOnly=True),
+        "mounts claim models read-only and downloads to it",
+    ),
+    "read_only_volume_of_the_job": (
+        lambda d: d.job["volumes"][0]["persistentVolumeClaim"].update(readOnly=True),
+        "mounts claim models read-only and downloads to it",
+    ),
     # Scaling
     "min_over_max_replicas": (
         lambda d: d.predictor.update(minReplicas=3),
@@ -202,13 +241,26 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "pythonpath": (lambda d: d.container["env"].append({"name": "PYTHONPATH", "value": "/x"}), "sets PYTHONPATH"),
     # GPUs and memory
-    "no_toleration": (remove_tolerations, "the taint nvidia.com/gpu is not tolerated"),
+    "no_toleration": (remove_tolerations, "no taint is tolerated, so GPU nodes"),
     "gpu_requests": (
         lambda d: d.model["resources"]["requests"].update({"nvidia.com/gpu": "2"}),
-        "differ from limits",
+        "requests nvidia.com/gpu 2, which differs from its limit 1",
+    ),
+    "gpu_request_only": (remove_gpu_limit, "requests nvidia.com/gpu 1 without a limit"),
+    "half_a_gpu": (half_a_gpu, "has nvidia.com/gpu 0.5, and Kubernetes allocates whole devices only"),
+    "half_a_gpu_in_the_job": (
+        lambda d: d.job["containers"][0]["resources"]["limits"].update({"amd.com/gpu": "500m"}),
+        "has amd.com/gpu 500m, and Kubernetes allocates whole devices only",
     ),
     "device_auto": (lambda d: d.settings.update(PREDICTOR_DEVICE="auto"), "serves from its CPU"),
     "no_memory_limit": (remove_memory_limit, "has no request or no limit of memory"),
+    "storage_over_limit": (
+        lambda d: d.job["containers"][0]["resources"].update(
+            requests={"cpu": "1", "memory": "1Gi", "ephemeral-storage": "2Gi"},
+            limits={"cpu": "1", "memory": "1Gi", "ephemeral-storage": "1Gi"},
+        ),
+        "requests ephemeral-storage 2Gi, more than its limit 1Gi",
+    ),
     "request_over_limit": (lambda d: d.model["resources"]["requests"].update(cpu="9"), "requests cpu 9"),
     # Security
     "hub_token": (add_hub_token, "the predictor has the Hub's token"),
@@ -265,6 +317,30 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
     assert "\n" not in str(finding)
     assert str(finding).startswith(f"{finding.severity}: ")
     assert str(finding).endswith(".")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        remove_gpu_request,
+        one_gpu_in_other_notations,
+        no_gpu,
+        lambda d: d.predictor.update(tolerations=[{"key": "sku", "value": "gpu", "effect": "NoSchedule"}]),
+        lambda d: d.predictor.update(tolerations=[{"operator": "Exists"}]),
+        lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
+    ],
+)
+def test_checks_valid_change_is_no_finding(draft: Drafts, change: Mistake) -> None:
+    prod = draft("prod")
+    change(prod)
+    assert prod.check() == []
+
+
+def test_resources_only_tolerations_of_node_conditions_is_a_warning(draft: Drafts) -> None:
+    prod = draft("prod")
+    prod.predictor["tolerations"] = [{"key": "node.kubernetes.io/not-ready", "operator": "Exists"}]
+    [finding] = prod.check()
+    assert (finding.severity, "no taint is tolerated" in finding.problem) == ("warning", True)
 
 
 def test_checks_invalid_name_is_also_a_finding_of_policy_and_monitor(draft: Drafts) -> None:

@@ -57,6 +57,21 @@ def test_sample_top_p_applies_within_top_k() -> None:
     assert frequencies(1000, temperature=1.0, top_k=2, top_p=0.6) == [1.0, 0.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("min_p", "kept"), [(1.0, 1), (0.61, 1), (0.59, 2), (0.31, 2), (0.29, 3), (0.09, 4)])
+@pytest.mark.parametrize("top_k", [0, VOCABULARY], ids=["unsorted", "sorted"])
+def test_sample_min_p_keeps_tokens_by_ratio_to_the_most_probable(min_p: float, kept: int, top_k: int) -> None:
+    probabilities = PROBABILITIES * (torch.arange(4) < kept)
+    options = {"temperature": 1.0, "top_k": top_k, "top_p": 1.0, "min_p": min_p}
+    assert frequencies(1000, **options) == close_to(probabilities, 0.06)
+
+
+def test_sample_min_p_applies_after_temperature() -> None:
+    # At temperature 2 the second token has 0.77 of the first one's probability, the third 0.55.
+    options = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.7}
+    expected = PROBABILITIES.sqrt() * torch.tensor([1, 1, 0, 0])
+    assert frequencies(1000, **options) == close_to(expected, 0.06)
+
+
 def test_sample_flat_top_p_exceeds_sorted_prefix() -> None:
     torch.manual_seed(0)
     flat = torch.zeros(VOCABULARY)
@@ -87,6 +102,12 @@ def test_sampler_sampled_row_has_one_finite_logit() -> None:
     row = torch.tensor(apply(logits, sequence_sampler(temperature=3.0, top_k=1)))
     assert row.argmax() == logits.argmax()
     assert row.isfinite().sum() == 1
+
+
+def test_sampler_min_p_excludes_improbable_tokens() -> None:
+    logits = torch.tensor([2.0, 1.9, 1.0, 0.0])
+    sequence = sequence_sampler(temperature=1.0, min_p=0.8, seed=1)
+    assert {apply(logits, sequence).index(0.0) for _ in range(50)} == {0, 1}
 
 
 def test_sampler_seed_repeats_independent_of_other_sequences() -> None:

@@ -16,7 +16,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def greedy() -> SamplingParams:
-    return SamplingParams(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+    return SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
 
 
 @pytest.fixture

@@ -73,7 +73,7 @@ def test_load_without_settings_takes_defaults_of_the_directory() -> None:
     assert loaded.model.dtype == torch.float32
     assert loaded.context_tokens == 1024
     assert loaded.eos_token_ids == {loaded.tokenizer.convert_tokens_to_ids("<|end|>")}
-    assert loaded.defaults == SamplingParams(temperature=0.0, top_p=1.0, top_k=0, repetition_penalty=1.0)
+    assert loaded.defaults == SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
     assert loaded.device_map == {}
     assert not loaded.prequantized
 
@@ -83,7 +83,8 @@ def test_load_dtype_sets_dtype_of_weights(load_demo: LoadDemo) -> None:
 
 
 def test_load_generation_config_sets_sampling_defaults_and_end_tokens(weights: Path, rewrite: Rewrite) -> None:
-    sampling: dict[str, Any] = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.1}
+    kept: dict[str, Any] = {"top_p": 0.8, "top_k": 20, "min_p": 0.05}
+    sampling = {"temperature": 0.7, "repetition_penalty": 1.1, **kept}
     rewrite("generation_config.json", do_sample=True, max_new_tokens=64, eos_token_id=[2, 5], **sampling)
     loaded = loader.load(weights, device="cpu")
     assert loaded.defaults == SamplingParams(max_tokens=64, **sampling)
