@@ -1,6 +1,6 @@
 """Data types shared by protocols, generation and engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -77,6 +77,8 @@ class SamplingParams:
     """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
+    logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
+    """Factories of additional logits processors; each sequence gets its own, applied after all others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class GenerationRequest:
     """Number of independent completions; the k-th uses `seed + k`."""
     echo: bool = False
     """Put the prompt's text before the completion's."""
+    structured_output: StructuredOutput | None = None
 
 
 @dataclass(frozen=True, slots=True)

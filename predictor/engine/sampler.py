@@ -75,6 +75,7 @@ class SequenceSampler:
             self.logits_processors.append(Penalties(sampling))
         if sampling.min_tokens:
             self.logits_processors.append(MinTokens(sampling.min_tokens, end_token_ids))
+        self.logits_processors += (create() for create in sampling.logits_processors)
         self.logprobs: list[TokenLogprob] = []
         """One per sampled token, if requested."""
         self.failure: str | None = None

@@ -1,7 +1,8 @@
 """Structured output: restrict a completion to a JSON schema, a regular expression, a list of choices or a grammar.
 
-llguidance compiles each to a grammar over the tokenizer's tokens. Before a token is sampled, the logits of all tokens that the
-grammar does not allow next become minus infinity; the end of the sequence is allowed once the text is complete.
+llguidance compiles each to a grammar over the tokenizer's tokens. Before a token is sampled, the
+logits of all tokens that the grammar does not allow next become minus infinity; the end of the sequence is allowed
+once the text is complete.
 """
 
 import json
@@ -28,8 +29,8 @@ _LIMITS = LLParserLimits(
 )
 """Below llguidance's defaults: an ambiguous grammar takes up to 30 ms per token instead of 120 ms, and then fails."""
 
-# Any whitespace would let a model repeat it up to max_tokens. Schemas cannot override these options.
-_JSON_OPTIONS = {"whitespace_pattern": r"[ \t\r\n]{1,20}", "lenient": False, "coerce_one_of": False}
+_WHITESPACE = r"[ \t\r\n]{1,20}"
+"""Between JSON's tokens. Unlimited whitespace would let a model repeat it up to max_tokens."""
 
 
 class Grammar:
@@ -61,7 +62,7 @@ class GrammarProcessor:
         """Set the logits of tokens that the grammar does not allow to minus infinity.
 
         Raises:
-            InvalidRequest: the grammar is too complex.
+            InvalidRequest: the grammar is too complex, or other constraints exclude all tokens that it allows.
         """
         del prompt_ids
         matcher = self._matcher
@@ -69,9 +70,13 @@ class GrammarProcessor:
         self._num_consumed = len(output_ids)
         matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if matcher.is_error():
-            raise InvalidRequest(f"The grammar cannot be followed further: {_first_line(matcher.get_error())}.")
+            raise InvalidRequest(f"The structured output is too complex: {_summary(matcher.get_error())}.")
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=len(logits))
         logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
+        if logits.max() == -torch.inf:
+            raise InvalidRequest(
+                "No token may follow: min_tokens or excluded tokens contradict the structured output. Omit them."
+            )
 
 
 class GrammarCompiler:
@@ -109,7 +114,7 @@ class GrammarCompiler:
         grammar = _to_grammar(constraint)
         is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=_LIMITS)
         if is_error:
-            raise InvalidRequest(f"The {constraint.kind} is not supported: {_first_line(messages[0])}.")
+            raise InvalidRequest(f"The {constraint.kind} is not supported: {_summary(messages[0])}.")
         return Grammar(LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0), self._vocabulary_tokens)
 
     def _get_tokenizer(self) -> LLTokenizer:
@@ -131,7 +136,14 @@ def _to_grammar(constraint: StructuredOutput) -> str:
     """Return a constraint in llguidance's own notation."""
     match constraint.kind:
         case GrammarKind.JSON_SCHEMA:
-            return LLMatcher.grammar_from_json_schema(constraint.value, overrides=_JSON_OPTIONS)
+            try:
+                # As overrides, which a schema's `x-guidance` cannot change.
+                return LLMatcher.grammar_from_json_schema(
+                    constraint.value,
+                    overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False},
+                )
+            except ValueError as error:
+                raise InvalidRequest(f"The {constraint.kind} is not a JSON object: {error}.") from error
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.value)
         case GrammarKind.CHOICE:
@@ -141,5 +153,8 @@ def _to_grammar(constraint: StructuredOutput) -> str:
             return LLMatcher.grammar_from_lark(constraint.value)
 
 
-def _first_line(message: str) -> str:
-    return message.strip().partition("\n")[0].rstrip(".:")
+def _summary(message: str) -> str:
+    """Return the first line of llguidance's message, and the reason at its end if there is one."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return ": ".join(part.rstrip(".:") for part in (*lines[:1], *reasons))
