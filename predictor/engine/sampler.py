@@ -40,6 +40,8 @@ class Penalties:
         """Lower the logits of tokens that occur already."""
         if self._repetition != 1.0:
             token_ids = torch.tensor([*prompt_ids, *output_ids], dtype=torch.long, device=logits.device).unique()
+            # The embedding may have more rows than the LM head: those tokens can be in a prompt only.
+            token_ids = token_ids[token_ids < logits.numel()]
             values = logits[token_ids]
             logits[token_ids] = torch.where(values > 0, values / self._repetition, values * self._repetition)
         if self._presence or self._frequency:
@@ -59,7 +61,8 @@ class MinTokens:
         """Set the logits of end tokens to minus infinity while the output is too short."""
         del prompt_ids
         if len(output_ids) < self._min_tokens:
-            logits[self._end_token_ids] = -torch.inf
+            # A token without a logit cannot be sampled, and its index would be an error.
+            logits[[token_id for token_id in self._end_token_ids if token_id < logits.numel()]] = -torch.inf
 
 
 class SequenceSampler:

@@ -3,8 +3,8 @@
 Works with any transformers tokenizer without importing transformers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import jinja2
 
@@ -20,9 +20,10 @@ class Prompts:
     Args:
         tokenizer: the model's.
         context_tokens: maximum number of tokens of prompt and completion together.
-        vocabulary_tokens: number of token ids; all are below it.
+        vocabulary_tokens: rows of the model's input embedding; token ids are below it.
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
         default_max_tokens: maximum number of new tokens if neither the request nor `defaults` has one.
+        unembedded_tokens: by id, the tokenizer's tokens for which the model has no embedding.
     """
 
     tokenizer: Tokenizer
@@ -30,13 +31,14 @@ class Prompts:
     vocabulary_tokens: int
     defaults: SamplingParams
     default_max_tokens: int
+    unembedded_tokens: Mapping[int, str] = field(default_factory=dict)
 
     def encode(self, request: GenerationRequest) -> tuple[list[int], SamplingParams]:
         """Return the prompt's token ids and the complete sampling parameters.
 
         Raises:
-            InvalidRequest: empty prompt, unknown token id, no chat template, messages rejected by the template, or
-                max_tokens too large.
+            InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
+                template, or max_tokens too large.
             PromptTooLong: not one new token fits.
         """
         token_ids = self._token_ids(request.prompt)
@@ -48,6 +50,7 @@ class Prompts:
                 f"The prompt is too long: {len(token_ids)} tokens. The context is {self.context_tokens} tokens for "
                 "prompt and completion; shorten the prompt."
             )
+        self._check_token_ids(token_ids, "the prompt")
         return token_ids, self._complete(request.sampling, remaining)
 
     def text(self, request: GenerationRequest) -> str:
@@ -60,7 +63,6 @@ class Prompts:
         if isinstance(prompt, str):
             return list(self.tokenizer.encode(prompt, add_special_tokens=True)) if prompt else []
         if isinstance(prompt, tuple):
-            self._check_token_ids(prompt, "the prompt")
             return list(prompt)
         if not self.tokenizer.chat_template:
             raise InvalidRequest("This model has no chat template. Send the prompt as text instead of messages.")
@@ -75,11 +77,14 @@ class Prompts:
         return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocabulary_tokens:
-                raise InvalidRequest(
-                    f"Unknown token id in {where}: {token_id}. This model's are 0 to {self.vocabulary_tokens - 1}."
-                )
+        """Raise InvalidRequest if the model has no embedding for an id; text may have such tokens too."""
+        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary_tokens), None)
+        if unknown is not None:
+            token = self.unembedded_tokens.get(unknown)
+            named = f"{unknown}" if token is None else f"{unknown}, {token!r}; remove it"
+            raise InvalidRequest(
+                f"Unknown token id in {where}: {named}. This model's are 0 to {self.vocabulary_tokens - 1}."
+            )
 
     def _complete(self, sampling: SamplingParams, remaining: int) -> SamplingParams:
         if sampling.max_tokens is not None and sampling.max_tokens > remaining:

@@ -155,6 +155,7 @@ class LLMService:
             loaded.vocabulary_tokens,
             loaded.defaults,
             settings.default_max_tokens,
+            loaded.unembedded_tokens,
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
@@ -287,6 +288,7 @@ def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> 
         **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
         "prepared": str(loaded.prequantized).lower(),
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
+        **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(engine.context_tokens),
         "kv_cache_tokens": str(engine.cache_tokens),
     }

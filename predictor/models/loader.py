@@ -22,6 +22,9 @@ from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
+_NAMED_TOKENS = 5
+"""Number of tokens without an embedding that the log names."""
+
 TimePhase = Callable[[str], AbstractContextManager[object]]
 """Entered for each phase of a load, with its name: "tokenizer", "weights", "pack"."""
 
@@ -61,7 +64,9 @@ class LoadedModel:
     context_tokens: int
     """Positions that the model supports."""
     vocabulary_tokens: int
-    """Token ids are below this."""
+    """Rows of the input embedding, with padding: token ids are below this."""
+    unembedded_tokens: dict[int, str]
+    """Tokens of the tokenizer whose id has no row in the embedding, by id; prompts with them are refused."""
     eos_token_ids: frozenset[int]
     quantization: str
     """`none`, `8bit` or `4bit`, or the method of a quantized checkpoint."""
@@ -174,12 +179,15 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         if reason := ops.unavailable_reason():
             logger.warning("native CPU kernels are unavailable: %s", reason)
     text_config = plan.config.get_text_config()
+    # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
+    vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
         context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
-        vocabulary_tokens=int(text_config.vocab_size),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        vocabulary_tokens=vocabulary_tokens,
+        unembedded_tokens=_unembedded_tokens(tokenizer, vocabulary_tokens),
+        eos_token_ids=_eos_token_ids(model, tokenizer, vocabulary_tokens),
         quantization=quantization,
         int8_kernels=int8_kernels,
         defaults=_default_sampling(model.generation_config),
@@ -254,10 +262,25 @@ def _resolved_method(model: Any, mode: str) -> str:
     return "8bit" if method == INT8_METHOD else method
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:
+    """Return the tokens without an embedding, by id, and log them."""
+    unembedded = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary_tokens}
+    if unembedded:
+        logger.warning(
+            "the model's embedding has %d rows, too few for %d of the tokenizer's tokens: %s; prompts with them are "
+            "refused; use the tokenizer that the model was trained with, or resize the embedding",
+            vocabulary_tokens,
+            len(unembedded),
+            ", ".join(f"{token!r} ({token_id})" for token_id, token in sorted(unembedded.items())[:_NAMED_TOKENS]),
+        )
+    return unembedded
+
+
+def _eos_token_ids(model: Any, tokenizer: Any, vocabulary_tokens: int) -> frozenset[int]:
+    """Return the declared ids; the model cannot generate one without an embedding."""
     declared = model.generation_config.eos_token_id
     ids = declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id]
-    return frozenset(token_id for token_id in ids if token_id is not None)
+    return frozenset(token_id for token_id in ids if token_id is not None and 0 <= token_id < vocabulary_tokens)
 
 
 def _default_sampling(config: Any) -> SamplingParams:

@@ -150,6 +150,14 @@ def test_min_tokens_excludes_end_tokens_until_reached() -> None:
     assert apply(logits, sequence, (1, 1)) == logits.tolist()
 
 
+def test_logits_processors_ignore_tokens_without_a_logit() -> None:
+    # An embedding may have more rows than the LM head; on CUDA an index beyond the logits is fatal.
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sampling = SamplingParams(min_tokens=9, repetition_penalty=2.0)
+    SequenceSampler(sampling, prompt_tokens=2, end_token_ids=(0, 3))(logits, [1, 7, 2])
+    assert logits.tolist() == [-torch.inf, 1.0, 0.5]
+
+
 def test_logits_processors_default_parameters_add_none() -> None:
     assert sequence_sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.0).logits_processors == []
 

@@ -6,12 +6,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from devtools.paths import DEMO_MODEL
 from predictor.generation.prompts import Prompts
 from predictor.types import SamplingParams
+from tests.predictor import sentencepiece
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
     return tokenizer
+
+
+@pytest.fixture(scope="session", params=[sentencepiece.llama, sentencepiece.metaspace], ids=["llama", "metaspace"])
+def sentencepiece_tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerBase:
+    """A tokenizer that removes the space of a text's first token."""
+    tokenizer: PreTrainedTokenizerBase = request.param()
+    return tokenizer
+
+
+@pytest.fixture(scope="session", params=["byte-level", "llama", "metaspace"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """One tokenizer of each kind."""
+    if request.param == "byte-level":
+        return tokenizer
+    other: PreTrainedTokenizerBase = getattr(sentencepiece, request.param)()
+    return other
 
 
 @pytest.fixture(scope="session")

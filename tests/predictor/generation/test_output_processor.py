@@ -14,6 +14,7 @@ from predictor.generation import output_processor
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.types import (
+    Chat,
     Completion,
     CompletionDelta,
     FinishedSequence,
@@ -214,3 +215,36 @@ def test_close_unread_stream_reports_cancelled_once(prompts: Prompts, ids: dict[
         queue_seconds=0.0,
         first_token_seconds=0.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("Once", " upon a time"),
+        (Chat(({"role": "user", "content": "Once"},)), "upon a time"),
+        (Chat(({"role": "tool", "content": "Once"},)), " upon a time"),
+    ],
+    ids=["text", "generation-prompt", "generation-prompt-of-text"],
+)
+def test_complete_first_token_keeps_its_space_unless_a_message_begins(
+    sentencepiece_tokenizer: PreTrainedTokenizerBase, prompts: Prompts, prompt: str | Chat, text: str
+) -> None:
+    sentencepiece_tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if messages[0].role == 'user' %}<|assistant|>{% else %}:{% endif %}"
+    )
+    ids = sentencepiece_tokenizer.encode("Once upon a time", add_special_tokens=False)[1:]
+    step = Step(ids, FinishReason.LENGTH, tuple(TokenLogprob(token_id, -1.0) for token_id in ids))
+    prompts = replace(prompts, tokenizer=sentencepiece_tokenizer, vocabulary_tokens=len(sentencepiece_tokenizer))
+    [completion] = submit(prompts, GenerationRequest(prompt), [step]).complete()
+    assert completion.text == text
+    assert "".join(token.text for token in completion.tokens) == text
+
+
+def test_complete_echo_and_continuation_are_the_whole_text(
+    sentencepiece_tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> None:
+    ids = sentencepiece_tokenizer.encode("Once upon a time", add_special_tokens=False)[1:]
+    prompts = replace(prompts, tokenizer=sentencepiece_tokenizer, vocabulary_tokens=len(sentencepiece_tokenizer))
+    request = GenerationRequest("Once", SamplingParams(stop=(" time",)), echo=True)
+    [completion] = submit(prompts, request, [Step(ids, FinishReason.LENGTH)]).complete()
+    assert completion.text == "Once upon a"

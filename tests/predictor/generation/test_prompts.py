@@ -87,6 +87,7 @@ def test_encode_prompt_longer_than_context_is_too_long(prompts: Prompts) -> None
     [
         (GenerationRequest(""), "prompt is empty", None),
         (GenerationRequest((5, 300)), "Unknown token id in the prompt: 300. This model's are 0 to 299", None),
+        (GenerationRequest((-1,)), "Unknown token id in the prompt: -1", None),
         (GenerationRequest("1", SamplingParams(stop_token_ids=(301,))), "token id in stop_token_ids: 301", None),
         (
             GenerationRequest("1" * 53, SamplingParams(max_tokens=11)),
@@ -99,7 +100,7 @@ def test_encode_prompt_longer_than_context_is_too_long(prompts: Prompts) -> None
             "min_tokens",
         ),
     ],
-    ids=["empty", "token-id", "stop-token-id", "max-tokens", "min-tokens"],
+    ids=["empty", "token-id", "negative-token-id", "stop-token-id", "max-tokens", "min-tokens"],
 )
 def test_encode_invalid_request_names_problem_and_field(
     prompts: Prompts, request_: GenerationRequest, message: str, field: str | None
@@ -107,6 +108,15 @@ def test_encode_invalid_request_names_problem_and_field(
     with pytest.raises(InvalidRequest, match=message) as raised:
         prompts.encode(request_)
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize("prompt", ["1+1", HELLO], ids=["text", "chat"])
+def test_encode_token_without_embedding_is_invalid_and_named(prompts: Prompts, prompt: str | Chat) -> None:
+    last = max(prompts.encode(GenerationRequest(prompt))[0])
+    too_few = replace(prompts, vocabulary_tokens=last, unembedded_tokens={last: "<pad>"})
+    with pytest.raises(InvalidRequest, match=f"in the prompt: {last}, '<pad>'; remove it. This model's are 0 to"):
+        too_few.encode(GenerationRequest(prompt))
+    assert replace(prompts, vocabulary_tokens=last + 1).encode(GenerationRequest(prompt))
 
 
 def test_encode_completes_sampling_with_model_defaults(prompts: Prompts) -> None:

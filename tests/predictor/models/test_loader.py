@@ -1,3 +1,4 @@
+import json
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -5,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
@@ -74,6 +76,7 @@ def test_load_without_settings_takes_defaults_of_the_directory() -> None:
     assert loaded.context_tokens == 1024
     assert loaded.eos_token_ids == {loaded.tokenizer.convert_tokens_to_ids("<|end|>")}
     assert loaded.defaults == SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
+    assert (loaded.vocabulary_tokens, loaded.unembedded_tokens) == (512, {})
     assert loaded.device_map == {}
     assert not loaded.prequantized
 
@@ -89,6 +92,33 @@ def test_load_generation_config_sets_sampling_defaults_and_end_tokens(weights: P
     loaded = loader.load(weights, device="cpu")
     assert loaded.defaults == SamplingParams(max_tokens=64, **sampling)
     assert loaded.eos_token_ids == {2, 5}
+
+
+def test_load_tokens_beyond_the_embedding_are_reported_and_no_end_tokens(
+    weights: Path, rewrite: Rewrite, caplog: pytest.LogCaptureFixture
+) -> None:
+    added = json.loads((weights / "tokenizer.json").read_text())["added_tokens"]
+    pads = [added[0] | {"id": 512 + index, "content": f"[PAD{index}]"} for index in range(9)]
+    rewrite("tokenizer.json", added_tokens=added + pads)
+    rewrite("generation_config.json", eos_token_id=[2, 512])
+    loaded = loader.load(weights, device="cpu")
+    assert loaded.unembedded_tokens == {512 + index: f"[PAD{index}]" for index in range(9)}
+    assert loaded.eos_token_ids == {2}
+    [warning] = [record.getMessage() for record in caplog.records if "too few" in record.getMessage()]
+    assert "has 512 rows, too few for 9 of the tokenizer's tokens: '[PAD0]' (512), " in warning
+    assert "'[PAD4]' (516); prompts with them are refused" in warning, "the first five"
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_load_rows_that_pad_the_embedding_are_token_ids(weights: Path, rewrite: Rewrite, quantization: str) -> None:
+    tensors = load_file(DEMO_MODEL / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = torch.nn.functional.pad(tensors["model.embed_tokens.weight"], (0, 0, 0, 64))
+    (weights / "model.safetensors").unlink()
+    save_file(tensors, weights / "model.safetensors", metadata={"format": "pt"})
+    rewrite("config.json", vocab_size=576)
+    loaded = loader.load(weights, device="cpu", quantization=quantization)
+    assert (loaded.vocabulary_tokens, loaded.unembedded_tokens) == (576, {})
+    assert loaded.tokenizer.decode([575], skip_special_tokens=True) == "", "a row without a token has no text"
 
 
 @pytest.mark.parametrize(
