@@ -25,7 +25,7 @@ MAX_GRAMMAR_BYTES = 131_072
 CACHED_GRAMMARS = 64
 
 _LIMITS = LLParserLimits(
-    initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=5_000, max_lexer_states=50_000
+    initial_lexer_fuel=200_000, step_lexer_fuel=50_000, step_max_items=2_000, max_lexer_states=50_000
 )
 """Below llguidance's defaults: an ambiguous grammar takes up to 30 ms per token instead of 120 ms, and then fails."""
 

@@ -9,7 +9,7 @@ class Tokenizer(Protocol):
     chat_template: Any
     all_special_ids: list[int]
 
-    def __len__(self) -> int: ...  # noqa: D105
+    def __len__(self) -> int: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...  # noqa: D102
     def apply_chat_template(  # noqa: D102
