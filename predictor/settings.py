@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """Request timeout in seconds. Keep it below the InferenceService's, so that clients get an error response."""
     max_request_bytes: int = Field(default=8_388_608, ge=1024)
     """Maximum size of a request body in bytes."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """Unknown fields of requests: ignore and name them in the header x-ignored-fields and the log, or refuse them."""
     step_timeout_seconds: float = Field(default=120, gt=0, allow_inf_nan=False)
     """Time without a step, while sequences run, after which liveness fails and Kubernetes restarts the pod."""
     self_check_interval_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)

@@ -50,7 +50,7 @@ class SamplingParams:
     """Sampling and stopping parameters; None means the model's default."""
 
     max_tokens: int | None = None
-    """Maximum number of new tokens, >= 1."""
+    """Maximum number of new tokens; without any, the prompt is only checked."""
     min_tokens: int = 0
     """Minimum number of new tokens before an end-of-sequence token, stop token or stop string ends the completion."""
     temperature: float | None = None

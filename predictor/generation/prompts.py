@@ -38,14 +38,14 @@ class Prompts:
 
         Raises:
             InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
-                template, or max_tokens too large.
-            PromptTooLong: not one new token fits.
+                template, or min_tokens too large.
+            PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
         token_ids = self._token_ids(request.prompt)
         if not token_ids:
             raise InvalidRequest("The prompt is empty. Send at least one character.")
         remaining = self.context_tokens - len(token_ids)
-        if remaining < 1:
+        if remaining < (0 if request.sampling.max_tokens == 0 else 1):
             raise PromptTooLong(
                 f"The prompt is too long: {len(token_ids)} tokens. The context is {self.context_tokens} tokens for "
                 "prompt and completion; shorten the prompt."
@@ -87,15 +87,11 @@ class Prompts:
             )
 
     def _complete(self, sampling: SamplingParams, remaining: int) -> SamplingParams:
-        if sampling.max_tokens is not None and sampling.max_tokens > remaining:
-            raise InvalidRequest(
-                f"max_tokens is too large: {sampling.max_tokens}. After the prompt {remaining} of "
-                f"{self.context_tokens} tokens remain; lower max_tokens or shorten the prompt.",
-                "max_tokens",
-            )
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
         defaults = self.defaults
-        max_tokens = sampling.max_tokens or min(defaults.max_tokens or self.default_max_tokens, remaining)
+        max_tokens = sampling.max_tokens
+        if max_tokens is None:
+            max_tokens = defaults.max_tokens or self.default_max_tokens
         if sampling.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"min_tokens is too large: {sampling.min_tokens}. Set it to at most max_tokens, {max_tokens}.",
@@ -106,4 +102,5 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        return replace(sampling, max_tokens=max_tokens, **unset)
+        max_tokens = min(max_tokens, remaining)
+        return replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), **unset)

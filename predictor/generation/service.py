@@ -12,7 +12,7 @@ from enum import StrEnum
 import psutil
 
 from predictor.engine.engine import Engine
-from predictor.errors import Draining, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.generation import output_processor
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
@@ -255,6 +255,8 @@ class LLMService:
             raise Draining("The server is shutting down. Retry later.")
         if self._pipeline is None:
             raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
@@ -277,6 +279,11 @@ class LLMService:
         except Overloaded:
             self._metrics.count_rejected()
             raise
+
+
+def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:
+    field = paths[0] if len(paths) == 1 else None
+    return InvalidRequest(f"{', '.join(paths)}: unknown field. Omit it. The schema is at /openapi.json.", field)
 
 
 def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:

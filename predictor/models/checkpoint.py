@@ -1,6 +1,7 @@
 """Read and check a checkpoint directory: config.json, weight index, shards."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,21 @@ import transformers
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import UnsupportedModel
+from snapshot_format import model_files
 
-WEIGHTS_INDEX = "model.safetensors.index.json"
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The weights that transformers loads."""
+
+    entry: str
+    """The file that it opens first, relative to the model's directory: the only file, or the index."""
+    files: tuple[Path, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Total size of the files."""
+        return sum(path.stat().st_size for path in self.files)
 
 
 def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
@@ -42,32 +56,71 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     return config
 
 
-def check_weight_files(directory: Path) -> None:
-    """Check that there are safetensors files, and every shard of the index.
+def check_auxiliary_files(directory: Path) -> None:
+    """Check that no file of the configuration or the tokenizer is a Git LFS pointer.
 
     Raises:
-        UnsupportedModel: the index is damaged, a shard is missing, or the weights have another format.
+        UnsupportedModel: a file is a pointer.
     """
-    index = directory / WEIGHTS_INDEX
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and model_files.is_auxiliary(path.name):
+            _check_file(path)
+
+
+def check_code(directory: Path) -> None:
+    """Check that the directory contains the modules that its config.json names.
+
+    Raises:
+        UnsupportedModel: a module is missing.
+    """
+    classes = (_read_json(directory / model_files.CONFIG).get("auto_map") or {}).values()
+    # `owner/model--module.Class` is in another repository.
+    modules = {name.partition(".")[0] for name in classes if isinstance(name, str) and "--" not in name}
+    if missing := [f"{module}.py" for module in sorted(modules) if not (directory / f"{module}.py").is_file()]:
+        raise UnsupportedModel(
+            f"{directory} has no {', '.join(missing)}, the code that its config.json names. Publish the model with its "
+            "code: set STORAGE_ALLOW_PATTERNS=* of the storage initializer."
+        )
+
+
+def find_weights(directory: Path, explicit: str | None = None) -> Weights:
+    """Find the weights that transformers loads, and check the header of each file.
+
+    Args:
+        directory: of the model.
+        explicit: the file that config.json names as `transformers_weights`, if it does.
+
+    Raises:
+        UnsupportedModel: there are none as safetensors, the index is damaged, or a file is missing, a Git LFS pointer,
+            empty or truncated.
+    """
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    entry = explicit or model_files.find_weights(names)
+    if entry is None:
+        raise UnsupportedModel(
+            f"{directory} {model_files.describe_missing_weights(names)}. Pickled weights are not loaded, since they "
+            "can run code."
+        )
+    files: tuple[Path, ...] = (directory / entry,)
+    if entry.endswith(model_files.INDEX_SUFFIX):
+        files = tuple(directory / shard for shard in _read_index(directory / entry))
+    if missing := [str(path.relative_to(directory)) for path in files if not path.is_file()]:
+        raise UnsupportedModel(f"{directory} has no {', '.join(missing)}, named in {entry}. Download the model again.")
+    for path in files:
+        _check_file(path)
+    return Weights(entry, files)
+
+
+def _read_index(path: Path) -> tuple[str, ...]:
     try:
-        shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UnsupportedModel(f"{index} is not a readable index. Download the model again.") from error
-    missing = sorted(shard for shard in shards if not (directory / shard).is_file())
-    if missing:
-        raise UnsupportedModel(
-            f"{directory} has no {', '.join(missing)}, named in {WEIGHTS_INDEX}. Download the model again."
-        )
-    if not weight_files(directory):
-        raise UnsupportedModel(
-            f"{directory} has no *.safetensors. Only that format is loaded, since pickled weights can run code: "
-            "choose a model or revision that has it."
-        )
+        return model_files.read_index(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} is not a readable index ({error}). Download the model again.") from error
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """Return the safetensors files in the order in which they are read."""
-    return sorted(directory.glob("*.safetensors"))
+def _check_file(path: Path) -> None:
+    if problem := model_files.find_problem(path, "Download the model again"):
+        raise UnsupportedModel(f"{path} {problem}.")
 
 
 def check_complete(directory: Path, loading_info: dict[str, Any]) -> None:

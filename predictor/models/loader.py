@@ -13,11 +13,13 @@ import transformers
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
 from predictor.models import checkpoint, placement, snapshot
+from predictor.models.checkpoint import Weights
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
 from predictor.types import SamplingParams
+from snapshot_format import model_files
 from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
@@ -121,11 +123,11 @@ def make_plan(
         UnsupportedModel: the weights cannot be read, or transformers does not support the architecture.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
-    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
-    checkpoint.check_weight_files(directory)
+    checkpoint.check_auxiliary_files(directory)
+    config, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    weight_bytes = sum(file.stat().st_size for file in checkpoint.weight_files(directory))
+    weight_bytes = weights.size_bytes
     free_bytes = memory.available_bytes(target)
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
@@ -134,7 +136,7 @@ def make_plan(
     if isinstance(quantization_config, Int8Config):
         prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
-        config = checkpoint.read_config(prequantized_dir, trust_remote_code=trust_remote_code)
+        config, _ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code)
         quantization_config = None
     return LoadPlan(
         directory=directory,
@@ -206,6 +208,17 @@ def choose_dtype(dtype: str, checkpoint_dtype: torch.dtype | None, device: torch
     if device.type == "cuda" and chosen == torch.bfloat16 and not torch.cuda.is_bf16_supported():
         return torch.float16
     return chosen
+
+
+def _read_checkpoint(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Weights]:
+    """Return the config, which names the weights if transformers would not find them, and the weights."""
+    if trust_remote_code:
+        checkpoint.check_code(directory)
+    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
+    weights = checkpoint.find_weights(directory, getattr(config, "transformers_weights", None))
+    if weights.entry not in (model_files.SINGLE, model_files.INDEX):
+        config.transformers_weights = weights.entry
+    return config, weights
 
 
 def _load_tokenizer(plan: LoadPlan) -> Any:

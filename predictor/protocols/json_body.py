@@ -1,7 +1,7 @@
 """Parse JSON bodies, derive JSON schemas of them, and format validation errors."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -49,27 +49,10 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
     return {key: inline(value) for key, value in schema.items() if key not in ("title", "description")}
 
 
-def format_validation_error(error: ValidationError, *, prefix: str = "", allowed: Iterable[str] = ()) -> str:
-    """Return one line with all issues, each with its field's path.
-
-    Args:
-        error: of a request body.
-        prefix: put before every path.
-        allowed: field names to list if a field is unknown.
-    """
+def format_validation_error(error: ValidationError, *, prefix: str = "") -> str:
+    """Return one line with all issues of a request body, each with its field's path after `prefix`."""
     issues = [(prefix + ".".join(map(str, issue["loc"])), issue) for issue in error.errors(include_url=False)]
-    unknown = [field for field, issue in issues if issue["type"] == "extra_forbidden"]
-    messages = [
-        f"{field or 'the body'}: {_message(issue)}" for field, issue in issues if issue["type"] != "extra_forbidden"
-    ]
-    if unknown:
-        messages.append(unknown_fields(unknown, allowed))
-    return "; ".join(messages) + "."
-
-
-def unknown_fields(names: Iterable[str], allowed: Iterable[str]) -> str:
-    """Return the message for unknown fields, without a final period."""
-    return f"{', '.join(names)}: unknown field. Allowed: {', '.join(sorted(allowed))}"
+    return "; ".join(f"{field or 'the body'}: {_message(issue)}" for field, issue in issues) + "."
 
 
 def _message(issue: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httptools
 import huggingface_hub
 import kserve
 import pytest
@@ -34,6 +35,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from devtools import tiny_llama
 from devtools.paths import DEMO_MODEL
@@ -449,6 +452,42 @@ def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
             await asyncio.wait_for(serving, HANG_SECONDS)
 
     asyncio.run(serve())
+
+
+def test_httptools_skips_the_body_of_a_request_that_offers_an_upgrade() -> None:
+    parsed: list[str] = []
+
+    class Callbacks:
+        def on_headers_complete(self) -> None:
+            parsed.append("headers")
+
+        def on_body(self, body: bytes) -> None:
+            parsed.append(body.decode())
+
+        def on_message_complete(self) -> None:
+            parsed.append("end")
+
+    head = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 4\r\n\r\n"
+    parser = httptools.HttpRequestParser(Callbacks())
+    with pytest.raises(httptools.HttpParserUpgrade) as raised:
+        parser.feed_data(head + b"body")
+    assert raised.value.args == (len(head),)
+    assert parsed == ["headers", "end"], "kserve_server.HTTPProtocol may no longer be needed"
+    assert (parser.should_upgrade(), parser.get_method(), parser.get_http_version()) == (True, b"POST", "1.1")
+
+
+def test_uvicorn_protocol_has_the_parser_url_and_headers_of_a_request() -> None:
+    async def receive_head() -> HttpToolsProtocol:
+        protocol = HttpToolsProtocol(uvicorn.Config(Starlette(), log_config=None), ServerState(), {})
+        protocol.on_message_begin()
+        protocol.on_url(b"/a%20b?c=d")
+        protocol.on_header(b"X-Mine", b"1")
+        return protocol
+
+    protocol = asyncio.run(receive_head())
+    assert isinstance(protocol.parser, httptools.HttpRequestParser)
+    assert (protocol.url, protocol.headers) == (b"/a%20b?c=d", [(b"x-mine", b"1")])
+    assert "set_dangerous_leniencies(lenient_data_after_close=True)" in inspect.getsource(HttpToolsProtocol)
 
 
 # KServe's tensor helpers: predictor/protocols/open_inference_types.py

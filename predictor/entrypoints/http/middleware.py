@@ -59,8 +59,8 @@ class _Middleware:
 class RequestLogMiddleware(_Middleware):
     """Assigns a request id and record, converts exceptions to responses, and logs one line per request.
 
-    The id is the client's `x-request-id` if it is printable, else a new one; the response has it too. Probes are not
-    logged, counted or traced.
+    The id is the client's `x-request-id` if it is printable, else a new one; the response has it too, and names unknown
+    fields of the body in `x-ignored-fields`. Probes are not logged, counted or traced.
 
     Args:
         app: the next application.
@@ -80,9 +80,9 @@ class RequestLogMiddleware(_Middleware):
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
-        request_id = request_record.request_id(Headers(scope=scope).getlist("x-request-id"))
-        cycle = _RequestResponseCycle(request_id, receive, send)
-        with request_record.bind(RequestRecord(request_id)) as record:
+        record = RequestRecord(request_record.request_id(Headers(scope=scope).getlist("x-request-id")))
+        cycle = _RequestResponseCycle(record, receive, send)
+        with request_record.bind(record):
             try:
                 await self._app(scope, cycle.receive, cycle.send)
             except ClientDisconnect:
@@ -91,7 +91,7 @@ class RequestLogMiddleware(_Middleware):
                 record.error = type(error).__name__
                 if cycle.status is not None or not isinstance(error, Exception):
                     # Re-raised, it makes the server close the connection; otherwise the response would look complete.
-                    error.add_note(f"The response to request {request_id} is incomplete.")
+                    error.add_note(f"The response to request {record.request_id} is incomplete.")
                     raise
                 if not isinstance(error, RequestError):
                     logger.exception("unexpected error in a request")
@@ -108,8 +108,8 @@ class RequestLogMiddleware(_Middleware):
 class _RequestResponseCycle:
     """The `receive` and `send` of one request, with the state of both directions."""
 
-    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
-        self.request_id = request_id
+    def __init__(self, record: RequestRecord, receive: Receive, send: Send) -> None:
+        self._record = record
         self.status: int | None = None
         """Of the response, once it has started."""
         self.disconnected = False
@@ -133,7 +133,10 @@ class _RequestResponseCycle:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             message.setdefault("headers", [])
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._record.request_id
+            if self._record.ignored_fields:
+                headers[request_record.IGNORED_FIELDS_HEADER] = ", ".join(self._record.ignored_fields)
             self.status = message["status"]
         elif not message.get("more_body", False):
             self._response_complete = True

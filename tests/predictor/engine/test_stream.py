@@ -112,6 +112,19 @@ def test_stream_dead_step_loop_without_output_fails_the_sequence(monkeypatch: py
     asyncio.run(asyncio.wait_for(fail(), 60))
 
 
+def test_stream_without_new_tokens_ends_without_the_executor() -> None:
+    async def read() -> None:
+        executor = FakeExecutor()
+        engine, stream = submit(executor, SamplingParams(max_tokens=0))
+        assert [step async for step in stream] == [Step([], FinishReason.LENGTH)]
+        assert (stream.first_token_seconds, stream.queue_seconds, engine.waiting) == (None, None, 0)
+        engine, stream = submit(executor, SamplingParams(max_tokens=0))
+        stream.close()
+        assert (executor.cancelled, engine.waiting) == ([], 0)
+
+    asyncio.run(read())
+
+
 def test_stream_close_cancels_once_and_records_queue_time() -> None:
     async def close() -> None:
         executor = FakeExecutor()

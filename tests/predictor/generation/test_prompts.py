@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -90,17 +91,12 @@ def test_encode_prompt_longer_than_context_is_too_long(prompts: Prompts) -> None
         (GenerationRequest((-1,)), "Unknown token id in the prompt: -1", None),
         (GenerationRequest("1", SamplingParams(stop_token_ids=(301,))), "token id in stop_token_ids: 301", None),
         (
-            GenerationRequest("1" * 53, SamplingParams(max_tokens=11)),
-            "max_tokens is too large: 11. After the prompt 10 of 64 tokens remain",
-            "max_tokens",
-        ),
-        (
             GenerationRequest("1", SamplingParams(max_tokens=2, min_tokens=3)),
             "min_tokens is too large: 3. Set it to at most max_tokens, 2",
             "min_tokens",
         ),
     ],
-    ids=["empty", "token-id", "negative-token-id", "stop-token-id", "max-tokens", "min-tokens"],
+    ids=["empty", "token-id", "negative-token-id", "stop-token-id", "min-tokens"],
 )
 def test_encode_invalid_request_names_problem_and_field(
     prompts: Prompts, request_: GenerationRequest, message: str, field: str | None
@@ -125,6 +121,25 @@ def test_encode_completes_sampling_with_model_defaults(prompts: Prompts) -> None
         GenerationRequest("1", SamplingParams(temperature=0.0, stop=("x",)))
     )
     assert sampling == replace(defaults, temperature=0.0, stop=("x",))
+
+
+@pytest.mark.parametrize(("requested", "granted"), [(10, 10), (11, 10), (sys.maxsize, 10), (0, 0)])
+def test_encode_max_tokens_is_limited_to_context(prompts: Prompts, requested: int, granted: int) -> None:
+    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=requested)))
+    assert sampling.max_tokens == granted
+
+
+def test_encode_min_tokens_is_limited_to_context(prompts: Prompts) -> None:
+    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=30, min_tokens=20)))
+    assert (sampling.max_tokens, sampling.min_tokens) == (10, 10)
+
+
+def test_encode_without_new_tokens_accepts_a_prompt_of_the_whole_context(prompts: Prompts) -> None:
+    ids, _ = prompts.encode(GenerationRequest("1" * 63, SamplingParams(max_tokens=0)))
+    assert len(ids) == 64
+    for prompt, max_tokens in (("1" * 63, 1), ("1" * 64, 0)):
+        with pytest.raises(PromptTooLong):
+            prompts.encode(GenerationRequest(prompt, SamplingParams(max_tokens=max_tokens)))
 
 
 def test_encode_default_max_tokens_is_limited_to_context(prompts: Prompts) -> None:

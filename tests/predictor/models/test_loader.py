@@ -12,10 +12,13 @@ from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
 from predictor.models import loader, snapshot
 from predictor.models.int8_quantizer import Int8Config
+from predictor.models.loader import LoadedModel
 from predictor.types import SamplingParams
-from tests.predictor.models.conftest import LoadDemo, Rewrite
+from snapshot_format.model_files import INDEX, SINGLE
+from tests.predictor.models.conftest import LoadDemo, Rewrite, Shard
 
 CPU = torch.device("cpu")
+DEMO_WEIGHTS = (DEMO_MODEL / SINGLE).read_bytes()
 
 
 # The plan
@@ -46,10 +49,29 @@ def test_plan_prequantized_weights_are_read_without_quantization(
     assert loader.make_plan(DEMO_MODEL, device="cpu").prequantized_dir is None
 
 
-def test_plan_damaged_weights_are_not_read(weights: Path) -> None:
-    (weights / "model.safetensors").unlink()
-    (weights / "model.safetensors").write_bytes(b"damaged")
-    assert loader.make_plan(weights, device="cpu").weights_dir == weights
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (DEMO_WEIGHTS[:5000], r"has 5000 of 3416512 bytes"),
+        (DEMO_WEIGHTS[:100], r"is truncated: 100 bytes end in its header"),
+        (b"damaged weights", r"is not a safetensors file"),
+        (b"", r"is empty"),
+    ],
+    ids=["data", "header", "other", "empty"],
+)
+def test_plan_damaged_weights_are_named(weights: Path, content: bytes, problem: str) -> None:
+    (weights / SINGLE).unlink()
+    (weights / SINGLE).write_bytes(content)
+    with pytest.raises(UnsupportedModel, match=rf"model\.safetensors {problem}.*\. Download the model again\.$"):
+        loader.make_plan(weights, device="cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SINGLE])
+def test_plan_git_lfs_pointer_names_the_remedy(weights: Path, name: str) -> None:
+    (weights / name).unlink()
+    (weights / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
+    with pytest.raises(UnsupportedModel, match=rf"{name} is a Git LFS pointer .*\. Run git lfs pull in its clone\.$"):
+        loader.make_plan(weights, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -138,11 +160,35 @@ def test_load_weights_that_do_not_fit_config_raises(
         loader.load(weights, device="cpu", quantization=quantization)
 
 
-def test_load_damaged_weights_raises(weights: Path) -> None:
-    (weights / "model.safetensors").unlink()
-    (weights / "model.safetensors").write_bytes((DEMO_MODEL / "model.safetensors").read_bytes()[:5000])
+def test_load_unreadable_weights_raises(weights: Path) -> None:
+    plan = loader.make_plan(weights, device="cpu")
+    (weights / SINGLE).unlink()
+    (weights / SINGLE).write_bytes(DEMO_WEIGHTS[:5000])
     with pytest.raises(UnsupportedModel, match=r"The weights in .* cannot be loaded \(.*\)\. Download the model"):
-        loader.load(weights, device="cpu")
+        loader.execute(plan)
+
+
+def assert_demo_weights(loaded: LoadedModel) -> None:
+    expected = load_file(DEMO_MODEL / SINGLE)["model.norm.weight"]
+    assert torch.equal(loaded.model.state_dict()["model.norm.weight"], expected)
+
+
+@pytest.mark.parametrize("folder", ["", "parts"])
+def test_load_index_beside_other_weights_reads_its_shards(weights: Path, shard: Shard, folder: str) -> None:
+    shard(folder)
+    (weights / "consolidated.safetensors").write_bytes(b"never opened")
+    assert_demo_weights(loader.load(weights, device="cpu"))
+
+
+def test_load_single_file_is_preferred_over_an_index(weights: Path) -> None:
+    (weights / INDEX).write_text('{"metadata": {}, "weight_map": {"a": "model-00001-of-00003.safetensors"}}')
+    assert_demo_weights(loader.load(weights, device="cpu"))
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit"])
+def test_load_only_weights_of_another_name_are_read(weights: Path, quantization: str) -> None:
+    (weights / SINGLE).rename(weights / "model.fp16.safetensors")
+    assert_demo_weights(loader.load(weights, device="cpu", quantization=quantization))
 
 
 def test_load_out_of_memory_names_the_setting(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_openai_client_raises_its_own_errors(openai_client: openai.OpenAI) -> No
     with pytest.raises(openai.NotFoundError):
         openai_client.chat.completions.create(model="other", messages=QUESTION)
     with pytest.raises(openai.BadRequestError) as raised:
-        openai_client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=5000)
+        openai_client.chat.completions.create(model="demo", messages=QUESTION, max_tokens=-2)
     assert raised.value.param == "max_tokens"
     with pytest.raises(openai.BadRequestError, match="json_schema"):
         openai_client.chat.completions.create(
@@ -135,4 +135,4 @@ def test_triton_client_raises_the_servers_error(triton_client: triton.InferenceS
     tensor = triton.InferInput("text_input", [1], "BYTES")
     tensor.set_data_from_numpy(numpy.array([b"1"], dtype=numpy.object_))
     with pytest.raises(triton.InferenceServerException, match="max_tokens: input should be greater"):
-        triton_client.infer("demo", [tensor], parameters={"max_tokens": 0})
+        triton_client.infer("demo", [tensor], parameters={"max_tokens": -2})

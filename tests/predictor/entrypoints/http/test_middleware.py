@@ -28,6 +28,7 @@ from predictor.entrypoints.http.middleware import (
     MaxBodySizeMiddleware,
     RequestLogMiddleware,
 )
+from predictor.entrypoints.kserve_server import HTTPProtocol
 from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.types import FinishedSequence
@@ -81,7 +82,7 @@ class Server:
         return connection
 
 
-@pytest.fixture(params=["httptools", "h11"])
+@pytest.fixture(params=[HTTPProtocol, "h11"])
 def implementation(request: pytest.FixtureRequest) -> Any:
     return request.param
 

@@ -1,0 +1,80 @@
+"""Base class of the objects in request bodies: nulls, whole numbers, and fields that the models do not declare."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from predictor.errors import InvalidRequest
+from predictor.observability import request_record
+from predictor.protocols.field_tables import HARMLESS, Refusals
+
+
+def _complete_schema(schema: dict[str, Any], model: "type[JSONObject]") -> None:
+    """Add to the JSON schema what the validators and `settle_other_fields` do."""
+    properties = schema.setdefault("properties", {})
+    for name, field in properties.items():
+        nullable = not field or any(option.get("type") == "null" for option in field.get("anyOf", [field]))
+        if name not in schema.get("required", ()) and not nullable:
+            properties[name] = {"anyOf": [field, {"type": "null"}]}
+    for name, refusal in model.refused.items():
+        properties.setdefault(name, {"enum": [None, *refusal.neutral], "description": f"Refused: {refusal.reason}."})
+    for name in sorted(model.harmless):
+        properties.setdefault(name, {"description": "Accepted without effect."})
+
+
+class JSONObject(BaseModel):
+    """An object in a request body.
+
+    Null means absent, and 24.0 is the integer 24. Fields that a model does not declare are kept aside for
+    `settle_other_fields`.
+    """
+
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_complete_schema)
+
+    harmless: ClassVar[frozenset[str]] = HARMLESS
+    """Names of fields that are accepted without effect."""
+    refused: ClassVar[Refusals] = {}
+    """Fields that are refused, since ignoring them would change the answer."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: Any) -> Any:
+        return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _to_integer(cls, value: Any) -> Any:
+        """Return a whole number as an integer, which is valid for fields of either type."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def settle_other_fields(request: JSONObject, prefix: str = "") -> None:
+    """Remove all fields that the models do not declare; record the names of unknown ones as ignored.
+
+    Args:
+        request: a validated body.
+        prefix: put before every path.
+
+    Raises:
+        InvalidRequest: a field has to be refused; the message names it.
+    """
+    for path, item in _objects(request, prefix):
+        others = item.model_extra or {}
+        for name in others.keys() & item.refused.keys():
+            if not item.refused[name].accepts(others[name]):
+                raise InvalidRequest(f"{path}{name}: {item.refused[name].reason}.", path + name)
+        unknown = others.keys() - item.refused.keys() - item.harmless
+        request_record.current().add_ignored_fields(path + name for name in others if name in unknown)
+        others.clear()
+
+
+def _objects(value: object, path: str) -> Iterator[tuple[str, JSONObject]]:
+    """Yield each object in `value` with the prefix of its fields' paths, outer ones first."""
+    if isinstance(value, JSONObject):
+        yield path, value
+        for name in type(value).model_fields:
+            yield from _objects(getattr(value, name), f"{path}{name}.")
+    elif isinstance(value, list) and value and isinstance(value[0], JSONObject):
+        for index, element in enumerate(value):
+            yield from _objects(element, f"{path}{index}.")
