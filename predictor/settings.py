@@ -123,7 +123,8 @@ class Settings(BaseSettings):
     @classmethod
     def _is_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-            raise PydanticCustomError("device", "Input should be auto, cuda, cuda:N, mps or cpu")
+            expected = {"expected": "auto, cuda, cuda:N, mps or cpu"}
+            raise PydanticCustomError("device", "Input should be {expected}", expected)
         return value
 
     @field_validator("log_level", mode="before")
@@ -139,9 +140,18 @@ def read(argv: Sequence[str]) -> Settings:
         InvalidSettings: naming the flag or variable, and the fix.
     """
     _reject_unknown_variables(os.environ)
+    return parse(argv, Settings)
+
+
+def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
+    """Return the settings from flags and from the sources of `model`; `read` and preflight use different ones.
+
+    Raises:
+        InvalidSettings: naming the flag or variable, and the fix.
+    """
     arguments = [_with_underscores(argument) for argument in argv]
     try:
-        return CliApp.run(Settings, cli_args=arguments)
+        return CliApp.run(model, cli_args=arguments)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).removeprefix(ENV_PREFIX).lower()

@@ -12,7 +12,6 @@ from preflight.findings import Finding
 def check(
     deployment: Deployment,
     schemas: Schemas,
-    known_settings: dict[str, str],
     model: Model | None = None,
     max_timeout_seconds: float = knative.MAX_TIMEOUT_SECONDS,
 ) -> list[Finding]:
@@ -21,7 +20,6 @@ def check(
     Args:
         deployment: the rendered overlay.
         schemas: schemas of the custom kinds; those of core kinds are built in.
-        known_settings: every setting's key with its default.
         model: the model's dimensions; without them, memory is not checked.
         max_timeout_seconds: Knative's maximum of `timeout`.
     """
@@ -35,7 +33,7 @@ def check(
         knative.check,
         references.check,
         security.check,
-        partial(settings.check, known=known_settings),
+        settings.check,
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),
     ):

@@ -17,7 +17,7 @@ import yaml
 
 from devtools.paths import ROOT
 from preflight import offline
-from preflight.checks import schema, settings
+from preflight.checks import schema
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 
@@ -180,10 +180,9 @@ def schemas(definitions: list[Manifest], cached_schemas: Schemas) -> Schemas:
 @pytest.fixture(scope="session")
 def preflight_findings(definitions: list[Manifest], cached_schemas: Schemas) -> Preflight:
     """Preflight's findings of a rendering; without CRD_DIR, custom kinds are not validated."""
-    known = settings.known_keys(ROOT / BASE)
 
     def findings(rendered: Deployment) -> list[str]:
-        findings = offline.check(rendered, cached_schemas, known)
+        findings = offline.check(rendered, cached_schemas)
         return [str(finding) for finding in findings if definitions or "were not checked" not in finding.problem]
 
     return findings

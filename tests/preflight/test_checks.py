@@ -1,5 +1,6 @@
 """Each mistake in an overlay is one finding that names it."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -112,11 +113,66 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "setting_key": (lambda d: d.settings.update(PREDICTOR_MAX_NUM_SEQ="8"), "use PREDICTOR_MAX_NUM_SEQS"),
     "setting_number": (
         lambda d: d.settings.update(PREDICTOR_MAX_QUEUED_REQUESTS="lots"),
-        "PREDICTOR_MAX_QUEUED_REQUESTS is 'lots', which is not a number",
+        "PREDICTOR_MAX_QUEUED_REQUESTS is 'lots', so the predictor does not start: input should be a valid integer",
     ),
     "setting_boolean": (
         lambda d: d.download.update(STORAGE_INITIALIZER_OFFLINE="maybe"),
-        "STORAGE_INITIALIZER_OFFLINE is 'maybe'",
+        "STORAGE_INITIALIZER_OFFLINE is 'maybe', so the storage initializer does not start",
+    ),
+    "setting_word": (
+        lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bits"),
+        "ConfigMap/predictor: PREDICTOR_QUANTIZATION is '8bits', so the predictor does not start: "
+        "input should be 'auto', 'none', '8bit' or '4bit'; use 8bit.",
+    ),
+    "setting_in_the_pod": (
+        lambda d: d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "fp16"}),
+        "InferenceService/llm: PREDICTOR_DTYPE is 'fp16', so the predictor does not start: "
+        "input should be 'auto', 'float32', 'bfloat16' or 'float16'; use float16.",
+    ),
+    "setting_lower_case_name": (lambda d: d.settings.update(predictor_device="kuda"), "use cuda."),
+    "setting_without_prefix": (lambda d: d.settings.update(LOG_LEVEL="verbose"), "'INFO', 'WARNING' or 'ERROR'"),
+    "setting_bound": (lambda d: d.settings.update(PREDICTOR_GRPC_PORT="70000"), "less than or equal to 65535"),
+    "setting_pattern": (lambda d: d.settings.update(PREDICTOR_SERVED_MODEL_NAME="a/b"), "should match pattern"),
+    "setting_empty": (
+        lambda d: d.settings.update(PREDICTOR_MAX_QUEUED_REQUESTS=""),
+        "PREDICTOR_MAX_QUEUED_REQUESTS is ''",
+    ),
+    "setting_of_the_job": (
+        lambda d: d.download.update(STORAGE_INITIALIZER_PREPARE="int8"),
+        "should be 'int8-cpu'; use int8-cpu",
+    ),
+    "setting_key_of_the_job": (
+        lambda d: d.job["containers"][0]["env"].append({"name": "STORAGE_INITIALIZER_ATTEMPT", "value": "3"}),
+        "not a setting of the storage initializer; use STORAGE_INITIALIZER_ATTEMPTS",
+    ),
+    "setting_umask": (lambda d: d.download.update(STORAGE_INITIALIZER_UMASK="0077"), "let the group read"),
+    "setting_endpoint_with_password": (
+        lambda d: d.download.update(HF_ENDPOINT="https://me:pass@hub"),
+        "HF_ENDPOINT is invalid, so the storage initializer does not start: it contains a user or password",
+    ),
+    "setting_of_the_other_program": (
+        lambda d: d.download.update(PREDICTOR_MAX_NUM_SEQS="8"),
+        "PREDICTOR_MAX_NUM_SEQS is a setting of the predictor, and the storage initializer ignores it",
+    ),
+    "flag_value": (
+        lambda d: d.model.update(args=["--quantization", "8bits"]),
+        "--quantization is '8bits', so the predictor does not start: input should be 'auto', 'none', '8bit' or "
+        "'4bit'; use 8bit.",
+    ),
+    "flag_name": (
+        lambda d: d.model.update(args=["--max-model-length=8192"]),
+        "the predictor rejects its arguments: Unknown flag: --max_model_length. Did you mean --max_model_len?",
+    ),
+    "flag_with_dashes": (lambda d: d.model.update(args=["--max-queued-requests=-1"]), "--max-queued-requests is '-1'"),
+    "flag_overrides_a_variable": (lambda d: d.model.update(args=["--device=cpu"]), "PREDICTOR_DEVICE is cpu"),
+    "flag_help": (lambda d: d.model.update(args=["--help"]), "the predictor prints its help and exits"),
+    "flag_of_the_job": (
+        lambda d: d.job["containers"][0]["args"].append("--prepare=int4"),
+        "--prepare is 'int4', so the storage initializer does not start",
+    ),
+    "arguments_of_the_job": (
+        lambda d: d.job["containers"][0].update(args=["$(MODEL_REFERENCE)"]),
+        "the storage initializer rejects its arguments: Invalid command line: 1 arguments do not make pairs",
     ),
     "model_dir": (
         lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/models"),
@@ -313,7 +369,7 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
     prod = draft("prod")
     mistake(prod)
     [finding] = prod.check()
-    assert sentence in str(finding)
+    assert sentence in re.sub(r"(ConfigMap/[a-z-]+)-\w{10}\b", r"\1", str(finding))
     assert "\n" not in str(finding)
     assert str(finding).startswith(f"{finding.severity}: ")
     assert str(finding).endswith(".")
@@ -328,6 +384,17 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
         lambda d: d.predictor.update(tolerations=[{"key": "sku", "value": "gpu", "effect": "NoSchedule"}]),
         lambda d: d.predictor.update(tolerations=[{"operator": "Exists"}]),
         lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
+        lambda d: d.settings.update(LOG_LEVEL="debug", PREDICTOR_TRUST_REMOTE_CODE="Off", PREDICTOR_DEVICE="cuda:1"),
+        lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/mnt/models", OTHER="x"),
+        lambda d: d.download.update(STORAGE_INITIALIZER_PREPARE="", STORAGE_ALLOW_PATTERNS='["*.json"]'),
+        # The value below overrides that of the ConfigMap.
+        lambda d: [
+            d.settings.update(PREDICTOR_DTYPE="int8"),
+            d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "auto"}),
+        ],
+        lambda d: [d.settings.update(PREDICTOR_DEVICE="auto"), d.model.update(args=["--device", "cuda"])],
+        lambda d: d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
+        lambda d: d.model.update(command=["sh", "-c"], args=["exec other --port 1"]),
     ],
 )
 def test_checks_valid_change_is_no_finding(draft: Drafts, change: Mistake) -> None:
