@@ -77,6 +77,8 @@ class SamplingParams:
     """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
+    structured_output: StructuredOutput | None = None
+    """What the text follows."""
     logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
     """Factories of additional logits processors; each sequence gets its own, applied after all others."""
 
@@ -99,7 +101,6 @@ class GenerationRequest:
     """Number of independent completions; the k-th uses `seed + k`."""
     echo: bool = False
     """Put the prompt's text before the completion's."""
-    structured_output: StructuredOutput | None = None
 
 
 @dataclass(frozen=True, slots=True)
