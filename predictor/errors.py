@@ -89,6 +89,10 @@ class GenerationFailed(RequestError):
     """The engine failed on this request."""
 
 
+class ChatTemplateFailed(GenerationFailed):
+    """The model's chat template does not work. No change of the request helps."""
+
+
 class DeadlineExceeded(RequestError):
     """The request timed out; `partial` is the text of each completion so far, if any."""
 

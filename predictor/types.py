@@ -89,6 +89,14 @@ class Chat:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as `enable_thinking`."""
+    reasoning_effort: str | None = None
+    """Sets the variables by which the template controls the reasoning, if it has any; "none" turns it off."""
+    continue_final_message: bool = False
+    """Continue the last message, which is the assistant's, instead of beginning a new one."""
+    add_generation_prompt: bool = True
+    """Begin the assistant's message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,16 @@ Works with any transformers tokenizer without importing transformers.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-import jinja2
-
 from predictor.errors import InvalidRequest, PromptTooLong
+from predictor.generation.chat_template import ChatTemplate
+from predictor.generation.control_tokens import BREAK
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import Chat, GenerationRequest, SamplingParams
+
+_CHARS_PER_TOKEN = 8
+"""Text that is longer is encoded in parts first; most languages and code have 2 to 5."""
+_CUT_TOKENS = 1024
+"""More tokens than cutting a text in two can add."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +24,7 @@ class Prompts:
 
     Args:
         tokenizer: the model's.
+        chat_template: the model's.
         context_tokens: maximum number of tokens of prompt and completion together.
         vocabulary_tokens: rows of the model's input embedding; token ids are below it.
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
@@ -27,6 +33,7 @@ class Prompts:
     """
 
     tokenizer: Tokenizer
+    chat_template: ChatTemplate
     context_tokens: int
     vocabulary_tokens: int
     defaults: SamplingParams
@@ -61,20 +68,45 @@ class Prompts:
 
     def _token_ids(self, prompt: str | tuple[int, ...] | Chat) -> list[int]:
         if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt, add_special_tokens=True)) if prompt else []
+            return self._encode(prompt, add_special_tokens=True) if prompt else []
         if isinstance(prompt, tuple):
+            self._check_length(len(prompt), 0)
             return list(prompt)
-        if not self.tokenizer.chat_template:
-            raise InvalidRequest("This model has no chat template. Send the prompt as text instead of messages.")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt.messages), tools=list(prompt.tools) or None, tokenize=False, add_generation_prompt=True
-            )
-        # A chat template is a program that comes with the weights; a message may make it raise any of these.
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
-            raise InvalidRequest(f"The model's chat template rejected the messages: {error}.") from error
+        return self._encode_chat(self.chat_template.render(prompt))
+
+    def _encode_chat(self, text: str) -> list[int]:
+        """Encode a rendered chat; the parts between BREAKs on their own, which no control token then crosses."""
+        first, *others = text.split(BREAK)
         # The template's text has the special tokens already; adding them again would double the first one.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        token_ids = self._encode(first, add_special_tokens=False)
+        # SentencePiece adds a space before a text. Here it goes before a line feed, which is removed with it.
+        start = self.tokenizer.encode("\n", add_special_tokens=False)
+        for other in others:
+            self._check_length(len(token_ids), _CUT_TOKENS)
+            part = self._encode("\n" + other, add_special_tokens=False)
+            has_start = part[: len(start)] == start
+            token_ids += part[len(start) :] if has_start else self._encode(other, add_special_tokens=False)
+        return token_ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Encode a text, or only as much of it as shows that it does not fit.
+
+        The length in characters alone shows nothing: a token may stand for any number of spaces or unknown characters.
+        """
+        size = _CHARS_PER_TOKEN * (self.context_tokens + _CUT_TOKENS)
+        while size < len(text):
+            beginning = self.tokenizer.encode(text[:size], add_special_tokens=add_special_tokens)
+            self._check_length(len(beginning), _CUT_TOKENS)
+            size *= 4
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _check_length(self, token_count: int, tolerance: int) -> None:
+        """Reject a prompt whose first `token_count` tokens exceed the context by more than `tolerance`."""
+        if token_count > self.context_tokens + tolerance:
+            raise PromptTooLong(
+                f"The prompt is too long: more than {self.context_tokens} tokens, the context for prompt and "
+                "completion; shorten the prompt."
+            )
 
     def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
         """Raise InvalidRequest if the model has no embedding for an id; text may have such tokens too."""

@@ -14,6 +14,7 @@ import psutil
 from predictor.engine.engine import Engine
 from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
@@ -149,8 +150,10 @@ class LLMService:
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
+        chat_template = ChatTemplate(loaded.tokenizer)
         prompts = Prompts(
             loaded.tokenizer,
+            chat_template,
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,
@@ -160,7 +163,10 @@ class LLMService:
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
             self._enter(Phase.READY)
-            self.metadata = _metadata(model_snapshot, loaded, engine)
+            self.metadata = {
+                **_metadata(model_snapshot, loaded, engine),
+                "chat_template": chat_template.status,
+            }
             self._pipeline = _Pipeline(prompts, engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}

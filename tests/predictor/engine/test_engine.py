@@ -17,6 +17,7 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, Overloaded, StartupError
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
 from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, GenerationRequest, SamplingParams
@@ -83,7 +84,8 @@ def test_engine_seed_repeats_alone_and_batched(engine: Engine, ids: list[int]) -
 
 
 def test_engine_several_completions_with_a_seed_differ_and_repeat(engine: Engine, loaded: LoadedModel) -> None:
-    prompts = Prompts(loaded.tokenizer, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256)
+    template = ChatTemplate(loaded.tokenizer)
+    prompts = Prompts(loaded.tokenizer, template, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256)
 
     async def texts(seed: int, n: int) -> list[str]:
         completions = await output_processor.submit(

@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from devtools.paths import DEMO_MODEL
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
 from predictor.types import SamplingParams
 from tests.predictor import sentencepiece
@@ -38,4 +39,11 @@ def greedy() -> SamplingParams:
 
 @pytest.fixture
 def prompts(tokenizer: PreTrainedTokenizerBase, greedy: SamplingParams) -> Prompts:
-    return Prompts(tokenizer, context_tokens=64, vocabulary_tokens=300, defaults=greedy, default_max_tokens=16)
+    return Prompts(
+        tokenizer,
+        ChatTemplate(tokenizer),
+        context_tokens=64,
+        vocabulary_tokens=300,
+        defaults=greedy,
+        default_max_tokens=16,
+    )

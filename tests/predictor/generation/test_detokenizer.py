@@ -185,10 +185,8 @@ class CountingTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self.chat_template = None
         self.all_special_ids = tokenizer.all_special_ids
         self.encode = tokenizer.encode
-        self.apply_chat_template = tokenizer.apply_chat_template
         self.decoded: list[int] = []
 
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:

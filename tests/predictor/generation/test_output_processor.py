@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from predictor.engine.engine import Engine
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.types import (
@@ -222,7 +223,7 @@ def test_close_unread_stream_reports_cancelled_once(prompts: Prompts, ids: dict[
     [
         ("Once", " upon a time"),
         (Chat(({"role": "user", "content": "Once"},)), "upon a time"),
-        (Chat(({"role": "tool", "content": "Once"},)), " upon a time"),
+        (Chat(({"role": "assistant", "content": "Once"},)), " upon a time"),
     ],
     ids=["text", "generation-prompt", "generation-prompt-of-text"],
 )
@@ -234,7 +235,12 @@ def test_complete_first_token_keeps_its_space_unless_a_message_begins(
     )
     ids = sentencepiece_tokenizer.encode("Once upon a time", add_special_tokens=False)[1:]
     step = Step(ids, FinishReason.LENGTH, tuple(TokenLogprob(token_id, -1.0) for token_id in ids))
-    prompts = replace(prompts, tokenizer=sentencepiece_tokenizer, vocabulary_tokens=len(sentencepiece_tokenizer))
+    prompts = replace(
+        prompts,
+        tokenizer=sentencepiece_tokenizer,
+        chat_template=ChatTemplate(sentencepiece_tokenizer),
+        vocabulary_tokens=len(sentencepiece_tokenizer),
+    )
     [completion] = submit(prompts, GenerationRequest(prompt), [step]).complete()
     assert completion.text == text
     assert "".join(token.text for token in completion.tokens) == text

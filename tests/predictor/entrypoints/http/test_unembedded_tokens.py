@@ -39,13 +39,11 @@ def padded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServer
         (COMPLETIONS, {"prompt": [1, 512]}),
         (COMPLETIONS, {"prompt": ["1+1=", "[PAD]"]}),
         (COMPLETIONS, {"prompt": "1+1=", "stop_token_ids": [512]}),
-        (CHATS, {"messages": CHAT}),
         (INFER, tensor("text_input", "[PAD]")),
-        (INFER, tensor("messages", json.dumps(CHAT))),
         ("/v2/models/unembedded/generate", {"text_input": "[PAD]"}),
         ("/v1/models/unembedded:predict", {"instances": ["[PAD]"]}),
     ],
-    ids=["text", "ids", "several", "stop", "chat", "v2", "v2-messages", "generate", "v1"],
+    ids=["text", "ids", "several", "stop", "v2", "generate", "v1"],
 )
 def test_request_with_token_beyond_the_embedding_is_400_and_the_loop_goes_on(
     padded: InProcessServer, path: str, body: dict[str, Any]
@@ -58,6 +56,18 @@ def test_request_with_token_beyond_the_embedding_is_400_and_the_loop_goes_on(
     assert "512" in response.text
     assert padded.client.get("/v2/health/live").status_code == 200
     assert Call(padded, OPENAI, 8).post().json()["choices"] == before
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHATS, {"model": "unembedded", "messages": CHAT, "max_tokens": 1}),
+        (INFER, tensor("messages", json.dumps(CHAT)) | {"parameters": {"max_tokens": 1}}),
+    ],
+    ids=["chat", "v2-messages"],
+)
+def test_token_beyond_the_embedding_in_a_chat_is_text(padded: InProcessServer, path: str, body: dict[str, Any]) -> None:
+    assert padded.client.post(path, json=body).status_code == 200
 
 
 def test_tokens_beyond_the_embedding_are_reported_at_start(padded: InProcessServer) -> None:

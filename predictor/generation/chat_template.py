@@ -1,0 +1,271 @@
+"""Render chats with the model's chat template.
+
+The template is a Jinja program that comes with the weights. It runs with a time limit, and is tried out at the start:
+whether it works at all, which roles it renders, and whether it reads contents as strings or as lists of parts.
+"""
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from typing import Any
+
+import jinja2
+import jinja2.meta
+from jinja2 import nodes
+
+from predictor.errors import ChatTemplateFailed, InvalidRequest, InvalidSettings
+from predictor.generation.control_tokens import ControlTokens
+from predictor.generation.time_limit import TimeLimitExceeded, time_limit
+from predictor.generation.tokenizer import ChatTokenizer
+from predictor.types import Chat, Message
+
+logger = logging.getLogger(__name__)
+
+RENDER_SECONDS = 3.0
+"""A template that runs longer is cut off. Thousands of messages take less than one second."""
+OK, MISSING = "ok", "missing"
+
+_BYTE_ORDER_MARK = "\ufeff"
+_MAX_REASON = 300
+_PROBE = "probe0text"
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {}}}
+_ROLE = re.compile(r"[\w-]{1,64}")
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
+"""Tags of transformers' own that mark the assistant's text for training; Jinja does not know them."""
+
+
+class _Content(StrEnum):
+    """How a template treats the content of messages of one role."""
+
+    STRING = "string"
+    PARTS = "parts"
+    DROPPED = "dropped"
+    REJECTED = "rejected"
+
+
+class _Unusable(Exception):
+    """The template cannot work, whatever the messages are."""
+
+
+class ChatTemplate:
+    """The model's chat template.
+
+    Args:
+        tokenizer: the model's, with its chat template.
+        variables: of the template, for chats that do not set them.
+
+    Raises:
+        InvalidSettings: `variables` contains a name that cannot be set.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, variables: Mapping[str, Any] | None = None) -> None:
+        self._tokenizer = tokenizer
+        self._variables = dict(variables or {})
+        # `documents` is a parameter of transformers only for its type; templates treat it like any variable.
+        self._reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
+        if reserved := self._reserved & self._variables.keys():
+            raise InvalidSettings(f"--chat_template_kwargs cannot set {', '.join(sorted(reserved))}. Remove it.")
+        self._control_tokens = ControlTokens(tokenizer)
+        self._names: frozenset[str] = frozenset()
+        self._contents: dict[str, _Content] = {}
+        self.status = OK if tokenizer.chat_template else MISSING
+        """OK, MISSING, or the reason why the template cannot work."""
+        if self.status == OK:
+            self._try_out()
+
+    def render(self, chat: Chat) -> str:
+        """Return the chat as text, with control tokens in its messages broken by `control_tokens.BREAK`.
+
+        Raises:
+            InvalidRequest: the model has no template, or the template rejects the messages or their variables.
+            ChatTemplateFailed: the template does not work, or exceeds the time limit.
+        """
+        if self.status == MISSING:
+            raise InvalidRequest("This model has no chat template. Send the prompt as text instead of messages.")
+        if self.status != OK:
+            raise _failed(self.status)
+        if reserved := self._reserved & chat.variables.keys():
+            names = ", ".join(sorted(reserved))
+            raise InvalidRequest(f"chat_template_kwargs cannot set {names}. Omit it.", "chat_template_kwargs")
+        if chat.continue_final_message and chat.messages[-1]["role"] != "assistant":
+            raise InvalidRequest("Only a last message with role assistant can be continued.", "messages")
+        try:
+            return self._render(
+                list(self._convert(chat.messages)),
+                tools=list(chat.tools),
+                add_generation_prompt=chat.add_generation_prompt and not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+                variables={**self._variables, **self._reasoning_variables(chat.reasoning_effort), **chat.variables},
+            )
+        except InvalidRequest:
+            raise
+        except _Unusable as error:
+            raise _failed(str(error)) from error
+        # A program that works for plain chats may raise anything for unusual messages.
+        except Exception as error:
+            given = " or chat_template_kwargs" if chat.variables else ""
+            raise InvalidRequest(
+                f"The model's chat template rejected the messages{given}: {_reason(error)}."
+            ) from error
+
+    def _render(
+        self,
+        messages: list[Any],
+        *,
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:
+        escape = self._control_tokens.escape
+        source = self._source(tools)
+        try:
+            with time_limit(RENDER_SECONDS):
+                return self._tokenizer.apply_chat_template(
+                    escape(messages),
+                    tools=escape(tools) or None,
+                    chat_template=source,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **escape(self._variables if variables is None else variables),
+                )
+        except TimeLimitExceeded:
+            raise _Unusable(f"it does not end within {RENDER_SECONDS:.0f} s") from None
+        except (RecursionError, MemoryError) as error:
+            raise _Unusable(_reason(error)) from error
+
+    def _source(self, tools: list[Any] | None) -> str:
+        """Return the template: of several, the one named tool_use if there are tools, else the one named default."""
+        return self._tokenizer.get_chat_template(None, tools or None).removeprefix(_BYTE_ORDER_MARK)
+
+    def _convert(self, messages: tuple[Message, ...]) -> Iterator[dict[str, Any]]:
+        """Yield the messages with the roles and the kind of contents that the template reads.
+
+        `developer` becomes `system`, and `system` the beginning of the next user message, if the template has no such
+        role.
+        """
+        instructions: list[str] = []
+        for message in messages:
+            role, content = message["role"], message["content"]
+            if not _ROLE.fullmatch(role):
+                raise InvalidRequest(f"Invalid role: {role[:80]!r}. Use system, user, assistant or tool.", "messages")
+            kind = self._kind(role)
+            if role == "developer" and kind in (_Content.DROPPED, _Content.REJECTED):
+                role, kind = "system", self._kind("system")
+            if role == "system" and kind in (_Content.DROPPED, _Content.REJECTED):
+                instructions.append(content)
+                continue
+            if kind is _Content.DROPPED and role not in ("user", "assistant"):
+                raise InvalidRequest(
+                    f"The model's chat template leaves out messages with role {role}. Use role user.", "messages"
+                )
+            if role == "user" and instructions:
+                content = "\n\n".join([*instructions, content])
+                instructions = []
+            yield {**message, "role": role, "content": _as(kind, content)}
+        if instructions:
+            yield {"role": "user", "content": _as(self._kind("user"), "\n\n".join(instructions))}
+
+    def _kind(self, role: str) -> _Content:
+        # Roles are names that clients choose, so those that are not known from the start are not remembered.
+        return self._contents.get(role) or self._probe(role)
+
+    def _reasoning_variables(self, effort: str | None) -> dict[str, Any]:
+        """Return the variables of this template, of the usual ones, that control the reasoning."""
+        if effort is None:
+            return {}
+        thinks = effort != "none"
+        usual = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        return {name: value for name, value in usual.items() if name in self._names}
+
+    def _try_out(self) -> None:
+        """Find out whether the template works and what it reads."""
+        try:
+            self._analyse(self._source(None))
+            for role in ("user", "system", "developer", "assistant", "tool"):
+                self._contents[role] = self._probe(role)
+            if self._contents["user"] is self._contents["system"] is _Content.REJECTED:
+                self._render([{"role": "user", "content": _PROBE}])
+        # Any error means the same here: the template is unusable.
+        except Exception as error:  # noqa: BLE001
+            self.status = _reason(error)
+        if self.status != OK:
+            logger.warning("chat requests will fail, since the chat template does not work: %s", self.status)
+
+    def _analyse(self, source: str) -> None:
+        """Find the template's variables and the control tokens that it writes.
+
+        Raises:
+            jinja2.TemplateSyntaxError: the template cannot be parsed.
+        """
+        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
+        tree = environment.parse(_GENERATION_TAG.sub("", source))
+        self._names = frozenset(jinja2.meta.find_undeclared_variables(tree))
+        written = {data.data for data in tree.find_all(nodes.TemplateData)} | _strings(tree)
+        self._control_tokens = ControlTokens(self._tokenizer, "\0".join(written), "\0".join(_strings_read(tree)))
+
+    def _probe(self, role: str) -> _Content:
+        """Render a message of this role in a usual chat, first with a string, then with parts."""
+        kind = _Content.REJECTED
+        for candidate in (_Content.STRING, _Content.PARTS):
+            try:
+                text = self._render(self._probe_messages(role, candidate))
+            except _Unusable:
+                raise
+            # See `render`.
+            except Exception:  # noqa: BLE001, S112
+                continue
+            if _PROBE in text:
+                return candidate
+            kind = _Content.DROPPED
+        return kind
+
+    def _probe_messages(self, role: str, kind: _Content) -> list[dict[str, Any]]:
+        user = {"role": "user", "content": _as(self._contents.get("user", _Content.STRING), "Hi")}
+        message = {"role": role, "content": _as(kind, _PROBE)}
+        if role == "user":
+            return [message]
+        if role == "assistant":
+            return [user, message, user]
+        if role == "tool":
+            call = {"role": "assistant", "content": _as(self._contents["assistant"], ""), "tool_calls": [_CALL]}
+            return [user, call, {**message, "tool_call_id": _CALL["id"]}]
+        return [message, user]
+
+
+def _failed(reason: str) -> ChatTemplateFailed:
+    return ChatTemplateFailed(
+        f"The model's chat template does not work: {reason}. Correct it in the model's directory. Completions work."
+    )
+
+
+def _as(kind: _Content, text: str) -> str | list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if kind is _Content.PARTS else text
+
+
+def _strings_read(tree: nodes.Template) -> set[str]:
+    """Return the strings that messages are compared with, as in `'</think>' in content` or `content.split('</think>')`.
+
+    Macros and functions, unlike methods and filters, may write their arguments.
+    """
+    operands: list[nodes.Node] = [*tree.find_all(nodes.Compare)]
+    for call in tree.find_all(nodes.Call):
+        if isinstance(call.node, nodes.Getattr):
+            operands += call.args
+    for filter_ in tree.find_all(nodes.Filter):
+        operands += filter_.args
+    # `find_all` finds what is inside of a node only.
+    return _strings(nodes.List(operands))
+
+
+def _strings(tree: nodes.Node) -> set[str]:
+    return {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error of a template in one short line; Jinja's have none or a long text at times."""
+    text = " ".join(str(error).split()).removesuffix(".") or type(error).__name__
+    return text if len(text) <= _MAX_REASON else text[:_MAX_REASON] + " ..."
