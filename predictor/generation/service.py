@@ -18,6 +18,7 @@ from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
@@ -154,6 +155,7 @@ class LLMService:
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
+            GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids),
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,

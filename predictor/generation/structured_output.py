@@ -29,8 +29,8 @@ _LIMITS = LLParserLimits(
 )
 """Below llguidance's defaults: an ambiguous grammar takes up to 30 ms per token instead of 120 ms, and then fails."""
 
-_WHITESPACE = r"[ \t\r\n]{1,20}"
-"""Between JSON's tokens. Unlimited whitespace would let a model repeat it up to max_tokens."""
+_WHITESPACE = r" |\n[ \t]{0,16}"
+"""Between JSON's tokens: a space, or a line break and an indentation. A model could repeat any whitespace endlessly."""
 
 
 class Grammar:
@@ -119,6 +119,8 @@ class GrammarCompiler:
 
     def _get_tokenizer(self) -> LLTokenizer:
         """Return the tokenizer as llguidance's, which takes seconds to build for a large vocabulary."""
+        if not self._eos_token_ids:
+            raise InvalidRequest("Structured output is not available: the model has no end-of-sequence token.")
         with self._lock:
             if self._llguidance_tokenizer is None:
                 try:

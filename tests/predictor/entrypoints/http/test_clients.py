@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from tritonclient import http as triton
@@ -91,6 +92,18 @@ def test_openai_client_logprobs_are_returned(openai_client: openai.OpenAI) -> No
     old = openai_client.completions.create(model="demo", prompt="17+25=", temperature=0, max_tokens=3, logprobs=1)
     assert old.choices[0].logprobs is not None
     assert len(old.choices[0].logprobs.tokens or []) == 3
+
+
+class Answer(pydantic.BaseModel):
+    result: int
+    even: bool
+
+
+def test_openai_client_parses_structured_output(openai_client: openai.OpenAI) -> None:
+    completion = openai_client.chat.completions.parse(
+        model="demo", messages=QUESTION, response_format=Answer, max_tokens=300, temperature=1.5, seed=1
+    )
+    assert isinstance(completion.choices[0].message.parsed, Answer)
 
 
 def test_openai_client_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
