@@ -85,6 +85,12 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
+class UnsupportedMediaType(RequestError):
+    """The request body has a content coding that the server does not decode."""
+
+    status = 415
+
+
 class GenerationFailed(RequestError):
     """The engine failed on this request."""
 

@@ -1,5 +1,6 @@
 """Run every check that needs no cluster."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from preflight.checks import knative, kserve, references, resources, schema, security, settings, timeouts
@@ -28,6 +29,8 @@ def check(
     if len(services) != 1:
         problem = f"the overlay has {len(services)} of them"
         return [*findings, Finding("InferenceService", problem, "deploy exactly one with each overlay")]
+    if missing := _findings(references.runtime, deployment):
+        return [*findings, *missing]
     for check_ in (
         kserve.check,
         knative.check,
@@ -37,11 +40,19 @@ def check(
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),
     ):
-        try:
-            findings += check_(deployment)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # A number in place of a map, for example; the schema names the field if a CRD is available.
-            problem = f"a value has the wrong type ({type(error).__name__}: {error})"
-            findings.append(Finding(deployment.where, problem, "correct it; --crds names the field"))
+        findings += _findings(check_, deployment)
     # One wrong value may stop several checks.
     return list(dict.fromkeys(findings))
+
+
+def _findings(check_: Callable[[Deployment], Iterable[Finding]], deployment: Deployment) -> list[Finding]:
+    """Return the findings of one check up to a value of a wrong type, which is a finding too."""
+    findings = []
+    try:
+        for finding in check_(deployment):
+            findings.append(finding)  # noqa: PERF402 - keeps those before an error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # A number in place of a map, for example; the schema names the field if a CRD is available.
+        problem = f"a value has the wrong type ({type(error).__name__}: {error})"
+        findings.append(Finding(deployment.where, problem, "correct it; --crds names the field"))
+    return findings

@@ -31,6 +31,7 @@ _AUXILIARY = re.compile(
     r"|\d+_[^/]+/config\.json",
     re.IGNORECASE,
 )
+_TRAINER_STATE = re.compile(r"(training_args|trainer|optimizer|scheduler|scaler|rng_state\w*)\.\w+")
 _ADAPTER = re.compile(r"adapter_(model\.(safetensors|bin)|config\.json)")
 
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
@@ -54,22 +55,30 @@ def find_weights(paths: Iterable[str], single: str = SINGLE, suffixes: tuple[str
     for path in (single, single + INDEX_SUFFIX):
         if path in top:
             return path
-    others = [path for path in top if path.endswith(suffixes) and not is_adapter(path) and not _SHARD.search(path)]
+    others = [
+        path
+        for path in top
+        if path.endswith(suffixes) and not (is_adapter(path) or _SHARD.search(path) or _TRAINER_STATE.fullmatch(path))
+    ]
     return others[0] if len(others) == 1 else None
 
 
-def read_index(index: bytes) -> tuple[str, ...]:
+def read_index(index: bytes, suffix: str = SAFETENSORS) -> tuple[str, ...]:
     """Return the shards that an index names, as ordered paths relative to the model's directory.
 
     Raises:
-        ValueError: it is not an index, or a path leads outside the directory.
+        ValueError: it is not an index, or names a file of another format than `suffix` or outside the directory.
     """
+    if index.startswith(_POINTER):
+        raise ValueError("it is a Git LFS pointer: run git lfs pull in its clone")
     try:
         shards = sorted({posixpath.normpath(shard) for shard in json.loads(index)["weight_map"].values()})
     except (LookupError, TypeError, AttributeError) as error:
         raise ValueError("it has no weight_map from tensors to files") from error
     if not shards or any(shard.startswith(("/", "../")) for shard in shards):
         raise ValueError("its weight_map is empty or names files outside the model")
+    if not all(shard.endswith(suffix) for shard in shards):
+        raise ValueError(f"its weight_map names files other than *{suffix}")
     return tuple(shards)
 
 

@@ -20,6 +20,8 @@ from storage_initializer.sources import file_selection
 from storage_initializer.volume import layout, lease, permissions, record, verify
 from storage_initializer.volume.lease import Lease
 
+_LOGGED_PATHS = 20
+
 log = logging.getLogger(__name__)
 
 
@@ -110,8 +112,7 @@ class _Publication:
             plan = file_selection.make_plan(
                 source.list_files(commit), str(self.reference), self.selection, partial(source.read, commit)
             )
-            excluded = f", excluding {', '.join(plan.excluded)}" if plan.excluded else ""
-            log.info("%d files, %s%s", len(plan.files), format_bytes(plan.size_bytes), excluded)
+            log.info("%d files, %s%s", len(plan.files), format_bytes(plan.size_bytes), _excluded(plan))
             with layout.translate_os_errors(self.root), self._lease(location) as held:
                 # The previous holder of the lease may have published it in the meantime.
                 published = self._find(location)
@@ -260,3 +261,11 @@ class _Publication:
             f"{self.reference} was not published, {len(issues)} of its files are wrong: {problems}. "
             "Run again to fetch them again."
         )
+
+
+def _excluded(plan: file_selection.Plan) -> str:
+    """Return the excluded paths for the log, few of many: a repository may contain a whole data set."""
+    if not plan.excluded:
+        return ""
+    more = f" and {len(plan.excluded) - _LOGGED_PATHS} more" if plan.excluded[_LOGGED_PATHS:] else ""
+    return f", excluding {', '.join(plan.excluded[:_LOGGED_PATHS])}{more}"

@@ -9,12 +9,33 @@ from pydantic import BaseModel, ValidationError
 from predictor.errors import InvalidRequest
 
 
+def to_utf8(body: bytes) -> bytes:
+    """Return a JSON body in UTF-8 without a byte-order mark.
+
+    Bodies in UTF-16 and UTF-32 are recognized as RFC 4627 has it, by their mark or the zeros of their first characters.
+
+    Raises:
+        InvalidRequest: it is empty, or its encoding is invalid.
+    """
+    if not body:
+        raise InvalidRequest("The body is empty. Send JSON.")
+    encoding = json.detect_encoding(body)
+    try:
+        text = body.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not {error.encoding.upper()} ({error.reason} at byte {error.start}). Send JSON in UTF-8."
+        ) from None
+    return body if encoding == "utf-8" else text.encode()
+
+
 def loads(body: bytes) -> Any:
     """Parse a JSON body.
 
     Raises:
         InvalidRequest: it is not JSON, or has a string that cannot be encoded as UTF-8.
     """
+    body = to_utf8(body)
     try:
         content = json.loads(body)
         if b"\\u" in body:
@@ -22,7 +43,7 @@ def loads(body: bytes) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest("The body has half of a surrogate pair in a string. Send whole characters.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not JSON ({error}).") from None
     except RecursionError:
         raise InvalidRequest("The body is not JSON (nested too deeply).") from None

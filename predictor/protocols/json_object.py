@@ -59,22 +59,26 @@ def settle_other_fields(request: JSONObject, prefix: str = "") -> None:
     Raises:
         InvalidRequest: a field has to be refused; the message names it.
     """
+    record = request_record.current()
     for path, item in _objects(request, prefix):
-        others = item.model_extra or {}
+        if not (others := item.model_extra):
+            continue
         for name in others.keys() & item.refused.keys():
             if not item.refused[name].accepts(others[name]):
                 raise InvalidRequest(f"{path}{name}: {item.refused[name].reason}.", path + name)
         unknown = others.keys() - item.refused.keys() - item.harmless
-        request_record.current().add_ignored_fields(path + name for name in others if name in unknown)
+        record.add_ignored_fields(path + name for name in others if name in unknown)
         others.clear()
 
 
-def _objects(value: object, path: str) -> Iterator[tuple[str, JSONObject]]:
-    """Yield each object in `value` with the prefix of its fields' paths, outer ones first."""
-    if isinstance(value, JSONObject):
-        yield path, value
-        for name in type(value).model_fields:
-            yield from _objects(getattr(value, name), f"{path}{name}.")
-    elif isinstance(value, list) and value and isinstance(value[0], JSONObject):
-        for index, element in enumerate(value):
-            yield from _objects(element, f"{path}{index}.")
+def _objects(item: JSONObject, path: str) -> Iterator[tuple[str, JSONObject]]:
+    """Yield each object in `item`, and itself first, with the prefix of its fields' paths."""
+    yield path, item
+    for name, value in vars(item).items():
+        if isinstance(value, JSONObject):
+            yield from _objects(value, f"{path}{name}.")
+        elif isinstance(value, list):
+            for index, element in enumerate(value):
+                if not isinstance(element, JSONObject):
+                    break
+                yield from _objects(element, f"{path}{name}.{index}.")

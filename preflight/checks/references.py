@@ -10,6 +10,7 @@ from preflight.findings import Finding
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 PODS_OF = "serving.kserve.io/inferenceservice"
 """Label that KServe sets on the pods of an InferenceService."""
+_MODEL_NAME = re.compile(r'model_name="([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,28 +51,67 @@ def secrets(deployment: Deployment) -> list[SecretKey]:
 
 def check(deployment: Deployment) -> Iterator[Finding]:
     """Yield references without a target."""
-    yield from _runtime_and_claim(deployment)
+    stale = list(_stale_names(deployment))
+    if stale:
+        yield _renamed(deployment, stale)
+    yield from _claim(deployment, {old for _, old, _ in stale})
     for pod in deployment.pods:
         yield from _of_pod(deployment, pod)
     yield from _probes(deployment)
-    yield from _backends(deployment)
+    yield from _backends(deployment, {old for _, old, _ in stale})
+    yield from _queries(deployment)
     yield from _selectors(deployment)
     yield from _services(deployment)
     yield from _roles(deployment)
     yield from _images(deployment)
 
 
-def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
+def runtime(deployment: Deployment) -> Iterator[Finding]:
+    """Yield a missing ServingRuntime, without which the predictor's pod is not known."""
     name = deployment.model.get("runtime")
     if deployment.model and deployment.runtime is None:
         yield Finding(
             deployment.where,
             f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model has no runtime",
-            "set model.runtime to the ServingRuntime of this overlay",
+            "set model.runtime to the ServingRuntime of this overlay; further checks need it",
         )
+
+
+def _stale_names(deployment: Deployment) -> Iterator[tuple[str, str, str]]:
+    """Yield names that namePrefix or nameSuffix has changed and kustomize has not updated: object, old and new name."""
+    claims = [manifest["metadata"]["name"] for manifest in deployment.all("PersistentVolumeClaim")]
+    if deployment.claim and deployment.claim not in claims:
+        for name in claims:
+            if _is_renamed(deployment, deployment.claim, name):
+                yield "storageUri", deployment.claim, name
+    for ingress, backend in _backend_names(deployment):
+        name = str(backend).removesuffix("-predictor")
+        if not deployment.find("Service", backend) and _is_renamed(deployment, name, deployment.name):
+            yield name_of(ingress), str(backend), f"{deployment.name}-predictor"
+
+
+def _is_renamed(deployment: Deployment, old: str, new: str) -> bool:
+    """Return whether what differs is a prefix and a suffix that all objects share, and not a misspelled name."""
+    prefix, found, suffix = new.partition(old)
+    kinds = ("InferenceService", "PersistentVolumeClaim", "ServingRuntime")
+    names = [str(manifest["metadata"]["name"]) for kind in kinds for manifest in deployment.all(kind)]
+    return bool(found and prefix + suffix) and all(n.startswith(prefix) and n.endswith(suffix) for n in names)
+
+
+def _renamed(deployment: Deployment, stale: list[tuple[str, str, str]]) -> Finding:
+    names = ", ".join(f"{old} to {new}, but not in {where}" for where, old, new in stale)
+    return Finding(
+        deployment.where,
+        f"namePrefix or nameSuffix renamed {names}",
+        "add `transformers: [../../renaming]`, which is kustomize/renaming, to the kustomization that renames",
+    )
+
+
+def _claim(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
     uri = deployment.model.get("storageUri", "")
     if deployment.claim is not None and not deployment.find("PersistentVolumeClaim", deployment.claim):
-        yield _missing(deployment.where, "PersistentVolumeClaim", deployment.claim)
+        if deployment.claim not in stale:
+            yield _missing(deployment.where, "PersistentVolumeClaim", deployment.claim)
     elif deployment.claim or (uri.startswith("hf://") and "storageContainerName" not in deployment.predictor):
         filled = [claim for pod, _ in deployment.downloads for claim in pod.claims]
         if filled and deployment.claim not in filled:
@@ -160,19 +200,37 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
         )
 
 
-def _backends(deployment: Deployment) -> Iterator[Finding]:
-    """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
+def _backend_names(deployment: Deployment) -> Iterator[tuple[Manifest, str | None]]:
+    """Yield the Services of every Ingress."""
     for ingress in deployment.all("Ingress"):
         for rule in ingress["spec"].get("rules", []):
             for path in rule.get("http", {}).get("paths", []):
-                name = path["backend"].get("service", {}).get("name")
-                if name != f"{deployment.name}-predictor" and not deployment.find("Service", name):
-                    yield _missing(name_of(ingress), "Service", name)
-        if deployment.is_knative:
+                yield ingress, path["backend"].get("service", {}).get("name")
+
+
+def _backends(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
+    """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
+    for ingress, name in _backend_names(deployment):
+        if name not in (f"{deployment.name}-predictor", *stale) and not deployment.find("Service", name):
+            yield _missing(name_of(ingress), "Service", name)
+    for ingress in deployment.all("Ingress") if deployment.is_knative else []:
+        yield Finding(
+            name_of(ingress),
+            "it bypasses Knative's gateway and activator, so a service at zero replicas does not start",
+            "use Standard mode, or remove it and use the gateway's host",
+        )
+
+
+def _queries(deployment: Deployment) -> Iterator[Finding]:
+    """Check the model's name, which is that of the InferenceService, in queries of class keda."""
+    served = deployment.settings.get("PREDICTOR_SERVED_MODEL_NAME", deployment.name)
+    for metric in (deployment.predictor.get("autoScaling") or {}).get("metrics") or []:
+        query = str((metric.get("external") or {}).get("metric", {}).get("query", ""))
+        for name in sorted(set(_MODEL_NAME.findall(query)) - {served}):
             yield Finding(
-                name_of(ingress),
-                "it bypasses Knative's gateway and activator, so a service at zero replicas does not start",
-                "use Standard mode, or remove it and use the gateway's host",
+                deployment.where,
+                f"the query of autoScaling counts requests of model {name!r}, and {served!r} is served",
+                f'patch the query: model_name="{served}"',
             )
 
 

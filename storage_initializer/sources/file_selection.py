@@ -5,6 +5,7 @@ the user come first. It also contains the only check for paths that would leave 
 """
 
 import hashlib
+import posixpath
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -134,7 +135,8 @@ def _weights(entry: str, files: Mapping[str, File], name: str, read: Callable[[F
     try:
         if files[entry].size_bytes > MAX_INDEX_BYTES:
             raise ValueError(f"it has more than {MAX_INDEX_BYTES} bytes")
-        shards = model_files.read_index(read(files[entry]))
+        suffix = posixpath.splitext(entry.removesuffix(INDEX_SUFFIX))[1]
+        shards = model_files.read_index(read(files[entry]), suffix)
     except ValueError as error:
         raise RefusedSnapshot(f"{name} has an unreadable {entry} ({error}). Use another revision.") from error
     if missing := [shard for shard in shards if shard not in files]:
@@ -145,7 +147,7 @@ def _weights(entry: str, files: Mapping[str, File], name: str, read: Callable[[F
 def _no_weights(paths: Iterable[str], name: str) -> str:
     paths = list(paths)
     fix = ""
-    if any(path.lower().endswith(PICKLES) for path in paths):
+    if model_files.find_weights(paths, _PICKLE, PICKLES):
         fix = (
             ", or, if you trust its owner, set STORAGE_INITIALIZER_ALLOW_PICKLE=true (pickles can run code when opened)"
         )

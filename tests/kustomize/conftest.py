@@ -21,10 +21,13 @@ from preflight.checks import schema
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 
+RENAMING = Path("kustomize/renaming")
+"""A transformer, not objects."""
 FOLDERS = sorted(
     path.parent.relative_to(ROOT)
     for top in ("kustomize", "manifests")
     for path in (ROOT / top).rglob("kustomization.yaml")
+    if path.parent != ROOT / RENAMING
 )
 OVERLAYS = [folder for folder in FOLDERS if folder.parts[1] == "overlays"]
 COMPONENTS = [folder for folder in FOLDERS if folder.parts[1] == "components"]

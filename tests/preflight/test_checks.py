@@ -476,10 +476,23 @@ def test_security_tracing_with_denied_egress_is_a_finding(draft: Drafts) -> None
     assert prod.check() == []
 
 
-def test_references_missing_runtime_is_a_finding(draft: Drafts) -> None:
+def test_references_missing_runtime_is_one_finding(draft: Drafts) -> None:
     prod = draft("prod")
     prod.model["runtime"] = "kserve-lm"
-    assert "ServingRuntime 'kserve-lm' is not in this overlay" in "\n".join(map(str, prod.check()))
+    [finding] = prod.check()
+    assert "ServingRuntime 'kserve-lm' is not in this overlay" in str(finding)
+
+
+def test_references_query_of_another_model_is_a_finding(draft: Drafts) -> None:
+    standard = draft("prod-standard")
+    metric = {"metric": {"query": 'sum(a{model_name="llm"} + b{model_name="llm"})'}, "target": {"value": "24"}}
+    standard.annotations["serving.kserve.io/autoscalerClass"] = "keda"
+    standard.predictor["autoScaling"] = {"metrics": [{"type": "External", "external": metric}]}
+    assert standard.check() == []
+    standard.settings["PREDICTOR_SERVED_MODEL_NAME"] = "chat"
+    standard.container["args"] = []
+    [finding] = standard.check()
+    assert "the query of autoScaling counts requests of model 'llm', and 'chat' is served" in str(finding)
 
 
 def test_kserve_two_implementations_is_a_finding(draft: Drafts) -> None:

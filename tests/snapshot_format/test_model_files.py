@@ -20,6 +20,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\ns
         (["weights.safetensors", "adapter_model.safetensors", "folder/model.safetensors"], "weights.safetensors"),
         (["model-00001-of-00001.safetensors"], "model-00001-of-00001.safetensors"),
         (["model-00001-of-00002.safetensors"], None),
+        (["optimizer.safetensors", "weights.safetensors"], "weights.safetensors"),
         (["a.safetensors", "b.safetensors"], None),
         (["folder/model.safetensors", "pytorch_model.bin"], None),
     ],
@@ -31,6 +32,16 @@ def test_find_weights_follows_the_order_of_transformers(paths: list[str], found:
 def test_read_index_normalizes_and_orders_shards() -> None:
     index = {"weight_map": {"a": "./parts/2.safetensors", "b": "1.safetensors", "c": "parts/2.safetensors"}}
     assert model_files.read_index(json.dumps(index).encode()) == ("1.safetensors", "parts/2.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("index", "problem"),
+    [(POINTER, "run git lfs pull"), ('{"weight_map": {"a": "a.bin"}}', r"other than \*\.safetensors")],
+    ids=["pointer", "pickle"],
+)
+def test_read_index_other_content_raises(index: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        model_files.read_index(index.encode())
 
 
 @pytest.mark.parametrize("shard", ["../a.safetensors", "/a.safetensors", "b/../../a.safetensors"])

@@ -2,10 +2,12 @@
 
 From the outside in, each one an ASGI application around the next:
 
-    RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware -> MaxBodySizeMiddleware -> routes
+    NormalizePathMiddleware -> RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware
+        -> MaxBodySizeMiddleware -> DecodeBodyMiddleware -> MaxBodySizeMiddleware -> routes
 
-The inner ones reject a request by raising a `RequestError`, which `RequestLogMiddleware` turns into the response. They
-wrap `receive` and `send` instead of buffering, so that streams and disconnects pass through.
+If enabled, Starlette's CORSMiddleware is around all of them. The ones inside of `RequestLogMiddleware` reject a request
+by raising a `RequestError`, which it turns into the response. They wrap `receive` and `send` instead of buffering, so
+that streams and disconnects pass through.
 """
 
 import asyncio
@@ -21,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from predictor.entrypoints.api_keys import KeyFile
+from predictor.entrypoints.http.content_encoding import DecodedBody, content_coding
 from predictor.entrypoints.http.error_responses import respond
 from predictor.errors import BodyTooLarge, Draining, GenerationFailed, RequestError
 from predictor.observability import request_record
@@ -31,11 +34,11 @@ logger = logging.getLogger(__name__)
 LINGER_SECONDS = 2.0
 """Maximum time to read the rest of a rejected request's body before the connection is closed."""
 
-_PROBE = re.compile(r"/(health|metrics)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
+_PROBE = re.compile(r"/(health|metrics|ping|version)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
 
 
 def is_probe(scope: Scope) -> bool:
-    """Return whether a request is a liveness or readiness probe, or a scrape of metrics."""
+    """Return whether a request is a liveness or readiness probe, a scrape of metrics, or for the server's version."""
     return scope["method"] in ("GET", "HEAD") and _PROBE.fullmatch(scope["path"]) is not None
 
 
@@ -54,6 +57,18 @@ class _Middleware:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
+
+
+class NormalizePathMiddleware(_Middleware):
+    """Serves paths with repeated and trailing slashes as if they had none: `//v1/models/` is `/v1/models`.
+
+    A redirect would not do: clients repeat a POST without its body, and behind a proxy that terminates TLS the location
+    would have the wrong scheme.
+    """
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = re.sub("/+", "/", scope["path"])
+        await self._app({**scope, "path": path.removesuffix("/") or path}, receive, send)
 
 
 class RequestLogMiddleware(_Middleware):
@@ -185,6 +200,17 @@ class ApiKeyMiddleware(_Middleware):
         if not is_probe(scope):
             request_record.current().key = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
         await self._app(scope, receive, send)
+
+
+class DecodeBodyMiddleware(_Middleware):
+    """Decodes bodies with a `Content-Encoding`, piece by piece.
+
+    A MaxBodySizeMiddleware around it limits the encoded size, and one inside of it the decoded size.
+    """
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        coding = content_coding(Headers(scope=scope).getlist("content-encoding"))
+        await self._app(scope, DecodedBody(receive, coding).receive if coding else receive, send)
 
 
 class MaxBodySizeMiddleware(_Middleware):

@@ -8,7 +8,7 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema
+from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
 from predictor.protocols.json_object import settle_other_fields
 from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest
 from predictor.types import Chat, GenerationRequest
@@ -71,13 +71,23 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
     sampling = replace(sampling, max_tokens=next(iter(limits), None))
     messages = tuple(message.to_template_message() for message in content.messages)
     tools = () if content.tool_choice == "none" else content.tools
-    chat = Chat(messages, tuple(tool.model_dump(exclude_unset=True) for tool in tools))
+    continues = content.continue_final_message or content.messages[-1].prefix
+    if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
+        raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
+    chat = Chat(
+        messages,
+        tuple(tool.model_dump(exclude_unset=True) for tool in tools),
+        variables=content.chat_template_kwargs,
+        reasoning_effort=content.reasoning_effort or None,
+        continue_final_message=continues,
+        add_generation_prompt=content.add_generation_prompt,
+    )
     return _decoded(content, [GenerationRequest(chat, sampling, content.n)])
 
 
 def _validate(model: type[RequestT], body: bytes) -> RequestT:
     try:
-        content = model.model_validate_json(body)
+        content = model.model_validate_json(to_utf8(body))
     except ValidationError as error:
         fields = [".".join(map(str, issue["loc"])) for issue in error.errors(include_input=False)]
         field = fields[0] if len(fields) == 1 and fields[0] else None

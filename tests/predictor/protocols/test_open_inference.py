@@ -77,7 +77,7 @@ def test_decode_input_parameters_override_the_requests() -> None:
     ("raw", "expected"),
     [
         (b"{", "The body is not JSON"),
-        (b"\xff", "The body is not JSON"),
+        (b"\xff", "The body is not UTF-8"),
         (b"[]", "the body: input should be an object"),
         (b"{}", "inputs: field required"),
         (b'{"inputs": []}', "inputs: list should have at least 1 item"),

@@ -236,6 +236,13 @@ def test_make_plan_patterns_that_exclude_the_index_are_rejected() -> None:
         plan({*SETTINGS, *SHARDS, INDEX}, FileSelection(allow=("config.json", "*.safetensors")))
 
 
+def test_make_plan_index_never_selects_pickles() -> None:
+    with pytest.raises(
+        RefusedSnapshot, match=r"unreadable model\.safetensors\.index\.json \(its weight_map names files"
+    ):
+        plan({*SETTINGS, INDEX, "pytorch_model.bin"}, shards={"pytorch_model.bin"})
+
+
 def test_make_plan_large_index_is_not_read() -> None:
     files = [*listing(SETTINGS | SHARDS), File(INDEX, file_selection.MAX_INDEX_BYTES + 1, "0" * 64)]
     with pytest.raises(RefusedSnapshot, match=r"unreadable model\.safetensors\.index\.json \(it has more than"):
@@ -251,6 +258,15 @@ def test_hub_sends_only_what_is_loaded(run: Run, hub: LocalHub, volume: Path, tm
     hub.add("demo/sharded", model)
     assert run("hf://demo/sharded", volume).code == 0
     assert published(volume) == set(hub.downloads()) == needed
+
+
+def test_log_names_the_first_excluded_files_of_many(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:
+    (model / "data").mkdir()
+    for number in range(100):
+        (model / "data" / f"{number:02}.parquet").write_bytes(b"")
+    hub.add("demo/data", model)
+    planned = next(line for line in run("hf://demo/data", volume).stderr.splitlines() if ", excluding " in line)
+    assert planned.endswith("data/18.parquet, data/19.parquet and 81 more")
 
 
 def test_snapshot_that_was_published_with_more_files_stays_valid(run: Run, hub: LocalHub, volume: Path) -> None:

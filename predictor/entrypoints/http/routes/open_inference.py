@@ -25,7 +25,6 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     @router.get("", **json_responses(openapi.SERVER, 401))
-    @router.get("/", include_in_schema=False)
     async def server_metadata() -> dict[str, Any]:
         version = installed_version(open_inference.SERVER)
         return {"name": open_inference.SERVER, "version": version, "extensions": list(open_inference.EXTENSIONS)}

@@ -71,7 +71,12 @@ def test_model_metadata_has_inputs_and_outputs(client: httpx.Client) -> None:
 
 
 def test_health_routes_of_a_ready_server_return_200(client: httpx.Client) -> None:
-    assert client.get("/").json() == {"status": "alive"}
+    root = client.get("/").json()
+    assert (root.pop("status"), root.pop("name")) == ("alive", "kserve-llm")
+    assert client.get("/version").json() == {"version": root.pop("version")}
+    assert {client.get(link).status_code for link in root.pop("links").values()} == {200}
+    assert root == {}
+    assert client.get("/ping").json() == client.get("/health").json() == {"ready": True}
     assert client.get("/v2/health/live").json() == {"live": True}
     assert client.get("/v2/health/ready").json() == {"ready": True}
     assert client.get("/v2/models/demo/ready").json() == {"name": "demo", "ready": True}
