@@ -7,14 +7,12 @@ once the text is complete.
 
 import json
 import threading
-from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-import torch
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
+from predictor.engine.grammar import Grammar, summary
 from predictor.errors import InvalidRequest
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import GrammarKind, StructuredOutput
@@ -31,52 +29,6 @@ _LIMITS = LLParserLimits(
 
 _WHITESPACE = r" |\n[ \t]{0,16}"
 """Between JSON's tokens: a space, or a line break and an indentation. A model could repeat any whitespace endlessly."""
-
-
-class Grammar:
-    """A compiled grammar; any number of sequences can follow it."""
-
-    def __init__(self, matcher: LLMatcher, vocabulary_tokens: int) -> None:
-        self._matcher = matcher
-        self._vocabulary_tokens = vocabulary_tokens
-
-    def logits_processor(self) -> "GrammarProcessor":
-        """Return the logits processor of one sequence."""
-        return GrammarProcessor(self._matcher.deep_copy(), self._vocabulary_tokens)
-
-
-class GrammarProcessor:
-    """Logits processor that allows only tokens with which the output follows a grammar.
-
-    Args:
-        matcher: at the beginning of the grammar.
-        vocabulary_tokens: number of tokens of the matcher.
-    """
-
-    def __init__(self, matcher: LLMatcher, vocabulary_tokens: int) -> None:
-        self._matcher = matcher
-        self._num_consumed = 0
-        self._bits = np.zeros((vocabulary_tokens + 31) // 32, dtype=np.int32)
-
-    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        """Set the logits of tokens that the grammar does not allow to minus infinity.
-
-        Raises:
-            InvalidRequest: the grammar is too complex, or other constraints exclude all tokens that it allows.
-        """
-        del prompt_ids
-        matcher = self._matcher
-        matcher.consume_tokens(list(output_ids[self._num_consumed :]))
-        self._num_consumed = len(output_ids)
-        matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
-        if matcher.is_error():
-            raise InvalidRequest(f"The structured output is too complex: {_summary(matcher.get_error())}.")
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=len(logits))
-        logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
-        if logits.max() == -torch.inf:
-            raise InvalidRequest(
-                "No token may follow: min_tokens or excluded tokens contradict the structured output. Omit them."
-            )
 
 
 class GrammarCompiler:
@@ -114,7 +66,7 @@ class GrammarCompiler:
         grammar = _to_grammar(constraint)
         is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=_LIMITS)
         if is_error:
-            raise InvalidRequest(f"The {constraint.kind} is not supported: {_summary(messages[0])}.")
+            raise InvalidRequest(f"The {constraint.kind} is not supported: {summary(messages[0])}.")
         return Grammar(LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0), self._vocabulary_tokens)
 
     def _get_tokenizer(self) -> LLTokenizer:
@@ -153,10 +105,3 @@ def _to_grammar(constraint: StructuredOutput) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
         case GrammarKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(constraint.value)
-
-
-def _summary(message: str) -> str:
-    """Return the first line of llguidance's message, and the reason at its end if there is one."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-    return ": ".join(part.rstrip(".:") for part in (*lines[:1], *reasons))
