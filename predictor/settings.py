@@ -6,11 +6,12 @@ Unknown flags and unknown `PREDICTOR_*` variables are errors, so that a misspell
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -78,6 +79,8 @@ class Settings(BaseSettings):
     """Fraction of the memory left after loading the weights, within the container's limit, for the KV cache."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
+    chat_template_kwargs: str = "{}"
+    """Variables of the model's chat template, as JSON: {"enable_thinking": false}. Those of a request replace them."""
     request_timeout_seconds: float = Field(default=590, gt=0, allow_inf_nan=False)
     """Request timeout in seconds. Keep it below the InferenceService's, so that clients get an error response."""
     max_request_bytes: int = Field(default=8_388_608, ge=1024)
@@ -117,9 +120,25 @@ class Settings(BaseSettings):
         return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
     @property
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as a dictionary."""
+        return dict(json.loads(self.chat_template_kwargs))
+
+    @property
     def origins(self) -> tuple[str, ...]:
         """`allowed_origins` as a tuple."""
         return tuple(origin.strip().lower() for origin in self.allowed_origins.split(",") if origin.strip())
+
+    @field_validator("chat_template_kwargs", mode="after")
+    @classmethod
+    def _is_json_object(cls, value: str) -> str:
+        try:
+            is_object = isinstance(json.loads(value), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise PydanticCustomError("json", 'Input should be a JSON object, as in {"enable_thinking": false}')
+        return value
 
     @field_validator("model_reference", mode="after")
     @classmethod

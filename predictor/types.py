@@ -49,6 +49,14 @@ class SamplingParams:
     """Subtracted from the logits of tokens that occur in the completion."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once for each occurrence in the completion."""
+    no_repeat_ngram_size: int = 0
+    """Sequences of this number of tokens occur once at most in prompt and completion; 0 is off."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are never sampled."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are not sampled as the first of the completion."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the completion never ends, even if the prompt begins them."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion; not part of it."""
     stop_token_ids: tuple[int, ...] = ()

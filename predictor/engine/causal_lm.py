@@ -1,5 +1,6 @@
 """The part of a transformers causal language model that the engine uses."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,12 @@ class CausalLM(Protocol):
     config: ModelConfig
     device: torch.device
     dtype: torch.dtype
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield all parameters; they may be on several devices."""
+
+    def get_input_embeddings(self) -> Any:
+        """Return the module whose `weight` is (token ids, hidden_size)."""
 
     def init_continuous_batching(self, *, generation_config: Any, continuous_batching_config: Any) -> Any:
         """Return a `ContinuousBatchingManager`."""

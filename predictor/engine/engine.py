@@ -113,8 +113,13 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Steps since the start."""
+        """Steps since the start, without those that failed."""
         return self._executor.step_count
+
+    @property
+    def failed_steps(self) -> int:
+        """Steps that failed, with their sequences, since the start."""
+        return self._executor.failed_step_count
 
     @property
     def is_alive(self) -> bool:

@@ -39,7 +39,11 @@ class Executor(Protocol):
 
     @property
     def step_count(self) -> int:
-        """Steps since the start."""
+        """Steps since the start, without those that failed."""
+
+    @property
+    def failed_step_count(self) -> int:
+        """Steps that failed, with their sequences, since the start."""
 
     @property
     def is_running(self) -> bool:

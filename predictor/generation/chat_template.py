@@ -110,6 +110,13 @@ class ChatTemplate:
                 f"The model's chat template rejected the messages{given}: {_reason(error)}."
             ) from error
 
+    def ignored_fields(self, chat: Chat) -> list[str]:
+        """Return the names of OpenAI's fields in `chat` that set nothing in this template."""
+        fields = [f"chat_template_kwargs.{name}" for name in chat.variables if name not in self._names]
+        if chat.reasoning_effort and not self._reasoning_variables(chat.reasoning_effort):
+            fields.append("reasoning_effort")
+        return fields
+
     def _render(
         self,
         messages: list[Any],
@@ -184,7 +191,7 @@ class ChatTemplate:
     def _try_out(self) -> None:
         """Find out whether the template works and what it reads."""
         try:
-            self._analyse(self._source(None))
+            self._analyse({self._source(None), self._source([{}])})
             for role in ("user", "system", "developer", "assistant", "tool"):
                 self._contents[role] = self._probe(role)
             if self._contents["user"] is self._contents["system"] is _Content.REJECTED:
@@ -195,17 +202,21 @@ class ChatTemplate:
         if self.status != OK:
             logger.warning("chat requests will fail, since the chat template does not work: %s", self.status)
 
-    def _analyse(self, source: str) -> None:
-        """Find the template's variables and the control tokens that it writes.
+    def _analyse(self, sources: set[str]) -> None:
+        """Find the variables of the templates and the control tokens that they write.
 
         Raises:
-            jinja2.TemplateSyntaxError: the template cannot be parsed.
+            jinja2.TemplateSyntaxError: a template cannot be parsed.
         """
         environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
-        tree = environment.parse(_GENERATION_TAG.sub("", source))
-        self._names = frozenset(jinja2.meta.find_undeclared_variables(tree))
-        written = {data.data for data in tree.find_all(nodes.TemplateData)} | _strings(tree)
-        self._control_tokens = ControlTokens(self._tokenizer, "\0".join(written), "\0".join(_strings_read(tree)))
+        written: set[str] = set()
+        read: set[str] = set()
+        for source in sources:
+            tree = environment.parse(_GENERATION_TAG.sub("", source))
+            self._names |= jinja2.meta.find_undeclared_variables(tree)
+            written |= {data.data for data in tree.find_all(nodes.TemplateData)} | _strings(tree)
+            read |= _strings_read(tree)
+        self._control_tokens = ControlTokens(self._tokenizer, "\0".join(written), "\0".join(read))
 
     def _probe(self, role: str) -> _Content:
         """Render a message of this role in a usual chat, first with a string, then with parts."""

@@ -135,4 +135,14 @@ class Prompts:
             if getattr(sampling, name) is None
         }
         max_tokens = min(max_tokens, remaining)
-        return replace(sampling, max_tokens=max_tokens, min_tokens=min(sampling.min_tokens, max_tokens), **unset)
+        return replace(
+            sampling,
+            max_tokens=max_tokens,
+            min_tokens=min(sampling.min_tokens or defaults.min_tokens, max_tokens),
+            stop=tuple(dict.fromkeys(sampling.stop + defaults.stop)),
+            no_repeat_ngram_size=sampling.no_repeat_ngram_size or defaults.no_repeat_ngram_size,
+            suppress_tokens=sampling.suppress_tokens + defaults.suppress_tokens,
+            begin_suppress_tokens=sampling.begin_suppress_tokens + defaults.begin_suppress_tokens,
+            bad_words_ids=sampling.bad_words_ids + defaults.bad_words_ids,
+            **unset,
+        )

@@ -150,7 +150,7 @@ class LLMService:
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
-        chat_template = ChatTemplate(loaded.tokenizer)
+        chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
@@ -177,6 +177,7 @@ class LLMService:
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
+            engine_failed_steps=lambda: engine.failed_steps,
             self_check_age_seconds=lambda: self_check.age_seconds,
             self_check_success=lambda: self_check.succeeded,
         )
@@ -197,14 +198,16 @@ class LLMService:
     @property
     def is_live(self) -> bool:
         """Whether the step loop makes progress, or has not been started yet."""
-        return self._pipeline is None or self._pipeline.engine.is_alive
+        if self._pipeline is None:
+            return True
+        return self._pipeline.engine.is_alive and not self._pipeline.self_check.is_broken
 
     @property
     def is_ready(self) -> bool:
         """Whether a request sent now would be answered."""
         if self.phase is not Phase.READY or self._pipeline is None:
             return False
-        return self._pipeline.engine.is_alive and self._pipeline.self_check.is_fresh
+        return self.is_live and self._pipeline.self_check.is_fresh
 
     @property
     def is_shutting_down(self) -> bool:
@@ -263,6 +266,9 @@ class LLMService:
             raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
         if record.ignored_fields and self._settings.unknown_fields == "refuse":
             raise _unknown_fields(record.ignored_fields)
+        for request in requests:
+            if isinstance(request.prompt, Chat):
+                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(request.prompt))
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)

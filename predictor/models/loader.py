@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -14,6 +14,7 @@ from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
 from predictor.models import checkpoint, placement, snapshot
 from predictor.models.checkpoint import Weights
+from predictor.models.generation_config import GenerationConfig
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
@@ -38,6 +39,7 @@ class LoadPlan:
     directory: Path
     config: Any
     """The transformers config in `weights_dir`."""
+    generation_config: GenerationConfig
     device: torch.device
     dtype: torch.dtype
     quantization: str
@@ -141,6 +143,7 @@ def make_plan(
     return LoadPlan(
         directory=directory,
         config=config,
+        generation_config=GenerationConfig.read(directory),
         device=target,
         dtype=target_dtype,
         quantization=mode,
@@ -183,16 +186,17 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
     text_config = plan.config.get_text_config()
     # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
     vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
+    eos_token_ids = plan.generation_config.eos_token_ids(tokenizer, vocabulary_tokens)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
         context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
         vocabulary_tokens=vocabulary_tokens,
         unembedded_tokens=_unembedded_tokens(tokenizer, vocabulary_tokens),
-        eos_token_ids=_eos_token_ids(model, tokenizer, vocabulary_tokens),
+        eos_token_ids=eos_token_ids,
         quantization=quantization,
         int8_kernels=int8_kernels,
-        defaults=_default_sampling(model.generation_config),
+        defaults=plan.generation_config.sampling_params(eos_token_ids, vocabulary_tokens),
         device_map=placement.device_map(model),
         prequantized=plan.prequantized_dir is not None,
     )
@@ -235,6 +239,7 @@ def _load_weights(plan: LoadPlan) -> Any:
         model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
             plan.weights_dir,
             config=plan.config,
+            generation_config=transformers.GenerationConfig(),  # read by `GenerationConfig` of this package
             dtype=plan.dtype,
             device_map=plan.placement.device_map,
             max_memory=plan.placement.max_memory,
@@ -287,37 +292,6 @@ def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]
             ", ".join(f"{token!r} ({token_id})" for token_id, token in sorted(unembedded.items())[:_NAMED_TOKENS]),
         )
     return unembedded
-
-
-def _eos_token_ids(model: Any, tokenizer: Any, vocabulary_tokens: int) -> frozenset[int]:
-    """Return the declared ids; the model cannot generate one without an embedding."""
-    declared = model.generation_config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id]
-    return frozenset(token_id for token_id in ids if token_id is not None and 0 <= token_id < vocabulary_tokens)
-
-
-def _default_sampling(config: Any) -> SamplingParams:
-    greedy = SamplingParams(
-        max_tokens=config.max_new_tokens,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        repetition_penalty=_or_one(config.repetition_penalty),
-    )
-    if not config.do_sample:
-        return greedy
-    return replace(
-        greedy,
-        temperature=_or_one(config.temperature),
-        top_p=_or_one(config.top_p),
-        top_k=config.top_k or 0,
-        min_p=config.min_p or 0.0,
-    )
-
-
-def _or_one(value: float | None) -> float:
-    return 1.0 if value is None else float(value)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -171,20 +171,16 @@ REFUSED_COMPLETION: Refusals = {
 _ONLY_TEXT = "only text is generated"
 
 REFUSED_CHAT: Refusals = {
-    "add_generation_prompt": _refuse("the answer is always generated", True),
     "add_special_tokens": _refuse("special tokens come from the chat template only", False),
     "audio": _refuse(_ONLY_TEXT),
     "chat_template": _refuse("the model's own chat template is used"),
-    "chat_template_kwargs": _refuse("not supported. Omit it"),
-    "continue_final_message": _refuse("not supported. Omit it", False),
-    "documents": _refuse("not supported. Put them into a message"),
+    "documents": _refuse("not supported. Put them into a message or chat_template_kwargs"),
     "echo": _refuse("not supported. Use /v1/completions", False),
     "function_call": _refuse("deprecated and not supported. Use tool_choice", "none", "auto"),
     "functions": _refuse("deprecated and not supported. Use tools"),
     "mm_processor_kwargs": _refuse("only text is supported"),
     "modalities": _refuse(_ONLY_TEXT, ["text"]),
     "moderation": _refuse("moderation is not supported"),
-    "reasoning_effort": _refuse("not supported. Put it into a message"),
     "safe_prompt": _refuse("not supported. Put it into a message", False),
     "suffix": _refuse("insertion is not supported"),
     # An empty object turns the search on.
@@ -196,6 +192,5 @@ REFUSED_MESSAGE: Refusals = {
     "audio": _refuse("only text is supported"),
     "function_call": _refuse("deprecated and not supported. Use tool_calls"),
     "images": _refuse("only text is supported"),
-    "prefix": _refuse("not supported. Omit it", False),
 }
 """In OpenAI's messages."""

@@ -10,6 +10,7 @@ import logging
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,7 +149,11 @@ def idle(executor: BatchingManager) -> bool:
         (continuous_api.ContinuousBatchingManager.is_running, ""),
         (continuous_api.BackgroundThreadStatus.can_accept_new_requests, ""),
         (continuous_api.ContinuousBatchProcessor.has_pending_requests, ""),
+        (continuous_api.ContinuousBatchingManager._generation_loop_body, "batch_processor bootstrapping"),
+        (continuous_api.OutputRouter.fail_and_deliver, "state error"),
         (cache.PagedAttentionCache.compute_free_capacity, "relative"),
+        (cache.PagedAttentionCache.free_blocks, "request_id no_cache"),
+        (scheduler.FIFOScheduler.schedule_batch, "token_budget cache_budget"),
         (scheduler.FIFOScheduler.clear_cancelled_requests, ""),
         (cb_logits_processors.ContinuousBatchingLogitsProcessorList.__init__, "logits_processor"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.fill_defaults, "int32_tensor"),
@@ -318,9 +323,34 @@ def test_batching_scheduler_admits_again_after_a_cancellation(model: Any) -> Non
         asyncio.run(cancel_running(small))
 
 
-def test_batching_dead_loop_fails_sequences_and_accepts_no_more(model: Any) -> None:
+def test_batching_failed_step_frees_its_blocks_and_shares_none(executor: BatchingManager, model: Any) -> None:
+    def fail_last_chunk(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        del args
+        if kwargs["input_ids"].shape[1] < 128:
+            raise RuntimeError("no memory")
+
+    processor = executor._manager.batch_processor
+    [allocator] = processor.cache.cache_allocators.values()
+    processor.cache.evict_cached_blocks()
+    handle = model.register_forward_pre_hook(fail_last_chunk, with_kwargs=True)
+    steps = executor.step_count
+    try:
+        _, [[output]] = asyncio.run(finish(executor, [(PAGE_TOKENS + 10, 5)]))
+    finally:
+        handle.remove()
+    assert (output.error, output.finished, output.token_ids) == ("no memory", True, [])
+    assert executor.step_count - steps == 2, "chunks that complete a page"
+    ledger = allocator.ledger
+    assert (allocator.block_table, ledger.block_to_hash, ledger.hash_to_block, ledger.cached_blocks) == ({}, {}, {}, {})
+    assert processor.scheduler.waiting_requests_order == deque()
+    assert executor.is_accepting
+
+
+def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
 
     with started(model) as dying:
         handle = model.register_forward_pre_hook(fail)

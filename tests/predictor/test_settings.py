@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from predictor import settings
@@ -125,3 +127,19 @@ def test_read_ignores_kubernetes_service_links(monkeypatch: pytest.MonkeyPatch) 
     for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP1", "PORT", "PORT_8080_TCP_ADDR"):
         monkeypatch.setenv(f"PREDICTOR_{name}", "10.0.0.1")
     assert settings.read([]).http_port == 8080
+
+
+def test_read_chat_template_kwargs_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"enable_thinking": False, "budget": 5}
+    assert settings.read([]).template_variables == {}
+    assert settings.read(["--chat_template_kwargs", json.dumps(expected)]).template_variables == expected
+    monkeypatch.setenv("PREDICTOR_CHAT_TEMPLATE_KWARGS", json.dumps(expected))
+    assert settings.read([]).template_variables == expected
+
+
+@pytest.mark.parametrize("value", ["enable_thinking=false", "[1]", "{"])
+def test_read_chat_template_kwargs_that_are_no_json_object_are_rejected(value: str) -> None:
+    with pytest.raises(
+        InvalidSettings, match=r'--chat_template_kwargs .*JSON object, as in {"enable_thinking": false}'
+    ):
+        settings.read(["--chat_template_kwargs", value])

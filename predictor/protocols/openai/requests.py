@@ -71,7 +71,17 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
     sampling = replace(sampling, max_tokens=next(iter(limits), None))
     messages = tuple(message.to_template_message() for message in content.messages)
     tools = () if content.tool_choice == "none" else content.tools
-    chat = Chat(messages, tuple(tool.model_dump(exclude_unset=True) for tool in tools))
+    continues = content.continue_final_message or content.messages[-1].prefix
+    if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
+        raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
+    chat = Chat(
+        messages,
+        tuple(tool.model_dump(exclude_unset=True) for tool in tools),
+        variables=content.chat_template_kwargs,
+        reasoning_effort=content.reasoning_effort or None,
+        continue_final_message=continues,
+        add_generation_prompt=content.add_generation_prompt,
+    )
     return _decoded(content, [GenerationRequest(chat, sampling, content.n)])
 
 

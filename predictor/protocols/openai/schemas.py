@@ -4,19 +4,21 @@
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BeforeValidator,
     Field,
-    Json,
     ValidationError,
     WrapValidator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_MESSAGE
+from predictor.protocols.json_body import loads
 from predictor.protocols.json_object import JSONObject
 from predictor.protocols.sampling_fields import (
     MAX_COMPLETIONS,
@@ -51,10 +53,22 @@ def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def _parse_arguments(arguments: object) -> object:
+    """Return the arguments of a call as an object, which chat templates need.
+
+    Models generate calls without arguments, or cut off by max_tokens; clients then send these with every request.
+    """
+    if isinstance(arguments, str):
+        with suppress(InvalidRequest):
+            arguments = loads(arguments.encode())
+    return arguments if isinstance(arguments, dict) else {}
+
+
 class _FunctionCall(JSONObject):
     name: str
-    arguments: Json[dict[str, Any]]
-    """JSON in a string; chat templates need the object."""
+    arguments: Annotated[dict[str, Any], BeforeValidator(_parse_arguments, str | dict[str, Any])] = Field(
+        default={}, description="An object, also as JSON in a string; anything else is read as {}."
+    )
 
 
 class _ToolCall(JSONObject):
@@ -75,6 +89,8 @@ class _Message(JSONObject):
     tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
     reasoning_content: str | None = None
     """Not in the API; read by chat templates of reasoning models."""
+    prefix: bool = False
+    """Not in OpenAI's API: continue this message, the last one, as `continue_final_message` does."""
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
@@ -89,7 +105,8 @@ class _Message(JSONObject):
 
     def to_template_message(self) -> dict[str, Any]:
         """Return the message for the chat template, its text parts concatenated."""
-        return {**self.model_dump(exclude_unset=True), "content": "".join(part.text for part in self.content)}
+        fields = self.model_dump(exclude_unset=True, exclude={"prefix"})
+        return {**fields, "content": "".join(part.text for part in self.content)}
 
 
 class _FunctionDefinition(JSONObject):
@@ -160,5 +177,13 @@ class ChatCompletionRequest(BaseRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[_Tool], Field(fail_fast=True)] = []
     tool_choice: Annotated[Literal["none", "auto"], _reject(_TOOL_CHOICE, "none", "auto")] = "auto"
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the model's chat template, such as `enable_thinking`."""
+    reasoning_effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""
+    """For chat templates with such a variable. `none` turns the reasoning off."""
+    continue_final_message: bool = False
+    """Continue the last message, which is the assistant's, instead of beginning a new one."""
+    add_generation_prompt: bool = True
+    """Begin the assistant's message."""
     service_tier: Any = None
     """Reported in the response as `default`."""

@@ -130,6 +130,22 @@ def test_engine_penalty_changes_the_completion(engine: Engine, ids: list[int], p
     assert penalized.token_ids != unchanged.token_ids
 
 
+def test_engine_lm_head_with_more_rows_than_the_embedding_never_yields_them(
+    engine: Engine, loaded: LoadedModel, ids: list[int]
+) -> None:
+    def widen(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(logits, (0, 8), value=1e4)
+
+    correct = generate(engine, ids, GREEDY)
+    handle = loaded.model.lm_head.register_forward_hook(widen)
+    try:
+        greedy, sampled = generate_all(engine, [(ids, GREEDY), (ids, SAMPLED)])
+    finally:
+        handle.remove()
+    assert greedy == correct
+    assert max(sampled.token_ids) < loaded.vocabulary_tokens
+
+
 # End of a sequence
 
 

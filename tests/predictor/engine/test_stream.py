@@ -22,6 +22,7 @@ class FakeExecutor:
         self.cache_usage = 0.0
         self.num_running = 0
         self.step_count = 0
+        self.failed_step_count = 0
         self.is_running = True
         self.is_accepting = True
         self.has_pending = False

@@ -193,3 +193,31 @@ def test_encode_without_new_tokens_accepts_a_prompt_of_the_whole_context(prompts
 def test_encode_default_max_tokens_is_limited_to_context(prompts: Prompts) -> None:
     _, sampling = prompts.encode(GenerationRequest("1" * 58))
     assert sampling.max_tokens == 5
+
+
+def test_encode_adds_exclusions_and_stop_strings_of_the_model(prompts: Prompts, greedy: SamplingParams) -> None:
+    defaults = replace(
+        greedy,
+        min_tokens=9,
+        stop=("=", "+"),
+        no_repeat_ngram_size=3,
+        suppress_tokens=(4,),
+        begin_suppress_tokens=(5,),
+        bad_words_ids=((6, 7),),
+    )
+    prompts = replace(prompts, defaults=defaults)
+    _, alone = prompts.encode(GenerationRequest("1"))
+    assert alone == replace(defaults, max_tokens=16)
+    request = SamplingParams(
+        max_tokens=8, stop=("+", "-"), no_repeat_ngram_size=2, suppress_tokens=(8,), bad_words_ids=((9,),)
+    )
+    _, combined = prompts.encode(GenerationRequest("1", request))
+    assert combined == replace(
+        defaults,
+        max_tokens=8,
+        min_tokens=8,
+        stop=("+", "-", "="),
+        no_repeat_ngram_size=2,
+        suppress_tokens=(8, 4),
+        bad_words_ids=((9,), (6, 7)),
+    )

@@ -143,6 +143,18 @@ def test_load_rows_that_pad_the_embedding_are_token_ids(weights: Path, rewrite: 
     assert loaded.tokenizer.decode([575], skip_special_tokens=True) == "", "a row without a token has no text"
 
 
+def test_plan_damaged_generation_config_raises(weights: Path) -> None:
+    (weights / "generation_config.json").unlink()
+    (weights / "generation_config.json").write_text("{")
+    with pytest.raises(UnsupportedModel, match=r"generation_config\.json cannot be read"):
+        loader.make_plan(weights, device="cpu")
+
+
+def test_load_generation_config_that_transformers_rejects_is_served(weights: Path, rewrite: Rewrite) -> None:
+    rewrite("generation_config.json", num_return_sequences=2)
+    assert loader.load(weights, device="cpu").defaults.temperature == 0.0
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [

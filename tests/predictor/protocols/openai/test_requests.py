@@ -138,6 +138,52 @@ def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ("  ", {}),
+        ('{"city": "Ul', {}),
+        ("[1]", {}),
+        ("null", {}),
+        (None, {}),
+        (7, {}),
+        ('{"a": "\\ud800"}', {}),
+        ("[" * 100_000, {}),
+        ({"city": "Ulm", "days": None}, {"city": "Ulm", "days": None}),
+        ('{"days": [1, 2.5]}', {"days": [1, 2.5]}),
+    ],
+)
+def test_chat_tool_call_arguments_of_any_form_become_an_object(arguments: Any, expected: Json) -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    [message] = template_messages({"role": "assistant", "tool_calls": [call]})
+    assert message["tool_calls"][0]["function"].get("arguments", {}) == expected
+
+
+def chat_of(**fields: Any) -> Chat:
+    prompt = chat(**fields).requests[0].prompt
+    assert isinstance(prompt, Chat)
+    return prompt
+
+
+def test_chat_template_variables_are_passed() -> None:
+    prompt = chat_of(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    assert (prompt.variables, prompt.reasoning_effort) == ({"enable_thinking": False}, "low")
+    assert chat_of(reasoning_effort="").reasoning_effort is None
+    assert chat_of(reasoning_effort=None, chat_template_kwargs=None) == chat_of()
+
+
+def test_chat_prefix_of_the_last_message_continues_it() -> None:
+    assistant = {"role": "assistant", "content": "So"}
+    for fields in ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}):
+        assert chat_of(messages=[*MESSAGES, assistant], **fields).continue_final_message
+    prefixed = chat_of(messages=[*MESSAGES, {**assistant, "prefix": True}])
+    assert prefixed.continue_final_message
+    assert prefixed.messages[-1] == assistant
+    assert not chat_of(messages=[*MESSAGES, {**assistant, "prefix": True}, *MESSAGES]).continue_final_message
+    assert not chat_of(add_generation_prompt=False).add_generation_prompt
+
+
 @pytest.mark.parametrize(("choice", "offered"), [(None, (TOOL,)), ("auto", (TOOL,)), ("none", ())])
 def test_chat_tools_are_passed_unless_tool_choice_is_none(choice: str | None, offered: tuple[Json, ...]) -> None:
     prompt = chat(tools=[TOOL], tool_choice=choice).requests[0].prompt
@@ -345,11 +391,10 @@ def test_decode_completion_unsupported_field_raises_with_the_reason(fields: Json
         ({"functions": [{"name": "f"}]}, "functions: deprecated and not supported. Use tools."),
         ({"function_call": {"name": "f"}}, "function_call: deprecated and not supported. Use tool_choice."),
         ({"moderation": {"model": "m"}}, "moderation: "),
-        ({"reasoning_effort": "low"}, "reasoning_effort: "),
         ({"web_search_options": {}}, "web_search_options: "),
-        ({"add_generation_prompt": False}, "add_generation_prompt: the answer is always generated."),
-        ({"continue_final_message": True}, "continue_final_message: "),
-        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs: "),
+        ({"reasoning_effort": "very high"}, "reasoning_effort: "),
+        ({"chat_template_kwargs": "off"}, "chat_template_kwargs: "),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt: begins a new"),
         ({"options": {"num_predict": 5}}, "options: put its fields into the body."),
         ({"response_format": {"type": "json_object"}}, "response_format: .*json_object and json_schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: "),
@@ -395,10 +440,6 @@ def test_decode_chat_unsupported_field_raises_with_the_reason(fields: Json, expe
         ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0: tool_call_id is required"),
         ({"role": "tool", "content": "a"}, "messages.0: tool_call_id is required for role tool"),
         ({"role": "assistant", "content": "a", "audio": {"id": "1"}}, "messages.0.audio: only text is supported"),
-        (
-            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "city"}}]},
-            "messages.0.tool_calls.0.function.arguments: invalid JSON",
-        ),
     ],
 )
 def test_decode_chat_invalid_message_raises_with_the_reason(message: Any, expected: str) -> None:
