@@ -77,9 +77,10 @@ def _needs(deployment: Deployment) -> dict[str, list[str]]:
     if not deployment.service:
         return {"knative_flags": [], "secrets": []}
     secrets = [secret for secret in references.secrets(deployment) if not secret.optional]
+    names = [f"{secret.name}/{secret.key}" if secret.key else secret.name for secret in secrets]
     return {
         "knative_flags": sorted(knative.flags(deployment)),
-        "secrets": [f"{secret.name}/{secret.key}" if secret.key else secret.name for secret in secrets],
+        "secrets": list(dict.fromkeys(names)),
     }
 
 

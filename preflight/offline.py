@@ -28,7 +28,7 @@ def check(
     services = deployment.all("InferenceService")
     if len(services) != 1:
         problem = f"the overlay has {len(services)} of them"
-        return [*findings, Finding("InferenceService", problem, "deploy exactly one with each overlay")]
+        return [*findings, Finding("InferenceService", problem, "deploy exactly one with each overlay", "kserve-llm")]
     if missing := _findings(references.runtime, deployment):
         return [*findings, *missing]
     for check_ in (
@@ -54,5 +54,5 @@ def _findings(check_: Callable[[Deployment], Iterable[Finding]], deployment: Dep
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         # A number in place of a map, for example; the schema names the field if a CRD is available.
         problem = f"a value has the wrong type ({type(error).__name__}: {error})"
-        findings.append(Finding(deployment.where, problem, "correct it; --crds names the field"))
+        findings.append(Finding(deployment.where, problem, "correct it; --crds names the field", "API server"))
     return findings

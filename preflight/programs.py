@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from predictor import settings as predictor_settings
 from predictor.errors import InvalidSettings
 from preflight.deployment import flags
-from preflight.findings import ProblemsAndRemedies
+from preflight.findings import Problems
 from storage_initializer import settings as initializer_settings
 from storage_initializer.cli import arguments as initializer_arguments
 from storage_initializer.errors import InvalidReference, InvalidUsage
@@ -67,13 +67,13 @@ class Program:
             return f"{name} is {shown}, so the {self.name} does not start: {error[0]}", error[1]
         return None
 
-    def argument_problems(self, arguments: Sequence[str]) -> ProblemsAndRemedies:
+    def argument_problems(self, arguments: Sequence[str]) -> Problems:
         """Yield why the program does not start with its arguments; a malformed reference is reported elsewhere."""
         found = False
         for flag, name, value in flags(arguments):
             if name in self._model.model_fields and (error := self._error({f"{self.prefix}{name.upper()}": value})):
                 found = True
-                yield f"{flag} is {value!r}, so the {self.name} does not start: {error[0]}", error[1]
+                yield f"{flag} is {value!r}, so the {self.name} does not start: {error[0]}", error[1], "kserve-llm"
         if found:
             return
         try:
@@ -81,9 +81,9 @@ class Program:
         except InvalidReference:
             return
         except self._errors as error:
-            yield f"the {self.name} rejects its arguments: {str(error).rstrip('.')}", "correct `args`"
+            yield f"the {self.name} rejects its arguments: {str(error).rstrip('.')}", "correct `args`", "kserve-llm"
         except SystemExit:
-            yield f"the {self.name} prints its help and exits", "remove --help from `args`"
+            yield f"the {self.name} prints its help and exits", "remove --help from `args`", "kserve-llm"
 
     def _error(self, variables: Mapping[str, str]) -> tuple[str, str] | None:
         """Return the error of one variable and its remedy; relations between settings are not checked."""

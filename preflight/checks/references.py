@@ -5,11 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
-from preflight.findings import Finding
+from preflight.findings import Finding, Source
 
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 PODS_OF = "serving.kserve.io/inferenceservice"
 """Label that KServe sets on the pods of an InferenceService."""
+_SOURCES: dict[str, Source] = {
+    "PersistentVolumeClaim": "scheduler",
+    "ConfigMap": "kubelet",
+    "ServiceAccount": "API server",
+}
+"""What reports a missing object of a kind; nothing reports that of an Ingress or a RoleBinding."""
 _MODEL_NAME = re.compile(r'model_name="([^"]*)"')
 
 
@@ -17,6 +23,8 @@ _MODEL_NAME = re.compile(r'model_name="([^"]*)"')
 class SecretKey:
     """A referenced Secret, which overlays deliberately do not contain."""
 
+    where: str
+    """The object that refers to it."""
     name: str
     key: str | None
     """None if the whole Secret is used."""
@@ -24,29 +32,38 @@ class SecretKey:
 
 
 def secrets(deployment: Deployment) -> list[SecretKey]:
-    """Return the required and optional Secrets of the namespace."""
-    keys: set[SecretKey] = set()
+    """Return the required and optional Secrets of the namespace, once for each object that refers to them."""
+    keys = {key for pod in deployment.pods for key in _of_containers(pod)}
     for pod in deployment.pods:
-        for container in pod.containers:
-            for variable in container.get("env", []):
-                if source := variable.get("valueFrom", {}).get("secretKeyRef"):
-                    keys.add(SecretKey(source["name"], source["key"], source.get("optional", False)))
-            for entry in container.get("envFrom", []):
-                if source := entry.get("secretRef"):
-                    keys.add(SecretKey(source["name"], None, source.get("optional", False)))
+        keys |= _pull_secrets(pod.where, pod.spec)
         for volume in pod.spec.get("volumes", []):
             if source := volume.get("secret"):
                 items = source.get("items") or [{"key": None}]
-                keys |= {SecretKey(source["secretName"], item["key"], source.get("optional", False)) for item in items}
-        keys |= {SecretKey(entry["name"], ".dockerconfigjson", True) for entry in pod.spec.get("imagePullSecrets", [])}
+                optional = source.get("optional", False)
+                keys |= {SecretKey(pod.where, source["secretName"], item["key"], optional) for item in items}
     for account in deployment.all("ServiceAccount"):
-        # Without the pull secret, the kubelet logs a warning and pulls anonymously.
-        keys |= {SecretKey(entry["name"], ".dockerconfigjson", True) for entry in account.get("imagePullSecrets", [])}
+        keys |= _pull_secrets(name_of(account), account)
     for ingress in deployment.all("Ingress"):
-        keys |= {
-            SecretKey(tls["secretName"], "tls.crt") for tls in ingress["spec"].get("tls", []) if "secretName" in tls
-        }
-    return sorted(keys, key=lambda key: (key.name, key.key or ""))
+        for tls in ingress["spec"].get("tls", []):
+            if "secretName" in tls:
+                keys.add(SecretKey(name_of(ingress), tls["secretName"], "tls.crt"))
+    return sorted(keys, key=lambda key: (key.name, key.key or "", key.where))
+
+
+def _of_containers(pod: Pod) -> Iterator[SecretKey]:
+    for container in pod.containers:
+        for variable in container.get("env", []):
+            if source := variable.get("valueFrom", {}).get("secretKeyRef"):
+                yield SecretKey(pod.where, source["name"], source["key"], source.get("optional", False))
+        for entry in container.get("envFrom", []):
+            if source := entry.get("secretRef"):
+                yield SecretKey(pod.where, source["name"], None, source.get("optional", False))
+
+
+def _pull_secrets(where: str, manifest: Manifest) -> set[SecretKey]:
+    """Return pull secrets. They are optional: without them, the kubelet logs a warning and pulls anonymously."""
+    names = [entry["name"] for entry in manifest.get("imagePullSecrets", [])]
+    return {SecretKey(where, name, ".dockerconfigjson", optional=True) for name in names}
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
@@ -74,6 +91,7 @@ def runtime(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model has no runtime",
             "set model.runtime to the ServingRuntime of this overlay; further checks need it",
+            "KServe's controller",
         )
 
 
@@ -104,6 +122,7 @@ def _renamed(deployment: Deployment, stale: list[tuple[str, str, str]]) -> Findi
         deployment.where,
         f"namePrefix or nameSuffix renamed {names}",
         "add `transformers: [../../renaming]`, which is kustomize/renaming, to the kustomization that renames",
+        "kserve-llm",
     )
 
 
@@ -119,6 +138,7 @@ def _claim(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
                 deployment.where,
                 f"storageUri is {uri!r}, and the model is downloaded to {' and '.join(filled)}",
                 f"set storageUri: pvc://{filled[0]}",
+                "kserve-llm",
             )
 
 
@@ -141,6 +161,7 @@ def _of_pod(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
                     pod.where,
                     f"container {container['name']} mounts volume {mount['name']!r}, which the pod does not have",
                     "correct the name or add the volume",
+                    "API server",
                 )
         yield from _config_maps(deployment, pod, container)
 
@@ -162,6 +183,7 @@ def _config_maps(deployment: Deployment, pod: Pod, container: Manifest) -> Itera
                 pod.where,
                 f"{variable['name']} is read from key {source['key']!r}, which is not in ConfigMap {source['name']}",
                 f"set {source['key']} with a configMapGenerator of `behavior: merge` in the overlay",
+                "kubelet",
             )
 
 
@@ -173,6 +195,7 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                 deployment.where,
                 f"container {KSERVE_CONTAINER} has no {kind}",
                 "copy it from manifests/serving/serving-runtime.yaml",
+                "kserve-llm",
             )
             continue
         path = re.fullmatch(r"/v2/models/([^/]+)/ready", probe.get("httpGet", {}).get("path", ""))
@@ -181,6 +204,7 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                 deployment.where,
                 f"the {kind} requests model {path[1]!r}, and {deployment.name} is served",
                 "use the path /v2/models/{{.Name}}/ready",
+                "kserve-llm",
             )
     for pod in deployment.pods:
         for container in pod.containers:
@@ -191,12 +215,16 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                         pod.where,
                         f"the {kind} uses port {port!r}, which container {container['name']} does not open",
                         f"use {' or '.join(sorted(map(str, _ports(container)))) or 'a containerPort'}",
+                        "kubelet",
                     )
     ports = _ports(deployment.server)
     port = deployment.settings.get("PREDICTOR_HTTP_PORT")
     if port and ports and int(port) not in ports:
         yield Finding(
-            deployment.where, f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port", "make them equal"
+            deployment.where,
+            f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port",
+            "make them equal",
+            "kserve-llm",
         )
 
 
@@ -218,6 +246,7 @@ def _backends(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
             name_of(ingress),
             "it bypasses Knative's gateway and activator, so a service at zero replicas does not start",
             "use Standard mode, or remove it and use the gateway's host",
+            "kserve-llm",
         )
 
 
@@ -231,6 +260,7 @@ def _queries(deployment: Deployment) -> Iterator[Finding]:
                 deployment.where,
                 f"the query of autoScaling counts requests of model {name!r}, and {served!r} is served",
                 f'patch the query: model_name="{served}"',
+                "kserve-llm",
             )
 
 
@@ -249,6 +279,7 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
                 name_of(manifest),
                 f"it selects the pods of InferenceService {selected!r}, which is not in this overlay",
                 f"write {PODS_OF}: {deployment.name}",
+                "kserve-llm",
             )
         for endpoint in spec.get("podMetricsEndpoints", []) if selected else []:
             port = endpoint.get("portNumber")
@@ -257,6 +288,7 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
                     name_of(manifest),
                     f"it scrapes port {port}, which container {KSERVE_CONTAINER} does not open",
                     "use the containerPort of the ServingRuntime",
+                    "kserve-llm",
                 )
 
 
@@ -267,7 +299,7 @@ def _services(deployment: Deployment) -> Iterator[Finding]:
         templates = [owner["spec"]["template"] for owner in deployment.all("Deployment")]
         selected = [pod for pod in templates if selector.items() <= pod["metadata"].get("labels", {}).items()]
         if not selected:
-            yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector")
+            yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector", "kserve-llm")
             continue
         ports = {port for pod in selected for container in pod["spec"]["containers"] for port in _ports(container)}
         for port in service["spec"].get("ports", []):
@@ -277,6 +309,7 @@ def _services(deployment: Deployment) -> Iterator[Finding]:
                     name_of(service),
                     f"its target port {target!r} is opened by no selected container",
                     f"use {' or '.join(sorted(map(str, ports))) or 'a containerPort'}",
+                    "kserve-llm",
                 )
 
 
@@ -298,8 +331,14 @@ def _images(deployment: Deployment) -> Iterator[Finding]:
                     pod.where,
                     f"the image of container {container['name']} is {image!r}, without a registry or without a tag",
                     "set it in component images, and list that component last",
+                    "kserve-llm",
                 )
 
 
 def _missing(where: str, kind: str, name: str | None) -> Finding:
-    return Finding(where, f"it refers to {kind} {name!r}, which is not in this overlay", "correct the name or add it")
+    return Finding(
+        where,
+        f"it refers to {kind} {name!r}, which is not in this overlay",
+        "correct the name or add it",
+        _SOURCES.get(kind, "kserve-llm"),
+    )

@@ -26,6 +26,7 @@ def check(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {_MOUNT}",
             f"set {_MOUNT}, since MODEL_REFERENCE selects the directory below it",
+            "kserve-llm",
         )
     yield from _reference(deployment)
     yield from _device(deployment)
@@ -39,15 +40,18 @@ def _program(deployment: Deployment, pod: Pod, container: Manifest, program: Pro
         where = f"ConfigMap/{config}" if config else pod.where
         if name.upper().startswith(other.prefix):
             yield Finding(
-                where, f"{name} is a setting of the {other.name}, and the {program.name} ignores it", "move it"
+                where,
+                f"{name} is a setting of the {other.name}, and the {program.name} ignores it",
+                "move it",
+                "kserve-llm",
             )
         elif name not in HUB_TOKENS and "$(" not in value and (found := program.variable_problem(name, value)):
-            yield Finding(where, *found)
+            yield Finding(where, *found, "kserve-llm")
     arguments = deployment.arguments(container)
     command = container.get("command", _ENTRYPOINTS)
     if command[-1:] and command[-1] in _ENTRYPOINTS and not any("$(" in argument for argument in arguments):
-        for problem, remedy in program.argument_problems(arguments):
-            yield Finding(pod.where, problem, remedy)
+        for problem, remedy, source in program.argument_problems(arguments):
+            yield Finding(pod.where, problem, remedy, source)
 
 
 def _reference(deployment: Deployment) -> Iterator[Finding]:
@@ -57,18 +61,25 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             "MODEL_REFERENCE of the predictor is not set",
             "add it to the ConfigMap model-download with a configMapGenerator of `behavior: merge`",
+            "kserve-llm",
         )
         return
     try:
         parsed = parse(reference)
     except MalformedReference:
         parsed = None
-        yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>")
+        yield Finding(
+            deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>", "kserve-llm"
+        )
     if isinstance(parsed, HubReference) and not parsed.is_commit:
+        several = deployment.predictor.get("maxReplicas", 0) != 1
+        effect = "two replicas may serve different weights" if several else "a restart may serve different weights"
         yield Finding(
             deployment.where,
-            f"MODEL_REFERENCE {reference} is not pinned, so two replicas may serve different weights",
+            f"MODEL_REFERENCE {reference} is not pinned, so {effect}",
             "pin a commit, hf://owner/model:<40 hex digits>",
+            "kserve-llm",
+            "error" if several else "warning",
         )
     downloaded = {deployment.environment(container).get("MODEL_REFERENCE") for _, container in deployment.downloads}
     if downloaded != {reference}:
@@ -77,6 +88,7 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             f"the predictor serves {reference} and the Job downloads {others}",
             "set MODEL_REFERENCE once, in the ConfigMap model-download",
+            "kserve-llm",
         )
 
 
@@ -87,6 +99,9 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod without a usable GPU serves from its CPU",
             "set PREDICTOR_DEVICE=cuda",
+            "kserve-llm",
         )
     if device.startswith("cuda") and not resources.gpus(deployment):
-        yield Finding(deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu")
+        yield Finding(
+            deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
+        )

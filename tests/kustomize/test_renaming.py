@@ -78,7 +78,8 @@ def test_renamed_without_the_transformer_is_one_finding(
         f"error: InferenceService/{prefix}llm{suffix}: namePrefix or nameSuffix renamed "
         f"models to {prefix}models{suffix}, but not in storageUri, "
         f"llm-predictor to {prefix}llm{suffix}-predictor, but not in Ingress/{prefix}llm-public{suffix}; "
-        "add `transformers: [../../renaming]`, which is kustomize/renaming, to the kustomization that renames."
+        "add `transformers: [../../renaming]`, which is kustomize/renaming, to the kustomization that renames. "
+        "[kserve-llm]"
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 from preflight.checks import kserve, resources
 from preflight.checks.schema import Schemas
 from preflight.deployment import Manifest
+from preflight.findings import Source
 from tests.preflight.conftest import Draft
 
 Drafts = Callable[[str], Draft]
@@ -122,7 +123,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "setting_word": (
         lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bits"),
         "ConfigMap/predictor: PREDICTOR_QUANTIZATION is '8bits', so the predictor does not start: "
-        "input should be 'auto', 'none', '8bit' or '4bit'; use 8bit.",
+        "input should be 'auto', 'none', '8bit' or '4bit'; use 8bit. [kserve-llm]",
     ),
     "setting_in_the_pod": (
         lambda d: d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "fp16"}),
@@ -372,7 +373,7 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
     assert sentence in re.sub(r"(ConfigMap/[a-z-]+)-\w{10}\b", r"\1", str(finding))
     assert "\n" not in str(finding)
     assert str(finding).startswith(f"{finding.severity}: ")
-    assert str(finding).endswith(".")
+    assert str(finding).endswith(f". [{finding.source}]")
 
 
 @pytest.mark.parametrize(
@@ -474,6 +475,52 @@ def test_security_tracing_with_denied_egress_is_a_finding(draft: Drafts) -> None
     assert "NetworkPolicy/default-deny: it denies egress of the predictor's pod, and PREDICTOR_TRACING" in str(finding)
     prod["NetworkPolicy/predictor"]["spec"]["egress"] = [{"ports": [{"port": 4318}]}]
     assert prod.check() == []
+
+
+SOURCES: dict[str, tuple[Mistake, Source]] = {
+    "job_field": (lambda d: d.job.update(restartPolice="Never"), "API server"),
+    "half_a_gpu": (half_a_gpu, "API server"),
+    "run_as_root": (lambda d: d.container["securityContext"].update(runAsUser=0), "API server"),
+    "logger_mode": (lambda d: d.predictor.update(logger={"url": "http://x"}), "KServe's webhook"),
+    "autoscaler": (
+        lambda d: d.annotations.update({"serving.kserve.io/autoscalerClass": "kpa"}),
+        "KServe's webhook",
+    ),
+    "model_format": (lambda d: d.model.update(modelFormat={"name": "llm"}), "KServe's controller"),
+    "storage_uri": (lambda d: d.model.update(storageUri="nfs://server/models"), "KServe's controller"),
+    "lifecycle": (lambda d: d.container.update(lifecycle={}), "Knative's webhook"),
+    "window": (lambda d: d.annotations.update({"autoscaling.knative.dev/window": "2s"}), "Knative's webhook"),
+    "timeout": (timeout_over_the_maximum, "Knative's webhook"),
+    "claim": (lambda d: d.model.update(storageUri="pvc://model"), "scheduler"),
+    "config_map": (lambda d: d.model["envFrom"].append({"configMapRef": {"name": "x"}}), "kubelet"),
+    "read_only_claim": (
+        lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany"]),
+        "kubelet",
+    ),
+    "setting": (lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bits"), "kserve-llm"),
+    "request_timeout": (lambda d: d.settings.update(PREDICTOR_REQUEST_TIMEOUT_SECONDS="600"), "kserve-llm"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "source"), SOURCES.values(), ids=SOURCES)
+def test_checks_finding_has_its_source(draft: Drafts, mistake: Mistake, source: Source) -> None:
+    prod = draft("prod")
+    mistake(prod)
+    [finding] = prod.check()
+    assert finding.source == source
+
+
+def test_settings_unpinned_reference_of_one_replica_is_a_warning(draft: Drafts) -> None:
+    prod = draft("prod")
+    prod.download["MODEL_REFERENCE"] = "hf://owner/model:main"
+    [several] = prod.check()
+    prod.predictor["maxReplicas"] = 1
+    [one] = prod.check()
+    assert (several.severity, one.severity) == ("error", "warning")
+    assert "is not pinned, so a restart may serve different weights" in one.problem
+    del prod.predictor["maxReplicas"]
+    [unlimited] = prod.check()
+    assert unlimited.severity == "error"
 
 
 def test_references_missing_runtime_is_one_finding(draft: Drafts) -> None:
