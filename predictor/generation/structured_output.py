@@ -1,7 +1,8 @@
 """Structured output: restrict a completion to a JSON schema, a regular expression, a list of choices or a grammar.
 
 llguidance compiles each to a grammar over the tokenizer's tokens. Before a token is sampled, the logits of all tokens
-that the grammar does not allow next become minus infinity; the end of the sequence is allowed once the text is complete.
+that the grammar does not allow next become minus infinity; the end of the sequence is allowed once the text is
+complete.
 """
 
 import json
