@@ -8,13 +8,13 @@ complete.
 import json
 import threading
 from functools import lru_cache
+from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.hf import from_tokenizer
 
 from predictor.engine.grammar import Grammar, summary
 from predictor.errors import InvalidRequest
-from predictor.generation.tokenizer import Tokenizer
 from predictor.types import GrammarKind, StructuredOutput
 
 MAX_GRAMMAR_BYTES = 131_072
@@ -35,12 +35,12 @@ class GrammarCompiler:
     """Compiles structured outputs for one tokenizer; safe to call from several threads.
 
     Args:
-        tokenizer: the model's.
+        tokenizer: the model's, a fast tokenizer of transformers.
         vocabulary_tokens: number of logits.
         eos_token_ids: tokens that end a sequence.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary_tokens: int, eos_token_ids: frozenset[int]) -> None:
+    def __init__(self, tokenizer: Any, vocabulary_tokens: int, eos_token_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._vocabulary_tokens = max(vocabulary_tokens, len(tokenizer))
         self._eos_token_ids = sorted(eos_token_ids)

@@ -9,7 +9,6 @@ class Tokenizer(Protocol):
 
     all_special_ids: list[int]
 
-    def __len__(self) -> int: ...
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...  # noqa: D102
 

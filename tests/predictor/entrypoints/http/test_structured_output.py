@@ -37,7 +37,7 @@ def test_generate_stream_of_a_choice_is_one_of_them(client: httpx.Client) -> Non
 
 
 def test_chat_unconstrained_neighbour_is_unchanged(client: httpx.Client) -> None:
-    def ask(**fields: Any) -> str:
+    def ask(**fields: Any) -> list[str]:
         body = {"model": "demo", "prompt": ["17+25=", "60-91="], "max_tokens": 30, "temperature": 0, **fields}
         return [choice["text"] for choice in client.post("/v1/completions", json=body).json()["choices"]]
 
