@@ -20,6 +20,19 @@ _CUT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """A request as the engine takes it."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+    """Complete."""
+    n: int
+    """Number of completions."""
+    echo: str
+    """Text to put before each completion."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompts:
     """Encodes requests for the engine.
 
@@ -63,11 +76,14 @@ class Prompts:
         self._check_token_ids(token_ids, "the prompt")
         return token_ids, self._complete(request.sampling, remaining)
 
-    def text(self, request: GenerationRequest) -> str:
-        """Return the prompt as text, for an echo."""
-        if isinstance(request.prompt, str):
-            return request.prompt
-        return self.tokenizer.decode(self._token_ids(request.prompt), skip_special_tokens=True)
+    def prepare(self, request: GenerationRequest) -> EncodedRequest:
+        """Return all that the request's completions need; raises what `encode` does."""
+        token_ids, sampling = self.encode(request)
+        echo = self._text(request.prompt, token_ids) if request.echo else ""
+        return EncodedRequest(token_ids, sampling, request.n, echo)
+
+    def _text(self, prompt: str | tuple[int, ...] | Chat, token_ids: list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _token_ids(self, prompt: str | tuple[int, ...] | Chat) -> list[int]:
         if isinstance(prompt, str):
