@@ -96,6 +96,7 @@ class BatchingManager:
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._row_sampler]))
         processors.tensors_required = 1  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
+        self._manager.output_router.output_queue = _DiscardingQueue()
         self._run_iteration = self._manager._generation_loop_body
         self._manager._generation_loop_body = self._run_guarded_iteration
 
@@ -176,7 +177,7 @@ class BatchingManager:
             on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
         self._row_sampler.samplers[request_id] = sampler
-        # Before add_request: outputs without a handler go to a shared queue without a reader.
+        # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
         added = self._manager.add_request(
             list(prompt),
@@ -214,7 +215,8 @@ class BatchingManager:
         processor.scheduler.scheduled = []
         try:
             return bool(self._run_iteration(processor, bootstrapping))
-        except Exception as error:
+        except BaseException as error:
+            # Also what is no Exception: a panic of a Rust extension. Nothing interrupts this thread.
             if _is_device_lost(self._model):
                 raise
             failed = processor.scheduler.remove_failed()
@@ -228,7 +230,7 @@ class BatchingManager:
             torch.cuda.empty_cache()
         return True
 
-    def _report_failure(self, failed: Sequence[_RequestState], error: Exception) -> None:
+    def _report_failure(self, failed: Sequence[_RequestState], error: BaseException) -> None:
         for state in failed:
             try:
                 self._manager.output_router.fail_and_deliver(state, error)
@@ -262,6 +264,13 @@ def _is_device_lost(model: CausalLM) -> bool:
 def _queue_seconds(state: _Timed) -> float | None:
     scheduled = state.lifespan[0]
     return max(0.0, scheduled - state.created_time) if scheduled >= 0 else None
+
+
+class _DiscardingQueue:
+    """The router's queue of outputs without a handler: those of cancelled sequences, which would be kept for ever."""
+
+    def put(self, output: _GenerationOutput) -> None:
+        """Discard an output."""
 
 
 class _RowSampler(ContinuousBatchingLogitsProcessor):
@@ -305,7 +314,7 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
             # A sequence that left a full cache has its first tokens in `initial_tokens`, after the prompt.
             try:
                 sampler(row, state.initial_tokens + state.generated_tokens if sampler.logits_processors else ())
-            except Exception as error:
+            except BaseException as error:
                 if _is_device_lost(self._model):
                     raise
                 # An error raised here would fail every other sequence of the step.

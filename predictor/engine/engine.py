@@ -155,6 +155,19 @@ class Engine:
             self._stopping = True
             self._executor.stop(STOP_TIMEOUT_SECONDS)
 
+    def require_capacity(self, sequences: int, reserved: int = 0) -> None:
+        """Check that `sequences` further ones have a place, `reserved` ones not counted.
+
+        Raises:
+            InvalidRequest: more sequences than `capacity`.
+            Overloaded: the running and waiting queues have too few free places.
+        """
+        if sequences > self.capacity:
+            raise InvalidRequest(f"Too many completions in one request: {sequences}. Request at most {self.capacity}.")
+        used = len(self._streams) + reserved
+        if used + sequences > self.capacity:
+            raise Overloaded(f"Server overloaded: {used} of {self.capacity} sequence slots in use. Retry later.")
+
     def submit(
         self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], deadline: float = math.inf
     ) -> list[Stream]:
@@ -170,14 +183,7 @@ class Engine:
             Overloaded: the running and waiting queues have too few free places.
             EngineStopped: the step loop has ended.
         """
-        if len(prompts) > self.capacity:
-            raise InvalidRequest(
-                f"Too many completions in one request: {len(prompts)}. Request at most {self.capacity}."
-            )
-        if len(self._streams) + len(prompts) > self.capacity:
-            raise Overloaded(
-                f"Server overloaded: {len(self._streams)} of {self.capacity} sequence slots in use. Retry later."
-            )
+        self.require_capacity(len(prompts))
         if not self._has_work():
             self._last_progress = (self.steps, time.monotonic())
         streams: list[Stream] = []

@@ -13,7 +13,8 @@ from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation.detokenizer import Detokenizer, left_context
 from predictor.generation.logprobs import LogprobsFormatter
-from predictor.generation.prompts import Prompts
+from predictor.generation.prompts import EncodedRequest
+from predictor.generation.tokenizer import Tokenizer
 from predictor.types import (
     CANCELLED,
     DEADLINE,
@@ -22,7 +23,6 @@ from predictor.types import (
     CompletionDelta,
     FinishedSequence,
     FinishReason,
-    GenerationRequest,
     Step,
     TextDelta,
     Token,
@@ -103,9 +103,9 @@ class CompletionStream:
 
 
 def submit(
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[EncodedRequest],
     *,
-    prompts: Prompts,
+    tokenizer: Tokenizer,
     engine: Engine,
     deadline: float,
     on_finished: OnFinished,
@@ -116,13 +116,11 @@ def submit(
     The deadline is by `time.monotonic()`.
 
     Raises:
-        RequestError: a request is invalid, or the queue is full.
+        RequestError: there are too many sequences, or the queue is full.
     """
-    tokenizer = prompts.tokenizer
     prepared = []
     for request in requests:
-        token_ids, sampling = prompts.encode(request)
-        echo = prompts.text(request) if request.echo else ""
+        token_ids, sampling, echo = request.token_ids, request.sampling, request.echo
         context = left_context(tokenizer, token_ids)
         for copy in range(request.n):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)

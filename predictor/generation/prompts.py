@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from predictor.errors import InvalidRequest, PromptTooLong
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
@@ -19,12 +20,26 @@ _CUT_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """A request as the engine takes it."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+    """Complete."""
+    n: int
+    """Number of completions."""
+    echo: str
+    """Text to put before each completion."""
+
+
+@dataclass(frozen=True, slots=True)
 class Prompts:
     """Encodes requests for the engine.
 
     Args:
         tokenizer: the model's.
         chat_template: the model's.
+        grammars: compiler of structured outputs for the tokenizer.
         context_tokens: maximum number of tokens of prompt and completion together.
         vocabulary_tokens: rows of the model's input embedding; token ids are below it.
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
@@ -34,6 +49,7 @@ class Prompts:
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+    grammars: GrammarCompiler
     context_tokens: int
     vocabulary_tokens: int
     defaults: SamplingParams
@@ -45,7 +61,7 @@ class Prompts:
 
         Raises:
             InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
-                template, or min_tokens too large.
+                template, min_tokens too large, or unsupported structured output.
             PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
         token_ids = self._token_ids(request.prompt)
@@ -60,11 +76,14 @@ class Prompts:
         self._check_token_ids(token_ids, "the prompt")
         return token_ids, self._complete(request.sampling, remaining)
 
-    def text(self, request: GenerationRequest) -> str:
-        """Return the prompt as text, for an echo."""
-        if isinstance(request.prompt, str):
-            return request.prompt
-        return self.tokenizer.decode(self._token_ids(request.prompt), skip_special_tokens=True)
+    def prepare(self, request: GenerationRequest) -> EncodedRequest:
+        """Return all that the request's completions need; raises what `encode` does."""
+        token_ids, sampling = self.encode(request)
+        echo = self._text(request.prompt, token_ids) if request.echo else ""
+        return EncodedRequest(token_ids, sampling, request.n, echo)
+
+    def _text(self, prompt: str | tuple[int, ...] | Chat, token_ids: list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _token_ids(self, prompt: str | tuple[int, ...] | Chat) -> list[int]:
         if isinstance(prompt, str):
@@ -134,6 +153,13 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
+        if sampling.structured_output is not None:
+            if sampling.ignore_eos:
+                raise InvalidRequest(
+                    "ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos"
+                )
+            grammar = self.grammars.compile(sampling.structured_output)
+            sampling = replace(sampling, logits_processors=(grammar.logits_processor,))
         max_tokens = min(max_tokens, remaining)
         return replace(
             sampling,

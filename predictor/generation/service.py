@@ -12,12 +12,22 @@ from enum import StrEnum
 import psutil
 
 from predictor.engine.engine import Engine
-from predictor.errors import Draining, InvalidRequest, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    ModelNotReady,
+    Overloaded,
+    RequestError,
+    StartupError,
+)
 from predictor.generation import output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
-from predictor.generation.prompts import Prompts
+from predictor.generation.prompt_encoder import PromptEncoder
+from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.generation.self_check import SelfCheck
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
@@ -53,6 +63,7 @@ class _Pipeline:
     """The parts that answer requests once the model is loaded."""
 
     prompts: Prompts
+    encoder: PromptEncoder
     engine: Engine
     self_check: SelfCheck
 
@@ -68,6 +79,8 @@ class LLMService:
         self._settings = settings
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
+        self._num_encoding = 0
+        """Sequences whose prompts are encoded or wait for it."""
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
         self._state_lock = threading.RLock()
@@ -157,6 +170,7 @@ class LLMService:
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
+            GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids),
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,
@@ -170,13 +184,13 @@ class LLMService:
                 **_metadata(model_snapshot, loaded, engine),
                 "chat_template": chat_template.status,
             }
-            self._pipeline = _Pipeline(prompts, engine, self_check)
+            self._pipeline = _Pipeline(prompts, PromptEncoder(prompts), engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
         )
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
-            num_requests_waiting=lambda: engine.waiting,
+            num_requests_waiting=lambda: self._num_encoding + engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
@@ -195,6 +209,8 @@ class LLMService:
         """Stop the engine and abort running requests; may be called twice."""
         with self._state_lock:
             self.phase = Phase.STOPPED
+            if self._pipeline is not None:
+                self._pipeline.encoder.close()
             if self._engine is not None:
                 self._engine.stop()
 
@@ -228,8 +244,9 @@ class LLMService:
 
     @property
     def busy(self) -> bool:
-        """Whether sequences run or wait."""
-        return self._pipeline is not None and bool(self._pipeline.engine.running or self._pipeline.engine.waiting)
+        """Whether sequences run or wait, or prompts are encoded."""
+        engine = self._pipeline.engine if self._pipeline else None
+        return engine is not None and bool(self._num_encoding or engine.running or engine.waiting)
 
     @property
     def has_ended(self) -> bool:
@@ -250,7 +267,9 @@ class LLMService:
         """Count a response, by protocol and HTTP status, in the metrics."""
         self._metrics.count_request(protocol, status)
 
-    def submit(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> CompletionStream:
+    async def submit(
+        self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None
+    ) -> CompletionStream:
         """Start generating for all requests, or for none; the caller reads the result and closes it.
 
         Args:
@@ -283,9 +302,10 @@ class LLMService:
             record.finished.append(sequence)
 
         try:
+            encoded = await self._encode(self._pipeline, requests, deadline)
             return output_processor.submit(
-                requests,
-                prompts=self._pipeline.prompts,
+                encoded,
+                tokenizer=self._pipeline.prompts.tokenizer,
                 engine=self._pipeline.engine,
                 deadline=deadline,
                 on_finished=on_finished,
@@ -294,6 +314,23 @@ class LLMService:
         except Overloaded:
             self._metrics.count_rejected()
             raise
+
+    async def _encode(
+        self, pipeline: _Pipeline, requests: Sequence[GenerationRequest], deadline: float
+    ) -> list[EncodedRequest]:
+        """Encode the prompts; their sequences have a place in the engine from now on."""
+        num_sequences = sum(request.n for request in requests)
+        pipeline.engine.require_capacity(num_sequences, self._num_encoding)
+        self._num_encoding += num_sequences
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await pipeline.encoder.encode(requests)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "Request timed out before its prompt was encoded. Shorten the prompt or raise the timeout."
+            ) from None
+        finally:
+            self._num_encoding -= num_sequences
 
 
 def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:

@@ -1,5 +1,6 @@
 """Read and check a checkpoint directory: config.json, weight index, shards."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import CONFIG_MAPPING
 
 from predictor.errors import UnsupportedModel
 from predictor.models import architectures
+from predictor.models.generation_config import GENERATION_CONFIG
 from snapshot_format import model_files
 
 
@@ -54,14 +56,26 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
 
 
 def check_auxiliary_files(directory: Path) -> None:
-    """Check that no file of the configuration or the tokenizer is a Git LFS pointer.
+    """Check that transformers can open each file of the configuration and the tokenizer.
 
     Raises:
-        UnsupportedModel: a file is a pointer.
+        UnsupportedModel: a file is a Git LFS pointer, or JSON with a byte-order mark.
     """
     for path in sorted(directory.iterdir()):
         if path.is_file() and model_files.is_auxiliary(path.name):
             _check_file(path)
+            if path.suffix == ".json" and path.name != GENERATION_CONFIG:  # which is not read by transformers
+                _check_byte_order_mark(path)
+
+
+def _check_byte_order_mark(path: Path) -> None:
+    with path.open("rb") as file:
+        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    if marked:
+        raise UnsupportedModel(
+            f"{path} begins with a byte-order mark, which transformers cannot read. Save it as UTF-8 without one, for "
+            r"example by sed -i '1s/^\xEF\xBB\xBF//'."
+        )
 
 
 def check_code(directory: Path) -> None:

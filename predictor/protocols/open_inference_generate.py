@@ -40,7 +40,7 @@ class _GenerateRequest(_Parameters):
     parameters: _Parameters = _Parameters()
 
     def merged_parameters(self) -> _Parameters:
-        """Return `parameters` with those beside it, where Triton has them; the former take precedence."""
+        """Return `parameters` with those next to it, where Triton has them; the former take precedence."""
         values = self.set_values() | self.parameters.set_values()
         values["stop"] = [*values.get("stop", []), *values.get("stop_words", [])]
         return _Parameters().model_copy(update=values)

@@ -286,6 +286,15 @@ def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager
     assert (handlers, executor._row_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
 
 
+def test_batching_outputs_without_a_handler_are_not_kept(executor: BatchingManager) -> None:
+    router = executor._manager.output_router
+    output = continuous_api.GenerationOutput(request_id="cancelled")
+    kept = sys.getrefcount(output)
+    router.deliver(output)
+    router.deliver_batch([output])
+    assert sys.getrefcount(output) == kept
+
+
 def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,10 @@ def remove_progress_deadline(draft: Draft) -> None:
     del draft.annotations["serving.knative.dev/progress-deadline"]
 
 
+def remove_full_duplex(draft: Draft) -> None:
+    del draft.annotations["features.knative.dev/http-full-duplex"]
+
+
 def remove_scale_target(draft: Draft) -> None:
     del draft.predictor["scaleTarget"]
 
@@ -281,6 +285,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         "waiting for a snapshot (3000 s)",
     ),
     "progress_deadline": (remove_progress_deadline, "Knative fails the revision after 600 s"),
+    # Streams
+    "no_full_duplex": (remove_full_duplex, "warning: InferenceService/llm: annotation features.knative.dev/http-full"),
+    "full_duplex_disabled": (
+        lambda d: d.annotations.update({"features.knative.dev/http-full-duplex": "Disabled"}),
+        "may cut streams under load",
+    ),
     # Probes and pods
     "no_liveness_probe": (remove_liveness_probe, "has no livenessProbe"),
     "lifecycle": (

@@ -19,6 +19,7 @@ from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, 
 from predictor.generation import output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, GenerationRequest, SamplingParams
 from tests.predictor.engine.conftest import (
@@ -85,12 +86,15 @@ def test_engine_seed_repeats_alone_and_batched(engine: Engine, ids: list[int]) -
 
 def test_engine_several_completions_with_a_seed_differ_and_repeat(engine: Engine, loaded: LoadedModel) -> None:
     template = ChatTemplate(loaded.tokenizer)
-    prompts = Prompts(loaded.tokenizer, template, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256)
+    grammars = GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids)
+    prompts = Prompts(
+        loaded.tokenizer, template, grammars, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256
+    )
 
     async def texts(seed: int, n: int) -> list[str]:
         completions = await output_processor.submit(
-            [GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n)],
-            prompts=prompts,
+            [prompts.prepare(GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n))],
+            tokenizer=loaded.tokenizer,
             engine=engine,
             deadline=math.inf,
             on_finished=lambda _: None,
@@ -314,13 +318,18 @@ def test_engine_close_before_the_first_step_is_idempotent(engine: Engine, ids: l
     asyncio.run(leave())
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, type("PanicException", (BaseException,), {})])
 def test_engine_sampling_error_fails_one_sequence_only(
-    engine: Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: Engine,
+    ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
     def fail_at_fourth_token(logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         del logits, prompt_ids
         if len(output_ids) == 3:
-            raise ZeroDivisionError("no such token")
+            raise error("no such token")
 
     initialize = SequenceSampler.__init__
 
@@ -339,7 +348,7 @@ def test_engine_sampling_error_fails_one_sequence_only(
     *good, bad = asyncio.run(asyncio.wait_for(together(), HANG_SECONDS))
     assert good == [alone] * 5
     assert isinstance(bad, GenerationFailed)
-    assert "ZeroDivisionError: no such token" in caplog.text
+    assert f"{error.__name__}: no such token" in caplog.text
     assert engine.is_alive
     assert generate(engine, ids, GREEDY) == alone
     asyncio.run(until_idle(engine))

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from predictor.engine.engine import Engine
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed
 from predictor.generation import output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
@@ -81,8 +81,8 @@ def submit(prompts: Prompts, request: GenerationRequest, *scripts: Sequence[Step
     engine = ScriptedEngine(*scripts)
     submitted = Submitted(cast(Any, None), engine)
     submitted.stream = output_processor.submit(
-        [request],
-        prompts=prompts,
+        [prompts.prepare(request)],
+        tokenizer=prompts.tokenizer,
         engine=cast(Engine, engine),
         deadline=1.0,
         on_finished=submitted.finished.append,
@@ -147,20 +147,6 @@ def test_submit_several_completions_counts_seed_up(prompts: Prompts, ids: dict[s
     assert [sampling.seed for _, sampling in submitted.engine.submitted] == [7, 8, 9]
     assert [completion.text for completion in submitted.complete()] == ["1", "1", "1"]
     assert sorted(finished.index for finished in submitted.finished) == [0, 1, 2]
-
-
-def test_submit_invalid_request_submits_nothing(prompts: Prompts) -> None:
-    engine = ScriptedEngine()
-    with pytest.raises(InvalidRequest):
-        output_processor.submit(
-            [GenerationRequest("1"), GenerationRequest("")],
-            prompts=prompts,
-            engine=cast(Engine, engine),
-            deadline=1.0,
-            on_finished=lambda _: None,
-            on_tokens=lambda *_: None,
-        )
-    assert engine.submitted == []
 
 
 def test_deltas_tokens_are_counted_with_gaps_after_the_first(prompts: Prompts, ids: dict[str, int]) -> None:

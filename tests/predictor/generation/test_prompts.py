@@ -85,13 +85,15 @@ def test_encode_chat_text_after_broken_token_gets_no_space(
     assert sentencepiece_tokenizer.decode(ids[1:]) == "a</s>b"
 
 
-def test_encode_token_ids_keeps_them_and_text_decodes_them(
+def test_encode_token_ids_keeps_them_and_echo_decodes_them(
     prompts: Prompts, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     ids = tuple(tokenizer.encode("7+5=", add_special_tokens=False))
-    request = GenerationRequest(ids)
+    request = GenerationRequest(ids, n=2, echo=True)
     assert prompts.encode(request)[0] == list(ids)
-    assert prompts.text(request) == "7+5="
+    prepared = prompts.prepare(request)
+    assert (prepared.token_ids, prepared.n, prepared.echo) == (list(ids), 2, "7+5=")
+    assert prompts.prepare(replace(request, echo=False)).echo == ""
 
 
 def test_encode_prompt_longer_than_context_is_too_long(prompts: Prompts) -> None:

@@ -47,7 +47,7 @@ def create_router(service: LLMService) -> APIRouter:
     async def respond(request: Request, decoded: requests.DecodedRequest) -> Response:
         models.require(decoded.model)
         if decoded.stream:
-            return EventStream(request, service, decoded.requests, EventEncoder(decoded))
+            return await EventStream.start(request, service, decoded.requests, EventEncoder(decoded))
         return JSONResponse(responses.encode(decoded, await complete(request, service, decoded.requests)))
 
     async def completions(request: Request) -> Response:

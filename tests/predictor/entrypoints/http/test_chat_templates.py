@@ -1,6 +1,8 @@
 """Chats with the templates of several models, over HTTP."""
 
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import httpx
 import pytest
 
 from devtools.paths import DEMO_MODEL
+from predictor.types import Chat
 from tests.predictor import servers
 from tests.predictor.servers import InProcessServer
 
@@ -20,7 +23,8 @@ THINKING = TURNS + "{% if enable_thinking %}hm {% endif %}<|assistant|>"
 def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServer]:
     flags = serve_template(tmp_path_factory.mktemp("thinking"), THINKING)
     variables = ["--chat_template_kwargs", '{"enable_thinking": true}']
-    with servers.in_process(*flags, *variables, model_name="thinking") as server:
+    places = ["--max_num_seqs", "1", "--max_queued_requests", "1"]
+    with servers.in_process(*flags, *variables, *places, model_name="thinking") as server:
         yield server
 
 
@@ -92,3 +96,55 @@ def test_chat_with_a_template_that_cannot_work_is_500_and_completions_work(tmp_p
 
 def test_metadata_reports_a_chat_template_that_works(client: httpx.Client) -> None:
     assert client.get("/v2/models/demo").json()["properties"]["chat_template"] == "ok"
+
+
+@pytest.fixture
+def held(thinking: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Rendering of chats waits until this is set."""
+    opened = threading.Event()
+    assert thinking.service._pipeline
+    template = thinking.service._pipeline.prompts.chat_template
+    render = template.render
+
+    def render_when_opened(chat: Chat) -> str:
+        assert opened.wait(servers.HANG_SECONDS)
+        return render(chat)
+
+    monkeypatch.setattr(template, "render", render_when_opened)
+    yield opened
+    opened.set()
+    thinking.wait_until_idle()
+
+
+def test_chats_that_are_encoded_occupy_places_and_block_no_probe(
+    thinking: InProcessServer, held: threading.Event
+) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        chats = [threads.submit(post, thinking.client, "thinking") for _ in range(2)]
+        thinking.wait_for_metrics(num_requests_waiting=2)
+        assert thinking.client.get("/v2/health/live").status_code == 200
+        assert thinking.service.busy
+        rejected = thinking.client.post("/v1/completions", json={"model": "thinking", "prompt": "7+5="})
+        assert (rejected.status_code, rejected.headers["retry-after"]) == (429, "1")
+        assert "2 of 2 sequence slots in use" in rejected.text
+        held.set()
+        assert [chat.result().status_code for chat in chats] == [200, 200]
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_past_its_deadline_while_it_is_encoded_is_504(thinking: InProcessServer, stream: bool) -> None:
+    body = {"model": "thinking", "messages": [USER], "stream": stream}
+    headers = {"x-request-timeout-seconds": "0.2"}
+    response = thinking.client.post("/v1/chat/completions", json=body, headers=headers)
+    assert response.status_code == 504
+    assert "before its prompt was encoded" in response.json()["error"]["message"]
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_of_a_disconnected_client_gives_its_place_back(thinking: InProcessServer, stream: bool) -> None:
+    with httpx.Client(base_url=thinking.url, timeout=0.3) as impatient, pytest.raises(httpx.ReadTimeout):
+        post(impatient, "thinking", stream=stream)
+    thinking.wait_for_metrics(num_requests_waiting=0)
+    assert thinking.client.post("/v1/completions", json={"model": "thinking", "prompt": "7+5="}).status_code == 200
