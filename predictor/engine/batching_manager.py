@@ -23,7 +23,7 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
-from predictor.errors import EngineStopped, StartupError
+from predictor.errors import EngineStopped, RequestError, StartupError
 from predictor.kernels.cpu import transformers_attention
 from predictor.settings import Settings
 
@@ -314,12 +314,14 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
             # A sequence that left a full cache has its first tokens in `initial_tokens`, after the prompt.
             try:
                 sampler(row, state.initial_tokens + state.generated_tokens if sampler.logits_processors else ())
+            # An error raised here would fail every other sequence of the step.
+            except RequestError as error:
+                sampler.failure = error
             except BaseException as error:
                 if _is_device_lost(self._model):
                     raise
-                # An error raised here would fail every other sequence of the step.
                 logger.exception("sampling failed for one sequence")
-                sampler.failure = str(error) or type(error).__name__
+                sampler.failure = error
         self.step_count += 1
         return scores
 

@@ -138,8 +138,8 @@ class SequenceSampler:
         """Applied in order."""
         self.logprobs: list[TokenLogprob] = []
         """One per sampled token, if requested."""
-        self.failure: str | None = None
-        """Reason why sampling failed; the sequence has to be cancelled then."""
+        self.failure: BaseException | None = None
+        """Error that ended sampling; the sequence has to be cancelled then."""
         self._sampling = sampling
         self._prompt_tokens = prompt_tokens
         self._generator: torch.Generator | None = None

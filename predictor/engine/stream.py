@@ -9,7 +9,7 @@ from typing import Self
 
 from predictor.engine.executor import EngineOutput, Executor
 from predictor.engine.sampler import SequenceSampler
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, RequestError
 from predictor.types import FinishReason, SamplingParams, Step
 
 logger = logging.getLogger(__name__)
@@ -83,14 +83,18 @@ class Stream:
             DeadlineExceeded: the sequence timed out and has left the batch.
             EngineStopped: the step loop has ended.
             GenerationFailed: the step loop failed on this sequence.
+            RequestError: the request does not allow a next token.
         """
         if self._ended:
             raise StopAsyncIteration
         try:
             output = await self._next_output()
             self._record_queue_time(output.queue_seconds)
-            if reason := output.error or self._sampler.failure:
-                raise self._failure(reason)
+            failure = self._sampler.failure
+            if isinstance(failure, RequestError):
+                raise failure
+            if reason := output.error or failure:
+                raise self._failure(repr(reason))
         except BaseException:
             self.close()
             raise

@@ -58,5 +58,7 @@ class PromptEncoder:
 
 
 def _inline_size(request: GenerationRequest) -> int:
-    """Return the size of a prompt, in characters or token ids; chats have templates that may run for long."""
-    return MAX_INLINE_CHARS + 1 if isinstance(request.prompt, Chat) else len(request.prompt)
+    """Return the size of a prompt, in characters or token ids; chat templates and grammars may take long."""
+    if isinstance(request.prompt, Chat) or request.sampling.structured_output is not None:
+        return MAX_INLINE_CHARS + 1
+    return len(request.prompt)

@@ -108,8 +108,13 @@ def submit(
     return prompt
 
 
-async def finish(executor: BatchingManager, sizes: Sequence[tuple[int, int]]) -> tuple[list[list[int]], list[Any]]:
-    """Run sequences of (prompt tokens, new tokens), and return their prompts and lists of outputs."""
+async def finish(
+    executor: BatchingManager, sizes: Sequence[tuple[int, int]], prefix: str = ""
+) -> tuple[list[list[int]], list[Any]]:
+    """Run sequences of (prompt tokens, new tokens), and return their prompts and lists of outputs.
+
+    Prompts follow from the request ids, which begin with `prefix`: equal ones share cached blocks.
+    """
     done: asyncio.Queue[None] = asyncio.Queue()
     outputs: list[list[EngineOutput]] = [[] for _ in sizes]
 
@@ -121,7 +126,7 @@ async def finish(executor: BatchingManager, sizes: Sequence[tuple[int, int]]) ->
 
         return on_output
 
-    prompts = [submit(executor, str(index), *size, collect(index)) for index, size in enumerate(sizes)]
+    prompts = [submit(executor, f"{prefix}{index}", *size, collect(index)) for index, size in enumerate(sizes)]
     async with asyncio.timeout(HANG_SECONDS):
         for _ in sizes:
             await done.get()
@@ -263,7 +268,7 @@ def test_batching_rows_without_a_new_token_come_last(
 
 def test_batching_processor_is_called_once_per_step(executor: BatchingManager) -> None:
     before = executor.step_count
-    asyncio.run(finish(executor, [(128 + 128 + 3, 4)]))
+    asyncio.run(finish(executor, [(128 + 128 + 3, 4)], prefix="steps"))
     assert executor.step_count - before == 3 + 3, "three chunks, the last with the first token, and three decodes"
 
 

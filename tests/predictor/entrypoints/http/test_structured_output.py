@@ -67,3 +67,10 @@ def test_unsupported_structured_output_is_400_with_the_reason(
     response = client.post("/v1/completions", json={"model": "demo", "prompt": "1", **fields})
     assert response.status_code == 400
     assert reason in response.json()["error"]["message"]
+
+
+def test_structured_output_that_contradicts_min_tokens_is_400(client: httpx.Client) -> None:
+    body = {"model": "demo", "prompt": "1", "min_tokens": 5, "structured_outputs": {"choice": ["a"]}}
+    response = client.post("/v1/completions", json=body)
+    assert response.status_code == 400
+    assert "min_tokens" in response.json()["error"]["message"]
