@@ -121,7 +121,8 @@ def test_fifty_random_kills_are_recovered_by_next_run(start: Start, hub: LocalHu
             assert list((volume / ".locks").glob("*.lease")) == []
     for repository, before in asked_before.items():
         again = requests(repository)[before:]
-        assert {request.file for request in again}.isdisjoint(whole[repository])
+        # The plan reads the index in every run.
+        assert {request.file for request in again}.isdisjoint(whole[repository] - {"model.safetensors.index.json"})
         sizes = {name: blob.size for name, blob in hub.blobs(repository).items()}
         cut_off = {name: size for name, size in begun[repository].items() if size < sizes[name]}
         ranges = {(request.file, request.headers.get("range")) for request in again}
