@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING
 
 from predictor.errors import UnsupportedModel
+from predictor.models import architectures
 from predictor.models.generation_config import GENERATION_CONFIG
 from snapshot_format import model_files
 
@@ -32,7 +33,7 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     """Read the transformers config of a causal language model.
 
     Raises:
-        UnsupportedModel: config.json is damaged, or transformers has no causal language model for it.
+        UnsupportedModel: config.json is damaged, or the engine cannot run the architecture.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -50,11 +51,7 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             "transformers, or --trust_remote_code after reading the model's code."
         ) from error
     has_remote_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if not has_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        architecture = ", ".join(config.architectures or ()) or config.model_type
-        raise UnsupportedModel(
-            f"{directory} holds a {architecture}, which does not generate text. Serve a causal language model."
-        )
+    architectures.check(config, directory, has_remote_code=has_remote_code)
     return config
 
 
