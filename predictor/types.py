@@ -1,6 +1,6 @@
 """Data types shared by protocols, generation and engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -25,6 +25,24 @@ class FinishReason(StrEnum):
 
 CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
 """Outcomes of a sequence without a finish reason: client disconnected, request timed out, engine failed."""
+
+
+class GrammarKind(StrEnum):
+    """Notation of a `StructuredOutput`."""
+
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    CHOICE = "list of choices"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the text of a completion must follow."""
+
+    kind: GrammarKind
+    value: str
+    """JSON of the schema or of the list of choices, a regular expression, or a grammar in Lark's notation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +85,10 @@ class SamplingParams:
     """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
+    structured_output: StructuredOutput | None = None
+    """What the text follows."""
+    logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
+    """Factories of additional logits processors; each sequence gets its own, applied after all others."""
 
 
 @dataclass(frozen=True, slots=True)

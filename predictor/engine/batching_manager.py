@@ -24,6 +24,7 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped, StartupError
+from predictor.kernels.cpu import transformers_attention
 from predictor.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,16 @@ class BatchingManager:
         model: as of `Engine.from_model`, with its final attention implementation.
         settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
         kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
+        flash: use flash attention kernels on CUDA, where they are installed.
     """
 
-    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None) -> None:
-        on_cuda = model.device.type == "cuda"
+    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None, *, flash: bool = True) -> None:
+        uses_flash = flash and model.device.type == "cuda"
         self._model = model
         self._failed_step_count = 0
         self._row_sampler = _RowSampler(model)
+        # Before the manager selects an implementation that needs the paged cache.
+        self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -85,8 +89,8 @@ class BatchingManager:
                 use_cuda_graph=False,
                 use_async_batching=False,
                 # Block tables are for flash attention kernels, which read the paged cache themselves.
-                max_blocks_per_request=None if on_cuda else 0,
-                auto_switch_to_flash=on_cuda,
+                max_blocks_per_request=None if uses_flash else 0,
+                auto_switch_to_flash=uses_flash,
             ),
         )
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._row_sampler]))
@@ -194,6 +198,13 @@ class BatchingManager:
         processor = self._manager.batch_processor
         state = processor.scheduler.active_requests.get(request_id) if processor else None
         return None if state is None else _queue_seconds(state)
+
+    def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        model = self._model
+        input_ids = torch.tensor([token_ids], device=model.device)
+        with torch.no_grad(), transformers_attention.selected(model, self._plain_implementation):
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+        return logits.cpu()
 
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.

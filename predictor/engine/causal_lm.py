@@ -37,3 +37,6 @@ class CausalLM(Protocol):
 
     def init_continuous_batching(self, *, generation_config: Any, continuous_batching_config: Any) -> Any:
         """Return a `ContinuousBatchingManager`."""
+
+    def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        """Return an output with `logits`, (batch, tokens, vocabulary)."""

@@ -123,6 +123,8 @@ def _logits_processors(sampling: SamplingParams, end_token_ids: Collection[int])
         yield SuppressTokens(sampling.suppress_tokens)
     if sampling.begin_suppress_tokens:
         yield SuppressTokens(sampling.begin_suppress_tokens, first_only=True)
+    for create in sampling.logits_processors:
+        yield create()
 
 
 class SequenceSampler:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from predictor.errors import InvalidRequest, PromptTooLong
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
@@ -38,6 +39,7 @@ class Prompts:
     Args:
         tokenizer: the model's.
         chat_template: the model's.
+        grammars: compiler of structured outputs for the tokenizer.
         context_tokens: maximum number of tokens of prompt and completion together.
         vocabulary_tokens: rows of the model's input embedding; token ids are below it.
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
@@ -47,6 +49,7 @@ class Prompts:
 
     tokenizer: Tokenizer
     chat_template: ChatTemplate
+    grammars: GrammarCompiler
     context_tokens: int
     vocabulary_tokens: int
     defaults: SamplingParams
@@ -58,7 +61,7 @@ class Prompts:
 
         Raises:
             InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
-                template, or min_tokens too large.
+                template, min_tokens too large, or unsupported structured output.
             PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
         token_ids = self._token_ids(request.prompt)
@@ -150,6 +153,13 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
+        if sampling.structured_output is not None:
+            if sampling.ignore_eos:
+                raise InvalidRequest(
+                    "ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos"
+                )
+            grammar = self.grammars.compile(sampling.structured_output)
+            sampling = replace(sampling, logits_processors=(grammar.logits_processor,))
         max_tokens = min(max_tokens, remaining)
         return replace(
             sampling,

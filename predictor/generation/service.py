@@ -27,6 +27,7 @@ from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
 from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.generation.self_check import SelfCheck
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
@@ -103,7 +104,7 @@ class LLMService:
             model_snapshot = self._find_snapshot()
             loaded = self._load_weights(model_snapshot)
             engine = self._start_engine(loaded)
-            self._warm_up(engine)
+            self._warm_up(loaded, engine)
             self._accept_requests(model_snapshot, loaded, engine)
         except _LoadCancelled:
             return False
@@ -135,16 +136,16 @@ class LLMService:
             quantization=settings.quantization,
             skip_modules=settings.skip_modules,
             fallback=settings.quantization_fallback,
+            max_model_len=settings.max_model_len,
             time_phase=self._metrics.time_load_phase,
         )
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
-        settings = self._settings
         engine = Engine.from_model(
             loaded.model,
-            settings,
+            self._settings,
             eos_token_ids=loaded.eos_token_ids,
-            context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),
+            context_tokens=loaded.context_tokens,
         )
         with self._state_lock:
             self._enter(Phase.WARMING_UP)
@@ -153,12 +154,15 @@ class LLMService:
                 engine.start()
         return engine
 
-    def _warm_up(self, engine: Engine) -> None:
+    def _warm_up(self, loaded: LoadedModel, engine: Engine) -> None:
         try:
             with self._metrics.time_load_phase("warm_up"):
-                asyncio.run(engine.check(WARM_UP_SECONDS))
+                asyncio.run(engine.warm_up(loaded.vocabulary_tokens, WARM_UP_SECONDS))
         except RequestError as error:
-            raise StartupError(f"The model was loaded, but its first generation failed: {error}") from error
+            raise StartupError(
+                f"The first generation of this {type(loaded.model).__name__} failed: {error}. The log has more. "
+                "If memory and device are sound, serve an architecture of docs/architectures.md."
+            ) from error
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
@@ -166,6 +170,7 @@ class LLMService:
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
+            GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids),
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,

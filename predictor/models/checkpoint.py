@@ -1,14 +1,17 @@
 """Read and check a checkpoint directory: config.json, weight index, shards."""
 
+import codecs
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING
 
 from predictor.errors import UnsupportedModel
+from predictor.models import architectures
+from predictor.models.generation_config import GENERATION_CONFIG
 from snapshot_format import model_files
 
 
@@ -30,7 +33,7 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
     """Read the transformers config of a causal language model.
 
     Raises:
-        UnsupportedModel: config.json is damaged, or transformers has no causal language model for it.
+        UnsupportedModel: config.json is damaged, or the engine cannot run the architecture.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -48,23 +51,31 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             "transformers, or --trust_remote_code after reading the model's code."
         ) from error
     has_remote_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if not has_remote_code and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        architecture = ", ".join(config.architectures or ()) or config.model_type
-        raise UnsupportedModel(
-            f"{directory} holds a {architecture}, which does not generate text. Serve a causal language model."
-        )
+    architectures.check(config, directory, has_remote_code=has_remote_code)
     return config
 
 
 def check_auxiliary_files(directory: Path) -> None:
-    """Check that no file of the configuration or the tokenizer is a Git LFS pointer.
+    """Check that transformers can open each file of the configuration and the tokenizer.
 
     Raises:
-        UnsupportedModel: a file is a pointer.
+        UnsupportedModel: a file is a Git LFS pointer, or JSON with a byte-order mark.
     """
     for path in sorted(directory.iterdir()):
         if path.is_file() and model_files.is_auxiliary(path.name):
             _check_file(path)
+            if path.suffix == ".json" and path.name != GENERATION_CONFIG:  # which is not read by transformers
+                _check_byte_order_mark(path)
+
+
+def _check_byte_order_mark(path: Path) -> None:
+    with path.open("rb") as file:
+        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    if marked:
+        raise UnsupportedModel(
+            f"{path} begins with a byte-order mark, which transformers cannot read. Save it as UTF-8 without one, for "
+            r"example by sed -i '1s/^\xEF\xBB\xBF//'."
+        )
 
 
 def check_code(directory: Path) -> None:

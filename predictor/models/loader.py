@@ -12,7 +12,7 @@ import transformers
 
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import checkpoint, placement, snapshot
+from predictor.models import checkpoint, context_length, placement, rope, snapshot
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
 from predictor.models.int8_quantizer import Int8Config
@@ -51,6 +51,8 @@ class LoadPlan:
     prequantized_dir: Path | None
     """The variant of `directory` with these weights, made by the storage initializer."""
     trust_remote_code: bool
+    context_tokens: int | None
+    """Maximum of prompt and completion together; None: the tokenizer's."""
 
     @property
     def weights_dir(self) -> Path:
@@ -66,7 +68,7 @@ class LoadedModel:
     """The transformers model, in evaluation mode, on its device."""
     tokenizer: Any
     context_tokens: int
-    """Positions that the model supports."""
+    """Maximum of prompt and completion together."""
     vocabulary_tokens: int
     """Rows of the input embedding, with padding: token ids are below this."""
     unembedded_tokens: dict[int, str]
@@ -93,6 +95,7 @@ class LoadOptions(TypedDict, total=False):
     quantization: str
     skip_modules: Sequence[str]
     fallback: bool
+    max_model_len: int | None
 
 
 def load(directory: Path, *, time_phase: TimePhase = nullcontext, **options: Unpack[LoadOptions]) -> LoadedModel:
@@ -109,6 +112,7 @@ def make_plan(
     quantization: str = "none",
     skip_modules: Sequence[str] = (),
     fallback: bool = False,
+    max_model_len: int | None = None,
 ) -> LoadPlan:
     """Decide how to load the model of `directory`.
 
@@ -120,13 +124,16 @@ def make_plan(
         quantization: "auto", "none", "8bit" or "4bit".
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
+        max_model_len: maximum of prompt and completion together; None: the model's.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, or transformers does not support the architecture.
+        UnsupportedModel: the weights cannot be read, or the engine cannot run the architecture.
+        InvalidSettings: `max_model_len` is more than the model supports.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
     checkpoint.check_auxiliary_files(directory)
     config, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code)
+    context_tokens = context_length.resolve(config, directory, max_model_len)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
     weight_bytes = weights.size_bytes
@@ -154,6 +161,7 @@ def make_plan(
         ),
         prequantized_dir=prequantized_dir,
         trust_remote_code=trust_remote_code,
+        context_tokens=context_tokens,
     )
 
 
@@ -171,8 +179,11 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         logger.info("loading pre-quantized weights from %s", plan.prequantized_dir)
     with time_phase("tokenizer"):
         tokenizer = _load_tokenizer(plan)
+        context_tokens = plan.context_tokens or context_length.from_tokenizer(tokenizer, plan.directory)
     with time_phase("weights"):
         model = _load_weights(plan)
+    if context_length.needs_fixed_rope(plan.config, context_tokens):
+        rope.fix_length(model, context_tokens)
     quantization = _resolved_method(model, plan.quantization)
     int8_kernels = ""
     if plan.device.type == "cpu":
@@ -183,14 +194,13 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
             logger.info("int8 kernels: %s", int8_kernels)
         if reason := ops.unavailable_reason():
             logger.warning("native CPU kernels are unavailable: %s", reason)
-    text_config = plan.config.get_text_config()
     # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
     vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
     eos_token_ids = plan.generation_config.eos_token_ids(tokenizer, vocabulary_tokens)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
-        context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
+        context_tokens=context_tokens,
         vocabulary_tokens=vocabulary_tokens,
         unembedded_tokens=_unembedded_tokens(tokenizer, vocabulary_tokens),
         eos_token_ids=eos_token_ids,

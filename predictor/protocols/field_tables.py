@@ -134,22 +134,16 @@ REFUSED_PARAMETERS: Refusals = {
     "watermark": _refuse("not supported. Omit it", False),
     "xtc_probability": _refuse("not supported. Omit it", 0),
     # Structured output
-    "grammar": _refuse("structured output is not supported"),
-    "guided_choice": _refuse("structured output is not supported"),
-    "guided_grammar": _refuse("structured output is not supported"),
-    "guided_json": _refuse("structured output is not supported"),
-    "guided_regex": _refuse("structured output is not supported"),
-    "json_schema": _refuse("structured output is not supported"),
-    "response_format": _refuse(
-        'expected {"type": "text"}; json_object and json_schema are not supported', {"type": "text"}
-    ),
-    "structured_outputs": _refuse("structured output is not supported"),
+    "format": _refuse("not supported. Use response_format"),
+    "grammar": _refuse("not supported. Use structured_outputs with a grammar in Lark's notation"),
+    "guided_decoding_backend": _refuse("llguidance is always used", "auto", "guidance"),
+    "guided_whitespace_pattern": _refuse("not supported. Use structured_outputs with a grammar in Lark's notation"),
+    "json_schema": _refuse("not supported. Use response_format"),
     # Prompt and output
     "adapter_id": _refuse("adapters are not supported"),
     "decoder_input_details": _refuse("log probabilities of prompts are not supported", False),
     "detokenize": _refuse("completions are returned as text", True),
     "extra_body": _refuse("put its fields into the body"),
-    "format": _refuse("structured output is not supported"),
     "include_stop_str_in_output": _refuse("stop strings are never part of the completion", False),
     "options": _refuse("put its fields into the body"),
     "prompt_logprobs": _refuse("log probabilities of prompts are not supported", False),
@@ -161,6 +155,12 @@ REFUSED_PARAMETERS: Refusals = {
     "truncate_prompt_tokens": _refuse("prompts are not truncated. Shorten the prompt"),
 }
 """Next to the sampling fields, in every protocol."""
+
+REFUSED_STRUCTURED_OUTPUTS: Refusals = {
+    "structural_tag": _refuse("not supported. Use a grammar"),
+    "whitespace_pattern": _refuse("not supported. Use a grammar"),
+}
+"""In vLLM's `structured_outputs`."""
 
 REFUSED_COMPLETION: Refusals = {
     "add_special_tokens": _refuse("special tokens of the tokenizer are always added", True),

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_PARAMETERS
-from predictor.protocols.json_object import JSONObject
+from predictor.protocols.structured_output_fields import StructuredOutputFields
 from predictor.types import SamplingParams
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -70,7 +70,7 @@ Stop = Annotated[
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_list), Field(max_length=MAX_STOP)]
 
 
-class SamplingFields(JSONObject):
+class SamplingFields(StructuredOutputFields):
     """Sampling parameters by vLLM's names.
 
     Defaults are those of `SamplingParams`: None means the default of the model's generation config.
@@ -103,12 +103,13 @@ class SamplingFields(JSONObject):
 
     def to_sampling_params(self, logprobs: int | None = None) -> SamplingParams:
         """Return these fields, and `logprobs`, as `SamplingParams`."""
-        values = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        names = SamplingFields.model_fields.keys() - StructuredOutputFields.model_fields.keys()
+        values = {name: getattr(self, name) for name in names}
         if self.top_k == -1:  # vLLM's value for "all"
             values["top_k"] = 0
         values["stop"] = tuple(self.stop)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
-        return SamplingParams(**values, logprobs=logprobs)
+        return SamplingParams(**values, logprobs=logprobs, structured_output=self.structured_output())
 
 
 def timeout_seconds(headers: Mapping[str, str]) -> float | None:

@@ -41,6 +41,7 @@ FORBIDDEN_CONTAINER = ("lifecycle", "stdin", "stdinOnce", "tty")
 RESERVED = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 MAX_TIMEOUT_SECONDS = 600
 """Default of max-revision-timeout-seconds in config-defaults."""
+FULL_DUPLEX = "features.knative.dev/http-full-duplex"
 AUTOSCALING = "autoscaling.knative.dev/"
 DURATIONS = {
     "window": (6, 3600),
@@ -72,10 +73,19 @@ def flags(deployment: Deployment) -> set[str]:
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """Yield fields that Knative rejects with any flags; nothing in Standard mode."""
+    """Yield fields that Knative rejects with any flags, and cut streams; nothing in Standard mode."""
     if not deployment.is_knative:
         return
     pod = deployment.predictor_pod
+    annotations = deployment.annotations | (deployment.predictor.get("annotations") or {})
+    if annotations.get(FULL_DUPLEX) not in ("Enabled", "enabled"):
+        yield Finding(
+            deployment.where,
+            f"annotation {FULL_DUPLEX} is not Enabled, so Knative's proxies may cut streams under load",
+            f"annotate it with {FULL_DUPLEX}: Enabled",
+            "kserve-llm",
+            "warning",
+        )
     for problem, remedy, source in [*_pod(pod), *_containers(pod), *_annotations(deployment.annotations)]:
         yield Finding(deployment.where, problem, remedy, source)
 

@@ -33,13 +33,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, rename_source_key
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from devtools import tiny_llama
+from devtools.architectures import CASES
 from devtools.paths import DEMO_MODEL
 from predictor.engine import batching_manager
 from predictor.engine.batching_manager import BatchingManager
@@ -48,9 +51,11 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
+from predictor.kernels import past_key_values
 from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
+from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
@@ -586,6 +591,13 @@ def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
     assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
 
 
+def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any) -> None:
+    before = model.config._attn_implementation
+    with transformers_attention.selected(model, "eager"):
+        assert model.config.get_text_config()._attn_implementation == "eager"
+    assert model.config._attn_implementation == before
+
+
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
@@ -606,6 +618,61 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
     with started(fresh) as executor:
         asyncio.run(finish(executor, [(5, 4), (9, 3)]))
     assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
+
+
+# transformers' model classes and rotary embeddings: predictor/models/architectures.py, predictor/models/rope.py
+
+
+def test_model_classes_state_whether_they_use_the_attention_interface() -> None:
+    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    assert classes[transformers.LlamaConfig]._supports_attention_backend is True
+    assert classes[transformers.BloomConfig]._supports_attention_backend is False
+
+
+@pytest.mark.parametrize("rope_type", sorted(LENGTH_DEPENDENT))
+def test_rotary_embedding_updates_frequencies_unless_its_type_is_default(rope_type: str) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 8}
+    extra = factors if rope_type == "longrope" else {"factor": 4.0}
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        rope_parameters={"rope_type": rope_type, "rope_theta": 10000.0, **extra},
+    )
+    embedding = modeling_llama.LlamaRotaryEmbedding(config)
+    short = embedding.inv_freq.clone()
+    embedding(torch.zeros(1), torch.arange(16)[None])
+    long = embedding.inv_freq.clone()
+    assert not torch.equal(short, long)
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=16)
+    torch.testing.assert_close(frequencies, long)
+    embedding.rope_type = "default"
+    embedding(torch.zeros(1), torch.arange(4)[None])
+    assert torch.equal(embedding.inv_freq, long)
+
+
+@pytest.mark.parametrize("model_type", sorted(past_key_values.MODEL_TYPES))
+def test_layers_without_the_paged_cache_update_past_key_values(model_type: str) -> None:
+    config = CASES[model_type].config()
+    layer_indices: list[int] = []
+
+    class Past:
+        def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+            layer_indices.append(layer_idx)
+            return key, value
+
+        def get_seq_length(self) -> int:
+            return 0
+
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    ids, positions = torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        arguments = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
+        logits = model(**arguments, past_key_values=Past()).logits
+    assert layer_indices == list(range(config.num_hidden_layers))
+    torch.testing.assert_close(logits, expected)
 
 
 # torch's private operators: predictor/kernels/cpu/torch_private.py

@@ -37,6 +37,10 @@ def remove_progress_deadline(draft: Draft) -> None:
     del draft.annotations["serving.knative.dev/progress-deadline"]
 
 
+def remove_full_duplex(draft: Draft) -> None:
+    del draft.annotations["features.knative.dev/http-full-duplex"]
+
+
 def remove_scale_target(draft: Draft) -> None:
     del draft.predictor["scaleTarget"]
 
@@ -281,6 +285,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         "waiting for a snapshot (3000 s)",
     ),
     "progress_deadline": (remove_progress_deadline, "Knative fails the revision after 600 s"),
+    # Streams
+    "no_full_duplex": (remove_full_duplex, "warning: InferenceService/llm: annotation features.knative.dev/http-full"),
+    "full_duplex_disabled": (
+        lambda d: d.annotations.update({"features.knative.dev/http-full-duplex": "Disabled"}),
+        "may cut streams under load",
+    ),
     # Probes and pods
     "no_liveness_probe": (remove_liveness_probe, "has no livenessProbe"),
     "lifecycle": (
@@ -600,6 +610,10 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
         (
             lambda d: d.predictor.update(terminationGracePeriodSeconds=30),
             "exceeds terminationGracePeriodSeconds",
+        ),
+        (
+            lambda d: d.settings.update(PREDICTOR_SNAPSHOT_WAIT_SECONDS="600"),
+            "startupProbe leaves 1200 s to load, and the Deployment reports ProgressDeadlineExceeded after 600 s",
         ),
         (lambda d: d["Ingress"]["metadata"].update(annotations={}), "ends requests after 60 s"),
         (lambda d: d["Ingress"]["spec"]["rules"][0]["http"]["paths"][0].update(backend={}), "Service None"),

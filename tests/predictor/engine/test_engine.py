@@ -19,6 +19,7 @@ from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, 
 from predictor.generation import output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, GenerationRequest, SamplingParams
 from tests.predictor.engine.conftest import (
@@ -85,7 +86,10 @@ def test_engine_seed_repeats_alone_and_batched(engine: Engine, ids: list[int]) -
 
 def test_engine_several_completions_with_a_seed_differ_and_repeat(engine: Engine, loaded: LoadedModel) -> None:
     template = ChatTemplate(loaded.tokenizer)
-    prompts = Prompts(loaded.tokenizer, template, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256)
+    grammars = GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids)
+    prompts = Prompts(
+        loaded.tokenizer, template, grammars, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256
+    )
 
     async def texts(seed: int, n: int) -> list[str]:
         completions = await output_processor.submit(

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 import pytest
+import torch
 
 from predictor.engine import stream as stream_module
 from predictor.engine.engine import Engine
@@ -53,6 +54,9 @@ class FakeExecutor:
 
     def queue_seconds(self, request_id: str) -> float | None:
         return 0.5 if request_id else None
+
+    def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(len(token_ids), 1)
 
 
 def output(*token_ids: int, finished: bool = False, error: str | None = None) -> EngineOutput:

@@ -6,6 +6,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from devtools.paths import DEMO_MODEL
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import SamplingParams
 from tests.predictor import sentencepiece
 
@@ -42,6 +43,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase, greedy: SamplingParams) -> Promp
     return Prompts(
         tokenizer,
         ChatTemplate(tokenizer),
+        GrammarCompiler(tokenizer, 512, frozenset([2])),
         context_tokens=64,
         vocabulary_tokens=300,
         defaults=greedy,

@@ -55,7 +55,8 @@ def render(template: Any, *messages: dict[str, Any], **options: Any) -> str:
 def test_template_that_cannot_work_is_found_at_start(
     template: Any, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
+    if template == FOREVER:
+        monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
     broken = make(template)
     assert reason in broken.status
     assert reason in caplog.text

@@ -143,6 +143,21 @@ def test_load_rows_that_pad_the_embedding_are_token_ids(weights: Path, rewrite: 
     assert loaded.tokenizer.decode([575], skip_special_tokens=True) == "", "a row without a token has no text"
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_plan_json_with_byte_order_mark_is_refused_by_name(weights: Path, name: str) -> None:
+    content = (weights / name).read_bytes()
+    (weights / name).unlink()
+    (weights / name).write_bytes(b"\xef\xbb\xbf" + content)
+    with pytest.raises(UnsupportedModel, match=rf"/{name} begins with a byte-order mark.* Save it as UTF-8 without"):
+        loader.make_plan(weights, device="cpu")
+
+
+def test_plan_generation_config_with_byte_order_mark_is_read(weights: Path) -> None:
+    (weights / "generation_config.json").unlink()
+    (weights / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"max_new_tokens": 7}')
+    assert loader.make_plan(weights, device="cpu").generation_config.max_new_tokens == 7
+
+
 def test_plan_damaged_generation_config_raises(weights: Path) -> None:
     (weights / "generation_config.json").unlink()
     (weights / "generation_config.json").write_text("{")
