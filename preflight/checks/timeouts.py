@@ -5,6 +5,7 @@ step timeout + liveness probe <= request timeout        a stuck replica restarts
 shutdown grace <= timeout <= Knative's cap              Knative kills the pod `timeout` after SIGTERM
 snapshot wait + timeout <= startup probe                a start waits for the Job, then loads
 startup probe <= progress deadline                      Knative must not fail the revision first
+startup probe - snapshot wait <= 600                    Standard mode: KServe fixes progressDeadlineSeconds
 preStop + shutdown grace <= termination grace           Standard mode
 timeout <= the Ingress' read timeout                    Standard mode
 scaleTarget <= containerConcurrency = max_num_seqs      Knative sends a replica as many requests as fit in its batch
@@ -19,6 +20,8 @@ from preflight.findings import Finding, Problems
 
 KNATIVE_PROGRESS_DEADLINE = "600s"
 KUBERNETES_GRACE_SECONDS = 30
+STANDARD_PROGRESS_DEADLINE_SECONDS = 600
+"""progressDeadlineSeconds of KServe's Deployment, which no field of the InferenceService changes."""
 NGINX_TIMEOUT_SECONDS = 60
 NGINX_TIMEOUT = "nginx.ingress.kubernetes.io/proxy-read-timeout"
 
@@ -34,6 +37,7 @@ def check(deployment: Deployment, max_timeout_seconds: float = MAX_TIMEOUT_SECON
         yield Finding(deployment.where, problem, remedy, source)
     if not deployment.is_knative:
         yield from _ingress(deployment)
+        yield from _progress(deployment)
 
 
 def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problems:
@@ -131,6 +135,21 @@ def _ingress(deployment: Deployment) -> Iterator[Finding]:
                 f"raise {NGINX_TIMEOUT}",
                 "kserve-llm",
             )
+
+
+def _progress(deployment: Deployment) -> Iterator[Finding]:
+    """Check the time to load. A wait for the download is not counted: a Deployment recovers when its pod is ready."""
+    startup = _budget(deployment.server.get("startupProbe"))
+    load = startup - _number(deployment.settings, "PREDICTOR_SNAPSHOT_WAIT_SECONDS")
+    if load > STANDARD_PROGRESS_DEADLINE_SECONDS:
+        yield Finding(
+            deployment.where,
+            f"startupProbe leaves {load:g} s to load, and the Deployment reports ProgressDeadlineExceeded after "
+            f"{STANDARD_PROGRESS_DEADLINE_SECONDS} s, which KServe fixes",
+            "expect `kubectl rollout status` to fail while the model loads, or lower failureThreshold",
+            "KServe's controller",
+            "warning",
+        )
 
 
 def _timeout(deployment: Deployment) -> float:

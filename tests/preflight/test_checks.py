@@ -611,6 +611,10 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
             lambda d: d.predictor.update(terminationGracePeriodSeconds=30),
             "exceeds terminationGracePeriodSeconds",
         ),
+        (
+            lambda d: d.settings.update(PREDICTOR_SNAPSHOT_WAIT_SECONDS="600"),
+            "startupProbe leaves 1200 s to load, and the Deployment reports ProgressDeadlineExceeded after 600 s",
+        ),
         (lambda d: d["Ingress"]["metadata"].update(annotations={}), "ends requests after 60 s"),
         (lambda d: d["Ingress"]["spec"]["rules"][0]["http"]["paths"][0].update(backend={}), "Service None"),
     ],
