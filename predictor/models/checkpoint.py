@@ -2,6 +2,10 @@
 
 import codecs
 import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,9 @@ from transformers import CONFIG_MAPPING
 
 from predictor.errors import UnsupportedModel
 from predictor.models import architectures
-from predictor.models.generation_config import GENERATION_CONFIG
 from snapshot_format import model_files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,26 +61,42 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
 
 
 def check_auxiliary_files(directory: Path) -> None:
-    """Check that transformers can open each file of the configuration and the tokenizer.
+    """Check that no file of the configuration or the tokenizer is a Git LFS pointer.
 
     Raises:
-        UnsupportedModel: a file is a Git LFS pointer, or JSON with a byte-order mark.
+        UnsupportedModel: a file is a pointer.
     """
     for path in sorted(directory.iterdir()):
         if path.is_file() and model_files.is_auxiliary(path.name):
             _check_file(path)
-            if path.suffix == ".json" and path.name != GENERATION_CONFIG:  # which is not read by transformers
-                _check_byte_order_mark(path)
 
 
-def _check_byte_order_mark(path: Path) -> None:
-    with path.open("rb") as file:
-        marked = file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
-    if marked:
-        raise UnsupportedModel(
-            f"{path} begins with a byte-order mark, which transformers cannot read. Save it as UTF-8 without one, for "
-            r"example by sed -i '1s/^\xEF\xBB\xBF//'."
+@contextmanager
+def without_byte_order_marks(directory: Path) -> Iterator[Path]:
+    """Yield a directory with the same files, in which no JSON begins with a byte-order mark: transformers reads none.
+
+    It is `directory` itself, or a temporary one of links and corrected copies.
+    """
+    marked = {path for path in directory.glob("*.json") if path.is_file() and _has_byte_order_mark(path)}
+    if not marked:
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="model-") as name:
+        logger.warning(
+            "reading copies in %s of files that begin with a byte-order mark: %s", name, ", ".join(map(str, marked))
         )
+        for path in directory.iterdir():
+            link = Path(name, path.name)
+            if path in marked:
+                link.write_bytes(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+            else:
+                link.symlink_to(path.resolve())
+        yield Path(name)
+
+
+def _has_byte_order_mark(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
 
 
 def check_code(directory: Path) -> None:

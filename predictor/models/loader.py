@@ -100,7 +100,8 @@ class LoadOptions(TypedDict, total=False):
 
 def load(directory: Path, *, time_phase: TimePhase = nullcontext, **options: Unpack[LoadOptions]) -> LoadedModel:
     """Load the model and tokenizer of `directory`, with the options of `make_plan`."""
-    return execute(make_plan(directory, **options), time_phase=time_phase)
+    with checkpoint.without_byte_order_marks(directory) as readable:
+        return execute(make_plan(readable, **options), time_phase=time_phase)
 
 
 def make_plan(
