@@ -77,7 +77,7 @@ def test_fifty_random_kills_are_recovered_by_next_run(start: Start, hub: LocalHu
     env = {"STORAGE_INITIALIZER_PARALLEL_FILES": "2", "STORAGE_INITIALIZER_LOCK_STALE_SECONDS": "0.5"}
     moments = random.Random(20261124)
     volumes = [tmp_path / f"volume-{number}" for number in range(KILLS)]
-    # One whole run gives the scale of the moments, which reach from the start of the interpreter to after the last step:
+    # One whole run gives the scale of the moments, from the start of the interpreter to after the last step:
     # resolving, planning, the lease and all that follows. Later runs are slower, since four run at a time.
     hub.add("demo/whole", make_model(tmp_path / "whole", shards=4, shard_bytes=40_000, seed=KILLS))
     began = time.monotonic()
