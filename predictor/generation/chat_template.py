@@ -1,6 +1,6 @@
 """Render chats with the model's chat template.
 
-The template is a Jinja program that comes with the weights. It runs with a time limit, and is tried out at the start:
+The template is a Jinja program that comes with the weights. It runs with a time limit, and is tested at the start:
 whether it works at all, which roles it renders, and whether it reads contents as strings or as lists of parts.
 """
 
@@ -33,7 +33,7 @@ _PROBE = "probe0text"
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {}}}
 _ROLE = re.compile(r"[\w-]{1,64}")
 _GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-"""Tags of transformers' own that mark the assistant's text for training; Jinja does not know them."""
+"""Tags that mark the assistant's text for training, an extension of transformers that Jinja cannot parse."""
 
 
 class _Content(StrEnum):
@@ -73,7 +73,7 @@ class ChatTemplate:
         self.status = OK if tokenizer.chat_template else MISSING
         """OK, MISSING, or the reason why the template cannot work."""
         if self.status == OK:
-            self._try_out()
+            self._test()
 
     def render(self, chat: Chat) -> str:
         """Return the chat as text, with control tokens in its messages broken by `control_tokens.BREAK`.
@@ -140,7 +140,7 @@ class ChatTemplate:
                     **escape(self._variables if variables is None else variables),
                 )
         except TimeLimitExceeded:
-            raise _Unusable(f"it does not end within {RENDER_SECONDS:.0f} s") from None
+            raise _Unusable(f"it does not end within {RENDER_SECONDS:g} s") from None
         except (RecursionError, MemoryError) as error:
             raise _Unusable(_reason(error)) from error
 
@@ -177,19 +177,19 @@ class ChatTemplate:
             yield {"role": "user", "content": _as(self._kind("user"), "\n\n".join(instructions))}
 
     def _kind(self, role: str) -> _Content:
-        # Roles are names that clients choose, so those that are not known from the start are not remembered.
+        # Roles are names that clients choose, so only the usual ones are cached.
         return self._contents.get(role) or self._probe(role)
 
     def _reasoning_variables(self, effort: str | None) -> dict[str, Any]:
-        """Return the variables of this template, of the usual ones, that control the reasoning."""
+        """Return values for those of the usual variables for reasoning that this template reads."""
         if effort is None:
             return {}
-        thinks = effort != "none"
-        usual = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        thinking = effort != "none"
+        usual = {"reasoning_effort": effort, "enable_thinking": thinking, "thinking": thinking}
         return {name: value for name, value in usual.items() if name in self._names}
 
-    def _try_out(self) -> None:
-        """Find out whether the template works and what it reads."""
+    def _test(self) -> None:
+        """Set `status`, and find what the template reads."""
         try:
             self._analyse({self._source(None), self._source([{}])})
             for role in ("user", "system", "developer", "assistant", "tool"):
