@@ -96,7 +96,7 @@ def describe_missing_weights(paths: Iterable[str]) -> str:
             f"rename the file to load to {SINGLE}"
         )
     others = [path for path in paths if is_weights(path)]
-    fix = "Use a revision or repository that offers them"
+    fix = "Use a revision or repository that has them"
     if any(path.lower().endswith(PICKLES) for path in others):
         fix += ", or convert the weights: transformers' save_pretrained writes safetensors"
     elif any(path.lower().endswith(".gguf") for path in others):

@@ -122,7 +122,7 @@ def _container(requests: Manifest, limits: Manifest) -> Problems:
 
 
 def _is_extended(name: str) -> bool:
-    """Return whether a resource is offered by a device plugin, such as a GPU, and not by Kubernetes itself."""
+    """Return whether a resource is a device plugin's, such as a GPU, and not Kubernetes' own."""
     domain, slash, _ = name.partition("/")
     return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
 
