@@ -70,6 +70,8 @@ class ChatTemplate:
         self._control_tokens = ControlTokens(tokenizer)
         self._names: frozenset[str] = frozenset()
         self._contents: dict[str, _Content] = {}
+        self._later_contents: dict[str, _Content] = {}
+        """Of instructions after the first message, which some templates reject or leave out."""
         self.status = OK if tokenizer.chat_template else MISSING
         """OK, MISSING, or the reason why the template cannot work."""
         if self.status == OK:
@@ -152,16 +154,16 @@ class ChatTemplate:
         """Yield the messages with the roles and the kind of contents that the template reads.
 
         `developer` becomes `system`, and `system` the beginning of the next user message, if the template has no such
-        role.
+        role, or not at that place.
         """
         instructions: list[str] = []
-        for message in messages:
+        for position, message in enumerate(messages):
             role, content = message["role"], message["content"]
             if not _ROLE.fullmatch(role):
                 raise InvalidRequest(f"Invalid role: {role[:80]!r}. Use system, user, assistant or tool.", "messages")
-            kind = self._kind(role)
+            kind = self._kind(role, position)
             if role == "developer" and kind in (_Content.DROPPED, _Content.REJECTED):
-                role, kind = "system", self._kind("system")
+                role, kind = "system", self._kind("system", position)
             if role == "system" and kind in (_Content.DROPPED, _Content.REJECTED):
                 instructions.append(content)
                 continue
@@ -174,9 +176,11 @@ class ChatTemplate:
                 instructions = []
             yield {**message, "role": role, "content": _as(kind, content)}
         if instructions:
-            yield {"role": "user", "content": _as(self._kind("user"), "\n\n".join(instructions))}
+            yield {"role": "user", "content": _as(self._contents["user"], "\n\n".join(instructions))}
 
-    def _kind(self, role: str) -> _Content:
+    def _kind(self, role: str, position: int) -> _Content:
+        if position and role in self._later_contents:
+            return self._later_contents[role]
         # Roles are names that clients choose, so only the usual ones are cached.
         return self._contents.get(role) or self._probe(role)
 
@@ -194,6 +198,8 @@ class ChatTemplate:
             self._analyse({self._source(None), self._source([{}])})
             for role in ("user", "system", "developer", "assistant", "tool"):
                 self._contents[role] = self._probe(role)
+            for role in ("system", "developer"):
+                self._later_contents[role] = self._probe(role, later=True)
             if self._contents["user"] is self._contents["system"] is _Content.REJECTED:
                 self._render([{"role": "user", "content": _PROBE}])
         # Any error means the same here: the template is unusable.
@@ -218,12 +224,15 @@ class ChatTemplate:
             read |= _strings_read(tree)
         self._control_tokens = ControlTokens(self._tokenizer, "\0".join(written), "\0".join(read))
 
-    def _probe(self, role: str) -> _Content:
-        """Render a message of this role in a usual chat, first with a string, then with parts."""
+    def _probe(self, role: str, *, later: bool = False) -> _Content:
+        """Render a message of this role in a usual chat, first with a string, then with parts.
+
+        Instructions are the first message, or a `later` one.
+        """
         kind = _Content.REJECTED
         for candidate in (_Content.STRING, _Content.PARTS):
             try:
-                text = self._render(self._probe_messages(role, candidate))
+                text = self._render(self._probe_messages(role, candidate, later=later))
             except _Unusable:
                 raise
             # See `render`.
@@ -234,7 +243,7 @@ class ChatTemplate:
             kind = _Content.DROPPED
         return kind
 
-    def _probe_messages(self, role: str, kind: _Content) -> list[dict[str, Any]]:
+    def _probe_messages(self, role: str, kind: _Content, *, later: bool) -> list[dict[str, Any]]:
         user = {"role": "user", "content": _as(self._contents.get("user", _Content.STRING), "Hi")}
         message = {"role": role, "content": _as(kind, _PROBE)}
         if role == "user":
@@ -244,6 +253,8 @@ class ChatTemplate:
         if role == "tool":
             call = {"role": "assistant", "content": _as(self._contents["assistant"], ""), "tool_calls": [_CALL]}
             return [user, call, {**message, "tool_call_id": _CALL["id"]}]
+        if later:
+            return [user, {"role": "assistant", "content": _as(self._contents["assistant"], "Hi")}, message, user]
         return [message, user]
 
 
