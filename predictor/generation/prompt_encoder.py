@@ -51,7 +51,7 @@ class PromptEncoder:
     def _encode(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
         if self._closed:
             raise self._stopped()
-        return [self._prompts.prepare(request) for request in requests]
+        return [self._prompts.encode(request) for request in requests]
 
     def _stopped(self) -> EngineStopped:
         return EngineStopped("The server stopped before the prompt was encoded. Retry later.")
