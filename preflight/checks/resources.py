@@ -151,7 +151,7 @@ def _extended(name: str, request: object, limit: object) -> Problems:
 
 
 def _gpu(deployment: Deployment) -> Iterator[Finding]:
-    """Check that a pod with GPUs tolerates some taint. Of which key, only the cluster shows: see cluster/checks.py."""
+    """Check that a pod with GPUs tolerates a taint. Only the cluster has the keys of taints: see cluster/checks.py."""
     keys = [toleration.get("key") or "" for toleration in deployment.predictor_pod.spec.get("tolerations") or []]
     if gpus(deployment) and all(key.startswith(NODE_CONDITIONS) for key in keys):
         yield Finding(
