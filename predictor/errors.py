@@ -85,8 +85,18 @@ class BodyTooLarge(RequestError):
     status = 413
 
 
+class UnsupportedMediaType(RequestError):
+    """The request body has a content coding that the server does not decode."""
+
+    status = 415
+
+
 class GenerationFailed(RequestError):
     """The engine failed on this request."""
+
+
+class ChatTemplateFailed(GenerationFailed):
+    """The model's chat template does not work. No change of the request helps."""
 
 
 class DeadlineExceeded(RequestError):

@@ -6,11 +6,12 @@ Unknown flags and unknown `PREDICTOR_*` variables are errors, so that a misspell
 """
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -78,10 +79,14 @@ class Settings(BaseSettings):
     """Fraction of the memory left after loading the weights, within the container's limit, for the KV cache."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
+    chat_template_kwargs: str = "{}"
+    """Variables of the model's chat template, as JSON: {"enable_thinking": false}. Those of a request replace them."""
     request_timeout_seconds: float = Field(default=590, gt=0, allow_inf_nan=False)
     """Request timeout in seconds. Keep it below the InferenceService's, so that clients get an error response."""
     max_request_bytes: int = Field(default=8_388_608, ge=1024)
     """Maximum size of a request body in bytes."""
+    unknown_fields: Literal["ignore", "refuse"] = "ignore"
+    """Unknown fields of requests: ignore and name them in the header x-ignored-fields and the log, or refuse them."""
     step_timeout_seconds: float = Field(default=120, gt=0, allow_inf_nan=False)
     """Time without a step, while sequences run, after which liveness fails and Kubernetes restarts the pod."""
     self_check_interval_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
@@ -90,6 +95,8 @@ class Settings(BaseSettings):
     """Maximum time for running requests after SIGTERM, in seconds. Keep it at the InferenceService's timeout."""
     api_keys_file: Path | None = None
     """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
+    allowed_origins: str = ""
+    """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
@@ -112,6 +119,27 @@ class Settings(BaseSettings):
         """`quantization_skip_modules` as a tuple."""
         return tuple(part.strip() for part in self.quantization_skip_modules.split(",") if part.strip())
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """`chat_template_kwargs` as a dictionary."""
+        return dict(json.loads(self.chat_template_kwargs))
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """`allowed_origins` as a tuple."""
+        return tuple(origin.strip().lower() for origin in self.allowed_origins.split(",") if origin.strip())
+
+    @field_validator("chat_template_kwargs", mode="after")
+    @classmethod
+    def _is_json_object(cls, value: str) -> str:
+        try:
+            is_object = isinstance(json.loads(value), dict)
+        except ValueError:
+            is_object = False
+        if not is_object:
+            raise PydanticCustomError("json", 'Input should be a JSON object, as in {"enable_thinking": false}')
+        return value
+
     @field_validator("model_reference", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -121,7 +149,18 @@ class Settings(BaseSettings):
     @classmethod
     def _is_device(cls, value: str) -> str:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
-            raise PydanticCustomError("device", "Input should be auto, cuda, cuda:N, mps or cpu")
+            expected = {"expected": "auto, cuda, cuda:N, mps or cpu"}
+            raise PydanticCustomError("device", "Input should be {expected}", expected)
+        return value
+
+    @field_validator("allowed_origins", mode="after")
+    @classmethod
+    def _are_origins(cls, value: str) -> str:
+        for origin in filter(None, map(str.strip, value.split(","))):
+            if origin != "*" and not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*://[A-Za-z0-9._:\[\]-]+", origin):
+                raise PydanticCustomError(
+                    "origin", "Input should be * or origins without a path, as in https://ui.example.org,http://a:3000"
+                )
         return value
 
     @field_validator("log_level", mode="before")
@@ -137,9 +176,18 @@ def read(argv: Sequence[str]) -> Settings:
         InvalidSettings: naming the flag or variable, and the fix.
     """
     _reject_unknown_variables(os.environ)
+    return parse(argv, Settings)
+
+
+def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
+    """Return the settings from flags and from the sources of `model`; `read` and preflight use different ones.
+
+    Raises:
+        InvalidSettings: naming the flag or variable, and the fix.
+    """
     arguments = [_with_underscores(argument) for argument in argv]
     try:
-        return CliApp.run(Settings, cli_args=arguments)
+        return CliApp.run(model, cli_args=arguments)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).removeprefix(ENV_PREFIX).lower()

@@ -1,6 +1,6 @@
 """Data types shared by protocols, generation and engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -27,12 +27,30 @@ CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
 """Outcomes of a sequence without a finish reason: client disconnected, request timed out, engine failed."""
 
 
+class GrammarKind(StrEnum):
+    """Notation of a `StructuredOutput`."""
+
+    JSON_SCHEMA = "JSON schema"
+    REGEX = "regular expression"
+    CHOICE = "list of choices"
+    GRAMMAR = "grammar"
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """What the text of a completion must follow."""
+
+    kind: GrammarKind
+    value: str
+    """JSON of the schema or of the list of choices, a regular expression, or a grammar in Lark's notation."""
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling and stopping parameters; None means the model's default."""
 
     max_tokens: int | None = None
-    """Maximum number of new tokens, >= 1."""
+    """Maximum number of new tokens; without any, the prompt is only checked."""
     min_tokens: int = 0
     """Minimum number of new tokens before an end-of-sequence token, stop token or stop string ends the completion."""
     temperature: float | None = None
@@ -49,6 +67,14 @@ class SamplingParams:
     """Subtracted from the logits of tokens that occur in the completion."""
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit once for each occurrence in the completion."""
+    no_repeat_ngram_size: int = 0
+    """Sequences of this number of tokens occur once at most in prompt and completion; 0 is off."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are never sampled."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are not sampled as the first of the completion."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that the completion never ends, even if the prompt begins them."""
     stop: tuple[str, ...] = ()
     """Strings that end the completion; not part of it."""
     stop_token_ids: tuple[int, ...] = ()
@@ -59,14 +85,26 @@ class SamplingParams:
     """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
+    structured_output: StructuredOutput | None = None
+    """What the text follows."""
+    logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
+    """Factories of additional logits processors; each sequence gets its own, applied after all others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages for the model's chat template, and the tools that the template may offer to the model."""
+    """Messages for the model's chat template, and the tools that the template may describe to the model."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the template, such as `enable_thinking`."""
+    reasoning_effort: str | None = None
+    """Sets the variables by which the template controls the reasoning, if it has any; "none" turns it off."""
+    continue_final_message: bool = False
+    """Continue the last message, which is the assistant's, instead of beginning a new one."""
+    add_generation_prompt: bool = True
+    """Begin the assistant's message."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
 """Check a kustomize overlay before it is applied to a cluster.
 
-Covers Kubernetes, KServe and Knative objects. Of the two programs that they run, it uses only names of settings.
+Covers Kubernetes, KServe and Knative objects. Of the two programs that they run, it uses only the settings.
 """

@@ -8,14 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from preflight import offline, rendering
-from preflight.checks import knative, references, resources, schema, settings
+from preflight.checks import knative, references, resources, schema
 from preflight.cluster import checks
 from preflight.cluster.client import Connection
 from preflight.deployment import Deployment
 from preflight.findings import CheckError, Finding
 
-BASE = Path(__file__).resolve().parents[1] / "kustomize/base"
-"""Its *.env files, which exist in a checkout only, list the settings."""
 MODEL_CONFIG = "model-config.json"
 
 
@@ -66,7 +64,6 @@ def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Fin
     findings = offline.check(
         deployment,
         schema.Schemas(definitions),
-        known_settings=settings.known_keys(BASE),
         model=resources.read(config) if config else None,
         max_timeout_seconds=checks.max_timeout_seconds(connection) if connection else knative.MAX_TIMEOUT_SECONDS,
     )
@@ -80,9 +77,10 @@ def _needs(deployment: Deployment) -> dict[str, list[str]]:
     if not deployment.service:
         return {"knative_flags": [], "secrets": []}
     secrets = [secret for secret in references.secrets(deployment) if not secret.optional]
+    names = [f"{secret.name}/{secret.key}" if secret.key else secret.name for secret in secrets]
     return {
         "knative_flags": sorted(knative.flags(deployment)),
-        "secrets": [f"{secret.name}/{secret.key}" if secret.key else secret.name for secret in secrets],
+        "secrets": list(dict.fromkeys(names)),
     }
 
 

@@ -1,8 +1,10 @@
 """The objects of one overlay, and the predictor's pod that KServe merges from runtime and service."""
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 Manifest = dict[str, Any]
@@ -20,6 +22,7 @@ RUNTIME_POD_FIELDS = {"containers", "volumes", "nodeSelector", "affinity", "tole
 """Fields of a ServingRuntime's spec that KServe merges into the pod."""
 _KEYS = {"env": "name", "volumeMounts": "mountPath", "volumes": "name", "ports": "containerPort"}
 """Merge keys of lists: entries with the same key replace each other."""
+_VARIABLE = re.compile(r"\$\((\w+)\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,26 +152,52 @@ class Deployment:
             if any("MODEL_REFERENCE" in str(argument) for argument in container.get("args", []))
         ]
 
-    def environment(self, container: Manifest) -> dict[str, str]:
-        """Return a container's environment from literals and the overlay's ConfigMaps; later entries win."""
-        environment: dict[str, str] = {}
+    def variables(self, container: Manifest) -> Iterator[tuple[str, str, str | None]]:
+        """Yield a container's variables from literals and the overlay's ConfigMaps: name, value, name of the ConfigMap.
+
+        Of variables with the same name, the last one is in effect. `$(NAME)` is not expanded.
+        """
         for source in container.get("envFrom", []):
-            environment |= self._settings(source.get("configMapRef", {}).get("name"))
+            config = source.get("configMapRef", {}).get("name")
+            for name, value in self._settings(config).items():
+                yield f"{source.get('prefix', '')}{name}", str(value), config
         for variable in container.get("env", []):
             key = variable.get("valueFrom", {}).get("configMapKeyRef", {})
             if "value" in variable:
-                environment[variable["name"]] = str(variable["value"])
+                yield variable["name"], str(variable["value"]), None
             elif key.get("key") in (settings := self._settings(key.get("name"))):
-                environment[variable["name"]] = settings[key["key"]]
-        return environment
+                yield variable["name"], str(settings[key["key"]]), key["name"]
+
+    def environment(self, container: Manifest) -> dict[str, str]:
+        """Return a container's environment from literals and the overlay's ConfigMaps."""
+        return {name: value for name, value, _ in self.variables(container)}
+
+    def arguments(self, container: Manifest) -> list[str]:
+        """Return a container's arguments; `$(NAME)` is expanded from the variables that the overlay contains."""
+        environment = self.environment(container)
+        return [
+            _VARIABLE.sub(lambda match: environment.get(match[1], match[0]), str(argument))
+            for argument in container.get("args", [])
+        ]
 
     @property
     def settings(self) -> dict[str, str]:
-        """The environment of the container kserve-container."""
-        return self.environment(self.server)
+        """The predictor's settings, by variable: the environment of kserve-container, and flags, which override it."""
+        given = {f"PREDICTOR_{name.upper()}": value for _, name, value in flags(self.arguments(self.server))}
+        return self.environment(self.server) | given
 
     def _settings(self, name: str | None) -> dict[str, str]:
         return (self.find("ConfigMap", name) or {}).get("data") or {}
+
+
+def flags(arguments: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return each flag that has a value: as written, as a setting's name, and the value."""
+    found = []
+    for argument, following in pairwise([*arguments, "--"]):
+        flag, equals, value = argument.partition("=")
+        if flag.startswith("--") and (equals or not following.startswith("--")):
+            found.append((flag, flag.removeprefix("--").replace("-", "_"), value if equals else following))
+    return found
 
 
 def name_of(manifest: Manifest) -> str:

@@ -1,5 +1,6 @@
 """Run every check that needs no cluster."""
 
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from preflight.checks import knative, kserve, references, resources, schema, security, settings, timeouts
@@ -12,7 +13,6 @@ from preflight.findings import Finding
 def check(
     deployment: Deployment,
     schemas: Schemas,
-    known_settings: dict[str, str],
     model: Model | None = None,
     max_timeout_seconds: float = knative.MAX_TIMEOUT_SECONDS,
 ) -> list[Finding]:
@@ -21,7 +21,6 @@ def check(
     Args:
         deployment: the rendered overlay.
         schemas: schemas of the custom kinds; those of core kinds are built in.
-        known_settings: every setting's key with its default.
         model: the model's dimensions; without them, memory is not checked.
         max_timeout_seconds: Knative's maximum of `timeout`.
     """
@@ -29,21 +28,31 @@ def check(
     services = deployment.all("InferenceService")
     if len(services) != 1:
         problem = f"the overlay has {len(services)} of them"
-        return [*findings, Finding("InferenceService", problem, "deploy exactly one with each overlay")]
+        return [*findings, Finding("InferenceService", problem, "deploy exactly one with each overlay", "kserve-llm")]
+    if missing := _findings(references.runtime, deployment):
+        return [*findings, *missing]
     for check_ in (
         kserve.check,
         knative.check,
         references.check,
         security.check,
-        partial(settings.check, known=known_settings),
+        settings.check,
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),
     ):
-        try:
-            findings += check_(deployment)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            # A number in place of a map, for example; the schema names the field if a CRD is available.
-            problem = f"a value has the wrong type ({type(error).__name__}: {error})"
-            findings.append(Finding(deployment.where, problem, "correct it; --crds names the field"))
+        findings += _findings(check_, deployment)
     # One wrong value may stop several checks.
     return list(dict.fromkeys(findings))
+
+
+def _findings(check_: Callable[[Deployment], Iterable[Finding]], deployment: Deployment) -> list[Finding]:
+    """Return the findings of one check up to a value of a wrong type, which is a finding too."""
+    findings = []
+    try:
+        for finding in check_(deployment):
+            findings.append(finding)  # noqa: PERF402 - keeps those before an error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        # A number in place of a map, for example; the schema names the field if a CRD is available.
+        problem = f"a value has the wrong type ({type(error).__name__}: {error})"
+        findings.append(Finding(deployment.where, problem, "correct it; --crds names the field", "API server"))
+    return findings

@@ -63,7 +63,7 @@ class File:
 
 @dataclass(frozen=True, slots=True)
 class FileSelection:
-    """Patterns that select files of a repository; the default selects everything that can be served."""
+    """Patterns that select files of a repository; the default leaves the choice to the storage initializer."""
 
     allow: tuple[str, ...] = ()
     """`fnmatch` patterns on whole paths. If there are any, a path must match one. `a/` means `a/*`."""

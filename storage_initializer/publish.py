@@ -1,23 +1,26 @@
 """Publishing of a snapshot: resolve, plan, stage, fetch, verify, publish."""
 
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from snapshot_format import model_files
 from snapshot_format.layout import SnapshotLocation
 from snapshot_format.record import File, FileSelection, Record
 from snapshot_format.reference import DirectoryReference, ModelReference
-from storage_initializer.errors import HubUnavailable, NotFound, RefusedVolume, VerificationFailed
+from storage_initializer.errors import HubUnavailable, NotFound, RefusedSnapshot, RefusedVolume, VerificationFailed
 from storage_initializer.formatting import format_bytes
 from storage_initializer.settings import Settings
 from storage_initializer.sources import file_selection
 from storage_initializer.volume import layout, lease, permissions, record, verify
 from storage_initializer.volume.lease import Lease
+
+_LOGGED_PATHS = 20
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,9 @@ class Source(Protocol):
 
     def list_files(self, commit: str) -> tuple[File, ...]:
         """List all files of a commit."""
+
+    def read(self, commit: str, file: File) -> bytes:
+        """Return the content of a small file of a commit."""
 
     def fetch(
         self,
@@ -103,9 +109,10 @@ class _Publication:
                 raise NotFound(f"{self.reference} is not published on {self.root}. Run once without --offline.")
             log.info("%s is commit %s", self.reference, commit)
             # Planned before the lease, so that a repository is rejected without waiting.
-            plan = file_selection.make_plan(source.list_files(commit), str(self.reference), self.selection)
-            excluded = f", excluding {', '.join(plan.excluded)}" if plan.excluded else ""
-            log.info("%d files, %s%s", len(plan.files), format_bytes(plan.size_bytes), excluded)
+            plan = file_selection.make_plan(
+                source.list_files(commit), str(self.reference), self.selection, partial(source.read, commit)
+            )
+            log.info("%d files, %s%s", len(plan.files), format_bytes(plan.size_bytes), _excluded(plan))
             with layout.translate_os_errors(self.root), self._lease(location) as held:
                 # The previous holder of the lease may have published it in the meantime.
                 published = self._find(location)
@@ -194,6 +201,8 @@ class _Publication:
         # Files of an earlier run are kept only if their content verifies.
         staged = verify.check(staging, plan.files)
         layout.discard(staging, [issue.path for issue in staged.issues])
+        for file in staged.files:
+            self._require_loadable(staging, file)
         verified = {file.path: file for file in staged.files}
         missing = [file for file in plan.files if file.path not in verified]
         missing_bytes = sum(max(0, file.size_bytes - layout.partial_bytes(staging, file.path)) for file in missing)
@@ -210,6 +219,7 @@ class _Publication:
             if isinstance(compared, verify.Issue):
                 issues.append(compared)
             else:
+                self._require_loadable(staging, file)
                 verified[file.path] = compared
                 permissions.chmod_and_fsync(staging / file.path)
 
@@ -217,14 +227,7 @@ class _Publication:
         try:
             # Group-writable, so that other users of the group can remove the files if this program dies.
             with permissions.umask(self.settings.umask & ~0o070):
-                # Indexes first: a missing shard should be reported before hours of downloading.
-                source.fetch(location.commit, filter(file_selection.is_index, missing), staging, advance, finished)
-                self._require(issues, staging)
-                for index in filter(file_selection.is_index, plan.files):
-                    content = (staging / index.path).read_bytes()
-                    file_selection.require_shards(plan, index.path, content, str(self.reference))
-                others = itertools.filterfalse(file_selection.is_index, missing)
-                source.fetch(location.commit, others, staging, advance, finished)
+                source.fetch(location.commit, missing, staging, advance, finished)
                 self._require(issues, staging)
         except OSError as error:
             if layout.is_full(error):
@@ -233,6 +236,16 @@ class _Publication:
         finally:
             self.progress.end()
         return tuple(verified[file.path] for file in plan.files)
+
+    def _require_loadable(self, staging: Path, file: File) -> None:
+        """Check that the content can be loaded: the checksums of a source are also those of damaged content.
+
+        Raises:
+            RefusedSnapshot: the file is a Git LFS pointer, or its weights are empty or truncated.
+        """
+        fix = "Replace it at its source, or use another revision"
+        if problem := model_files.find_problem(staging / file.path, fix):
+            raise RefusedSnapshot(f"{file.path} of {self.reference} {problem}.")
 
     def _require(self, issues: Sequence[verify.Issue], staging: Path) -> None:
         """Remove wrong files from staging and report all of them.
@@ -248,3 +261,11 @@ class _Publication:
             f"{self.reference} was not published, {len(issues)} of its files are wrong: {problems}. "
             "Run again to fetch them again."
         )
+
+
+def _excluded(plan: file_selection.Plan) -> str:
+    """Return the first excluded paths for the log: a repository may contain a whole data set."""
+    if not plan.excluded:
+        return ""
+    more = f" and {len(plan.excluded) - _LOGGED_PATHS} more" if plan.excluded[_LOGGED_PATHS:] else ""
+    return f", excluding {', '.join(plan.excluded[:_LOGGED_PATHS])}{more}"

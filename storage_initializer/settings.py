@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     """Format of stderr and the summaries; the last line of a failure is plain text in both."""
 
     allow_patterns: Patterns = Field(default=(), validation_alias="STORAGE_ALLOW_PATTERNS")
-    """Patterns (fnmatch; `*` crosses `/`) of files to publish. Default: all files.
+    """Patterns (fnmatch; `*` crosses `/`) of files to publish. Default: what is loaded, without code.
 
     This variable and the next one are KServe's own; a JSON list or a comma-separated list.
     """

@@ -6,6 +6,7 @@ internals are not a public API: `tests/contracts/test_upstream.py` tests every a
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -22,7 +23,8 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
-from predictor.errors import EngineStopped, StartupError
+from predictor.errors import EngineStopped, RequestError, StartupError
+from predictor.kernels.cpu import transformers_attention
 from predictor.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -63,11 +65,16 @@ class BatchingManager:
         model: as of `Engine.from_model`, with its final attention implementation.
         settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
         kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
+        flash: use flash attention kernels on CUDA, where they are installed.
     """
 
-    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None) -> None:
-        on_cuda = model.device.type == "cuda"
-        self._row_sampler = _RowSampler()
+    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None, *, flash: bool = True) -> None:
+        uses_flash = flash and model.device.type == "cuda"
+        self._model = model
+        self._failed_step_count = 0
+        self._row_sampler = _RowSampler(model)
+        # Before the manager selects an implementation that needs the paged cache.
+        self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
@@ -82,13 +89,16 @@ class BatchingManager:
                 use_cuda_graph=False,
                 use_async_batching=False,
                 # Block tables are for flash attention kernels, which read the paged cache themselves.
-                max_blocks_per_request=None if on_cuda else 0,
-                auto_switch_to_flash=on_cuda,
+                max_blocks_per_request=None if uses_flash else 0,
+                auto_switch_to_flash=uses_flash,
             ),
         )
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._row_sampler]))
         processors.tensors_required = 1  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
+        self._manager.output_router.output_queue = _DiscardingQueue()
+        self._run_iteration = self._manager._generation_loop_body
+        self._manager._generation_loop_body = self._run_guarded_iteration
 
     @property
     def cache_tokens(self) -> int:
@@ -116,6 +126,10 @@ class BatchingManager:
     @property
     def step_count(self) -> int:
         return self._row_sampler.step_count
+
+    @property
+    def failed_step_count(self) -> int:
+        return self._failed_step_count
 
     @property
     def is_running(self) -> bool:
@@ -158,10 +172,12 @@ class BatchingManager:
             finished = output.is_finished()
             if finished:
                 self._row_sampler.samplers.pop(request_id, None)
-            on_output(EngineOutput(output.generated_tokens, finished, output.error, _queue_seconds(output)))
+            # The text of some errors is empty.
+            error = None if output.error is None else output.error or "unknown error"
+            on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
         self._row_sampler.samplers[request_id] = sampler
-        # Before add_request: outputs without a handler go to a shared queue without a reader.
+        # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
         added = self._manager.add_request(
             list(prompt),
@@ -183,6 +199,46 @@ class BatchingManager:
         state = processor.scheduler.active_requests.get(request_id) if processor else None
         return None if state is None else _queue_seconds(state)
 
+    def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        model = self._model
+        input_ids = torch.tensor([token_ids], device=model.device)
+        with torch.no_grad(), transformers_attention.selected(model, self._plain_implementation):
+            logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
+        return logits.cpu()
+
+    def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
+        """Run an iteration of the step loop, and return whether the loop goes on.
+
+        An error fails the sequences of the step, and the loop goes on. It ends with an error that makes the device
+        unusable, or that no sequence causes.
+        """
+        processor.scheduler.scheduled = []
+        try:
+            return bool(self._run_iteration(processor, bootstrapping))
+        except BaseException as error:
+            # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
+            if _is_device_lost(self._model):
+                raise
+            failed = processor.scheduler.remove_failed()
+            if not failed:
+                raise
+            self._failed_step_count += 1
+            logger.exception("a step failed, and its sequences: %d", len(failed))
+            self._report_failure(failed, error)
+        if self._model.device.type == "cuda":
+            # The step may have failed for lack of memory; its tensors are unreferenced only here.
+            torch.cuda.empty_cache()
+        return True
+
+    def _report_failure(self, failed: Sequence[_RequestState], error: BaseException) -> None:
+        for state in failed:
+            try:
+                self._manager.output_router.fail_and_deliver(state, error)
+            except RuntimeError as closed:
+                # The client's event loop is closed, so there is no reader.
+                logger.warning("the failure of a sequence cannot be delivered: %s", closed)
+                self._forget(state.request_id)
+
     def _forget(self, request_id: str) -> None:
         """Drop the handler of a sequence, which the manager keeps until a final output, and the sampler."""
         self._row_sampler.samplers.pop(request_id, None)
@@ -191,9 +247,30 @@ class BatchingManager:
             router.result_handlers.pop(request_id, None)
 
 
+def _is_device_lost(model: CausalLM) -> bool:
+    """Return whether a CUDA device of the model refuses all work, as after a device-side assertion.
+
+    Only a new process can use it again. Other errors, such as a lack of memory, leave it usable.
+    """
+    try:
+        for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        logger.exception("the device is lost")
+        return True
+    return False
+
+
 def _queue_seconds(state: _Timed) -> float | None:
     scheduled = state.lifespan[0]
     return max(0.0, scheduled - state.created_time) if scheduled >= 0 else None
+
+
+class _DiscardingQueue:
+    """The router's queue of outputs without a handler: those of cancelled sequences, which would be kept for ever."""
+
+    def put(self, output: _GenerationOutput) -> None:
+        """Discard an output."""
 
 
 class _RowSampler(ContinuousBatchingLogitsProcessor):
@@ -207,7 +284,9 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
     supported_kwargs: ClassVar[dict[str, type]] = {}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self) -> None:
+    def __init__(self, model: CausalLM) -> None:
+        self._model = model
+        self._embedding_rows = int(model.get_input_embeddings().weight.shape[0])
         self.samplers: dict[str, SequenceSampler] = {}
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
@@ -224,6 +303,8 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """Sample from each row of `scores` (rows, vocabulary), in place."""
         del tensor_arg
+        # An LM head may have more rows than the embedding, which the next step would index with the token.
+        scores[:, self._embedding_rows :] = -torch.inf
         # Not strict: rows of sequences in the middle of their prompt come last and are not used.
         for row, state in zip(scores, self._states, strict=False):
             # Sequences of the manager's warm-up and cancelled ones have no sampler: greedy.
@@ -233,20 +314,51 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
             # A sequence that left a full cache has its first tokens in `initial_tokens`, after the prompt.
             try:
                 sampler(row, state.initial_tokens + state.generated_tokens if sampler.logits_processors else ())
-            except Exception as error:
-                # An error raised here would end the step loop and every other sequence.
+            # An error raised here would fail every other sequence of the step.
+            except RequestError as error:
+                sampler.failure = error
+            except BaseException as error:
+                if _is_device_lost(self._model):
+                    raise
                 logger.exception("sampling failed for one sequence")
-                sampler.failure = str(error) or type(error).__name__
+                sampler.failure = error
         self.step_count += 1
         return scores
 
 
 class _Scheduler(FIFOScheduler):
-    """First in, first out; admits waiting sequences again after a cancellation.
+    """First in, first out; admits waiting sequences again after a cancellation or failure.
 
     After a sequence had to leave a full cache, the manager's scheduler admits no other until a running one finishes.
     If all running sequences are cancelled instead, it would never admit one.
     """
+
+    scheduled: Sequence[Any] = ()
+    """Sequences of the step; none before they are all scheduled."""
+
+    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
+        batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
+        self.scheduled = [request.state for request in batch[0] or ()]
+        return batch
+
+    def remove_failed(self) -> list[Any]:
+        """Remove and return the sequences of a failed step, with their cache.
+
+        If it failed before they were scheduled, these are all that run, or else all that wait: each failure removes
+        some, so that an error that occurs every time does not keep the loop busy for ever.
+        """
+        waiting = self.waiting_requests
+        failed = list(self.scheduled or self.active_requests.values() or waiting.values())
+        # Waiting sequences have cache only if scheduling them failed midway.
+        for request_id in {*waiting, *(state.request_id for state in failed)}:
+            # Not kept for prefix sharing: nothing is known about what the step has written.
+            self.cache.free_blocks(request_id, no_cache=True)
+        for state in failed:
+            self.active_requests.pop(state.request_id, None)
+            waiting.pop(state.request_id, None)
+        self.waiting_requests_order: deque[str] = deque(filter(waiting.__contains__, self.waiting_requests_order))
+        self.block_new_requests = False
+        return failed
 
     def clear_cancelled_requests(self) -> list[Any]:
         cancelled: list[Any] = super().clear_cancelled_requests()

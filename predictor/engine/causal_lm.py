@@ -1,5 +1,6 @@
 """The part of a transformers causal language model that the engine uses."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -28,5 +29,14 @@ class CausalLM(Protocol):
     device: torch.device
     dtype: torch.dtype
 
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Yield all parameters; they may be on several devices."""
+
+    def get_input_embeddings(self) -> Any:
+        """Return the module whose `weight` is (token ids, hidden_size)."""
+
     def init_continuous_batching(self, *, generation_config: Any, continuous_batching_config: Any) -> Any:
         """Return a `ContinuousBatchingManager`."""
+
+    def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        """Return an output with `logits`, (batch, tokens, vocabulary)."""

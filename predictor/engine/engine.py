@@ -12,12 +12,13 @@ import time
 from collections.abc import Sequence
 from typing import Self
 
-from predictor.engine import kv_cache
+from predictor.engine import kv_cache, warm_up
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, InvalidRequest, Overloaded
+from predictor.kernels import past_key_values
 from predictor.kernels.cpu import attention
 from predictor.settings import Settings
 from predictor.types import SamplingParams
@@ -77,14 +78,15 @@ class Engine:
         # Each sequence of a full batch needs a token in every step.
         batched_tokens = max(settings.max_num_batched_tokens, settings.max_num_seqs)
         settings = settings.model_copy(update={"max_num_batched_tokens": batched_tokens})
-        dense_mask = not attention.install(model)
+        uses_past = past_key_values.install(model)
+        dense_mask = uses_past or not attention.install(model)
         kv_cache_tokens = settings.kv_cache_tokens
         if kv_cache_tokens is None and model.device.type != "cuda":
             kv_cache_tokens = kv_cache.token_budget(
                 model, settings, context_tokens=context_tokens, dense_mask=dense_mask
             )
         return cls(
-            BatchingManager(model, settings, kv_cache_tokens),
+            BatchingManager(model, settings, kv_cache_tokens, flash=not uses_past),
             eos_token_ids=eos_token_ids,
             context_tokens=context_tokens,
             capacity=settings.max_num_seqs + settings.max_queued_requests,
@@ -113,8 +115,13 @@ class Engine:
 
     @property
     def steps(self) -> int:
-        """Steps since the start."""
+        """Steps since the start, without those that failed."""
         return self._executor.step_count
+
+    @property
+    def failed_steps(self) -> int:
+        """Steps that failed, with their sequences, since the start."""
+        return self._executor.failed_step_count
 
     @property
     def is_alive(self) -> bool:
@@ -148,6 +155,19 @@ class Engine:
             self._stopping = True
             self._executor.stop(STOP_TIMEOUT_SECONDS)
 
+    def require_capacity(self, sequences: int, reserved: int = 0) -> None:
+        """Check that `sequences` further ones have a place, `reserved` ones not counted.
+
+        Raises:
+            InvalidRequest: more sequences than `capacity`.
+            Overloaded: the running and waiting queues have too few free places.
+        """
+        if sequences > self.capacity:
+            raise InvalidRequest(f"Too many completions in one request: {sequences}. Request at most {self.capacity}.")
+        used = len(self._streams) + reserved
+        if used + sequences > self.capacity:
+            raise Overloaded(f"Server overloaded: {used} of {self.capacity} sequence slots in use. Retry later.")
+
     def submit(
         self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], deadline: float = math.inf
     ) -> list[Stream]:
@@ -163,14 +183,7 @@ class Engine:
             Overloaded: the running and waiting queues have too few free places.
             EngineStopped: the step loop has ended.
         """
-        if len(prompts) > self.capacity:
-            raise InvalidRequest(
-                f"Too many completions in one request: {len(prompts)}. Request at most {self.capacity}."
-            )
-        if len(self._streams) + len(prompts) > self.capacity:
-            raise Overloaded(
-                f"Server overloaded: {len(self._streams)} of {self.capacity} sequence slots in use. Retry later."
-            )
+        self.require_capacity(len(prompts))
         if not self._has_work():
             self._last_progress = (self.steps, time.monotonic())
         streams: list[Stream] = []
@@ -193,8 +206,29 @@ class Engine:
             raise
         return streams
 
+    async def warm_up(self, vocabulary_tokens: int, timeout_seconds: float) -> None:
+        """Generate before the first request, and compare the tokens with forward passes without a KV cache.
+
+        Args:
+            vocabulary_tokens: token ids are below this.
+            timeout_seconds: for the generation.
+
+        Raises:
+            RequestError: generation failed or timed out, or the tokens are not those of the model.
+        """
+        prompts, max_tokens = warm_up.make_prompts(vocabulary_tokens, self.context_tokens, self.capacity)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
+        streams = self.submit([(prompt, sampling) for prompt in prompts], time.monotonic() + timeout_seconds)
+        try:
+            completions = [[token async for step in stream for token in step.token_ids] for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+        for prompt, completion in zip(prompts, completions, strict=True):
+            warm_up.check(self._executor.plain_logits([*prompt, *completion]), completion)
+
     async def check(self, timeout_seconds: float) -> None:
-        """Generate a few tokens, as a warm-up before the first request or as a self-check.
+        """Generate a few tokens, as a self-check.
 
         Raises:
             RequestError: generation failed or timed out.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from predictor.engine.sampler import SequenceSampler
 
 
@@ -39,7 +41,11 @@ class Executor(Protocol):
 
     @property
     def step_count(self) -> int:
-        """Steps since the start."""
+        """Steps since the start, without those that failed."""
+
+    @property
+    def failed_step_count(self) -> int:
+        """Steps that failed, with their sequences, since the start."""
 
     @property
     def is_running(self) -> bool:
@@ -84,3 +90,9 @@ class Executor(Protocol):
 
     def queue_seconds(self, request_id: str) -> float | None:
         """Seconds that a running sequence waited for its first step; None: it is not running."""
+
+    def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Return the logits of a forward pass over one sequence without the KV cache, (tokens, vocabulary).
+
+        No sequence may be running: the step loop uses the same model.
+        """

@@ -5,7 +5,7 @@ only finite logit at the sampled token, so that the largest logit is the next to
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +40,8 @@ class Penalties:
         """Lower the logits of tokens that occur already."""
         if self._repetition != 1.0:
             token_ids = torch.tensor([*prompt_ids, *output_ids], dtype=torch.long, device=logits.device).unique()
+            # The embedding may have more rows than the LM head: those tokens can be in a prompt only.
+            token_ids = token_ids[token_ids < logits.numel()]
             values = logits[token_ids]
             logits[token_ids] = torch.where(values > 0, values / self._repetition, values * self._repetition)
         if self._presence or self._frequency:
@@ -59,7 +61,70 @@ class MinTokens:
         """Set the logits of end tokens to minus infinity while the output is too short."""
         del prompt_ids
         if len(output_ids) < self._min_tokens:
-            logits[self._end_token_ids] = -torch.inf
+            # A token without a logit cannot be sampled, and its index would be an error.
+            logits[[token_id for token_id in self._end_token_ids if token_id < logits.numel()]] = -torch.inf
+
+
+class NoRepeatNgrams:
+    """Excludes tokens that would repeat a sequence of `size` tokens."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of tokens that followed the last `size` - 1 ones before to minus infinity."""
+        token_ids = torch.tensor([*prompt_ids, *output_ids], dtype=torch.long, device=logits.device)
+        if len(token_ids) < self._size:
+            return
+        ngrams = token_ids.unfold(0, self._size, 1)
+        last = token_ids[len(token_ids) - self._size + 1 :]
+        repeated = ngrams[(ngrams[:, :-1] == last).all(dim=1), -1]
+        logits[repeated[repeated < logits.numel()]] = -torch.inf
+
+
+class BadWords:
+    """Excludes the tokens that would end one of several sequences of tokens."""
+
+    def __init__(self, bad_words_ids: Collection[Sequence[int]]) -> None:
+        self._words = [(list(start), last) for *start, last in bad_words_ids]
+        self._longest = max(map(len, bad_words_ids))
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of the last tokens of words whose start is the end of the text to minus infinity."""
+        tail = [*prompt_ids[-self._longest :], *output_ids[-self._longest :]]
+        ends = {last for start, last in self._words if tail[len(tail) - len(start) :] == start}
+        logits[[last for last in ends if last < logits.numel()]] = -torch.inf
+
+
+class SuppressTokens:
+    """Excludes tokens, everywhere or as the first of the output only."""
+
+    def __init__(self, token_ids: Sequence[int], *, first_only: bool = False) -> None:
+        self._token_ids = list(token_ids)
+        self._first_only = first_only
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of the tokens to minus infinity."""
+        del prompt_ids
+        if not (self._first_only and output_ids):
+            logits[[token_id for token_id in self._token_ids if token_id < logits.numel()]] = -torch.inf
+
+
+def _logits_processors(sampling: SamplingParams, end_token_ids: Collection[int]) -> Iterator[LogitsProcessor]:
+    if (sampling.repetition_penalty or 1.0) != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
+        yield Penalties(sampling)
+    if sampling.no_repeat_ngram_size:
+        yield NoRepeatNgrams(sampling.no_repeat_ngram_size)
+    if sampling.bad_words_ids:
+        yield BadWords(sampling.bad_words_ids)
+    if sampling.min_tokens:
+        yield MinTokens(sampling.min_tokens, end_token_ids)
+    if sampling.suppress_tokens:
+        yield SuppressTokens(sampling.suppress_tokens)
+    if sampling.begin_suppress_tokens:
+        yield SuppressTokens(sampling.begin_suppress_tokens, first_only=True)
+    for create in sampling.logits_processors:
+        yield create()
 
 
 class SequenceSampler:
@@ -69,16 +134,12 @@ class SequenceSampler:
     """
 
     def __init__(self, sampling: SamplingParams, prompt_tokens: int, end_token_ids: Collection[int]) -> None:
-        self.logits_processors: list[LogitsProcessor] = []
+        self.logits_processors = list(_logits_processors(sampling, end_token_ids))
         """Applied in order."""
-        if (sampling.repetition_penalty or 1.0) != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
-            self.logits_processors.append(Penalties(sampling))
-        if sampling.min_tokens:
-            self.logits_processors.append(MinTokens(sampling.min_tokens, end_token_ids))
         self.logprobs: list[TokenLogprob] = []
         """One per sampled token, if requested."""
-        self.failure: str | None = None
-        """Reason why sampling failed; the sequence has to be cancelled then."""
+        self.failure: BaseException | None = None
+        """Error that ended sampling; the sequence has to be cancelled then."""
         self._sampling = sampling
         self._prompt_tokens = prompt_tokens
         self._generator: torch.Generator | None = None

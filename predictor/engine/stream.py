@@ -9,7 +9,7 @@ from typing import Self
 
 from predictor.engine.executor import EngineOutput, Executor
 from predictor.engine.sampler import SequenceSampler
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, RequestError
 from predictor.types import FinishReason, SamplingParams, Step
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ LIVENESS_POLL_SECONDS = 1.0
 
 class Stream:
     """Asynchronous iterator over one sequence's steps; ends with the sequence, or when it is closed.
+
+    A sequence without new tokens (`max_tokens` 0) has one empty step, and is not submitted to the executor.
 
     Args, in addition to those of `Engine.submit`:
         eos_token_ids: the model's; ignored if `sampling` does so.
@@ -58,6 +60,9 @@ class Stream:
         self._num_read = 0
         self._ended = False
         self._id = uuid.uuid4().hex
+        if sampling.max_tokens == 0:
+            self._outputs.put_nowait(EngineOutput([], finished=True, error=None, queue_seconds=None))
+            return
         executor.submit(
             self._id,
             prompt,
@@ -78,18 +83,22 @@ class Stream:
             DeadlineExceeded: the sequence timed out and has left the batch.
             EngineStopped: the step loop has ended.
             GenerationFailed: the step loop failed on this sequence.
+            RequestError: the request does not allow a next token.
         """
         if self._ended:
             raise StopAsyncIteration
         try:
             output = await self._next_output()
             self._record_queue_time(output.queue_seconds)
-            if reason := output.error or self._sampler.failure:
-                raise self._failure(reason)
+            failure = self._sampler.failure
+            if isinstance(failure, RequestError):
+                raise failure
+            if reason := output.error or failure:
+                raise self._failure(repr(reason))
         except BaseException:
             self.close()
             raise
-        if self.first_token_seconds is None:
+        if self.first_token_seconds is None and output.token_ids:
             self.first_token_seconds = time.monotonic() - self.submitted
         token_ids = output.token_ids[self._num_read :]
         logprobs = tuple(self._sampler.logprobs[self._num_read : self._num_read + len(token_ids)])
@@ -103,8 +112,9 @@ class Stream:
         if self._ended:
             return
         self._end()
-        self._record_queue_time(self._executor.queue_seconds(self._id))
-        self._executor.cancel(self._id)
+        if self._sampling.max_tokens != 0:
+            self._record_queue_time(self._executor.queue_seconds(self._id))
+            self._executor.cancel(self._id)
 
     def _end(self) -> None:
         self._ended = True

@@ -144,6 +144,7 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                 if not is_probe and self._api_keys is not None:
                     record.key = self._api_keys.authenticate(_values(metadata, "authorization"))
                 yield
+                _report_ignored_fields(context, record)
                 status, http_status = "OK", 200
             except asyncio.CancelledError:
                 status, http_status = "CANCELLED", request_record.CLIENT_GONE
@@ -154,6 +155,7 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                     error = GenerationFailed("Internal server error. See the server's log.")
                 code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
                 record.error, status, http_status = type(error).__name__, code.name, error.status
+                _report_ignored_fields(context, record)
                 await context.abort(code, str(error))
             finally:
                 if not is_probe:
@@ -161,6 +163,11 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                     if self._tracing:
                         self._tracing.export_grpc(method, metadata, status, http_status, started, record)
                     request_record.log_request(f"gRPC {status}", record, {"status": status})
+
+
+def _report_ignored_fields(context: Any, record: request_record.RequestRecord) -> None:
+    if record.ignored_fields:
+        context.set_trailing_metadata([(request_record.IGNORED_FIELDS_HEADER, ", ".join(record.ignored_fields))])
 
 
 def _values(metadata: Any, name: str) -> list[str]:

@@ -53,7 +53,7 @@ class Predictor(kserve.Model):
         """
         if not isinstance(payload, kserve.InferRequest):
             raise InvalidRequest(f"KServe v1 payloads are not supported here. POST /v1/models/{self.name}:predict.")
-        stream = self._service.submit(open_inference.decode(payload), timeout_seconds(headers or {}))
+        stream = await self._service.submit(open_inference.decode(payload), timeout_seconds(headers or {}))
         try:
             return open_inference.encode(payload, await stream.complete())
         finally:

@@ -5,26 +5,89 @@ from collections.abc import Sequence
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import UNFINISHED_CHARACTER
 
+MAX_CONTEXT_TOKENS = 8
+"""Most tokens of the prompt that `left_context` returns."""
+MAX_PENDING_TOKENS = 8
+"""Tokens that may wait for the end of a character. UTF-8 has at most 4 bytes, and a token at least one."""
+_LONGEST_CHARACTER = 4
+
+
+def left_context(tokenizer: Tokenizer, prompt: Sequence[int]) -> list[int]:
+    """Return the shortest tail of a prompt with which its continuation is decoded as in the whole text.
+
+    Many tokenizers remove the space of a text's first token, so the first token of a continuation needs one before it.
+    A tail that begins inside a character would decode to something else than in the whole text.
+
+    Returns:
+        At most MAX_CONTEXT_TOKENS token ids; none if the prompt ends in a special token, since a text that follows one
+        is encoded like a text of its own.
+    """
+    tail: list[int] = []
+    for length in range(1, min(len(prompt), MAX_CONTEXT_TOKENS) + 1):
+        tail = list(prompt[-length:])
+        text = tokenizer.decode(tail, skip_special_tokens=True)
+        if text and not text.startswith(UNFINISHED_CHARACTER):
+            return tail
+        if length == 1 and not text and tokenizer.decode(tail, skip_special_tokens=False):
+            return []
+    return tail
+
+
+class ContinuationDecoder:
+    """Decodes tokens as a continuation of other ones, its left context.
+
+    Args:
+        tokenizer: the model's.
+        context: token ids, as of `left_context`.
+        skip_special_tokens: special tokens have no text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._context = list(context)
+        self._context_text = self._text(context)
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """Make `token_ids` the context, unless they have no text."""
+        if text := self._text(token_ids):
+            self._context, self._context_text = list(token_ids), text
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Return the text that `token_ids` add to the context's.
+
+        They may also complete a character in which the context ends; then that character is part of the text.
+        """
+        text = self._text([*self._context, *token_ids])
+        known = self._context_text
+        if not text.startswith(known):
+            known = known.rstrip(UNFINISHED_CHARACTER)
+        return text[len(known) :]
+
+    def _text(self, token_ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(token_ids), skip_special_tokens=self._skip_special_tokens)
+
 
 class Detokenizer:
     """Incremental detokenizer of one sequence; it never splits a character or a possible stop string.
 
     Args:
         tokenizer: the model's.
+        context: token ids before the sequence, as of `left_context`.
         stop: strings that end the completion.
         min_tokens: number of token ids before which stop strings are ignored.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), min_tokens: int = 0) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
+        self._decoder = ContinuationDecoder(tokenizer, context, skip_special_tokens=True)
         self._stop = stop
         self._min_tokens = min_tokens
         self._longest_stop = max(map(len, stop), default=0)
-        self._token_ids: list[int] = []
-        # Offsets into `_token_ids`, as vLLM names them: text up to `_read_offset` has been returned, and the ids from
-        # `_prefix_offset` to there are decoded again as left context of new ids.
-        self._prefix_offset = 0
-        self._read_offset = 0
+        self._num_tokens = 0
+        self._pending: list[int] = []
+        """Ids whose text has not been returned: they end inside a character."""
         self._held = ""
         """Text held back because it may begin a stop string."""
         self.stopped = False
@@ -39,10 +102,15 @@ class Detokenizer:
         """
         if self.stopped:
             return ""
-        self._token_ids.extend(token_ids)
-        text = self._held + self._decode(last)
-        self._held = ""
-        if len(self._token_ids) < self._min_tokens:
+        text, self._held = self._held, ""
+        for token_id in token_ids:
+            self._num_tokens += 1
+            self._pending.append(token_id)
+            text += self._decode()
+        if last:
+            text += self._decoder.decode(self._pending)
+            self._pending.clear()
+        if self._num_tokens < self._min_tokens:
             return text
         if (end := self._stop_position(text)) is not None:
             self.stopped = True
@@ -52,21 +120,22 @@ class Detokenizer:
             text, self._held = text[:certain], text[certain:]
         return text
 
-    def _decode(self, last: bool) -> str:
-        """Return the text of new ids, "" while they end inside a character.
+    def _decode(self) -> str:
+        """Return the text of the pending ids, "" while they end inside a character.
 
-        The ids decoded before are decoded again with the new ones, and their text cut off, since many tokenizers
-        decode a token differently at the beginning of a text.
+        If too many wait, return that of the first ones whatever it is: not every sequence of bytes is text.
         """
-        prefix = self._text(self._token_ids[self._prefix_offset : self._read_offset])
-        text = self._text(self._token_ids[self._prefix_offset :])
-        if len(text) <= len(prefix) or (text.endswith(UNFINISHED_CHARACTER) and not last):
+        text = self._decoder.decode(self._pending)
+        if text and not text.endswith(UNFINISHED_CHARACTER):
+            self._decoder.advance(self._pending)
+            self._pending.clear()
+            return text
+        if len(self._pending) <= MAX_PENDING_TOKENS:
             return ""
-        self._prefix_offset, self._read_offset = self._read_offset, len(self._token_ids)
-        return text[len(prefix) :]
-
-    def _text(self, token_ids: list[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        first = len(self._pending) - (_LONGEST_CHARACTER - 1)
+        self._decoder.advance(self._pending[:first])
+        del self._pending[:first]
+        return text[: max(0, len(text) - len(self._decoder.decode(self._pending)))]
 
     def _stop_position(self, text: str) -> int | None:
         return min((position for stop in self._stop if (position := text.find(stop)) >= 0), default=None)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
-from predictor.generation.detokenizer import Detokenizer
+from predictor.generation.detokenizer import Detokenizer, left_context
 from predictor.generation.logprobs import LogprobsFormatter
-from predictor.generation.prompts import Prompts
+from predictor.generation.prompts import EncodedRequest
+from predictor.generation.tokenizer import Tokenizer
 from predictor.types import (
     CANCELLED,
     DEADLINE,
@@ -22,7 +23,6 @@ from predictor.types import (
     CompletionDelta,
     FinishedSequence,
     FinishReason,
-    GenerationRequest,
     Step,
     TextDelta,
     Token,
@@ -103,9 +103,9 @@ class CompletionStream:
 
 
 def submit(
-    requests: Sequence[GenerationRequest],
+    requests: Sequence[EncodedRequest],
     *,
-    prompts: Prompts,
+    tokenizer: Tokenizer,
     engine: Engine,
     deadline: float,
     on_finished: OnFinished,
@@ -116,30 +116,29 @@ def submit(
     The deadline is by `time.monotonic()`.
 
     Raises:
-        RequestError: a request is invalid, or the queue is full.
+        RequestError: there are too many sequences, or the queue is full.
     """
-    logprobs = LogprobsFormatter(prompts.tokenizer)
     prepared = []
     for request in requests:
-        token_ids, sampling = prompts.encode(request)
-        echo = prompts.text(request) if request.echo else ""
+        token_ids, sampling, echo = request.token_ids, request.sampling, request.echo
+        context = left_context(tokenizer, token_ids)
         for copy in range(request.n):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
-            prepared.append((token_ids, seeded, echo))
-    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, _ in prepared], deadline)
+            prepared.append((token_ids, seeded, context, echo))
+    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline)
     return CompletionStream(
         [
             _Sequence(
                 index=index,
                 stream=stream,
-                detokenizer=Detokenizer(prompts.tokenizer, sampling.stop, sampling.min_tokens),
-                logprobs=logprobs,
+                detokenizer=Detokenizer(tokenizer, context, stop=sampling.stop, min_tokens=sampling.min_tokens),
+                logprobs=LogprobsFormatter(tokenizer, context),
                 prompt_tokens=len(token_ids),
                 echo=echo,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
             )
-            for index, (stream, (token_ids, sampling, echo)) in enumerate(zip(streams, prepared, strict=True))
+            for index, (stream, (token_ids, sampling, context, echo)) in enumerate(zip(streams, prepared, strict=True))
         ]
     )
 

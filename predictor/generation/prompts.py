@@ -3,14 +3,33 @@
 Works with any transformers tokenizer without importing transformers.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import jinja2
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from predictor.errors import InvalidRequest, PromptTooLong
+from predictor.generation.chat_template import ChatTemplate
+from predictor.generation.control_tokens import BREAK
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import Chat, GenerationRequest, SamplingParams
+
+_CHARS_PER_TOKEN = 8
+"""Text that is longer is encoded in parts first; most languages and code have 2 to 5."""
+_CUT_TOKENS = 1024
+"""More tokens than cutting a text in two can add."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRequest:
+    """A request as the engine takes it."""
+
+    token_ids: list[int]
+    sampling: SamplingParams
+    """Complete."""
+    n: int
+    """Number of completions."""
+    echo: str
+    """Text to put before each completion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,78 +38,107 @@ class Prompts:
 
     Args:
         tokenizer: the model's.
+        chat_template: the model's.
+        grammars: compiler of structured outputs for the tokenizer.
         context_tokens: maximum number of tokens of prompt and completion together.
-        vocabulary_tokens: number of token ids; all are below it.
+        vocabulary_tokens: rows of the model's input embedding; token ids are below it.
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
         default_max_tokens: maximum number of new tokens if neither the request nor `defaults` has one.
+        unembedded_tokens: by id, the tokenizer's tokens for which the model has no embedding.
     """
 
     tokenizer: Tokenizer
+    chat_template: ChatTemplate
+    grammars: GrammarCompiler
     context_tokens: int
     vocabulary_tokens: int
     defaults: SamplingParams
     default_max_tokens: int
+    unembedded_tokens: Mapping[int, str] = field(default_factory=dict)
 
-    def encode(self, request: GenerationRequest) -> tuple[list[int], SamplingParams]:
-        """Return the prompt's token ids and the complete sampling parameters.
+    def encode(self, request: GenerationRequest) -> EncodedRequest:
+        """Return all that the request's completions need.
 
         Raises:
-            InvalidRequest: empty prompt, unknown token id, no chat template, messages rejected by the template, or
-                max_tokens too large.
-            PromptTooLong: not one new token fits.
+            InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
+                template, min_tokens too large, or unsupported structured output.
+            PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
         token_ids = self._token_ids(request.prompt)
         if not token_ids:
             raise InvalidRequest("The prompt is empty. Send at least one character.")
         remaining = self.context_tokens - len(token_ids)
-        if remaining < 1:
+        if remaining < (0 if request.sampling.max_tokens == 0 else 1):
             raise PromptTooLong(
                 f"The prompt is too long: {len(token_ids)} tokens. The context is {self.context_tokens} tokens for "
                 "prompt and completion; shorten the prompt."
             )
-        return token_ids, self._complete(request.sampling, remaining)
+        self._check_token_ids(token_ids, "the prompt")
+        sampling = self._complete(request.sampling, remaining)
+        echo = self._text(request.prompt, token_ids) if request.echo else ""
+        return EncodedRequest(token_ids, sampling, request.n, echo)
 
-    def text(self, request: GenerationRequest) -> str:
-        """Return the prompt as text, for an echo."""
-        if isinstance(request.prompt, str):
-            return request.prompt
-        return self.tokenizer.decode(self._token_ids(request.prompt), skip_special_tokens=True)
+    def _text(self, prompt: str | tuple[int, ...] | Chat, token_ids: list[int]) -> str:
+        return prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _token_ids(self, prompt: str | tuple[int, ...] | Chat) -> list[int]:
         if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt, add_special_tokens=True)) if prompt else []
+            return self._encode(prompt, add_special_tokens=True) if prompt else []
         if isinstance(prompt, tuple):
-            self._check_token_ids(prompt, "the prompt")
+            self._check_length(len(prompt), 0)
             return list(prompt)
-        if not self.tokenizer.chat_template:
-            raise InvalidRequest("This model has no chat template. Send the prompt as text instead of messages.")
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(prompt.messages), tools=list(prompt.tools) or None, tokenize=False, add_generation_prompt=True
-            )
-        # A chat template is a program that comes with the weights; a message may make it raise any of these.
-        except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError, ArithmeticError) as error:
-            raise InvalidRequest(f"The model's chat template rejected the messages: {error}.") from error
+        return self._encode_chat(self.chat_template.render(prompt))
+
+    def _encode_chat(self, text: str) -> list[int]:
+        """Encode a rendered chat; the parts between BREAKs on their own, which no control token then crosses."""
+        first, *others = text.split(BREAK)
         # The template's text has the special tokens already; adding them again would double the first one.
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
+        token_ids = self._encode(first, add_special_tokens=False)
+        # SentencePiece adds a space before a text. Here it goes before a line feed, which is removed with it.
+        start = self.tokenizer.encode("\n", add_special_tokens=False)
+        for other in others:
+            self._check_length(len(token_ids), _CUT_TOKENS)
+            part = self._encode("\n" + other, add_special_tokens=False)
+            has_start = part[: len(start)] == start
+            token_ids += part[len(start) :] if has_start else self._encode(other, add_special_tokens=False)
+        return token_ids
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Encode a text, or only as much of it as shows that it does not fit.
+
+        The length in characters alone shows nothing: a token may stand for any number of spaces or unknown characters.
+        """
+        size = _CHARS_PER_TOKEN * (self.context_tokens + _CUT_TOKENS)
+        while size < len(text):
+            beginning = self.tokenizer.encode(text[:size], add_special_tokens=add_special_tokens)
+            self._check_length(len(beginning), _CUT_TOKENS)
+            size *= 4
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def _check_length(self, token_count: int, tolerance: int) -> None:
+        """Reject a prompt whose first `token_count` tokens exceed the context by more than `tolerance`."""
+        if token_count > self.context_tokens + tolerance:
+            raise PromptTooLong(
+                f"The prompt is too long: more than {self.context_tokens} tokens, the context for prompt and "
+                "completion; shorten the prompt."
+            )
 
     def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
-        for token_id in token_ids:
-            if not 0 <= token_id < self.vocabulary_tokens:
-                raise InvalidRequest(
-                    f"Unknown token id in {where}: {token_id}. This model's are 0 to {self.vocabulary_tokens - 1}."
-                )
+        """Raise InvalidRequest if the model has no embedding for an id; text may have such tokens too."""
+        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary_tokens), None)
+        if unknown is not None:
+            token = self.unembedded_tokens.get(unknown)
+            named = f"{unknown}" if token is None else f"{unknown}, {token!r}; remove it"
+            raise InvalidRequest(
+                f"Unknown token id in {where}: {named}. This model's are 0 to {self.vocabulary_tokens - 1}."
+            )
 
     def _complete(self, sampling: SamplingParams, remaining: int) -> SamplingParams:
-        if sampling.max_tokens is not None and sampling.max_tokens > remaining:
-            raise InvalidRequest(
-                f"max_tokens is too large: {sampling.max_tokens}. After the prompt {remaining} of "
-                f"{self.context_tokens} tokens remain; lower max_tokens or shorten the prompt.",
-                "max_tokens",
-            )
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
         defaults = self.defaults
-        max_tokens = sampling.max_tokens or min(defaults.max_tokens or self.default_max_tokens, remaining)
+        max_tokens = sampling.max_tokens
+        if max_tokens is None:
+            max_tokens = defaults.max_tokens or self.default_max_tokens
         if sampling.min_tokens > max_tokens:
             raise InvalidRequest(
                 f"min_tokens is too large: {sampling.min_tokens}. Set it to at most max_tokens, {max_tokens}.",
@@ -101,4 +149,22 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        return replace(sampling, max_tokens=max_tokens, **unset)
+        if sampling.structured_output is not None:
+            if sampling.ignore_eos:
+                raise InvalidRequest(
+                    "ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos"
+                )
+            grammar = self.grammars.compile(sampling.structured_output)
+            sampling = replace(sampling, logits_processors=(grammar.logits_processor,))
+        max_tokens = min(max_tokens, remaining)
+        return replace(
+            sampling,
+            max_tokens=max_tokens,
+            min_tokens=min(sampling.min_tokens or defaults.min_tokens, max_tokens),
+            stop=tuple(dict.fromkeys(sampling.stop + defaults.stop)),
+            no_repeat_ngram_size=sampling.no_repeat_ngram_size or defaults.no_repeat_ngram_size,
+            suppress_tokens=sampling.suppress_tokens + defaults.suppress_tokens,
+            begin_suppress_tokens=sampling.begin_suppress_tokens + defaults.begin_suppress_tokens,
+            bad_words_ids=sampling.bad_words_ids + defaults.bad_words_ids,
+            **unset,
+        )

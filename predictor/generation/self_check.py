@@ -5,12 +5,14 @@ import logging
 import time
 
 from predictor.engine.engine import Engine
-from predictor.errors import RequestError
+from predictor.errors import GenerationFailed, RequestError
 
 logger = logging.getLogger(__name__)
 
 STALE_AFTER_PERIODS = 3
 """Number of periods without success after which the model is not ready."""
+BROKEN_AFTER_FAILURES = 3
+"""Number of failed generations in succession after which the model `is_broken`."""
 
 
 class SelfCheck:
@@ -23,6 +25,7 @@ class SelfCheck:
         self._last_success = time.monotonic()
         self.succeeded = True
         """Result of the last check; True before the first."""
+        self._failed_generations = 0
 
     @property
     def age_seconds(self) -> float:
@@ -33,6 +36,11 @@ class SelfCheck:
     def is_fresh(self) -> bool:
         """Whether the last success is recent enough for readiness."""
         return not self._period_seconds or self.age_seconds < STALE_AFTER_PERIODS * self._period_seconds
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the last BROKEN_AFTER_FAILURES generations failed: only a restart helps."""
+        return self._failed_generations >= BROKEN_AFTER_FAILURES
 
     async def run(self) -> None:
         """Check periodically until cancelled."""
@@ -50,6 +58,7 @@ class SelfCheck:
                 await engine.check(self._period_seconds)
             except RequestError as error:
                 self.succeeded = False
+                self._failed_generations += isinstance(error, GenerationFailed)
                 logger.error("self-check failed: %s", error)
             except Exception:
                 self.succeeded = False
@@ -62,3 +71,4 @@ class SelfCheck:
     def _record_success(self) -> None:
         self._last_success = time.monotonic()
         self.succeeded = True
+        self._failed_generations = 0

@@ -12,11 +12,22 @@ from enum import StrEnum
 import psutil
 
 from predictor.engine.engine import Engine
-from predictor.errors import Draining, ModelNotReady, Overloaded, RequestError, StartupError
+from predictor.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidRequest,
+    ModelNotReady,
+    Overloaded,
+    RequestError,
+    StartupError,
+)
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
-from predictor.generation.prompts import Prompts
+from predictor.generation.prompt_encoder import PromptEncoder
+from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.generation.self_check import SelfCheck
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
@@ -52,6 +63,7 @@ class _Pipeline:
     """The parts that answer requests once the model is loaded."""
 
     prompts: Prompts
+    encoder: PromptEncoder
     engine: Engine
     self_check: SelfCheck
 
@@ -67,6 +79,8 @@ class LLMService:
         self._settings = settings
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
+        self._num_encoding = 0
+        """Sequences whose prompts are encoded or wait for it."""
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
         self._state_lock = threading.RLock()
@@ -90,7 +104,7 @@ class LLMService:
             model_snapshot = self._find_snapshot()
             loaded = self._load_weights(model_snapshot)
             engine = self._start_engine(loaded)
-            self._warm_up(engine)
+            self._warm_up(loaded, engine)
             self._accept_requests(model_snapshot, loaded, engine)
         except _LoadCancelled:
             return False
@@ -122,16 +136,16 @@ class LLMService:
             quantization=settings.quantization,
             skip_modules=settings.skip_modules,
             fallback=settings.quantization_fallback,
+            max_model_len=settings.max_model_len,
             time_phase=self._metrics.time_load_phase,
         )
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
-        settings = self._settings
         engine = Engine.from_model(
             loaded.model,
-            settings,
+            self._settings,
             eos_token_ids=loaded.eos_token_ids,
-            context_tokens=min(loaded.context_tokens, settings.max_model_len or loaded.context_tokens),
+            context_tokens=loaded.context_tokens,
         )
         with self._state_lock:
             self._enter(Phase.WARMING_UP)
@@ -140,36 +154,47 @@ class LLMService:
                 engine.start()
         return engine
 
-    def _warm_up(self, engine: Engine) -> None:
+    def _warm_up(self, loaded: LoadedModel, engine: Engine) -> None:
         try:
             with self._metrics.time_load_phase("warm_up"):
-                asyncio.run(engine.check(WARM_UP_SECONDS))
+                asyncio.run(engine.warm_up(loaded.vocabulary_tokens, WARM_UP_SECONDS))
         except RequestError as error:
-            raise StartupError(f"The model was loaded, but its first generation failed: {error}") from error
+            raise StartupError(
+                f"The first generation of this {type(loaded.model).__name__} failed: {error}. The log has more. "
+                "If memory and device are sound, serve an architecture of docs/architectures.md."
+            ) from error
 
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
+        chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
         prompts = Prompts(
             loaded.tokenizer,
+            chat_template,
+            GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids),
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.defaults,
             settings.default_max_tokens,
+            loaded.unembedded_tokens,
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
             self._enter(Phase.READY)
-            self.metadata = _metadata(model_snapshot, loaded, engine)
-            self._pipeline = _Pipeline(prompts, engine, self_check)
+            self.metadata = {
+                **_metadata(model_snapshot, loaded, engine),
+                "chat_template": chat_template.status,
+            }
+            self._pipeline = _Pipeline(prompts, PromptEncoder(prompts), engine, self_check)
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
         )
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
-            num_requests_waiting=lambda: engine.waiting,
+            num_requests_waiting=lambda: self._num_encoding + engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
+            engine_failed_steps=lambda: engine.failed_steps,
             self_check_age_seconds=lambda: self_check.age_seconds,
             self_check_success=lambda: self_check.succeeded,
         )
@@ -184,20 +209,24 @@ class LLMService:
         """Stop the engine and abort running requests; may be called twice."""
         with self._state_lock:
             self.phase = Phase.STOPPED
+            if self._pipeline is not None:
+                self._pipeline.encoder.close()
             if self._engine is not None:
                 self._engine.stop()
 
     @property
     def is_live(self) -> bool:
         """Whether the step loop makes progress, or has not been started yet."""
-        return self._pipeline is None or self._pipeline.engine.is_alive
+        if self._pipeline is None:
+            return True
+        return self._pipeline.engine.is_alive and not self._pipeline.self_check.is_broken
 
     @property
     def is_ready(self) -> bool:
         """Whether a request sent now would be answered."""
         if self.phase is not Phase.READY or self._pipeline is None:
             return False
-        return self._pipeline.engine.is_alive and self._pipeline.self_check.is_fresh
+        return self.is_live and self._pipeline.self_check.is_fresh
 
     @property
     def is_shutting_down(self) -> bool:
@@ -215,8 +244,9 @@ class LLMService:
 
     @property
     def busy(self) -> bool:
-        """Whether sequences run or wait."""
-        return self._pipeline is not None and bool(self._pipeline.engine.running or self._pipeline.engine.waiting)
+        """Whether sequences run or wait, or prompts are encoded."""
+        engine = self._pipeline.engine if self._pipeline else None
+        return engine is not None and bool(self._num_encoding or engine.running or engine.waiting)
 
     @property
     def has_ended(self) -> bool:
@@ -237,7 +267,9 @@ class LLMService:
         """Count a response, by protocol and HTTP status, in the metrics."""
         self._metrics.count_request(protocol, status)
 
-    def submit(self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None) -> CompletionStream:
+    async def submit(
+        self, requests: Sequence[GenerationRequest], timeout_seconds: float | None = None
+    ) -> CompletionStream:
         """Start generating for all requests, or for none; the caller reads the result and closes it.
 
         Args:
@@ -254,6 +286,11 @@ class LLMService:
             raise Draining("The server is shutting down. Retry later.")
         if self._pipeline is None:
             raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
+        for request in requests:
+            if isinstance(request.prompt, Chat):
+                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(request.prompt))
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
@@ -265,9 +302,10 @@ class LLMService:
             record.finished.append(sequence)
 
         try:
+            encoded = await self._encode(self._pipeline, requests, deadline)
             return output_processor.submit(
-                requests,
-                prompts=self._pipeline.prompts,
+                encoded,
+                tokenizer=self._pipeline.prompts.tokenizer,
                 engine=self._pipeline.engine,
                 deadline=deadline,
                 on_finished=on_finished,
@@ -276,6 +314,28 @@ class LLMService:
         except Overloaded:
             self._metrics.count_rejected()
             raise
+
+    async def _encode(
+        self, pipeline: _Pipeline, requests: Sequence[GenerationRequest], deadline: float
+    ) -> list[EncodedRequest]:
+        """Encode the prompts; their sequences have a place in the engine from now on."""
+        num_sequences = sum(request.n for request in requests)
+        pipeline.engine.require_capacity(num_sequences, self._num_encoding)
+        self._num_encoding += num_sequences
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await pipeline.encoder.encode(requests)
+        except TimeoutError:
+            raise DeadlineExceeded(
+                "Request timed out before its prompt was encoded. Shorten the prompt or raise the timeout."
+            ) from None
+        finally:
+            self._num_encoding -= num_sequences
+
+
+def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:
+    field = paths[0] if len(paths) == 1 else None
+    return InvalidRequest(f"{', '.join(paths)}: unknown field. Omit it. The schema is at /openapi.json.", field)
 
 
 def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
@@ -287,6 +347,7 @@ def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> 
         **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
         "prepared": str(loaded.prequantized).lower(),
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
+        **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(engine.context_tokens),
         "kv_cache_tokens": str(engine.cache_tokens),
     }

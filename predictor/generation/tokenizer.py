@@ -1,16 +1,34 @@
 """Interface of a transformers tokenizer, as far as it is used here."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
-    """Methods and attributes used of a transformers tokenizer."""
+    """Text to token ids and back."""
 
-    chat_template: Any
     all_special_ids: list[int]
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...  # noqa: D102
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...  # noqa: D102
+
+
+class ChatTokenizer(Protocol):
+    """Chats to text."""
+
+    chat_template: Any
+
+    @property
+    def added_tokens_decoder(self) -> Mapping[int, Any]: ...  # noqa: D102
+    def get_chat_template(self, chat_template: str | None = None, tools: list[Any] | None = None) -> str: ...  # noqa: D102
     def apply_chat_template(  # noqa: D102
-        self, conversation: list[Any], *, tools: list[Any] | None, tokenize: bool, add_generation_prompt: bool
+        self,
+        conversation: list[Any],
+        *,
+        tools: list[Any] | None,
+        chat_template: str,
+        tokenize: bool,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        **variables: Any,
     ) -> str: ...

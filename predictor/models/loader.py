@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -12,15 +12,21 @@ import transformers
 
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import checkpoint, placement, snapshot
+from predictor.models import checkpoint, context_length, placement, rope, snapshot
+from predictor.models.checkpoint import Weights
+from predictor.models.generation_config import GenerationConfig
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
 from predictor.types import SamplingParams
+from snapshot_format import model_files
 from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
+
+_NAMED_TOKENS = 5
+"""Number of tokens without an embedding that the log names."""
 
 TimePhase = Callable[[str], AbstractContextManager[object]]
 """Entered for each phase of a load, with its name: "tokenizer", "weights", "pack"."""
@@ -33,6 +39,7 @@ class LoadPlan:
     directory: Path
     config: Any
     """The transformers config in `weights_dir`."""
+    generation_config: GenerationConfig
     device: torch.device
     dtype: torch.dtype
     quantization: str
@@ -44,6 +51,8 @@ class LoadPlan:
     prequantized_dir: Path | None
     """The variant of `directory` with these weights, made by the storage initializer."""
     trust_remote_code: bool
+    context_tokens: int | None
+    """Maximum of prompt and completion together; None: the tokenizer's."""
 
     @property
     def weights_dir(self) -> Path:
@@ -59,9 +68,11 @@ class LoadedModel:
     """The transformers model, in evaluation mode, on its device."""
     tokenizer: Any
     context_tokens: int
-    """Positions that the model supports."""
+    """Maximum of prompt and completion together."""
     vocabulary_tokens: int
-    """Token ids are below this."""
+    """Rows of the input embedding, with padding: token ids are below this."""
+    unembedded_tokens: dict[int, str]
+    """Tokens of the tokenizer whose id has no row in the embedding, by id; prompts with them are refused."""
     eos_token_ids: frozenset[int]
     quantization: str
     """`none`, `8bit` or `4bit`, or the method of a quantized checkpoint."""
@@ -84,11 +95,13 @@ class LoadOptions(TypedDict, total=False):
     quantization: str
     skip_modules: Sequence[str]
     fallback: bool
+    max_model_len: int | None
 
 
 def load(directory: Path, *, time_phase: TimePhase = nullcontext, **options: Unpack[LoadOptions]) -> LoadedModel:
     """Load the model and tokenizer of `directory`, with the options of `make_plan`."""
-    return execute(make_plan(directory, **options), time_phase=time_phase)
+    with checkpoint.without_byte_order_marks(directory) as readable:
+        return execute(make_plan(readable, **options), time_phase=time_phase)
 
 
 def make_plan(
@@ -100,6 +113,7 @@ def make_plan(
     quantization: str = "none",
     skip_modules: Sequence[str] = (),
     fallback: bool = False,
+    max_model_len: int | None = None,
 ) -> LoadPlan:
     """Decide how to load the model of `directory`.
 
@@ -111,16 +125,19 @@ def make_plan(
         quantization: "auto", "none", "8bit" or "4bit".
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
+        max_model_len: maximum of prompt and completion together; None: the model's.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, or transformers does not support the architecture.
+        UnsupportedModel: the weights cannot be read, or the engine cannot run the architecture.
+        InvalidSettings: `max_model_len` is more than the model supports.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
-    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
-    checkpoint.check_weight_files(directory)
+    checkpoint.check_auxiliary_files(directory)
+    config, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code)
+    context_tokens = context_length.resolve(config, directory, max_model_len)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    weight_bytes = sum(file.stat().st_size for file in checkpoint.weight_files(directory))
+    weight_bytes = weights.size_bytes
     free_bytes = memory.available_bytes(target)
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
@@ -129,11 +146,12 @@ def make_plan(
     if isinstance(quantization_config, Int8Config):
         prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
-        config = checkpoint.read_config(prequantized_dir, trust_remote_code=trust_remote_code)
+        config, _ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code)
         quantization_config = None
     return LoadPlan(
         directory=directory,
         config=config,
+        generation_config=GenerationConfig.read(directory),
         device=target,
         dtype=target_dtype,
         quantization=mode,
@@ -144,6 +162,7 @@ def make_plan(
         ),
         prequantized_dir=prequantized_dir,
         trust_remote_code=trust_remote_code,
+        context_tokens=context_tokens,
     )
 
 
@@ -161,8 +180,11 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
         logger.info("loading pre-quantized weights from %s", plan.prequantized_dir)
     with time_phase("tokenizer"):
         tokenizer = _load_tokenizer(plan)
+        context_tokens = plan.context_tokens or context_length.from_tokenizer(tokenizer, plan.directory)
     with time_phase("weights"):
         model = _load_weights(plan)
+    if context_length.needs_fixed_rope(plan.config, context_tokens):
+        rope.fix_length(model, context_tokens)
     quantization = _resolved_method(model, plan.quantization)
     int8_kernels = ""
     if plan.device.type == "cpu":
@@ -173,16 +195,19 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
             logger.info("int8 kernels: %s", int8_kernels)
         if reason := ops.unavailable_reason():
             logger.warning("native CPU kernels are unavailable: %s", reason)
-    text_config = plan.config.get_text_config()
+    # Not the config's `vocab_size`: the embedding may be padded, or have fewer rows than the tokenizer has tokens.
+    vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
+    eos_token_ids = plan.generation_config.eos_token_ids(tokenizer, vocabulary_tokens)
     return LoadedModel(
         model=model.eval(),
         tokenizer=tokenizer,
-        context_tokens=int(getattr(text_config, "max_position_embeddings", None) or tokenizer.model_max_length),
-        vocabulary_tokens=int(text_config.vocab_size),
-        eos_token_ids=_eos_token_ids(model, tokenizer),
+        context_tokens=context_tokens,
+        vocabulary_tokens=vocabulary_tokens,
+        unembedded_tokens=_unembedded_tokens(tokenizer, vocabulary_tokens),
+        eos_token_ids=eos_token_ids,
         quantization=quantization,
         int8_kernels=int8_kernels,
-        defaults=_default_sampling(model.generation_config),
+        defaults=plan.generation_config.sampling_params(eos_token_ids, vocabulary_tokens),
         device_map=placement.device_map(model),
         prequantized=plan.prequantized_dir is not None,
     )
@@ -200,6 +225,17 @@ def choose_dtype(dtype: str, checkpoint_dtype: torch.dtype | None, device: torch
     return chosen
 
 
+def _read_checkpoint(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Weights]:
+    """Return the config, which names the weights if transformers would not find them, and the weights."""
+    if trust_remote_code:
+        checkpoint.check_code(directory)
+    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
+    weights = checkpoint.find_weights(directory, getattr(config, "transformers_weights", None))
+    if weights.entry not in (model_files.SINGLE, model_files.INDEX):
+        config.transformers_weights = weights.entry
+    return config, weights
+
+
 def _load_tokenizer(plan: LoadPlan) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -214,6 +250,7 @@ def _load_weights(plan: LoadPlan) -> Any:
         model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
             plan.weights_dir,
             config=plan.config,
+            generation_config=transformers.GenerationConfig(),  # read by `GenerationConfig` of this package
             dtype=plan.dtype,
             device_map=plan.placement.device_map,
             max_memory=plan.placement.max_memory,
@@ -254,34 +291,18 @@ def _resolved_method(model: Any, mode: str) -> str:
     return "8bit" if method == INT8_METHOD else method
 
 
-def _eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    declared = model.generation_config.eos_token_id
-    ids = declared if isinstance(declared, list) else [declared, tokenizer.eos_token_id]
-    return frozenset(token_id for token_id in ids if token_id is not None)
-
-
-def _default_sampling(config: Any) -> SamplingParams:
-    greedy = SamplingParams(
-        max_tokens=config.max_new_tokens,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        repetition_penalty=_or_one(config.repetition_penalty),
-    )
-    if not config.do_sample:
-        return greedy
-    return replace(
-        greedy,
-        temperature=_or_one(config.temperature),
-        top_p=_or_one(config.top_p),
-        top_k=config.top_k or 0,
-        min_p=config.min_p or 0.0,
-    )
-
-
-def _or_one(value: float | None) -> float:
-    return 1.0 if value is None else float(value)
+def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:
+    """Return the tokens without an embedding, by id, and log them."""
+    unembedded = {token_id: token for token, token_id in tokenizer.get_vocab().items() if token_id >= vocabulary_tokens}
+    if unembedded:
+        logger.warning(
+            "the model's embedding has %d rows, too few for %d of the tokenizer's tokens: %s; prompts with them are "
+            "refused; use the tokenizer that the model was trained with, or resize the embedding",
+            vocabulary_tokens,
+            len(unembedded),
+            ", ".join(f"{token!r} ({token_id})" for token_id, token in sorted(unembedded.items())[:_NAMED_TOKENS]),
+        )
+    return unembedded
 
 
 def _name(dtype: torch.dtype) -> str:

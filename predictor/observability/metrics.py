@@ -68,6 +68,7 @@ class CallbackCollector(Collector):
         "kv_cache_usage_perc": "Fraction of the KV cache used by running sequences, 0 to 1.",
         "kv_cache_capacity_tokens": "Capacity of the KV cache in tokens.",
         "engine_steps": "Steps of the engine since its start.",
+        "engine_failed_steps": "Steps that failed, with their sequences.",
         "self_check_age_seconds": "Time since the self-check last succeeded.",
         "self_check_success": "Whether the last self-check succeeded, 1 or 0.",
         "ready": "Whether the model is ready, 1 or 0.",
@@ -81,7 +82,7 @@ class CallbackCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield one metric family for each name."""
         for name, text in self.texts.items():
-            kind = CounterMetricFamily if name == "engine_steps" else GaugeMetricFamily
+            kind = CounterMetricFamily if name.endswith("_steps") else GaugeMetricFamily
             family = kind(PREFIX + name, text, labels=["model_name"])
             for model_name, callback in list(self.callbacks[name].items()):
                 family.add_metric([model_name], float(callback()))

@@ -16,7 +16,14 @@ request_logger = logging.getLogger("predictor.request")
 CLIENT_GONE = 499
 """Status in log and metrics if the client disconnected before the response; nginx's number."""
 
+IGNORED_FIELDS_HEADER = "x-ignored-fields"
+"""Response header, or gRPC trailing metadata, that names the unknown fields of the request."""
+MAX_IGNORED_FIELDS = 16
+MAX_FIELD_LENGTH = 64
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_UNSAFE = re.compile(r"[^A-Za-z0-9._-]")
+"""Characters of a client that are not for log lines and headers."""
 
 
 @dataclass(slots=True)
@@ -35,6 +42,16 @@ class RequestRecord:
     """All sequences, prompts times n, in the order in which they ended."""
     error: str | None = None
     """Name of the exception class; its message may contain client data."""
+    ignored_fields: list[str] = field(default_factory=list)
+    """Paths of unknown fields, safe for headers; "..." at the end stands for further ones."""
+
+    def add_ignored_fields(self, paths: Iterable[str]) -> None:
+        """Record unknown fields of the request, up to MAX_IGNORED_FIELDS."""
+        for path in paths:
+            if len(self.ignored_fields) >= MAX_IGNORED_FIELDS:
+                self.ignored_fields[MAX_IGNORED_FIELDS:] = ["..."]
+                return
+            self.ignored_fields.append(_UNSAFE.sub("?", path[:MAX_FIELD_LENGTH]))
 
     def as_fields(self) -> dict[str, Any]:
         """Return the fields of the log line: tokens are sums over all sequences, times are maxima."""
@@ -48,7 +65,7 @@ class RequestRecord:
                 "queue_seconds": _max_seconds(sequence.queue_seconds for sequence in self.finished),
                 "first_token_seconds": _max_seconds(sequence.first_token_seconds for sequence in self.finished),
             }
-        fields["error"] = self.error
+        fields |= {"ignored_fields": self.ignored_fields or None, "error": self.error}
         return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -1,12 +1,32 @@
 """Parse JSON bodies, derive JSON schemas of them, and format validation errors."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from predictor.errors import InvalidRequest
+
+
+def to_utf8(body: bytes) -> bytes:
+    """Return a JSON body in UTF-8 without a byte-order mark.
+
+    UTF-16 and UTF-32 are recognized as in RFC 4627, by the byte-order mark or the zeros of the first characters.
+
+    Raises:
+        InvalidRequest: it is empty, or its encoding is invalid.
+    """
+    if not body:
+        raise InvalidRequest("The body is empty. Send JSON.")
+    encoding = json.detect_encoding(body)
+    try:
+        text = body.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"The body is not {error.encoding.upper()} ({error.reason} at byte {error.start}). Send JSON in UTF-8."
+        ) from None
+    return body if encoding == "utf-8" else text.encode()
 
 
 def loads(body: bytes) -> Any:
@@ -15,6 +35,7 @@ def loads(body: bytes) -> Any:
     Raises:
         InvalidRequest: it is not JSON, or has a string that cannot be encoded as UTF-8.
     """
+    body = to_utf8(body)
     try:
         content = json.loads(body)
         if b"\\u" in body:
@@ -22,7 +43,7 @@ def loads(body: bytes) -> Any:
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise InvalidRequest("The body has half of a surrogate pair in a string. Send whole characters.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not JSON ({error}).") from None
     except RecursionError:
         raise InvalidRequest("The body is not JSON (nested too deeply).") from None
@@ -49,27 +70,10 @@ def json_schema(model: type[BaseModel]) -> dict[str, Any]:
     return {key: inline(value) for key, value in schema.items() if key not in ("title", "description")}
 
 
-def format_validation_error(error: ValidationError, *, prefix: str = "", allowed: Iterable[str] = ()) -> str:
-    """Return one line with all issues, each with its field's path.
-
-    Args:
-        error: of a request body.
-        prefix: put before every path.
-        allowed: field names to list if a field is unknown.
-    """
+def format_validation_error(error: ValidationError, *, prefix: str = "") -> str:
+    """Return one line with all issues of a request body, each with its field's path after `prefix`."""
     issues = [(prefix + ".".join(map(str, issue["loc"])), issue) for issue in error.errors(include_url=False)]
-    unknown = [field for field, issue in issues if issue["type"] == "extra_forbidden"]
-    messages = [
-        f"{field or 'the body'}: {_message(issue)}" for field, issue in issues if issue["type"] != "extra_forbidden"
-    ]
-    if unknown:
-        messages.append(unknown_fields(unknown, allowed))
-    return "; ".join(messages) + "."
-
-
-def unknown_fields(names: Iterable[str], allowed: Iterable[str]) -> str:
-    """Return the message for unknown fields, without a final period."""
-    return f"{', '.join(names)}: unknown field. Allowed: {', '.join(sorted(allowed))}"
+    return "; ".join(f"{field or 'the body'}: {_message(issue)}" for field, issue in issues) + "."
 
 
 def _message(issue: Mapping[str, Any]) -> str:

@@ -6,10 +6,10 @@ Specification: kserve/website, docs on the v1 protocol. Sampling fields are in `
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema, loads
+from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.sampling_fields import SamplingFields
 from predictor.types import Chat, Completion, GenerationRequest
 
@@ -36,9 +36,7 @@ _Instance = Annotated[
 ]
 
 
-class _PredictRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _PredictRequest(JSONObject):
     instances: list[_Instance] = Field(min_length=1)
     parameters: SamplingFields = SamplingFields()
 
@@ -51,13 +49,9 @@ def decode(body: bytes) -> list[GenerationRequest]:
     """Return one generation request per instance, in order.
 
     Raises:
-        InvalidRequest: not JSON, or a field is missing, unknown or out of range; the message names it.
+        InvalidRequest: not JSON, or a field is missing, not supported or out of range; the message names it.
     """
-    try:
-        request = _PredictRequest.model_validate(loads(body))
-    except ValidationError as error:
-        allowed = {*_PredictRequest.model_fields, *(f"parameters.{name}" for name in SamplingFields.model_fields)}
-        raise InvalidRequest(format_validation_error(error, allowed=allowed)) from None
+    request = validate(_PredictRequest, loads(body))
     sampling = request.parameters.to_sampling_params()
     return [GenerationRequest(_prompt(instance), sampling) for instance in request.instances]
 

@@ -18,10 +18,11 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema, loads
+from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.open_inference_binary import (
     binary_parameters,
     decode_elements,
@@ -57,10 +58,8 @@ SERVER = "kserve-llm"
 PLATFORM = "transformers_safetensors"
 """Platform in the model's metadata: project and format."""
 
-Scalar = str | int | float | bool
 
-
-class _Tensor(BaseModel):
+class _Tensor(JSONObject):
     name: str
     datatype: str
     shape: list[Annotated[int, Field(ge=0, lt=2**31)]] = Field(min_length=1)
@@ -68,13 +67,13 @@ class _Tensor(BaseModel):
     parameters: dict[str, Any] = {}
 
 
-class _Output(BaseModel):
+class _Output(JSONObject):
     name: str
-    parameters: dict[str, Scalar] = {}
+    parameters: dict[str, Any] = {}
 
 
-class _InferRequest(BaseModel):
-    """Infer request as JSON; unknown fields are ignored, as the protocol requires."""
+class _InferRequest(JSONObject):
+    """Infer request as JSON."""
 
     id: str | None = None
     parameters: dict[str, Any] = {}
@@ -83,7 +82,7 @@ class _InferRequest(BaseModel):
 
 
 class _Parameters(SamplingFields):
-    """Parameters of the request or its input; unknown names are rejected."""
+    """Parameters of the request or its input."""
 
     logprobs: int | None = Field(
         default=None,
@@ -114,10 +113,7 @@ def parse(body: bytes, model_name: str, header_length: str | None = None) -> Inf
         InvalidRequest: not JSON, or a field is missing or has the wrong type; the message names it.
     """
     size = json_size(header_length, len(body))
-    try:
-        parsed = _InferRequest.model_validate(loads(body[:size]))
-    except ValidationError as error:
-        raise InvalidRequest(format_validation_error(error)) from None
+    parsed = validate(_InferRequest, loads(body[:size]))
     tail = memoryview(body)[size:]
     inputs = []
     for index, tensor in enumerate(parsed.inputs):
@@ -143,7 +139,8 @@ def decode(request: InferRequest) -> list[GenerationRequest]:
     """Return one generation request per prompt, in order.
 
     Raises:
-        InvalidRequest: an input, output or parameter is unknown, missing or out of range; the message names it.
+        InvalidRequest: an input or output is unknown, or a parameter is not supported or out of range; the message
+            names it.
     """
     binary_parameters(request.parameters)
     selected = _selected_outputs(request)
@@ -252,11 +249,7 @@ def _sampling_params(request: InferRequest, tensor: InferInput, *, with_logprobs
     """Return the request's parameters, overridden by the input's own."""
     merged = {**(request.parameters or {}), **(tensor.parameters or {})}
     merged.pop("binary_data_output", None)
-    try:
-        parameters = _Parameters.model_validate(merged)
-    except ValidationError as error:
-        message = format_validation_error(error, prefix="parameters.", allowed=_Parameters.model_fields)
-        raise InvalidRequest(message) from None
+    parameters = validate(_Parameters, merged, "parameters.")
     if parameters.logprobs is not None and not with_logprobs:
         raise InvalidRequest("parameters.logprobs is set, but outputs does not select logprobs. Select it.")
     return parameters.to_sampling_params((parameters.logprobs or 0) if with_logprobs else None)
@@ -265,7 +258,7 @@ def _sampling_params(request: InferRequest, tensor: InferInput, *, with_logprobs
 def _decode_parameters(parameters: Any) -> dict[str, Any]:
     """Return gRPC parameters; fractions are sent as strings, since InferParameter has no floating-point type."""
     values = decode_grpc_parameters(parameters)
-    for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+    for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
         if isinstance(values.get(name), str):
             with contextlib.suppress(ValueError):  # `decode` rejects it by name, like any wrong type
                 values[name] = float(values[name])

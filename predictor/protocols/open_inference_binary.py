@@ -9,20 +9,19 @@ from typing import Any
 
 import numpy
 from kserve import InferOutput
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols import open_inference_types
 from predictor.protocols.json_body import format_validation_error
+from predictor.protocols.json_object import JSONObject
 
 HEADER_LENGTH = "inference-header-content-length"
 """Header, in lower case, with the number of bytes of a body that are JSON."""
 
 
-class BinaryParameters(BaseModel):
+class BinaryParameters(JSONObject):
     """Parameters of the extension, of a request, an input or an output; other parameters are ignored."""
-
-    model_config = ConfigDict(strict=True)
 
     binary_data_size: int | None = Field(default=None, ge=0)
     binary_data_output: bool = False

@@ -1,7 +1,8 @@
 """Generate extension of the Open Inference Protocol: one prompt -> its completion, whole or as server-sent events.
 
 Specification: kserve/open-inference-protocol, specification/protocol/generate_rest.yaml. Defaults are the
-specification's (temperature 1, 20 tokens); all parameters of `SamplingFields` are accepted.
+specification's (temperature 1, 20 tokens); all parameters of `SamplingFields` are accepted. As in Triton, parameters
+may be at the top level too, and an `id` comes back.
 
 In a stream the last event has `details`, since the specification requires a finish reason in it. `token` is the last
 token there, and `logprobs` has all of them.
@@ -12,25 +13,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from predictor.errors import InvalidRequest, RequestError
-from predictor.protocols.json_body import format_validation_error, json_schema, loads
-from predictor.protocols.sampling_fields import SamplingFields
+from predictor.errors import RequestError
+from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_object import validate
+from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, SamplingFields, Stop
 from predictor.types import Completion, CompletionDelta, GenerationRequest, Token
 
 
 class _Parameters(SamplingFields):
     temperature: float | None = Field(default=1.0, ge=0, allow_inf_nan=False)
-    max_tokens: int | None = Field(default=20, ge=1)
+    max_tokens: MaxTokens | None = Field(default=20, description=MAX_TOKENS)
+    stop_words: Stop = Field(default=[], description="TensorRT-LLM's name of stop.")
     details: bool = Field(default=False, description="Return finish_reason and logprobs.")
+    exclude_input_in_output: bool = Field(default=True, description="Triton's; false puts the prompt first.")
+
+    def set_values(self) -> dict[str, Any]:
+        """Return the parameters that the request sets."""
+        return {name: getattr(self, name) for name in _Parameters.model_fields if name in self.model_fields_set}
 
 
-class _GenerateRequest(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _GenerateRequest(_Parameters):
     text_input: str = Field(min_length=1)
+    id: str | None = None
     parameters: _Parameters = _Parameters()
+
+    def merged_parameters(self) -> _Parameters:
+        """Return `parameters` with those next to it, where Triton has them; the former take precedence."""
+        values = self.set_values() | self.parameters.set_values()
+        values["stop"] = [*values.get("stop", []), *values.get("stop_words", [])]
+        return _Parameters().model_copy(update=values)
 
 
 REQUEST_SCHEMA = json_schema(_GenerateRequest)
@@ -43,30 +56,28 @@ class DecodedRequest:
 
     request: GenerationRequest
     details: bool
-    model: dict[str, str]
-    """Fields that name the model in every response."""
+    head: dict[str, str]
+    """Fields of every response that name the request, if it has an id, and the model."""
 
 
 def decode(body: bytes, model_name: str, version: str | None) -> DecodedRequest:
     """Decode a JSON body; the route has the model's name, and may have its version.
 
     Raises:
-        InvalidRequest: not JSON, or a field is missing, unknown or out of range; the message names it.
+        InvalidRequest: not JSON, or a field is missing, not supported or out of range; the message names it.
     """
-    try:
-        parsed = _GenerateRequest.model_validate(loads(body))
-    except ValidationError as error:
-        allowed = {*_GenerateRequest.model_fields, *(f"parameters.{name}" for name in _Parameters.model_fields)}
-        raise InvalidRequest(format_validation_error(error, allowed=allowed)) from None
-    details = parsed.parameters.details
-    sampling = parsed.parameters.to_sampling_params(logprobs=0 if details else None)
-    model = {"model_name": model_name} | ({} if version is None else {"model_version": version})
-    return DecodedRequest(request=GenerationRequest(parsed.text_input, sampling), details=details, model=model)
+    parsed = validate(_GenerateRequest, loads(body))
+    parameters = parsed.merged_parameters()
+    sampling = parameters.to_sampling_params(logprobs=0 if parameters.details else None)
+    request = GenerationRequest(parsed.text_input, sampling, echo=not parameters.exclude_input_in_output)
+    fields = {"id": parsed.id, "model_name": model_name, "model_version": version}
+    head = {name: value for name, value in fields.items() if value is not None}
+    return DecodedRequest(request=request, details=parameters.details, head=head)
 
 
 def encode(decoded: DecodedRequest, completion: Completion) -> dict[str, Any]:
     """Return the response as a JSON object."""
-    response: dict[str, Any] = {"text_output": completion.text, **decoded.model}
+    response: dict[str, Any] = {"text_output": completion.text, **decoded.head}
     if decoded.details:
         logprobs = _logprobs(completion.tokens)
         response["details"] = {"finish_reason": completion.finish_reason.value, "logprobs": logprobs}
@@ -89,10 +100,12 @@ class EventEncoder:
         self._tokens += delta.tokens
         if not delta.text and delta.finish_reason is None:
             return []
-        event: dict[str, Any] = {"text_output": delta.text, **self._decoded.model}
+        event: dict[str, Any] = {"text_output": delta.text, **self._decoded.head}
         if self._decoded.details and delta.finish_reason is not None:
             logprobs = _logprobs(self._tokens)
-            event["details"] = {"finish_reason": delta.finish_reason.value, "token": logprobs[-1], "logprobs": logprobs}
+            event["details"] = {"finish_reason": delta.finish_reason.value, "logprobs": logprobs}
+            if logprobs:
+                event["details"]["token"] = logprobs[-1]
         return [_event(event)]
 
     def end(self) -> list[str]:

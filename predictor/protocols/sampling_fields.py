@@ -1,82 +1,109 @@
 """Request fields for sampling and timeouts, shared by the protocols, which differ in their names and positions only."""
 
-import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from predictor.errors import InvalidRequest
+from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_PARAMETERS
+from predictor.protocols.structured_output_fields import StructuredOutputFields, parse_json
 from predictor.types import SamplingParams
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Header, in lower case, with which a client sets a shorter timeout than the server's."""
 
-MAX_STOP = 16
+MAX_STOP = 256
+UNLIMITED = -1
+"""Value of max_tokens for all that the context has left."""
+MAX_TOKENS = "Maximum number of new tokens; -1 and more than the context has left: all that it has left; 0: none."
 MAX_LOGPROBS = 20
 """OpenAI's maximum of top_logprobs."""
 MAX_COMPLETIONS = 128
 """OpenAI's maximum of n."""
 
 
-def wrap_string(value: object) -> object:
+def _wrap_string(value: object) -> object:
     """Return a string as a list of one string, and other values unchanged."""
     return [value] if isinstance(value, str) else value
 
 
 def _parse_list(value: object) -> object:
-    """Return the list in a string of JSON: parameters of Open Inference are scalars."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    """Return the list in a string of JSON; any other string is one value."""
+    return parse_json(value) if isinstance(value, str) and value.startswith("[") else value
 
+
+def _drop_empty(strings: list[str | None]) -> list[str]:
+    return [string for string in strings if string]
+
+
+def _to_limit(max_tokens: int) -> int:
+    return sys.maxsize if max_tokens == UNLIMITED else max_tokens
+
+
+def _to_seed(value: int) -> int | None:
+    """Return an integer of any size within the generator's range; -1 means a random seed."""
+    return None if value == -1 else (value + 2**63) % 2**64 - 2**63
+
+
+MaxTokens = Annotated[int, Field(ge=UNLIMITED), AfterValidator(_to_limit)]
+"""Maximum number of new tokens, limited later to what the context has left."""
+
+_Strings = Annotated[list[str | None], Field(max_length=MAX_STOP)]
 
 Stop = Annotated[
-    list[Annotated[str, StringConstraints(min_length=1)]],
-    BeforeValidator(wrap_string),
-    BeforeValidator(_parse_list),
+    list[str | None],
     Field(max_length=MAX_STOP),
+    BeforeValidator(_wrap_string, str | _Strings),
+    AfterValidator(_drop_empty),
 ]
-"""A stop string, or a list of them."""
+"""A stop string, or a list of them; empty ones are dropped."""
 
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_list), Field(max_length=MAX_STOP)]
 
 
-class SamplingFields(BaseModel):
-    """Sampling parameters by vLLM's names; unknown names are rejected.
+class SamplingFields(StructuredOutputFields):
+    """Sampling parameters by vLLM's names.
 
     Defaults are those of `SamplingParams`: None means the default of the model's generation config.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    harmless = HARMLESS_PARAMETERS
+    refused = REFUSED_PARAMETERS
 
-    max_tokens: int | None = Field(default=None, ge=1, description="Maximum number of new tokens.")
+    max_tokens: MaxTokens | None = Field(default=None, description=MAX_TOKENS)
     min_tokens: int = Field(
         default=0, ge=0, description="Minimum number of new tokens before a stop condition ends it."
     )
     temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False, description="0 is greedy.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="Cumulative probability kept.")
     top_k: int | None = Field(default=None, ge=-1, description="Number of most probable tokens kept; 0 and -1: all.")
+    min_p: float | None = Field(
+        default=None, ge=0, le=1, description="Least probability kept, as a part of the most probable token's; 0: all."
+    )
     repetition_penalty: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="1 is off.")
     presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    stop: Stop = Field(default=[], description="Strings that end the completion; not part of it.")
+    stop: Annotated[Stop, BeforeValidator(_parse_list, str | _Strings)] = Field(
+        default=[], description="Strings that end the completion; not part of it."
+    )
     stop_token_ids: StopTokenIds = Field(default=[], description="Tokens that end the completion.")
     ignore_eos: bool = Field(default=False, description="Continue after the model's end of sequence.")
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63, description="Makes sampling repeatable.")
+    seed: Annotated[int, AfterValidator(_to_seed)] | None = Field(
+        default=None, description="Makes sampling repeatable; -1: random."
+    )
 
     def to_sampling_params(self, logprobs: int | None = None) -> SamplingParams:
         """Return these fields, and `logprobs`, as `SamplingParams`."""
-        values = {name: getattr(self, name) for name in SamplingFields.model_fields}
+        names = SamplingFields.model_fields.keys() - StructuredOutputFields.model_fields.keys()
+        values = {name: getattr(self, name) for name in names}
         if self.top_k == -1:  # vLLM's value for "all"
             values["top_k"] = 0
         values["stop"] = tuple(self.stop)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
-        return SamplingParams(**values, logprobs=logprobs)
+        return SamplingParams(**values, logprobs=logprobs, structured_output=self.structured_output())
 
 
 def timeout_seconds(headers: Mapping[str, str]) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from preflight import quantities
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod
-from preflight.findings import Finding, ProblemsAndRemedies
+from preflight.findings import Finding, Problems
 
 FLAGS = {
     "nodeSelector": "kubernetes.podspec-nodeselector",
@@ -41,6 +41,7 @@ FORBIDDEN_CONTAINER = ("lifecycle", "stdin", "stdinOnce", "tty")
 RESERVED = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 MAX_TIMEOUT_SECONDS = 600
 """Default of max-revision-timeout-seconds in config-defaults."""
+FULL_DUPLEX = "features.knative.dev/http-full-duplex"
 AUTOSCALING = "autoscaling.knative.dev/"
 DURATIONS = {
     "window": (6, 3600),
@@ -72,39 +73,57 @@ def flags(deployment: Deployment) -> set[str]:
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """Yield fields that Knative rejects with any flags; nothing in Standard mode."""
+    """Yield fields that Knative rejects with any flags, and a setting that cuts streams; nothing in Standard mode."""
     if not deployment.is_knative:
         return
     pod = deployment.predictor_pod
-    for problem, remedy in [*_pod(pod), *_containers(pod), *_annotations(deployment.annotations)]:
-        yield Finding(deployment.where, problem, remedy)
+    annotations = deployment.annotations | (deployment.predictor.get("annotations") or {})
+    if annotations.get(FULL_DUPLEX) not in ("Enabled", "enabled"):
+        yield Finding(
+            deployment.where,
+            f"annotation {FULL_DUPLEX} is not Enabled, so Knative's proxies may cut streams under load",
+            f"annotate it with {FULL_DUPLEX}: Enabled",
+            "kserve-llm",
+            "warning",
+        )
+    for problem, remedy, source in [*_pod(pod), *_containers(pod), *_annotations(deployment.annotations)]:
+        yield Finding(deployment.where, problem, remedy, source)
 
 
-def _pod(pod: Pod) -> ProblemsAndRemedies:
+def _pod(pod: Pod) -> Problems:
     for field in FORBIDDEN_POD:
         if field in pod.spec:
-            yield f"{field} is set, which Knative rejects", "remove it, or use Standard mode"
+            yield f"{field} is set, which Knative rejects", "remove it, or use Standard mode", "Knative's webhook"
     if pod.spec.get("automountServiceAccountToken") is True:
-        yield "automountServiceAccountToken is true, which Knative rejects", "set it to false"
+        yield "automountServiceAccountToken is true, which Knative rejects", "set it to false", "Knative's webhook"
     mounted = {mount["name"] for container in pod.containers for mount in container.get("volumeMounts", [])}
     for volume in pod.spec.get("volumes", []):
         if volume["name"] not in mounted:
-            yield f"volume {volume['name']} is not mounted, which Knative rejects", "mount it or remove it"
+            yield (
+                f"volume {volume['name']} is not mounted, which Knative rejects",
+                "mount it or remove it",
+                "Knative's webhook",
+            )
 
 
-def _containers(pod: Pod) -> ProblemsAndRemedies:
+def _containers(pod: Pod) -> Problems:
     ports = [port for container in pod.spec["containers"] for port in container.get("ports", [])]
     if len(ports) > 1:
-        yield f"{len(ports)} container ports are open, and Knative allows one", "keep the HTTP port"
+        yield (
+            f"{len(ports)} container ports are open, and Knative allows one",
+            "keep the HTTP port",
+            "Knative's webhook",
+        )
     for port in ports:
         if port.get("name", "") not in ("", "http1", "h2c"):
-            yield f"the port is named {port['name']!r}, which Knative rejects", "remove the name"
+            yield f"the port is named {port['name']!r}, which Knative rejects", "remove the name", "Knative's webhook"
     for container in pod.containers:
         for field in FORBIDDEN_CONTAINER:
             if field in container:
                 yield (
                     f"container {container['name']} has {field}, which Knative rejects",
                     "remove it, or use Standard mode",
+                    "Knative's webhook",
                 )
         reserved = RESERVED if container["name"] == KSERVE_CONTAINER else RESERVED[1:]
         for variable in container.get("env", []):
@@ -112,18 +131,27 @@ def _containers(pod: Pod) -> ProblemsAndRemedies:
                 yield (
                     f"container {container['name']} sets {variable['name']}, which Knative reserves",
                     "use another name",
+                    "Knative's webhook",
                 )
         for mount in container.get("volumeMounts", []):
             if "subPathExpr" in mount:
-                yield f"mount {mount['mountPath']} has subPathExpr, which Knative rejects", "use subPath"
+                yield (
+                    f"mount {mount['mountPath']} has subPathExpr, which Knative rejects",
+                    "use subPath",
+                    "Knative's webhook",
+                )
         if container.get("securityContext", {}).get("capabilities", {}).get("add"):
-            yield f"container {container['name']} adds capabilities, which Knative rejects", "remove them"
+            yield (
+                f"container {container['name']} adds capabilities, which Knative rejects",
+                "remove them",
+                "Knative's webhook",
+            )
 
 
-def _annotations(annotations: Manifest) -> ProblemsAndRemedies:
+def _annotations(annotations: Manifest) -> Problems:
     for key in ("min-scale", "max-scale"):
         if AUTOSCALING + key in annotations:
-            yield f"annotation {key} is ignored by KServe", "set minReplicas and maxReplicas"
+            yield f"annotation {key} is ignored by KServe", "set minReplicas and maxReplicas", "KServe's controller"
     for key, bounds in DURATIONS.items():
         if (value := annotations.get(AUTOSCALING + key)) is not None:
             yield from _duration(key, value, *bounds)
@@ -132,20 +160,29 @@ def _annotations(annotations: Manifest) -> ProblemsAndRemedies:
     for key, (least, most) in INTEGERS.items():
         value = annotations.get(AUTOSCALING + key)
         if value is not None and not (value.isdigit() and least <= int(value) <= (most or int(value))):
-            yield f"annotation {key} is {value!r}", f"use a whole number from {least}" + (f" to {most}" if most else "")
+            yield (
+                f"annotation {key} is {value!r}",
+                f"use a whole number from {least}" + (f" to {most}" if most else ""),
+                "Knative's webhook",
+            )
     kind = annotations.get(AUTOSCALING + "class", "kpa.autoscaling.knative.dev")
     if kind not in ("kpa.autoscaling.knative.dev", "hpa.autoscaling.knative.dev"):
-        yield f"annotation class is {kind!r}, which is not an autoscaler of Knative", "remove it"
+        yield f"annotation class is {kind!r}, which is not an autoscaler of Knative", "remove it", "Knative's webhook"
 
 
-def _duration(key: str, value: Any, least: float, most: float | None) -> ProblemsAndRemedies:
+def _duration(key: str, value: Any, least: float, most: float | None) -> Problems:
     try:
         seconds = quantities.seconds(value)
     except ValueError:
-        yield f"annotation {key} is {value!r}, which is not a duration", "write it as 90s, 13m or 1h"
+        yield (
+            f"annotation {key} is {value!r}, which is not a duration",
+            "write it as 90s, 13m or 1h",
+            "Knative's webhook",
+        )
         return
     if seconds % 1 or seconds < least or (most is not None and seconds > most):
         yield (
             f"annotation {key} is {value}, which Knative rejects",
             f"use whole seconds, {least} or more" + (f" and {most} at most" if most is not None else ""),
+            "Knative's webhook",
         )

@@ -5,17 +5,26 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
-from preflight.findings import Finding
+from preflight.findings import Finding, Source
 
 PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 PODS_OF = "serving.kserve.io/inferenceservice"
 """Label that KServe sets on the pods of an InferenceService."""
+_SOURCES: dict[str, Source] = {
+    "PersistentVolumeClaim": "scheduler",
+    "ConfigMap": "kubelet",
+    "ServiceAccount": "API server",
+}
+"""What reports a missing object of a kind; nothing reports that of an Ingress or a RoleBinding."""
+_MODEL_NAME = re.compile(r'model_name="([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class SecretKey:
     """A referenced Secret, which overlays deliberately do not contain."""
 
+    where: str
+    """The object that refers to it."""
     name: str
     key: str | None
     """None if the whole Secret is used."""
@@ -23,55 +32,105 @@ class SecretKey:
 
 
 def secrets(deployment: Deployment) -> list[SecretKey]:
-    """Return the required and optional Secrets of the namespace."""
-    keys: set[SecretKey] = set()
+    """Return the required and optional Secrets of the namespace, once for each object that refers to them."""
+    keys = {key for pod in deployment.pods for key in _of_containers(pod)}
     for pod in deployment.pods:
-        for container in pod.containers:
-            for variable in container.get("env", []):
-                if source := variable.get("valueFrom", {}).get("secretKeyRef"):
-                    keys.add(SecretKey(source["name"], source["key"], source.get("optional", False)))
-            for entry in container.get("envFrom", []):
-                if source := entry.get("secretRef"):
-                    keys.add(SecretKey(source["name"], None, source.get("optional", False)))
+        keys |= _pull_secrets(pod.where, pod.spec)
         for volume in pod.spec.get("volumes", []):
             if source := volume.get("secret"):
                 items = source.get("items") or [{"key": None}]
-                keys |= {SecretKey(source["secretName"], item["key"], source.get("optional", False)) for item in items}
-        keys |= {SecretKey(entry["name"], ".dockerconfigjson", True) for entry in pod.spec.get("imagePullSecrets", [])}
+                optional = source.get("optional", False)
+                keys |= {SecretKey(pod.where, source["secretName"], item["key"], optional) for item in items}
     for account in deployment.all("ServiceAccount"):
-        # Without the pull secret, the kubelet logs a warning and pulls anonymously.
-        keys |= {SecretKey(entry["name"], ".dockerconfigjson", True) for entry in account.get("imagePullSecrets", [])}
+        keys |= _pull_secrets(name_of(account), account)
     for ingress in deployment.all("Ingress"):
-        keys |= {
-            SecretKey(tls["secretName"], "tls.crt") for tls in ingress["spec"].get("tls", []) if "secretName" in tls
-        }
-    return sorted(keys, key=lambda key: (key.name, key.key or ""))
+        for tls in ingress["spec"].get("tls", []):
+            if "secretName" in tls:
+                keys.add(SecretKey(name_of(ingress), tls["secretName"], "tls.crt"))
+    return sorted(keys, key=lambda key: (key.name, key.key or "", key.where))
+
+
+def _of_containers(pod: Pod) -> Iterator[SecretKey]:
+    for container in pod.containers:
+        for variable in container.get("env", []):
+            if source := variable.get("valueFrom", {}).get("secretKeyRef"):
+                yield SecretKey(pod.where, source["name"], source["key"], source.get("optional", False))
+        for entry in container.get("envFrom", []):
+            if source := entry.get("secretRef"):
+                yield SecretKey(pod.where, source["name"], None, source.get("optional", False))
+
+
+def _pull_secrets(where: str, manifest: Manifest) -> set[SecretKey]:
+    """Return pull secrets. They are optional: without them, the kubelet logs a warning and pulls anonymously."""
+    names = [entry["name"] for entry in manifest.get("imagePullSecrets", [])]
+    return {SecretKey(where, name, ".dockerconfigjson", optional=True) for name in names}
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
     """Yield references without a target."""
-    yield from _runtime_and_claim(deployment)
+    stale = list(_stale_names(deployment))
+    if stale:
+        yield _renamed(deployment, stale)
+    yield from _claim(deployment, {old for _, old, _ in stale})
     for pod in deployment.pods:
         yield from _of_pod(deployment, pod)
     yield from _probes(deployment)
-    yield from _backends(deployment)
+    yield from _backends(deployment, {old for _, old, _ in stale})
+    yield from _queries(deployment)
     yield from _selectors(deployment)
     yield from _services(deployment)
     yield from _roles(deployment)
     yield from _images(deployment)
 
 
-def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
+def runtime(deployment: Deployment) -> Iterator[Finding]:
+    """Yield a missing ServingRuntime, without which the predictor's pod is not known."""
     name = deployment.model.get("runtime")
     if deployment.model and deployment.runtime is None:
         yield Finding(
             deployment.where,
             f"ServingRuntime {name!r} is not in this overlay" if name else "spec.predictor.model has no runtime",
-            "set model.runtime to the ServingRuntime of this overlay",
+            "set model.runtime to the ServingRuntime of this overlay; further checks need it",
+            "KServe's controller",
         )
+
+
+def _stale_names(deployment: Deployment) -> Iterator[tuple[str, str, str]]:
+    """Yield names that namePrefix or nameSuffix has changed and kustomize has not updated: object, old and new name."""
+    claims = [manifest["metadata"]["name"] for manifest in deployment.all("PersistentVolumeClaim")]
+    if deployment.claim and deployment.claim not in claims:
+        for name in claims:
+            if _is_renamed(deployment, deployment.claim, name):
+                yield "storageUri", deployment.claim, name
+    for ingress, backend in _backend_names(deployment):
+        name = str(backend).removesuffix("-predictor")
+        if not deployment.find("Service", backend) and _is_renamed(deployment, name, deployment.name):
+            yield name_of(ingress), str(backend), f"{deployment.name}-predictor"
+
+
+def _is_renamed(deployment: Deployment, old: str, new: str) -> bool:
+    """Return whether what differs is a prefix and a suffix that all objects share, and not a misspelled name."""
+    prefix, found, suffix = new.partition(old)
+    kinds = ("InferenceService", "PersistentVolumeClaim", "ServingRuntime")
+    names = [str(manifest["metadata"]["name"]) for kind in kinds for manifest in deployment.all(kind)]
+    return bool(found and prefix + suffix) and all(n.startswith(prefix) and n.endswith(suffix) for n in names)
+
+
+def _renamed(deployment: Deployment, stale: list[tuple[str, str, str]]) -> Finding:
+    names = ", ".join(f"{old} to {new}, but not in {where}" for where, old, new in stale)
+    return Finding(
+        deployment.where,
+        f"namePrefix or nameSuffix renamed {names}",
+        "add `transformers: [../../renaming]`, which is kustomize/renaming, to the kustomization that renames",
+        "kserve-llm",
+    )
+
+
+def _claim(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
     uri = deployment.model.get("storageUri", "")
     if deployment.claim is not None and not deployment.find("PersistentVolumeClaim", deployment.claim):
-        yield _missing(deployment.where, "PersistentVolumeClaim", deployment.claim)
+        if deployment.claim not in stale:
+            yield _missing(deployment.where, "PersistentVolumeClaim", deployment.claim)
     elif deployment.claim or (uri.startswith("hf://") and "storageContainerName" not in deployment.predictor):
         filled = [claim for pod, _ in deployment.downloads for claim in pod.claims]
         if filled and deployment.claim not in filled:
@@ -79,6 +138,7 @@ def _runtime_and_claim(deployment: Deployment) -> Iterator[Finding]:
                 deployment.where,
                 f"storageUri is {uri!r}, and the model is downloaded to {' and '.join(filled)}",
                 f"set storageUri: pvc://{filled[0]}",
+                "kserve-llm",
             )
 
 
@@ -101,6 +161,7 @@ def _of_pod(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
                     pod.where,
                     f"container {container['name']} mounts volume {mount['name']!r}, which the pod does not have",
                     "correct the name or add the volume",
+                    "API server",
                 )
         yield from _config_maps(deployment, pod, container)
 
@@ -122,6 +183,7 @@ def _config_maps(deployment: Deployment, pod: Pod, container: Manifest) -> Itera
                 pod.where,
                 f"{variable['name']} is read from key {source['key']!r}, which is not in ConfigMap {source['name']}",
                 f"set {source['key']} with a configMapGenerator of `behavior: merge` in the overlay",
+                "kubelet",
             )
 
 
@@ -133,6 +195,7 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                 deployment.where,
                 f"container {KSERVE_CONTAINER} has no {kind}",
                 "copy it from manifests/serving/serving-runtime.yaml",
+                "kserve-llm",
             )
             continue
         path = re.fullmatch(r"/v2/models/([^/]+)/ready", probe.get("httpGet", {}).get("path", ""))
@@ -141,6 +204,7 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                 deployment.where,
                 f"the {kind} requests model {path[1]!r}, and {deployment.name} is served",
                 "use the path /v2/models/{{.Name}}/ready",
+                "kserve-llm",
             )
     for pod in deployment.pods:
         for container in pod.containers:
@@ -151,28 +215,52 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                         pod.where,
                         f"the {kind} uses port {port!r}, which container {container['name']} does not open",
                         f"use {' or '.join(sorted(map(str, _ports(container)))) or 'a containerPort'}",
+                        "kubelet",
                     )
     ports = _ports(deployment.server)
     port = deployment.settings.get("PREDICTOR_HTTP_PORT")
     if port and ports and int(port) not in ports:
         yield Finding(
-            deployment.where, f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port", "make them equal"
+            deployment.where,
+            f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port",
+            "make them equal",
+            "kserve-llm",
         )
 
 
-def _backends(deployment: Deployment) -> Iterator[Finding]:
-    """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
+def _backend_names(deployment: Deployment) -> Iterator[tuple[Manifest, str | None]]:
+    """Yield the Services of every Ingress."""
     for ingress in deployment.all("Ingress"):
         for rule in ingress["spec"].get("rules", []):
             for path in rule.get("http", {}).get("paths", []):
-                name = path["backend"].get("service", {}).get("name")
-                if name != f"{deployment.name}-predictor" and not deployment.find("Service", name):
-                    yield _missing(name_of(ingress), "Service", name)
-        if deployment.is_knative:
+                yield ingress, path["backend"].get("service", {}).get("name")
+
+
+def _backends(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
+    """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
+    for ingress, name in _backend_names(deployment):
+        if name not in (f"{deployment.name}-predictor", *stale) and not deployment.find("Service", name):
+            yield _missing(name_of(ingress), "Service", name)
+    for ingress in deployment.all("Ingress") if deployment.is_knative else []:
+        yield Finding(
+            name_of(ingress),
+            "it bypasses Knative's gateway and activator, so a service at zero replicas does not start",
+            "use Standard mode, or remove it and use the gateway's host",
+            "kserve-llm",
+        )
+
+
+def _queries(deployment: Deployment) -> Iterator[Finding]:
+    """Check the model's name, which is that of the InferenceService, in queries of class keda."""
+    served = deployment.settings.get("PREDICTOR_SERVED_MODEL_NAME", deployment.name)
+    for metric in (deployment.predictor.get("autoScaling") or {}).get("metrics") or []:
+        query = str((metric.get("external") or {}).get("metric", {}).get("query", ""))
+        for name in sorted(set(_MODEL_NAME.findall(query)) - {served}):
             yield Finding(
-                name_of(ingress),
-                "it bypasses Knative's gateway and activator, so a service at zero replicas does not start",
-                "use Standard mode, or remove it and use the gateway's host",
+                deployment.where,
+                f"the query of autoScaling counts requests of model {name!r}, and {served!r} is served",
+                f'patch the query: model_name="{served}"',
+                "kserve-llm",
             )
 
 
@@ -191,6 +279,7 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
                 name_of(manifest),
                 f"it selects the pods of InferenceService {selected!r}, which is not in this overlay",
                 f"write {PODS_OF}: {deployment.name}",
+                "kserve-llm",
             )
         for endpoint in spec.get("podMetricsEndpoints", []) if selected else []:
             port = endpoint.get("portNumber")
@@ -199,6 +288,7 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
                     name_of(manifest),
                     f"it scrapes port {port}, which container {KSERVE_CONTAINER} does not open",
                     "use the containerPort of the ServingRuntime",
+                    "kserve-llm",
                 )
 
 
@@ -209,7 +299,7 @@ def _services(deployment: Deployment) -> Iterator[Finding]:
         templates = [owner["spec"]["template"] for owner in deployment.all("Deployment")]
         selected = [pod for pod in templates if selector.items() <= pod["metadata"].get("labels", {}).items()]
         if not selected:
-            yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector")
+            yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector", "kserve-llm")
             continue
         ports = {port for pod in selected for container in pod["spec"]["containers"] for port in _ports(container)}
         for port in service["spec"].get("ports", []):
@@ -219,6 +309,7 @@ def _services(deployment: Deployment) -> Iterator[Finding]:
                     name_of(service),
                     f"its target port {target!r} is opened by no selected container",
                     f"use {' or '.join(sorted(map(str, ports))) or 'a containerPort'}",
+                    "kserve-llm",
                 )
 
 
@@ -240,8 +331,14 @@ def _images(deployment: Deployment) -> Iterator[Finding]:
                     pod.where,
                     f"the image of container {container['name']} is {image!r}, without a registry or without a tag",
                     "set it in component images, and list that component last",
+                    "kserve-llm",
                 )
 
 
 def _missing(where: str, kind: str, name: str | None) -> Finding:
-    return Finding(where, f"it refers to {kind} {name!r}, which is not in this overlay", "correct the name or add it")
+    return Finding(
+        where,
+        f"it refers to {kind} {name!r}, which is not in this overlay",
+        "correct the name or add it",
+        _SOURCES.get(kind, "kserve-llm"),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from preflight import quantities
 from preflight.deployment import Deployment, Manifest, Pod
-from preflight.findings import CheckError, Finding, ProblemsAndRemedies
+from preflight.findings import CheckError, Finding, Problems
 
 GPU = "nvidia.com/gpu"
 NODE_CONDITIONS = "node.kubernetes.io/"
@@ -99,14 +99,14 @@ def _resources(deployment: Deployment) -> Iterator[Finding]:
     for pod in deployment.pods:
         for container in pod.containers:
             resources = container.get("resources", {})
-            for problem, remedy in _container(resources.get("requests") or {}, resources.get("limits") or {}):
-                yield Finding(pod.where, f"container {container['name']} {problem}", remedy)
+            for problem, remedy, source in _container(resources.get("requests") or {}, resources.get("limits") or {}):
+                yield Finding(pod.where, f"container {container['name']} {problem}", remedy, source)
 
 
-def _container(requests: Manifest, limits: Manifest) -> ProblemsAndRemedies:
+def _container(requests: Manifest, limits: Manifest) -> Problems:
     for name in ("cpu", "memory"):
         if name not in requests or name not in limits:
-            yield f"has no request or no limit of {name}", f"set {name} in requests and limits"
+            yield f"has no request or no limit of {name}", f"set {name} in requests and limits", "kserve-llm"
     for name in sorted({*requests, *limits}):
         # A limit without a request is valid: Kubernetes copies it to the request.
         limit = limits.get(name)
@@ -114,43 +114,51 @@ def _container(requests: Manifest, limits: Manifest) -> ProblemsAndRemedies:
         if _is_extended(name):
             yield from _extended(name, request, limit)
         elif limit is not None and quantities.number(request) > quantities.number(limit):
-            yield f"requests {name} {request}, more than its limit {limit}", "raise the limit or lower the request"
+            yield (
+                f"requests {name} {request}, more than its limit {limit}",
+                "raise the limit or lower the request",
+                "API server",
+            )
 
 
 def _is_extended(name: str) -> bool:
-    """Return whether a resource is offered by a device plugin, such as a GPU, and not by Kubernetes itself."""
+    """Return whether a resource is a device plugin's, such as a GPU, and not Kubernetes' own."""
     domain, slash, _ = name.partition("/")
     return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
 
 
-def _extended(name: str, request: object, limit: object) -> ProblemsAndRemedies:
+def _extended(name: str, request: object, limit: object) -> Problems:
     """Check a resource that pods cannot share: its count is whole, and its request is its limit."""
     for count in dict.fromkeys((request, limit)):
         if count is not None and quantities.number(count) % 1:
             yield (
                 f"has {name} {count}, and Kubernetes allocates whole devices only",
                 f"use a whole number{', or a MIG slice with component gpu-mig' if name == GPU else ''}",
+                "API server",
             )
     if limit is None:
         yield (
             f"requests {name} {request} without a limit, which Kubernetes rejects",
             "set the limit; remove the request",
+            "API server",
         )
     elif quantities.number(request) != quantities.number(limit):
         yield (
             f"requests {name} {request}, which differs from its limit {limit} and which Kubernetes rejects",
             "make them equal, or remove the request",
+            "API server",
         )
 
 
 def _gpu(deployment: Deployment) -> Iterator[Finding]:
-    """Check that a pod with GPUs tolerates some taint. Of which key, only the cluster shows: see cluster/checks.py."""
+    """Check that a pod with GPUs tolerates a taint. Only the cluster has the keys of taints: see cluster/checks.py."""
     keys = [toleration.get("key") or "" for toleration in deployment.predictor_pod.spec.get("tolerations") or []]
     if gpus(deployment) and all(key.startswith(NODE_CONDITIONS) for key in keys):
         yield Finding(
             deployment.where,
             f"a GPU is requested and no taint is tolerated, so GPU nodes with the usual taint {GPU} reject the pod",
             "add component gpu, or tolerate the taint of your GPU nodes",
+            "scheduler",
             "warning",
         )
 
@@ -165,6 +173,7 @@ def _claim(deployment: Deployment) -> Iterator[Finding]:
                 f"it is {' and '.join(sorted(modes))}, which one node can mount, and maxReplicas is "
                 f"{replicas or 'unlimited'}",
                 "use ReadWriteMany, or component local-storage with one replica",
+                "kubelet",
             )
     for pod in deployment.pods:
         yield from _writable_claims(deployment, pod)
@@ -185,12 +194,14 @@ def _writable_claims(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
                     pod.where,
                     f"container {container['name']} mounts claim {claim['claimName']} read-only and downloads to it",
                     "remove readOnly",
+                    "kserve-llm",
                 )
             if not read_only and _access_modes(deployment, claim["claimName"]) == {"ReadOnlyMany"}:
                 yield Finding(
                     f"PersistentVolumeClaim/{claim['claimName']}",
                     f"it is ReadOnlyMany, and {pod.where} writes to it",
                     "use ReadWriteMany",
+                    "kubelet",
                 )
 
 
@@ -213,12 +224,14 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
                 deployment.where,
                 f"the weights need {quantities.gib(weights)}, and the GPU slice has {quantities.gib(slices[0])}",
                 "request a larger slice, or quantize",
+                "kserve-llm",
             )
         if stored > memory:
             yield Finding(
                 deployment.where,
                 f"the checkpoint's {quantities.gib(stored)} are loaded through {quantities.gib(memory)} of host memory",
                 "raise the memory limit above the checkpoint's size to read each page once",
+                "kserve-llm",
                 "warning",
             )
         return
@@ -232,4 +245,5 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
             f"the model needs {quantities.gib(needed)} (weights {quantities.gib(weights)}, KV cache "
             f"{quantities.gib(cache)}), and the memory limit is {quantities.gib(memory)}",
             "raise the limit, quantize, or lower PREDICTOR_MAX_NUM_SEQS",
+            "kserve-llm",
         )

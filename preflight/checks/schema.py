@@ -78,10 +78,13 @@ def check(deployment: Deployment, schemas: Schemas) -> Iterator[Finding]:
                 name_of(manifest),
                 f"its fields were not checked: no CRD of {manifest['apiVersion']} {manifest['kind']}",
                 "set --crds to a folder that contains it, or --context to a cluster",
+                "kserve-llm",
                 "warning",
             )
         for problem in problems or []:
-            yield Finding(name_of(manifest), problem, "correct or remove the field, which the API server rejects")
+            yield Finding(
+                name_of(manifest), problem, "correct or remove the field, which the API server rejects", "API server"
+            )
 
 
 def _core_problems(manifest: Manifest) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from preflight import quantities
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
-from preflight.findings import Finding, ProblemsAndRemedies
+from preflight.findings import Finding, Problems
 
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 VOLUMES = {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected", "downwardAPI", "csi", "ephemeral"}
@@ -18,54 +18,59 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     granted = {subject["name"] for binding in deployment.all("RoleBinding") for subject in binding.get("subjects", [])}
     programs = {deployment.where, *(pod.where for pod in deployment.jobs)}
     for pod in deployment.pods:
-        for problem, remedy in _pod(pod, granted):
-            yield Finding(pod.where, problem, remedy)
+        for problem, remedy, source in _pod(pod, granted):
+            yield Finding(pod.where, problem, remedy, source)
         for container in pod.containers:
             scratch = _scratch(container) if pod.where in programs else ()
-            for problem, remedy in [*_container(pod, container), *scratch]:
-                yield Finding(pod.where, f"container {container['name']} {problem}", remedy)
-    for problem, remedy in [*_secrets(deployment), *_weights(deployment)]:
-        yield Finding(deployment.where, problem, remedy)
+            for problem, remedy, source in [*_container(pod, container), *scratch]:
+                yield Finding(pod.where, f"container {container['name']} {problem}", remedy, source)
+    for problem, remedy, source in [*_secrets(deployment), *_weights(deployment)]:
+        yield Finding(deployment.where, problem, remedy, source)
     yield from _namespace(deployment)
     yield from _policies(deployment)
 
 
-def _pod(pod: Pod, granted: set[str]) -> ProblemsAndRemedies:
+def _pod(pod: Pod, granted: set[str]) -> Problems:
     """Check a pod; only accounts in a RoleBinding need a token."""
     if pod.spec.get("automountServiceAccountToken") is not False and pod.spec.get("serviceAccountName") not in granted:
-        yield "its pod mounts a service-account token", "set automountServiceAccountToken: false"
+        yield "its pod mounts a service-account token", "set automountServiceAccountToken: false", "kserve-llm"
     for field in HOST:
         if pod.spec.get(field):
-            yield f"{field} is set, which Pod Security restricted forbids", "remove it"
+            yield f"{field} is set, which Pod Security restricted forbids", "remove it", "API server"
     for volume in pod.spec.get("volumes", []):
         for kind in set(volume) - {"name"} - VOLUMES:
             yield (
                 f"volume {volume['name']} is a {kind}, which Pod Security restricted forbids",
                 "use an emptyDir or the claim",
+                "API server",
             )
 
 
-def _container(pod: Pod, container: Manifest) -> ProblemsAndRemedies:
+def _container(pod: Pod, container: Manifest) -> Problems:
     """Check a container, whose security context overrides the pod's."""
     own = container.get("securityContext", {})
     context = pod.spec.get("securityContext", {}) | own
     if context.get("runAsNonRoot") is not True or context.get("runAsUser") == 0:
-        yield "may run as root", "set runAsNonRoot: true and a runAsUser that is not 0"
+        yield "may run as root", "set runAsNonRoot: true and a runAsUser that is not 0", "API server"
     elif "runAsUser" not in context:
-        yield "runs as the user of its image", "set runAsUser to the owner of the claim's files"
+        yield "runs as the user of its image", "set runAsUser to the owner of the claim's files", "kserve-llm"
     if own.get("allowPrivilegeEscalation") is not False:
-        yield "may gain privileges", "set allowPrivilegeEscalation: false"
+        yield "may gain privileges", "set allowPrivilegeEscalation: false", "API server"
     if own.get("privileged"):
-        yield "is privileged", "remove it"
+        yield "is privileged", "remove it", "API server"
     if "ALL" not in own.get("capabilities", {}).get("drop", []):
-        yield "keeps capabilities", "drop ALL of them"
+        yield "keeps capabilities", "drop ALL of them", "API server"
     if context.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-        yield "has no seccomp profile", "set seccompProfile: {type: RuntimeDefault}"
+        yield "has no seccomp profile", "set seccompProfile: {type: RuntimeDefault}", "API server"
     if "readOnlyRootFilesystem" not in own:
-        yield "has a writable root", "set readOnlyRootFilesystem: true, or false with component pod-security"
+        yield (
+            "has a writable root",
+            "set readOnlyRootFilesystem: true, or false with component pod-security",
+            "kserve-llm",
+        )
 
 
-def _scratch(container: Manifest) -> ProblemsAndRemedies:
+def _scratch(container: Manifest) -> Problems:
     """Check that home directories are on a volume if the root is read-only."""
     if not container.get("securityContext", {}).get("readOnlyRootFilesystem"):
         return
@@ -77,18 +82,20 @@ def _scratch(container: Manifest) -> ProblemsAndRemedies:
             yield (
                 f"has a read-only root and {name} is {path or 'not set'!r}, which is not writable",
                 "mount an emptyDir there, or add component pod-security",
+                "kserve-llm",
             )
 
 
-def _weights(deployment: Deployment) -> ProblemsAndRemedies:
+def _weights(deployment: Deployment) -> Problems:
     if deployment.annotations.get("storage.kserve.io/readonly") == "false":
         yield (
             "storage.kserve.io/readonly is false, so the predictor can change the weights",
             "remove the annotation, so that KServe mounts them read-only",
+            "kserve-llm",
         )
 
 
-def _secrets(deployment: Deployment) -> ProblemsAndRemedies:
+def _secrets(deployment: Deployment) -> Problems:
     fetchers = [container["name"] for _, container in deployment.downloads]
     for container in deployment.predictor_pod.containers:
         if container["name"] in fetchers and container["name"] != KSERVE_CONTAINER:
@@ -99,20 +106,27 @@ def _secrets(deployment: Deployment) -> ProblemsAndRemedies:
             yield (
                 f"the predictor has the Hub's token ({token})",
                 "remove it, and add component hf-token, which sets it on the Job only",
+                "kserve-llm",
             )
         if container["name"] == KSERVE_CONTAINER and settings.get("HF_HUB_OFFLINE") != "1":
-            yield "the predictor can access the Hub", "set HF_HUB_OFFLINE=1, so that a missing file fails at once"
+            yield (
+                "the predictor can access the Hub",
+                "set HF_HUB_OFFLINE=1, so that a missing file fails at once",
+                "kserve-llm",
+            )
     for config in deployment.all("ConfigMap"):
         for key, value in (config.get("data") or {}).items():
             if re.search(r"TOKEN$|PASSWORD|SECRET|API_KEY$", key) or value.startswith("hf_"):
                 yield (
                     f"ConfigMap {config['metadata']['name']} contains {key}, which looks like a secret",
                     "move it to a Secret",
+                    "kserve-llm",
                 )
     for secret in deployment.all("Secret"):
         yield (
             f"Secret {secret['metadata']['name']} is part of the overlay",
             "create it separately, so that no file contains its value",
+            "kserve-llm",
         )
 
 
@@ -125,12 +139,14 @@ def _namespace(deployment: Deployment) -> Iterator[Finding]:
                 where,
                 "it does not enforce Pod Security restricted",
                 "label it pod-security.kubernetes.io/enforce: restricted",
+                "kserve-llm",
             )
         if "control-plane" in labels:
             yield Finding(
                 where,
                 "it has the label control-plane, so KServe's webhook ignores it and mounts no weights",
                 "remove the label",
+                "KServe's webhook",
             )
 
 
@@ -140,7 +156,10 @@ def _policies(deployment: Deployment) -> Iterator[Finding]:
     for policy in policies:
         if _selects(policy, deployment) and {} in policy["spec"].get("egress", []):
             yield Finding(
-                name_of(policy), "it allows all egress of the predictor", "list the destinations, or remove egress"
+                name_of(policy),
+                "it allows all egress of the predictor",
+                "list the destinations, or remove egress",
+                "kserve-llm",
             )
     downloads = any(pod is deployment.predictor_pod for pod, _ in deployment.downloads)
     traces = deployment.settings.get("PREDICTOR_TRACING", "").lower() in quantities.TRUE_WORDS
@@ -154,12 +173,14 @@ def _policies(deployment: Deployment) -> Iterator[Finding]:
                 name_of(policy),
                 "it denies egress of the predictor's pod, and an init container downloads the model",
                 "download with the Job, or remove component network-policy",
+                "kserve-llm",
             )
         if traces and not has_egress:
             yield Finding(
                 name_of(policy),
                 "it denies egress of the predictor's pod, and PREDICTOR_TRACING exports spans",
                 "list component tracing after network-policy",
+                "kserve-llm",
             )
 
 

@@ -1,62 +1,57 @@
-"""Check settings: keys and values, one pinned model reference, and a device that matches the resources."""
+"""Check settings: variables and flags, one pinned model reference, and a device that matches the resources."""
 
-import difflib
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
-from preflight import quantities
 from preflight.checks import resources
-from preflight.deployment import Deployment, name_of
+from preflight.checks.security import HUB_TOKENS
+from preflight.deployment import Deployment, Manifest, Pod
 from preflight.findings import Finding
+from preflight.programs import PREDICTOR, STORAGE_INITIALIZER, Program
 from snapshot_format.reference import HubReference, MalformedReference, parse
 
-PREFIXES = ("PREDICTOR_", "STORAGE_INITIALIZER_")
-"""Prefixes whose unknown keys the programs reject."""
-_KEY = re.compile(r"^#?([A-Z][A-Z0-9_]*)=(.*)$", re.MULTILINE)
-_NUMBER = re.compile(r"\d+(\.\d+)?")
 _MOUNT = "/mnt/models"
 """Mount path of `storageUri`, which is fixed in KServe."""
+_ENTRYPOINTS = ("predictor", "storage_initializer")
+"""Last word of a `command` that starts one of the programs."""
 
 
-def known_keys(base: Path) -> dict[str, str]:
-    """Read every setting of base's *.env files with its default, which is empty for unset keys."""
-    return {key: value for path in base.glob("*.env") for key, value in _KEY.findall(path.read_text())}
-
-
-def check(deployment: Deployment, known: dict[str, str]) -> Iterator[Finding]:
-    """Yield unknown keys, invalid values, missing, unpinned or differing references, and wrong devices.
-
-    Args:
-        deployment: the rendered overlay.
-        known: every setting's key with its default; if empty, keys are not checked.
-    """
-    for config in deployment.all("ConfigMap"):
-        for key, value in sorted((config.get("data") or {}).items()):
-            if _NUMBER.fullmatch(default := known.get(key, "")) and not _NUMBER.fullmatch(value):
-                yield Finding(
-                    name_of(config),
-                    f"{key} is {value!r}, which is not a number",
-                    f"set a number, for example {default}",
-                )
-            if default in ("true", "false") and value.lower() not in quantities.TRUE_WORDS | quantities.FALSE_WORDS:
-                yield Finding(name_of(config), f"{key} is {value!r}", "set true or false")
-            if known and key.startswith(PREFIXES) and key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                yield Finding(
-                    name_of(config),
-                    f"{key} is not a setting, so the program does not start",
-                    f"use {close[0]}" if close else "remove it",
-                )
+def check(deployment: Deployment) -> Iterator[Finding]:
+    """Yield invalid variables and flags, missing, unpinned or differing references, and wrong devices."""
+    yield from _program(deployment, deployment.predictor_pod, deployment.server, PREDICTOR)
+    for pod, container in deployment.downloads:
+        yield from _program(deployment, pod, container, STORAGE_INITIALIZER)
     directory = deployment.settings.get("PREDICTOR_MODEL_DIR", _MOUNT)
     if deployment.claim and directory != _MOUNT:
         yield Finding(
             deployment.where,
             f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {_MOUNT}",
             f"set {_MOUNT}, since MODEL_REFERENCE selects the directory below it",
+            "kserve-llm",
         )
     yield from _reference(deployment)
     yield from _device(deployment)
+
+
+def _program(deployment: Deployment, pod: Pod, container: Manifest, program: Program) -> Iterator[Finding]:
+    """Check the variables and arguments with which a container starts a program."""
+    [other] = {PREDICTOR, STORAGE_INITIALIZER} - {program}
+    effective = {name: (value, config) for name, value, config in deployment.variables(container)}
+    for name, (value, config) in sorted(effective.items()):
+        where = f"ConfigMap/{config}" if config else pod.where
+        if name.upper().startswith(other.prefix):
+            yield Finding(
+                where,
+                f"{name} is a setting of the {other.name}, and the {program.name} ignores it",
+                "move it",
+                "kserve-llm",
+            )
+        elif name not in HUB_TOKENS and "$(" not in value and (found := program.variable_problem(name, value)):
+            yield Finding(where, *found, "kserve-llm")
+    arguments = deployment.arguments(container)
+    command = container.get("command", _ENTRYPOINTS)
+    if command[-1:] and command[-1] in _ENTRYPOINTS and not any("$(" in argument for argument in arguments):
+        for problem, remedy, source in program.argument_problems(arguments):
+            yield Finding(pod.where, problem, remedy, source)
 
 
 def _reference(deployment: Deployment) -> Iterator[Finding]:
@@ -66,18 +61,25 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             "MODEL_REFERENCE of the predictor is not set",
             "add it to the ConfigMap model-download with a configMapGenerator of `behavior: merge`",
+            "kserve-llm",
         )
         return
     try:
         parsed = parse(reference)
     except MalformedReference:
         parsed = None
-        yield Finding(deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>")
+        yield Finding(
+            deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>", "kserve-llm"
+        )
     if isinstance(parsed, HubReference) and not parsed.is_commit:
+        several = deployment.predictor.get("maxReplicas", 0) != 1
+        effect = "two replicas may serve different weights" if several else "a restart may serve different weights"
         yield Finding(
             deployment.where,
-            f"MODEL_REFERENCE {reference} is not pinned, so two replicas may serve different weights",
+            f"MODEL_REFERENCE {reference} is not pinned, so {effect}",
             "pin a commit, hf://owner/model:<40 hex digits>",
+            "kserve-llm",
+            "error" if several else "warning",
         )
     downloaded = {deployment.environment(container).get("MODEL_REFERENCE") for _, container in deployment.downloads}
     if downloaded != {reference}:
@@ -86,16 +88,20 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             f"the predictor serves {reference} and the Job downloads {others}",
             "set MODEL_REFERENCE once, in the ConfigMap model-download",
+            "kserve-llm",
         )
 
 
 def _device(deployment: Deployment) -> Iterator[Finding]:
     device = deployment.settings.get("PREDICTOR_DEVICE", "auto")
-    if resources.gpus(deployment) and device != "cuda":
+    if resources.gpus(deployment) and not device.startswith("cuda"):
         yield Finding(
             deployment.where,
             f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod without a usable GPU serves from its CPU",
             "set PREDICTOR_DEVICE=cuda",
+            "kserve-llm",
         )
-    if device == "cuda" and not resources.gpus(deployment):
-        yield Finding(deployment.where, "PREDICTOR_DEVICE is cuda and no GPU is requested", "add component gpu")
+    if device.startswith("cuda") and not resources.gpus(deployment):
+        yield Finding(
+            deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
+        )

@@ -5,6 +5,7 @@ step timeout + liveness probe <= request timeout        a stuck replica restarts
 shutdown grace <= timeout <= Knative's cap              Knative kills the pod `timeout` after SIGTERM
 snapshot wait + timeout <= startup probe                a start waits for the Job, then loads
 startup probe <= progress deadline                      Knative must not fail the revision first
+startup probe - snapshot wait <= 600                    Standard mode: KServe fixes progressDeadlineSeconds
 preStop + shutdown grace <= termination grace           Standard mode
 timeout <= the Ingress' read timeout                    Standard mode
 scaleTarget <= containerConcurrency = max_num_seqs      Knative sends a replica as many requests as fit in its batch
@@ -15,10 +16,12 @@ from collections.abc import Iterator
 from preflight import quantities
 from preflight.checks.knative import MAX_TIMEOUT_SECONDS
 from preflight.deployment import Deployment, Manifest, name_of
-from preflight.findings import Finding, ProblemsAndRemedies
+from preflight.findings import Finding, Problems
 
 KNATIVE_PROGRESS_DEADLINE = "600s"
 KUBERNETES_GRACE_SECONDS = 30
+STANDARD_PROGRESS_DEADLINE_SECONDS = 600
+"""progressDeadlineSeconds of KServe's Deployment, which no field of the InferenceService changes."""
 NGINX_TIMEOUT_SECONDS = 60
 NGINX_TIMEOUT = "nginx.ingress.kubernetes.io/proxy-read-timeout"
 
@@ -30,13 +33,14 @@ def check(deployment: Deployment, max_timeout_seconds: float = MAX_TIMEOUT_SECON
         deployment: the rendered overlay.
         max_timeout_seconds: max-revision-timeout-seconds of the cluster.
     """
-    for problem, remedy in _inequalities(deployment, max_timeout_seconds):
-        yield Finding(deployment.where, problem, remedy)
+    for problem, remedy, source in _inequalities(deployment, max_timeout_seconds):
+        yield Finding(deployment.where, problem, remedy, source)
     if not deployment.is_knative:
         yield from _ingress(deployment)
+        yield from _progress(deployment)
 
 
-def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> ProblemsAndRemedies:
+def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problems:
     timeout = _timeout(deployment)
     settings = deployment.settings
     request = _number(settings, "PREDICTOR_REQUEST_TIMEOUT_SECONDS")
@@ -48,17 +52,20 @@ def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problem
         yield (
             f"PREDICTOR_REQUEST_TIMEOUT_SECONDS is {request:g} and timeout {timeout:g}, so the gateway times out first",
             "set the first below the second",
+            "kserve-llm",
         )
     if step + liveness > request:
         yield (
             f"a stuck predictor restarts after {step:g} s (PREDICTOR_STEP_TIMEOUT_SECONDS) plus {liveness:g} s "
             f"(livenessProbe), more than the request timeout of {request:g} s",
             "lower either",
+            "kserve-llm",
         )
     if wait + timeout > startup:
         yield (
             f"waiting for a snapshot ({wait:g} s) and loading ({timeout:g} s) exceed the {startup:g} s of startupProbe",
             "raise its failureThreshold or lower PREDICTOR_SNAPSHOT_WAIT_SECONDS",
+            "kserve-llm",
         )
     if deployment.is_knative:
         yield from _knative(deployment, timeout, max_timeout_seconds, grace, startup)
@@ -70,20 +77,23 @@ def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problem
                 f"preStop ({sleep:g} s) plus PREDICTOR_SHUTDOWN_GRACE_SECONDS ({grace:g} s) exceeds "
                 f"terminationGracePeriodSeconds ({termination:g} s)",
                 "raise the last",
+                "kubelet",
             )
 
 
-def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, startup: float) -> ProblemsAndRemedies:
+def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, startup: float) -> Problems:
     annotation = deployment.annotations.get("serving.knative.dev/progress-deadline", KNATIVE_PROGRESS_DEADLINE)
     if timeout > cap:
         yield (
             f"timeout is {timeout:g} s, more than Knative's maximum of {cap:g} s (max-revision-timeout-seconds)",
             "lower it, or raise the maximum as manifests/cluster shows",
+            "Knative's webhook",
         )
     if grace > timeout:
         yield (
             f"PREDICTOR_SHUTDOWN_GRACE_SECONDS is {grace:g} and the pod is killed after {timeout:g} s (timeout)",
             "lower the first to the second at most",
+            "kubelet",
         )
     try:
         deadline = quantities.seconds(annotation)
@@ -93,6 +103,7 @@ def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, s
         yield (
             f"startupProbe waits {startup:g} s and Knative fails the revision after {deadline:g} s (progress-deadline)",
             "raise serving.knative.dev/progress-deadline",
+            "kserve-llm",
         )
     batch = _number(deployment.settings, "PREDICTOR_MAX_NUM_SEQS")
     limit, target = (deployment.predictor.get(field) for field in ("containerConcurrency", "scaleTarget"))
@@ -100,12 +111,14 @@ def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, s
         yield (
             f"containerConcurrency is {limit or 'not set'} and PREDICTOR_MAX_NUM_SEQS is {batch:g}",
             "make them equal, so that Knative sends a replica as many requests as fit in its batch",
+            "kserve-llm",
         )
     if deployment.predictor.get("scaleMetric", "concurrency") == "concurrency" and not 0 < (target or 100) <= batch:
         yield (
             f"scaleTarget is {target or '100 by default'} and PREDICTOR_MAX_NUM_SEQS is {batch:g}, "
             "so no second replica starts",
             "lower scaleTarget to PREDICTOR_MAX_NUM_SEQS",
+            "kserve-llm",
         )
 
 
@@ -120,7 +133,23 @@ def _ingress(deployment: Deployment) -> Iterator[Finding]:
                 name_of(ingress),
                 f"it ends requests after {allowed:g} s, and timeout is {timeout:g} s",
                 f"raise {NGINX_TIMEOUT}",
+                "kserve-llm",
             )
+
+
+def _progress(deployment: Deployment) -> Iterator[Finding]:
+    """Check the time to load. A wait for the download is not counted: a Deployment recovers when its pod is ready."""
+    startup = _budget(deployment.server.get("startupProbe"))
+    load = startup - _number(deployment.settings, "PREDICTOR_SNAPSHOT_WAIT_SECONDS")
+    if load > STANDARD_PROGRESS_DEADLINE_SECONDS:
+        yield Finding(
+            deployment.where,
+            f"startupProbe leaves {load:g} s to load, and the Deployment reports ProgressDeadlineExceeded after "
+            f"{STANDARD_PROGRESS_DEADLINE_SECONDS} s, which KServe fixes",
+            "expect `kubectl rollout status` to fail while the model loads, or lower failureThreshold",
+            "KServe's controller",
+            "warning",
+        )
 
 
 def _timeout(deployment: Deployment) -> float:

@@ -9,7 +9,7 @@ from preflight.checks import knative, references, resources
 from preflight.checks.schema import is_core
 from preflight.cluster.client import Connection, PermissionDenied
 from preflight.deployment import Deployment, Manifest, name_of
-from preflight.findings import Finding
+from preflight.findings import Finding, Source
 
 OLDEST = {"Kubernetes": (1, 32), "KServe": (0, 20), "Knative": (1, 19)}
 """KServe v0.20, for which the manifests are written, and the oldest versions that its documentation supports."""
@@ -47,7 +47,7 @@ def check(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
             yield from check_(deployment, cluster)
         except PermissionDenied as error:
             remedy = str(error).rstrip(".")
-            yield Finding(deployment.where, f"{subject} could not be checked", remedy, "warning")
+            yield Finding(deployment.where, f"{subject} could not be checked", remedy, "kserve-llm", "warning")
 
 
 def _versions(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
@@ -59,6 +59,7 @@ def _versions(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
                 deployment.where,
                 f"the cluster has {name} {version}, and {'.'.join(map(str, OLDEST[name]))} or newer is required",
                 "upgrade it, or test in a separate namespace first",
+                "kserve-llm",
                 "warning",
             )
 
@@ -77,10 +78,14 @@ def _kinds(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
                 name_of(manifest),
                 f"the cluster does not serve {version} {kind}",
                 "install its operator, or remove the component",
+                "API server",
             )
     if deployment.is_knative and ("serving.knative.dev/v1", "Service") not in served:
         yield Finding(
-            deployment.where, "Knative Serving is not installed", "install it, or add component standard-mode"
+            deployment.where,
+            "Knative Serving is not installed",
+            "install it, or add component standard-mode",
+            "KServe's controller",
         )
 
 
@@ -93,6 +98,7 @@ def _flags(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
                 deployment.where,
                 f"Knative's flag {flag} is not enabled, so the InferenceService is accepted and then fails",
                 "apply manifests/cluster as an administrator, or add component standard-mode",
+                "Knative's webhook",
             )
 
 
@@ -110,12 +116,14 @@ def _storage(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
                 name_of(claim),
                 f"the cluster has no {f'storage class {name!r}' if name else 'default storage class'}",
                 f"set storageClassName to one of {', '.join(sorted(provisioners)) or 'those that you install'}",
+                "scheduler",
             )
         elif "ReadWriteMany" in claim["spec"]["accessModes"] and provisioners[name] in ONE_NODE_PROVISIONERS:
             yield Finding(
                 name_of(claim),
                 f"it is ReadWriteMany, and volumes of storage class {name} can be mounted by one node only",
                 "set storageClassName to one for shared files, or add component local-storage",
+                "kubelet",
             )
 
 
@@ -125,7 +133,9 @@ def _gpus(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
     for name, count in gpus.items():
         if reason := _unschedulable_reason(deployment.predictor_pod.spec, name, count, nodes):
             problem, remedy = reason
-            yield Finding(deployment.where, problem, f"{remedy}, unless a node pool scales from zero", "warning")
+            yield Finding(
+                deployment.where, problem, f"{remedy}, unless a node pool scales from zero", "scheduler", "warning"
+            )
 
 
 def _unschedulable_reason(pod: Manifest, name: str, count: float, nodes: list[Any]) -> tuple[str, str] | None:
@@ -181,17 +191,21 @@ def _secrets(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
         if secret.optional:
             continue
         keys = cluster.secret_keys(secret.name, deployment.namespace)
+        # An Ingress controller serves its own certificate instead, and reports nothing to who applies the overlay.
+        source: Source = "kserve-llm" if secret.where.startswith("Ingress/") else "kubelet"
         if keys is None:
             yield Finding(
-                deployment.where,
-                f"Secret {secret.name} is not in namespace {deployment.namespace}",
+                secret.where,
+                f"it needs Secret {secret.name}, which is not in namespace {deployment.namespace}",
                 f"create it with key {secret.key}" if secret.key else "create it as its component's README shows",
+                source,
             )
         elif secret.key and secret.key not in keys:
             yield Finding(
-                deployment.where,
-                f"Secret {secret.name} has {', '.join(sorted(keys)) or 'no key'} and not {secret.key}",
+                secret.where,
+                f"it needs key {secret.key} of Secret {secret.name}, which has {', '.join(sorted(keys)) or 'no key'}",
                 "add that key",
+                source,
             )
 
 
@@ -204,4 +218,5 @@ def _mode(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
             deployment.where,
             f"it runs in {current} mode, which cannot be changed to {new}",
             "delete it first, or use a new name",
+            "KServe's webhook",
         )

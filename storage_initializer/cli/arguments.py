@@ -114,7 +114,11 @@ def _publish(words: Sequence[str]) -> Publish:
     )
     parser.add_argument("words", nargs="*", metavar="SOURCE DEST", help="pairs of a model and a volume")
     parser.add_argument(
-        "--allow", action="append", dest="allow_patterns", metavar="PATTERN", help="files to publish; repeatable"
+        "--allow",
+        action="append",
+        dest="allow_patterns",
+        metavar="PATTERN",
+        help="files to publish, also code; repeatable",
     )
     parser.add_argument(
         "--ignore", action="append", dest="ignore_patterns", metavar="PATTERN", help="files to exclude; repeatable"

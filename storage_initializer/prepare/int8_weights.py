@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from snapshot_format import model_files
+from snapshot_format.model_files import CONFIG, INDEX
 from snapshot_format.recipe import INT8_METHOD, MIN_SCALE
 from storage_initializer.errors import RefusedSnapshot
 from storage_initializer.prepare import transformers_mapping
-from storage_initializer.sources.file_selection import CONFIG, INDEX, WEIGHTS
 
-_SINGLE = f"model{WEIGHTS}"
 _ALIGNMENT_BYTES = 8
 
 
@@ -79,7 +79,8 @@ def plan(directory: Path, name: str, skip_modules: Sequence[str], block_elements
         RefusedSnapshot: its weights cannot be quantized without loading the model.
     """
     model, dtype = _meta_model(directory, name)
-    shards = _shards(directory, name)
+    entry = _find_entry(directory, name)
+    shards = _shards(directory, entry, name)
     try:
         stored = {shard: _tensor_names(directory / shard) for shard in shards}
         names = [tensor for tensors in stored.values() for tensor in tensors]
@@ -88,7 +89,7 @@ def plan(directory: Path, name: str, skip_modules: Sequence[str], block_elements
     except SafetensorError as error:
         raise RefusedSnapshot(f"{name} has unreadable weights ({error}). Download it again.") from error
     files = [_weights_file(directory, shard, tensors[shard]) for shard in shards]
-    if shards != [_SINGLE]:
+    if entry == INDEX:
         files.append(_index_file(directory, tensors))
     files.append(_config_file(directory, skip_modules))
     return QuantizedCheckpoint(str(dtype).removeprefix("torch."), tuple(files))
@@ -123,16 +124,21 @@ def _meta_model(directory: Path, name: str) -> tuple[Any, Any]:
     return model, torch.bfloat16 if dtype == torch.float16 else dtype
 
 
-def _shards(directory: Path, name: str) -> list[str]:
-    """Return the files that transformers would load; a repository may contain the weights again under other names."""
-    if (directory / _SINGLE).is_file():
-        return [_SINGLE]
+def _find_entry(directory: Path, name: str) -> str:
+    """Return the file that transformers would open first; a repository may contain the weights again elsewhere."""
+    entry = model_files.find_weights(path.name for path in directory.iterdir() if path.is_file())
+    if entry is None:
+        raise RefusedSnapshot(f"{name} has no weights as safetensors, so it cannot be prepared. Remove --prepare.")
+    return entry
+
+
+def _shards(directory: Path, entry: str, name: str) -> tuple[str, ...]:
+    if entry != INDEX:
+        return (entry,)
     try:
-        return sorted(set(json.loads((directory / f"{_SINGLE}{INDEX}").read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, LookupError, AttributeError) as error:
-        raise RefusedSnapshot(
-            f"{name} has neither {_SINGLE} nor a readable {_SINGLE}{INDEX}, so it cannot be prepared. Remove --prepare."
-        ) from error
+        return model_files.read_index((directory / INDEX).read_bytes())
+    except ValueError as error:
+        raise RefusedSnapshot(f"{name} has an unreadable {INDEX} ({error}). Remove --prepare.") from error
 
 
 def _tensor_names(path: Path) -> list[str]:
@@ -230,11 +236,10 @@ def _weights_file(directory: Path, shard: str, tensors: Sequence[_Tensor]) -> Ou
 
 
 def _index_file(directory: Path, tensors: Mapping[str, Sequence[_Tensor]]) -> OutputFile:
-    path = f"{_SINGLE}{INDEX}"
-    metadata = json.loads((directory / path).read_bytes()).get("metadata") or {}
+    metadata = json.loads((directory / INDEX).read_bytes()).get("metadata") or {}
     metadata["total_size"] = sum(tensor.size_bytes for group in tensors.values() for tensor in group)
     shard_of = {tensor.name: shard for shard, group in tensors.items() for tensor in group}
-    return _json_file(path, {"metadata": metadata, "weight_map": dict(sorted(shard_of.items()))})
+    return _json_file(INDEX, {"metadata": metadata, "weight_map": dict(sorted(shard_of.items()))})
 
 
 def _config_file(directory: Path, skip_modules: Sequence[str]) -> OutputFile:

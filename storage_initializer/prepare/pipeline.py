@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from snapshot_format import model_files
 from snapshot_format.recipe import RECIPE_VERSION
 from snapshot_format.record import File, QuantizationRecipe, Record
 from storage_initializer.errors import DamagedSnapshot, InvalidUsage, NotFound
 from storage_initializer.publish import Outcome, Progress
 from storage_initializer.settings import Settings
-from storage_initializer.sources import file_selection
 from storage_initializer.volume import layout, lease, permissions, record, verify
 from storage_initializer.volume.lease import Lease
 
@@ -151,7 +151,7 @@ class _Preparation:
 
 def _is_copied(file: File) -> bool:
     """Return whether a file is copied unchanged."""
-    return file.path != file_selection.CONFIG and not file_selection.is_weights(file)
+    return file.path != model_files.CONFIG and not model_files.is_weights(file.path)
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

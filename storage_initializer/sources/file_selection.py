@@ -1,27 +1,24 @@
-"""Selection of the files of a snapshot from a listing; pure.
+"""Selection of the files of a snapshot from a listing.
 
-Prefers safetensors, excludes other weight formats and hidden files, and applies the patterns. It also contains the only
-check for paths that would leave the snapshot's directory.
+Selects what a predictor needs: the weights that transformers loads, the configuration and the tokenizer. Patterns of
+the user come first. It also contains the only check for paths that would leave the snapshot's directory.
 """
 
 import hashlib
-import json
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from snapshot_format import model_files
+from snapshot_format.model_files import CONFIG, INDEX_SUFFIX, PICKLES
 from snapshot_format.record import File, FileSelection
 from storage_initializer.errors import RefusedSnapshot
 
-CONFIG = "config.json"
-WEIGHTS = ".safetensors"
-INDEX = ".index.json"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-"""Weights that can run code when opened: selected only if allowed and without alternative."""
-FOREIGN_WEIGHTS = (".h5", ".msgpack", ".onnx", ".gguf")
-"""Weights of other engines, never selected."""
+MAX_INDEX_BYTES = 1 << 28
+"""Maximum size of an index, which is read into memory. The largest models have about 20 MiB."""
 
+_PICKLE = "pytorch_model.bin"
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 _DRIVE = re.compile(r"[A-Za-z]:")
 _MAX_PART_BYTES = 240
@@ -50,32 +47,37 @@ class Plan:
         return hashlib.sha256(lines.encode()).hexdigest()[:40]
 
 
-def make_plan(listing: Iterable[File], name: str, selection: FileSelection) -> Plan:
-    """Select the files to publish; `name` is the reference for error messages.
+def make_plan(listing: Iterable[File], name: str, selection: FileSelection, read: Callable[[File], bytes]) -> Plan:
+    """Select the files to publish.
 
-    Patterns are applied last, so they do not affect whether a repository can be served at all.
+    Without `allow` patterns these are the weights, the configuration, the tokenizer and the model card. With them,
+    every file that matches, except weights that would not be loaded.
+
+    Args:
+        listing: all files of the source.
+        name: the reference, for error messages.
+        selection: patterns of the user. They restrict the listing first, so they also choose between weights.
+        read: returns the content of a file, called for the index of sharded weights.
 
     Raises:
-        RefusedSnapshot: an unsafe path, no config.json, no permitted weights, or no file that matches the patterns.
+        RefusedSnapshot: an unsafe path, no config.json, no permitted weights, a missing shard, or no file that matches
+            the patterns.
     """
-    visible: list[File] = []
+    visible: dict[str, File] = {}
     for file in sorted(listing, key=lambda file: file.path):
         check_safe_path(file.path, name)
         if not _is_hidden(file.path):
-            visible.append(file)
-    weights = (WEIGHTS, *(PICKLES if selection.pickle else ()))
-    if any(file.path.endswith(WEIGHTS) for file in visible):
-        weights = (WEIGHTS,)
-    elif not any(file.path.endswith(weights) for file in visible):
-        raise RefusedSnapshot(_no_weights(visible, name))
-    if not any(file.path == CONFIG for file in visible):
+            visible[file.path] = file
+    accepted = {path: file for path, file in visible.items() if selection.accepts(path)}
+    entry = _find_entry(visible, accepted, name, selection)
+    if CONFIG not in visible:
         raise RefusedSnapshot(f"{name} has no {CONFIG} at its top. Use a repository in the transformers format.")
-    selected = tuple(
-        file for file in visible if not _is_other_weights(file.path, weights) and selection.accepts(file.path)
-    )
+    weights = frozenset[str]() if entry is None else _weights(entry, accepted, name, read)
+    is_needed = model_files.is_auxiliary if not selection.allow else lambda path: not model_files.is_weights(path)
+    selected = tuple(file for path, file in accepted.items() if path in weights or is_needed(path))
     if not selected:
         raise RefusedSnapshot(f"{name} has no file that matches the patterns. Check --allow and --ignore.")
-    return Plan(selected, tuple(file.path for file in visible if file not in selected))
+    return Plan(selected, tuple(file.path for file in visible.values() if file not in selected))
 
 
 def effective_selection(selection: FileSelection, plan: Plan) -> FileSelection:
@@ -100,48 +102,53 @@ def check_safe_path(path: str, name: str) -> None:
         raise RefusedSnapshot(f"{name} contains a file with the unsafe path {path!r}. Rename it at its source.")
 
 
-def is_weights(file: File) -> bool:
-    """Return whether a file contains weights in any format, or is an index of weights."""
-    return _is_other_weights(file.path, ())
-
-
-def is_index(file: File) -> bool:
-    """Return whether a file maps tensors to shards."""
-    return file.path.endswith(tuple(suffix + INDEX for suffix in (WEIGHTS, *PICKLES)))
-
-
-def require_shards(plan: Plan, index_path: str, index: bytes, name: str) -> None:
-    """Check that the plan contains every shard of an index.
-
-    Raises:
-        RefusedSnapshot: a shard is missing, or the index is unreadable.
-    """
-    try:
-        shards = sorted(set(json.loads(index)["weight_map"].values()))
-        paths = [posixpath.join(posixpath.dirname(index_path), shard) for shard in shards]
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise RefusedSnapshot(f"{name} has an unreadable {index_path}. Use another revision.") from error
-    missing = sorted(set(paths) - {file.path for file in plan.files})
-    if missing:
-        raise RefusedSnapshot(f"{name} misses {', '.join(missing)} of its {index_path}. Use a complete revision.")
-
-
 def _is_hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/"))
 
 
-def _is_other_weights(path: str, weights: tuple[str, ...]) -> bool:
-    """Return whether a file contains or indexes weights in another format than `weights`."""
-    plain = path.lower().removesuffix(INDEX)
-    return plain.endswith((WEIGHTS, *PICKLES, *FOREIGN_WEIGHTS)) and not plain.endswith(weights)
+def _find_entry(visible: Iterable[str], accepted: Iterable[str], name: str, selection: FileSelection) -> str | None:
+    """Return the file from which the weights are loaded; None if the patterns exclude all weights."""
+
+    def find(paths: Iterable[str]) -> str | None:
+        entry = model_files.find_weights(paths)
+        if entry is None and selection.pickle:
+            entry = model_files.find_weights(paths, _PICKLE, PICKLES)
+        return entry
+
+    entry = find(accepted)
+    if entry is None:
+        if find(visible) is None:
+            raise RefusedSnapshot(_no_weights(visible, name))
+        if any(path.endswith(model_files.SAFETENSORS) and "/" not in path for path in accepted):
+            raise RefusedSnapshot(f"{_no_weights(accepted, name)} The patterns exclude the rest: check --allow.")
+    return entry
 
 
-def _no_weights(files: Iterable[File], name: str) -> str:
-    others = [file.path for file in files if _is_other_weights(file.path, ())]
-    instead = f"only {', '.join(others[:3])}" if others else "no weights at all"
-    fix = "Use a revision or repository that offers them"
-    if any(path.lower().endswith(PICKLES) for path in others):
-        fix += (
+def _weights(entry: str, files: Mapping[str, File], name: str, read: Callable[[File], bytes]) -> frozenset[str]:
+    """Return the paths of all files of the weights.
+
+    Raises:
+        RefusedSnapshot: a shard is missing, or the index is unreadable.
+    """
+    if not entry.endswith(INDEX_SUFFIX):
+        return frozenset((entry,))
+    try:
+        if files[entry].size_bytes > MAX_INDEX_BYTES:
+            raise ValueError(f"it has more than {MAX_INDEX_BYTES} bytes")
+        suffix = posixpath.splitext(entry.removesuffix(INDEX_SUFFIX))[1]
+        shards = model_files.read_index(read(files[entry]), suffix)
+    except ValueError as error:
+        raise RefusedSnapshot(f"{name} has an unreadable {entry} ({error}). Use another revision.") from error
+    if missing := [shard for shard in shards if shard not in files]:
+        raise RefusedSnapshot(f"{name} misses {', '.join(missing)} of its {entry}. Use a complete revision.")
+    return frozenset((entry, *shards))
+
+
+def _no_weights(paths: Iterable[str], name: str) -> str:
+    paths = list(paths)
+    fix = ""
+    if model_files.find_weights(paths, _PICKLE, PICKLES):
+        fix = (
             ", or, if you trust its owner, set STORAGE_INITIALIZER_ALLOW_PICKLE=true (pickles can run code when opened)"
         )
-    return f"{name} has no weights as safetensors ({instead}). {fix}."
+    return f"{name} {model_files.describe_missing_weights(paths)}{fix}."

@@ -30,7 +30,7 @@ from storage_initializer.settings import Settings
 from storage_initializer.sources.hub_client import HubClient, retry_after_seconds
 from storage_initializer.sources.retry import RetryPolicy
 from storage_initializer.sources.worker_pool import run_in_threads
-from storage_initializer.volume import layout
+from storage_initializer.volume import layout, verify
 
 _Result = TypeVar("_Result")
 
@@ -83,6 +83,23 @@ class Hub:
         if client.uses_xet:
             self._xet_paths = frozenset(file.path for file, uses_xet in entries if uses_xet)
         return tuple(file for file, _ in entries)
+
+    def read(self, commit: str, file: File) -> bytes:
+        """Return the content of a small file of a commit.
+
+        Raises:
+            NotFound, AccessDenied, HubUnavailable: see above.
+        """
+        client, repository = self._client, self._reference.repository
+
+        def download() -> bytes:
+            with client.stream(repository, commit, file.path, 0) as response:
+                content = b"".join(self._enforce_min_throughput(response.iter_bytes()))
+            if not verify.matches(content, file):
+                raise TransientHubError(f"{self._reference} sent wrong bytes of {file.path}. Run again.")
+            return content
+
+        return self._call(download, self._retry)
 
     def fetch(
         self,

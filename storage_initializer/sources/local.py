@@ -14,9 +14,11 @@ import stat
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from snapshot_format.model_files import CONFIG, INDEX_SUFFIX
 from snapshot_format.record import File, FileSelection
 from snapshot_format.reference import DirectoryReference
 from storage_initializer.errors import AccessDenied, NotFound, RefusedSnapshot, SourceFailed
@@ -47,12 +49,23 @@ class Directory:
             RefusedSnapshot: it contains files that must not be served.
         """
         with _translated_errors(self._reference):
-            self._files = self._measure()
-        return file_selection.make_plan(self._files, str(self._reference), self._selection).fingerprint
+            self._files = self._list()
+        plan = file_selection.make_plan(
+            self._files, str(self._reference), self._selection, lambda file: self.read("", file)
+        )
+        with _translated_errors(self._reference):
+            measured = {file.path: self._measure(file) for file in plan.files}
+        self._files = tuple(measured.get(file.path, file) for file in self._files)
+        return replace(plan, files=tuple(measured.values())).fingerprint
 
     def list_files(self, _commit: str) -> tuple[File, ...]:
-        """Return the files that `resolve` has measured."""
+        """Return the files that `resolve` has listed; those to publish have their checksums."""
         return self._files
+
+    def read(self, _commit: str, file: File) -> bytes:
+        """Return the content of a small file."""
+        with _translated_errors(self._reference):
+            return (self._reference.path / file.path).read_bytes()
 
     def fetch(
         self,
@@ -71,8 +84,11 @@ class Directory:
             layout.write(staging, file.path, _chunks(self._reference, content), advance)
             finished(file)
 
-    def _measure(self) -> tuple[File, ...]:
+    def _list(self) -> tuple[File, ...]:
         return verify.list_files(self._reference.path)
+
+    def _measure(self, file: File) -> File:
+        return verify.measure(self._reference.path, file.path)
 
     def _open(self, files: Iterable[File]) -> Iterator[tuple[File, _Content]]:
         for file in files:
@@ -91,23 +107,39 @@ class Archive(Directory):
     _top = ""
     """That directory with a slash, if there is one."""
 
-    def _measure(self) -> tuple[File, ...]:
+    def __init__(self, reference: DirectoryReference, selection: FileSelection) -> None:
+        super().__init__(reference, selection)
+        self._indexes: dict[str, bytes] = {}
+
+    def read(self, _commit: str, file: File) -> bytes:
+        """Return the content of an index, kept while listing: reading it again would read the whole archive."""
+        return self._indexes[self._top + file.path]
+
+    def _list(self) -> tuple[File, ...]:
         files: dict[str, File] = {}
         for name, content in self._members():
             file_selection.check_safe_path(name, str(self._reference))
             if name in files:
                 raise RefusedSnapshot(f"{self._reference} contains {name} twice. Create the archive again.")
             size_bytes, sha256 = 0, hashlib.sha256()
+            index = io.BytesIO()
             for chunk in _chunks(self._reference, content):
                 size_bytes += len(chunk)
                 sha256.update(chunk)
+                if name.endswith(INDEX_SUFFIX) and size_bytes <= file_selection.MAX_INDEX_BYTES:
+                    index.write(chunk)
+            if name.endswith(INDEX_SUFFIX):
+                self._indexes[name] = index.getvalue()
             files[name] = File(name, size_bytes, sha256.hexdigest())
         tops = {name.partition("/")[0] + "/" for name in files}
-        if file_selection.CONFIG not in files and len(tops) == 1:
+        if CONFIG not in files and len(tops) == 1:
             self._top = tops.pop()
         return tuple(
             File(name.removeprefix(self._top), file.size_bytes, file.sha256) for name, file in sorted(files.items())
         )
+
+    def _measure(self, file: File) -> File:
+        return file
 
     def _open(self, files: Iterable[File]) -> Iterator[tuple[File, _Content]]:
         pending = {self._top + file.path: file for file in files}

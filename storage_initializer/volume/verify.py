@@ -50,17 +50,19 @@ def check(directory: Path, expected: Iterable[File], *, fast: bool = False) -> R
 
 
 def list_files(directory: Path) -> tuple[File, ...]:
-    """List a directory like a repository on the Hub, with the sha256 of every visible file.
+    """List the visible files of a directory with their sizes, like a repository on the Hub.
 
     Raises:
         RefusedSnapshot: the directory contains a link or a device.
-        OSError: a file is unreadable; `filename` is its path.
+        OSError: a directory is unreadable; `filename` is its path.
     """
-    paths = sorted(_paths(directory))
-    for path in paths:
-        if not stat.S_ISREG((directory / path).lstat().st_mode):
+    files = []
+    for path in sorted(_paths(directory)):
+        status = (directory / path).lstat()
+        if not stat.S_ISREG(status.st_mode):
             raise RefusedSnapshot(f"{directory / path} is a link or a device. Replace it with a copy (cp -rL).")
-    return tuple(measure(directory, path) for path in paths)
+        files.append(File(path, status.st_size))
+    return tuple(files)
 
 
 def measure(directory: Path, path: str) -> File:
@@ -88,6 +90,16 @@ def compare(directory: Path, file: File, *, fast: bool = False) -> File | Issue:
     if file.sha256 is not None and sha256 != file.sha256:
         return Issue(file.path, f"has sha256 {sha256} instead of {file.sha256}")
     return replace(file, sha256=sha256)
+
+
+def matches(content: bytes, file: File) -> bool:
+    """Return whether a content in memory has the size and the checksums of a file."""
+    blob = b"blob %d\0" % len(content) + content
+    return (
+        len(content) == file.size_bytes
+        and file.sha256 in (None, hashlib.sha256(content).hexdigest())
+        and file.git_sha1 in (None, hashlib.sha1(blob, usedforsecurity=False).hexdigest())
+    )
 
 
 def _paths(directory: Path) -> Iterator[str]:

@@ -10,12 +10,14 @@ import logging
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httptools
 import huggingface_hub
 import kserve
 import pytest
@@ -31,11 +33,16 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, rename_source_key
 from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from devtools import tiny_llama
+from devtools.architectures import CASES
 from devtools.paths import DEMO_MODEL
 from predictor.engine import batching_manager
 from predictor.engine.batching_manager import BatchingManager
@@ -44,9 +51,11 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
+from predictor.kernels import past_key_values
 from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
+from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
@@ -99,8 +108,13 @@ def submit(
     return prompt
 
 
-async def finish(executor: BatchingManager, sizes: Sequence[tuple[int, int]]) -> tuple[list[list[int]], list[Any]]:
-    """Run sequences of (prompt tokens, new tokens), and return their prompts and lists of outputs."""
+async def finish(
+    executor: BatchingManager, sizes: Sequence[tuple[int, int]], prefix: str = ""
+) -> tuple[list[list[int]], list[Any]]:
+    """Run sequences of (prompt tokens, new tokens), and return their prompts and lists of outputs.
+
+    Prompts follow from the request ids, which begin with `prefix`: equal ones share cached blocks.
+    """
     done: asyncio.Queue[None] = asyncio.Queue()
     outputs: list[list[EngineOutput]] = [[] for _ in sizes]
 
@@ -112,7 +126,7 @@ async def finish(executor: BatchingManager, sizes: Sequence[tuple[int, int]]) ->
 
         return on_output
 
-    prompts = [submit(executor, str(index), *size, collect(index)) for index, size in enumerate(sizes)]
+    prompts = [submit(executor, f"{prefix}{index}", *size, collect(index)) for index, size in enumerate(sizes)]
     async with asyncio.timeout(HANG_SECONDS):
         for _ in sizes:
             await done.get()
@@ -145,7 +159,11 @@ def idle(executor: BatchingManager) -> bool:
         (continuous_api.ContinuousBatchingManager.is_running, ""),
         (continuous_api.BackgroundThreadStatus.can_accept_new_requests, ""),
         (continuous_api.ContinuousBatchProcessor.has_pending_requests, ""),
+        (continuous_api.ContinuousBatchingManager._generation_loop_body, "batch_processor bootstrapping"),
+        (continuous_api.OutputRouter.fail_and_deliver, "state error"),
         (cache.PagedAttentionCache.compute_free_capacity, "relative"),
+        (cache.PagedAttentionCache.free_blocks, "request_id no_cache"),
+        (scheduler.FIFOScheduler.schedule_batch, "token_budget cache_budget"),
         (scheduler.FIFOScheduler.clear_cancelled_requests, ""),
         (cb_logits_processors.ContinuousBatchingLogitsProcessorList.__init__, "logits_processor"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.fill_defaults, "int32_tensor"),
@@ -250,7 +268,7 @@ def test_batching_rows_without_a_new_token_come_last(
 
 def test_batching_processor_is_called_once_per_step(executor: BatchingManager) -> None:
     before = executor.step_count
-    asyncio.run(finish(executor, [(128 + 128 + 3, 4)]))
+    asyncio.run(finish(executor, [(128 + 128 + 3, 4)], prefix="steps"))
     assert executor.step_count - before == 3 + 3, "three chunks, the last with the first token, and three decodes"
 
 
@@ -271,6 +289,15 @@ def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager
     assert asyncio.run(cancel()) == 0, "a cancelled sequence has no final output"
     asyncio.run(finish(executor, [(10, 1)]))
     assert (handlers, executor._row_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
+
+
+def test_batching_outputs_without_a_handler_are_not_kept(executor: BatchingManager) -> None:
+    router = executor._manager.output_router
+    output = continuous_api.GenerationOutput(request_id="cancelled")
+    kept = sys.getrefcount(output)
+    router.deliver(output)
+    router.deliver_batch([output])
+    assert sys.getrefcount(output) == kept
 
 
 def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
@@ -315,9 +342,34 @@ def test_batching_scheduler_admits_again_after_a_cancellation(model: Any) -> Non
         asyncio.run(cancel_running(small))
 
 
-def test_batching_dead_loop_fails_sequences_and_accepts_no_more(model: Any) -> None:
+def test_batching_failed_step_frees_its_blocks_and_shares_none(executor: BatchingManager, model: Any) -> None:
+    def fail_last_chunk(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        del args
+        if kwargs["input_ids"].shape[1] < 128:
+            raise RuntimeError("no memory")
+
+    processor = executor._manager.batch_processor
+    [allocator] = processor.cache.cache_allocators.values()
+    processor.cache.evict_cached_blocks()
+    handle = model.register_forward_pre_hook(fail_last_chunk, with_kwargs=True)
+    steps = executor.step_count
+    try:
+        _, [[output]] = asyncio.run(finish(executor, [(PAGE_TOKENS + 10, 5)]))
+    finally:
+        handle.remove()
+    assert (output.error, output.finished, output.token_ids) == ("no memory", True, [])
+    assert executor.step_count - steps == 2, "chunks that complete a page"
+    ledger = allocator.ledger
+    assert (allocator.block_table, ledger.block_to_hash, ledger.hash_to_block, ledger.cached_blocks) == ({}, {}, {}, {})
+    assert processor.scheduler.waiting_requests_order == deque()
+    assert executor.is_accepting
+
+
+def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
 
     with started(model) as dying:
         handle = model.register_forward_pre_hook(fail)
@@ -451,6 +503,42 @@ def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
     asyncio.run(serve())
 
 
+def test_httptools_skips_the_body_of_a_request_with_upgrade_header() -> None:
+    parsed: list[str] = []
+
+    class Callbacks:
+        def on_headers_complete(self) -> None:
+            parsed.append("headers")
+
+        def on_body(self, body: bytes) -> None:
+            parsed.append(body.decode())
+
+        def on_message_complete(self) -> None:
+            parsed.append("end")
+
+    head = b"POST / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: h2c\r\nContent-Length: 4\r\n\r\n"
+    parser = httptools.HttpRequestParser(Callbacks())
+    with pytest.raises(httptools.HttpParserUpgrade) as raised:
+        parser.feed_data(head + b"body")
+    assert raised.value.args == (len(head),)
+    assert parsed == ["headers", "end"], "kserve_server.HTTPProtocol may no longer be needed"
+    assert (parser.should_upgrade(), parser.get_method(), parser.get_http_version()) == (True, b"POST", "1.1")
+
+
+def test_uvicorn_protocol_has_the_parser_url_and_headers_of_a_request() -> None:
+    async def receive_head() -> HttpToolsProtocol:
+        protocol = HttpToolsProtocol(uvicorn.Config(Starlette(), log_config=None), ServerState(), {})
+        protocol.on_message_begin()
+        protocol.on_url(b"/a%20b?c=d")
+        protocol.on_header(b"X-Mine", b"1")
+        return protocol
+
+    protocol = asyncio.run(receive_head())
+    assert isinstance(protocol.parser, httptools.HttpRequestParser)
+    assert (protocol.url, protocol.headers) == (b"/a%20b?c=d", [(b"x-mine", b"1")])
+    assert "set_dangerous_leniencies(lenient_data_after_close=True)" in inspect.getsource(HttpToolsProtocol)
+
+
 # KServe's tensor helpers: predictor/protocols/open_inference_types.py
 
 
@@ -508,6 +596,13 @@ def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
     assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
 
 
+def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any) -> None:
+    before = model.config._attn_implementation
+    with transformers_attention.selected(model, "eager"):
+        assert model.config.get_text_config()._attn_implementation == "eager"
+    assert model.config._attn_implementation == before
+
+
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
@@ -528,6 +623,61 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
     with started(fresh) as executor:
         asyncio.run(finish(executor, [(5, 4), (9, 3)]))
     assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
+
+
+# transformers' model classes and rotary embeddings: predictor/models/architectures.py, predictor/models/rope.py
+
+
+def test_model_classes_state_whether_they_use_the_attention_interface() -> None:
+    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    assert classes[transformers.LlamaConfig]._supports_attention_backend is True
+    assert classes[transformers.BloomConfig]._supports_attention_backend is False
+
+
+@pytest.mark.parametrize("rope_type", sorted(LENGTH_DEPENDENT))
+def test_rotary_embedding_updates_frequencies_unless_its_type_is_default(rope_type: str) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 8}
+    extra = factors if rope_type == "longrope" else {"factor": 4.0}
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        rope_parameters={"rope_type": rope_type, "rope_theta": 10000.0, **extra},
+    )
+    embedding = modeling_llama.LlamaRotaryEmbedding(config)
+    short = embedding.inv_freq.clone()
+    embedding(torch.zeros(1), torch.arange(16)[None])
+    long = embedding.inv_freq.clone()
+    assert not torch.equal(short, long)
+    frequencies, _ = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"), seq_len=16)
+    torch.testing.assert_close(frequencies, long)
+    embedding.rope_type = "default"
+    embedding(torch.zeros(1), torch.arange(4)[None])
+    assert torch.equal(embedding.inv_freq, long)
+
+
+@pytest.mark.parametrize("model_type", sorted(past_key_values.MODEL_TYPES))
+def test_layers_without_the_paged_cache_update_past_key_values(model_type: str) -> None:
+    config = CASES[model_type].config()
+    layer_indices: list[int] = []
+
+    class Past:
+        def update(self, key: torch.Tensor, value: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+            layer_indices.append(layer_idx)
+            return key, value
+
+        def get_seq_length(self) -> int:
+            return 0
+
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    ids, positions = torch.tensor([[5, 6, 7, 8]]), torch.arange(4)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids, use_cache=False).logits
+        arguments = {"input_ids": ids, "position_ids": positions, "attention_mask": mask, "use_cache": False}
+        logits = model(**arguments, past_key_values=Past()).logits
+    assert layer_indices == list(range(config.num_hidden_layers))
+    torch.testing.assert_close(logits, expected)
 
 
 # torch's private operators: predictor/kernels/cpu/torch_private.py

@@ -17,14 +17,17 @@ import yaml
 
 from devtools.paths import ROOT
 from preflight import offline
-from preflight.checks import schema, settings
+from preflight.checks import schema
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 
+RENAMING = Path("kustomize/renaming")
+"""A transformer, not objects."""
 FOLDERS = sorted(
     path.parent.relative_to(ROOT)
     for top in ("kustomize", "manifests")
     for path in (ROOT / top).rglob("kustomization.yaml")
+    if path.parent != ROOT / RENAMING
 )
 OVERLAYS = [folder for folder in FOLDERS if folder.parts[1] == "overlays"]
 COMPONENTS = [folder for folder in FOLDERS if folder.parts[1] == "components"]
@@ -180,10 +183,9 @@ def schemas(definitions: list[Manifest], cached_schemas: Schemas) -> Schemas:
 @pytest.fixture(scope="session")
 def preflight_findings(definitions: list[Manifest], cached_schemas: Schemas) -> Preflight:
     """Preflight's findings of a rendering; without CRD_DIR, custom kinds are not validated."""
-    known = settings.known_keys(ROOT / BASE)
 
     def findings(rendered: Deployment) -> list[str]:
-        findings = offline.check(rendered, cached_schemas, known)
+        findings = offline.check(rendered, cached_schemas)
         return [str(finding) for finding in findings if definitions or "were not checked" not in finding.problem]
 
     return findings

@@ -139,6 +139,13 @@ def test_gpu_mig_replaces_the_gpu_with_a_slice(added: Added) -> None:
     assert [name for name in limits if name.startswith("nvidia.com/")] == ["nvidia.com/mig-3g.40gb"]
 
 
+def test_pull_secret_is_in_every_service_account_and_nowhere_without_it(added: Added, base: Rendered) -> None:
+    accounts = added("pull-secret").all("ServiceAccount")
+    assert len(accounts) == 2
+    assert [account["imagePullSecrets"] for account in accounts] == [[{"name": "registry-credentials"}]] * 2
+    assert not [account for account in base.all("ServiceAccount") if "imagePullSecrets" in account]
+
+
 def test_scale_to_zero_sets_its_annotations(added: Added, base: Rendered) -> None:
     keys = {"window", "scale-to-zero-pod-retention-period", "initial-scale"}
     annotations = added("scale-to-zero").annotations

@@ -10,7 +10,7 @@ import pytest
 from preflight.checks import knative, kserve, references
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
-from tests.kustomize.conftest import DEV, IMAGES, OVERLAYS, Preflight, Render, Rendered, component_folder
+from tests.kustomize.conftest import DEV, OVERLAYS, Preflight, Render, Rendered, component_folder
 
 UNCHECKED = {"KnativeServing"}
 """Kinds without a CRD in CRD_DIR."""
@@ -129,9 +129,8 @@ def test_overlay_readme_names_its_required_secrets(overlay: Rendered) -> None:
 
 
 def test_component_readme_names_its_secrets(component: Rendered) -> None:
-    pull = {"registry-credentials"} if component.path != IMAGES else set()
     secrets = {secret.name for secret in references.secrets(component)}
-    assert set(re.findall(r"Secret `([a-z-]+)`", component.readme)) == secrets - pull
+    assert set(re.findall(r"Secret `([a-z-]+)`", component.readme)) == secrets
 
 
 def test_every_config_map_is_used(deployment: Rendered) -> None:

@@ -16,6 +16,7 @@ from tests.kustomize.conftest import (
     MANIFESTS,
     OVERLAYS,
     PROD,
+    RENAMING,
     STORAGE_CONTAINER,
 )
 
@@ -95,7 +96,8 @@ def test_kustomize_defines_no_object_except_the_namespaces_of_overlays() -> None
         for path in files(KUSTOMIZE, pattern="kustomization.yaml")
     }
     assert {folder: kinds for folder, kinds in defined.items() if kinds} == {
-        folder: ["Namespace"] for folder in OVERLAYS
+        **{folder: ["Namespace"] for folder in OVERLAYS},
+        RENAMING: ["ReplacementTransformer"],
     }
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from predictor import settings
@@ -53,6 +55,28 @@ def test_read_empty_model_reference_is_none(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
+    ("value", "origins"),
+    [
+        ("", ()),
+        ("*", ("*",)),
+        ("https://ui.example.org", ("https://ui.example.org",)),
+        (" HTTPS://UI.example.org:8443, http://[::1]:3000,", ("https://ui.example.org:8443", "http://[::1]:3000")),
+        ("tauri://localhost,null-app://x", ("tauri://localhost", "null-app://x")),
+    ],
+)
+def test_read_allowed_origins_are_a_list(value: str, origins: tuple[str, ...]) -> None:
+    assert settings.read(["--allowed_origins", value]).origins == origins
+
+
+@pytest.mark.parametrize(
+    "value", ["https://ui.example.org/", "ui.example.org", '["*"]', "https://*.example.org", "*, a b"]
+)
+def test_read_allowed_origin_that_no_browser_sends_is_an_error(value: str) -> None:
+    with pytest.raises(InvalidSettings, match=r"--allowed_origins \(PREDICTOR_ALLOWED_ORIGINS\): .* \* or origins"):
+        settings.read(["--allowed_origins", value])
+
+
+@pytest.mark.parametrize(
     ("argv", "expected"),
     [
         (["--modl_dir", "/x"], "Unknown flag: --modl_dir. Did you mean --model_dir?"),
@@ -103,3 +127,19 @@ def test_read_ignores_kubernetes_service_links(monkeypatch: pytest.MonkeyPatch) 
     for name in ("SERVICE_HOST", "SERVICE_PORT_HTTP1", "PORT", "PORT_8080_TCP_ADDR"):
         monkeypatch.setenv(f"PREDICTOR_{name}", "10.0.0.1")
     assert settings.read([]).http_port == 8080
+
+
+def test_read_chat_template_kwargs_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = {"enable_thinking": False, "budget": 5}
+    assert settings.read([]).template_variables == {}
+    assert settings.read(["--chat_template_kwargs", json.dumps(expected)]).template_variables == expected
+    monkeypatch.setenv("PREDICTOR_CHAT_TEMPLATE_KWARGS", json.dumps(expected))
+    assert settings.read([]).template_variables == expected
+
+
+@pytest.mark.parametrize("value", ["enable_thinking=false", "[1]", "{"])
+def test_read_chat_template_kwargs_not_a_json_object_are_rejected(value: str) -> None:
+    with pytest.raises(
+        InvalidSettings, match=r'--chat_template_kwargs .*JSON object, as in {"enable_thinking": false}'
+    ):
+        settings.read(["--chat_template_kwargs", value])

@@ -17,7 +17,7 @@ import yaml
 
 from devtools.paths import ROOT
 from preflight import offline, rendering
-from preflight.checks import schema, settings
+from preflight.checks import schema
 from preflight.checks.resources import Model
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
@@ -80,8 +80,7 @@ class Draft:
 
     def check(self, schemas: Schemas | None = None, model: Model | None = None) -> list[Finding]:
         """Run the offline checks; without schemas, custom kinds are not validated."""
-        known = settings.known_keys(ROOT / "kustomize/base")
-        findings = offline.check(self.deployment, schemas or Schemas(), known, model)
+        findings = offline.check(self.deployment, schemas or Schemas(), model)
         return [finding for finding in findings if "were not checked" not in finding.problem]
 
 

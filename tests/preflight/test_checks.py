@@ -1,5 +1,6 @@
 """Each mistake in an overlay is one finding that names it."""
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from preflight.checks import kserve, resources
 from preflight.checks.schema import Schemas
 from preflight.deployment import Manifest
+from preflight.findings import Source
 from tests.preflight.conftest import Draft
 
 Drafts = Callable[[str], Draft]
@@ -33,6 +35,10 @@ def remove_reference(draft: Draft) -> None:
 
 def remove_progress_deadline(draft: Draft) -> None:
     del draft.annotations["serving.knative.dev/progress-deadline"]
+
+
+def remove_full_duplex(draft: Draft) -> None:
+    del draft.annotations["features.knative.dev/http-full-duplex"]
 
 
 def remove_scale_target(draft: Draft) -> None:
@@ -112,11 +118,66 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "setting_key": (lambda d: d.settings.update(PREDICTOR_MAX_NUM_SEQ="8"), "use PREDICTOR_MAX_NUM_SEQS"),
     "setting_number": (
         lambda d: d.settings.update(PREDICTOR_MAX_QUEUED_REQUESTS="lots"),
-        "PREDICTOR_MAX_QUEUED_REQUESTS is 'lots', which is not a number",
+        "PREDICTOR_MAX_QUEUED_REQUESTS is 'lots', so the predictor does not start: input should be a valid integer",
     ),
     "setting_boolean": (
         lambda d: d.download.update(STORAGE_INITIALIZER_OFFLINE="maybe"),
-        "STORAGE_INITIALIZER_OFFLINE is 'maybe'",
+        "STORAGE_INITIALIZER_OFFLINE is 'maybe', so the storage initializer does not start",
+    ),
+    "setting_word": (
+        lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bits"),
+        "ConfigMap/predictor: PREDICTOR_QUANTIZATION is '8bits', so the predictor does not start: "
+        "input should be 'auto', 'none', '8bit' or '4bit'; use 8bit. [kserve-llm]",
+    ),
+    "setting_in_the_pod": (
+        lambda d: d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "fp16"}),
+        "InferenceService/llm: PREDICTOR_DTYPE is 'fp16', so the predictor does not start: "
+        "input should be 'auto', 'float32', 'bfloat16' or 'float16'; use float16.",
+    ),
+    "setting_lower_case_name": (lambda d: d.settings.update(predictor_device="kuda"), "use cuda."),
+    "setting_without_prefix": (lambda d: d.settings.update(LOG_LEVEL="verbose"), "'INFO', 'WARNING' or 'ERROR'"),
+    "setting_bound": (lambda d: d.settings.update(PREDICTOR_GRPC_PORT="70000"), "less than or equal to 65535"),
+    "setting_pattern": (lambda d: d.settings.update(PREDICTOR_SERVED_MODEL_NAME="a/b"), "should match pattern"),
+    "setting_empty": (
+        lambda d: d.settings.update(PREDICTOR_MAX_QUEUED_REQUESTS=""),
+        "PREDICTOR_MAX_QUEUED_REQUESTS is ''",
+    ),
+    "setting_of_the_job": (
+        lambda d: d.download.update(STORAGE_INITIALIZER_PREPARE="int8"),
+        "should be 'int8-cpu'; use int8-cpu",
+    ),
+    "setting_key_of_the_job": (
+        lambda d: d.job["containers"][0]["env"].append({"name": "STORAGE_INITIALIZER_ATTEMPT", "value": "3"}),
+        "not a setting of the storage initializer; use STORAGE_INITIALIZER_ATTEMPTS",
+    ),
+    "setting_umask": (lambda d: d.download.update(STORAGE_INITIALIZER_UMASK="0077"), "let the group read"),
+    "setting_endpoint_with_password": (
+        lambda d: d.download.update(HF_ENDPOINT="https://me:pass@hub"),
+        "HF_ENDPOINT is invalid, so the storage initializer does not start: it contains a user or password",
+    ),
+    "setting_of_the_other_program": (
+        lambda d: d.download.update(PREDICTOR_MAX_NUM_SEQS="8"),
+        "PREDICTOR_MAX_NUM_SEQS is a setting of the predictor, and the storage initializer ignores it",
+    ),
+    "flag_value": (
+        lambda d: d.model.update(args=["--quantization", "8bits"]),
+        "--quantization is '8bits', so the predictor does not start: input should be 'auto', 'none', '8bit' or "
+        "'4bit'; use 8bit.",
+    ),
+    "flag_name": (
+        lambda d: d.model.update(args=["--max-model-length=8192"]),
+        "the predictor rejects its arguments: Unknown flag: --max_model_length. Did you mean --max_model_len?",
+    ),
+    "flag_with_dashes": (lambda d: d.model.update(args=["--max-queued-requests=-1"]), "--max-queued-requests is '-1'"),
+    "flag_overrides_a_variable": (lambda d: d.model.update(args=["--device=cpu"]), "PREDICTOR_DEVICE is cpu"),
+    "flag_help": (lambda d: d.model.update(args=["--help"]), "the predictor prints its help and exits"),
+    "flag_of_the_job": (
+        lambda d: d.job["containers"][0]["args"].append("--prepare=int4"),
+        "--prepare is 'int4', so the storage initializer does not start",
+    ),
+    "arguments_of_the_job": (
+        lambda d: d.job["containers"][0].update(args=["$(MODEL_REFERENCE)"]),
+        "the storage initializer rejects its arguments: Invalid command line: 1 arguments do not make pairs",
     ),
     "model_dir": (
         lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/models"),
@@ -224,6 +285,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         "waiting for a snapshot (3000 s)",
     ),
     "progress_deadline": (remove_progress_deadline, "Knative fails the revision after 600 s"),
+    # Streams
+    "no_full_duplex": (remove_full_duplex, "warning: InferenceService/llm: annotation features.knative.dev/http-full"),
+    "full_duplex_disabled": (
+        lambda d: d.annotations.update({"features.knative.dev/http-full-duplex": "Disabled"}),
+        "may cut streams under load",
+    ),
     # Probes and pods
     "no_liveness_probe": (remove_liveness_probe, "has no livenessProbe"),
     "lifecycle": (
@@ -313,10 +380,10 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
     prod = draft("prod")
     mistake(prod)
     [finding] = prod.check()
-    assert sentence in str(finding)
+    assert sentence in re.sub(r"(ConfigMap/[a-z-]+)-\w{10}\b", r"\1", str(finding))
     assert "\n" not in str(finding)
     assert str(finding).startswith(f"{finding.severity}: ")
-    assert str(finding).endswith(".")
+    assert str(finding).endswith(f". [{finding.source}]")
 
 
 @pytest.mark.parametrize(
@@ -328,6 +395,17 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
         lambda d: d.predictor.update(tolerations=[{"key": "sku", "value": "gpu", "effect": "NoSchedule"}]),
         lambda d: d.predictor.update(tolerations=[{"operator": "Exists"}]),
         lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
+        lambda d: d.settings.update(LOG_LEVEL="debug", PREDICTOR_TRUST_REMOTE_CODE="Off", PREDICTOR_DEVICE="cuda:1"),
+        lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/mnt/models", OTHER="x"),
+        lambda d: d.download.update(STORAGE_INITIALIZER_PREPARE="", STORAGE_ALLOW_PATTERNS='["*.json"]'),
+        # The value below overrides that of the ConfigMap.
+        lambda d: [
+            d.settings.update(PREDICTOR_DTYPE="int8"),
+            d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "auto"}),
+        ],
+        lambda d: [d.settings.update(PREDICTOR_DEVICE="auto"), d.model.update(args=["--device", "cuda"])],
+        lambda d: d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
+        lambda d: d.model.update(command=["sh", "-c"], args=["exec other --port 1"]),
     ],
 )
 def test_checks_valid_change_is_no_finding(draft: Drafts, change: Mistake) -> None:
@@ -409,10 +487,69 @@ def test_security_tracing_with_denied_egress_is_a_finding(draft: Drafts) -> None
     assert prod.check() == []
 
 
-def test_references_missing_runtime_is_a_finding(draft: Drafts) -> None:
+SOURCES: dict[str, tuple[Mistake, Source]] = {
+    "job_field": (lambda d: d.job.update(restartPolice="Never"), "API server"),
+    "half_a_gpu": (half_a_gpu, "API server"),
+    "run_as_root": (lambda d: d.container["securityContext"].update(runAsUser=0), "API server"),
+    "logger_mode": (lambda d: d.predictor.update(logger={"url": "http://x"}), "KServe's webhook"),
+    "autoscaler": (
+        lambda d: d.annotations.update({"serving.kserve.io/autoscalerClass": "kpa"}),
+        "KServe's webhook",
+    ),
+    "model_format": (lambda d: d.model.update(modelFormat={"name": "llm"}), "KServe's controller"),
+    "storage_uri": (lambda d: d.model.update(storageUri="nfs://server/models"), "KServe's controller"),
+    "lifecycle": (lambda d: d.container.update(lifecycle={}), "Knative's webhook"),
+    "window": (lambda d: d.annotations.update({"autoscaling.knative.dev/window": "2s"}), "Knative's webhook"),
+    "timeout": (timeout_over_the_maximum, "Knative's webhook"),
+    "claim": (lambda d: d.model.update(storageUri="pvc://model"), "scheduler"),
+    "config_map": (lambda d: d.model["envFrom"].append({"configMapRef": {"name": "x"}}), "kubelet"),
+    "read_only_claim": (
+        lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany"]),
+        "kubelet",
+    ),
+    "setting": (lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bits"), "kserve-llm"),
+    "request_timeout": (lambda d: d.settings.update(PREDICTOR_REQUEST_TIMEOUT_SECONDS="600"), "kserve-llm"),
+}
+
+
+@pytest.mark.parametrize(("mistake", "source"), SOURCES.values(), ids=SOURCES)
+def test_checks_finding_has_its_source(draft: Drafts, mistake: Mistake, source: Source) -> None:
+    prod = draft("prod")
+    mistake(prod)
+    [finding] = prod.check()
+    assert finding.source == source
+
+
+def test_settings_unpinned_reference_of_one_replica_is_a_warning(draft: Drafts) -> None:
+    prod = draft("prod")
+    prod.download["MODEL_REFERENCE"] = "hf://owner/model:main"
+    [several] = prod.check()
+    prod.predictor["maxReplicas"] = 1
+    [one] = prod.check()
+    assert (several.severity, one.severity) == ("error", "warning")
+    assert "is not pinned, so a restart may serve different weights" in one.problem
+    del prod.predictor["maxReplicas"]
+    [unlimited] = prod.check()
+    assert unlimited.severity == "error"
+
+
+def test_references_missing_runtime_is_one_finding(draft: Drafts) -> None:
     prod = draft("prod")
     prod.model["runtime"] = "kserve-lm"
-    assert "ServingRuntime 'kserve-lm' is not in this overlay" in "\n".join(map(str, prod.check()))
+    [finding] = prod.check()
+    assert "ServingRuntime 'kserve-lm' is not in this overlay" in str(finding)
+
+
+def test_references_query_of_another_model_is_a_finding(draft: Drafts) -> None:
+    standard = draft("prod-standard")
+    metric = {"metric": {"query": 'sum(a{model_name="llm"} + b{model_name="llm"})'}, "target": {"value": "24"}}
+    standard.annotations["serving.kserve.io/autoscalerClass"] = "keda"
+    standard.predictor["autoScaling"] = {"metrics": [{"type": "External", "external": metric}]}
+    assert standard.check() == []
+    standard.settings["PREDICTOR_SERVED_MODEL_NAME"] = "chat"
+    standard.container["args"] = []
+    [finding] = standard.check()
+    assert "the query of autoScaling counts requests of model 'llm', and 'chat' is served" in str(finding)
 
 
 def test_kserve_two_implementations_is_a_finding(draft: Drafts) -> None:
@@ -473,6 +610,10 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
         (
             lambda d: d.predictor.update(terminationGracePeriodSeconds=30),
             "exceeds terminationGracePeriodSeconds",
+        ),
+        (
+            lambda d: d.settings.update(PREDICTOR_SNAPSHOT_WAIT_SECONDS="600"),
+            "startupProbe leaves 1200 s to load, and the Deployment reports ProgressDeadlineExceeded after 600 s",
         ),
         (lambda d: d["Ingress"]["metadata"].update(annotations={}), "ends requests after 60 s"),
         (lambda d: d["Ingress"]["spec"]["rules"][0]["http"]["paths"][0].update(backend={}), "Service None"),

@@ -98,7 +98,10 @@ def test_flags_disabled_flag_is_a_finding(suitable: FakeCluster, check: Check) -
 def test_flags_standard_mode_needs_none(suitable: FakeCluster, check: Check) -> None:
     suitable.config_map("config-features", {})
     [finding] = check("prod-standard")
-    assert "Secret llm-tls is not in namespace kserve-llm-prod-standard; create it with key tls.crt." in finding
+    assert finding == (
+        "error: Ingress/llm-public: it needs Secret llm-tls, which is not in namespace kserve-llm-prod-standard; "
+        "create it with key tls.crt. [kserve-llm]"
+    )
 
 
 def test_max_timeout_seconds_reads_the_config_map(suitable: FakeCluster) -> None:
@@ -193,13 +196,17 @@ def test_gpus_too_few_on_every_node_is_a_warning(suitable: FakeCluster, check: C
 def test_secrets_missing_secret_is_a_finding(suitable: FakeCluster, check: Check) -> None:
     del suitable.answers[HUB_SECRET]
     [finding] = check("prod-multi-gpu")
-    assert "Secret hf-secret is not in namespace kserve-llm-prod-multi-gpu; create it with key HF_TOKEN." in finding
+    assert finding.startswith("error: Job/model-download-")
+    assert finding.endswith(
+        "it needs Secret hf-secret, which is not in namespace kserve-llm-prod-multi-gpu; "
+        "create it with key HF_TOKEN. [kubelet]"
+    )
 
 
 def test_secrets_missing_key_is_a_finding(suitable: FakeCluster, check: Check) -> None:
     suitable.answers[HUB_SECRET]["data"] = {"token": "eA=="}
     [finding] = check("prod-multi-gpu")
-    assert "Secret hf-secret has token and not HF_TOKEN; add that key." in finding
+    assert "it needs key HF_TOKEN of Secret hf-secret, which has token; add that key." in finding
 
 
 def test_mode_change_is_a_finding(suitable: FakeCluster, check: Check) -> None:

@@ -76,3 +76,16 @@ def test_flags_writable_claim_needs_two_flags() -> None:
 def test_flags_field_reference_of_the_runtime_needs_its_flag() -> None:
     env = [{"name": "IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}}]
     assert knative.flags(Deployment((runtime(env=env), service({})))) == {knative.FIELD_REFERENCE}
+
+
+def test_settings_flag_overrides_its_variable() -> None:
+    env = [{"name": "PREDICTOR_DEVICE", "value": "cuda"}, {"name": "PREDICTOR_HTTP_PORT", "value": "1"}]
+    assert Deployment((runtime(env=env), service({}))).settings == {
+        "PREDICTOR_DEVICE": "cuda",
+        "PREDICTOR_HTTP_PORT": "1",
+    }
+    args = ["--device=cpu", "--http-port", "$(PREDICTOR_HTTP_PORT)", "--tracing"]
+    assert Deployment((runtime(env=env, args=args), service({}))).settings == {
+        "PREDICTOR_DEVICE": "cpu",
+        "PREDICTOR_HTTP_PORT": "1",
+    }

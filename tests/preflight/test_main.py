@@ -56,7 +56,7 @@ def test_main_json_prints_findings_and_needs(broken: Path, capsys: Capture) -> N
     assert main(["--json", str(broken)]) == 1
     output = json.loads(capsys.readouterr().out)
     [error] = [finding for finding in output["findings"] if finding["severity"] == "error"]
-    assert set(error) == {"where", "problem", "remedy", "severity"}
+    assert set(error) == {"where", "problem", "remedy", "source", "severity"}
     assert output["needs"]["secrets"] == []
 
 

@@ -138,7 +138,7 @@ def test_publish_includes_shards_and_nested_files(run: Run, hub: LocalHub, volum
     (model / "extra").mkdir()
     (model / "extra" / "notes on it.txt").write_text("nested, with spaces\n")
     commit = hub.add("demo/sharded", model)
-    assert run("hf://demo/sharded", volume).code == 0
+    assert run("--allow", "*", "hf://demo/sharded", volume).code == 0
     snapshot = volume / "demo--sharded" / commit
     assert problems(snapshot) == []
     assert len(list(snapshot.glob("*.safetensors"))) == 3

@@ -21,7 +21,7 @@ def preflight_accepts(reference: str) -> bool:
         "metadata": {"name": "llm"},
         "spec": {"predictor": {"model": {"env": environment}}},
     }
-    return not list(settings_check.check(Deployment((service, job)), {}))
+    return not list(settings_check.check(Deployment((service, job))))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from devtools.local_hub import LocalHub, Request, Response
 from devtools.paths import ROOT
 from storage_initializer.settings import Settings, known_variables
-from tests.storage_initializer.conftest import Result, Run, Start, finish, make_model, problems
+from tests.storage_initializer.conftest import Result, Run, Start, finish, make_model, problems, safetensors
 
 
 def assert_refused(result: Result, code: int, *words: str) -> None:
@@ -229,6 +229,45 @@ def test_repository_with_missing_shard_is_rejected(run: Run, hub: LocalHub, volu
     commit = hub.add("demo/sharded", model)
     assert_refused(run("hf://demo/sharded", volume), 2, "misses model-00002-of-00003.safetensors")
     assert not (volume / "demo--sharded" / commit).exists()
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 3416512\n".encode()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("source", ["file", "hf"])
+def test_git_lfs_pointer_is_rejected_with_the_remedy(
+    run: Run, hub: LocalHub, model: Path, volume: Path, name: str, source: str
+) -> None:
+    (model / name).write_bytes(POINTER)
+    commit = hub.add("demo/pointer", model)
+    reference = f"file://{model}" if source == "file" else "hf://demo/pointer"
+    expected = f"{name} of {reference}", "is a Git LFS pointer instead of the file itself. Run git lfs pull"
+    assert_refused(run(reference, volume), 2, *expected)
+    # Staged files of the first run have the right checksums.
+    assert_refused(run(reference, volume), 2, *expected)
+    assert not (volume / "demo--pointer" / commit).exists()
+    assert not (volume / "file--model").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (safetensors(1000)[:500], "has 500 of "),
+        (safetensors(1000)[:20], "is truncated: 20 bytes end in its header"),
+        (safetensors(1000) + b"x", "bytes"),
+        (b"\x02" + bytes(7) + b"[]", "has a damaged safetensors header"),
+        (b"no weights at all", "is not a safetensors file"),
+    ],
+    ids=["empty", "data", "header", "longer", "list", "other"],
+)
+def test_damaged_weights_are_rejected(run: Run, model: Path, volume: Path, content: bytes, problem: str) -> None:
+    (model / "model.safetensors").write_bytes(content)
+    assert_refused(
+        run(f"file://{model}", volume), 2, f"model.safetensors of file://{model} ", problem, "Replace it at its source"
+    )
+    assert not (volume / "file--model").exists()
 
 
 @pytest.mark.parametrize("path", ["../evil.txt", "/etc/evil.txt", "a/../../evil.txt", "a\\..\\evil.txt", ".cache/../x"])

@@ -2,19 +2,26 @@
 
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http import error_responses, middleware, openapi
 from predictor.entrypoints.http.routes import admin, health, kserve_v1, open_inference, openai
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
+from predictor.observability.request_record import IGNORED_FIELDS_HEADER
 from predictor.protocols.open_inference import SERVER
+from predictor.protocols.open_inference_binary import HEADER_LENGTH
 from predictor.settings import Settings
 
 if TYPE_CHECKING:
     from predictor.observability.tracing import Tracing
+
+EXPOSED_HEADERS = ("x-request-id", IGNORED_FIELDS_HEADER, "Retry-After", HEADER_LENGTH)
+"""Response headers that a script of another origin may read, in addition to those that every script may."""
 
 
 def create_app(
@@ -28,12 +35,17 @@ def create_app(
         api_keys: accepted bearer keys; None: requests need none.
         tracing: exports a span for each request; None: off.
     """
+    cors = [_cors(settings.origins)] if settings.origins else []
     authentication = [Middleware(middleware.ApiKeyMiddleware, keys=api_keys)] if api_keys else []
+    body_limit = Middleware(middleware.MaxBodySizeMiddleware, max_bytes=settings.max_request_bytes)
     app = FastAPI(
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,
         exception_handlers=error_responses.HANDLERS,
         middleware=[
+            *cors,
+            Middleware(middleware.NormalizePathMiddleware),
             Middleware(
                 middleware.RequestLogMiddleware,
                 count=service.count_request,
@@ -41,7 +53,9 @@ def create_app(
             ),
             Middleware(middleware.DrainMiddleware, is_open=lambda: not service.is_shutting_down),
             *authentication,
-            Middleware(middleware.MaxBodySizeMiddleware, max_bytes=settings.max_request_bytes),
+            body_limit,
+            Middleware(middleware.DecodeBodyMiddleware),
+            body_limit,
         ],
     )
     predictor = Predictor(service)
@@ -52,8 +66,28 @@ def create_app(
         openai.create_router(service),
         admin.create_router(predictor) if settings.enable_admin_routes else admin.create_disabled_router(),
     )
-    for router in routers:
-        app.include_router(router)
     document = openapi.document(SERVER, [route for router in routers for route in router.routes])
     app.openapi = lambda: document  # type: ignore[method-assign]
+    for router in routers:
+        _add_head(router)
+        app.include_router(router)
     return app
+
+
+def _add_head(router: APIRouter) -> None:
+    """Answer HEAD wherever GET is answered, which FastAPI leaves to the application; uvicorn drops the body."""
+    for route in router.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")
+
+
+def _cors(origins: tuple[str, ...]) -> Middleware:
+    """Return the middleware that lets scripts of these origins send requests and read responses, errors included."""
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_methods=("GET", "HEAD", "POST"),
+        allow_headers=("*",),
+        allow_private_network=True,
+        expose_headers=EXPOSED_HEADERS,
+    )

@@ -18,6 +18,7 @@ from predictor.errors import (
     NotNow,
     RequestError,
     Unauthorized,
+    UnsupportedMediaType,
 )
 from predictor.observability import request_record
 from predictor.protocols.openai import responses
@@ -39,6 +40,8 @@ def respond(error: RequestError, path: str) -> Response:
         headers["Retry-After"] = str(error.retry_after_seconds)
     if isinstance(error, Unauthorized):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, UnsupportedMediaType):
+        headers["Accept-Encoding"] = "gzip, deflate"
     status = _status(error, path)
     if path.endswith("/generate_stream"):
         return Response(f"data: {json.dumps(body)}\n\n", status, headers, media_type="text/event-stream")
@@ -76,9 +79,10 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
             path,
         )
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "another method")
+        # Starlette has the methods in a random order.
+        allowed = ", ".join(sorted((error.headers or {})["Allow"].split(", ")))
         response = respond(MethodNotAllowed(f"Method not allowed: {operation}. Use {allowed}."), path)
-        response.headers.update(error.headers or {})
+        response.headers["Allow"] = allowed
         return response
     response = respond(InvalidRequest(f"{operation}: {error.detail}."), path)
     response.status_code = error.status_code

@@ -2,10 +2,12 @@
 
 From the outside in, each one an ASGI application around the next:
 
-    RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware -> MaxBodySizeMiddleware -> routes
+    NormalizePathMiddleware -> RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware
+        -> MaxBodySizeMiddleware -> DecodeBodyMiddleware -> MaxBodySizeMiddleware -> routes
 
-The inner ones reject a request by raising a `RequestError`, which `RequestLogMiddleware` turns into the response. They
-wrap `receive` and `send` instead of buffering, so that streams and disconnects pass through.
+If enabled, Starlette's CORSMiddleware is around all of them. The ones inside of `RequestLogMiddleware` reject a request
+by raising a `RequestError`, which it turns into the response. They wrap `receive` and `send` instead of buffering, so
+that streams and disconnects pass through.
 """
 
 import asyncio
@@ -21,6 +23,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from predictor.entrypoints.api_keys import KeyFile
+from predictor.entrypoints.http.content_encoding import DecodedBody, content_coding
 from predictor.entrypoints.http.error_responses import respond
 from predictor.errors import BodyTooLarge, Draining, GenerationFailed, RequestError
 from predictor.observability import request_record
@@ -31,11 +34,11 @@ logger = logging.getLogger(__name__)
 LINGER_SECONDS = 2.0
 """Maximum time to read the rest of a rejected request's body before the connection is closed."""
 
-_PROBE = re.compile(r"/(health|metrics)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
+_PROBE = re.compile(r"/(health|metrics|ping|version)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
 
 
 def is_probe(scope: Scope) -> bool:
-    """Return whether a request is a liveness or readiness probe, or a scrape of metrics."""
+    """Return whether a request is a liveness or readiness probe, a scrape of metrics, or for the server's version."""
     return scope["method"] in ("GET", "HEAD") and _PROBE.fullmatch(scope["path"]) is not None
 
 
@@ -56,11 +59,23 @@ class _Middleware:
         raise NotImplementedError
 
 
+class NormalizePathMiddleware(_Middleware):
+    """Serves paths with repeated and trailing slashes as if they had none: `//v1/models/` is `/v1/models`.
+
+    A redirect would not do: clients repeat a POST without its body, and behind a proxy that terminates TLS the location
+    would have the wrong scheme.
+    """
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = re.sub("/+", "/", scope["path"])
+        await self._app({**scope, "path": path.removesuffix("/") or path}, receive, send)
+
+
 class RequestLogMiddleware(_Middleware):
     """Assigns a request id and record, converts exceptions to responses, and logs one line per request.
 
-    The id is the client's `x-request-id` if it is printable, else a new one; the response has it too. Probes are not
-    logged, counted or traced.
+    The id is the client's `x-request-id` if it is printable, else a new one; the response has it too, and names unknown
+    fields of the body in `x-ignored-fields`. Probes are not logged, counted or traced.
 
     Args:
         app: the next application.
@@ -80,9 +95,9 @@ class RequestLogMiddleware(_Middleware):
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
-        request_id = request_record.request_id(Headers(scope=scope).getlist("x-request-id"))
-        cycle = _RequestResponseCycle(request_id, receive, send)
-        with request_record.bind(RequestRecord(request_id)) as record:
+        record = RequestRecord(request_record.request_id(Headers(scope=scope).getlist("x-request-id")))
+        cycle = _RequestResponseCycle(record, receive, send)
+        with request_record.bind(record):
             try:
                 await self._app(scope, cycle.receive, cycle.send)
             except ClientDisconnect:
@@ -91,7 +106,7 @@ class RequestLogMiddleware(_Middleware):
                 record.error = type(error).__name__
                 if cycle.status is not None or not isinstance(error, Exception):
                     # Re-raised, it makes the server close the connection; otherwise the response would look complete.
-                    error.add_note(f"The response to request {request_id} is incomplete.")
+                    error.add_note(f"The response to request {record.request_id} is incomplete.")
                     raise
                 if not isinstance(error, RequestError):
                     logger.exception("unexpected error in a request")
@@ -108,8 +123,8 @@ class RequestLogMiddleware(_Middleware):
 class _RequestResponseCycle:
     """The `receive` and `send` of one request, with the state of both directions."""
 
-    def __init__(self, request_id: str, receive: Receive, send: Send) -> None:
-        self.request_id = request_id
+    def __init__(self, record: RequestRecord, receive: Receive, send: Send) -> None:
+        self._record = record
         self.status: int | None = None
         """Of the response, once it has started."""
         self.disconnected = False
@@ -133,7 +148,10 @@ class _RequestResponseCycle:
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             message.setdefault("headers", [])
-            MutableHeaders(scope=message)["x-request-id"] = self.request_id
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._record.request_id
+            if self._record.ignored_fields:
+                headers[request_record.IGNORED_FIELDS_HEADER] = ", ".join(self._record.ignored_fields)
             self.status = message["status"]
         elif not message.get("more_body", False):
             self._response_complete = True
@@ -182,6 +200,17 @@ class ApiKeyMiddleware(_Middleware):
         if not is_probe(scope):
             request_record.current().key = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
         await self._app(scope, receive, send)
+
+
+class DecodeBodyMiddleware(_Middleware):
+    """Decodes bodies with a `Content-Encoding`, piece by piece.
+
+    A MaxBodySizeMiddleware around it limits the encoded size, and one inside of it the decoded size.
+    """
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        coding = content_coding(Headers(scope=scope).getlist("content-encoding"))
+        await self._app(scope, DecodedBody(receive, coding).receive if coding else receive, send)
 
 
 class MaxBodySizeMiddleware(_Middleware):

@@ -24,6 +24,7 @@ _ERRORS = {
     401: "The API key is missing or invalid, on a server that requires one.",
     404: "Model or version not found.",
     413: "The request body is too large.",
+    415: "The Content-Encoding is not supported.",
     422: "The request is malformed.",
     424: "Generation failed.",
     429: "The server is overloaded.",
@@ -31,7 +32,7 @@ _ERRORS = {
     503: "The server is not ready, or shutting down.",
     504: "The request timed out.",
 }
-GENERATION_ERRORS = (401, 404, 413, 429, 500, 503, 504)
+GENERATION_ERRORS = (401, 404, 413, 415, 429, 500, 503, 504)
 """Error statuses of every route that generates; each protocol adds its own for malformed requests."""
 
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, suppress
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -37,9 +37,13 @@ async def read_body(request: Request, protocol: str) -> bytes:
 
 async def complete(request: Request, service: LLMService, requests: Sequence[GenerationRequest]) -> list[Completion]:
     """Generate all completions; cancelled when the client disconnects."""
-    stream = service.submit(requests, timeout_seconds(request.headers))
+    return await cancel_on_disconnect(request.receive, _complete(request, service, requests))
+
+
+async def _complete(request: Request, service: LLMService, requests: Sequence[GenerationRequest]) -> list[Completion]:
+    stream = await service.submit(requests, timeout_seconds(request.headers))
     try:
-        return await cancel_on_disconnect(request.receive, stream.complete())
+        return await stream.complete()
     finally:
         stream.close()
 
@@ -47,16 +51,22 @@ async def complete(request: Request, service: LLMService, requests: Sequence[Gen
 class EventStream(StreamingResponse):
     """Server-sent events of a generation, flushed one by one; generation ends with the response."""
 
-    def __init__(
-        self, request: Request, service: LLMService, requests: Sequence[GenerationRequest], encoder: _EventEncoder
-    ) -> None:
-        self._stream = service.submit(requests, timeout_seconds(request.headers))
+    def __init__(self, stream: CompletionStream, encoder: _EventEncoder) -> None:
+        self._stream = stream
         super().__init__(
-            _encode(self._stream, encoder),
+            _encode(stream, encoder),
             media_type="text/event-stream",
             # Proxies would hold events back, or compress several into one.
             headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"},
         )
+
+    @classmethod
+    async def start(
+        cls, request: Request, service: LLMService, requests: Sequence[GenerationRequest], encoder: _EventEncoder
+    ) -> Self:
+        """Submit the requests; an error until then is the response instead."""
+        submission = service.submit(requests, timeout_seconds(request.headers))
+        return cls(await cancel_on_disconnect(request.receive, submission), encoder)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, as ASGI has it."""

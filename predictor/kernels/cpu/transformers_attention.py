@@ -1,6 +1,7 @@
 """Adapter for transformers' attention and decoder-layer internals, as of transformers 5.23."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,6 +54,24 @@ def enable(model: Any) -> bool:
     # `set_attn_implementation` would download any unknown name with `flash` in it as a kernel from the Hub.
     model.config._attn_implementation = NAME
     return True
+
+
+def plain_implementation(model: Any) -> str:
+    """Return the implementation that computes the same as the selected one, without a paged cache."""
+    selected: str = model.config._attn_implementation
+    return {NAME: "sdpa", "paged|eager": "eager"}.get(selected, selected)
+
+
+@contextmanager
+def selected(model: Any, implementation: str) -> Iterator[None]:
+    """Select an implementation temporarily."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 def attention_function(config: Any) -> Callable[..., tuple[torch.Tensor, Any]]:

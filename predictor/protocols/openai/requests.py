@@ -8,7 +8,8 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema
+from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
+from predictor.protocols.json_object import remove_extra_fields
 from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest
 from predictor.types import Chat, GenerationRequest
 
@@ -45,7 +46,7 @@ def decode_completion(body: bytes) -> DecodedRequest:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
     content = _validate(CompletionRequest, body)
-    if content.best_of not in (None, content.n):
+    if content.best_of not in (None, 1, content.n):
         raise _invalid("best_of", "only n completions are generated. Omit it")
     if content.echo and content.logprobs is not None:
         raise _invalid("echo", "log probabilities of prompts are not supported. Omit echo or logprobs")
@@ -61,27 +62,37 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
     content = _validate(ChatCompletionRequest, body)
-    if content.max_completion_tokens and content.max_tokens not in (None, content.max_completion_tokens):
+    limits = {content.max_tokens, content.max_completion_tokens} - {None}
+    if len(limits) > 1:
         raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it. Omit it")
-    if content.top_logprobs is not None and not content.logprobs:
+    if content.top_logprobs and not content.logprobs:
         raise _invalid("top_logprobs", "needs logprobs to be true")
     sampling = content.to_sampling_params((content.top_logprobs or 0) if content.logprobs else None)
-    sampling = replace(sampling, max_tokens=content.max_completion_tokens or content.max_tokens)
+    sampling = replace(sampling, max_tokens=next(iter(limits), None))
     messages = tuple(message.to_template_message() for message in content.messages)
     tools = () if content.tool_choice == "none" else content.tools
-    chat = Chat(messages, tuple(tool.model_dump(exclude_unset=True) for tool in tools))
+    continues = content.continue_final_message or content.messages[-1].prefix
+    if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
+        raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
+    chat = Chat(
+        messages,
+        tuple(tool.model_dump(exclude_unset=True) for tool in tools),
+        variables=content.chat_template_kwargs,
+        reasoning_effort=content.reasoning_effort or None,
+        continue_final_message=continues,
+        add_generation_prompt=content.add_generation_prompt,
+    )
     return _decoded(content, [GenerationRequest(chat, sampling, content.n)])
 
 
 def _validate(model: type[RequestT], body: bytes) -> RequestT:
     try:
-        content = model.model_validate_json(body)
+        content = model.model_validate_json(to_utf8(body))
     except ValidationError as error:
         fields = [".".join(map(str, issue["loc"])) for issue in error.errors(include_input=False)]
         field = fields[0] if len(fields) == 1 and fields[0] else None
-        raise InvalidRequest(format_validation_error(error, allowed=model.model_fields), field) from None
-    if content.stream_options and not content.stream:
-        raise _invalid("stream_options", "needs stream to be true")
+        raise InvalidRequest(format_validation_error(error), field) from None
+    remove_extra_fields(content)
     return content
 
 
@@ -101,5 +112,5 @@ def _decoded(content: BaseRequest, requests: list[GenerationRequest]) -> Decoded
         is_chat=is_chat,
         logprobs=requests[0].sampling.logprobs is not None,
         include_usage=content.stream_options is not None and content.stream_options.include_usage,
-        include_service_tier="service_tier" in content.model_fields_set,
+        include_service_tier=isinstance(content, ChatCompletionRequest) and content.service_tier is not None,
     )

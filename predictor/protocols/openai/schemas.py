@@ -1,60 +1,36 @@
-"""OpenAI's request bodies as pydantic models: types, limits, and errors of fields that are not supported.
+"""OpenAI's request bodies as pydantic models: types and limits of the supported fields.
 
-Every field of the API is supported or rejected by name; null means absent. Fields without influence on generation are
-accepted and ignored: user, metadata, safety_identifier, prompt_cache_*, and parallel_tool_calls, since tool calls are
-returned as text. vLLM's extra sampling fields are supported.
+`field_tables` has the fields that have no effect or are refused. vLLM's extra sampling fields are supported.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
-    Json,
     ValidationError,
     WrapValidator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from predictor.protocols.json_body import unknown_fields
-from predictor.protocols.sampling_fields import MAX_COMPLETIONS, MAX_LOGPROBS, MAX_STOP, SamplingFields, wrap_string
+from predictor.errors import InvalidRequest
+from predictor.protocols.field_tables import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_MESSAGE
+from predictor.protocols.json_body import loads
+from predictor.protocols.json_object import JSONObject
+from predictor.protocols.sampling_fields import (
+    MAX_COMPLETIONS,
+    MAX_LOGPROBS,
+    MAX_TOKENS,
+    MaxTokens,
+    SamplingFields,
+    Stop,
+)
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for completions; for chats it is the model's."""
-
-
-def _close_and_allow_nulls(schema: dict[str, Any]) -> None:
-    """Add to the JSON schema what the validators of `_Object` and `_NestedObject` do."""
-    schema["additionalProperties"] = False
-    for name, field in schema["properties"].items():
-        nullable = any(option.get("type") == "null" for option in field.get("anyOf", [field]))
-        if name not in schema.get("required", ()) and not nullable:
-            schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
-
-
-class _Object(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_close_and_allow_nulls)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, value: Any) -> Any:
-        return {name: field for name, field in value.items() if field is not None} if isinstance(value, dict) else value
-
-
-class _NestedObject(_Object):
-    """Object inside the body; rejects unknown fields itself, so that the error lists its own fields."""
-
-    model_config = ConfigDict(extra="allow")
-
-    @model_validator(mode="after")
-    def _check_fields(self) -> Self:
-        if self.model_extra:
-            raise PydanticCustomError("unknown", unknown_fields(self.model_extra, type(self).model_fields))
-        return self
 
 
 def _reject(reason: str, *accepted: object) -> BeforeValidator:
@@ -68,44 +44,68 @@ def _reject(reason: str, *accepted: object) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-class _TextPart(_NestedObject):
+class _TextPart(JSONObject):
     type: Annotated[Literal["text"], _reject("only text parts are supported, not images, audio or files", "text")]
     text: str
-    prompt_cache_breakpoint: dict[str, Any] = {}
+
+
+def _refusal_to_text(part: object) -> object:
+    """Return a part in which the assistant refused, which clients send back with the conversation, as a text part."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {**part, "type": "text", "text": part.get("refusal")}
+    return part
+
+
+_Part = Annotated[_TextPart, BeforeValidator(_refusal_to_text, _TextPart)]
 
 
 def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-class _FunctionCall(_NestedObject):
+def _parse_arguments(arguments: object) -> object:
+    """Return the arguments of a call as an object, which chat templates need.
+
+    Models generate calls without arguments, or cut off by max_tokens; clients then send these with every request.
+    """
+    if isinstance(arguments, str):
+        with suppress(InvalidRequest):
+            arguments = loads(arguments.encode())
+    return arguments if isinstance(arguments, dict) else {}
+
+
+class _FunctionCall(JSONObject):
     name: str
-    arguments: Json[dict[str, Any]]
-    """JSON in a string; chat templates need the object."""
+    arguments: Annotated[dict[str, Any], BeforeValidator(_parse_arguments, str | dict[str, Any])] = Field(
+        default={}, description="An object, also as JSON in a string; anything else is read as {}."
+    )
 
 
-class _ToolCall(_NestedObject):
+class _ToolCall(JSONObject):
     id: str
     type: Annotated[Literal["function"], _reject("only function calls are supported", "function")]
     function: _FunctionCall
 
 
-class _Message(_NestedObject):
+class _Message(JSONObject):
+    refused = REFUSED_MESSAGE
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[_TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])
-    ] = []
+    content: Annotated[list[_Part], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])] = []
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
     reasoning_content: str | None = None
     """Not in the API; read by chat templates of reasoning models."""
+    prefix: bool = False
+    """Not in OpenAI's API: continue this message, the last one, as `continue_final_message` does."""
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         assistant = self.role == "assistant"
-        if not (self.content or (assistant and self.tool_calls)):
-            raise PydanticCustomError("content", "content is required, unless the assistant has tool_calls instead")
+        # Clients send back answers without text: of assistants that call tools or answer nothing, and of tools.
+        if self.role not in ("assistant", "tool") and "content" not in self.model_fields_set:
+            raise PydanticCustomError("content", "content is required")
         if not assistant and (self.tool_calls or self.reasoning_content):
             raise PydanticCustomError("role", "tool_calls and reasoning_content are allowed for role assistant only")
         if (self.role == "tool") is (self.tool_call_id is None):
@@ -114,24 +114,23 @@ class _Message(_NestedObject):
 
     def to_template_message(self) -> dict[str, Any]:
         """Return the message for the chat template, its text parts concatenated."""
-        return {**self.model_dump(exclude_unset=True), "content": "".join(part.text for part in self.content)}
+        fields = self.model_dump(exclude_unset=True, exclude={"prefix"})
+        return {**fields, "content": "".join(part.text for part in self.content)}
 
 
-class _FunctionDefinition(_NestedObject):
-    name: Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+class _FunctionDefinition(JSONObject):
+    name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Annotated[Literal[False], _reject("arguments are not validated against their schema", False)] = False
 
 
-class _Tool(_NestedObject):
+class _Tool(JSONObject):
     type: Annotated[Literal["function"], _reject("only function tools are supported", "function")]
     function: _FunctionDefinition
 
 
-class _StreamOptions(_NestedObject):
+class _StreamOptions(JSONObject):
     include_usage: bool = False
-    include_obfuscation: Annotated[Literal[False], _reject("obfuscation of streams is not supported", False)] = False
 
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -148,61 +147,52 @@ def _validate_prompts(prompt: object, validate: Callable[[object], Any]) -> Any:
         raise PydanticCustomError("prompt", message) from None
 
 
-class BaseRequest(_Object, SamplingFields):
+class BaseRequest(SamplingFields):
     """Fields common to completions and chat completions."""
 
     model: str
     n: int = Field(default=1, ge=1, le=MAX_COMPLETIONS)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
-    stop: Annotated[list[_Text], Field(max_length=MAX_STOP), BeforeValidator(wrap_string, _Text | list[_Text])] = []
+    stop: Stop = []
     stream: bool = False
     stream_options: _StreamOptions | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0), _reject("not supported. Omit it", {})] = {}
-    user: str | None = None
 
 
 class CompletionRequest(BaseRequest):
     """Body of `POST /v1/completions`."""
 
+    refused = {**BaseRequest.refused, **REFUSED_COMPLETION}
+
     prompt: Annotated[
         list[_Prompt], Field(min_length=1, fail_fast=True), WrapValidator(_validate_prompts, _Prompt | list[_Prompt])
     ]
-    max_tokens: int | None = Field(default=DEFAULT_MAX_TOKENS, ge=1, description="Maximum number of new tokens.")
+    max_tokens: MaxTokens | None = Field(default=DEFAULT_MAX_TOKENS, description=MAX_TOKENS)
     best_of: int | None = None
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    suffix: Annotated[None, _reject("insertion is not supported")] = None
 
 
 _TOOL_CHOICE = "expected none or auto. Tool calls cannot be required: they are returned as text"
-_TEXT: dict[Literal["type"], Literal["text"]] = {"type": "text"}
-_TEXT_FORMAT = 'expected {"type": "text"}; json_object and json_schema are not supported'
 
 
 class ChatCompletionRequest(BaseRequest):
     """Body of `POST /v1/chat/completions`."""
 
+    refused = {**BaseRequest.refused, **REFUSED_CHAT}
+
     messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(default=None, ge=1, description="Maximum number of new tokens.")
+    max_completion_tokens: MaxTokens | None = Field(default=None, description=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[_Tool], Field(fail_fast=True)] = []
     tool_choice: Annotated[Literal["none", "auto"], _reject(_TOOL_CHOICE, "none", "auto")] = "auto"
-    response_format: Annotated[dict[Literal["type"], Literal["text"]], _reject(_TEXT_FORMAT, _TEXT)] = _TEXT
-    modalities: Annotated[list[Literal["text"]], _reject("only text is generated", ["text"])] = ["text"]
-    service_tier: Literal["auto", "default"] | None = None
-    store: Annotated[Literal[False], _reject("completions are not stored", False)] = False
-    audio: Annotated[None, _reject("only text is generated")] = None
-    function_call: Annotated[None, _reject("deprecated and not supported. Use tool_choice")] = None
-    functions: Annotated[None, _reject("deprecated and not supported. Use tools")] = None
-    moderation: Annotated[None, _reject("moderation is not supported")] = None
-    prediction: Annotated[None, _reject("predicted outputs are not supported")] = None
-    reasoning_effort: Annotated[None, _reject("not supported. Put it into a message")] = None
-    verbosity: Annotated[None, _reject("not supported. Put it into a message")] = None
-    web_search_options: Annotated[None, _reject("web search is not supported")] = None
-    metadata: dict[str, str] = {}
-    parallel_tool_calls: bool = True
-    prompt_cache_key: str | None = None
-    prompt_cache_options: dict[str, Any] = {}
-    prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    safety_identifier: str | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables of the model's chat template, such as `enable_thinking`."""
+    reasoning_effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""
+    """For chat templates with such a variable. `none` turns the reasoning off."""
+    continue_final_message: bool = False
+    """Continue the last message, which is the assistant's, instead of beginning a new one."""
+    add_generation_prompt: bool = True
+    """Begin the assistant's message."""
+    service_tier: Any = None
+    """Reported in the response as `default`."""

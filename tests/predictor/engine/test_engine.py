@@ -17,7 +17,9 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest, Overloaded, StartupError
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
+from predictor.generation.structured_output import GrammarCompiler
 from predictor.models.loader import LoadedModel
 from predictor.types import FinishReason, GenerationRequest, SamplingParams
 from tests.predictor.engine.conftest import (
@@ -83,12 +85,16 @@ def test_engine_seed_repeats_alone_and_batched(engine: Engine, ids: list[int]) -
 
 
 def test_engine_several_completions_with_a_seed_differ_and_repeat(engine: Engine, loaded: LoadedModel) -> None:
-    prompts = Prompts(loaded.tokenizer, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256)
+    template = ChatTemplate(loaded.tokenizer)
+    grammars = GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids)
+    prompts = Prompts(
+        loaded.tokenizer, template, grammars, engine.context_tokens, loaded.vocabulary_tokens, loaded.defaults, 256
+    )
 
     async def texts(seed: int, n: int) -> list[str]:
         completions = await output_processor.submit(
-            [GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n)],
-            prompts=prompts,
+            [prompts.encode(GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n))],
+            tokenizer=loaded.tokenizer,
             engine=engine,
             deadline=math.inf,
             on_finished=lambda _: None,
@@ -126,6 +132,22 @@ def test_engine_penalty_changes_the_completion(engine: Engine, ids: list[int], p
     changes: dict[str, Any] = {penalty: 2.0}
     penalized, unchanged = generate_all(engine, [(ids, replace(plain, **changes)), (ids, plain)])
     assert penalized.token_ids != unchanged.token_ids
+
+
+def test_engine_lm_head_with_more_rows_than_the_embedding_never_yields_them(
+    engine: Engine, loaded: LoadedModel, ids: list[int]
+) -> None:
+    def widen(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(logits, (0, 8), value=1e4)
+
+    correct = generate(engine, ids, GREEDY)
+    handle = loaded.model.lm_head.register_forward_hook(widen)
+    try:
+        greedy, sampled = generate_all(engine, [(ids, GREEDY), (ids, SAMPLED)])
+    finally:
+        handle.remove()
+    assert greedy == correct
+    assert max(sampled.token_ids) < loaded.vocabulary_tokens
 
 
 # End of a sequence
@@ -296,13 +318,18 @@ def test_engine_close_before_the_first_step_is_idempotent(engine: Engine, ids: l
     asyncio.run(leave())
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, type("PanicException", (BaseException,), {})])
 def test_engine_sampling_error_fails_one_sequence_only(
-    engine: Engine, ids: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    engine: Engine,
+    ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[BaseException],
 ) -> None:
     def fail_at_fourth_token(logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         del logits, prompt_ids
         if len(output_ids) == 3:
-            raise ZeroDivisionError("no such token")
+            raise error("no such token")
 
     initialize = SequenceSampler.__init__
 
@@ -321,7 +348,7 @@ def test_engine_sampling_error_fails_one_sequence_only(
     *good, bad = asyncio.run(asyncio.wait_for(together(), HANG_SECONDS))
     assert good == [alone] * 5
     assert isinstance(bad, GenerationFailed)
-    assert "ZeroDivisionError: no such token" in caplog.text
+    assert f"{error.__name__}: no such token" in caplog.text
     assert engine.is_alive
     assert generate(engine, ids, GREEDY) == alone
     asyncio.run(until_idle(engine))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from devtools.paths import DEMO_MODEL
+from predictor.engine import batching_manager
 from predictor.engine import engine as engine_module
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
@@ -176,7 +177,11 @@ def test_self_check_of_idle_engine_makes_steps_and_of_blocked_engine_fails(engin
     asyncio.run(scenario())
 
 
-def test_engine_with_failed_step_loop_fails_all_streams(caplog: pytest.LogCaptureFixture) -> None:
+def test_engine_with_lost_device_fails_all_streams(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
+
     async def scenario(engine: Engine, hold: Hold) -> None:
         streams = engine.submit([(PROMPT, LONG)] * engine.capacity)
         await anext(streams[0])

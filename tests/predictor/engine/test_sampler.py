@@ -4,6 +4,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from transformers import (
+    LogitsProcessor,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+)
 
 from predictor.engine import sampler
 from predictor.engine.sampler import SequenceSampler
@@ -148,6 +157,54 @@ def test_min_tokens_excludes_end_tokens_until_reached() -> None:
     sequence = sequence_sampler(end_token_ids=(0, 2), min_tokens=2)
     assert apply(logits, sequence, (1,)) == [-torch.inf, 2.0, -torch.inf]
     assert apply(logits, sequence, (1, 1)) == logits.tolist()
+
+
+def test_logits_processors_ignore_tokens_without_a_logit() -> None:
+    # An embedding may have more rows than the LM head; on CUDA an index beyond the logits is fatal.
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sampling = SamplingParams(min_tokens=9, repetition_penalty=2.0)
+    SequenceSampler(sampling, prompt_tokens=2, end_token_ids=(0, 3))(logits, [1, 7, 2])
+    assert logits.tolist() == [-torch.inf, 1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reference"),
+    [
+        ({"suppress_tokens": (1, 4)}, SuppressTokensLogitsProcessor([1, 4])),
+        ({"begin_suppress_tokens": (1, 4)}, SuppressTokensAtBeginLogitsProcessor([1, 4], begin_index=3)),
+        ({"no_repeat_ngram_size": 1}, NoRepeatNGramLogitsProcessor(1)),
+        ({"no_repeat_ngram_size": 3}, NoRepeatNGramLogitsProcessor(3)),
+        ({"bad_words_ids": ((0,), (1, 2), (3, 1, 4))}, NoBadWordsLogitsProcessor([[0], [1, 2], [3, 1, 4]])),
+    ],
+    ids=["suppress", "begin-suppress", "unigrams", "trigrams", "bad-words"],
+)
+@given(output=st.lists(st.integers(0, 5), max_size=12))
+@example(output=[])
+@example(output=[4, 3, 1])
+@example(output=[2, 0, 3, 1, 4, 0, 3, 1])
+def test_logits_processors_are_those_of_transformers(
+    sampling: dict[str, Any], reference: LogitsProcessor, output: list[int]
+) -> None:
+    prompt, logits = [3, 1, 3], torch.tensor([3.0, 2.0, 1.0, -1.0, 0.5, 0.0])
+    expected = reference(torch.tensor([prompt + output]), logits[None].clone())[0]
+    row = logits.clone()
+    SequenceSampler(SamplingParams(**sampling), prompt_tokens=len(prompt), end_token_ids=())(row, prompt + output)
+    assert row.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"suppress_tokens": (9,)},
+        {"begin_suppress_tokens": (9,)},
+        {"no_repeat_ngram_size": 1},
+        {"bad_words_ids": ((9,),)},
+    ],
+)
+def test_logits_processors_skip_tokens_without_a_logit(sampling: dict[str, Any]) -> None:
+    row = torch.tensor([3.0, 2.0])
+    SequenceSampler(SamplingParams(**sampling), prompt_tokens=1, end_token_ids=())(row, [9])
+    assert row.tolist() == [3.0, 2.0]
 
 
 def test_logits_processors_default_parameters_add_none() -> None:

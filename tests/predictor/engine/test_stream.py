@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 import pytest
+import torch
 
 from predictor.engine import stream as stream_module
 from predictor.engine.engine import Engine
@@ -22,6 +23,7 @@ class FakeExecutor:
         self.cache_usage = 0.0
         self.num_running = 0
         self.step_count = 0
+        self.failed_step_count = 0
         self.is_running = True
         self.is_accepting = True
         self.has_pending = False
@@ -52,6 +54,9 @@ class FakeExecutor:
 
     def queue_seconds(self, request_id: str) -> float | None:
         return 0.5 if request_id else None
+
+    def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return torch.zeros(len(token_ids), 1)
 
 
 def output(*token_ids: int, finished: bool = False, error: str | None = None) -> EngineOutput:
@@ -110,6 +115,19 @@ def test_stream_dead_step_loop_without_output_fails_the_sequence(monkeypatch: py
         assert engine.waiting == 0
 
     asyncio.run(asyncio.wait_for(fail(), 60))
+
+
+def test_stream_without_new_tokens_ends_without_the_executor() -> None:
+    async def read() -> None:
+        executor = FakeExecutor()
+        engine, stream = submit(executor, SamplingParams(max_tokens=0))
+        assert [step async for step in stream] == [Step([], FinishReason.LENGTH)]
+        assert (stream.first_token_seconds, stream.queue_seconds, engine.waiting) == (None, None, 0)
+        engine, stream = submit(executor, SamplingParams(max_tokens=0))
+        stream.close()
+        assert (executor.cancelled, engine.waiting) == ([], 0)
+
+    asyncio.run(read())
 
 
 def test_stream_close_cancels_once_and_records_queue_time() -> None:

@@ -109,6 +109,15 @@ def test_parameters_of_the_input_precede_those_of_the_request(stub: Any) -> None
     assert response.outputs[1].contents.bytes_contents == [b"length"]
 
 
+def test_unknown_parameters_are_named_in_the_trailing_metadata(stub: Any) -> None:
+    unknown = {"max_token": messages.InferParameter(int64_param=2)}
+    _, call = stub.ModelInfer.with_call(request(b"17+25=", parameters=unknown), metadata=WITH_KEY)
+    assert dict(call.trailing_metadata())["x-ignored-fields"] == "parameters.max_token"
+    with pytest.raises(grpc.RpcError) as raised:
+        stub.ModelInfer(request(b"1" * 2000, parameters=unknown), metadata=WITH_KEY)
+    assert dict(raised.value.trailing_metadata())["x-ignored-fields"] == "parameters.max_token"
+
+
 def test_infer_with_several_prompts_keeps_order_and_shape(stub: Any) -> None:
     message = request(b"17+25=", b"7+5=")
     message.inputs[0].shape[:] = [2, 1]

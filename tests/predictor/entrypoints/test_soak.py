@@ -171,7 +171,7 @@ class Clients:
                 (COMPLETIONS, {"model": "demo", "prompt": "1" * 9000}, 400),
                 (COMPLETIONS, {"model": "demo", "prompt": "1", "logit_bias": {"5": 100}}, 400),
                 (COMPLETIONS, {"model": "demo", "prompt": [10**6]}, 400),
-                (GENERATE, {"text_input": "1", "parameters": {"max_token": 5}}, 422),
+                (GENERATE, {"text_input": "1", "parameters": {"max_new_tokens": 5}}, 422),
                 (GENERATE, [], 422),
                 (INFER, {"inputs": [{"name": "text_input", "datatype": "FP32", "shape": [1], "data": [1.0]}]}, 400),
                 (PREDICT, {"instances": []}, 400),

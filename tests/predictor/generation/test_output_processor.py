@@ -9,11 +9,13 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from predictor.engine.engine import Engine
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, InvalidRequest
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed
 from predictor.generation import output_processor
+from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
 from predictor.types import (
+    Chat,
     Completion,
     CompletionDelta,
     FinishedSequence,
@@ -79,8 +81,8 @@ def submit(prompts: Prompts, request: GenerationRequest, *scripts: Sequence[Step
     engine = ScriptedEngine(*scripts)
     submitted = Submitted(cast(Any, None), engine)
     submitted.stream = output_processor.submit(
-        [request],
-        prompts=prompts,
+        [prompts.encode(request)],
+        tokenizer=prompts.tokenizer,
         engine=cast(Engine, engine),
         deadline=1.0,
         on_finished=submitted.finished.append,
@@ -147,20 +149,6 @@ def test_submit_several_completions_counts_seed_up(prompts: Prompts, ids: dict[s
     assert sorted(finished.index for finished in submitted.finished) == [0, 1, 2]
 
 
-def test_submit_invalid_request_submits_nothing(prompts: Prompts) -> None:
-    engine = ScriptedEngine()
-    with pytest.raises(InvalidRequest):
-        output_processor.submit(
-            [GenerationRequest("1"), GenerationRequest("")],
-            prompts=prompts,
-            engine=cast(Engine, engine),
-            deadline=1.0,
-            on_finished=lambda _: None,
-            on_tokens=lambda *_: None,
-        )
-    assert engine.submitted == []
-
-
 def test_deltas_tokens_are_counted_with_gaps_after_the_first(prompts: Prompts, ids: dict[str, int]) -> None:
     submitted = submit(
         prompts, GenerationRequest("1"), [Step([ids["1"]]), Step([ids["2"], ids["3"]], FinishReason.LENGTH)]
@@ -214,3 +202,41 @@ def test_close_unread_stream_reports_cancelled_once(prompts: Prompts, ids: dict[
         queue_seconds=0.0,
         first_token_seconds=0.0,
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("Once", " upon a time"),
+        (Chat(({"role": "user", "content": "Once"},)), "upon a time"),
+        (Chat(({"role": "assistant", "content": "Once"},)), " upon a time"),
+    ],
+    ids=["text", "generation-prompt", "generation-prompt-of-text"],
+)
+def test_complete_first_token_keeps_its_space_unless_a_message_begins(
+    sentencepiece_tokenizer: PreTrainedTokenizerBase, prompts: Prompts, prompt: str | Chat, text: str
+) -> None:
+    sentencepiece_tokenizer.chat_template = (
+        "{{ messages[0].content }}{% if messages[0].role == 'user' %}<|assistant|>{% else %}:{% endif %}"
+    )
+    ids = sentencepiece_tokenizer.encode("Once upon a time", add_special_tokens=False)[1:]
+    step = Step(ids, FinishReason.LENGTH, tuple(TokenLogprob(token_id, -1.0) for token_id in ids))
+    prompts = replace(
+        prompts,
+        tokenizer=sentencepiece_tokenizer,
+        chat_template=ChatTemplate(sentencepiece_tokenizer),
+        vocabulary_tokens=len(sentencepiece_tokenizer),
+    )
+    [completion] = submit(prompts, GenerationRequest(prompt), [step]).complete()
+    assert completion.text == text
+    assert "".join(token.text for token in completion.tokens) == text
+
+
+def test_complete_echo_and_continuation_are_the_whole_text(
+    sentencepiece_tokenizer: PreTrainedTokenizerBase, prompts: Prompts
+) -> None:
+    ids = sentencepiece_tokenizer.encode("Once upon a time", add_special_tokens=False)[1:]
+    prompts = replace(prompts, tokenizer=sentencepiece_tokenizer, vocabulary_tokens=len(sentencepiece_tokenizer))
+    request = GenerationRequest("Once", SamplingParams(stop=(" time",)), echo=True)
+    [completion] = submit(prompts, request, [Step(ids, FinishReason.LENGTH)]).complete()
+    assert completion.text == "Once upon a"

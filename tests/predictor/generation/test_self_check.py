@@ -7,7 +7,7 @@ from typing import cast
 import pytest
 
 from predictor.engine.engine import Engine
-from predictor.errors import DeadlineExceeded
+from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation import self_check
 from predictor.generation.self_check import SelfCheck
 
@@ -123,6 +123,22 @@ def test_check_once_failure_is_logged_and_next_success_recovers(
     engine.error = None
     asyncio.run(check.check_once())
     assert (check.is_fresh, check.succeeded) == (True, True)
+
+
+@pytest.mark.parametrize(("error", "broken"), [(GenerationFailed("failed"), True), (DeadlineExceeded("late"), False)])
+def test_is_broken_after_three_failed_generations_until_a_success(
+    engine: FakeEngine, error: Exception, broken: bool
+) -> None:
+    check = create(engine)
+    engine.error = error
+    results = []
+    for _ in range(3):
+        asyncio.run(check.check_once())
+        results.append(check.is_broken)
+    assert results == [False, False, broken]
+    engine.error = None
+    asyncio.run(check.check_once())
+    assert not check.is_broken
 
 
 def test_run_checks_until_cancelled(engine: FakeEngine) -> None:

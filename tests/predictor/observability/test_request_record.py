@@ -84,6 +84,16 @@ def test_as_fields_omits_times_that_no_sequence_has() -> None:
     assert {"queue_seconds", "first_token_seconds"}.isdisjoint(record.as_fields())
 
 
+def test_ignored_fields_are_bounded_and_safe_for_headers() -> None:
+    record = RequestRecord()
+    record.add_ignored_fields(["max_token", "a\r\nb: ü,", "x" * 100])
+    assert record.ignored_fields == ["max_token", "a??b????", "x" * 64]
+    record.add_ignored_fields(str(number) for number in range(1000))
+    record.add_ignored_fields(["further"])
+    assert (len(record.ignored_fields), record.ignored_fields[-2:]) == (17, ["12", "..."])
+    assert record.as_fields() == {"ignored_fields": record.ignored_fields}
+
+
 def test_log_request_writes_text_and_fields(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "predictor.request")
     record = RequestRecord("a", "alice", "grpc", finished=[FINISHED])

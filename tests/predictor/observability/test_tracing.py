@@ -409,11 +409,11 @@ def test_probes_are_not_exported(served: Served, trace_id: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "body", "name", "status", "error"),
     [
-        ("POST", OPENAI, completing(-1), f"POST {OPENAI}", 400, "InvalidRequest"),
+        ("POST", OPENAI, completing(-2), f"POST {OPENAI}", 400, "InvalidRequest"),
         ("POST", "/v2/models/other/generate", {}, "POST /v2/models/{model_name}/generate", 404, "NotFound"),
         ("POST", "/nowhere", {}, "POST", 404, None),
         ("PROPFIND", "/nowhere", {}, "HTTP", 404, None),
-        ("POST", OPENAI, completing(2000), "text_completion traced", 400, "InvalidRequest"),
+        ("POST", OPENAI, completing(2, min_tokens=3), "text_completion traced", 400, "InvalidRequest"),
         ("POST", OPENAI, completing(9, n=5), "text_completion traced", 400, "InvalidRequest"),
     ],
 )

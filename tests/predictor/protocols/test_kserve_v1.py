@@ -8,8 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from predictor.errors import InvalidRequest
+from predictor.observability import request_record
+from predictor.observability.request_record import RequestRecord
 from predictor.protocols import kserve_v1, open_inference_generate
-from predictor.types import Chat, Completion, FinishReason
+from predictor.types import Chat, Completion, FinishReason, GenerationRequest
 
 any_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -61,7 +63,15 @@ def test_decode_prompts_and_chats_keeps_their_order() -> None:
     assert kserve_v1.encode([completion, completion]) == {"predictions": ["b", "b"]}
 
 
+def test_decode_unknown_fields_are_ignored_and_recorded() -> None:
+    body = json.dumps({"instances": ["a"], "signature": 1, "parameters": {"max_token": 5, "user": "u"}}).encode()
+    with request_record.bind(RequestRecord()) as record:
+        assert kserve_v1.decode(body) == [GenerationRequest("a")]
+        assert kserve_v1.decode(b'{"instances": ["a"], "parameters": null}') == [GenerationRequest("a")]
+    assert record.ignored_fields == ["signature", "parameters.max_token"]
+
+
 @pytest.mark.parametrize("body", [b"", b"{}", b'{"instances": []}', b'{"instances": [7]}', b'{"instances": [""]}'])
 def test_decode_invalid_body_raises(body: bytes) -> None:
-    with pytest.raises(InvalidRequest, match=r"instances|not JSON"):
+    with pytest.raises(InvalidRequest, match=r"instances|is empty"):
         kserve_v1.decode(body)

@@ -1,7 +1,10 @@
 """Generate extension: bodies and streams."""
 
 import json
+from typing import Any
 
+from predictor.observability import request_record
+from predictor.observability.request_record import RequestRecord
 from predictor.protocols import open_inference_generate
 from predictor.types import FinishReason, SamplingParams, Token
 from tests.predictor.protocols.deltas import delta
@@ -10,6 +13,41 @@ from tests.predictor.protocols.deltas import delta
 def test_decode_without_parameters_uses_the_specifications_defaults() -> None:
     decoded = open_inference_generate.decode(b'{"text_input": "Hi"}', "m", None)
     assert decoded.request.sampling == SamplingParams(max_tokens=20, temperature=1.0)
+
+
+def test_decode_parameters_next_to_the_text_are_those_of_parameters() -> None:
+    def sampling(**fields: Any) -> SamplingParams:
+        body = json.dumps({"text_input": "Hi"} | fields).encode()
+        return open_inference_generate.decode(body, "m", None).request.sampling
+
+    parameters = {"max_tokens": 5, "temperature": 0, "top_k": 3, "seed": 7, "stop": ["a"]}
+    assert sampling(**parameters) == sampling(parameters=parameters)
+    assert sampling(max_tokens=5, parameters={"max_tokens": 6}).max_tokens == 6
+    assert sampling(max_tokens=5, parameters={"top_k": 3}).max_tokens == 5
+    assert sampling(stop="a", stop_words=["b"]).stop == ("a", "b")
+    with request_record.bind(RequestRecord()) as record:
+        for unset in ({"parameters": None}, {"stop_words": "", "bad_words": ""}, {"stream": False, "id": "1"}):
+            assert sampling(**unset) == sampling()
+        assert record.ignored_fields == []
+        assert sampling(max_token=1, parameters={"top": 1}) == sampling()
+    assert record.ignored_fields == ["max_token", "parameters.top"]
+
+
+def test_decode_exclude_input_in_output_echoes_only_if_false() -> None:
+    for exclude in (True, False):
+        body = json.dumps({"text_input": "Hi", "parameters": {"exclude_input_in_output": exclude}}).encode()
+        assert open_inference_generate.decode(body, "m", None).request.echo is not exclude
+
+
+def test_stream_details_of_a_completion_without_tokens_have_none() -> None:
+    decoded = open_inference_generate.decode(b'{"text_input": "Hi", "id": "7", "details": true}', "m", None)
+    [event] = open_inference_generate.EventEncoder(decoded).delta(delta(0, "", 1, 0, FinishReason.LENGTH))
+    assert json.loads(event.removeprefix("data: ")) == {
+        "text_output": "",
+        "id": "7",
+        "model_name": "m",
+        "details": {"finish_reason": "length", "logprobs": []},
+    }
 
 
 def test_stream_details_are_in_the_last_event() -> None:

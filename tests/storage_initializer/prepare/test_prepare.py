@@ -300,7 +300,7 @@ def test_prepare_pickles_are_never_opened(run: Run, hub: LocalHub, volume: Path,
     for path in model.glob("*.safetensors*"):
         path.unlink()
     (model / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nabort\n(tR.")
-    assert "neither model.safetensors nor a readable" in refused(run, hub, volume, model)
+    assert "has no weights as safetensors, so it cannot be prepared" in refused(run, hub, volume, model)
 
 
 def test_prepare_quantized_checkpoint_is_rejected(
@@ -340,8 +340,32 @@ def test_prepare_unreadable_weights_are_rejected(
     run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
 ) -> None:
     model = copy(llama, tmp_path / "broken")
-    next(model.glob("*.safetensors")).write_bytes(b"\xff" * 100)
+    shard = next(model.glob("*.safetensors"))
+    # A header whose length is right, of a dtype that does not exist.
+    shard.write_bytes(shard.read_bytes().replace(b'"BF16"', b'"BF99"', 1))
     assert "has unreadable weights" in refused(run, hub, volume, model)
+
+
+def test_prepare_reads_index_with_paths_into_a_folder(
+    run: Run, hub: LocalHub, volume: Path, llama: Path, tmp_path: Path
+) -> None:
+    model = copy(llama, tmp_path / "folder")
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    (model / "weights").mkdir()
+    for path in model.glob("*.safetensors"):
+        path.rename(model / "weights" / path.name)
+    index["weight_map"] = {tensor: f"weights/{shard}" for tensor, shard in index["weight_map"].items()}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (model / "consolidated.safetensors").write_bytes(b"never opened")
+    commit = hub.add("demo/arithmetic", model)
+    assert prepare(run, volume).code == 0
+    made = volume / "demo--arithmetic" / f"{commit}-int8-cpu"
+    assert problems(made) == []
+    assert {path.name for path in (made / "weights").iterdir()} == {path.name for path in llama.glob("*.safetensors")}
+    assert not (made / "consolidated.safetensors").exists()
+    written = json.loads((made / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(written) > set(index["weight_map"])
+    assert set(written.values()) == set(index["weight_map"].values())
 
 
 @pytest.mark.parametrize("words", [["--prepare", "4bit"], ["--prepare"]])

@@ -15,7 +15,7 @@ from snapshot_format.reference import DirectoryReference
 from storage_initializer.errors import InitializerError
 from storage_initializer.sources.file_selection import check_safe_path
 from storage_initializer.sources.local import Archive
-from tests.storage_initializer.conftest import Run, make_model, problems
+from tests.storage_initializer.conftest import Run, make_model, problems, safetensors
 
 Member = tuple[tarfile.TarInfo, bytes]
 
@@ -28,7 +28,7 @@ def member(name: str, content: bytes = b"{}", **attributes: object) -> Member:
     return info, content
 
 
-GOOD = [member("config.json"), member("model.safetensors", b"weights")]
+GOOD = [member("config.json"), member("model.safetensors", safetensors(10))]
 
 
 def pack(path: Path, members: list[Member], mode: str = "w") -> Path:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from devtools.local_hub import LocalHub, Request, Response
-from tests.storage_initializer.conftest import Run, problems
+from tests.storage_initializer.conftest import Run, make_model, problems
 
 WEIGHTS = "model.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 
 Change = Callable[[Response], Response]
 
@@ -18,12 +19,12 @@ Change = Callable[[Response], Response]
 class Once:
     """A fault that befalls the first answers to one question, and counts all of them."""
 
-    def __init__(self, kind: str, change: Change, times: int = 1) -> None:
+    def __init__(self, kind: str, change: Change, times: int = 1, file: str = WEIGHTS) -> None:
         self.requests: list[Request] = []
-        self._kind, self._change, self._times = kind, change, times
+        self._kind, self._change, self._times, self._file = kind, change, times, file
 
     def __call__(self, request: Request, response: Response) -> Response:
-        if request.kind != self._kind or (self._kind == "resolve" and request.file != WEIGHTS):
+        if request.kind != self._kind or (self._kind == "resolve" and request.file != self._file):
             return response
         self.requests.append(request)
         return self._change(response) if len(self.requests) <= self._times else response
@@ -39,6 +40,11 @@ def cut(in_order: bool) -> Change:
         return response
 
     return change
+
+
+def overwrite(response: Response) -> Response:
+    response.body = bytes(response.length)
+    return response
 
 
 @pytest.fixture
@@ -98,6 +104,30 @@ def test_truncated_body_is_resumed(run: Run, hub: LocalHub, volume: Path, snapsh
     assert [request.headers.get("range") for request in fault.requests] == [None, "bytes=7000-"]
     assert hub.sent_bytes()[WEIGHTS] == (model / WEIGHTS).stat().st_size
     assert problems(snapshot) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (answer(503), "returned 503"),
+        (cut(in_order=True), "is unreachable"),
+        (overwrite, "sent wrong bytes of " + INDEX),
+    ],
+    ids=["status", "cut", "bytes"],
+)
+def test_index_for_the_plan_is_read_again_after_a_fault(
+    run: Run, hub: LocalHub, volume: Path, tmp_path: Path, change: Change, reason: str
+) -> None:
+    model = make_model(tmp_path / "sharded", shards=2)
+    index = json.loads((model / INDEX).read_text()) | {"metadata": {"padding": "x" * 10_000}}
+    (model / INDEX).write_text(json.dumps(index))
+    commit = hub.add("demo/sharded", model)
+    hub.fault = Once("resolve", change, file=INDEX)
+    result = run("hf://demo/sharded", volume)
+    assert result.code == 0, result.stderr
+    assert "attempt 1 of 3 failed" in result.stderr
+    assert reason in result.stderr
+    assert problems(volume / "demo--sharded" / commit) == []
 
 
 def test_connection_reset_is_resumed(run: Run, hub: LocalHub, volume: Path, snapshot: Path, model: Path) -> None:

@@ -1,4 +1,7 @@
-"""Liveness, readiness and Prometheus metrics."""
+"""Liveness, readiness, version and Prometheus metrics."""
+
+from importlib.metadata import version as installed_version
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 from prometheus_client import REGISTRY
@@ -8,15 +11,24 @@ from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import json_responses
 from predictor.errors import ModelNotReady, NotNow
 from predictor.generation.service import LLMService
+from predictor.protocols.open_inference import SERVER
+
+LINKS = {"models": "/v1/models", "ready": "/v2/health/ready", "metrics": "/metrics", "openapi": "/openapi.json"}
 
 
 def create_router(service: LLMService) -> APIRouter:
     """Build the routes of probes and of Prometheus."""
     router = APIRouter(tags=["health"])
+    version = installed_version(SERVER)
 
     @router.get("/", include_in_schema=False)
-    async def root() -> dict[str, str]:
-        return {"status": "alive"}
+    async def root() -> dict[str, Any]:
+        # KServe's v1 clients compare the status.
+        return {"status": "alive", "name": SERVER, "version": version, "links": LINKS}
+
+    @router.get("/version", include_in_schema=False)
+    async def server_version() -> dict[str, str]:
+        return {"version": version}
 
     @router.get("/metrics", include_in_schema=False)
     async def metrics(request: Request) -> Response:
@@ -30,6 +42,7 @@ def create_router(service: LLMService) -> APIRouter:
         return {"live": True}
 
     @router.get("/health", include_in_schema=False)
+    @router.get("/ping", include_in_schema=False)
     @router.get("/v2/health/ready", **json_responses(openapi.READY, 503))
     async def server_ready() -> dict[str, bool]:
         require_ready(service)

@@ -25,7 +25,6 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"])
 
     @router.get("", **json_responses(openapi.SERVER, 401))
-    @router.get("/", include_in_schema=False)
     async def server_metadata() -> dict[str, Any]:
         version = installed_version(open_inference.SERVER)
         return {"name": open_inference.SERVER, "version": version, "extensions": list(open_inference.EXTENSIONS)}
@@ -71,7 +70,9 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
     async def generate_stream(request: Request) -> Response:
         name, version = _require_model(request, service)
         decoded = open_inference_generate.decode(await read_body(request, "generate_stream"), name, version)
-        return EventStream(request, service, [decoded.request], open_inference_generate.EventEncoder(decoded))
+        return await EventStream.start(
+            request, service, [decoded.request], open_inference_generate.EventEncoder(decoded)
+        )
 
     generate_schema = request_schema(open_inference_generate.REQUEST_SCHEMA)
     for path in MODEL_PATHS:

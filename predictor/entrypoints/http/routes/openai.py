@@ -1,6 +1,8 @@
 """OpenAI's completions, chat completions and models; /v1/models is KServe v1's list as well."""
 
+import asyncio
 import time
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,6 +16,9 @@ from predictor.generation.service import LLMService
 from predictor.protocols.openai import requests, responses
 from predictor.protocols.openai.models import model_card, model_list
 from predictor.protocols.openai.streaming import EventEncoder
+
+MAX_INLINE_BYTES = 65_536
+"""Bodies up to this size are decoded on the event loop."""
 
 
 def create_router(service: LLMService) -> APIRouter:
@@ -47,14 +52,14 @@ def create_router(service: LLMService) -> APIRouter:
     async def respond(request: Request, decoded: requests.DecodedRequest) -> Response:
         models.require(decoded.model)
         if decoded.stream:
-            return EventStream(request, service, decoded.requests, EventEncoder(decoded))
+            return await EventStream.start(request, service, decoded.requests, EventEncoder(decoded))
         return JSONResponse(responses.encode(decoded, await complete(request, service, decoded.requests)))
 
     async def completions(request: Request) -> Response:
-        return await respond(request, requests.decode_completion(await read_body(request, "openai")))
+        return await respond(request, await _decode(request, requests.decode_completion))
 
     async def chat_completions(request: Request) -> Response:
-        return await respond(request, requests.decode_chat_completion(await read_body(request, "openai")))
+        return await respond(request, await _decode(request, requests.decode_chat_completion))
 
     for prefix in ("/openai/v1", "/v1"):
         for path, endpoint, body, response in (
@@ -69,3 +74,9 @@ def create_router(service: LLMService) -> APIRouter:
                 **json_responses(response, 400, *GENERATION_ERRORS, also=EVENTS, error=OPENAI_ERROR),
             )
     return router
+
+
+async def _decode(request: Request, decode: Callable[[bytes], requests.DecodedRequest]) -> requests.DecodedRequest:
+    """Read and decode a body; a large one in a thread, since 100,000 messages take seconds."""
+    body = await read_body(request, "openai")
+    return decode(body) if len(body) <= MAX_INLINE_BYTES else await asyncio.to_thread(decode, body)

@@ -1,7 +1,9 @@
 """The application of one service: limits, API keys, request log, admin routes; and two applications in one process."""
 
 import asyncio
+import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 from predictor import settings
 from predictor.entrypoints.http.app import create_app
 from predictor.generation.service import LLMService
+from predictor.protocols.open_inference_binary import HEADER_LENGTH
 from tests.predictor import servers
 from tests.predictor.servers import OPENAI, PROTOCOLS, Call, InProcessServer
 
@@ -142,7 +145,16 @@ def test_request_without_an_api_key_returns_401_except_for_probes(limited: InPro
         for path in (predict, *(Call(limited, protocol, 1).path for protocol in PROTOCOLS)):
             response = anonymous.post(path, json=Call(limited, OPENAI, 1).body)
             assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
-        for path in ("/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/limited/ready"):
+        for path in (
+            "/",
+            "/health",
+            "/ping",
+            "/version",
+            "/metrics",
+            "/v2/health/live",
+            "/v2/health/ready",
+            "/v2/models/limited/ready",
+        ):
             assert anonymous.get(path).status_code == 200, path
         assert anonymous.get("/v1/models").status_code == 401
 
@@ -184,6 +196,201 @@ def test_admin_routes_are_disabled_by_default(limited: InProcessServer, action: 
     response = limited.client.post(f"/v2/repository/models/limited/{action}")
     assert (response.status_code, action in response.json()["error"]) == (403, True)
     assert limited.client.get("/v2/models/limited/ready").status_code == 200
+
+
+# Methods, paths and encodings of all routes
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/",
+        "/health",
+        "/ping",
+        "/version",
+        "/metrics",
+        "/v2",
+        "/v2/health/live",
+        "/v2/health/ready",
+        "/v2/models",
+        "/v2/models/demo",
+        "/v2/models/demo/ready",
+        "/v1/models",
+        "/v1/models/demo",
+        "/openai/v1/models",
+        "/openapi.json",
+    ],
+)
+def test_route_of_get_answers_head_without_a_body(client: httpx.Client, path: str) -> None:
+    get, head = client.get(path), client.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+    if path != "/metrics":
+        assert head.headers["content-length"] == str(len(get.content))
+
+
+def test_route_with_another_method_names_the_allowed_ones(client: httpx.Client) -> None:
+    response = client.put("/v2/models/demo")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+    assert response.json() == {"error": "Method not allowed: PUT /v2/models/demo. Use GET, HEAD."}
+
+
+def test_head_of_an_unknown_route_returns_404(client: httpx.Client) -> None:
+    assert client.head("/v1/model").status_code == 404
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_path_with_extra_slashes_is_answered_without_a_redirect(server: InProcessServer, protocol: str) -> None:
+    call = Call(server, protocol, 3)
+    headers = {"X-Forwarded-Proto": "https", "Host": "llm.example.org"}
+    for path in (f"{call.path}/", f"/{call.path}", call.path.replace("/", "//")):
+        response = server.client.post(f"{server.url}{path}", json=call.body, headers=headers, follow_redirects=False)
+        assert response.status_code == 200
+    for path in ("/v1/models/", "/v2/", "/v2/models/demo/", "/metrics/"):
+        assert server.client.get(path, follow_redirects=False).status_code == 200
+
+
+def test_path_with_extra_slashes_needs_a_key_too(limited: InProcessServer) -> None:
+    with httpx.Client(base_url=limited.url, timeout=60, trust_env=False) as anonymous:
+        assert anonymous.get("/v1/models/").status_code == 401
+        assert anonymous.get("/v2/health/ready/").status_code == 200
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_body_in_any_coding_and_encoding_has_the_same_completion(server: InProcessServer, protocol: str) -> None:
+    call = Call(server, protocol, 3)
+    text = json.dumps(call.body)
+    expected = call.post().json()
+    for body, coding in (
+        (text.encode("utf-8-sig"), "identity"),
+        (text.encode("utf-16"), "identity"),
+        (gzip.compress(text.encode()), "gzip"),
+        (zlib.compress(text.encode("utf-8-sig")), "deflate"),
+    ):
+        response = server.client.post(call.path, content=body, headers={"Content-Encoding": coding})
+        assert response.status_code == 200, response.text
+        assert response.json() | CHANGING == expected | CHANGING
+
+
+CHANGING = {"id": "", "created": 0}
+"""Fields of completions that differ between equal requests."""
+
+
+@pytest.mark.parametrize(("protocol", "status"), [(OPENAI, 400), (servers.INFER, 400), (servers.GENERATE, 422)])
+def test_body_in_another_coding_than_its_header_is_an_error(
+    server: InProcessServer, protocol: str, status: int
+) -> None:
+    call = Call(server, protocol, 3)
+    response = server.client.post(call.path, json=call.body, headers={"Content-Encoding": "gzip"})
+    assert response.status_code == status
+    assert "The body is not gzip" in response.text
+    assert call.post(headers={"Content-Encoding": "br"}).status_code == 415
+    assert call.post().status_code == 200
+
+
+def test_binary_tensors_in_a_compressed_body_are_decoded(server: InProcessServer) -> None:
+    prompt = (4).to_bytes(4, "little") + b"1+1="
+    parameters = {"binary_data_size": len(prompt)}
+    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [1], "parameters": parameters}
+    head = json.dumps({"inputs": [tensor], "parameters": {"max_tokens": 3, "ignore_eos": True}}).encode("utf-8-sig")
+    headers = {"Content-Encoding": "gzip", HEADER_LENGTH: str(len(head))}
+    response = server.client.post("/v2/models/demo/infer", content=gzip.compress(head + prompt), headers=headers)
+    assert response.json()["outputs"] == Call(server, servers.INFER, 3).post().json()["outputs"]
+
+
+# CORS
+
+
+ORIGIN = "https://ui.example.org"
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type,x-request-id",
+    "Access-Control-Request-Private-Network": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def cors(keys_file: Path) -> Iterator[InProcessServer]:
+    flags = [
+        "--allowed_origins",
+        f"http://localhost:3000, {ORIGIN}",
+        "--max_num_seqs",
+        "1",
+        "--max_queued_requests",
+        "0",
+    ]
+    headers = {"Authorization": f"Bearer {KEY}", "Origin": ORIGIN}
+    with servers.in_process(*flags, model_name="cors", keys=keys_file, headers=headers) as running:
+        yield running
+
+
+def readable(response: httpx.Response) -> bool:
+    """Whether a browser lets a page of `ORIGIN` read the response and the headers that the API sets."""
+    headers = response.headers
+    exposed = {name.strip().lower() for name in headers.get("access-control-expose-headers", "").split(",")}
+    assert "origin" in headers["vary"].lower()
+    return headers.get("access-control-allow-origin") == ORIGIN and exposed >= {
+        "x-request-id",
+        "x-ignored-fields",
+        "retry-after",
+    }
+
+
+def test_cors_is_off_by_default(server: InProcessServer) -> None:
+    call = Call(server, OPENAI, 1)
+    response = call.post(headers={"Origin": ORIGIN})
+    assert (response.status_code, [name for name in response.headers if "access-control" in name]) == (200, [])
+    assert server.client.options(call.path, headers={"Origin": ORIGIN, **PREFLIGHT}).status_code == 405
+
+
+def test_cors_preflight_needs_no_key(cors: InProcessServer) -> None:
+    for path in (OPENAI, "/v1/chat/completions/", "/v2/models/cors/infer", "/v1/models"):
+        response = httpx.options(f"{cors.url}{path}", headers={"Origin": ORIGIN, **PREFLIGHT}, trust_env=False)
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, ORIGIN)
+        assert response.headers["access-control-allow-methods"] == "GET, HEAD, POST"
+        assert response.headers["access-control-allow-headers"] == PREFLIGHT["Access-Control-Request-Headers"]
+        assert response.headers["access-control-allow-private-network"] == "true"
+
+
+@pytest.mark.parametrize(("origin", "method"), [("https://other.example.org", "POST"), (ORIGIN, "DELETE")])
+def test_cors_preflight_of_another_origin_or_method_is_refused(cors: InProcessServer, origin: str, method: str) -> None:
+    headers = {"Origin": origin, **PREFLIGHT, "Access-Control-Request-Method": method}
+    assert cors.client.options(OPENAI, headers=headers).status_code == 400
+
+
+def test_cors_response_to_another_origin_is_not_readable(cors: InProcessServer) -> None:
+    response = Call(cors, OPENAI, 1).post(headers={"Origin": "https://other.example.org"})
+    assert (response.status_code, readable(response)) == (200, False)
+
+
+def test_cors_responses_and_errors_are_readable(cors: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    responses = [Call(cors, protocol, 2).post() for protocol in PROTOCOLS]
+    call = Call(cors, OPENAI, 900).streamed()
+    cors.hold.delay_seconds = 0.01
+    with cors.client.stream("POST", call.path, json=call.body) as stream:
+        cors.wait_for_metrics(num_requests_running=1)
+        overloaded = call.post()
+    cors.hold.open()
+    cors.wait_until_idle()
+    unauthorized = Call(cors, OPENAI, 2).post(headers={"Authorization": "Bearer wrong"})
+    monkeypatch.setattr(cors.service, "submit", None)
+    failed = Call(cors, OPENAI, 2).post()
+    responses += [stream, overloaded, failed, unauthorized, cors.client.get("/v3"), cors.client.get("/health")]
+    assert [response.status_code for response in responses] == [200, 200, 200, 200, 429, 500, 401, 404, 200]
+    assert all(map(readable, responses))
+    assert "retry-after" in overloaded.headers
+
+
+def test_cors_with_every_origin_allows_any() -> None:
+    parsed = settings.read(["--served_model_name", "loading", "--model_dir", "/nowhere", "--allowed_origins", "*"])
+    app = create_app(LLMService(parsed), parsed)
+
+    async def get() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://app") as http:
+            return await http.get("/v2/health/ready", headers={"Origin": ORIGIN})
+
+    response = asyncio.run(get())
+    assert (response.status_code, response.headers["access-control-allow-origin"]) == (503, "*")
 
 
 # Other settings

@@ -1,6 +1,7 @@
 """The middleware around a Starlette application; behind a uvicorn server where connections matter."""
 
 import asyncio
+import gzip
 import logging
 import queue
 import socket
@@ -21,13 +22,16 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from predictor.entrypoints.api_keys import KeyFile
-from predictor.entrypoints.http import middleware
+from predictor.entrypoints.http import content_encoding, middleware
 from predictor.entrypoints.http.middleware import (
     ApiKeyMiddleware,
+    DecodeBodyMiddleware,
     DrainMiddleware,
     MaxBodySizeMiddleware,
+    NormalizePathMiddleware,
     RequestLogMiddleware,
 )
+from predictor.entrypoints.kserve_server import HTTPProtocol
 from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.types import FinishedSequence
@@ -35,7 +39,16 @@ from predictor.types import FinishedSequence
 KEY = "alices-key-0123456789"
 LIMIT = 1000
 WAIT_SECONDS = 20
-PROBES = ["/", "/health", "/metrics", "/v2/health/live", "/v2/health/ready", "/v2/models/demo/ready"]
+PROBES = [
+    "/",
+    "/health",
+    "/ping",
+    "/version",
+    "/metrics",
+    "/v2/health/live",
+    "/v2/health/ready",
+    "/v2/models/demo/ready",
+]
 COMPLETIONS = "/openai/v1/completions"
 INTERNAL_ERROR = "Internal server error. See the server's log."
 
@@ -81,7 +94,7 @@ class Server:
         return connection
 
 
-@pytest.fixture(params=["httptools", "h11"])
+@pytest.fixture(params=[HTTPProtocol, "h11"])
 def implementation(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -116,6 +129,31 @@ def logged(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     lines = [dict(vars(record)["fields"]) for record in caplog.records if record.name == "predictor.request"]
     assert all(line.pop("duration_ms") >= 0 for line in lines)
     return lines
+
+
+# NormalizePathMiddleware
+
+
+@pytest.mark.parametrize(
+    ("path", "normalized"),
+    [
+        ("/", "/"),
+        ("//", "/"),
+        ("/v1", "/v1"),
+        ("/v1/models/", "/v1/models"),
+        ("//v1///models//", "/v1/models"),
+        ("/v1/models%2F", "/v1/models"),
+        ("/v1/a%20/?b=/c//", "/v1/a "),
+    ],
+)
+def test_normalize_path_removes_extra_slashes(path: str, normalized: str) -> None:
+    async def endpoint(request: Request) -> Response:
+        return PlainTextResponse(f"{request.scope['path']}?{request.url.query}")
+
+    app = NormalizePathMiddleware(serving(endpoint=endpoint))
+    # httpx would take a path that begins with two slashes for a host.
+    answer = send(app, f"http://server{path}")
+    assert answer.text == f"{normalized}?{path.partition('?')[2]}"
 
 
 # RequestLogMiddleware
@@ -523,6 +561,66 @@ def test_max_body_size_closes_started_response(implementation: Any) -> None:
             httpx.post(server.url, content=in_pieces(LIMIT * 2), trust_env=False)
         line = server.line()
     assert (line["status"], line["error"]) == (200, "BodyTooLarge")
+
+
+# DecodeBodyMiddleware
+
+
+@pytest.fixture
+def decoding() -> Iterator[Server]:
+    """As in the application: one limit for the encoded body, one for the decoded body."""
+    limit = Middleware(MaxBodySizeMiddleware, LIMIT)
+    with running(serving(limit, Middleware(DecodeBodyMiddleware), limit)) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (gzip.compress(b"x" * LIMIT), 200),
+        (gzip.compress(b"x" * (LIMIT + 1)), 413),
+        (gzip.compress(b"x" * 10_000_000, compresslevel=1)[:LIMIT], 413),
+        (gzip.compress(b"x" * LIMIT, compresslevel=0), 413),
+        (gzip.compress(b"x") + b"x", 400),
+        (b"x", 400),
+    ],
+    ids=["limit", "decoded", "bomb", "encoded", "trailing", "malformed"],
+)
+def test_decode_body_size_is_limited_before_and_after(decoding: Server, content: bytes, status: int) -> None:
+    with httpx.Client(base_url=decoding.url, trust_env=False, headers={"Content-Encoding": "gzip"}) as client:
+        answers = [client.post("/v2", content=sent) for sent in (content, iter([content[:1], content[1:]]))]
+        answers.append(client.post("/v2", content=gzip.compress(b"x")))
+    assert [answer.status_code for answer in answers] == [status, status, 200]
+    assert answers[0].content == (b"x" * LIMIT if status == 200 else answers[1].content)
+    assert answers[2].content == b"x"
+    assert [decoding.line()["status"] for _ in answers] == [status, status, 200]
+
+
+def test_decode_body_bomb_is_not_decoded_beyond_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(content_encoding, "PIECE_BYTES", LIMIT)
+    sizes: list[int] = []
+
+    async def endpoint(request: Request) -> Response:
+        async for piece in request.stream():
+            sizes.append(len(piece))  # noqa: PERF401, an error ends the loop
+        return Response()
+
+    limit = Middleware(MaxBodySizeMiddleware, 2 * LIMIT + 1)
+    bomb = gzip.compress(b"x" * 1_000_000)
+    answer = send(
+        serving(limit, Middleware(DecodeBodyMiddleware), limit, endpoint=endpoint),
+        content=bomb,
+        headers={"Content-Encoding": "gzip"},
+    )
+    assert (answer.status_code, sizes) == (413, [LIMIT, LIMIT])
+
+
+def test_decode_body_unsupported_coding_returns_415(decoding: Server) -> None:
+    headers = {"Content-Encoding": "br"}
+    answer = httpx.post(f"{decoding.url}{COMPLETIONS}", content=b"x", headers=headers, trust_env=False)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
+    assert answer.json()["error"]["message"].startswith("Content-Encoding 'br' is not supported.")
+    assert decoding.line()["error"] == "UnsupportedMediaType"
 
 
 HEAD = "POST /v2 HTTP/1.1\nHost: server\n"

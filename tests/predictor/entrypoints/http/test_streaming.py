@@ -63,7 +63,7 @@ def test_request_with_an_invalid_deadline_returns_400(server: InProcessServer, s
 @pytest.mark.parametrize("protocol", [OPENAI, GENERATE_STREAM])
 def test_stream_of_a_disconnected_client_is_cancelled(server: InProcessServer, protocol: str) -> None:
     cancelled = server.metric("request_finished_total", finished_reason="cancelled")
-    steps = server.metric("engine_steps")
+    steps = server.metric("engine_steps_total")
     server.hold.close(after=5)
     call = Call(server, protocol, TOKENS).streamed()
     with server.client.stream("POST", call.path, json=call.body) as response:
@@ -71,17 +71,17 @@ def test_stream_of_a_disconnected_client_is_cancelled(server: InProcessServer, p
     server.wait_for_metric("request_finished_total", cancelled + 1, finished_reason="cancelled")
     server.hold.open()
     server.wait_until_idle()
-    assert server.metric("engine_steps") - steps < 20
+    assert server.metric("engine_steps_total") - steps < 20
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_request_of_a_disconnected_client_is_cancelled(server: InProcessServer, protocol: str) -> None:
     cancelled = server.metric("request_finished_total", finished_reason="cancelled")
-    steps = server.metric("engine_steps")
+    steps = server.metric("engine_steps_total")
     server.hold.close(after=5)
     with pytest.raises(httpx.ReadTimeout):
         Call(server, protocol, TOKENS).post(timeout=0.4)
     server.wait_for_metric("request_finished_total", cancelled + 1, finished_reason="cancelled")
     server.hold.open()
     server.wait_until_idle()
-    assert server.metric("engine_steps") - steps < 20
+    assert server.metric("engine_steps_total") - steps < 20

@@ -1,6 +1,7 @@
 """Decoding of completion and chat completion requests."""
 
 import json
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
 from predictor.errors import InvalidRequest, RequestError
+from predictor.observability import request_record
+from predictor.observability.request_record import RequestRecord
 from predictor.protocols.openai import requests
 from predictor.protocols.openai.requests import DecodedRequest
 from predictor.types import (
@@ -69,6 +72,7 @@ def test_decode_sampling_fields_returns_all_of_them(decode_fields: Callable[...,
         "temperature": 1,
         "top_p": 0.9,
         "top_k": 3,
+        "min_p": 0.1,
         "repetition_penalty": 1.1,
         "presence_penalty": -1,
         "frequency_penalty": 0.5,
@@ -124,6 +128,28 @@ def test_chat_message_parts_are_concatenated() -> None:
     assert template_messages({"role": "user", "content": parts}) == [{"role": "user", "content": "ab"}]
 
 
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant", "content": [], "tool_calls": []}, ""),
+        ({"role": "tool", "content": None, "tool_call_id": "1"}, ""),
+        ({"role": "tool", "content": [], "tool_call_id": "1"}, ""),
+        ({"role": "user", "content": []}, ""),
+        ({"role": "system", "content": []}, ""),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "refusal", "refusal": " no."}]},
+            "So no.",
+        ),
+    ],
+)
+def test_chat_message_of_a_history_without_text_or_with_a_refusal_is_accepted(message: Json, text: str) -> None:
+    [passed] = template_messages(message)
+    assert passed["content"] == text
+
+
 def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
     decoded = {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None}
     reported = {"role": "tool", "content": "rain", "tool_call_id": "1"}
@@ -132,6 +158,52 @@ def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
         {"role": "assistant", "content": "", "tool_calls": [called]},
         reported,
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}),
+        ("  ", {}),
+        ('{"city": "Ul', {}),
+        ("[1]", {}),
+        ("null", {}),
+        (None, {}),
+        (7, {}),
+        ('{"a": "\\ud800"}', {}),
+        ("[" * 100_000, {}),
+        ({"city": "Ulm", "days": None}, {"city": "Ulm", "days": None}),
+        ('{"days": [1, 2.5]}', {"days": [1, 2.5]}),
+    ],
+)
+def test_chat_tool_call_arguments_of_any_form_become_an_object(arguments: Any, expected: Json) -> None:
+    call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
+    [message] = template_messages({"role": "assistant", "tool_calls": [call]})
+    assert message["tool_calls"][0]["function"].get("arguments", {}) == expected
+
+
+def chat_of(**fields: Any) -> Chat:
+    prompt = chat(**fields).requests[0].prompt
+    assert isinstance(prompt, Chat)
+    return prompt
+
+
+def test_chat_template_variables_are_passed() -> None:
+    prompt = chat_of(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    assert (prompt.variables, prompt.reasoning_effort) == ({"enable_thinking": False}, "low")
+    assert chat_of(reasoning_effort="").reasoning_effort is None
+    assert chat_of(reasoning_effort=None, chat_template_kwargs=None) == chat_of()
+
+
+def test_chat_prefix_of_the_last_message_continues_it() -> None:
+    assistant = {"role": "assistant", "content": "So"}
+    for fields in ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}):
+        assert chat_of(messages=[*MESSAGES, assistant], **fields).continue_final_message
+    prefixed = chat_of(messages=[*MESSAGES, {**assistant, "prefix": True}])
+    assert prefixed.continue_final_message
+    assert prefixed.messages[-1] == assistant
+    assert not chat_of(messages=[*MESSAGES, {**assistant, "prefix": True}, *MESSAGES]).continue_final_message
+    assert not chat_of(add_generation_prompt=False).add_generation_prompt
 
 
 @pytest.mark.parametrize(("choice", "offered"), [(None, (TOOL,)), ("auto", (TOOL,)), ("none", ())])
@@ -150,14 +222,123 @@ def test_decode_fields_without_effect_are_ignored() -> None:
         "prompt_cache_options": {"mode": "implicit"},
         "prompt_cache_retention": "24h",
         "parallel_tool_calls": False,
-        "store": False,
+        "store": True,
+        "verbosity": "low",
+        "prediction": {"type": "content", "content": "a"},
+        "service_tier": "flex",
+        "chat_id": "c",
+        "session_id": "s",
+        "id": "i",
+        "keep_alive": "5m",
+        "cache_prompt": True,
+    }
+    without_effect = {
         "logit_bias": {},
         "response_format": {"type": "text"},
         "modalities": ["text"],
-        "service_tier": "auto",
+        "suffix": "",
+        "typical_p": 1.0,
+        "chat_template_kwargs": {},
+        "options": {},
+        "extra_body": {},
+        "tools": [],
+        "functions": [],
+        "function_call": "none",
+        "add_generation_prompt": True,
+        "continue_final_message": False,
+        "skip_special_tokens": True,
+        "top_logprobs": 0,
+        "stream_options": {"include_usage": True, "include_obfuscation": False},
     }
-    assert chat(**labels).requests == chat().requests
-    assert completions(user="u", logit_bias={}, best_of=2, n=2).requests == completions(n=2).requests
+    with request_record.bind(RequestRecord()) as record:
+        assert chat(**labels | without_effect).requests == chat().requests
+        assert chat(user=7, metadata={"user_id": 5, "a": {}}).requests == chat().requests
+        assert completions(user="u", logit_bias={}, suffix="", best_of=2, n=2).requests == completions(n=2).requests
+        assert completions(best_of=1).requests == completions().requests
+    assert record.ignored_fields == []
+
+
+def test_decode_unknown_fields_are_ignored_and_recorded() -> None:
+    message = {**MESSAGES[0], "mood": 1}
+    with request_record.bind(RequestRecord()) as record:
+        decoded = chat(messages=[*MESSAGES, message], max_token=5, stream_options={"continuous": True})
+    assert decoded.requests == chat(messages=[*MESSAGES, *MESSAGES]).requests
+    assert sorted(record.ignored_fields) == ["max_token", "messages.1.mood", "stream_options.continuous"]
+
+
+def test_decode_labels_of_messages_and_tools_are_not_passed_to_the_template() -> None:
+    cached: Json = {"cache_control": {"type": "ephemeral"}}
+    plain: list[Json] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "tool_calls": [CALL]},
+        {"role": "tool", "content": "c", "tool_call_id": "1"},
+    ]
+    parts = [{"type": "text", "text": "a", **cached}]
+    labels: Json = {"annotations": [], "reasoning": "r", "refusal": None, "audio": None, "prefix": False, "id": "m"}
+    called = {**CALL, "index": 0, "function": {"name": "weather", "arguments": '{"city": "Ulm"}', "strict": True}}
+    labelled = [
+        {"role": "user", "content": parts, "timestamp": 5, **cached},
+        {**plain[1], **labels, "tool_calls": [called]},
+        {**plain[2], **cached},
+    ]
+    offered = {"name": "weather", "parameters": {"type": "object", "default": None}, "strict": True}
+    tools = [{**TOOL, **cached, "function": offered}]
+    with request_record.bind(RequestRecord()) as record:
+        assert chat(messages=labelled, tools=tools).requests == chat(messages=plain, tools=[TOOL]).requests
+    assert record.ignored_fields == []
+
+
+@pytest.mark.parametrize("name", ["mcp.read_file", "server/tool", "a" * 100])
+def test_decode_tool_name_of_any_form_is_passed(name: str) -> None:
+    prompt = chat(tools=[{"type": "function", "function": {"name": name}}]).requests[0].prompt
+    assert isinstance(prompt, Chat)
+    assert prompt.tools[0]["function"]["name"] == name
+
+
+@both_apis
+def test_decode_whole_numbers_as_floats_are_integers(decode_fields: Callable[..., DecodedRequest]) -> None:
+    floats = {"max_tokens": 24.0, "n": 2.0, "top_k": 40.0, "seed": 3.0, "min_tokens": 1.0, "temperature": 1.0}
+    integers = {name: int(value) for name, value in floats.items()}
+    decoded = decode_fields(**floats)
+    assert decoded.requests == decode_fields(**integers).requests
+    sampling = decoded.requests[0].sampling
+    assert all(type(value) is int for value in (decoded.n, sampling.max_tokens, sampling.top_k, sampling.seed))
+
+
+@both_apis
+@pytest.mark.parametrize(
+    ("seed", "expected"),
+    [
+        (-1, None),
+        (7, 7),
+        (-(2**63), -(2**63)),
+        (2**63 - 1, 2**63 - 1),
+        (2**63, -(2**63)),
+        (2**64 - 1, -1),
+        (2**64, 0),
+        (10**40, (10**40 + 2**63) % 2**64 - 2**63),
+    ],
+)
+def test_decode_seed_of_any_size_is_within_the_generators_range(
+    decode_fields: Callable[..., DecodedRequest], seed: int, expected: int | None
+) -> None:
+    assert decode_fields(seed=seed).requests[0].sampling.seed == expected
+
+
+@both_apis
+def test_decode_empty_stops_are_dropped_and_256_accepted(decode_fields: Callable[..., DecodedRequest]) -> None:
+    stops = [f"<{number}>" for number in range(256)]
+    for stop, expected in (("", ()), ([""], ()), ([None, "a", ""], ("a",)), (stops, tuple(stops))):
+        assert decode_fields(stop=stop).requests[0].sampling.stop == expected
+
+
+@both_apis
+@pytest.mark.parametrize(("requested", "limit"), [(-1, sys.maxsize), (0, 0), (10**30, 10**30)])
+def test_decode_max_tokens_may_be_unlimited_or_none_at_all(
+    decode_fields: Callable[..., DecodedRequest], requested: int, limit: int
+) -> None:
+    assert decode_fields(max_tokens=requested).requests[0].sampling.max_tokens == limit
+    assert chat(max_completion_tokens=requested).requests[0].sampling.max_tokens == limit
 
 
 @pytest.mark.parametrize(("decode_fields", "prefix"), [(completions, "cmpl-"), (chat, "chatcmpl-")])
@@ -182,16 +363,21 @@ def test_decode_sets_a_unique_id_and_the_current_time(
         ("n", 0),
         ("n", 129),
         ("n", True),
-        ("max_tokens", 0),
+        ("max_tokens", -2),
         ("max_tokens", 1.5),
-        ("seed", 2**63),
+        ("max_tokens", "24"),
+        ("max_tokens", True),
+        ("seed", 1.5),
         ("stop", 7),
-        ("stop", ["a"] * 17),
+        ("stop", ["a"] * 257),
+        ("min_p", 1.1),
+        ("typical_p", 0.9),
+        ("typical_p", True),
         ("logit_bias", {"50256": -100}),
+        ("suffix", "x"),
+        ("max_new_tokens", 8),
+        ("skip_special_tokens", False),
         ("stream", "yes"),
-        ("stream_options", {"include_usage": True}),
-        ("user", 7),
-        ("prefix", "a"),
     ],
 )
 def test_decode_invalid_field_raises_with_its_name(
@@ -208,6 +394,7 @@ def test_decode_invalid_field_raises_with_its_name(
         ({"suffix": "a"}, "suffix: insertion is not supported."),
         ({"best_of": 2}, "best_of: only n completions are generated"),
         ({"best_of": 2, "n": 3}, "best_of: "),
+        ({"add_special_tokens": False}, "add_special_tokens: special tokens of the tokenizer are always added."),
         ({"echo": True, "logprobs": 0}, "echo: log probabilities of prompts are not supported"),
         ({"logprobs": 21}, "logprobs: input should be less than or equal to 20"),
         ({"logprobs": True}, "logprobs: input should be a valid integer"),
@@ -223,27 +410,22 @@ def test_decode_completion_unsupported_field_raises_with_the_reason(fields: Json
         ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio: only text is generated."),
         ({"modalities": ["text", "audio"]}, "modalities: only text is generated."),
         ({"functions": [{"name": "f"}]}, "functions: deprecated and not supported. Use tools."),
-        ({"function_call": "none"}, "function_call: deprecated and not supported. Use tool_choice."),
+        ({"function_call": {"name": "f"}}, "function_call: deprecated and not supported. Use tool_choice."),
         ({"moderation": {"model": "m"}}, "moderation: "),
-        ({"prediction": {"type": "content", "content": "a"}}, "prediction: "),
-        ({"reasoning_effort": "low"}, "reasoning_effort: "),
-        ({"verbosity": "low"}, "verbosity: "),
         ({"web_search_options": {}}, "web_search_options: "),
-        ({"store": True}, "store: completions are not stored."),
-        ({"service_tier": "flex"}, "service_tier: input should be 'auto' or 'default'."),
-        ({"response_format": {"type": "json_object"}}, "response_format: .*json_object and json_schema"),
-        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format: "),
+        ({"reasoning_effort": "very high"}, "reasoning_effort: "),
+        ({"chat_template_kwargs": "off"}, "chat_template_kwargs: "),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt: begins a new"),
+        ({"options": {"num_predict": 5}}, "options: put its fields into the body."),
+        ({"response_format": {"type": "xml"}}, "response_format.type: "),
         ({"tool_choice": "required"}, "tool_choice: .*returned as text."),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice: .*returned as text."),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type: only function tools are supported"),
-        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name: "),
-        ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict: "),
+        ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools.0.function.name: "),
         ({"top_logprobs": 2}, "top_logprobs: needs logprobs to be true."),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs: "),
         ({"logprobs": 1}, "logprobs: "),
         ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens: differs from max_completion_tokens"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation: "),
-        ({"stream": True, "stream_options": {"usage": True}}, "stream_options: usage: unknown field. Allowed: inc"),
         ({"messages": []}, "messages: list should have at least 1 item"),
     ],
 )
@@ -260,28 +442,23 @@ def test_decode_chat_unsupported_field_raises_with_the_reason(fields: Json, expe
         ({"role": "function", "content": "a"}, "messages.0.role: input should be 'system'"),
         ({"role": "user"}, "messages.0: content is required"),
         ({"role": "user", "content": None}, "messages.0: content is required"),
-        ({"role": "assistant", "content": None}, "messages.0: content is required"),
-        ({"role": "assistant", "tool_calls": []}, "messages.0: content is required"),
+        ({"role": "system", "content": None}, "messages.0: content is required"),
         ({"role": "user", "content": 7}, "messages.0.content: input should be a valid array."),
-        ({"role": "user", "content": []}, "messages.0.content: list should have at least 1 item"),
+        ({"role": "user", "content": [{"type": "refusal"}]}, "messages.0.content.0.text: field required."),
         ({"role": "user", "content": ["a"]}, "messages.0.content.0: input should be an object."),
         ({"role": "user", "content": [IMAGE]}, "messages.0.content.0.type: only text parts are supported, not images"),
         (
             {"role": "user", "content": [AUDIO]},
             "messages.0.content.0.type: only text parts are supported, not images, audio",
         ),
-        ({"role": "user", "content": "a", "mood": 1}, "messages.0: mood: unknown field. Allowed: content, name"),
+        ({"role": "user", "content": "a", "images": ["AAAA"]}, "messages.0.images: only text is supported"),
         (
             {"role": "user", "content": "a", "tool_calls": [CALL]},
             "messages.0: tool_calls .* allowed for role assistant only.",
         ),
         ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0: tool_call_id is required"),
         ({"role": "tool", "content": "a"}, "messages.0: tool_call_id is required for role tool"),
-        ({"role": "assistant", "content": "a", "refusal": "no"}, "messages.0: refusal: unknown field"),
-        (
-            {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f", "arguments": "city"}}]},
-            "messages.0.tool_calls.0.function.arguments: invalid JSON",
-        ),
+        ({"role": "assistant", "content": "a", "audio": {"id": "1"}}, "messages.0.audio: only text is supported"),
     ],
 )
 def test_decode_chat_invalid_message_raises_with_the_reason(message: Any, expected: str) -> None:
@@ -297,13 +474,13 @@ def test_decode_returns_the_model_and_requires_it(decode_fields: Callable[..., D
 
 @both_apis
 def test_decode_several_invalid_fields_are_all_reported(decode_fields: Callable[..., DecodedRequest]) -> None:
-    error = rejected(decode_fields, max_tokens=0, top_p=2, beam=1)
-    assert all(f"{name}: " in str(error) for name in ("max_tokens", "top_p", "beam"))
+    error = rejected(decode_fields, max_tokens=-2, top_p=2)
+    assert all(f"{name}: " in str(error) for name in ("max_tokens", "top_p"))
     assert error.field is None
 
 
 @pytest.mark.parametrize("decode", [requests.decode_completion, requests.decode_chat_completion])
-@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[]", b"7", b'{"model": "\\ud800"}', b"[" * 10_000])
+@pytest.mark.parametrize("body", [b"{", b"[]", b"7", b'{"model": "\\ud800"}', b"[" * 10_000])
 def test_decode_body_other_than_a_json_object_raises(decode: Decode, body: bytes) -> None:
     with pytest.raises(InvalidRequest, match=r"^the body: "):
         decode(body)

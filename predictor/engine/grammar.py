@@ -1,0 +1,62 @@
+"""Grammars: restrict the tokens of a sequence to those with which its text follows a compiled llguidance grammar."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from llguidance import LLMatcher
+
+from predictor.errors import InvalidRequest
+
+
+class Grammar:
+    """A compiled grammar; any number of sequences can follow it."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary_tokens: int) -> None:
+        self._matcher = matcher
+        self._vocabulary_tokens = vocabulary_tokens
+
+    def logits_processor(self) -> "GrammarProcessor":
+        """Return the logits processor of one sequence."""
+        return GrammarProcessor(self._matcher.deep_copy(), self._vocabulary_tokens)
+
+
+class GrammarProcessor:
+    """Logits processor that allows only tokens with which the output follows a grammar.
+
+    Args:
+        matcher: at the beginning of the grammar.
+        vocabulary_tokens: number of tokens of the matcher.
+    """
+
+    def __init__(self, matcher: LLMatcher, vocabulary_tokens: int) -> None:
+        self._matcher = matcher
+        self._num_consumed = 0
+        self._bits = np.zeros((vocabulary_tokens + 31) // 32, dtype=np.int32)
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of tokens that the grammar does not allow to minus infinity.
+
+        Raises:
+            InvalidRequest: the grammar is too complex, or other constraints exclude all tokens that it allows.
+        """
+        del prompt_ids
+        matcher = self._matcher
+        matcher.consume_tokens(list(output_ids[self._num_consumed :]))
+        self._num_consumed = len(output_ids)
+        matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if matcher.is_error():
+            raise InvalidRequest(f"The structured output is too complex: {summary(matcher.get_error())}.")
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=len(logits))
+        logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
+        if logits.max() == -torch.inf:
+            raise InvalidRequest(
+                "No token may follow: min_tokens or excluded tokens contradict the structured output. Omit them."
+            )
+
+
+def summary(message: str) -> str:
+    """Return the first line of llguidance's message, and the reason at its end if there is one."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    reasons = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return ": ".join(part.rstrip(".:") for part in (*lines[:1], *reasons))

@@ -1,0 +1,196 @@
+"""Fields of requests that have no effect, and fields that are refused since ignoring them would change the answer.
+
+All other fields are declared in the protocols' models, or unknown: those are ignored and reported. To support a field,
+delete its row here and declare it in the model.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_EMPTY: tuple[Any, ...] = ("", [], {})
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A field that is refused, unless its value is null or neutral."""
+
+    reason: str
+    neutral: tuple[Any, ...] = ()
+    """Values that do not change the answer."""
+
+    def accepts(self, value: object) -> bool:
+        """Return whether `value` is neutral; as in JSON, true is not 1."""
+        return any(value == other and isinstance(value, bool) is isinstance(other, bool) for other in self.neutral)
+
+
+def _refuse(reason: str, *neutral: Any) -> Refusal:
+    """Return the refusal of a field for which empty values and `neutral` ones do not change the answer."""
+    return Refusal(reason, (*_EMPTY, *neutral))
+
+
+Refusals = Mapping[str, Refusal]
+
+HARMLESS = frozenset(
+    {
+        "annotations",
+        "cache_control",
+        "content_type",
+        "created",
+        "created_at",
+        "headers",
+        "id",
+        "include_obfuscation",
+        "index",
+        "metadata",
+        "prompt_cache_breakpoint",
+        "reasoning",
+        "refusal",
+        "strict",
+        "timestamp",
+    }
+)
+"""In messages, content parts, tools, tensors and other objects inside a body."""
+
+HARMLESS_PARAMETERS = HARMLESS | frozenset(
+    {
+        # OpenAI
+        "parallel_tool_calls",
+        "prediction",
+        "prompt_cache_key",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+        # ids and labels of user interfaces and proxies
+        "chat_id",
+        "conversation_id",
+        "correlation_id",
+        "message_id",
+        "parent_id",
+        "parent_message_id",
+        "request_id",
+        "session_id",
+        "tags",
+        "thread_id",
+        "trace_id",
+        "user_id",
+        # vLLM
+        "cache_salt",
+        "include_reasoning",
+        "priority",
+        "spaces_between_special_tokens",
+        # llama.cpp and Ollama: caches, timings, and parameters of samplers that are refused themselves
+        "cache_prompt",
+        "dry_allowed_length",
+        "dry_base",
+        "dry_penalty_last_n",
+        "dry_sequence_breakers",
+        "dynatemp_exponent",
+        "id_slot",
+        "keep_alive",
+        "mirostat_eta",
+        "mirostat_tau",
+        "return_progress",
+        "timings_per_token",
+        "xtc_threshold",
+        # Triton: the route decides
+        "stream",
+    }
+)
+"""Next to the sampling fields."""
+
+REFUSED_PARAMETERS: Refusals = {
+    # Other names of supported fields
+    "max_new_tokens": _refuse("not supported. Use max_tokens"),
+    "n_predict": _refuse("not supported. Use max_tokens"),
+    "num_predict": _refuse("not supported. Use max_tokens"),
+    "random_seed": _refuse("not supported. Use seed"),
+    "repeat_penalty": _refuse("not supported. Use repetition_penalty", 1),
+    "stop_sequences": _refuse("not supported. Use stop"),
+    "stop_words": _refuse("not supported. Use stop"),
+    # Sampling
+    "allowed_token_ids": _refuse("not supported. Omit it"),
+    "bad_words": _refuse("not supported. Omit it"),
+    "bad_words_ids": _refuse("not supported. Omit it"),
+    "beam_width": _refuse("beam search is not supported", 1),
+    "do_sample": _refuse("not supported. Set temperature to 0 instead of false", True),
+    "dry_multiplier": _refuse("not supported. Omit it", 0),
+    "dynatemp_range": _refuse("not supported. Omit it", 0),
+    "epsilon_cutoff": _refuse("not supported. Omit it", 0),
+    "eta_cutoff": _refuse("not supported. Omit it", 0),
+    "length_penalty": _refuse("beam search is not supported", 1),
+    "logit_bias": _refuse("not supported. Omit it"),
+    "mirostat": _refuse("not supported. Omit it", 0),
+    "no_repeat_ngram_size": _refuse("not supported. Use frequency_penalty", 0),
+    "num_beams": _refuse("beam search is not supported", 1),
+    "tfs_z": _refuse("not supported. Use top_p", 1),
+    "top_a": _refuse("not supported. Use top_p", 0),
+    "typical_p": _refuse("not supported. Use top_p", 1),
+    "use_beam_search": _refuse("beam search is not supported", False),
+    "watermark": _refuse("not supported. Omit it", False),
+    "xtc_probability": _refuse("not supported. Omit it", 0),
+    # Structured output
+    "format": _refuse("not supported. Use response_format"),
+    "grammar": _refuse("not supported. Use structured_outputs with a grammar in Lark's notation"),
+    "guided_decoding_backend": _refuse("llguidance is always used", "auto", "guidance"),
+    "guided_whitespace_pattern": _refuse("not supported. Use structured_outputs with a grammar in Lark's notation"),
+    "json_schema": _refuse("not supported. Use response_format"),
+    # Prompt and output
+    "adapter_id": _refuse("adapters are not supported"),
+    "decoder_input_details": _refuse("log probabilities of prompts are not supported", False),
+    "detokenize": _refuse("completions are returned as text", True),
+    "extra_body": _refuse("put its fields into the body"),
+    "include_stop_str_in_output": _refuse("stop strings are never part of the completion", False),
+    "options": _refuse("put its fields into the body"),
+    "prompt_logprobs": _refuse("log probabilities of prompts are not supported", False),
+    "return_full_text": _refuse("not supported. Use echo of /v1/completions", False),
+    "return_token_ids": _refuse("not supported. Omit it", False),
+    "return_tokens_as_token_ids": _refuse("not supported. Omit it", False),
+    "skip_special_tokens": _refuse("special tokens are never part of the completion", True),
+    "truncate": _refuse("prompts are not truncated. Shorten the prompt"),
+    "truncate_prompt_tokens": _refuse("prompts are not truncated. Shorten the prompt"),
+}
+"""Next to the sampling fields, in every protocol."""
+
+REFUSED_STRUCTURED_OUTPUTS: Refusals = {
+    "structural_tag": _refuse("not supported. Use a grammar"),
+    "whitespace_pattern": _refuse("not supported. Use a grammar"),
+}
+"""In vLLM's `structured_outputs`."""
+
+REFUSED_COMPLETION: Refusals = {
+    "add_special_tokens": _refuse("special tokens of the tokenizer are always added", True),
+    "suffix": _refuse("insertion is not supported"),
+}
+"""In OpenAI's completions."""
+
+_ONLY_TEXT = "only text is generated"
+
+REFUSED_CHAT: Refusals = {
+    "add_special_tokens": _refuse("special tokens come from the chat template only", False),
+    "audio": _refuse(_ONLY_TEXT),
+    "chat_template": _refuse("the model's own chat template is used"),
+    "documents": _refuse("not supported. Put them into a message or chat_template_kwargs"),
+    "echo": _refuse("not supported. Use /v1/completions", False),
+    "function_call": _refuse("deprecated and not supported. Use tool_choice", "none", "auto"),
+    "functions": _refuse("deprecated and not supported. Use tools"),
+    "mm_processor_kwargs": _refuse("only text is supported"),
+    "modalities": _refuse(_ONLY_TEXT, ["text"]),
+    "moderation": _refuse("moderation is not supported"),
+    "safe_prompt": _refuse("not supported. Put it into a message", False),
+    "suffix": _refuse("insertion is not supported"),
+    # An empty object turns the search on.
+    "web_search_options": Refusal("web search is not supported"),
+}
+"""In OpenAI's chat completions."""
+
+REFUSED_MESSAGE: Refusals = {
+    "audio": _refuse("only text is supported"),
+    "function_call": _refuse("deprecated and not supported. Use tool_calls"),
+    "images": _refuse("only text is supported"),
+}
+"""In OpenAI's messages."""

@@ -1,0 +1,202 @@
+"""Structured output: grammars on the demo tokenizer, followed by random logits and by the demo model."""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from predictor.errors import InvalidRequest
+from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
+from predictor.types import GrammarKind, StructuredOutput
+
+EOS = 2
+MAX_TOKENS = 400
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def schema(value: object) -> StructuredOutput:
+    return StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(value))
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer: PreTrainedTokenizerBase) -> GrammarCompiler:
+    return GrammarCompiler(tokenizer, 512, frozenset([EOS]))
+
+
+def follow(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, constraint: StructuredOutput, seed: int
+) -> str | None:
+    """Return a random text that follows the constraint; None if it has not ended after `MAX_TOKENS`."""
+    process = compiler.compile(constraint).logits_processor()
+    generator = torch.Generator().manual_seed(seed)
+    output: list[int] = []
+    while len(output) < MAX_TOKENS:
+        logits = torch.randn(512, generator=generator)
+        process(logits, [], output)
+        token_id = int(logits.argmax())
+        if token_id == EOS:
+            return str(tokenizer.decode(output))
+        output.append(token_id)
+    return None
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_grammar_of_a_schema_random_logits_give_a_valid_instance(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> None:
+    text = follow(compiler, tokenizer, schema(PERSON), seed)
+    assert text is not None
+    jsonschema.validate(json.loads(text), PERSON)
+
+
+def test_grammar_of_a_regex_random_logits_match_it(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    expression = r"[0-9]{3}-[a-f]{1,4}(é|ü)"
+    texts = [follow(compiler, tokenizer, StructuredOutput(GrammarKind.REGEX, expression), seed) for seed in range(5)]
+    assert all(text and re.fullmatch(expression, text) for text in texts), texts
+
+
+def test_grammar_of_choices_random_logits_give_each_choice(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    choices = ["yes", 'a "quoted" one', "two\nlines", "back\\slash /x/ %", "é😀", "yes, but"]
+    constraint = StructuredOutput(GrammarKind.CHOICE, json.dumps(choices))
+    assert {follow(compiler, tokenizer, constraint, seed) for seed in range(120)} == set(choices)
+
+
+def test_grammar_in_lark_random_logits_follow_it(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    constraint = StructuredOutput(GrammarKind.GRAMMAR, 'start: pair ("," pair)*\npair: /[ab]/ "=" /[0-9]/')
+    texts = [follow(compiler, tokenizer, constraint, seed) for seed in range(5)]
+    assert all(text and re.fullmatch(r"[ab]=[0-9](,[ab]=[0-9])*", text) for text in texts), texts
+
+
+def _numbers(kind: str, low: int, size: int) -> dict[str, Any]:
+    return {"type": kind, "minimum": low, "maximum": low + size}
+
+
+_LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}]),
+    st.builds(lambda length: {"type": "string", "maxLength": length}, st.integers(0, 5)),
+    st.builds(lambda pattern: {"type": "string", "pattern": pattern}, st.sampled_from(["^[a-c]+$", r"^\d\d:\d\d$"])),
+    st.builds(_numbers, st.sampled_from(["integer", "number"]), st.integers(-99, 99), st.integers(0, 200)),
+    st.builds(lambda values: {"enum": values}, st.lists(st.integers() | st.text(max_size=4), min_size=1, max_size=4)),
+    st.builds(lambda value: {"const": value}, st.text(max_size=4) | st.none() | st.booleans()),
+)
+
+
+def _objects(properties: dict[str, Any], required: int) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties)[:required],
+        "additionalProperties": False,
+    }
+
+
+SCHEMAS = st.recursive(
+    _LEAVES,
+    lambda inner: st.one_of(
+        st.builds(_objects, st.dictionaries(st.text(max_size=5), inner, max_size=3), st.integers(0, 3)),
+        st.builds(
+            lambda items, low: {"type": "array", "items": items, "minItems": low, "maxItems": low + 2},
+            inner,
+            st.integers(0, 2),
+        ),
+        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
+    ),
+    max_leaves=6,
+)
+
+
+@given(value=SCHEMAS, seed=st.integers(0, 1000))
+def test_grammar_of_any_schema_finished_texts_validate(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, value: dict[str, Any], seed: int
+) -> None:
+    text = follow(compiler, tokenizer, schema(value), seed)
+    if text is not None:
+        jsonschema.validate(json.loads(text), value, format_checker=jsonschema.FormatChecker(["date"]))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "reason"),
+    [
+        (schema({"type": "object", "not": {}}), "JSON schema is not supported.*not"),
+        (schema({"x-guidance": {"lenient": True}, "uniqueItems": True, "type": "array"}), "uniqueItems"),
+        (schema({"type": "string", "format": "frob"}), "frob"),
+        (schema({"$ref": "http://example.org/x"}), "example.org"),
+        (schema([1]), "JSON schema is not a JSON object"),
+        (StructuredOutput(GrammarKind.JSON_SCHEMA, "{"), "JSON schema is not a JSON object"),
+        (StructuredOutput(GrammarKind.REGEX, "a("), "regular expression is not supported.*unclosed group"),
+        (StructuredOutput(GrammarKind.REGEX, "a(?=b)"), "look-around"),
+        (StructuredOutput(GrammarKind.GRAMMAR, "start: x"), "grammar is not supported.*x"),
+        (StructuredOutput(GrammarKind.REGEX, "a" * (MAX_GRAMMAR_BYTES + 1)), f"maximum is {MAX_GRAMMAR_BYTES}"),
+    ],
+)
+def test_compile_unsupported_constraint_is_refused_by_name(
+    compiler: GrammarCompiler, constraint: StructuredOutput, reason: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=reason):
+        compiler.compile(constraint)
+
+
+def test_compile_deep_schema_is_refused(compiler: GrammarCompiler) -> None:
+    value: dict[str, Any] = {}
+    for _ in range(300):
+        value = {"type": "object", "properties": {"a": value}}
+    with pytest.raises(InvalidRequest, match="recursion limit"):
+        compiler.compile(schema(value))
+
+
+def test_processor_ambiguous_grammar_exceeds_the_limits(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    constraint = StructuredOutput(GrammarKind.GRAMMAR, "start: s\ns: s s s | s s | /[a-z]/")
+    process = compiler.compile(constraint).logits_processor()
+    [a] = tokenizer.encode("a", add_special_tokens=False)
+
+    def repeat() -> None:
+        for length in range(MAX_TOKENS):
+            process(torch.zeros(512), [], [a] * length)
+
+    with pytest.raises(InvalidRequest, match="too complex"):
+        repeat()
+
+
+def test_processor_excluded_tokens_contradict_the_grammar_is_an_error(compiler: GrammarCompiler) -> None:
+    process = compiler.compile(StructuredOutput(GrammarKind.REGEX, "a")).logits_processor()
+    with pytest.raises(InvalidRequest, match="contradict"):
+        process(torch.full((512,), -torch.inf), [], [])
+
+
+def test_processor_of_one_grammar_sequences_are_independent(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    grammar = compiler.compile(StructuredOutput(GrammarKind.CHOICE, '["ab", "cd"]'))
+    first, second = grammar.logits_processor(), grammar.logits_processor()
+    [a] = tokenizer.encode("a", add_special_tokens=False)
+    assert _allowed(first, tokenizer, []) == {"ab", "cd", "a", "c"} & _texts(tokenizer)
+    assert _allowed(first, tokenizer, [a]) == {"b"}
+    assert _allowed(second, tokenizer, []) == {"ab", "cd", "a", "c"} & _texts(tokenizer)
+
+
+def _texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    return {str(tokenizer.decode([token_id])) for token_id in range(512)}
+
+
+def _allowed(process: Any, tokenizer: PreTrainedTokenizerBase, output: Sequence[int]) -> set[str]:
+    logits = torch.zeros(512)
+    process(logits, [], output)
+    return {str(tokenizer.decode([token_id])) for token_id in torch.isfinite(logits).nonzero().flatten().tolist()}
