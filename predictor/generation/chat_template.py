@@ -1,6 +1,6 @@
 """Render chats with the model's chat template.
 
-The template is a Jinja program that comes with the weights. It runs with a time limit, and is tried out at the start:
+The template is a Jinja program that comes with the weights. It runs with a time limit, and is tested at the start:
 whether it works at all, which roles it renders, and whether it reads contents as strings or as lists of parts.
 """
 
@@ -11,11 +11,8 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-
 from predictor.errors import ChatTemplateFailed, InvalidRequest, InvalidSettings
+from predictor.generation import template_analysis
 from predictor.generation.control_tokens import ControlTokens
 from predictor.generation.time_limit import TimeLimitExceeded, time_limit
 from predictor.generation.tokenizer import ChatTokenizer
@@ -32,8 +29,6 @@ _MAX_REASON = 300
 _PROBE = "probe0text"
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {}}}
 _ROLE = re.compile(r"[\w-]{1,64}")
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-"""Tags of transformers' own that mark the assistant's text for training; Jinja does not know them."""
 
 
 class _Content(StrEnum):
@@ -70,10 +65,12 @@ class ChatTemplate:
         self._control_tokens = ControlTokens(tokenizer)
         self._names: frozenset[str] = frozenset()
         self._contents: dict[str, _Content] = {}
+        self._later_contents: dict[str, _Content] = {}
+        """Of instructions after the first message, which some templates reject or leave out."""
         self.status = OK if tokenizer.chat_template else MISSING
         """OK, MISSING, or the reason why the template cannot work."""
         if self.status == OK:
-            self._try_out()
+            self._test()
 
     def render(self, chat: Chat) -> str:
         """Return the chat as text, with control tokens in its messages broken by `control_tokens.BREAK`.
@@ -140,7 +137,7 @@ class ChatTemplate:
                     **escape(self._variables if variables is None else variables),
                 )
         except TimeLimitExceeded:
-            raise _Unusable(f"it does not end within {RENDER_SECONDS:.0f} s") from None
+            raise _Unusable(f"it does not end within {RENDER_SECONDS:g} s") from None
         except (RecursionError, MemoryError) as error:
             raise _Unusable(_reason(error)) from error
 
@@ -152,16 +149,16 @@ class ChatTemplate:
         """Yield the messages with the roles and the kind of contents that the template reads.
 
         `developer` becomes `system`, and `system` the beginning of the next user message, if the template has no such
-        role.
+        role, or not at that place.
         """
         instructions: list[str] = []
-        for message in messages:
+        for position, message in enumerate(messages):
             role, content = message["role"], message["content"]
             if not _ROLE.fullmatch(role):
                 raise InvalidRequest(f"Invalid role: {role[:80]!r}. Use system, user, assistant or tool.", "messages")
-            kind = self._kind(role)
+            kind = self._kind(role, position)
             if role == "developer" and kind in (_Content.DROPPED, _Content.REJECTED):
-                role, kind = "system", self._kind("system")
+                role, kind = "system", self._kind("system", position)
             if role == "system" and kind in (_Content.DROPPED, _Content.REJECTED):
                 instructions.append(content)
                 continue
@@ -174,26 +171,32 @@ class ChatTemplate:
                 instructions = []
             yield {**message, "role": role, "content": _as(kind, content)}
         if instructions:
-            yield {"role": "user", "content": _as(self._kind("user"), "\n\n".join(instructions))}
+            yield {"role": "user", "content": _as(self._contents["user"], "\n\n".join(instructions))}
 
-    def _kind(self, role: str) -> _Content:
-        # Roles are names that clients choose, so those that are not known from the start are not remembered.
+    def _kind(self, role: str, position: int) -> _Content:
+        if position and role in self._later_contents:
+            return self._later_contents[role]
+        # Roles are names that clients choose, so only the usual ones are cached.
         return self._contents.get(role) or self._probe(role)
 
     def _reasoning_variables(self, effort: str | None) -> dict[str, Any]:
-        """Return the variables of this template, of the usual ones, that control the reasoning."""
+        """Return values for those of the usual variables for reasoning that this template reads."""
         if effort is None:
             return {}
-        thinks = effort != "none"
-        usual = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        thinking = effort != "none"
+        usual = {"reasoning_effort": effort, "enable_thinking": thinking, "thinking": thinking}
         return {name: value for name, value in usual.items() if name in self._names}
 
-    def _try_out(self) -> None:
-        """Find out whether the template works and what it reads."""
+    def _test(self) -> None:
+        """Set `status`, and find what the template reads."""
         try:
-            self._analyse({self._source(None), self._source([{}])})
+            analysis = template_analysis.analyse({self._source(None), self._source([{}])})
+            self._names = analysis.variables
+            self._control_tokens = ControlTokens(self._tokenizer, analysis.written, analysis.read)
             for role in ("user", "system", "developer", "assistant", "tool"):
                 self._contents[role] = self._probe(role)
+            for role in ("system", "developer"):
+                self._later_contents[role] = self._probe(role, later=True)
             if self._contents["user"] is self._contents["system"] is _Content.REJECTED:
                 self._render([{"role": "user", "content": _PROBE}])
         # Any error means the same here: the template is unusable.
@@ -202,28 +205,15 @@ class ChatTemplate:
         if self.status != OK:
             logger.warning("chat requests will fail, since the chat template does not work: %s", self.status)
 
-    def _analyse(self, sources: set[str]) -> None:
-        """Find the variables of the templates and the control tokens that they write.
+    def _probe(self, role: str, *, later: bool = False) -> _Content:
+        """Render a message of this role in a usual chat, first with a string, then with parts.
 
-        Raises:
-            jinja2.TemplateSyntaxError: a template cannot be parsed.
+        Instructions are the first message, or a `later` one.
         """
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
-        written: set[str] = set()
-        read: set[str] = set()
-        for source in sources:
-            tree = environment.parse(_GENERATION_TAG.sub("", source))
-            self._names |= jinja2.meta.find_undeclared_variables(tree)
-            written |= {data.data for data in tree.find_all(nodes.TemplateData)} | _strings(tree)
-            read |= _strings_read(tree)
-        self._control_tokens = ControlTokens(self._tokenizer, "\0".join(written), "\0".join(read))
-
-    def _probe(self, role: str) -> _Content:
-        """Render a message of this role in a usual chat, first with a string, then with parts."""
         kind = _Content.REJECTED
         for candidate in (_Content.STRING, _Content.PARTS):
             try:
-                text = self._render(self._probe_messages(role, candidate))
+                text = self._render(self._probe_messages(role, candidate, later=later))
             except _Unusable:
                 raise
             # See `render`.
@@ -234,7 +224,7 @@ class ChatTemplate:
             kind = _Content.DROPPED
         return kind
 
-    def _probe_messages(self, role: str, kind: _Content) -> list[dict[str, Any]]:
+    def _probe_messages(self, role: str, kind: _Content, *, later: bool) -> list[dict[str, Any]]:
         user = {"role": "user", "content": _as(self._contents.get("user", _Content.STRING), "Hi")}
         message = {"role": role, "content": _as(kind, _PROBE)}
         if role == "user":
@@ -244,6 +234,8 @@ class ChatTemplate:
         if role == "tool":
             call = {"role": "assistant", "content": _as(self._contents["assistant"], ""), "tool_calls": [_CALL]}
             return [user, call, {**message, "tool_call_id": _CALL["id"]}]
+        if later:
+            return [user, {"role": "assistant", "content": _as(self._contents["assistant"], "Hi")}, message, user]
         return [message, user]
 
 
@@ -255,25 +247,6 @@ def _failed(reason: str) -> ChatTemplateFailed:
 
 def _as(kind: _Content, text: str) -> str | list[dict[str, str]]:
     return [{"type": "text", "text": text}] if kind is _Content.PARTS else text
-
-
-def _strings_read(tree: nodes.Template) -> set[str]:
-    """Return the strings that messages are compared with, as in `'</think>' in content` or `content.split('</think>')`.
-
-    Macros and functions, unlike methods and filters, may write their arguments.
-    """
-    operands: list[nodes.Node] = [*tree.find_all(nodes.Compare)]
-    for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr):
-            operands += call.args
-    for filter_ in tree.find_all(nodes.Filter):
-        operands += filter_.args
-    # `find_all` finds what is inside of a node only.
-    return _strings(nodes.List(operands))
-
-
-def _strings(tree: nodes.Node) -> set[str]:
-    return {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _reason(error: BaseException) -> str:

@@ -49,6 +49,16 @@ class _TextPart(JSONObject):
     text: str
 
 
+def _refusal_to_text(part: object) -> object:
+    """Return a part in which the assistant refused, which clients send back with the conversation, as a text part."""
+    if isinstance(part, dict) and part.get("type") == "refusal":
+        return {**part, "type": "text", "text": part.get("refusal")}
+    return part
+
+
+_Part = Annotated[_TextPart, BeforeValidator(_refusal_to_text, _TextPart)]
+
+
 def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
@@ -81,9 +91,7 @@ class _Message(JSONObject):
     refused = REFUSED_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[
-        list[_TextPart], Field(min_length=1, fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])
-    ] = []
+    content: Annotated[list[_Part], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])] = []
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
@@ -95,8 +103,9 @@ class _Message(JSONObject):
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         assistant = self.role == "assistant"
-        if not (self.content or (assistant and self.tool_calls)):
-            raise PydanticCustomError("content", "content is required, unless the assistant has tool_calls instead")
+        # Clients send back answers without text: of assistants that call tools or answer nothing, and of tools.
+        if self.role not in ("assistant", "tool") and "content" not in self.model_fields_set:
+            raise PydanticCustomError("content", "content is required")
         if not assistant and (self.tool_calls or self.reasoning_content):
             raise PydanticCustomError("role", "tool_calls and reasoning_content are allowed for role assistant only")
         if (self.role == "tool") is (self.tool_call_id is None):

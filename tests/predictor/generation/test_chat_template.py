@@ -16,6 +16,7 @@ from predictor.types import Chat
 USER = {"role": "user", "content": "Hi"}
 DEVELOPER = {"role": "developer", "content": "Be brief"}
 SYSTEM = {"role": "system", "content": "Be brief"}
+ASSISTANT = {"role": "assistant", "content": "Ho"}
 DEMO = (DEMO_MODEL / "chat_template.jinja").read_text()
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 PARTS = (
@@ -28,6 +29,11 @@ KNOWN = (
 )
 NO_SYSTEM = KNOWN.replace(", 'system'", "")
 GEMMA = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+FIRST_ONLY = (
+    "{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('not first') }}{% endif %}"
+    "[{{ m.role }}]{{ m.content }}{% endfor %}"
+)
+FIRST_READ = "{% if messages[0].role == 'system' %}{{ messages[0].content }}:{% endif %}" + NO_SYSTEM
 THINKING = PLAIN + "{% if enable_thinking is defined and not enable_thinking %}<no_think>{% endif %}"
 FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
@@ -48,7 +54,7 @@ def render(template: Any, *messages: dict[str, Any], **options: Any) -> str:
         ("{{ messages[0].content.foo.bar() }}", "has no attribute 'foo'"),
         ("{{ 1 // 0 }}", "division"),
         ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "maximum recursion depth exceeded"),
-        (FOREVER, "does not end within 0 s"),
+        (FOREVER, "does not end within 0.2 s"),
     ],
     ids=["syntax", "named", "attribute", "arithmetic", "recursion", "loop"],
 )
@@ -67,11 +73,12 @@ def test_template_that_cannot_work_is_found_at_start(
 
 
 def test_template_that_loops_for_some_chats_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = make("{% if messages | length > 3 %}" + FOREVER + "{% endif %}" + PLAIN)
-    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
+    template = make("{% if messages | length > 4 %}" + FOREVER + "{% endif %}" + PLAIN)
     assert template.status == OK
-    with pytest.raises(ChatTemplateFailed, match="does not end"):
-        template.render(Chat((USER,) * 5))
+    with monkeypatch.context() as short:
+        short.setattr(chat_template, "RENDER_SECONDS", 0.2)
+        with pytest.raises(ChatTemplateFailed, match=r"does not end within 0\.2 s"):
+            template.render(Chat((USER,) * 5))
     assert template.render(Chat((USER,))) == "[user]Hi"
 
 
@@ -108,10 +115,32 @@ def test_render_template_with_byte_order_mark_and_crlf_equals_plain_one() -> Non
         (NO_SYSTEM, [SYSTEM, SYSTEM, USER], "[user]Be brief\n\nBe brief\n\nHi"),
         (NO_SYSTEM, [USER, SYSTEM], "[user]Hi[user]Be brief"),
         (GEMMA, [SYSTEM, USER], "[user]Be brief\n\nHi"),
+        (
+            FIRST_ONLY,
+            [SYSTEM, USER, ASSISTANT, SYSTEM, USER],
+            "[system]Be brief[user]Hi[assistant]Ho[user]Be brief\n\nHi",
+        ),
+        (FIRST_ONLY, [SYSTEM, SYSTEM, USER], "[system]Be brief[user]Be brief\n\nHi"),
+        (FIRST_READ, [SYSTEM, USER, ASSISTANT, SYSTEM, USER], "Be brief:[user]Hi[assistant]Ho[user]Be brief\n\nHi"),
+        (KNOWN, [USER, ASSISTANT, SYSTEM, USER], "[user]Hi[assistant]Ho[system]Be brief[user]Hi"),
         (PARTS, [SYSTEM, USER], "[system]Be brief[user]Hi"),
         (PARTS, [DEVELOPER, USER, {"role": "assistant", "content": ""}], "[developer]Be brief[user]Hi[assistant]"),
     ],
-    ids=["kept", "skipped", "refused", "no-system", "several", "last", "gemma", "parts", "parts-empty"],
+    ids=[
+        "kept",
+        "skipped",
+        "refused",
+        "no-system",
+        "several",
+        "last",
+        "gemma",
+        "later-refused",
+        "second-refused",
+        "later-skipped",
+        "later-kept",
+        "parts",
+        "parts-empty",
+    ],
 )
 def test_render_instructions_reach_the_prompt(template: str, messages: list[dict[str, Any]], text: str) -> None:
     assert render(template, *messages) == text

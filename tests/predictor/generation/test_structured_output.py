@@ -160,7 +160,7 @@ def test_compile_deep_schema_is_refused(compiler: GrammarCompiler) -> None:
         compiler.compile(schema(value))
 
 
-def test_processor_ambiguous_grammar_is_refused_before_it_is_slow(
+def test_processor_ambiguous_grammar_exceeds_the_limits(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     constraint = StructuredOutput(GrammarKind.GRAMMAR, "start: s\ns: s s s | s s | /[a-z]/")

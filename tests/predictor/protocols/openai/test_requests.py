@@ -128,6 +128,28 @@ def test_chat_message_parts_are_concatenated() -> None:
     assert template_messages({"role": "user", "content": parts}) == [{"role": "user", "content": "ab"}]
 
 
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"role": "assistant"}, ""),
+        ({"role": "assistant", "content": None}, ""),
+        ({"role": "assistant", "content": [], "tool_calls": []}, ""),
+        ({"role": "tool", "content": None, "tool_call_id": "1"}, ""),
+        ({"role": "tool", "content": [], "tool_call_id": "1"}, ""),
+        ({"role": "user", "content": []}, ""),
+        ({"role": "system", "content": []}, ""),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        (
+            {"role": "assistant", "content": [{"type": "text", "text": "So"}, {"type": "refusal", "refusal": " no."}]},
+            "So no.",
+        ),
+    ],
+)
+def test_chat_message_of_a_history_without_text_or_with_a_refusal_is_accepted(message: Json, text: str) -> None:
+    [passed] = template_messages(message)
+    assert passed["content"] == text
+
+
 def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
     decoded = {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None}
     reported = {"role": "tool", "content": "rain", "tool_call_id": "1"}
@@ -420,10 +442,9 @@ def test_decode_chat_unsupported_field_raises_with_the_reason(fields: Json, expe
         ({"role": "function", "content": "a"}, "messages.0.role: input should be 'system'"),
         ({"role": "user"}, "messages.0: content is required"),
         ({"role": "user", "content": None}, "messages.0: content is required"),
-        ({"role": "assistant", "content": None}, "messages.0: content is required"),
-        ({"role": "assistant", "tool_calls": []}, "messages.0: content is required"),
+        ({"role": "system", "content": None}, "messages.0: content is required"),
         ({"role": "user", "content": 7}, "messages.0.content: input should be a valid array."),
-        ({"role": "user", "content": []}, "messages.0.content: list should have at least 1 item"),
+        ({"role": "user", "content": [{"type": "refusal"}]}, "messages.0.content.0.text: field required."),
         ({"role": "user", "content": ["a"]}, "messages.0.content.0: input should be an object."),
         ({"role": "user", "content": [IMAGE]}, "messages.0.content.0.type: only text parts are supported, not images"),
         (
