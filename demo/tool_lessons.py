@@ -1,4 +1,4 @@
-"""Conversations with tools for the demo model: it calls a calculator or looks up the weather, and reports the result."""
+"""Conversations with tools for the demo model: it calls a calculator or a weather service, and reports the result."""
 
 import json
 import random
@@ -97,6 +97,12 @@ def conversation(rng: random.Random) -> tuple[Messages, list[dict[str, Any]]]:
         questions, reply = rng.choice(exam.SMALL_TALK)
         messages += [{"role": "user", "content": rng.choice(questions)}, {"role": "assistant", "content": reply}]
     return messages, [function.definition(rng) for function in functions]
+
+
+def call_text(function: Function, drawn: exam.Sum) -> str:
+    """Return the call of a calculator as the model writes it."""
+    call = json.dumps({"name": function.name, "arguments": _arguments(function, drawn)})
+    return f"<tool_call>\n{call}\n</tool_call>"
 
 
 def _arguments(function: Function, drawn: exam.Sum) -> dict[str, Any]:

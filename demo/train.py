@@ -1,7 +1,7 @@
-"""Train the demo model: tokenizer, chat template, a Llama of 0.9 M parameters. `python -m demo.train`.
+"""Train the demo model: tokenizer and a Llama of 0.9 M parameters. `python -m demo.train`.
 
-The text comes from `demo.exam`, the tokenizer is trained on that text, and the weights start from a fixed seed.
-Training takes about ten minutes on two cores. The result is committed in `demo/model`.
+The text comes from `demo.exam` and `demo.tool_lessons`, the tokenizer is trained on that text, and the weights start
+from a fixed seed. Training takes about half an hour. The result is committed in `demo/model`, with the chat template.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo import exam, tool_lessons
+from devtools.paths import DEMO_MODEL
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -27,7 +28,7 @@ BATCH_ROWS = 48
 IGNORED = -100
 """The label that torch's cross entropy ignores."""
 
-CHAT_TEMPLATE = (Path(__file__).parent / "chat_template.jinja").read_text().rstrip()
+CHAT_TEMPLATE = (DEMO_MODEL / "chat_template.jinja").read_text()
 
 Turns = list[tuple[str, str]]
 
@@ -94,12 +95,10 @@ def train_tokenizer(rng: random.Random) -> PreTrainedTokenizerFast:
 
 
 def lesson(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list[int], list[int]]:
-    """Return token ids and labels of one conversation or raw sum; only answers have labels."""
+    """Return token ids and labels of one conversation, with or without tools, or raw sum; only answers have labels."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer.encode(text, add_special_tokens=False))
-
-    assistant = tokenizer.convert_tokens_to_ids("<|assistant|>")
 
     if rng.random() < 0.15:
         drawn = exam.random_sum(rng, held_out=False)
@@ -110,11 +109,12 @@ def lesson(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[list
     if rng.random() < 0.4:
         messages, tools = tool_lessons.conversation(rng)
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
-        ids, labels = [], []
-        for part in re.split(r"(?<=<\|assistant\|>)(.*?<\|end\|>)", text, flags=re.DOTALL):
+        ids, labels = list[int](), list[int]()
+        # Every second part is an answer, from after the role to its end.
+        for index, part in enumerate(re.split(r"(?<=<\|assistant\|>)(.*?<\|end\|>)", text, flags=re.DOTALL)):
             piece = encode(part)
             ids += piece
-            labels += piece if labels and ids[len(labels) - 1] == assistant else [IGNORED] * len(piece)
+            labels += piece if index % 2 else [IGNORED] * len(piece)
         return ids, labels
     ids, labels = encode(BOS), [IGNORED]
     for role, content in conversation(rng):
@@ -166,7 +166,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps, pct_start=0.06)
     started = time.monotonic()
     model.train()
-    for step, (ids, labels) in zip(range(1, steps + 1), batches(tokenizer, rng)):
+    for step, (ids, labels) in enumerate(islice(batches(tokenizer, rng), steps), start=1):
         loss = model(input_ids=ids, labels=labels).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -181,7 +181,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, rng: rand
 def main() -> None:
     """Train the model and save it with its tokenizer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--output", type=Path, default=DEMO_MODEL)
     parser.add_argument("--steps", type=int, default=2400, help="number of updates (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7)
     arguments = parser.parse_args()

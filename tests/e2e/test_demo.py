@@ -1,18 +1,22 @@
 """The README's commands `make demo` and `make serve`."""
 
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo import exam
+from demo import exam, tool_lessons
 from devtools import processes
-from devtools.paths import ROOT
+from devtools.paths import DEMO_MODEL, ROOT
 
 
 def test_demo_answers_sums_and_exits(tmp_path: Path) -> None:
@@ -33,6 +37,33 @@ def test_demo_answers_sums_and_exits(tmp_path: Path) -> None:
     assert re.search(r"\d+ tokens/s", process.stdout)
     assert "already published hf://demo/arithmetic" in process.stdout + process.stderr
     assert list(root.glob("demo--arithmetic/*/.snapshot.json"))
+
+
+def test_demo_model_calls_the_calculator_and_answers_as_json() -> None:
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
+
+    def answer(question: str, tools: list[dict[str, Any]]) -> str:
+        prompt = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}],
+            tools=tools or None,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        generated = model.generate(**prompt, max_new_tokens=80, do_sample=False)
+        return str(tokenizer.decode(generated[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+
+    rng = random.Random(3)
+    sums = [exam.random_sum(rng, held_out=True) for _ in range(8)]
+    functions = [tool_lessons.calculator(rng, drawn.operator) for drawn in sums]
+    called = [
+        answer(drawn.phrase(rng), [function.definition(rng)]) == tool_lessons.call_text(function, drawn)
+        for drawn, function in zip(sums, functions, strict=True)
+    ]
+    answered = [answer(drawn.phrase(rng) + exam.AS_JSON, []) == drawn.json_answer for drawn in sums]
+    assert sum(called) >= 7
+    assert sum(answered) >= 7
 
 
 def test_serve_prints_working_commands_until_interrupted(tmp_path: Path) -> None:

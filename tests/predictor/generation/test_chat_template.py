@@ -92,7 +92,7 @@ def test_template_without_fault_is_ok_and_none_is_missing() -> None:
 
 
 def test_render_messages_rejected_by_template_reports_its_reason() -> None:
-    with pytest.raises(InvalidRequest, match="role must be system, user or assistant, not judge"):
+    with pytest.raises(InvalidRequest, match="role must be system, user, assistant or tool, not judge"):
         render(DEMO, {"role": "judge", "content": "Hi"})
 
 

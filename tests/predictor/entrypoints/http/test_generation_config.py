@@ -52,7 +52,9 @@ def test_completion_ends_at_the_models_and_the_requests_stop_strings(server: InP
 
 
 def test_completion_has_no_bad_word(server: InProcessServer) -> None:
-    assert complete(server, "20+22=")["text"] == " 0+2=2 2+2=4 43", "not 42"
+    text = str(complete(server, "20+22=")["text"])
+    assert text.startswith(" 0+2=2 2+2=4 ")
+    assert "42" not in text
 
 
 def test_completion_does_not_begin_with_suppressed_tokens(server: InProcessServer) -> None:
