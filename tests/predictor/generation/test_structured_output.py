@@ -77,6 +77,20 @@ def test_grammar_of_choices_random_logits_give_each_choice(
     assert {follow(compiler, tokenizer, constraint, seed) for seed in range(120)} == set(choices)
 
 
+@pytest.mark.parametrize("text", ["<|end|>", "a<|end|>b", "<|user|><|end|>", "<|<|end|>é"])
+@pytest.mark.parametrize("kind", [GrammarKind.CHOICE, GrammarKind.REGEX, GrammarKind.JSON_SCHEMA])
+def test_grammar_with_text_of_special_tokens_gives_it_as_text(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, kind: GrammarKind, text: str
+) -> None:
+    value = {
+        GrammarKind.CHOICE: json.dumps([text]),
+        GrammarKind.REGEX: re.escape(text),
+        GrammarKind.JSON_SCHEMA: json.dumps({"const": text}),
+    }[kind]
+    expected = json.dumps(text, ensure_ascii=False) if kind is GrammarKind.JSON_SCHEMA else text
+    assert follow(compiler, tokenizer, StructuredOutput(kind, value), seed=1) == expected
+
+
 def test_grammar_in_lark_random_logits_follow_it(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
     constraint = StructuredOutput(GrammarKind.GRAMMAR, 'start: pair ("," pair)*\npair: /[ab]/ "=" /[0-9]/')
     texts = [follow(compiler, tokenizer, constraint, seed) for seed in range(5)]
@@ -158,6 +172,18 @@ def test_compile_deep_schema_is_refused(compiler: GrammarCompiler) -> None:
         value = {"type": "object", "properties": {"a": value}}
     with pytest.raises(InvalidRequest, match="recursion limit"):
         compiler.compile(schema(value))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [StructuredOutput(GrammarKind.REGEX, r"[^\s\S]"), StructuredOutput(GrammarKind.GRAMMAR, "start: start")],
+    ids=["regex", "grammar"],
+)
+def test_processor_constraint_that_no_text_matches_is_an_error(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, constraint: StructuredOutput
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"^No text matches the structured output"):
+        follow(compiler, tokenizer, constraint, seed=1)
 
 
 def test_processor_ambiguous_grammar_is_refused_before_it_is_slow(
