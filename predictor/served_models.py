@@ -1,4 +1,4 @@
-"""The models that a server offers, by name and version, and the check that a request names one of them."""
+"""The models that a server has, by name and version, and the check that a request names one of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

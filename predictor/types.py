@@ -93,7 +93,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Messages for the model's chat template, and the tools that the template may offer to the model."""
+    """Messages for the model's chat template, and the tools that the template may describe to the model."""
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()

@@ -83,7 +83,7 @@ def read_index(index: bytes, suffix: str = SAFETENSORS) -> tuple[str, ...]:
 
 
 def describe_missing_weights(paths: Iterable[str]) -> str:
-    """Return why `find_weights` finds no safetensors, and what to do; it continues the name of the model."""
+    """Return why `find_weights` finds no safetensors and what to do, as a sentence after the name of the model."""
     paths = sorted(paths)
     if adapters := [path for path in paths if is_adapter(path)]:
         return (
@@ -96,7 +96,7 @@ def describe_missing_weights(paths: Iterable[str]) -> str:
             f"rename the file to load to {SINGLE}"
         )
     others = [path for path in paths if is_weights(path)]
-    fix = "Use a revision or repository that offers them"
+    fix = "Use a revision or repository that has them"
     if any(path.lower().endswith(PICKLES) for path in others):
         fix += ", or convert the weights: transformers' save_pretrained writes safetensors"
     elif any(path.lower().endswith(".gguf") for path in others):
@@ -121,7 +121,7 @@ def is_auxiliary(path: str) -> bool:
 
 
 def find_problem(path: Path, fix: str) -> str | None:
-    """Return why a file cannot be loaded and what to do, to continue its name; None if nothing is wrong.
+    """Return why a file cannot be loaded and what to do, as a sentence after its name; None if it can.
 
     Detects Git LFS pointers, and weights that are empty or truncated. Reads no more than the header of weights.
 

@@ -1,4 +1,4 @@
-"""Puts exactly one snapshot of a model into one directory of a volume: verified, atomic, once.
+"""Publishes exactly one snapshot of a model in one directory of a volume: verified, atomic, once.
 
-Knows nothing about serving. It shares the directory format of `volume.py` with the predictor, and nothing else.
+It shares `snapshot_format` with the predictor, and nothing else.
 """

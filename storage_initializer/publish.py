@@ -238,7 +238,7 @@ class _Publication:
         return tuple(verified[file.path] for file in plan.files)
 
     def _require_loadable(self, staging: Path, file: File) -> None:
-        """Check that the source itself has usable content: checksums agree with a wrong one too.
+        """Check that the content can be loaded: the checksums of a source are also those of damaged content.
 
         Raises:
             RefusedSnapshot: the file is a Git LFS pointer, or its weights are empty or truncated.
@@ -264,7 +264,7 @@ class _Publication:
 
 
 def _excluded(plan: file_selection.Plan) -> str:
-    """Return the excluded paths for the log, few of many: a repository may contain a whole data set."""
+    """Return the first excluded paths for the log: a repository may contain a whole data set."""
     if not plan.excluded:
         return ""
     more = f" and {len(plan.excluded) - _LOGGED_PATHS} more" if plan.excluded[_LOGGED_PATHS:] else ""

@@ -209,14 +209,14 @@ class BatchingManager:
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
 
-        An error fails the sequences of the step, and the loop goes on. It ends with an error after which the device
-        computes no more, or which is not of a sequence.
+        An error fails the sequences of the step, and the loop goes on. It ends with an error that makes the device
+        unusable, or that no sequence causes.
         """
         processor.scheduler.scheduled = []
         try:
             return bool(self._run_iteration(processor, bootstrapping))
         except BaseException as error:
-            # Also what is no Exception: a panic of a Rust extension. Nothing interrupts this thread.
+            # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
             if _is_device_lost(self._model):
                 raise
             failed = processor.scheduler.remove_failed()

@@ -26,7 +26,7 @@ KEEP_ALIVE_SECONDS = 65
 
 
 class _RequestParser(httptools.HttpRequestParser):
-    """uvicorn's parser, except that a request which offers an upgrade is given back: httptools would skip its body."""
+    """uvicorn's parser, except that the `Upgrade` header of a request is ignored: httptools would skip its body."""
 
     def __init__(self, protocol: "HTTPProtocol") -> None:
         super().__init__(protocol)
@@ -35,8 +35,8 @@ class _RequestParser(httptools.HttpRequestParser):
         self.set_dangerous_leniencies(lenient_data_after_close=True)
 
     @property
-    def has_offer(self) -> bool:
-        """Whether the current request offers an upgrade; CONNECT does not, it is one."""
+    def has_upgrade(self) -> bool:
+        """Whether the current request has an `Upgrade` header; CONNECT upgrades without one, and is refused."""
         return self.should_upgrade() and self.get_method() != b"CONNECT"
 
     def feed_data(self, data: bytes) -> None:  # type: ignore[override]
@@ -44,17 +44,17 @@ class _RequestParser(httptools.HttpRequestParser):
         try:
             super().feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            if not self.has_offer:
+            if not self.has_upgrade:
                 raise
             [offset] = upgrade.args
-            self._protocol.decline_offer(data[offset:])
+            self._protocol.restart_without_upgrade(data[offset:])
 
 
 class HTTPProtocol(HttpToolsProtocol):
-    """A connection that answers in HTTP/1.1 when a client offers h2c or WebSocket, without losing the request's body.
+    """A connection that ignores `Upgrade` headers, as of h2c and WebSocket, and responds in HTTP/1.1.
 
-    Java's HttpClient offers h2c by default, with the first request of a connection. uvicorn's other parser, h11, reads
-    such a body, but takes 6 microseconds per chunk: a body of many small chunks would stall the event loop.
+    Java's HttpClient requests h2c by default, with the first request of a connection. Such a request keeps its body.
+    uvicorn's other parser, h11, keeps it too, but takes 6 microseconds per chunk: many small ones would stall the loop.
     """
 
     parser: _RequestParser
@@ -71,8 +71,8 @@ class HTTPProtocol(HttpToolsProtocol):
             super().data_received(data)
             data = self._unparsed
 
-    def decline_offer(self, rest: bytes) -> None:
-        """Have the current request parsed again without its `Upgrade` headers, followed by `rest`."""
+    def restart_without_upgrade(self, rest: bytes) -> None:
+        """Parse the current request again without its `Upgrade` headers, followed by `rest`."""
         version = self.parser.get_http_version().encode()
         lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
         lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
@@ -81,12 +81,12 @@ class HTTPProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the request, unless it will be parsed again."""
-        if not self.parser.has_offer:
+        if not self.parser.has_upgrade:
             super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """End the request's body, unless it has not been parsed yet."""
-        if not self.parser.has_offer:
+        if not self.parser.has_upgrade:
             super().on_message_complete()
 
 

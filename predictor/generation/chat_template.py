@@ -1,6 +1,6 @@
 """Render chats with the model's chat template.
 
-The template is a Jinja program that comes with the weights. It runs with a time limit, and is tried out at the start:
+The template is a Jinja program that comes with the weights. It runs with a time limit, and is tested at the start:
 whether it works at all, which roles it renders, and whether it reads contents as strings or as lists of parts.
 """
 
@@ -11,11 +11,8 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-
 from predictor.errors import ChatTemplateFailed, InvalidRequest, InvalidSettings
+from predictor.generation import template_analysis
 from predictor.generation.control_tokens import ControlTokens
 from predictor.generation.time_limit import TimeLimitExceeded, time_limit
 from predictor.generation.tokenizer import ChatTokenizer
@@ -34,8 +31,6 @@ _CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "a
 _ROLE = re.compile(r"[\w-]{1,64}")
 MAX_OTHER_ROLES = 16
 """Maximum number of different roles in a chat besides those of OpenAI; for each, the template runs twice."""
-_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}")
-"""Tags of transformers' own that mark the assistant's text for training; Jinja does not know them."""
 
 
 class _Content(StrEnum):
@@ -79,7 +74,7 @@ class ChatTemplate:
         self.status = OK if tokenizer.chat_template else MISSING
         """OK, MISSING, or the reason why the template cannot work."""
         if self.status == OK:
-            self._try_out()
+            self._test()
 
     def render(self, chat: Chat) -> str:
         """Return the chat as text, with control tokens in its messages broken by `control_tokens.BREAK`.
@@ -146,7 +141,7 @@ class ChatTemplate:
                     **escape(self._variables if variables is None else variables),
                 )
         except TimeLimitExceeded:
-            raise _Unusable(f"it does not end within {RENDER_SECONDS:.0f} s") from None
+            raise _Unusable(f"it does not end within {RENDER_SECONDS:g} s") from None
         except (RecursionError, MemoryError) as error:
             raise _Unusable(_reason(error)) from error
 
@@ -201,17 +196,19 @@ class ChatTemplate:
         return {role: self._probe(role) for role in others}
 
     def _reasoning_variables(self, effort: str | None) -> dict[str, Any]:
-        """Return the variables of this template, of the usual ones, that control the reasoning."""
+        """Return values for those of the usual variables for reasoning that this template reads."""
         if effort is None:
             return {}
-        thinks = effort != "none"
-        usual = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks}
+        thinking = effort != "none"
+        usual = {"reasoning_effort": effort, "enable_thinking": thinking, "thinking": thinking}
         return {name: value for name, value in usual.items() if name in self._names}
 
-    def _try_out(self) -> None:
-        """Find out whether the template works and what it reads."""
+    def _test(self) -> None:
+        """Set `status`, and find what the template reads."""
         try:
-            self._analyse({self._source(None), self._source([{}])})
+            analysis = template_analysis.analyse({self._source(None), self._source([{}])})
+            self._names = analysis.variables
+            self._control_tokens = ControlTokens(self._tokenizer, analysis.written, analysis.read)
             for role in ("user", "system", "developer", "assistant", "tool"):
                 self._contents[role] = self._probe(role)
             for role in ("system", "developer"):
@@ -223,22 +220,6 @@ class ChatTemplate:
             self.status = _reason(error)
         if self.status != OK:
             logger.warning("chat requests will fail, since the chat template does not work: %s", self.status)
-
-    def _analyse(self, sources: set[str]) -> None:
-        """Find the variables of the templates and the control tokens that they write.
-
-        Raises:
-            jinja2.TemplateSyntaxError: a template cannot be parsed.
-        """
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
-        written: set[str] = set()
-        read: set[str] = set()
-        for source in sources:
-            tree = environment.parse(_GENERATION_TAG.sub("", source))
-            self._names |= jinja2.meta.find_undeclared_variables(tree)
-            written |= {data.data for data in tree.find_all(nodes.TemplateData)} | _strings(tree)
-            read |= _strings_read(tree)
-        self._control_tokens = ControlTokens(self._tokenizer, "\0".join(written), "\0".join(read))
 
     def _probe(self, role: str, *, later: bool = False) -> _Content:
         """Render a message of this role in a usual chat, first with a string, then with parts.
@@ -282,25 +263,6 @@ def _failed(reason: str) -> ChatTemplateFailed:
 
 def _as(kind: _Content, text: str) -> str | list[dict[str, str]]:
     return [{"type": "text", "text": text}] if kind is _Content.PARTS else text
-
-
-def _strings_read(tree: nodes.Template) -> set[str]:
-    """Return the strings that messages are compared with, as in `'</think>' in content` or `content.split('</think>')`.
-
-    Macros and functions, unlike methods and filters, may write their arguments.
-    """
-    operands: list[nodes.Node] = [*tree.find_all(nodes.Compare)]
-    for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr):
-            operands += call.args
-    for filter_ in tree.find_all(nodes.Filter):
-        operands += filter_.args
-    # `find_all` finds what is inside of a node only.
-    return _strings(nodes.List(operands))
-
-
-def _strings(tree: nodes.Node) -> set[str]:
-    return {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
 
 
 def _reason(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Encode prompts without delaying the event loop: long texts and all chats in threads, a few at a time.
+"""Encode prompts without delaying the event loop: long texts, chats and grammars in threads, a few at a time.
 
 Tokenizers release the interpreter lock while they encode. Chat templates do not, but Python switches between threads.
 """
@@ -29,7 +29,7 @@ class PromptEncoder:
         self._closed = False
 
     async def encode(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
-        """Encode the requests of one client; cancelled as long as it waits for a thread.
+        """Encode the requests of one client; it can be cancelled until a thread begins.
 
         Raises:
             RequestError: a request is invalid.
@@ -51,7 +51,7 @@ class PromptEncoder:
     def _encode(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
         if self._closed:
             raise self._stopped()
-        return [self._prompts.prepare(request) for request in requests]
+        return [self._prompts.encode(request) for request in requests]
 
     def _stopped(self) -> EngineStopped:
         return EngineStopped("The server stopped before the prompt was encoded. Retry later.")

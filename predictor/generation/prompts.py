@@ -56,8 +56,8 @@ class Prompts:
     default_max_tokens: int
     unembedded_tokens: Mapping[int, str] = field(default_factory=dict)
 
-    def encode(self, request: GenerationRequest) -> tuple[list[int], SamplingParams]:
-        """Return the prompt's token ids and the complete sampling parameters.
+    def encode(self, request: GenerationRequest) -> EncodedRequest:
+        """Return all that the request's completions need.
 
         Raises:
             InvalidRequest: empty prompt, token without an embedding, no chat template, messages rejected by the
@@ -74,11 +74,7 @@ class Prompts:
                 "prompt and completion; shorten the prompt."
             )
         self._check_token_ids(token_ids, "the prompt")
-        return token_ids, self._complete(request.sampling, remaining)
-
-    def prepare(self, request: GenerationRequest) -> EncodedRequest:
-        """Return all that the request's completions need; raises what `encode` does."""
-        token_ids, sampling = self.encode(request)
+        sampling = self._complete(request.sampling, remaining)
         echo = self._text(request.prompt, token_ids) if request.echo else ""
         return EncodedRequest(token_ids, sampling, request.n, echo)
 

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 STALE_AFTER_PERIODS = 3
 """Number of periods without success after which the model is not ready."""
 BROKEN_AFTER_FAILURES = 3
-"""Number of failed generations in succession after which only a restart helps."""
+"""Number of failed generations in succession after which the model `is_broken`."""
 
 
 class SelfCheck:
@@ -39,7 +39,7 @@ class SelfCheck:
 
     @property
     def is_broken(self) -> bool:
-        """Whether the model fails on a prompt that it generated with before, again and again."""
+        """Whether the last BROKEN_AFTER_FAILURES generations failed: only a restart helps."""
         return self._failed_generations >= BROKEN_AFTER_FAILURES
 
     async def run(self) -> None:

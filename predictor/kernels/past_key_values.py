@@ -13,7 +13,7 @@ from torch import nn
 from predictor.kernels.cpu.transformers_attention import PagedKVCache
 
 MODEL_TYPES = frozenset({"falcon", "nemotron", "stablelm"})
-"""Their layers do not give the attention interface what the batching manager passes."""
+"""Models whose layers do not pass the batching manager's arguments on to the attention interface."""
 
 
 class PagedPast:

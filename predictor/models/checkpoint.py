@@ -45,13 +45,12 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             directory, local_files_only=True, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # the errors of config classes have no common base class
-        model_type = _read_json(directory / "config.json").get("model_type")
+        path = directory / model_files.CONFIG
+        model_type = read_json(path).get("model_type")
         if trust_remote_code or str(model_type) in CONFIG_MAPPING:
-            raise UnsupportedModel(
-                f"{directory / 'config.json'} cannot be used ({first_line(error)}). Download the model again."
-            ) from error
+            raise UnsupportedModel(f"{path} cannot be used ({first_line(error)}). Download the model again.") from error
         raise UnsupportedModel(
-            f"{directory / 'config.json'} names the model type {model_type!r}, which transformers "
+            f"{path} names the model type {model_type!r}, which transformers "
             f"{transformers.__version__} cannot serve without remote code. Use a supported model, a newer "
             "transformers, or --trust_remote_code after reading the model's code."
         ) from error
@@ -73,7 +72,7 @@ def check_auxiliary_files(directory: Path) -> None:
 
 @contextmanager
 def without_byte_order_marks(directory: Path) -> Iterator[Path]:
-    """Yield a directory with the same files, in which no JSON begins with a byte-order mark: transformers reads none.
+    """Yield a directory with the same files, whose JSON has no byte-order mark: transformers cannot read one.
 
     It is `directory` itself, or a temporary one of links and corrected copies.
     """
@@ -105,7 +104,7 @@ def check_code(directory: Path) -> None:
     Raises:
         UnsupportedModel: a module is missing.
     """
-    classes = (_read_json(directory / model_files.CONFIG).get("auto_map") or {}).values()
+    classes = (read_json(directory / model_files.CONFIG).get("auto_map") or {}).values()
     # `owner/model--module.Class` is in another repository.
     modules = {name.partition(".")[0] for name in classes if isinstance(name, str) and "--" not in name}
     if missing := [f"{module}.py" for module in sorted(modules) if not (directory / f"{module}.py").is_file()]:
@@ -179,11 +178,16 @@ def first_line(error: Exception) -> str:
     return (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file.
+
+    Raises:
+        UnsupportedModel: the file cannot be read, or is not a JSON object.
+    """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        content = None
+        content = json.loads(path.read_bytes())  # of bytes, which may begin with a byte-order mark
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} cannot be read ({error}). Correct it, or download the model again.") from error
     if not isinstance(content, dict):
-        raise UnsupportedModel(f"{path} is not a JSON object. Download the model again.")
+        raise UnsupportedModel(f"{path} is not a JSON object. Correct it, or download the model again.")
     return content

@@ -1,6 +1,5 @@
 """Read a model's generation config: tokens that end a completion, and sampling defaults."""
 
-import json
 import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -9,12 +8,11 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from predictor.errors import UnsupportedModel
+from predictor.models.checkpoint import read_json
 from predictor.types import SamplingParams
+from snapshot_format.model_files import CONFIG
 
 logger = logging.getLogger(__name__)
-
-GENERATION_CONFIG = "generation_config.json"
-MODEL_CONFIG = "config.json"
 
 _WITHOUT_EFFECT: Mapping[str, Collection[object]] = {
     "constraints": (),
@@ -84,12 +82,12 @@ class GenerationConfig(BaseModel):
         Raises:
             UnsupportedModel: the file is not a JSON object, or a field has a value that it cannot have.
         """
-        path = directory / GENERATION_CONFIG
-        model_fields = _read_fields(directory / MODEL_CONFIG)
+        path = directory / "generation_config.json"
+        model_fields = _read_fields(directory / CONFIG)
         if path.is_file():
             fields = _read_fields(path)
         else:
-            path, fields = directory / MODEL_CONFIG, model_fields
+            path, fields = directory / CONFIG, model_fields
         try:
             config = cls.model_validate({**fields, "model_eos_token_id": model_fields.get("eos_token_id", [])})
         except ValidationError as error:
@@ -150,12 +148,7 @@ class GenerationConfig(BaseModel):
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """Return the fields of a JSON object that are not null, of the text model first if it has a config of its own."""
-    try:
-        content = json.loads(path.read_bytes())  # of bytes, which may begin with a byte-order mark
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} cannot be read ({error}). Correct it, or download the model again.") from error
-    if not isinstance(content, dict):
-        raise UnsupportedModel(f"{path} is not a JSON object. Correct it, or download the model again.")
+    content = read_json(path)
     nested = content.get("text_config")
     merged = {**(nested if isinstance(nested, dict) else {}), **content}
     return {name: value for name, value in merged.items() if value is not None}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from predictor.errors import InvalidSettings, SnapshotMissing
 from snapshot_format import layout, record
+from snapshot_format.model_files import CONFIG
 from snapshot_format.recipe import INT8_CPU, RECIPE_VERSION
 from snapshot_format.record import FORMAT_VERSION, RECORD, InvalidRecord, QuantizationRecipe, UnsupportedFormatVersion
 from snapshot_format.reference import MalformedReference, parse
@@ -39,7 +40,7 @@ def find(model_dir: Path, reference: str | None) -> Snapshot:
     if not model_dir.is_dir():
         raise SnapshotMissing(f"{model_dir} is not a directory. Set --model_dir to a snapshot or a volume's root.")
     if reference is None:
-        if not (model_dir / "config.json").is_file():
+        if not (model_dir / CONFIG).is_file():
             raise SnapshotMissing(
                 f"{model_dir} has no config.json. Set --model_dir to a directory of weights, "
                 "or set --model_reference if it is a volume's root."

@@ -12,7 +12,7 @@ from predictor.errors import InvalidRequest
 def to_utf8(body: bytes) -> bytes:
     """Return a JSON body in UTF-8 without a byte-order mark.
 
-    Bodies in UTF-16 and UTF-32 are recognized as RFC 4627 has it, by their mark or the zeros of their first characters.
+    UTF-16 and UTF-32 are recognized as in RFC 4627, by the byte-order mark or the zeros of the first characters.
 
     Raises:
         InvalidRequest: it is empty, or its encoding is invalid.

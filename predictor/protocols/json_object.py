@@ -1,17 +1,20 @@
 """Base class of the objects in request bodies: nulls, whole numbers, and fields that the models do not declare."""
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
 
 from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.protocols.field_tables import HARMLESS, Refusals
+from predictor.protocols.json_body import format_validation_error
+
+ObjectT = TypeVar("ObjectT", bound="JSONObject")
 
 
 def _complete_schema(schema: dict[str, Any], model: "type[JSONObject]") -> None:
-    """Add to the JSON schema what the validators and `settle_other_fields` do."""
+    """Add to the JSON schema what the validators and `remove_extra_fields` do."""
     properties = schema.setdefault("properties", {})
     for name, field in properties.items():
         nullable = not field or any(option.get("type") == "null" for option in field.get("anyOf", [field]))
@@ -26,8 +29,8 @@ def _complete_schema(schema: dict[str, Any], model: "type[JSONObject]") -> None:
 class JSONObject(BaseModel):
     """An object in a request body.
 
-    Null means absent, and 24.0 is the integer 24. Fields that a model does not declare are kept aside for
-    `settle_other_fields`.
+    Null means absent, and 24.0 is the integer 24. Fields that a model does not declare stay in `model_extra` until
+    `remove_extra_fields`.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, json_schema_extra=_complete_schema)
@@ -49,7 +52,26 @@ class JSONObject(BaseModel):
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def settle_other_fields(request: JSONObject, prefix: str = "") -> None:
+def validate(model: type[ObjectT], content: Any, prefix: str = "") -> ObjectT:
+    """Return parsed JSON as an object of `model`, without the fields that it does not declare.
+
+    Args:
+        model: of the object.
+        content: any JSON value.
+        prefix: put before every path in messages.
+
+    Raises:
+        InvalidRequest: a field is missing, wrong or refused; the message names it.
+    """
+    try:
+        validated = model.model_validate(content)
+    except ValidationError as error:
+        raise InvalidRequest(format_validation_error(error, prefix=prefix)) from None
+    remove_extra_fields(validated, prefix)
+    return validated
+
+
+def remove_extra_fields(request: JSONObject, prefix: str = "") -> None:
     """Remove all fields that the models do not declare; record the names of unknown ones as ignored.
 
     Args:

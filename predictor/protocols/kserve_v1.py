@@ -6,11 +6,10 @@ Specification: kserve/website, docs on the v1 protocol. Sampling fields are in `
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema, loads
-from predictor.protocols.json_object import JSONObject, settle_other_fields
+from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.sampling_fields import SamplingFields
 from predictor.types import Chat, Completion, GenerationRequest
 
@@ -52,11 +51,7 @@ def decode(body: bytes) -> list[GenerationRequest]:
     Raises:
         InvalidRequest: not JSON, or a field is missing, not supported or out of range; the message names it.
     """
-    try:
-        request = _PredictRequest.model_validate(loads(body))
-    except ValidationError as error:
-        raise InvalidRequest(format_validation_error(error)) from None
-    settle_other_fields(request)
+    request = validate(_PredictRequest, loads(body))
     sampling = request.parameters.to_sampling_params()
     return [GenerationRequest(_prompt(instance), sampling) for instance in request.instances]
 

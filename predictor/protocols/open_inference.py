@@ -18,11 +18,11 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema, loads
-from predictor.protocols.json_object import JSONObject, settle_other_fields
+from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.open_inference_binary import (
     binary_parameters,
     decode_elements,
@@ -113,11 +113,7 @@ def parse(body: bytes, model_name: str, header_length: str | None = None) -> Inf
         InvalidRequest: not JSON, or a field is missing or has the wrong type; the message names it.
     """
     size = json_size(header_length, len(body))
-    try:
-        parsed = _InferRequest.model_validate(loads(body[:size]))
-    except ValidationError as error:
-        raise InvalidRequest(format_validation_error(error)) from None
-    settle_other_fields(parsed)
+    parsed = validate(_InferRequest, loads(body[:size]))
     tail = memoryview(body)[size:]
     inputs = []
     for index, tensor in enumerate(parsed.inputs):
@@ -253,11 +249,7 @@ def _sampling_params(request: InferRequest, tensor: InferInput, *, with_logprobs
     """Return the request's parameters, overridden by the input's own."""
     merged = {**(request.parameters or {}), **(tensor.parameters or {})}
     merged.pop("binary_data_output", None)
-    try:
-        parameters = _Parameters.model_validate(merged)
-    except ValidationError as error:
-        raise InvalidRequest(format_validation_error(error, prefix="parameters.")) from None
-    settle_other_fields(parameters, "parameters.")
+    parameters = validate(_Parameters, merged, "parameters.")
     if parameters.logprobs is not None and not with_logprobs:
         raise InvalidRequest("parameters.logprobs is set, but outputs does not select logprobs. Select it.")
     return parameters.to_sampling_params((parameters.logprobs or 0) if with_logprobs else None)

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from predictor.errors import InvalidRequest, RequestError
-from predictor.protocols.json_body import format_validation_error, json_schema, loads
-from predictor.protocols.json_object import settle_other_fields
+from predictor.errors import RequestError
+from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_object import validate
 from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, SamplingFields, Stop
 from predictor.types import Completion, CompletionDelta, GenerationRequest, Token
 
@@ -66,11 +66,7 @@ def decode(body: bytes, model_name: str, version: str | None) -> DecodedRequest:
     Raises:
         InvalidRequest: not JSON, or a field is missing, not supported or out of range; the message names it.
     """
-    try:
-        parsed = _GenerateRequest.model_validate(loads(body))
-    except ValidationError as error:
-        raise InvalidRequest(format_validation_error(error)) from None
-    settle_other_fields(parsed)
+    parsed = validate(_GenerateRequest, loads(body))
     parameters = parsed.merged_parameters()
     sampling = parameters.to_sampling_params(logprobs=0 if parameters.details else None)
     request = GenerationRequest(parsed.text_input, sampling, echo=not parameters.exclude_input_in_output)

@@ -1,6 +1,5 @@
 """Request fields for sampling and timeouts, shared by the protocols, which differ in their names and positions only."""
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_PARAMETERS
-from predictor.protocols.structured_output_fields import StructuredOutputFields
+from predictor.protocols.structured_output_fields import StructuredOutputFields, parse_json
 from predictor.types import SamplingParams
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
@@ -32,13 +31,8 @@ def _wrap_string(value: object) -> object:
 
 
 def _parse_list(value: object) -> object:
-    """Return the list in a string of JSON: parameters of Open Inference are scalars."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
+    """Return the list in a string of JSON; any other string is one value."""
+    return parse_json(value) if isinstance(value, str) and value.startswith("[") else value
 
 
 def _drop_empty(strings: list[str | None]) -> list[str]:

@@ -13,7 +13,7 @@ from predictor.types import GrammarKind, StructuredOutput
 _ANY_OBJECT = json.dumps({"type": "object"})
 
 
-def _parse_json(value: object) -> object:
+def parse_json(value: object) -> object:
     """Return the object or list in a string of JSON: parameters of Open Inference are scalars."""
     if isinstance(value, str):
         try:
@@ -23,8 +23,8 @@ def _parse_json(value: object) -> object:
     return value
 
 
-_Schema = Annotated[dict[str, Any], BeforeValidator(_parse_json, dict[str, Any] | str)]
-_Choices = Annotated[list[str], Field(min_length=1), BeforeValidator(_parse_json, list[str] | str)]
+_Schema = Annotated[dict[str, Any], BeforeValidator(parse_json, dict[str, Any] | str)]
+_Choices = Annotated[list[str], Field(min_length=1), BeforeValidator(parse_json, list[str] | str)]
 
 
 class _JSONSchema(JSONObject):
@@ -58,10 +58,10 @@ class _StructuredOutputs(JSONObject):
 class StructuredOutputFields(JSONObject):
     """OpenAI's `response_format`, vLLM's `structured_outputs`, and its older `guided_` fields; one at most."""
 
-    response_format: Annotated[_ResponseFormat, BeforeValidator(_parse_json, _ResponseFormat | str)] | None = Field(
+    response_format: Annotated[_ResponseFormat, BeforeValidator(parse_json, _ResponseFormat | str)] | None = Field(
         default=None, description="JSON, of a schema or of any kind."
     )
-    structured_outputs: Annotated[_StructuredOutputs, BeforeValidator(_parse_json, _StructuredOutputs | str)] | None = (
+    structured_outputs: Annotated[_StructuredOutputs, BeforeValidator(parse_json, _StructuredOutputs | str)] | None = (
         Field(default=None, description="JSON schema, regular expression, list of choices or Lark grammar of the text.")
     )
     guided_json: _Schema | None = None

@@ -73,7 +73,7 @@ def flags(deployment: Deployment) -> set[str]:
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """Yield fields that Knative rejects with any flags, and cut streams; nothing in Standard mode."""
+    """Yield fields that Knative rejects with any flags, and a setting that cuts streams; nothing in Standard mode."""
     if not deployment.is_knative:
         return
     pod = deployment.predictor_pod

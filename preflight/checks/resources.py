@@ -122,7 +122,7 @@ def _container(requests: Manifest, limits: Manifest) -> Problems:
 
 
 def _is_extended(name: str) -> bool:
-    """Return whether a resource is offered by a device plugin, such as a GPU, and not by Kubernetes itself."""
+    """Return whether a resource is a device plugin's, such as a GPU, and not Kubernetes' own."""
     domain, slash, _ = name.partition("/")
     return bool(slash) and domain != "kubernetes.io" and not domain.endswith(".kubernetes.io")
 
@@ -151,7 +151,7 @@ def _extended(name: str, request: object, limit: object) -> Problems:
 
 
 def _gpu(deployment: Deployment) -> Iterator[Finding]:
-    """Check that a pod with GPUs tolerates some taint. Of which key, only the cluster shows: see cluster/checks.py."""
+    """Check that a pod with GPUs tolerates a taint. Only the cluster has the keys of taints: see cluster/checks.py."""
     keys = [toleration.get("key") or "" for toleration in deployment.predictor_pod.spec.get("tolerations") or []]
     if gpus(deployment) and all(key.startswith(NODE_CONDITIONS) for key in keys):
         yield Finding(

@@ -503,7 +503,7 @@ def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
     asyncio.run(serve())
 
 
-def test_httptools_skips_the_body_of_a_request_that_offers_an_upgrade() -> None:
+def test_httptools_skips_the_body_of_a_request_with_upgrade_header() -> None:
     parsed: list[str] = []
 
     class Callbacks:

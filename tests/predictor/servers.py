@@ -162,14 +162,15 @@ class _Lines(logging.Handler):
 @contextmanager
 def _logged() -> Iterator[_Lines]:
     logger, lines = logging.getLogger("predictor"), _Lines()
-    level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(lines)
     try:
         yield lines
     finally:
         logger.removeHandler(lines)
-        logger.setLevel(level)
+        # Servers may end in any order.
+        if not any(isinstance(handler, _Lines) for handler in logger.handlers):
+            logger.setLevel(logging.NOTSET)
 
 
 def load_service(parsed: settings.Settings, hold: Hold | None = None) -> LLMService:

@@ -138,7 +138,7 @@ def test_read_chat_template_kwargs_are_json(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("value", ["enable_thinking=false", "[1]", "{"])
-def test_read_chat_template_kwargs_that_are_no_json_object_are_rejected(value: str) -> None:
+def test_read_chat_template_kwargs_not_a_json_object_are_rejected(value: str) -> None:
     with pytest.raises(
         InvalidSettings, match=r'--chat_template_kwargs .*JSON object, as in {"enable_thinking": false}'
     ):

@@ -76,7 +76,7 @@ class DecodedBody:
             return next(self._pieces, None)
         except zlib.error as error:
             raise InvalidRequest(
-                f"The body is not {self._coding} ({error}). Encode it as Content-Encoding has it, or omit the header."
+                f"The body is not {self._coding} ({error}). Send {self._coding} data, or omit Content-Encoding."
             ) from None
 
     def _decode(self, encoded: bytes) -> Iterator[bytes]:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
-from predictor.protocols.json_object import settle_other_fields
+from predictor.protocols.json_object import remove_extra_fields
 from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest
 from predictor.types import Chat, GenerationRequest
 
@@ -92,7 +92,7 @@ def _validate(model: type[RequestT], body: bytes) -> RequestT:
         fields = [".".join(map(str, issue["loc"])) for issue in error.errors(include_input=False)]
         field = fields[0] if len(fields) == 1 and fields[0] else None
         raise InvalidRequest(format_validation_error(error), field) from None
-    settle_other_fields(content)
+    remove_extra_fields(content)
     return content
 
 

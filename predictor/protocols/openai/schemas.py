@@ -103,7 +103,7 @@ class _Message(JSONObject):
     @model_validator(mode="after")
     def _check_role(self) -> Self:
         assistant = self.role == "assistant"
-        # Assistants answer with calls or nothing, and tools return nothing; clients send that back with every request.
+        # Clients send back answers without text: of assistants that call tools or answer nothing, and of tools.
         if self.role not in ("assistant", "tool") and "content" not in self.model_fields_set:
             raise PydanticCustomError("content", "content is required")
         if not assistant and (self.tool_calls or self.reasoning_content):

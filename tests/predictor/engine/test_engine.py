@@ -93,7 +93,7 @@ def test_engine_several_completions_with_a_seed_differ_and_repeat(engine: Engine
 
     async def texts(seed: int, n: int) -> list[str]:
         completions = await output_processor.submit(
-            [prompts.prepare(GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n))],
+            [prompts.encode(GenerationRequest("1+1=", replace(SAMPLED, seed=seed), n))],
             tokenizer=loaded.tokenizer,
             engine=engine,
             deadline=math.inf,

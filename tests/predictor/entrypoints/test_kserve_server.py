@@ -1,4 +1,4 @@
-"""`HTTPServer` with requests that offer another protocol, as bytes on a socket."""
+"""`HTTPServer` with requests that have an `Upgrade` header, as bytes on a socket."""
 
 import http.client
 import json
@@ -15,9 +15,8 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from tests.predictor import servers
+from tests.predictor.servers import HANG_SECONDS
 
-HANG_SECONDS = 20
-"""Guard against a server that does not respond."""
 H2C = "Connection: Upgrade, HTTP2-Settings\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\nUpgrade: h2c\n"
 """What Java's HttpClient adds to the first request of a connection."""
 HEAD = f"POST /a%20b?c=d HTTP/1.1\nHost: server\nX-Mine: 1\n{H2C}"
@@ -69,9 +68,9 @@ def receive(connection: socket.socket) -> tuple[http.client.HTTPResponse, bytes]
         (HEAD.replace("h2c", "websocket") + CHUNKED,),
         (HEAD.replace("h2c", "h2c\nUPGRADE: TLS/1.0") + LENGTH,),
     ],
-    ids=["length", "chunked", "length_in_pieces", "chunked_in_pieces", "get", "websocket", "two_offers"],
+    ids=["length", "chunked", "length_in_pieces", "chunked_in_pieces", "get", "websocket", "two_upgrades"],
 )
-def test_http_server_request_that_offers_an_upgrade_keeps_its_body_and_connection(
+def test_http_server_request_with_upgrade_header_keeps_its_body_and_connection(
     connection: socket.socket, caplog: pytest.LogCaptureFixture, pieces: tuple[str, ...]
 ) -> None:
     with caplog.at_level(logging.INFO, "uvicorn.error"):
@@ -80,11 +79,11 @@ def test_http_server_request_that_offers_an_upgrade_keeps_its_body_and_connectio
             response, body = receive(connection)
             assert response.status == 200
             assert json.loads(body) == ECHOED | {"method": "".join(pieces).partition(" ")[0]}
-    # uvicorn has a warning for each offer.
+    # uvicorn would log a warning for each request.
     assert "pgrad" not in caplog.text
 
 
-def test_http_server_pipelined_offers_are_answered_in_order(connection: socket.socket) -> None:
+def test_http_server_pipelined_requests_with_upgrade_header_are_answered_in_order(connection: socket.socket) -> None:
     # More than Python's recursion limit, in one segment.
     bodies = [f"{number:05}" for number in range(1500)]
     send(connection, "".join(f"{HEAD}Content-Length: 5\n\n{body}" for body in bodies))
@@ -98,14 +97,14 @@ def test_http_server_pipelined_offers_are_answered_in_order(connection: socket.s
 @pytest.mark.parametrize(
     "head", [HEAD.replace("HTTP/1.1", "HTTP/1.0"), HEAD.replace("Connection: Upgrade", "Connection: close, Upgrade")]
 )
-def test_http_server_offer_on_a_connection_that_closes_is_answered(connection: socket.socket, head: str) -> None:
+def test_http_server_upgrade_header_on_closing_connection_is_ignored(connection: socket.socket, head: str) -> None:
     send(connection, head + LENGTH)
     response, body = receive(connection)
     assert (response.status, json.loads(body)) == (200, ECHOED)
     assert connection.recv(1) == b""
 
 
-def test_http_server_offer_that_expects_100_continue_gets_it(connection: socket.socket) -> None:
+def test_http_server_upgrade_header_with_expect_100_continue_gets_it(connection: socket.socket) -> None:
     head, _, body = (HEAD + "Expect: 100-continue\n" + LENGTH).rpartition("\n\n")
     send(connection, head + "\n\n")
     assert connection.recv(100) == b"HTTP/1.1 100 Continue\r\n\r\n"
@@ -121,7 +120,7 @@ def test_http_server_connect_returns_400(connection: socket.socket, request_head
     assert receive(connection)[0].status == 400
 
 
-def test_http_server_by_curl_that_offers_http2_returns_the_body(url: str) -> None:
+def test_http_server_curl_with_http2_gets_the_body(url: str) -> None:
     curl = shutil.which("curl")
     if curl is None:
         pytest.skip("curl is not installed")

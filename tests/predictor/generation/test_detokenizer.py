@@ -174,7 +174,7 @@ def test_push_any_chunks_concatenate_to_difference_of_whole_texts(
 
 
 @given(ids=st.lists(st.integers(6, 511), max_size=40), ends=st.lists(st.integers(0, 40), max_size=40))
-def test_push_bytes_that_are_no_text_concatenate_to_whole_text(
+def test_push_bytes_that_are_not_text_concatenate_to_whole_text(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], ends: Sequence[int]
 ) -> None:
     assert continuation(tokenizer, [], cut(ids, ends)) == tokenizer.decode(ids, skip_special_tokens=True)
@@ -209,7 +209,7 @@ def test_push_tokens_without_a_character_costs_bounded_work_per_token(
     assert "".join(detokenizer.push([word]) for word in words).endswith(" upon a")
 
 
-def test_push_unfinished_characters_are_returned_in_time(any_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_push_unfinished_characters_are_returned_after_a_few_tokens(any_tokenizer: PreTrainedTokenizerBase) -> None:
     first_byte = any_tokenizer.encode("a👩", add_special_tokens=False)[-4]
     detokenizer = Detokenizer(any_tokenizer, left_context(any_tokenizer, [first_byte]))
     outputs = [detokenizer.push([first_byte]) for _ in range(100)]

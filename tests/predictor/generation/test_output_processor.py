@@ -81,7 +81,7 @@ def submit(prompts: Prompts, request: GenerationRequest, *scripts: Sequence[Step
     engine = ScriptedEngine(*scripts)
     submitted = Submitted(cast(Any, None), engine)
     submitted.stream = output_processor.submit(
-        [prompts.prepare(request)],
+        [prompts.encode(request)],
         tokenizer=prompts.tokenizer,
         engine=cast(Engine, engine),
         deadline=1.0,

@@ -24,7 +24,7 @@ class HeldPrompts:
         self.threads: list[threading.Thread] = []
         self._started = threading.Semaphore(0)
 
-    def prepare(self, request: GenerationRequest) -> EncodedRequest:
+    def encode(self, request: GenerationRequest) -> EncodedRequest:
         self.threads.append(threading.current_thread())
         self._started.release()
         if request is not SHORT:

@@ -16,13 +16,13 @@ HELLO = Chat(({"role": "user", "content": "Hi"},))
 
 
 def test_encode_text_adds_one_bos(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, _ = prompts.encode(GenerationRequest("7+5="))
+    ids = prompts.encode(GenerationRequest("7+5=")).token_ids
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(ids, skip_special_tokens=True) == "7+5="
 
 
 def test_encode_chat_applies_template_with_one_bos(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, _ = prompts.encode(GenerationRequest(HELLO))
+    ids = prompts.encode(GenerationRequest(HELLO)).token_ids
     assert tokenizer.decode(ids) == "<|begin|><|user|>Hi<|end|><|assistant|>"
 
 
@@ -32,7 +32,7 @@ def test_encode_chat_passes_tools_to_template(prompts: Prompts) -> None:
     )
     with_tools = replace(prompts, tokenizer=tokenizer, chat_template=ChatTemplate(tokenizer))
     chat = Chat(HELLO.messages, ({"type": "function", "function": {"name": "7+5="}},))
-    ids, _ = with_tools.encode(GenerationRequest(chat))
+    ids = with_tools.encode(GenerationRequest(chat)).token_ids
     assert tokenizer.decode(ids) == "7+5="
 
 
@@ -47,7 +47,7 @@ def test_encode_chat_passes_tools_to_template(prompts: Prompts) -> None:
 def test_encode_chat_control_tokens_in_messages_are_text(
     prompts: Prompts, tokenizer: PreTrainedTokenizerBase, message: dict[str, str]
 ) -> None:
-    ids, _ = replace(prompts, vocabulary_tokens=512).encode(GenerationRequest(Chat((message,))))
+    ids = replace(prompts, vocabulary_tokens=512).encode(GenerationRequest(Chat((message,)))).token_ids
     # begin, role, end and the generation prompt are the template's.
     assert [token_id for token_id in ids if token_id in tokenizer.all_special_ids] == tokenizer.convert_tokens_to_ids(
         ["<|begin|>", f"<|{message['role']}|>", "<|end|>", "<|assistant|>"]
@@ -65,13 +65,13 @@ def test_encode_chat_control_tokens_in_tools_are_text(prompts: Prompts) -> None:
         vocabulary_tokens=512,
     )
     tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"<|end|>": {}}}}}
-    ids, _ = with_tools.encode(GenerationRequest(Chat(HELLO.messages, (tool,))))
+    ids = with_tools.encode(GenerationRequest(Chat(HELLO.messages, (tool,)))).token_ids
     assert not set(ids) & set(tokenizer.all_special_ids)
     assert "<|end|>" in tokenizer.decode(ids)
 
 
 def test_encode_text_keeps_control_tokens(prompts: Prompts, tokenizer: PreTrainedTokenizerBase) -> None:
-    ids, _ = prompts.encode(GenerationRequest("1<|end|>"))
+    ids = prompts.encode(GenerationRequest("1<|end|>")).token_ids
     assert ids[-1] == tokenizer.eos_token_id
 
 
@@ -80,7 +80,7 @@ def test_encode_chat_text_after_broken_token_gets_no_space(
 ) -> None:
     sentencepiece_tokenizer.chat_template = "{% for m in messages %}<|assistant|>{{ m.content }}{% endfor %}"
     changed = replace(prompts, tokenizer=sentencepiece_tokenizer, chat_template=ChatTemplate(sentencepiece_tokenizer))
-    ids, _ = changed.encode(GenerationRequest(Chat(({"role": "user", "content": "a</s>b"},))))
+    ids = changed.encode(GenerationRequest(Chat(({"role": "user", "content": "a</s>b"},)))).token_ids
     assert not set(ids[1:]) & set(sentencepiece_tokenizer.all_special_ids)
     assert sentencepiece_tokenizer.decode(ids[1:]) == "a</s>b"
 
@@ -90,10 +90,9 @@ def test_encode_token_ids_keeps_them_and_echo_decodes_them(
 ) -> None:
     ids = tuple(tokenizer.encode("7+5=", add_special_tokens=False))
     request = GenerationRequest(ids, n=2, echo=True)
-    assert prompts.encode(request)[0] == list(ids)
-    prepared = prompts.prepare(request)
-    assert (prepared.token_ids, prepared.n, prepared.echo) == (list(ids), 2, "7+5=")
-    assert prompts.prepare(replace(request, echo=False)).echo == ""
+    encoded = prompts.encode(request)
+    assert (encoded.token_ids, encoded.n, encoded.echo) == (list(ids), 2, "7+5=")
+    assert prompts.encode(replace(request, echo=False)).echo == ""
 
 
 def test_encode_prompt_longer_than_context_is_too_long(prompts: Prompts) -> None:
@@ -125,7 +124,7 @@ def test_encode_very_long_prompt_is_rejected_after_a_part_of_it(prompts: Prompts
 
 def test_encode_long_text_of_few_tokens_fits(prompts: Prompts) -> None:
     counting = replace(prompts, tokenizer=cast(Any, CountingTokenizer()))
-    assert counting.encode(GenerationRequest(" " * 1_000_000 + "1"))[0] == [5]
+    assert counting.encode(GenerationRequest(" " * 1_000_000 + "1")).token_ids == [5]
 
 
 def test_encode_more_token_ids_than_context_is_too_long(prompts: Prompts) -> None:
@@ -158,7 +157,7 @@ def test_encode_invalid_request_names_problem_and_field(
 
 @pytest.mark.parametrize("prompt", ["1+1", HELLO], ids=["text", "chat"])
 def test_encode_token_without_embedding_is_invalid_and_named(prompts: Prompts, prompt: str | Chat) -> None:
-    last = max(prompts.encode(GenerationRequest(prompt))[0])
+    last = max(prompts.encode(GenerationRequest(prompt)).token_ids)
     too_few = replace(prompts, vocabulary_tokens=last, unembedded_tokens={last: "<pad>"})
     with pytest.raises(InvalidRequest, match=f"in the prompt: {last}, '<pad>'; remove it. This model's are 0 to"):
         too_few.encode(GenerationRequest(prompt))
@@ -167,25 +166,25 @@ def test_encode_token_without_embedding_is_invalid_and_named(prompts: Prompts, p
 
 def test_encode_completes_sampling_with_model_defaults(prompts: Prompts) -> None:
     defaults = SamplingParams(max_tokens=40, temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.1)
-    _, sampling = replace(prompts, defaults=defaults).encode(
+    encoded = replace(prompts, defaults=defaults).encode(
         GenerationRequest("1", SamplingParams(temperature=0.0, stop=("x",)))
     )
-    assert sampling == replace(defaults, temperature=0.0, stop=("x",))
+    assert encoded.sampling == replace(defaults, temperature=0.0, stop=("x",))
 
 
 @pytest.mark.parametrize(("requested", "granted"), [(10, 10), (11, 10), (sys.maxsize, 10), (0, 0)])
 def test_encode_max_tokens_is_limited_to_context(prompts: Prompts, requested: int, granted: int) -> None:
-    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=requested)))
+    sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=requested))).sampling
     assert sampling.max_tokens == granted
 
 
 def test_encode_min_tokens_is_limited_to_context(prompts: Prompts) -> None:
-    _, sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=30, min_tokens=20)))
+    sampling = prompts.encode(GenerationRequest("1" * 53, SamplingParams(max_tokens=30, min_tokens=20))).sampling
     assert (sampling.max_tokens, sampling.min_tokens) == (10, 10)
 
 
 def test_encode_without_new_tokens_accepts_a_prompt_of_the_whole_context(prompts: Prompts) -> None:
-    ids, _ = prompts.encode(GenerationRequest("1" * 63, SamplingParams(max_tokens=0)))
+    ids = prompts.encode(GenerationRequest("1" * 63, SamplingParams(max_tokens=0))).token_ids
     assert len(ids) == 64
     for prompt, max_tokens in (("1" * 63, 1), ("1" * 64, 0)):
         with pytest.raises(PromptTooLong):
@@ -193,7 +192,7 @@ def test_encode_without_new_tokens_accepts_a_prompt_of_the_whole_context(prompts
 
 
 def test_encode_default_max_tokens_is_limited_to_context(prompts: Prompts) -> None:
-    _, sampling = prompts.encode(GenerationRequest("1" * 58))
+    sampling = prompts.encode(GenerationRequest("1" * 58)).sampling
     assert sampling.max_tokens == 5
 
 
@@ -208,12 +207,12 @@ def test_encode_adds_exclusions_and_stop_strings_of_the_model(prompts: Prompts, 
         bad_words_ids=((6, 7),),
     )
     prompts = replace(prompts, defaults=defaults)
-    _, alone = prompts.encode(GenerationRequest("1"))
+    alone = prompts.encode(GenerationRequest("1")).sampling
     assert alone == replace(defaults, max_tokens=16)
     request = SamplingParams(
         max_tokens=8, stop=("+", "-"), no_repeat_ngram_size=2, suppress_tokens=(8,), bad_words_ids=((9,),)
     )
-    _, combined = prompts.encode(GenerationRequest("1", request))
+    combined = prompts.encode(GenerationRequest("1", request)).sampling
     assert combined == replace(
         defaults,
         max_tokens=8,

@@ -186,7 +186,7 @@ def test_processor_constraint_that_no_text_matches_is_an_error(
         follow(compiler, tokenizer, constraint, seed=1)
 
 
-def test_processor_ambiguous_grammar_is_refused_before_it_is_slow(
+def test_processor_ambiguous_grammar_exceeds_the_limits(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     constraint = StructuredOutput(GrammarKind.GRAMMAR, "start: s\ns: s s s | s s | /[a-z]/")

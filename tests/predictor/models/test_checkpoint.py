@@ -40,11 +40,11 @@ def test_read_config_invalid_field_names_the_error(
         checkpoint.read_config(weights, trust_remote_code=False)
 
 
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_read_config_not_a_json_object_raises(weights: Path, text: str) -> None:
+@pytest.mark.parametrize(("text", "reason"), [("{", r"cannot be read \(.*\)"), ("[]", "is not a JSON object")])
+def test_read_config_not_a_json_object_raises(weights: Path, text: str, reason: str) -> None:
     (weights / "config.json").unlink()
     (weights / "config.json").write_text(text)
-    with pytest.raises(UnsupportedModel, match=r"config\.json is not a JSON object\. Download the model again"):
+    with pytest.raises(UnsupportedModel, match=rf"config\.json {reason}\. Correct it, or download the model again"):
         checkpoint.read_config(weights, trust_remote_code=False)
 
 

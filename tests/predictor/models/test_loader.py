@@ -202,7 +202,7 @@ def assert_demo_weights(loaded: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "parts"])
-def test_load_index_beside_other_weights_reads_its_shards(weights: Path, shard: Shard, folder: str) -> None:
+def test_load_index_next_to_other_weights_reads_its_shards(weights: Path, shard: Shard, folder: str) -> None:
     shard(folder)
     (weights / "consolidated.safetensors").write_bytes(b"never opened")
     assert_demo_weights(loader.load(weights, device="cpu"))

@@ -15,7 +15,7 @@ def test_decode_without_parameters_uses_the_specifications_defaults() -> None:
     assert decoded.request.sampling == SamplingParams(max_tokens=20, temperature=1.0)
 
 
-def test_decode_parameters_beside_the_text_are_those_of_parameters() -> None:
+def test_decode_parameters_next_to_the_text_are_those_of_parameters() -> None:
     def sampling(**fields: Any) -> SamplingParams:
         body = json.dumps({"text_input": "Hi"} | fields).encode()
         return open_inference_generate.decode(body, "m", None).request.sampling

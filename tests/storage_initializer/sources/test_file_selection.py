@@ -169,7 +169,7 @@ def plan(paths: Iterable[str], selection: FileSelection = NO_PATTERNS, shards: I
         ({"model.safetensors"}, {INDEX, *SHARDS}),
         ({"gptq-4bit.safetensors", "quantize_config.json"}, {"adapter_model.safetensors"}),
     ],
-    ids=["gpt2", "mistral", "onnx", "variants", "sentence-transformers", "index-beside-single", "other-name"],
+    ids=["gpt2", "mistral", "onnx", "variants", "sentence-transformers", "index-and-single", "other-name"],
 )
 def test_make_plan_selects_what_is_loaded(needed: set[str], useless: set[str]) -> None:
     assert plan(SETTINGS | needed | useless) == SETTINGS | needed
@@ -222,7 +222,7 @@ def test_make_plan_sharded_pickles_select_shards_of_their_index() -> None:
         ({"a.safetensors", "b.safetensors"}, r"neither model\.safetensors nor .*, only a\.safetensors, b\.safetensors"),
         ({"model-00001-of-00002.safetensors"}, r"only model-00001-of-00002\.safetensors\. Use a complete revision"),
         ({"checkpoint-5/model.safetensors"}, r"at its top \(only checkpoint-5/model\.safetensors\)\. Use a revision"),
-        (set(), r"\(no weights at all\)\. Use a revision or repository that offers them\.$"),
+        (set(), r"\(no weights at all\)\. Use a revision or repository that has them\.$"),
     ],
     ids=["pickle", "gguf", "adapter", "ambiguous", "shard-without-index", "folder", "none"],
 )

@@ -89,7 +89,7 @@ def test_decoded_body_without_data_is_empty() -> None:
 @pytest.mark.parametrize(
     ("coding", "encoded", "expected"),
     [
-        ("gzip", BODY, r"^The body is not gzip \(.*\)\. Encode it as Content-Encoding has it, or omit the header\.$"),
+        ("gzip", BODY, r"^The body is not gzip \(.*\)\. Send gzip data, or omit Content-Encoding\.$"),
         ("gzip", zlib.compress(BODY), "is not gzip"),
         ("deflate", b"\xff" * 100, "is not deflate"),
         ("gzip", gzip.compress(BODY)[:-8] + b"\0" * 8, "is not gzip"),
