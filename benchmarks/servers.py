@@ -4,10 +4,11 @@ import shlex
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -33,6 +34,8 @@ class Server:
     name: str
     url: str
     model: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further fields of every request; null removes one."""
 
 
 @contextmanager

@@ -130,6 +130,7 @@ async def complete(client: httpx.AsyncClient, server: Server, prompt: str, outpu
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **server.fields,
     }
     arrivals: list[float] = []
     usage: dict[str, int] = {}

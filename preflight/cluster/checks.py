@@ -191,7 +191,7 @@ def _secrets(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
         if secret.optional:
             continue
         keys = cluster.secret_keys(secret.name, deployment.namespace)
-        # An Ingress controller serves its own certificate instead, and reports nothing to who applies the overlay.
+        # An Ingress controller serves its own certificate instead, and reports nothing to the user.
         source: Source = "kserve-llm" if secret.where.startswith("Ingress/") else "kubelet"
         if keys is None:
             yield Finding(

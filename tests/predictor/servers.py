@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -108,6 +109,13 @@ class Server:
     def wait_for_metric(self, name: str, value: float, **labels: str) -> None:
         """Poll until the metric with these labels has this value."""
         self.wait_for(lambda: self.metric(name, **labels) == value)
+
+    def disconnect_during(self, path: str, body: dict[str, Any], **values: float) -> None:
+        """Send a request, and disconnect once the metrics have these values."""
+        connection = HTTPConnection(self.url.removeprefix("http://"), timeout=HANG_SECONDS)
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        self.wait_for_metrics(**values)
+        connection.close()
 
     def wait_until_idle(self) -> None:
         """Poll until no sequence runs or waits and the cache is empty."""

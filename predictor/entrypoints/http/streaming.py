@@ -1,7 +1,7 @@
 """Generation for HTTP requests: submit, wait or stream server-sent events, and cancel when the client disconnects."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
 from typing import Protocol, Self, TypeVar
 
@@ -19,6 +19,9 @@ from predictor.types import Completion, CompletionDelta, GenerationRequest
 
 T = TypeVar("T")
 
+MAX_INLINE_BYTES = 65_536
+"""Bodies up to this size are decoded on the event loop."""
+
 
 class _EventEncoder(Protocol):
     """Encoder of one response; each item is a complete server-sent event."""
@@ -29,10 +32,14 @@ class _EventEncoder(Protocol):
     def error(self, error: RequestError) -> list[str]: ...
 
 
-async def read_body(request: Request, protocol: str) -> bytes:
-    """Read the body, and record the protocol of the request."""
+async def decode_body(request: Request, protocol: str, decode: Callable[[bytes], T]) -> T:
+    """Read and decode the body, and record the protocol of the request.
+
+    A large body is decoded in a thread, since 100,000 messages take seconds.
+    """
     request_record.current().protocol = protocol
-    return await request.body()
+    body = await request.body()
+    return decode(body) if len(body) <= MAX_INLINE_BYTES else await asyncio.to_thread(decode, body)
 
 
 async def complete(request: Request, service: LLMService, requests: Sequence[GenerationRequest]) -> list[Completion]:

@@ -6,7 +6,7 @@ from starlette.exceptions import HTTPException
 
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, json_responses, request_schema
-from predictor.entrypoints.http.streaming import complete, read_body
+from predictor.entrypoints.http.streaming import complete, decode_body
 from predictor.errors import NotFound
 from predictor.generation.service import LLMService
 from predictor.protocols import kserve_v1
@@ -23,7 +23,7 @@ def create_router(service: LLMService) -> APIRouter:
     )
     async def predict(request: Request) -> JSONResponse:
         service.models.require(request.path_params["model_name"])
-        requests = kserve_v1.decode(await read_body(request, "v1"))
+        requests = await decode_body(request, "v1", kserve_v1.decode)
         return JSONResponse(kserve_v1.encode(await complete(request, service, requests)))
 
     @router.get("/models/{model_name}:predict", include_in_schema=False)

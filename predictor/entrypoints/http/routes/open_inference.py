@@ -1,5 +1,6 @@
 """Open Inference Protocol v2 with its generate extension."""
 
+from functools import partial
 from importlib.metadata import version as installed_version
 from typing import Any
 
@@ -11,7 +12,7 @@ from predictor.entrypoints import kserve_server
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, OCTETS, json_responses, request_schema, sse_responses
 from predictor.entrypoints.http.routes.health import require_ready
-from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, read_body
+from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, decode_body
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
 from predictor.protocols import open_inference, open_inference_generate
@@ -51,8 +52,8 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
 
     async def infer(request: Request) -> Response:
         name, version = _require_model(request, service)
-        body = await read_body(request, "v2")
-        payload = open_inference.parse(body, name, request.headers.get(HEADER_LENGTH))
+        parse = partial(open_inference.parse, model_name=name, header_length=request.headers.get(HEADER_LENGTH))
+        payload = await decode_body(request, "v2", parse)
         inference = kserve_server.infer(predictor, payload, dict(request.headers))
         response = await cancel_on_disconnect(request.receive, inference)
         content, header_length = open_inference.serialize(payload, response, version)
@@ -61,15 +62,18 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
         headers = {HEADER_LENGTH: str(header_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    async def generate(request: Request) -> JSONResponse:
+    async def decode_generate(request: Request, protocol: str) -> open_inference_generate.DecodedRequest:
         name, version = _require_model(request, service)
-        decoded = open_inference_generate.decode(await read_body(request, "generate"), name, version)
+        decode = partial(open_inference_generate.decode, model_name=name, version=version)
+        return await decode_body(request, protocol, decode)
+
+    async def generate(request: Request) -> JSONResponse:
+        decoded = await decode_generate(request, "generate")
         [completion] = await complete(request, service, [decoded.request])
         return JSONResponse(open_inference_generate.encode(decoded, completion))
 
     async def generate_stream(request: Request) -> Response:
-        name, version = _require_model(request, service)
-        decoded = open_inference_generate.decode(await read_body(request, "generate_stream"), name, version)
+        decoded = await decode_generate(request, "generate_stream")
         return await EventStream.start(
             request, service, [decoded.request], open_inference_generate.EventEncoder(decoded)
         )

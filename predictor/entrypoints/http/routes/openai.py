@@ -1,8 +1,6 @@
 """OpenAI's completions, chat completions and models; /v1/models is KServe v1's list as well."""
 
-import asyncio
 import time
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,14 +9,11 @@ from fastapi.responses import JSONResponse, Response
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import EVENTS, GENERATION_ERRORS, OPENAI_ERROR, json_responses, request_schema
 from predictor.entrypoints.http.routes.health import require_ready
-from predictor.entrypoints.http.streaming import EventStream, complete, read_body
+from predictor.entrypoints.http.streaming import EventStream, complete, decode_body
 from predictor.generation.service import LLMService
 from predictor.protocols.openai import requests, responses
 from predictor.protocols.openai.models import model_card, model_list
 from predictor.protocols.openai.streaming import EventEncoder
-
-MAX_INLINE_BYTES = 65_536
-"""Bodies up to this size are decoded on the event loop."""
 
 
 def create_router(service: LLMService) -> APIRouter:
@@ -56,10 +51,10 @@ def create_router(service: LLMService) -> APIRouter:
         return JSONResponse(responses.encode(decoded, await complete(request, service, decoded.requests)))
 
     async def completions(request: Request) -> Response:
-        return await respond(request, await _decode(request, requests.decode_completion))
+        return await respond(request, await decode_body(request, "openai", requests.decode_completion))
 
     async def chat_completions(request: Request) -> Response:
-        return await respond(request, await _decode(request, requests.decode_chat_completion))
+        return await respond(request, await decode_body(request, "openai", requests.decode_chat_completion))
 
     for prefix in ("/openai/v1", "/v1"):
         for path, endpoint, body, response in (
@@ -74,9 +69,3 @@ def create_router(service: LLMService) -> APIRouter:
                 **json_responses(response, 400, *GENERATION_ERRORS, also=EVENTS, error=OPENAI_ERROR),
             )
     return router
-
-
-async def _decode(request: Request, decode: Callable[[bytes], requests.DecodedRequest]) -> requests.DecodedRequest:
-    """Read and decode a body; a large one in a thread, since 100,000 messages take seconds."""
-    body = await read_body(request, "openai")
-    return decode(body) if len(body) <= MAX_INLINE_BYTES else await asyncio.to_thread(decode, body)

@@ -1,10 +1,8 @@
 """Chats with the templates of several models, over HTTP."""
 
-import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +144,7 @@ def test_chat_past_its_deadline_while_it_is_encoded_is_504(thinking: InProcessSe
 @pytest.mark.usefixtures("held")
 @pytest.mark.parametrize("stream", [False, True])
 def test_chat_of_a_disconnected_client_gives_its_place_back(thinking: InProcessServer, stream: bool) -> None:
-    body = json.dumps({"model": "thinking", "messages": [USER], "stream": stream})
-    connection = HTTPConnection(thinking.url.removeprefix("http://"), timeout=servers.HANG_SECONDS)
-    connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-    thinking.wait_for_metrics(num_requests_waiting=1)
-    connection.close()
+    body = {"model": "thinking", "messages": [USER], "stream": stream}
+    thinking.disconnect_during("/v1/chat/completions", body, num_requests_waiting=1)
     thinking.wait_for_metrics(num_requests_waiting=0)
     assert thinking.client.post("/v1/completions", json={"model": "thinking", "prompt": "7+5="}).status_code == 200
