@@ -87,6 +87,10 @@ class GrammarCompiler:
     def _make_tokenizer(self) -> LLTokenizer:
         vocabulary_tokens, eos_token_ids = self._vocabulary_tokens, self._eos_token_ids
         tokenizer = from_tokenizer(self._tokenizer, n_vocab=vocabulary_tokens, eos_token=eos_token_ids)
+        probe = self._tokenizer.encode("a b", add_special_tokens=False)
+        # llguidance reads most decoders, but not Metaspace, whose spaces it takes for another character.
+        if tokenizer.decode_str(probe).strip() != self._tokenizer.decode(probe).strip():
+            raise ValueError("llguidance does not support its decoder")
         wrapper = TokenizerWrapper(_TextTokenizer(tokenizer, ControlTokens(self._tokenizer)))
         return LLTokenizer(wrapper, n_vocab=vocabulary_tokens, eos_token=eos_token_ids)
 

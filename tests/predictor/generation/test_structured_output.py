@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
 from predictor.types import GrammarKind, StructuredOutput
+from tests.predictor import sentencepiece
 
 EOS = 2
 MAX_TOKENS = 400
@@ -75,6 +76,16 @@ def test_grammar_of_choices_random_logits_give_each_choice(
     choices = ["yes", 'a "quoted" one', "two\nlines", "back\\slash /x/ %", "é😀", "yes, but"]
     constraint = StructuredOutput(GrammarKind.CHOICE, json.dumps(choices))
     assert {follow(compiler, tokenizer, constraint, seed) for seed in range(120)} == set(choices)
+
+
+def test_grammar_with_spaces_of_sentencepiece_is_followed_or_refused() -> None:
+    choice = "Once upon a time"
+    constraint = StructuredOutput(GrammarKind.CHOICE, json.dumps([choice]))
+    llama, metaspace = sentencepiece.llama(), sentencepiece.metaspace()
+    compiler = GrammarCompiler(llama, 512, frozenset([EOS]))
+    assert follow(compiler, llama, constraint, seed=1) == choice
+    with pytest.raises(InvalidRequest, match="not available for this model's tokenizer: llguidance does not support"):
+        GrammarCompiler(metaspace, 512, frozenset([EOS])).compile(constraint)
 
 
 @pytest.mark.parametrize("text", ["<|end|>", "a<|end|>b", "<|user|><|end|>", "<|<|end|>é"])
