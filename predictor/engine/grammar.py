@@ -8,6 +8,9 @@ from llguidance import LLMatcher
 
 from predictor.errors import InvalidRequest
 
+_NOTHING_ALLOWED = "NoExtensionBias"
+"""llguidance's error if the grammar allows no token."""
+
 
 class Grammar:
     """A compiled grammar; any number of sequences can follow it."""
@@ -46,7 +49,10 @@ class GrammarProcessor:
         self._num_consumed = len(output_ids)
         matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if matcher.is_error():
-            raise InvalidRequest(f"The structured output is too complex: {summary(matcher.get_error())}.")
+            reason = summary(matcher.get_error())
+            if reason == _NOTHING_ALLOWED:
+                raise InvalidRequest("No text matches the structured output. Correct it.")
+            raise InvalidRequest(f"The structured output is too complex: {reason}.")
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little", count=len(logits))
         logits.masked_fill_(torch.from_numpy(allowed).to(logits.device) == 0, -torch.inf)
         if logits.max() == -torch.inf:

@@ -29,6 +29,8 @@ _MAX_REASON = 300
 _PROBE = "probe0text"
 _CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {}}}
 _ROLE = re.compile(r"[\w-]{1,64}")
+MAX_OTHER_ROLES = 16
+"""Maximum number of different roles in a chat besides those of OpenAI; for each, the template runs twice."""
 
 
 class _Content(StrEnum):
@@ -59,7 +61,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         # `documents` is a parameter of transformers only for its type; templates treat it like any variable.
-        self._reserved = {"messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {"documents"}
+        self._reserved = {"self", "messages", *inspect.signature(tokenizer.apply_chat_template).parameters} - {
+            "documents"
+        }
         if reserved := self._reserved & self._variables.keys():
             raise InvalidSettings(f"--chat_template_kwargs cannot set {', '.join(sorted(reserved))}. Remove it.")
         self._control_tokens = ControlTokens(tokenizer)
@@ -152,13 +156,14 @@ class ChatTemplate:
         role, or not at that place.
         """
         instructions: list[str] = []
+        first = self._contents | self._probe_others({message["role"] for message in messages})
+        later = first | self._later_contents
         for position, message in enumerate(messages):
             role, content = message["role"], message["content"]
-            if not _ROLE.fullmatch(role):
-                raise InvalidRequest(f"Invalid role: {role[:80]!r}. Use system, user, assistant or tool.", "messages")
-            kind = self._kind(role, position)
+            kinds = later if position else first
+            kind = kinds[role]
             if role == "developer" and kind in (_Content.DROPPED, _Content.REJECTED):
-                role, kind = "system", self._kind("system", position)
+                role, kind = "system", kinds["system"]
             if role == "system" and kind in (_Content.DROPPED, _Content.REJECTED):
                 instructions.append(content)
                 continue
@@ -173,11 +178,22 @@ class ChatTemplate:
         if instructions:
             yield {"role": "user", "content": _as(self._contents["user"], "\n\n".join(instructions))}
 
-    def _kind(self, role: str, position: int) -> _Content:
-        if position and role in self._later_contents:
-            return self._later_contents[role]
-        # Roles are names that clients choose, so only the usual ones are cached.
-        return self._contents.get(role) or self._probe(role)
+    def _probe_others(self, roles: set[str]) -> dict[str, _Content]:
+        """Probe the roles that are not known from the start.
+
+        They are names that clients choose, so none is remembered.
+        """
+        others = roles - self._contents.keys()
+        for role in others:
+            if not _ROLE.fullmatch(role):
+                raise InvalidRequest(f"Invalid role: {role[:80]!r}. Use system, user, assistant or tool.", "messages")
+        if len(others) > MAX_OTHER_ROLES:
+            raise InvalidRequest(
+                f"Too many roles: {len(others)} besides system, user, assistant and tool. Use at most "
+                f"{MAX_OTHER_ROLES}.",
+                "messages",
+            )
+        return {role: self._probe(role) for role in others}
 
     def _reasoning_variables(self, effort: str | None) -> dict[str, Any]:
         """Return values for those of the usual variables for reasoning that this template reads."""

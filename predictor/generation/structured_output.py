@@ -10,11 +10,12 @@ import threading
 from functools import lru_cache
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 from llguidance.hf import from_tokenizer
 
 from predictor.engine.grammar import Grammar, summary
 from predictor.errors import InvalidRequest
+from predictor.generation.control_tokens import BREAK, ControlTokens
 from predictor.types import GrammarKind, StructuredOutput
 
 MAX_GRAMMAR_BYTES = 131_072
@@ -76,14 +77,46 @@ class GrammarCompiler:
         with self._lock:
             if self._llguidance_tokenizer is None:
                 try:
-                    self._llguidance_tokenizer = from_tokenizer(
-                        self._tokenizer, n_vocab=self._vocabulary_tokens, eos_token=self._eos_token_ids
-                    )
+                    self._llguidance_tokenizer = self._make_tokenizer()
                 except ValueError as error:
                     raise InvalidRequest(
                         f"Structured output is not available for this model's tokenizer: {error}."
                     ) from error
             return self._llguidance_tokenizer
+
+    def _make_tokenizer(self) -> LLTokenizer:
+        vocabulary_tokens, eos_token_ids = self._vocabulary_tokens, self._eos_token_ids
+        tokenizer = from_tokenizer(self._tokenizer, n_vocab=vocabulary_tokens, eos_token=eos_token_ids)
+        probe = self._tokenizer.encode("a b", add_special_tokens=False)
+        # llguidance reads most decoders, but not Metaspace, whose spaces it takes for another character.
+        if tokenizer.decode_str(probe).strip() != self._tokenizer.decode(probe).strip():
+            raise ValueError("llguidance does not support its decoder")
+        wrapper = TokenizerWrapper(_TextTokenizer(tokenizer, ControlTokens(self._tokenizer)))
+        return LLTokenizer(wrapper, n_vocab=vocabulary_tokens, eos_token=eos_token_ids)
+
+
+class _TextTokenizer:
+    """Encodes text that a grammar requires, without special tokens, as llguidance's TokenizerWrapper needs it.
+
+    llguidance's own tokenizer encodes `</s>` in a required text as the special token, which ends the completion.
+
+    Args:
+        tokenizer: llguidance's, of the same vocabulary.
+        special_tokens: those of the model.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, special_tokens: ControlTokens) -> None:
+        ids = range(tokenizer.vocab_size)
+        self.eos_token_id = tokenizer.eos_token
+        self.bos_token_id = None
+        self.tokens = [tokenizer.decode_bytes([token_id]) for token_id in ids]
+        self.special_token_ids = [token_id for token_id in ids if tokenizer.is_special_token(token_id)]
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
+
+    def __call__(self, text: bytes) -> list[int]:
+        parts = self._special_tokens.escape(text.decode()).split(BREAK)
+        return [token_id for part in parts for token_id in self._tokenizer.tokenize_str(part)]
 
 
 def _to_grammar(constraint: StructuredOutput) -> str:

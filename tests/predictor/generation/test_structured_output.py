@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
 from predictor.types import GrammarKind, StructuredOutput
+from tests.predictor import sentencepiece
 
 EOS = 2
 MAX_TOKENS = 400
@@ -75,6 +76,30 @@ def test_grammar_of_choices_random_logits_give_each_choice(
     choices = ["yes", 'a "quoted" one', "two\nlines", "back\\slash /x/ %", "é😀", "yes, but"]
     constraint = StructuredOutput(GrammarKind.CHOICE, json.dumps(choices))
     assert {follow(compiler, tokenizer, constraint, seed) for seed in range(120)} == set(choices)
+
+
+def test_grammar_with_spaces_of_sentencepiece_is_followed_or_refused() -> None:
+    choice = "Once upon a time"
+    constraint = StructuredOutput(GrammarKind.CHOICE, json.dumps([choice]))
+    llama, metaspace = sentencepiece.llama(), sentencepiece.metaspace()
+    compiler = GrammarCompiler(llama, 512, frozenset([EOS]))
+    assert follow(compiler, llama, constraint, seed=1) == choice
+    with pytest.raises(InvalidRequest, match="not available for this model's tokenizer: llguidance does not support"):
+        GrammarCompiler(metaspace, 512, frozenset([EOS])).compile(constraint)
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "a<|end|>b", "<|user|><|end|>", "<|<|end|>é"])
+@pytest.mark.parametrize("kind", [GrammarKind.CHOICE, GrammarKind.REGEX, GrammarKind.JSON_SCHEMA])
+def test_grammar_with_text_of_special_tokens_gives_it_as_text(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, kind: GrammarKind, text: str
+) -> None:
+    value = {
+        GrammarKind.CHOICE: json.dumps([text]),
+        GrammarKind.REGEX: re.escape(text),
+        GrammarKind.JSON_SCHEMA: json.dumps({"const": text}),
+    }[kind]
+    expected = json.dumps(text, ensure_ascii=False) if kind is GrammarKind.JSON_SCHEMA else text
+    assert follow(compiler, tokenizer, StructuredOutput(kind, value), seed=1) == expected
 
 
 def test_grammar_in_lark_random_logits_follow_it(compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -158,6 +183,18 @@ def test_compile_deep_schema_is_refused(compiler: GrammarCompiler) -> None:
         value = {"type": "object", "properties": {"a": value}}
     with pytest.raises(InvalidRequest, match="recursion limit"):
         compiler.compile(schema(value))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [StructuredOutput(GrammarKind.REGEX, r"[^\s\S]"), StructuredOutput(GrammarKind.GRAMMAR, "start: start")],
+    ids=["regex", "grammar"],
+)
+def test_processor_constraint_that_no_text_matches_is_an_error(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, constraint: StructuredOutput
+) -> None:
+    with pytest.raises(InvalidRequest, match=r"^No text matches the structured output"):
+        follow(compiler, tokenizer, constraint, seed=1)
 
 
 def test_processor_ambiguous_grammar_exceeds_the_limits(
