@@ -73,6 +73,8 @@ class SamplingParams:
     """Tokens that are never sampled."""
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that are not sampled as the first of the completion."""
+    bad_words: tuple[str, ...] = ()
+    """Words that the completion does not contain, by the tokens with which they begin a text or follow a space."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that the completion never ends, even if the prompt begins them."""
     stop: tuple[str, ...] = ()

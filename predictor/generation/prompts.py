@@ -165,6 +165,11 @@ class Prompts:
             no_repeat_ngram_size=sampling.no_repeat_ngram_size or defaults.no_repeat_ngram_size,
             suppress_tokens=sampling.suppress_tokens + defaults.suppress_tokens,
             begin_suppress_tokens=sampling.begin_suppress_tokens + defaults.begin_suppress_tokens,
-            bad_words_ids=sampling.bad_words_ids + defaults.bad_words_ids,
+            bad_words_ids=sampling.bad_words_ids + self._bad_words_ids(sampling.bad_words) + defaults.bad_words_ids,
             **unset,
         )
+
+    def _bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))
+        encoded = (tuple(self.tokenizer.encode(spelling, add_special_tokens=False)) for spelling in spellings)
+        return tuple(dict.fromkeys(token_ids for token_ids in encoded if token_ids))

@@ -114,8 +114,7 @@ REFUSED_PARAMETERS: Refusals = {
     "stop_words": _refuse("not supported. Use stop"),
     # Sampling
     "allowed_token_ids": _refuse("not supported. Omit it"),
-    "bad_words": _refuse("not supported. Omit it"),
-    "bad_words_ids": _refuse("not supported. Omit it"),
+    "bad_words_ids": _refuse("not supported. Use bad_words"),
     "beam_width": _refuse("beam search is not supported", 1),
     "do_sample": _refuse("not supported. Set temperature to 0 instead of false", True),
     "dry_multiplier": _refuse("not supported. Omit it", 0),

@@ -90,6 +90,9 @@ class SamplingFields(StructuredOutputFields):
         default=[], description="Strings that end the completion; not part of it."
     )
     stop_token_ids: StopTokenIds = Field(default=[], description="Tokens that end the completion.")
+    bad_words: Annotated[Stop, BeforeValidator(_parse_list, str | _Strings)] = Field(
+        default=[], description="Words that the completion does not contain."
+    )
     ignore_eos: bool = Field(default=False, description="Continue after the model's end of sequence.")
     seed: Annotated[int, AfterValidator(_to_seed)] | None = Field(
         default=None, description="Makes sampling repeatable; -1: random."
@@ -102,6 +105,7 @@ class SamplingFields(StructuredOutputFields):
         if self.top_k == -1:  # vLLM's value for "all"
             values["top_k"] = 0
         values["stop"] = tuple(self.stop)
+        values["bad_words"] = tuple(self.bad_words)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
         return SamplingParams(**values, logprobs=logprobs, structured_output=self.structured_output())
 

@@ -128,3 +128,14 @@ def test_seeds_beyond_64_bits_sample_repeatably(client: httpx.Client) -> None:
 
     assert text(2**64 + 5) == text(5) != text(6)
     assert text(2**64 - 1) == text(2**64 - 1)
+
+
+@pytest.mark.parametrize("words", [["2"], "2", ["42"], ["2=4 4"]])
+def test_completion_has_no_bad_word_of_the_request(client: httpx.Client, words: list[str] | str) -> None:
+    def complete(**fields: object) -> str:
+        body = {"model": "demo", "prompt": "20+22=", "max_tokens": 30, "temperature": 0, **fields}
+        return str(client.post("/v1/completions", json=body).raise_for_status().json()["choices"][0]["text"])
+
+    [word] = [words] if isinstance(words, str) else words
+    assert word in complete()
+    assert word not in complete(bad_words=words)

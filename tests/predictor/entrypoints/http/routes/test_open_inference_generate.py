@@ -39,7 +39,7 @@ def test_generate_and_generate_stream_return_the_same(client: httpx.Client, vers
         ({"text_input": ""}, "text_input: string should have at least 1 character"),
         ({"text_input": "1", "parameters": {"max_tokens": -2}}, "parameters.max_tokens: "),
         ({"text_input": "1", "beam_width": 2}, "beam_width: beam search is not supported"),
-        ({"text_input": "1", "bad_words": ["2"]}, "bad_words: not supported"),
+        ({"text_input": "1", "bad_words": [2]}, "bad_words"),
         ({"text_input": "1" * 2000}, "The prompt is too long: 2001 tokens"),
     ],
 )
