@@ -67,7 +67,7 @@ def test_lock_has_arm64_wheels(path: str, tmp_path: Path) -> None:
         "--target",
         tmp_path,
         "--python-platform",
-        "aarch64-unknown-linux-gnu",
+        "aarch64-manylinux_2_36",  # glibc of Debian 12; the base image has this or a newer one
         "--python-version",
         python,
     ]
