@@ -1,7 +1,7 @@
 """Create a model of a given shape with random weights, which is as fast as a trained one.
 
 `python -m benchmarks.make_model DIR` writes config, generation config, bfloat16 safetensors and tokenizer. Token `i` is
-the word `w<i>`, so a text of N words has N tokens. No token is special, so every generated token is visible in the
+the word `w<i>` after a space, so a text of N words has about N tokens. No token is special, so every generated token is visible in the
 text. The same seed gives the same weights.
 
 The architecture is Llama with Qwen2's shape by default. They differ in the bias of three projections only, and for
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from benchmarks.throughput import WORDS, word
@@ -58,10 +58,21 @@ def make(directory: Path, shape: Shape, *, seed: int = 0) -> int:
 
 
 def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
-    """Return a tokenizer with one token per word, `w0`, `w1` and so on; unknown words become `w0`."""
-    vocabulary = {word(index): index for index in range(shape.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=word(0)))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    """Return a byte-level tokenizer with one token per word that follows a space, ` w0`, ` w1` and so on.
+
+    The last 256 tokens are the bytes, for all other text.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}{word(i)}" for i in range(shape.vocab_size - len(alphabet))]
+    vocabulary = {token: index for index, token in enumerate([*words, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", behavior="merged_with_next"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=shape.max_position_embeddings,
