@@ -1,8 +1,8 @@
 """Create a model of a given shape with random weights, which is as fast as a trained one.
 
 `python -m benchmarks.make_model DIR` writes config, generation config, bfloat16 safetensors and tokenizer. Token `i` is
-the word `w<i>` after a space, so a text of N words has about N tokens. No token is special, so every generated token is visible in the
-text. The same seed gives the same weights.
+the word `w<i>` after a space, so a text of N such words has N tokens; the last 256 tokens are bytes. No token is
+special, so every generated token is visible in the text. The same seed gives the same weights.
 
 The architecture is Llama with Qwen2's shape by default. They differ in the bias of three projections only, and for
 Qwen2 transformers would always load Qwen2's tokenizer class.
@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 
 from benchmarks.throughput import WORDS, word
 
+BYTES = 256
+"""Tokens after the words."""
 EOS_TOKEN_ID = 0
 """Every model declares one; its text is an ordinary word."""
 
@@ -41,7 +43,7 @@ SHAPES = {
     "0.4b": Shape(896, 4864, 24, 14, 2, 151936),
     # Qwen2-1.5B.
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151936),
-    "tiny": Shape(64, 128, 2, 4, 2, WORDS),
+    "tiny": Shape(64, 128, 2, 4, 2, WORDS + BYTES),
 }
 
 
@@ -63,7 +65,11 @@ def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
     The last 256 tokens are the bytes, for all other text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [f"\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}{word(i)}" for i in range(shape.vocab_size - len(alphabet))]
+    # Byte-level BPE writes a space as this letter.
+    words = [
+        word(index).replace(" ", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")
+        for index in range(shape.vocab_size - BYTES)
+    ]
     vocabulary = {token: index for index, token in enumerate([*words, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -96,8 +102,8 @@ def main() -> None:
 
     overrides = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.shape], **{name: value for name, value in overrides.items() if value is not None})
-    if shape.vocab_size < WORDS:
-        parser.error(f"--vocab_size is {shape.vocab_size}, but the benchmark's prompts use {WORDS} words.")
+    if shape.vocab_size < WORDS + BYTES:
+        parser.error(f"--vocab_size is {shape.vocab_size}, but the prompts use {WORDS} words, next to {BYTES} bytes.")
     print(f"{make(arguments.directory, shape, seed=arguments.seed):,} parameters in {arguments.directory}")
 
 

@@ -108,12 +108,12 @@ class Measurement:
 
 def word(index: int) -> str:
     """Return the text of token `index` for the models of `benchmarks.make_model`."""
-    return f"w{index}"
+    return f" w{index}"
 
 
 def make_prompts(rng: random.Random, number: int, words: int) -> list[str]:
     """Return `number` prompts of `words` random words each."""
-    return [" ".join(word(rng.randrange(WORDS)) for _ in range(words)) for _ in range(number)]
+    return ["".join(word(rng.randrange(WORDS)) for _ in range(words)) for _ in range(number)]
 
 
 async def complete(client: httpx.AsyncClient, server: Server, prompt: str, output_tokens: int) -> Completion:
