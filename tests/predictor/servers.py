@@ -378,3 +378,17 @@ class StreamReader:
                 self.text += part.get("text", part.get("text_output", ""))
                 self.finish_reason = part.get("details", part).get("finish_reason") or self.finish_reason
         self.started.set()
+
+
+def probe_paths(model_name: str) -> list[str]:
+    """Return the paths that need no API key."""
+    return [
+        "/",
+        "/health",
+        "/ping",
+        "/version",
+        "/metrics",
+        "/v2/health/live",
+        "/v2/health/ready",
+        f"/v2/models/{model_name}/ready",
+    ]

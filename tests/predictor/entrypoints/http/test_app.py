@@ -145,16 +145,7 @@ def test_request_without_an_api_key_returns_401_except_for_probes(limited: InPro
         for path in (predict, *(Call(limited, protocol, 1).path for protocol in PROTOCOLS)):
             response = anonymous.post(path, json=Call(limited, OPENAI, 1).body)
             assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
-        for path in (
-            "/",
-            "/health",
-            "/ping",
-            "/version",
-            "/metrics",
-            "/v2/health/live",
-            "/v2/health/ready",
-            "/v2/models/limited/ready",
-        ):
+        for path in servers.probe_paths("limited"):
             assert anonymous.get(path).status_code == 200, path
         assert anonymous.get("/v1/models").status_code == 401
 

@@ -35,20 +35,12 @@ from predictor.entrypoints.kserve_server import HTTPProtocol
 from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.types import FinishedSequence
+from tests.predictor import servers
 
 KEY = "alices-key-0123456789"
 LIMIT = 1000
 WAIT_SECONDS = 20
-PROBES = [
-    "/",
-    "/health",
-    "/ping",
-    "/version",
-    "/metrics",
-    "/v2/health/live",
-    "/v2/health/ready",
-    "/v2/models/demo/ready",
-]
+PROBES = servers.probe_paths("demo")
 COMPLETIONS = "/openai/v1/completions"
 INTERNAL_ERROR = "Internal server error. See the server's log."
 
