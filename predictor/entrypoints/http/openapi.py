@@ -108,7 +108,8 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
     details = _object({"reasoning_tokens": _INTEGER})
     head = {"id": _STRING, "object": {"const": name}, "created": _INTEGER, "model": _STRING}
-    return _object({**head, "choices": _list(_object(choice)), "usage": _object(usage, completion_tokens_details=details)}, service_tier=_STRING)
+    counts = _object(usage, completion_tokens_details=details)
+    return _object({**head, "choices": _list(_object(choice)), "usage": counts}, service_tier=_STRING)
 
 
 COMPLETION = _openai_response("text_completion", {"text": _STRING})

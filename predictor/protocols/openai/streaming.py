@@ -6,7 +6,14 @@ from typing import Any
 
 from predictor.errors import RequestError
 from predictor.protocols.openai.requests import DecodedRequest
-from predictor.protocols.openai.responses import choice, encode_error, reasoning_fields, response_head, text_tokens, usage
+from predictor.protocols.openai.responses import (
+    choice,
+    encode_error,
+    reasoning_fields,
+    response_head,
+    text_tokens,
+    usage,
+)
 from predictor.types import CompletionDelta, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 
 
