@@ -77,6 +77,8 @@ class LLMService:
         self.metadata: dict[str, str] = {}
         """Properties of the loaded model, all as strings; empty before the load."""
         self._settings = settings
+        self._wait_state = ""
+        """State of the wait for the snapshot; part of the readiness message."""
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
         self._num_encoding = 0
@@ -122,7 +124,12 @@ class LLMService:
         settings = self._settings
         self._enter(Phase.WAITING)
         with self._metrics.time_load_phase("snapshot"):
-            return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
+            return snapshot.wait(
+                settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds, self._report_wait
+            )
+
+    def _report_wait(self, state: str) -> None:
+        self._wait_state = state
 
     def _load_weights(self, model_snapshot: Snapshot) -> LoadedModel:
         settings = self._settings
@@ -237,6 +244,8 @@ class LLMService:
     @property
     def not_ready_reason(self) -> str:
         """The reason for not being ready, in a few words."""
+        if self.phase is Phase.WAITING and self._wait_state:
+            return f"{self.phase}, {self._wait_state}"
         if self.phase is not Phase.READY or self._pipeline is None:
             return self.phase
         if not self.is_live:
