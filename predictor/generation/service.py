@@ -21,7 +21,7 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_processor
+from predictor.generation import output_format, output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
@@ -78,6 +78,8 @@ class LLMService:
         self.metadata: dict[str, str] = {}
         """Properties of the loaded model, all as strings; empty before the load."""
         self._settings = settings
+        self._wait_state = ""
+        """State of the wait for the snapshot; part of the readiness message."""
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
         self._num_encoding = 0
@@ -123,7 +125,12 @@ class LLMService:
         settings = self._settings
         self._enter(Phase.WAITING)
         with self._metrics.time_load_phase("snapshot"):
-            return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
+            return snapshot.wait(
+                settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds, self._report_wait
+            )
+
+    def _report_wait(self, state: str) -> None:
+        self._wait_state = state
 
     def _load_weights(self, model_snapshot: Snapshot) -> LoadedModel:
         settings = self._settings
@@ -177,6 +184,7 @@ class LLMService:
             loaded.defaults,
             settings.default_max_tokens,
             loaded.unembedded_tokens,
+            output_format.detect(loaded.tokenizer),
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
@@ -248,6 +256,8 @@ class LLMService:
     @property
     def not_ready_reason(self) -> str:
         """The reason for not being ready, in a few words."""
+        if self.phase is Phase.WAITING and self._wait_state:
+            return f"{self.phase}, {self._wait_state}"
         if self.phase is not Phase.READY or self._pipeline is None:
             return self.phase
         if not self.is_live:

@@ -258,7 +258,10 @@ class DrainMiddleware(_Middleware):
 
 
 class ApiKeyMiddleware(_Middleware):
-    """Requires a bearer key for everything except probes; the key's name goes into the request's record."""
+    """Requires a key for everything except probes; the key's name goes into the request's record.
+
+    Anthropic's clients send it as `x-api-key`, all others as a bearer token.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
         super().__init__(app)
@@ -266,7 +269,11 @@ class ApiKeyMiddleware(_Middleware):
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_probe(scope):
-            request_record.current().key = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
+            headers = Headers(scope=scope)
+            authorization = headers.getlist("authorization") or [
+                f"Bearer {key}" for key in headers.getlist("x-api-key")
+            ]
+            request_record.current().key = self._keys.authenticate(authorization)
         await self._app(scope, receive, send)
 
 

@@ -61,6 +61,10 @@ OPENAI_ERROR = _object(
     }
 )
 
+ANTHROPIC_ERROR = _object(
+    {"type": {"const": "error"}, "error": _object({"type": _STRING, "message": _STRING}), "request_id": _STRING}
+)
+
 LIVE = _object({"live": _BOOLEAN})
 READY = _object({"ready": _BOOLEAN})
 SERVER = _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS})
@@ -103,16 +107,33 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
         "index": _INTEGER,
         **output,
         "logprobs": _or_null({"type": "object"}),
-        "finish_reason": {"type": "string", "enum": ["stop", "length"]},
+        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
     }
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
+    details = _object({"reasoning_tokens": _INTEGER})
     head = {"id": _STRING, "object": {"const": name}, "created": _INTEGER, "model": _STRING}
-    return _object({**head, "choices": _list(_object(choice)), "usage": _object(usage)}, service_tier=_STRING)
+    counts = _object(usage, completion_tokens_details=details)
+    return _object({**head, "choices": _list(_object(choice)), "usage": counts}, service_tier=_STRING)
 
 
 COMPLETION = _openai_response("text_completion", {"text": _STRING})
-_MESSAGE = _object({"role": {"const": "assistant"}, "content": _STRING, "refusal": {"type": "null"}})
+_FUNCTION_CALL = _object({"name": _STRING, "arguments": _STRING})
+_TOOL_CALL = _object({"id": _STRING, "type": {"const": "function"}, "function": _FUNCTION_CALL})
+_MESSAGE = _object(
+    {"role": {"const": "assistant"}, "content": _or_null(_STRING), "refusal": {"type": "null"}},
+    tool_calls=_list(_TOOL_CALL),
+    reasoning_content=_STRING,
+    reasoning=_STRING,
+)
 CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
+
+_COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
+MESSAGE = _object(
+    {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}
+    | {"content": _list(_object({"type": {"type": "string", "enum": ["text", "thinking", "tool_use"]}}))}
+    | {"stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}}
+    | {"stop_sequence": _or_null(_STRING), "usage": _object(_COUNTS)}
+)
 
 PREDICTIONS = _object({"predictions": _STRINGS})
 
