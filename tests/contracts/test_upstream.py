@@ -507,7 +507,11 @@ def test_uvicorn_server_state_has_the_connections_which_shutdown_closes() -> Non
     assert "connection.shutdown()" in inspect.getsource(uvicorn.Server.shutdown)
     assert ServerState().connections == set()
     closed: list[bool] = []
-    protocol = HttpToolsProtocol(uvicorn.Config(Starlette(), log_config=None), ServerState(), {})
+
+    async def connect() -> HttpToolsProtocol:
+        return HttpToolsProtocol(uvicorn.Config(Starlette(), log_config=None), ServerState(), {})
+
+    protocol = asyncio.run(connect())
     protocol.transport = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
     protocol.shutdown()
     assert closed == [True]
