@@ -94,7 +94,7 @@ class Settings(BaseSettings):
     shutdown_delay_seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Time after SIGTERM in which new requests are still served, in seconds, until proxies have removed the server."""
     shutdown_grace_seconds: int = Field(default=600, ge=0)
-    """Maximum time for running requests after the delay, in seconds. Both together at most the InferenceService's timeout."""
+    """Maximum time for running requests after it, in seconds. Both together at most the InferenceService's timeout."""
     api_keys_file: Path | None = None
     """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
     allowed_origins: str = ""
