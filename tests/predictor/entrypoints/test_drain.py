@@ -56,16 +56,18 @@ def pod_process(folder: Path) -> Iterator[Pod]:
 
 
 @contextmanager
-def pod_thread(_: Path) -> Iterator[Pod]:
+def pod_thread(folder: Path) -> Iterator[Pod]:
     """The same servers and lifecycle in a thread."""
+    del folder
     port = str(processes.free_port())
     parsed = settings.read([*FLAGS, *DELAY, "--served_model_name", "demo", "--http_port", port])
-    running = Lifecycle(LLMService(parsed), parsed.shutdown_grace_seconds, parsed.shutdown_delay_seconds)
+    service = LLMService(parsed)
+    running = Lifecycle(service, parsed.shutdown_grace_seconds, parsed.shutdown_delay_seconds)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def serve() -> None:
         loops.append(asyncio.get_running_loop())
-        await lifecycle.serve(running._service, running, parsed)  # type: ignore[arg-type]
+        await lifecycle.serve(service, running, parsed)
 
     thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
