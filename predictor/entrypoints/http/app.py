@@ -44,6 +44,7 @@ def create_app(
         redirect_slashes=False,
         exception_handlers=error_responses.HANDLERS,
         middleware=[
+            Middleware(middleware.ConnectionMiddleware, is_terminating=lambda: service.is_terminating),
             *cors,
             Middleware(middleware.NormalizePathMiddleware),
             Middleware(
