@@ -3,7 +3,6 @@
 `field_tables` has the fields that have no effect or are refused. vLLM's extra sampling fields are supported.
 """
 
-import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
@@ -13,7 +12,8 @@ from predictor.protocols.field_tables import HARMLESS_ITEM, HARMLESS_RESPONSE, R
 from predictor.protocols.json_object import JSONObject
 from predictor.protocols.openai.schemas import parse_arguments
 from predictor.protocols.sampling_fields import MAX_LOGPROBS, MAX_TOKENS, MaxTokens, SamplingFields
-from predictor.types import GrammarKind, StructuredOutput
+from predictor.protocols.structured_output_fields import json_schema_output
+from predictor.types import StructuredOutput
 
 _TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 
@@ -218,8 +218,7 @@ class _TextFormat(JSONObject):
         """Return what the text must follow; None if nothing."""
         if self.type == "text":
             return None
-        schema = {"type": "object"} if self.type == "json_object" else self.schema_
-        return StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+        return json_schema_output({"type": "object"} if self.schema_ is None else self.schema_)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a field of the response."""
