@@ -87,6 +87,8 @@ class SamplingParams:
     """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
     structured_output: StructuredOutput | None = None
     """What the text follows."""
     logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
@@ -123,15 +125,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log probability of a sampled token, before temperature and penalties, and of the most probable ones.
+    """Log probability of a token, before temperature and penalties, and of the most probable ones.
 
     Finite, and not less than MIN_LOGPROB.
     """
 
     token_id: int
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log probability) of the most probable tokens, best first."""
+    rank: int | None = None
+    """1 for the most probable token; None without a log probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +147,24 @@ class Step:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token id if requested, else empty."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token of the prompt if requested, in the first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token as text, with its log probability."""
+    """A token as text, with its log probability."""
 
     id: int
     text: str
     """Contains UNFINISHED_CHARACTER if the token is only part of a character."""
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt."""
     special: bool = False
     top: tuple["Token", ...] = ()
     """The most probable tokens at this position, best first."""
+    rank: int | None = None
+    """1 for the most probable token at this position; None without a log probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +188,8 @@ class CompletionDelta:
     finish_reason: FinishReason | None = None
     tokens: tuple[Token, ...] = ()
     """New tokens if requested. Their text may come later: it is held back while it may begin a stop string."""
+    prompt: tuple[Token, ...] = ()
+    """The prompt's tokens if their log probabilities are requested, in the first delta of a completion."""
 
     @property
     def text(self) -> str:
@@ -217,3 +229,5 @@ class Completion:
     """Generated tokens, the end-of-sequence token included."""
     tokens: tuple[Token, ...] = ()
     """All generated tokens, if requested."""
+    prompt: tuple[Token, ...] = ()
+    """The prompt's tokens, if their log probabilities are requested."""
