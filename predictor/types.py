@@ -21,6 +21,7 @@ class FinishReason(StrEnum):
     EOS_TOKEN = "eos_token"  # noqa: S105
     LENGTH = "length"
     STOP_SEQUENCE = "stop_sequence"
+    TOOL_CALLS = "tool_calls"
 
 
 CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
@@ -103,6 +104,10 @@ class Chat:
     tools: tuple[Mapping[str, Any], ...] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as `enable_thinking`."""
+    requires_tool_call: bool = False
+    """The assistant calls one of the tools at least, instead of writing a message."""
+    parallel_tool_calls: bool = True
+    """The assistant may call several tools in one message."""
     reasoning_effort: str | None = None
     """Sets the variables by which the template controls the reasoning, if it has any; "none" turns it off."""
     continue_final_message: bool = False
@@ -121,6 +126,8 @@ class GenerationRequest:
     """Number of independent completions; the k-th uses `seed + k`."""
     echo: bool = False
     """Put the prompt's text before the completion's."""
+    parse_output: bool = False
+    """Separate the reasoning and the tool calls of a chat from its text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,18 +181,53 @@ class TextDelta:
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Text added to the reasoning before a completion's text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """Beginning of a tool call, or JSON added to its arguments."""
+
+    index: int
+    """Of the call in the completion; all deltas of a call come before those of the next."""
+    arguments: str = ""
+    """Part of the arguments' JSON; all parts together are the JSON of an object, unless the completion is cut off."""
+    id: str | None = None
+    """In the first delta of a call, as is `name`."""
+    name: str | None = None
+
+
+OutputDelta = TextDelta | ReasoningDelta | ToolCallDelta
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One complete tool call."""
+
+    id: str
+    name: str
+    arguments: str
+    """JSON of an object, unless the completion was cut off."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionDelta:
     """Addition to one completion of a stream; the last one of each completion has a finish reason."""
 
     index: int
     """Completion that it belongs to: those of the first request come first, `n` of each."""
-    deltas: tuple[TextDelta, ...] = ()
+    deltas: tuple[OutputDelta, ...] = ()
     """Typed additions, in order; empty if all new text is held back."""
     prompt_tokens: int
     completion_tokens: int
     """Tokens generated so far, the end-of-sequence token included."""
     finish_reason: FinishReason | None = None
+    reasoning_tokens: int = 0
+    """Those of `completion_tokens` that are reasoning."""
     tokens: tuple[Token, ...] = ()
     """New tokens if requested. Their text may come later: it is held back while it may begin a stop string."""
     prompt: tuple[Token, ...] = ()
@@ -193,8 +235,8 @@ class CompletionDelta:
 
     @property
     def text(self) -> str:
-        """All text added, "" if none."""
-        return "".join(delta.text for delta in self.deltas)
+        """All text added, "" if none; without reasoning."""
+        return "".join(delta.text for delta in self.deltas if isinstance(delta, TextDelta))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,3 +273,8 @@ class Completion:
     """All generated tokens, if requested."""
     prompt: tuple[Token, ...] = ()
     """The prompt's tokens, if their log probabilities are requested."""
+    reasoning: str = ""
+    """Text of the reasoning before `text`."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    reasoning_tokens: int = 0
+    """Those of `completion_tokens` that are reasoning."""

@@ -5,14 +5,15 @@ The engine handles token ids only, and the protocols handle completions only; th
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation.detokenizer import Detokenizer, left_context
-from predictor.generation.logprobs import LogprobsFormatter
+from predictor.generation.logprobs import LogprobsFormatter, format_prompt
+from predictor.generation.output_parser import OutputParser
 from predictor.generation.prompts import EncodedRequest
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import (
@@ -23,9 +24,13 @@ from predictor.types import (
     CompletionDelta,
     FinishedSequence,
     FinishReason,
+    OutputDelta,
+    ReasoningDelta,
     Step,
     TextDelta,
     Token,
+    ToolCall,
+    ToolCallDelta,
 )
 
 OnFinished = Callable[[FinishedSequence], None]
@@ -85,13 +90,7 @@ class CompletionStream:
                 deltas = received[delta.index]
                 deltas.append(delta)
                 if delta.finish_reason is not None:
-                    completions[delta.index] = Completion(
-                        _text(deltas),
-                        finish_reason=delta.finish_reason,
-                        prompt_tokens=delta.prompt_tokens,
-                        completion_tokens=delta.completion_tokens,
-                        tokens=tuple(token for delta in deltas for token in delta.tokens),
-                    )
+                    completions[delta.index] = _completion(deltas)
         except DeadlineExceeded as error:
             raise DeadlineExceeded(str(error), tuple(map(_text, received))) from error
         return [completions[index] for index in range(len(self._sequences))]
@@ -124,21 +123,26 @@ def submit(
         context = left_context(tokenizer, token_ids)
         for copy in range(request.n):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
-            prepared.append((token_ids, seeded, context, echo))
+            prepared.append((token_ids, seeded, context, echo, request.output_parser))
     streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline)
     return CompletionStream(
         [
             _Sequence(
                 index=index,
                 stream=stream,
+                tokenizer=tokenizer,
                 detokenizer=Detokenizer(tokenizer, context, stop=sampling.stop, min_tokens=sampling.min_tokens),
                 logprobs=LogprobsFormatter(tokenizer, context),
                 prompt_tokens=len(token_ids),
                 echo=echo,
+                scores_prompt=sampling.prompt_logprobs is not None,
+                parser=output_parser() if output_parser else None,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
             )
-            for index, (stream, (token_ids, sampling, context, echo)) in enumerate(zip(streams, prepared, strict=True))
+            for index, (stream, (token_ids, sampling, context, echo, output_parser)) in enumerate(
+                zip(streams, prepared, strict=True)
+            )
         ]
     )
 
@@ -149,23 +153,30 @@ class _Sequence:
 
     index: int
     stream: Stream
+    tokenizer: Tokenizer
     detokenizer: Detokenizer
     logprobs: LogprobsFormatter
     prompt_tokens: int
     echo: str
+    scores_prompt: bool
+    parser: OutputParser | None
     on_finished: OnFinished
     on_tokens: OnTokens
     completion_tokens: int = 0
+    reasoning_tokens: int = 0
     outcome: str = CANCELLED
     last_step_at: float | None = None
     closed: bool = False
 
     async def deltas(self) -> AsyncGenerator[CompletionDelta]:
         """Yield deltas up to the one with a finish reason."""
-        if self.echo:
-            yield self._completion_delta(self.echo)
+        if self.echo and not self.scores_prompt:
+            yield self._completion_delta(self._echo())
         try:
             async for step in self.stream:
+                if step.prompt_logprobs:
+                    prompt = await format_prompt(self.tokenizer, step.prompt_logprobs)
+                    yield replace(self._completion_delta(self._echo()), prompt=prompt)
                 delta = self._process(step)
                 if delta.finish_reason is not None:
                     self.outcome = delta.finish_reason.value
@@ -202,13 +213,17 @@ class _Sequence:
             )
         )
 
+    def _echo(self) -> list[OutputDelta]:
+        return [TextDelta(self.echo)] if self.echo else []
+
     def _process(self, step: Step) -> CompletionDelta:
         """Count the tokens of a step, and detokenize it up to the first stop string."""
         if step.token_ids:
             now = time.monotonic()
             self.on_tokens(len(step.token_ids), None if self.last_step_at is None else now - self.last_step_at)
             self.last_step_at = now
-        text, tokens, finish_reason = "", [], step.finish_reason
+        deltas: list[OutputDelta] = []
+        tokens, finish_reason = [], step.finish_reason
         # The token that ends a completion is not part of its text.
         drop_last = finish_reason not in (None, FinishReason.LENGTH)
         for position, token_id in enumerate(step.token_ids, start=1):
@@ -216,20 +231,32 @@ class _Sequence:
             if step.logprobs:
                 tokens.append(self.logprobs.format(step.logprobs[position - 1]))
             last = finish_reason is not None and position == len(step.token_ids)
-            text += self.detokenizer.push([] if last and drop_last else [token_id], last=last)
-            if self.detokenizer.stopped:
+            text = self.detokenizer.push([] if last and drop_last else [token_id], last=last)
+            deltas += self._parse(text)
+            if self.detokenizer.stopped or (self.parser and self.parser.stopped):
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
-        return self._completion_delta(text, finish_reason, tokens)
+        if finish_reason is not None and self.parser is not None:
+            deltas += self.parser.finish()
+            if self.parser.has_tool_calls and finish_reason is not FinishReason.LENGTH:
+                finish_reason = FinishReason.TOOL_CALLS
+        return self._completion_delta(_joined(deltas), finish_reason, tokens)
+
+    def _parse(self, text: str) -> list[OutputDelta]:
+        if self.parser is None:
+            return [TextDelta(text)] if text else []
+        self.reasoning_tokens += self.parser.in_reasoning
+        return self.parser.feed(text)
 
     def _completion_delta(
-        self, text: str, finish_reason: FinishReason | None = None, tokens: Sequence[Token] = ()
+        self, deltas: Sequence[OutputDelta], finish_reason: FinishReason | None = None, tokens: Sequence[Token] = ()
     ) -> CompletionDelta:
         return CompletionDelta(
             index=self.index,
-            deltas=(TextDelta(text),) if text else (),
+            deltas=tuple(deltas),
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
+            reasoning_tokens=self.reasoning_tokens,
             finish_reason=finish_reason,
             tokens=tuple(tokens),
         )
@@ -237,3 +264,42 @@ class _Sequence:
 
 def _text(deltas: Sequence[CompletionDelta]) -> str:
     return "".join(delta.text for delta in deltas)
+
+
+def _joined(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
+    """Return the deltas, consecutive ones of text as one."""
+    joined: list[OutputDelta] = []
+    for delta in deltas:
+        match joined, delta:
+            case [*_, TextDelta(text)], TextDelta(added):
+                joined[-1] = TextDelta(text + added)
+            case [*_, ReasoningDelta(text)], ReasoningDelta(added):
+                joined[-1] = ReasoningDelta(text + added)
+            case _:
+                joined.append(delta)
+    return joined
+
+
+def _completion(received: Sequence[CompletionDelta]) -> Completion:
+    """Return the completion whose deltas, up to the last one, were received."""
+    last = received[-1]
+    if last.finish_reason is None:
+        raise ValueError("incomplete completion")
+    deltas = [delta for item in received for delta in item.deltas]
+    calls: list[ToolCall] = []
+    for delta in deltas:
+        if isinstance(delta, ToolCallDelta):
+            if delta.id is not None and delta.name is not None:
+                calls.append(ToolCall(delta.id, delta.name, ""))
+            calls[delta.index] = replace(calls[delta.index], arguments=calls[delta.index].arguments + delta.arguments)
+    return Completion(
+        _text(received),
+        finish_reason=last.finish_reason,
+        prompt_tokens=last.prompt_tokens,
+        completion_tokens=last.completion_tokens,
+        tokens=tuple(token for delta in received for token in delta.tokens),
+        prompt=tuple(token for delta in received for token in delta.prompt),
+        reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
+        tool_calls=tuple(calls),
+        reasoning_tokens=last.reasoning_tokens,
+    )

@@ -3,12 +3,14 @@
 Works with any transformers tokenizer without importing transformers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from predictor.errors import InvalidRequest, PromptTooLong
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
+from predictor.generation.output_parser import OutputFormat, OutputParser
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import Chat, GenerationRequest, SamplingParams
@@ -30,6 +32,8 @@ class EncodedRequest:
     """Number of completions."""
     echo: str
     """Text to put before each completion."""
+    output_parser: Callable[[], OutputParser] | None = None
+    """Returns a parser for one completion; None if all of it is text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,7 @@ class Prompts:
         defaults: of the model; `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` are not None.
         default_max_tokens: maximum number of new tokens if neither the request nor `defaults` has one.
         unembedded_tokens: by id, the tokenizer's tokens for which the model has no embedding.
+        output_format: in which the model writes reasoning and tool calls, if known.
     """
 
     tokenizer: Tokenizer
@@ -55,6 +60,7 @@ class Prompts:
     defaults: SamplingParams
     default_max_tokens: int
     unembedded_tokens: Mapping[int, str] = field(default_factory=dict)
+    output_format: OutputFormat | None = None
 
     def encode(self, request: GenerationRequest) -> EncodedRequest:
         """Return all that the request's completions need.
@@ -64,7 +70,9 @@ class Prompts:
                 template, min_tokens too large, or unsupported structured output.
             PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
-        token_ids = self._token_ids(request.prompt)
+        prompt = request.prompt
+        rendered = self.chat_template.render(prompt) if isinstance(prompt, Chat) else ""
+        token_ids = self._encode_chat(rendered) if isinstance(prompt, Chat) else self._token_ids(prompt)
         if not token_ids:
             raise InvalidRequest("The prompt is empty. Send at least one character.")
         remaining = self.context_tokens - len(token_ids)
@@ -76,18 +84,21 @@ class Prompts:
         self._check_token_ids(token_ids, "the prompt")
         sampling = self._complete(request.sampling, remaining)
         echo = self._text(request.prompt, token_ids) if request.echo else ""
-        return EncodedRequest(token_ids, sampling, request.n, echo)
+        output_parser = None
+        if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:
+            output_parser = partial(
+                self.output_format.parser, rendered, prompt.tools, parallel_tool_calls=prompt.parallel_tool_calls
+            )
+        return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
 
     def _text(self, prompt: str | tuple[int, ...] | Chat, token_ids: list[int]) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
-    def _token_ids(self, prompt: str | tuple[int, ...] | Chat) -> list[int]:
+    def _token_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
         if isinstance(prompt, str):
             return self._encode(prompt, add_special_tokens=True) if prompt else []
-        if isinstance(prompt, tuple):
-            self._check_length(len(prompt), 0)
-            return list(prompt)
-        return self._encode_chat(self.chat_template.render(prompt))
+        self._check_length(len(prompt), 0)
+        return list(prompt)
 
     def _encode_chat(self, text: str) -> list[int]:
         """Encode a rendered chat; the parts between BREAKs on their own, which no control token then crosses."""

@@ -21,7 +21,7 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_processor
+from predictor.generation import output_format, output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
@@ -176,6 +176,7 @@ class LLMService:
             loaded.defaults,
             settings.default_max_tokens,
             loaded.unembedded_tokens,
+            output_format.detect(loaded.tokenizer),
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:

@@ -55,7 +55,6 @@ HARMLESS = frozenset(
 HARMLESS_PARAMETERS = HARMLESS | frozenset(
     {
         # OpenAI
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",

@@ -103,15 +103,24 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
         "index": _INTEGER,
         **output,
         "logprobs": _or_null({"type": "object"}),
-        "finish_reason": {"type": "string", "enum": ["stop", "length"]},
+        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
     }
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
+    details = _object({"reasoning_tokens": _INTEGER})
     head = {"id": _STRING, "object": {"const": name}, "created": _INTEGER, "model": _STRING}
-    return _object({**head, "choices": _list(_object(choice)), "usage": _object(usage)}, service_tier=_STRING)
+    counts = _object(usage, completion_tokens_details=details)
+    return _object({**head, "choices": _list(_object(choice)), "usage": counts}, service_tier=_STRING)
 
 
 COMPLETION = _openai_response("text_completion", {"text": _STRING})
-_MESSAGE = _object({"role": {"const": "assistant"}, "content": _STRING, "refusal": {"type": "null"}})
+_FUNCTION_CALL = _object({"name": _STRING, "arguments": _STRING})
+_TOOL_CALL = _object({"id": _STRING, "type": {"const": "function"}, "function": _FUNCTION_CALL})
+_MESSAGE = _object(
+    {"role": {"const": "assistant"}, "content": _or_null(_STRING), "refusal": {"type": "null"}},
+    tool_calls=_list(_TOOL_CALL),
+    reasoning_content=_STRING,
+    reasoning=_STRING,
+)
 CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
 
 PREDICTIONS = _object({"predictions": _STRINGS})

@@ -78,11 +78,12 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         messages,
         tuple(tool.model_dump(exclude_unset=True) for tool in tools),
         variables=content.chat_template_kwargs,
+        parallel_tool_calls=content.parallel_tool_calls,
         reasoning_effort=content.reasoning_effort or None,
         continue_final_message=continues,
         add_generation_prompt=content.add_generation_prompt,
     )
-    return _decoded(content, [GenerationRequest(chat, sampling, content.n)])
+    return _decoded(content, [GenerationRequest(chat, sampling, content.n, parse_output=True)])
 
 
 def _validate(model: type[RequestT], body: bytes) -> RequestT:

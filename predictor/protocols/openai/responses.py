@@ -14,6 +14,7 @@ _FINISH_REASONS = {
     FinishReason.EOS_TOKEN: "stop",
     FinishReason.STOP_SEQUENCE: "stop",
     FinishReason.LENGTH: "length",
+    FinishReason.TOOL_CALLS: "tool_calls",
 }
 _ERROR_TYPES = {
     401: "authentication_error",
@@ -39,13 +40,35 @@ def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[s
     """
     choices = []
     for index, completion in enumerate(completions):
-        message = {"role": "assistant", "content": completion.text, "refusal": None}
-        output = {"message": message} if decoded.is_chat else {"text": completion.text}
+        output = {"message": _message(completion)} if decoded.is_chat else {"text": completion.text}
         choices.append(choice(decoded, completion, output, index=index))
-    prompt_tokens = (completion.prompt_tokens for completion in completions[:: decoded.n])
-    completion_tokens = (completion.completion_tokens for completion in completions)
-    usage_ = usage(prompt_tokens, completion_tokens)
-    return {**response_head(decoded, "chat.completion"), "choices": choices, "usage": usage_}
+    return {
+        **response_head(decoded, "chat.completion"),
+        "choices": choices,
+        "usage": usage(
+            (completion.prompt_tokens for completion in completions[:: decoded.n]),
+            (completion.completion_tokens for completion in completions),
+            (completion.reasoning_tokens for completion in completions),
+        ),
+    }
+
+
+def _message(completion: Completion) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+    if completion.reasoning:
+        message |= reasoning_fields(completion.reasoning)
+    if completion.tool_calls:
+        message["content"] = completion.text or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in completion.tool_calls
+        ]
+    return message
+
+
+def reasoning_fields(text: str) -> dict[str, str]:
+    """Return the fields with the reasoning, which is not in OpenAI's API: some clients read one, some the other."""
+    return {"reasoning_content": text, "reasoning": text}
 
 
 def encode_error(error: RequestError) -> dict[str, Any]:
@@ -68,10 +91,13 @@ def response_head(decoded: DecodedRequest, chat_object: str) -> dict[str, Any]:
     return {**head, "service_tier": "default"} if decoded.include_service_tier else head
 
 
-def usage(prompt_tokens: Iterable[int], completion_tokens: Iterable[int]) -> dict[str, int]:
+def usage(
+    prompt_tokens: Iterable[int], completion_tokens: Iterable[int], reasoning_tokens: Iterable[int]
+) -> dict[str, Any]:
     """Return the total token counts, from those of each prompt and of each completion."""
-    prompt, completion = sum(prompt_tokens), sum(completion_tokens)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    prompt, completion, reasoning = sum(prompt_tokens), sum(completion_tokens), sum(reasoning_tokens)
+    total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {**total, "completion_tokens_details": {"reasoning_tokens": reasoning}} if reasoning else total
 
 
 def choice(

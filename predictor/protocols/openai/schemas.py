@@ -186,6 +186,7 @@ class ChatCompletionRequest(BaseRequest):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[_Tool], Field(fail_fast=True)] = []
     tool_choice: Annotated[Literal["none", "auto"], _reject(_TOOL_CHOICE, "none", "auto")] = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""

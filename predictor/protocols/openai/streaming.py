@@ -2,13 +2,19 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
 from predictor.errors import RequestError
 from predictor.protocols.openai.requests import DecodedRequest
-from predictor.protocols.openai.responses import choice, encode_error, response_head, text_tokens, usage
-from predictor.types import CompletionDelta, TextDelta
+from predictor.protocols.openai.responses import (
+    choice,
+    encode_error,
+    reasoning_fields,
+    response_head,
+    text_tokens,
+    usage,
+)
+from predictor.types import CompletionDelta, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 
 
 class EventEncoder:
@@ -18,6 +24,7 @@ class EventEncoder:
         self._decoded = decoded
         self._prompt_tokens: dict[int, int] = {}
         self._completion_tokens: dict[int, int] = {}
+        self._reasoning_tokens: dict[int, int] = {}
         self._text_offsets: defaultdict[int, int] = defaultdict(int)
         self._has_ended = False
 
@@ -34,26 +41,31 @@ class EventEncoder:
             return []
         self._prompt_tokens[delta.index // self._decoded.n] = delta.prompt_tokens
         self._completion_tokens[delta.index] = delta.completion_tokens
+        self._reasoning_tokens[delta.index] = delta.reasoning_tokens
         tokens = text_tokens(delta.tokens) if self._decoded.logprobs else []
         if not (delta.deltas or tokens or delta.finish_reason):
             return []
         text_offset = self._text_offsets[delta.index]
         self._text_offsets[delta.index] += sum(len(token.text) for token in tokens)
         if self._decoded.is_chat:
-            message = _chat_delta(delta.deltas)
-            if tokens:
+            # One delta in each chunk: some clients read one field of a chunk only.
+            *earlier, message = [*map(_chat_delta, delta.deltas)] or [{}]
+            if tokens and not earlier:
                 message.setdefault("content", "")
+            unfinished = {"index": delta.index, "logprobs": None, "finish_reason": None}
+            chunks = [self._chunk([{**unfinished, "delta": item}]) for item in earlier]
             output: dict[str, Any] = {"delta": message}
         else:
-            output = {"text": delta.text}
-        return [self._chunk([choice(self._decoded, delta, output, index=delta.index, text_offset=text_offset)])]
+            chunks, output = [], {"text": delta.text}
+        last = choice(self._decoded, delta, output, index=delta.index, text_offset=text_offset)
+        return [*chunks, self._chunk([last])]
 
     def end(self) -> list[str]:
         """Return the usage, if requested, and the end marker."""
         if self._has_ended:
             return []
         self._has_ended = True
-        total = usage(self._prompt_tokens.values(), self._completion_tokens.values())
+        total = usage(self._prompt_tokens.values(), self._completion_tokens.values(), self._reasoning_tokens.values())
         return [*([self._chunk([], total)] if self._decoded.include_usage else []), "data: [DONE]\n\n"]
 
     def error(self, error: RequestError) -> list[str]:
@@ -63,19 +75,23 @@ class EventEncoder:
         self._has_ended = True
         return [_event(encode_error(error))]
 
-    def _chunk(self, choices: list[dict[str, Any]], total: dict[str, int] | None = None) -> str:
+    def _chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> str:
         chunk = {**response_head(self._decoded, "chat.completion.chunk"), "choices": choices}
         return _event({**chunk, "usage": total} if self._decoded.include_usage else chunk)
 
 
-def _chat_delta(deltas: Iterable[TextDelta]) -> dict[str, Any]:
-    """Return the `delta` of a chat's choice; each type of delta fills its own field."""
-    message: dict[str, Any] = {}
-    for delta in deltas:
-        match delta:
-            case TextDelta(text):
-                message["content"] = message.get("content", "") + text
-    return message
+def _chat_delta(delta: OutputDelta) -> dict[str, Any]:
+    """Return the `delta` of a chat's choice."""
+    match delta:
+        case TextDelta(text):
+            return {"content": text}
+        case ReasoningDelta(text):
+            return reasoning_fields(text)
+        case ToolCallDelta(index, arguments, id_, name):
+            call: dict[str, Any] = {"index": index, "function": {"arguments": arguments}}
+            if id_ is not None:
+                call |= {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
+            return {"tool_calls": [call]}
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -61,7 +61,8 @@ def test_decode_other_prompt_raises_with_its_field(prompt: Any) -> None:
 
 def test_decode_without_max_tokens_uses_16_for_completions_only() -> None:
     assert completions().requests == [GenerationRequest("Hi", SamplingParams(max_tokens=16))]
-    assert chat().requests == [GenerationRequest(Chat(({"role": "user", "content": "Hi"},)), SamplingParams())]
+    message = {"role": "user", "content": "Hi"}
+    assert chat().requests == [GenerationRequest(Chat((message,)), SamplingParams(), parse_output=True)]
 
 
 @both_apis
@@ -221,7 +222,6 @@ def test_decode_fields_without_effect_are_ignored() -> None:
         "prompt_cache_key": "k",
         "prompt_cache_options": {"mode": "implicit"},
         "prompt_cache_retention": "24h",
-        "parallel_tool_calls": False,
         "store": True,
         "verbosity": "low",
         "prediction": {"type": "content", "content": "a"},
