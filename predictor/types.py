@@ -11,6 +11,9 @@ Message = Mapping[str, Any]
 MIN_LOGPROB = -9999.0
 """Smallest log probability reported, as in OpenAI's API: JSON has no infinity."""
 
+WHOLE_CONTEXT = -1
+"""Value of `truncate_prompt_tokens` for all that the context has beside `max_tokens`."""
+
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of bytes that form a character only together with the next token."""
 
@@ -74,6 +77,10 @@ class SamplingParams:
     """Tokens that are never sampled."""
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that are not sampled as the first of the completion."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number) added to the token's logit."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that are sampled; empty: all."""
     bad_words: tuple[str, ...] = ()
     """Words that the completion does not contain, by the tokens with which they begin a text or follow a space."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -90,6 +97,8 @@ class SamplingParams:
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    truncate_prompt_tokens: int | None = None
+    """Use this number of the prompt's last tokens; None: all."""
     structured_output: StructuredOutput | None = None
     """What the text follows."""
     logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()

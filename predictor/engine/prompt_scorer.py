@@ -39,7 +39,8 @@ class ScheduledSequence(Protocol):
 class _Row(NamedTuple):
     """Row of a step, whose logits predict `token_id`."""
 
-    index: int
+    position: int
+    """In the step."""
     token_id: int
     sampler: SequenceSampler
 
@@ -89,8 +90,8 @@ class PromptScorer:
             self.samplers.pop(request_id, None)
 
     def _score_rows(self, output: Any, rows: Sequence[_Row]) -> None:
-        indices, token_ids, samplers = zip(*rows, strict=True)
-        logits = self._logits(output, indices)
+        positions, token_ids, samplers = zip(*rows, strict=True)
+        logits = self._logits(output, positions)
         logits[:, self._vocabulary_tokens :] = -torch.inf
         tops = [sampler.num_prompt_logprobs or 0 for sampler in samplers]
         logprobs = token_logprobs(logits.log_softmax(dim=-1), token_ids, tops)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from predictor.errors import InvalidRequest
 from predictor.types import MIN_LOGPROB, SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -48,6 +49,43 @@ class Penalties:
             outputs = torch.tensor(output_ids, dtype=torch.long, device=logits.device)
             output_token_ids, counts = outputs.unique(return_counts=True)
             logits[output_token_ids] -= self._presence + self._frequency * counts
+
+
+class LogitBias:
+    """Adds a number to the logits of some tokens."""
+
+    def __init__(self, logit_bias: Collection[tuple[int, float]]) -> None:
+        self._biases = dict(logit_bias)
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Add the biases."""
+        del prompt_ids, output_ids
+        biases = {token_id: bias for token_id, bias in self._biases.items() if token_id < logits.numel()}
+        logits[list(biases)] += torch.tensor(list(biases.values()), device=logits.device)
+
+
+class AllowedTokens:
+    """Excludes all tokens but some."""
+
+    def __init__(self, token_ids: Collection[int]) -> None:
+        self._token_ids = list(token_ids)
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of all other tokens to minus infinity.
+
+        Raises:
+            InvalidRequest: all of the tokens are excluded already.
+        """
+        del prompt_ids, output_ids
+        token_ids = [token_id for token_id in self._token_ids if token_id < logits.numel()]
+        allowed = logits[token_ids]
+        logits.fill_(-torch.inf)
+        logits[token_ids] = allowed
+        if logits.max() == -torch.inf:
+            raise InvalidRequest(
+                "No token may follow: min_tokens or excluded tokens contradict allowed_token_ids. Omit them.",
+                "allowed_token_ids",
+            )
 
 
 class MinTokens:
@@ -111,6 +149,8 @@ class SuppressTokens:
 
 
 def _logits_processors(sampling: SamplingParams, end_token_ids: Collection[int]) -> Iterator[LogitsProcessor]:
+    if sampling.logit_bias:
+        yield LogitBias(sampling.logit_bias)
     if (sampling.repetition_penalty or 1.0) != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
         yield Penalties(sampling)
     if sampling.no_repeat_ngram_size:
@@ -123,6 +163,8 @@ def _logits_processors(sampling: SamplingParams, end_token_ids: Collection[int])
         yield SuppressTokens(sampling.suppress_tokens)
     if sampling.begin_suppress_tokens:
         yield SuppressTokens(sampling.begin_suppress_tokens, first_only=True)
+    if sampling.allowed_token_ids:
+        yield AllowedTokens(sampling.allowed_token_ids)
     for create in sampling.logits_processors:
         yield create()
 

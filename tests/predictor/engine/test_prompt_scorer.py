@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,18 +178,12 @@ def test_prompt_scorer_uses_the_head_of_the_architecture(name: str) -> None:
     sampler = SequenceSampler(SamplingParams(prompt_logprobs=1), len(ids), ())
     scorer.samplers["a"] = sampler
 
-    class Scheduled:
-        request_id = "a"
-        initial_tokens = ids
-        position_offset = query_length = len(ids)
-
-        @property
-        def state(self) -> "Scheduled":
-            return self
+    state = SimpleNamespace(request_id="a", initial_tokens=ids, position_offset=len(ids))
+    scheduled = SimpleNamespace(state=state, query_length=len(ids))
 
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        scorer.score([Scheduled()])
+        scorer.score([scheduled])
         assert torch.equal(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], logits), "as it was"
     expected = logits.float().log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
     assert [logprob.logprob for logprob in sampler.prompt_logprobs[1:]] == pytest.approx(expected.tolist(), abs=1e-5)
