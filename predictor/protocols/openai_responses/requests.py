@@ -47,8 +47,11 @@ def decode(body: bytes) -> DecodedRequest:
         raise InvalidRequest("max_tokens: differs from max_output_tokens. Omit it.", "max_tokens")
     max_tokens = next(iter(limits), None)
     logprobs = bool(content.top_logprobs) or "message.output_text.logprobs" in content.include
+    candidates = content.num_candidates()
+    if content.stream and candidates > 1:
+        raise InvalidRequest("best_of: not possible in a stream, since all candidates are compared.", "best_of")
     sampling = content.to_sampling_params(content.top_logprobs if logprobs else None)
-    request = GenerationRequest(_chat(content), replace(sampling, max_tokens=max_tokens), parse_output=True)
+    request = GenerationRequest(_chat(content), replace(sampling, max_tokens=max_tokens), candidates, parse_output=True)
     return DecodedRequest(
         request=request,
         stream=content.stream,

@@ -1,21 +1,30 @@
 """Response objects of the Responses API."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from predictor.protocols.best_of import best
 from predictor.protocols.openai.responses import text_tokens
 from predictor.protocols.openai_responses.items import FunctionCall, Item, Message, Reasoning, tokens_from
 from predictor.protocols.openai_responses.requests import DecodedRequest
 from predictor.types import Completion, CompletionDelta, FinishReason
 
 
-def encode(decoded: DecodedRequest, completion: Completion) -> dict[str, Any]:
-    """Return the whole response."""
+def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the whole response, which has the best of the completions and the usage of all."""
+    [completion] = best(completions, n=1, candidates=decoded.request.n)
+    completion = replace(
+        completion,
+        completion_tokens=sum(candidate.completion_tokens for candidate in completions),
+        reasoning_tokens=sum(candidate.reasoning_tokens for candidate in completions),
+    )
     is_cut = completion.finish_reason is FinishReason.LENGTH
     items: list[Item] = []
     if completion.reasoning:
         items.append(Reasoning(completion.reasoning))
     if completion.text or not (completion.tool_calls or is_cut):
-        tokens = text_tokens(completion.tokens)
+        tokens = text_tokens(completion.tokens) if decoded.logprobs else []
         items.append(Message(completion.text, [*tokens_from(tokens, completion.text, len(completion.reasoning))]))
     items += [FunctionCall(call.id, call.name, call.arguments) for call in completion.tool_calls]
     output = [item.to_json("completed") for item in items]

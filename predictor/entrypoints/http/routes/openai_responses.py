@@ -23,8 +23,7 @@ def create_router(service: LLMService) -> APIRouter:
         service.models.require(decoded.model)
         if decoded.stream:
             return await EventStream.start(request, service, [decoded.request], EventEncoder(decoded))
-        [completion] = await complete(request, service, [decoded.request])
-        return JSONResponse(responses.encode(decoded, completion))
+        return JSONResponse(responses.encode(decoded, await complete(request, service, [decoded.request])))
 
     async def reject(response_id: str) -> dict[str, Any]:
         raise NotFound(f"Response {response_id} not found: responses are not stored. Keep them in the client.")

@@ -41,6 +41,7 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"text_input": "17+25=", "parameters": {"details": True}},
     "/generate_stream": {"text_input": "17+25=", "parameters": {"details": True}},
     "/chat/completions": {"model": "demo", "messages": [MESSAGE], "logprobs": True, "service_tier": "auto"},
+    "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},
     "/responses": {"model": "demo", "input": [MESSAGE], "top_logprobs": 1},
     "/completions": {"model": "demo", "prompt": "17+25=", "logprobs": 1},
     ":predict": {"instances": ["17+25=", [MESSAGE]]},
@@ -67,7 +68,7 @@ def shorten(body: Any, path: str) -> Any:
     """Set the served model and a small token limit; invalid values are kept."""
     if not isinstance(body, dict):
         return body
-    if "completions" not in path and "responses" not in path:
+    if not path.endswith(("completions", "/responses", "/messages")):
         parameters = body.get("parameters", {})
         return body | {"parameters": limit_tokens(parameters)} if isinstance(parameters, dict) else body
     return limit_tokens(body) | ({"model": "demo"} if isinstance(body.get("model"), str) else {})

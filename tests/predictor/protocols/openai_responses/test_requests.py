@@ -63,6 +63,11 @@ def test_decode_sampling_fields_returns_all_of_them() -> None:
     assert rejected(max_tokens=5, max_output_tokens=6).field == "max_tokens"
 
 
+def test_decode_best_of_is_the_number_of_completions_and_not_for_streams() -> None:
+    assert decode(best_of=3).request.n == 3
+    assert rejected(best_of=3, stream=True).field == "best_of"
+
+
 def test_decode_logprobs_by_include_or_their_number() -> None:
     assert decode(include=["reasoning.encrypted_content"]).request.sampling.logprobs is None
     assert decode(include=["message.output_text.logprobs"]).request.sampling.logprobs == 0

@@ -11,15 +11,15 @@ from predictor.types import Chat, Completion, FinishReason, Token
 from tests.predictor.protocols.openai_responses.helpers import TOOL, Json, call, check, completion, decode, token
 
 
-def encode(completion: Completion, **fields: Any) -> Json:
-    response = responses.encode(decode(**fields), completion)
+def encode(*completions: Completion, **fields: Any) -> Json:
+    response = responses.encode(decode(**fields), completions)
     check(Response, response)
     return response
 
 
 def test_response_has_all_fields_of_its_type() -> None:
     decoded = decode(metadata={"a": "b"})
-    response = responses.encode(decoded, completion("Héllo", reasoning_tokens=2))
+    response = responses.encode(decoded, [completion("Héllo", reasoning_tokens=2)])
     check(Response, response)
     [item] = response["output"]
     assert item.pop("id").startswith("msg_")
@@ -154,6 +154,14 @@ def test_logprobs_are_those_of_the_message() -> None:
 def test_tokens_from_begin_with_the_text(tokens: list[str], text: str, skip: int, expected: list[str]) -> None:
     found: list[Token] = [*tokens_from([token(part) for part in tokens], text, skip)]
     assert [part.text for part in found] == expected
+
+
+def test_best_of_returns_the_most_probable_and_counts_all() -> None:
+    candidates = [completion(text, tokens=(token(text, logprob),)) for text, logprob in (("a", -1), ("b", -0.5))]
+    response = encode(*candidates, best_of=2)
+    [part] = response["output"][0]["content"]
+    assert (part["text"], part["logprobs"]) == ("b", [])
+    assert response["usage"]["output_tokens"] == 10
 
 
 def test_output_is_accepted_in_the_next_request() -> None:

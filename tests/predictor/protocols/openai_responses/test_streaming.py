@@ -223,7 +223,7 @@ def test_stream_of_any_output_ends_with_what_the_whole_response_is(
 ) -> None:
     decoded, deltas = decode(), [*reasoning, *text, *calls]
     last = streamed(decoded, *map(added, deltas), LAST)[-1]
-    whole = responses.encode(decoded, completion_of(deltas))
+    whole = responses.encode(decoded, [completion_of(deltas)])
     for item, other in zip(last["response"]["output"], whole["output"], strict=True):
         assert item | {"id": ""} == other | {"id": ""}
     assert last["response"] | {"output": []} == whole | {"output": []}
