@@ -1,7 +1,7 @@
 """Items of a response's output: reasoning, message and function calls, whole and as events of a stream."""
 
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, Protocol
@@ -128,6 +128,11 @@ class FunctionCall:
             "name": self.name,
             "arguments": "" if status == "in_progress" else self.arguments,
         }
+
+
+def text_tokens(tokens: Iterable[Token]) -> list[Token]:
+    """Return all but special tokens, which OpenAI's API does not report."""
+    return [token for token in tokens if not token.special]
 
 
 def tokens_from(tokens: Sequence[Token], text: str, skip: int = 0) -> Sequence[Token]:

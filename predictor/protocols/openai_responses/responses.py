@@ -5,8 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from predictor.protocols.best_of import best
-from predictor.protocols.openai.responses import text_tokens
-from predictor.protocols.openai_responses.items import FunctionCall, Item, Message, Reasoning, tokens_from
+from predictor.protocols.openai_responses.items import FunctionCall, Item, Message, Reasoning, text_tokens, tokens_from
 from predictor.protocols.openai_responses.requests import DecodedRequest
 from predictor.types import Completion, CompletionDelta, FinishReason
 

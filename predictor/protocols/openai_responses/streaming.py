@@ -4,7 +4,6 @@ import json
 from typing import Any, TypeVar
 
 from predictor.errors import InvalidRequest, Overloaded, RequestError
-from predictor.protocols.openai.responses import text_tokens
 from predictor.protocols.openai_responses.items import (
     Event,
     FunctionCall,
@@ -12,6 +11,7 @@ from predictor.protocols.openai_responses.items import (
     Message,
     Reasoning,
     Status,
+    text_tokens,
     tokens_from,
 )
 from predictor.protocols.openai_responses.requests import DecodedRequest
