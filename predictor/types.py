@@ -220,6 +220,8 @@ class CompletionDelta:
     finish_reason: FinishReason | None = None
     reasoning_tokens: int = 0
     """Those of `completion_tokens` that are reasoning."""
+    stop: str | None = None
+    """Stop string that ended the completion."""
     tokens: tuple[Token, ...] = ()
     """New tokens if requested. Their text may come later: it is held back while it may begin a stop string."""
 
@@ -266,3 +268,5 @@ class Completion:
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
     """Those of `completion_tokens` that are reasoning."""
+    stop: str | None = None
+    """Stop string that ended the completion."""

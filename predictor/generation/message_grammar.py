@@ -11,8 +11,8 @@ from enum import Enum, auto
 from typing import Any
 
 from predictor.errors import InvalidRequest
+from predictor.generation.call_envelope import CallEnvelope
 from predictor.generation.output_parser import OutputFormat
-from predictor.generation.tool_call_notation import ToolCallNotation
 from predictor.types import Chat, GrammarKind, StructuredOutput
 
 Literal = Callable[[str], str]
@@ -49,7 +49,7 @@ class Reasoning:
 class ToolCalls:
     """The calls that a message may have."""
 
-    notation: ToolCallNotation
+    envelope: CallEnvelope
     schemas: Mapping[str, Mapping[str, Any]]
     """JSON schema of the arguments, by the name of the tool."""
     required: bool
@@ -91,7 +91,7 @@ class MessageGrammar:
         elif self.answer is not None:
             yield from self._start(f"calls | @part{len(self.calls.schemas)}")
         else:
-            yield from self._text_rules(self.calls.notation, literal)
+            yield from self._text_rules(self.calls.envelope, literal)
 
     def _start(self, body: str) -> Iterator[str]:
         match self.reasoning.state:
@@ -102,10 +102,10 @@ class MessageGrammar:
             case ReasoningState.OPEN:
                 yield f"start: thought {_LINE_FEEDS} ({body})"
 
-    def _text_rules(self, notation: ToolCallNotation, literal: Literal) -> Iterator[str]:
-        """Yield rules of text with calls in it, which begin where the text contains the notation's trigger."""
+    def _text_rules(self, envelope: CallEnvelope, literal: Literal) -> Iterator[str]:
+        """Yield rules of text with calls in it, which begin where the text contains the envelope's marker."""
         yield f"TEXT: {_TEXT}"
-        yield from _called("called", "TEXT", notation, literal)
+        yield from _called("called", "TEXT", envelope, literal)
         opening = literal(self.reasoning.open)
         match self.reasoning.state:
             case ReasoningState.ENDED:
@@ -118,7 +118,7 @@ class MessageGrammar:
                 # As text, reasoning could contain what begins a call.
                 yield "start: reasoning called* TEXT | first_called called* TEXT | FIRST"
                 yield f"FIRST: TEXT & ~(/\\s*/ {opening} TEXT)"
-                yield from _called("first_called", "FIRST", notation, literal)
+                yield from _called("first_called", "FIRST", envelope, literal)
 
     def _reasoning_rules(self, literal: Literal) -> Iterator[str]:
         reasoning = self.reasoning
@@ -128,11 +128,11 @@ class MessageGrammar:
             yield from _until("thought", _TEXT, reasoning.close, literal)
 
 
-def _called(name: str, text: str, notation: ToolCallNotation, literal: Literal) -> Iterator[str]:
+def _called(name: str, text: str, envelope: CallEnvelope, literal: Literal) -> Iterator[str]:
     """Yield the rules of a text up to a call, and of this call and all that follow it directly."""
-    beginning = (notation.opening + notation.begin).removeprefix(notation.trigger)
-    yield from _until(f"{name}_trigger", text, notation.trigger, literal)
-    yield f"{name}: {name}_trigger {literal(beginning)} rest_of_calls"
+    beginning = (envelope.begin + envelope.before_name).removeprefix(envelope.marker)
+    yield from _until(f"{name}_marker", text, envelope.marker, literal)
+    yield f"{name}: {name}_marker {literal(beginning)} rest_of_calls"
 
 
 def _until(name: str, text: str, end: str, literal: Literal) -> Iterator[str]:
@@ -147,14 +147,15 @@ def _has_token(symbols: str) -> bool:
 
 
 def _call_rules(calls: ToolCalls, literal: Literal) -> Iterator[str]:
-    notation = calls.notation
-    more = f"({literal(notation.separator + notation.begin)} call)*" if calls.parallel else ""
-    yield f"calls: {literal(notation.opening + notation.begin)} rest_of_calls"
-    yield f"rest_of_calls: call {more} {literal(notation.closing)}"
-    yield "call: (" + " | ".join(f"call{index}" for index in range(len(calls.schemas))) + f") {literal(notation.end)}"
+    envelope = calls.envelope
+    more = f"({literal(envelope.between_calls + envelope.before_name)} call)*" if calls.parallel else ""
+    yield f"calls: {literal(envelope.begin + envelope.before_name)} rest_of_calls"
+    yield f"rest_of_calls: call {more} {literal(envelope.end)}"
+    names = " | ".join(f"call{index}" for index in range(len(calls.schemas)))
+    yield f"call: ({names}) {literal(envelope.after_arguments)}"
     for index, name in enumerate(calls.schemas):
         written = json.dumps(name, ensure_ascii=False)[1:-1]
-        yield f"call{index}: {literal(written + notation.middle)} @part{index}"
+        yield f"call{index}: {literal(written + envelope.before_arguments)} @part{index}"
 
 
 def for_chat(
@@ -172,19 +173,19 @@ def for_chat(
         InvalidRequest: the calls cannot be restricted in this format.
     """
     enforced = [tool for tool in chat.tools if chat.requires_tool_call or _name(tool) in chat.strict_tools]
-    notation = output_format.tool_call_notation if output_format else None
-    if enforced and notation is None:
-        raise _without_notation(chat, output_format)
+    envelope = output_format.envelope if output_format else None
+    if enforced and envelope is None:
+        raise _without_envelope(chat, output_format)
     calls = None
-    if notation is not None and (enforced or (chat.tools and answer)):
+    if envelope is not None and (enforced or (chat.tools and answer)):
         schemas = {_name(tool): _arguments(tool) if tool in enforced else ANY_OBJECT for tool in chat.tools}
-        calls = ToolCalls(notation, schemas, chat.requires_tool_call, chat.parallel_tool_calls)
+        calls = ToolCalls(envelope, schemas, chat.requires_tool_call, chat.parallel_tool_calls)
     if calls is None and answer is None:
         return None
     return MessageGrammar(_reasoning(chat, prompt, output_format), calls, answer)
 
 
-def _without_notation(chat: Chat, output_format: OutputFormat | None) -> InvalidRequest:
+def _without_envelope(chat: Chat, output_format: OutputFormat | None) -> InvalidRequest:
     reason = "tool calls of this model's format cannot be restricted"
     if output_format is None:
         reason = "the format of this model's tool calls is unknown; the server's --tool_call_format sets it"

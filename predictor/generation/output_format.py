@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from predictor.generation import call_envelope
 from predictor.generation.output_parser import OutputFormat
 from predictor.generation.tokenizer import ChatTokenizer
-from predictor.generation.tool_call_notation import ToolCallNotation
 
 HERMES: dict[str, Any] = {
     "start_anchor_pattern": r"(?!)",
@@ -20,12 +20,9 @@ HERMES: dict[str, Any] = {
         "content": {},
     },
 }
-HERMES_CALLS = ToolCallNotation(
-    trigger="<tool_call>", begin='<tool_call>\n{"name": "', middle='", "arguments": ', end="}\n</tool_call>"
-)
 
 
 def detect(tokenizer: ChatTokenizer) -> OutputFormat | None:
     """Return the format that the chat template shows; None if it shows none."""
     template = tokenizer.get_chat_template(None, [{}]) if tokenizer.chat_template else ""
-    return OutputFormat(tokenizer, HERMES, HERMES_CALLS) if "<tool_call>" in template else None
+    return OutputFormat(tokenizer, HERMES, call_envelope.HERMES) if "<tool_call>" in template else None

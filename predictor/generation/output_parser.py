@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from predictor.generation.call_envelope import CallEnvelope
 from predictor.generation.tokenizer import ChatTokenizer, ResponseParser
-from predictor.generation.tool_call_notation import ToolCallNotation
 from predictor.types import OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 
 
@@ -22,12 +22,12 @@ class OutputFormat:
     Args:
         tokenizer: the model's.
         response_template: of transformers, with the fields `content`, `reasoning_content` and `tool_calls`.
-        tool_call_notation: for grammars; None if calls cannot be restricted.
+        envelope: how a call with JSON arguments is written; None if there is no such notation.
     """
 
     tokenizer: ChatTokenizer
     response_template: Mapping[str, Any]
-    tool_call_notation: ToolCallNotation | None = None
+    envelope: CallEnvelope | None = None
 
     def parser(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, parallel_tool_calls: bool) -> "OutputParser":
         """Return a parser for one completion of a rendered chat; without tools, it finds no calls."""

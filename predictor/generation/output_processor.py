@@ -223,7 +223,7 @@ class _Sequence:
             last = finish_reason is not None and position == len(step.token_ids)
             text = self.detokenizer.push([] if last and drop_last else [token_id], last=last)
             deltas += self._parse(text)
-            if self.detokenizer.stopped or (self.parser and self.parser.stopped):
+            if self.detokenizer.found_stop is not None or (self.parser and self.parser.stopped):
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
         if finish_reason is not None and self.parser is not None:
@@ -247,6 +247,7 @@ class _Sequence:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             reasoning_tokens=self.reasoning_tokens,
+            stop=self.detokenizer.found_stop,
             finish_reason=finish_reason,
             tokens=tuple(tokens),
         )
@@ -291,4 +292,5 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
         tool_calls=tuple(calls),
         reasoning_tokens=last.reasoning_tokens,
+        stop=last.stop,
     )

@@ -184,6 +184,16 @@ REFUSED_CHAT: Refusals = {
 }
 """In OpenAI's chat completions."""
 
+REFUSED_MESSAGES: Refusals = {
+    "container": _refuse("code execution is not supported"),
+    "context_management": _refuse("not supported. Shorten the messages"),
+    "mcp_servers": _refuse("not supported. Let the client run tools"),
+}
+"""In Anthropic's messages."""
+
+REFUSED_BLOCK: Refusals = {"citations": _refuse("not supported. Omit it")}
+"""In Anthropic's text blocks."""
+
 REFUSED_MESSAGE: Refusals = {
     "audio": _refuse("only text is supported"),
     "images": _refuse("only text is supported"),

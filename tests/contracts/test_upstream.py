@@ -503,6 +503,23 @@ def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
     asyncio.run(serve())
 
 
+def test_uvicorn_server_state_has_the_connections_which_shutdown_closes() -> None:
+    assert "connection.shutdown()" in inspect.getsource(uvicorn.Server.shutdown)
+    assert ServerState().connections == set()
+    closed: list[bool] = []
+
+    async def connect() -> HttpToolsProtocol:
+        return HttpToolsProtocol(uvicorn.Config(Starlette(), log_config=None), ServerState(), {})
+
+    protocol = asyncio.run(connect())
+    protocol.transport = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
+    protocol.shutdown()
+    assert closed == [True]
+    protocol.cycle = SimpleNamespace(response_complete=False, keep_alive=True)  # type: ignore[assignment]
+    protocol.shutdown()
+    assert (closed, protocol.cycle.keep_alive) == ([True], False)
+
+
 def test_httptools_skips_the_body_of_a_request_with_upgrade_header() -> None:
     parsed: list[str] = []
 

@@ -61,6 +61,10 @@ OPENAI_ERROR = _object(
     }
 )
 
+ANTHROPIC_ERROR = _object(
+    {"type": {"const": "error"}, "error": _object({"type": _STRING, "message": _STRING}), "request_id": _STRING}
+)
+
 LIVE = _object({"live": _BOOLEAN})
 READY = _object({"ready": _BOOLEAN})
 SERVER = _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS})
@@ -123,6 +127,14 @@ _MESSAGE = _object(
     reasoning=_STRING,
 )
 CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
+
+_COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
+MESSAGE = _object(
+    {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}
+    | {"content": _list(_object({"type": {"type": "string", "enum": ["text", "thinking", "tool_use"]}}))}
+    | {"stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}}
+    | {"stop_sequence": _or_null(_STRING), "usage": _object(_COUNTS)}
+)
 
 PREDICTIONS = _object({"predictions": _STRINGS})
 

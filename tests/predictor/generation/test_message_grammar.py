@@ -10,7 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from predictor.errors import InvalidRequest
-from predictor.generation import message_grammar, output_format
+from predictor.generation import call_envelope, message_grammar, output_format
 from predictor.generation.output_parser import OutputFormat
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import Chat, GrammarKind, OutputDelta, ReasoningDelta, StructuredOutput, TextDelta, ToolCallDelta
@@ -47,7 +47,7 @@ REQUIRED = replace(CHAT, requires_tool_call=True)
 
 @pytest.fixture(scope="module")
 def hermes(tokenizer: PreTrainedTokenizerBase) -> OutputFormat:
-    return OutputFormat(tokenizer, output_format.HERMES, output_format.HERMES_CALLS)
+    return OutputFormat(tokenizer, output_format.HERMES, call_envelope.HERMES)
 
 
 @pytest.fixture(scope="module")
@@ -190,17 +190,9 @@ def test_grammar_of_required_calls_begins_after_the_reasoning(messages: Messages
 def test_grammar_of_special_tokens_writes_them_as_tokens(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    notation = message_grammar.ToolCallNotation(
-        trigger="<|user|>",
-        opening="<|user|>[",
-        begin='{"name": "',
-        middle='", "arguments": ',
-        end="}",
-        separator=", ",
-        closing="]<|system|>",
-    )
+    envelope = replace(call_envelope.MISTRAL_LIST, begin="<|user|>[", end="]<|system|>", marker="<|user|>")
     for required in (True, False):
-        calls = message_grammar.ToolCalls(notation, {"weather": CITY}, required=required, parallel=True)
+        calls = message_grammar.ToolCalls(envelope, {"weather": CITY}, required=required, parallel=True)
         grammar = compiler.compile_message(message_grammar.MessageGrammar(calls=calls))
         texts = [random_text(grammar, tokenizer, seed, begin="<|user|>[") for seed in range(5)]
         for text in filter(None, texts):
