@@ -112,7 +112,6 @@ REFUSED_PARAMETERS: Refusals = {
     "stop_sequences": _refuse("not supported. Use stop"),
     "stop_words": _refuse("not supported. Use stop"),
     # Sampling
-    "allowed_token_ids": _refuse("not supported. Omit it"),
     "bad_words_ids": _refuse("not supported. Use bad_words"),
     "beam_width": _refuse("beam search is not supported", 1),
     "do_sample": _refuse("not supported. Set temperature to 0 instead of false", True),
@@ -121,7 +120,6 @@ REFUSED_PARAMETERS: Refusals = {
     "epsilon_cutoff": _refuse("not supported. Omit it", 0),
     "eta_cutoff": _refuse("not supported. Omit it", 0),
     "length_penalty": _refuse("beam search is not supported", 1),
-    "logit_bias": _refuse("not supported. Omit it"),
     "mirostat": _refuse("not supported. Omit it", 0),
     "no_repeat_ngram_size": _refuse("not supported. Use frequency_penalty", 0),
     "num_beams": _refuse("beam search is not supported", 1),
@@ -139,18 +137,17 @@ REFUSED_PARAMETERS: Refusals = {
     "json_schema": _refuse("not supported. Use response_format"),
     # Prompt and output
     "adapter_id": _refuse("adapters are not supported"),
-    "decoder_input_details": _refuse("log probabilities of prompts are not supported", False),
+    "decoder_input_details": _refuse("not supported. Use prompt_logprobs", False),
     "detokenize": _refuse("completions are returned as text", True),
     "extra_body": _refuse("put its fields into the body"),
     "include_stop_str_in_output": _refuse("stop strings are never part of the completion", False),
     "options": _refuse("put its fields into the body"),
-    "prompt_logprobs": _refuse("log probabilities of prompts are not supported", False),
+    "prompt_logprobs": _refuse("the response has no place for them. Use /v1/completions", False),
     "return_full_text": _refuse("not supported. Use echo of /v1/completions", False),
     "return_token_ids": _refuse("not supported. Omit it", False),
     "return_tokens_as_token_ids": _refuse("not supported. Omit it", False),
     "skip_special_tokens": _refuse("special tokens are never part of the completion", True),
-    "truncate": _refuse("prompts are not truncated. Shorten the prompt"),
-    "truncate_prompt_tokens": _refuse("prompts are not truncated. Shorten the prompt"),
+    "truncate": _refuse("not supported. Use truncate_prompt_tokens"),
 }
 """Next to the sampling fields, in every protocol."""
 

@@ -87,9 +87,16 @@ _DETAILS = {
     "finish_reason": {"type": "string", "enum": [reason.value for reason in FinishReason]},
     "logprobs": _list(_TOKEN),
 }
+_PROMPT_TOKEN = _object(
+    {"id": _INTEGER, "text": _STRING, "logprob": _or_null(_NUMBER), "special": _BOOLEAN}
+    | {"rank": _or_null(_INTEGER), "top": _list(_TOKEN)}
+)
 _GENERATED = {"text_output": _STRING, "model_name": _STRING}
-GENERATED = _object(_GENERATED, model_version=_STRING, details=_object(_DETAILS))
-GENERATED_EVENT = _object(_GENERATED, model_version=_STRING, details=_object(_DETAILS | {"token": _TOKEN}))
+_PROMPT_LOGPROBS = {"prompt_logprobs": _list(_PROMPT_TOKEN)}
+GENERATED = _object(_GENERATED, model_version=_STRING, details=_object(_DETAILS, **_PROMPT_LOGPROBS))
+GENERATED_EVENT = _object(
+    _GENERATED, model_version=_STRING, details=_object(_DETAILS, token=_TOKEN, **_PROMPT_LOGPROBS)
+)
 
 _OPENAI_MODEL = {"id": _STRING, "object": {"const": "model"}, "created": _INTEGER, "owned_by": _STRING}
 _OPENAI_MODELS = {
@@ -111,9 +118,14 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
     }
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
     details = _object({"reasoning_tokens": _INTEGER})
+    prompt_logprobs = {"prompt_logprobs": _list(_or_null({"type": "object"}))}
     head = {"id": _STRING, "object": {"const": name}, "created": _INTEGER, "model": _STRING}
     counts = _object(usage, completion_tokens_details=details)
-    return _object({**head, "choices": _list(_object(choice)), "usage": counts}, service_tier=_STRING)
+    return _object(
+        {**head, "choices": _list(_object(choice, **prompt_logprobs)), "usage": counts},
+        service_tier=_STRING,
+        **prompt_logprobs,
+    )
 
 
 COMPLETION = _openai_response("text_completion", {"text": _STRING})

@@ -27,6 +27,7 @@ from predictor.protocols.sampling_fields import (
     MAX_LOGPROBS,
     MAX_TOKENS,
     MaxTokens,
+    PromptLogprobs,
     SamplingFields,
     Stop,
 )
@@ -148,6 +149,7 @@ class BaseRequest(SamplingFields):
     n: int = Field(default=1, ge=1, le=MAX_COMPLETIONS)
     temperature: float | None = Field(default=None, ge=0, le=2, description="0 is greedy.")
     stop: Stop = []
+    prompt_logprobs: PromptLogprobs | None = None
     stream: bool = False
     stream_options: _StreamOptions | None = None
 
@@ -161,7 +163,6 @@ class CompletionRequest(BaseRequest):
         list[_Prompt], Field(min_length=1, fail_fast=True), WrapValidator(_validate_prompts, _Prompt | list[_Prompt])
     ]
     max_tokens: MaxTokens | None = Field(default=DEFAULT_MAX_TOKENS, description=MAX_TOKENS)
-    best_of: int | None = None
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 

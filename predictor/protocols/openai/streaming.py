@@ -13,8 +13,9 @@ from predictor.protocols.openai.responses import (
     encode_error,
     finish_reason,
     reasoning_fields,
+    reported_tokens,
     response_head,
-    text_tokens,
+    text_offsets,
     usage,
 )
 from predictor.types import CompletionDelta, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
@@ -47,13 +48,13 @@ class EventEncoder:
         self._prompt_tokens[delta.index // self._decoded.n] = delta.prompt_tokens
         self._completion_tokens[delta.index] = delta.completion_tokens
         self._reasoning_tokens[delta.index] = delta.reasoning_tokens
-        tokens = text_tokens(delta.tokens) if self._decoded.logprobs else []
+        tokens = reported_tokens(self._decoded, delta) if self._decoded.logprobs is not None else []
         if not (delta.deltas or tokens or delta.finish_reason):
             return []
         if self._decoded.is_chat:
             return [self._chunk([item]) for item in self._chat_choices(delta, has_tokens=bool(tokens))]
         text_offset = self._text_offsets[delta.index]
-        self._text_offsets[delta.index] += sum(len(token.text) for token in tokens)
+        self._text_offsets[delta.index] = text_offsets(tokens, delta.text, text_offset)[-1]
         output = {"text": delta.text}
         return [self._chunk([choice(self._decoded, delta, output, index=delta.index, text_offset=text_offset)])]
 

@@ -103,6 +103,31 @@ def test_decode_null_equals_absent_for_every_optional_field(
     assert decode_fields(**nulls).requests == decode_fields().requests
 
 
+@both_apis
+def test_decode_sampling_extensions_are_parameters(decode_fields: Callable[..., DecodedRequest]) -> None:
+    fields = {"logit_bias": {"5": -100, "7": 0.5}, "allowed_token_ids": [5, 7], "truncate_prompt_tokens": -1}
+    sampling = decode_fields(**fields, prompt_logprobs=2).requests[0].sampling
+    assert sampling.logit_bias == ((5, -100.0), (7, 0.5))
+    assert (sampling.allowed_token_ids, sampling.truncate_prompt_tokens, sampling.prompt_logprobs) == ((5, 7), -1, 2)
+
+
+@both_apis
+def test_decode_best_of_generates_candidates_with_log_probabilities(
+    decode_fields: Callable[..., DecodedRequest],
+) -> None:
+    decoded = decode_fields(best_of=4, n=2)
+    assert (decoded.n, decoded.candidates, decoded.requests[0].n, decoded.logprobs) == (2, 4, 4, None)
+    assert decoded.requests[0].sampling.logprobs == 0
+    assert decode_fields(best_of=2, n=2, stream=True).requests[0].sampling.logprobs is None
+
+
+def test_decode_echo_with_logprobs_scores_the_prompt() -> None:
+    decoded = completions(echo=True, logprobs=3, max_tokens=0)
+    assert (decoded.requests[0].sampling.prompt_logprobs, decoded.requests[0].sampling.logprobs) == (3, 3)
+    assert completions(echo=True).requests[0].sampling.prompt_logprobs is None
+    assert completions(echo=True, logprobs=1, prompt_logprobs=2).requests[0].sampling.prompt_logprobs == 2
+
+
 def test_decode_echo_and_logprobs_by_each_apis_fields() -> None:
     assert completions(echo=True).requests[0].echo
     assert [completions(logprobs=count).requests[0].sampling.logprobs for count in (None, 0, 5)] == [None, 0, 5]
@@ -365,7 +390,13 @@ def test_decode_sets_a_unique_id_and_the_current_time(
         ("min_p", 1.1),
         ("typical_p", 0.9),
         ("typical_p", True),
-        ("logit_bias", {"50256": -100}),
+        ("allowed_token_ids", []),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("best_of", 0),
+        ("best_of", 129),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
         ("suffix", "x"),
         ("max_new_tokens", 8),
         ("skip_special_tokens", False),
@@ -384,10 +415,13 @@ def test_decode_invalid_field_raises_with_its_name(
     ("fields", "expected"),
     [
         ({"suffix": "a"}, "suffix: insertion is not supported."),
-        ({"best_of": 2}, "best_of: only n completions are generated"),
-        ({"best_of": 2, "n": 3}, "best_of: "),
+        ({"best_of": 2, "n": 3}, "best_of: 2 is less than n, 3. Raise it, or omit it."),
+        ({"best_of": 2, "stream": True}, "best_of: is not possible in a stream"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs: is not possible in a stream"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: input should be less than or equal to 100"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias.-5.[key]: string should match pattern"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5: input should be a valid number"),
         ({"add_special_tokens": False}, "add_special_tokens: special tokens of the tokenizer are always added."),
-        ({"echo": True, "logprobs": 0}, "echo: log probabilities of prompts are not supported"),
         ({"logprobs": 21}, "logprobs: input should be less than or equal to 20"),
         ({"logprobs": True}, "logprobs: input should be a valid integer"),
     ],
