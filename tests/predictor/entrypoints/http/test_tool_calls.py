@@ -11,7 +11,7 @@ from httpx import Client
 from devtools.paths import DEMO_MODEL
 from tests.predictor import servers
 
-CALCULATOR = {
+CALCULATOR: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "calculator",
@@ -19,7 +19,7 @@ CALCULATOR = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
 }
-BODY = {
+BODY: dict[str, Any] = {
     "model": "demo",
     "messages": [{"role": "user", "content": "Use the calculator: What is 12 + 30?"}],
     "tools": [CALCULATOR],
@@ -55,7 +55,7 @@ def test_stream_with_tool_call_has_its_name_first(client: Client) -> None:
     assert len({chunk["id"] for chunk in received}) == 1
 
 
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
