@@ -63,19 +63,11 @@ def decode(body: bytes) -> DecodedRequest:
 
 def _chat(content: ResponseRequest) -> Chat:
     instructions = [{"role": "system", "content": content.instructions}] if content.instructions else []
-    choice = content.tool_choice
-    if choice.requires_call:
-        raise InvalidRequest("tool_choice: a call cannot be required. Use auto.", "tool_choice")
-    known = {tool.name for tool in content.tools}
-    if unknown := sorted((choice.names or set()) - known):
-        raise InvalidRequest(f"tool_choice: {unknown[0]} is not the name of one of the tools.", "tool_choice")
-    tools = [tool for tool in content.tools if choice.names is None or tool.name in choice.names]
     return Chat(
         (*instructions, *_messages(content.input)),
-        tuple(tool.to_chat_tool() for tool in tools),
         variables=content.chat_template_kwargs,
-        parallel_tool_calls=content.parallel_tool_calls,
         reasoning_effort=content.reasoning.effort or None,
+        **content.tool_fields(),
     )
 
 

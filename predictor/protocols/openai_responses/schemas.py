@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 from predictor.protocols.field_tables import HARMLESS_ITEM, HARMLESS_RESPONSE, REFUSED_RESPONSE
 from predictor.protocols.json_object import JSONObject
 from predictor.protocols.openai.schemas import parse_arguments
+from predictor.protocols.openai.tool_fields import ToolFields
 from predictor.protocols.sampling_fields import MAX_LOGPROBS, MAX_TOKENS, MaxTokens, SamplingFields
 from predictor.protocols.structured_output_fields import json_schema_output
 from predictor.types import StructuredOutput
@@ -138,20 +139,26 @@ class _Tool(JSONObject):
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     parameters: dict[str, Any] | None = None
+    strict: bool = False
+    """Unlike in OpenAI's API, where schemas are strict by default: not every schema can be enforced."""
 
     def to_chat_tool(self) -> dict[str, Any]:
-        """Return the tool in the form of chat completions, which chat templates read."""
+        """Return the tool in the form of chat completions."""
         function = self.model_dump(exclude_unset=True, exclude={"type"})
         return {"type": "function", "function": function}
 
     def to_json(self) -> dict[str, Any]:
         """Return it as a field of the response."""
-        return {"strict": False, "parameters": None, **self.model_dump(exclude_unset=True)}
+        return {"parameters": None, "strict": self.strict, **self.model_dump(exclude_unset=True)}
 
 
 class _AllowedTool(JSONObject):
     type: Literal["function"]
     name: str
+
+
+def _named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
 
 
 def _wrap_choice(choice: object) -> object:
@@ -168,8 +175,10 @@ class _ToolChoice(JSONObject):
 
     @model_validator(mode="after")
     def _check_type(self) -> Self:
-        if self.type == "function" and self.name is None:
-            raise PydanticCustomError("name", "type function needs the name of a function")
+        if self.type == "function" and not self.name:
+            raise PydanticCustomError("name", "type function needs a name")
+        if self.type == "allowed_tools" and not self.tools:
+            raise PydanticCustomError("tools", "type allowed_tools needs tools")
         if self.type not in ("none", "auto", "required", "function", "allowed_tools"):
             raise PydanticCustomError(
                 "unsupported",
@@ -178,22 +187,15 @@ class _ToolChoice(JSONObject):
             )
         return self
 
-    @property
-    def names(self) -> frozenset[str] | None:
-        """Names of the tools that may be called; None: all."""
+    def to_chat_choice(self) -> str | dict[str, Any]:
+        """Return it in the form of chat completions."""
         match self.type:
-            case "none":
-                return frozenset()
             case "function":
-                return frozenset({str(self.name)})
+                return _named(str(self.name))
             case "allowed_tools":
-                return frozenset(tool.name for tool in self.tools)
-        return None
-
-    @property
-    def requires_call(self) -> bool:
-        """Whether one of them has to be called."""
-        return self.type in ("required", "function") or (self.type == "allowed_tools" and self.mode == "required")
+                tools = [_named(tool.name) for tool in self.tools]
+                return {"type": self.type, "allowed_tools": {"mode": self.mode, "tools": tools}}
+        return self.type
 
     def to_json(self) -> str | dict[str, Any]:
         """Return it as a field of the response."""
@@ -284,6 +286,19 @@ class ResponseRequest(SamplingFields):
     prompt_cache_key: str | None = None
     safety_identifier: str | None = None
     user: str | None = None
+
+    def tool_fields(self) -> dict[str, Any]:
+        """Return the arguments of `Chat` that describe tools.
+
+        Raises:
+            InvalidRequest: as `ToolFields.chat_fields`.
+        """
+        fields = {
+            "tools": [tool.to_chat_tool() for tool in self.tools],
+            "tool_choice": self.tool_choice.to_chat_choice(),
+            "parallel_tool_calls": self.parallel_tool_calls,
+        }
+        return ToolFields.model_validate(fields).chat_fields()
 
     def _constraints(self) -> dict[str, StructuredOutput | None]:
         return {**super()._constraints(), "text.format": self.text.format.structured_output()}

@@ -86,6 +86,24 @@ def test_call_is_streamed(openai_client: openai.OpenAI) -> None:
     assert json.loads(call.arguments) == {"expression": "12 + 30"}
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "name": "calculator"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "calculator"}]},
+    ],
+    ids=["required", "function", "allowed_tools"],
+)
+def test_tool_choice_forces_a_call(client: httpx.Client, choice: Any) -> None:
+    fields = {"input": "Who are you?", "tools": [CALCULATOR | {"strict": True}], "parallel_tool_calls": False}
+    plain = create(client, **fields).json()
+    assert [item["type"] for item in plain["output"]] == ["message"]
+    [item] = create(client, **fields, tool_choice=choice).json()["output"]
+    assert (item["type"], item["name"]) == ("function_call", "calculator")
+    assert list(json.loads(item["arguments"])) == ["expression"]
+
+
 def test_tool_choice_none_returns_text(client: httpx.Client) -> None:
     response = create(client, tools=[CALCULATOR], tool_choice="none").json()
     assert [item["type"] for item in response["output"]] == ["message"]

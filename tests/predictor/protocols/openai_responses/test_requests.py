@@ -244,25 +244,48 @@ def test_tools_are_passed_in_the_form_of_chats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("choice", "names"),
+    ("choice", "names", "required"),
     [
-        ("auto", ["weather", "time"]),
-        ("none", []),
-        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "time"}]}, ["time"]),
+        ("auto", ["weather", "time"], False),
+        ("none", [], False),
+        ("required", ["weather", "time"], True),
+        ({"type": "function", "name": "time"}, ["time"], True),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "time"}]}, ["time"], False),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "time"}]},
+            ["time"],
+            True,
+        ),
     ],
 )
-def test_tool_choice_selects_the_tools(choice: Any, names: list[str]) -> None:
+def test_tool_choice_selects_the_tools(choice: Any, names: list[str], required: bool) -> None:
     decoded = decode(tools=[TOOL, TOOL | {"name": "time"}], tool_choice=choice)
-    assert isinstance(decoded.request.prompt, Chat)
-    assert [tool["function"]["name"] for tool in decoded.request.prompt.tools] == names
+    prompt = decoded.request.prompt
+    assert isinstance(prompt, Chat)
+    assert [tool["function"]["name"] for tool in prompt.tools] == names
+    assert prompt.requires_tool_call is required
     assert decoded.head["tool_choice"] == choice
 
 
-def test_tool_choice_of_an_unknown_tool_is_rejected() -> None:
-    choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "other"}]}
+def test_strict_tools_are_those_that_set_it() -> None:
+    tools = [TOOL | {"strict": True}, TOOL | {"name": "time"}]
+    assert chat(tools=tools).strict_tools == {"weather"}
+    assert [tool["strict"] for tool in decode(tools=tools).head["tools"]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ({"type": "function", "name": "other"}, "other"),
+        ({"type": "function"}, "needs a name"),
+        ({"type": "allowed_tools", "tools": []}, "needs tools"),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "other"}]}, "other"),
+    ],
+)
+def test_tool_choice_of_an_unknown_tool_is_rejected(choice: Json, reason: str) -> None:
     error = rejected(tools=[TOOL], tool_choice=choice)
     assert error.field == "tool_choice"
-    assert "other" in str(error)
+    assert reason in str(error)
 
 
 def test_parallel_tool_calls_and_effort_reach_the_chat() -> None:
