@@ -48,7 +48,7 @@ def ended(
 
 def response(decoded: DecodedRequest, status: str, **fields: Any) -> dict[str, Any]:
     """Return a response object; `fields` are those that differ from the ones of a response without output."""
-    empty = {"output": [], "error": None, "incomplete_details": None, "usage": None}
+    empty: dict[str, Any] = {"output": [], "error": None, "incomplete_details": None, "usage": None}
     return {**decoded.head, "status": status, **empty, **fields}
 
 

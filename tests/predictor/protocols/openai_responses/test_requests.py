@@ -77,7 +77,8 @@ def test_decode_logprobs_by_include_or_their_number() -> None:
 
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
 def test_message_of_any_role_is_passed_with_or_without_type(role: str) -> None:
-    for type_ in ({}, {"type": "message"}, {"type": None}):
+    types: list[Json] = [{}, {"type": "message"}, {"type": None}]
+    for type_ in types:
         assert messages({"role": role, "content": "x", "id": "msg_1", **type_}) == [{"role": role, "content": "x"}]
 
 
@@ -102,7 +103,8 @@ def test_items_of_a_response_are_one_message_of_the_assistant() -> None:
         "reasoning_content": "Hm.",
         "reasoning": "Hm.",
     }
-    for items in ([reasoning, text, CALL], [reasoning, CALL, text]):
+    orders: list[list[Json]] = [[reasoning, text, CALL], [reasoning, CALL, text]]
+    for items in orders:
         passed = messages({"role": "user", "content": "Hi"}, *items, RESULT)
         assert passed == [
             {"role": "user", "content": "Hi"},
