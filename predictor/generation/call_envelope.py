@@ -17,6 +17,8 @@ class CallEnvelope:
     begin: str = ""
     end: str = ""
     between_calls: str = ""
+    marker: str = ""
+    """Beginning of the first call, by which it differs from text; "" if a call is the whole message instead."""
 
     def write(self, calls: list[tuple[str, str]]) -> str:
         """Return calls, as name and JSON of the arguments, as the model writes them."""

@@ -5,8 +5,13 @@ from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 from typing import Any
 
+import regex
+
 from predictor.generation.call_envelope import CallEnvelope
 from predictor.generation.tokenizer import ChatTokenizer
+
+_MAX_PREFILL = 256
+"""Characters at the end of a prompt that may begin or end the reasoning."""
 
 
 class Content(Enum):
@@ -66,6 +71,8 @@ class Notation:
     """The output begins with reasoning, with or without a marker."""
     envelope: CallEnvelope | None = None
     """How calls with JSON arguments may be written, for grammars."""
+    reasoning_marks: tuple[str, str] | None = None
+    """What the model writes before and after the reasoning, for grammars."""
     call_ids: CallIds = CallIds.ANY
     end_tokens: tuple[str, ...] = ()
     """Special tokens that end the message, in addition to the model's end of sequence."""
@@ -111,9 +118,9 @@ class OutputFormat:
         return self.tool_calls.envelope if self.tool_calls else None
 
     @property
-    def begins_in_reasoning(self) -> bool:
-        """Whether the output begins with reasoning, with or without a marker."""
-        return self.reasoning is not None and self.reasoning.begins_in_reasoning
+    def reasoning_marks(self) -> tuple[str, str] | None:
+        """What the model writes before and after the reasoning; None if unknown."""
+        return self.reasoning.reasoning_marks if self.reasoning else None
 
     @property
     def _notations(self) -> list[Notation]:
@@ -130,6 +137,25 @@ class OutputFormat:
             or (region.is_tool_call and tools and self.tool_calls is not None)
         ]
         return [region for position, region in enumerate(chosen) if region not in chosen[:position]]
+
+    def open_reasoning(self, prompt: str, continued: str | None) -> Region | None:
+        """Return the region of the reasoning in which a completion begins; None if it does not.
+
+        Args:
+            prompt: the rendered chat.
+            continued: the text of the assistant's message that the completion continues; None: it begins a new one.
+        """
+        text = prompt[-_MAX_PREFILL:] if continued is None else continued
+        for region in self.reasoning.regions if self.reasoning else ():
+            if region.content is not Content.REASONING or region.end is None:
+                continue
+            *_, rest = [None, *(text[match.end() :] for match in regex.finditer(region.start, text))]
+            if rest is not None and not regex.search(region.end, rest) and (continued is not None or not rest.strip()):
+                return region
+            ended = regex.search(region.end if continued is not None else rf"(?:{region.end})\s*\Z", text)
+            if self.reasoning and self.reasoning.begins_in_reasoning and ended is None:
+                return region
+        return None
 
 
 def _strings(value: Any) -> Iterator[str]:

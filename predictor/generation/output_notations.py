@@ -20,7 +20,9 @@ AUTO, NONE, TOKENIZER = "auto", "none", "tokenizer"
 _NAME = r"(?P<name>[\w./-]{1,128})"
 _JSON_NEXT = r"(?=\s{0,8}[\[{])"
 _FUNCTION = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-_HERMES = CallEnvelope('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between_calls="\n")
+_HERMES = CallEnvelope(
+    '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between_calls="\n", marker="<tool_call>"
+)
 _BARE_JSON = CallEnvelope('{"name": "', '", "parameters": ', "}", between_calls="; ")
 _BARE_OBJECTS = Region(content=Content.OBJECTS, start=r"(?:\[\s{0,8})?\{", bare=True)
 _TAGGED_JSON = Region(content=Content.OBJECTS, start=f"<tool_call>{_JSON_NEXT}", end="</tool_call>")
@@ -89,8 +91,14 @@ _HARMONY = Notation(
             start=rf"{_HARMONY_START}<\|channel\|>(?:final|commentary){_HARMONY_BODY}|{_HARMONY_END}",
         ),
     ),
-    envelope=CallEnvelope("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", end="<|call|>"),
+    envelope=CallEnvelope(
+        "<|channel|>commentary to=functions.",
+        " <|constrain|>json<|message|>",
+        end="<|call|>",
+        marker="<|channel|>commentary to=",
+    ),
     end_tokens=("<|call|>", "<|return|>"),
+    reasoning_marks=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
 )
 
 TOOL_CALLS: Mapping[str, Notation] = {
@@ -125,13 +133,19 @@ TOOL_CALLS: Mapping[str, Notation] = {
     ),
     "mistral": Notation(
         regions=_MISTRAL_REGIONS,
-        envelope=CallEnvelope("[TOOL_CALLS]", "[ARGS]"),
+        envelope=CallEnvelope("[TOOL_CALLS]", "[ARGS]", marker="[TOOL_CALLS]"),
         call_ids=CallIds.ALPHANUMERIC_9,
     ),
     "mistral_list": Notation(
         regions=_MISTRAL_REGIONS,
         envelope=CallEnvelope(
-            '{"name": "', '", "arguments": ', "}", begin="[TOOL_CALLS][", end="]", between_calls=", "
+            '{"name": "',
+            '", "arguments": ',
+            "}",
+            begin="[TOOL_CALLS][",
+            end="]",
+            between_calls=", ",
+            marker="[TOOL_CALLS]",
         ),
         call_ids=CallIds.ALPHANUMERIC_9,
     ),
@@ -158,6 +172,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             begin="<｜tool▁calls▁begin｜>",
             end="<｜tool▁calls▁end｜>",
             between_calls="\n",
+            marker="<｜tool▁calls▁begin｜>",
         ),
     ),
     "deepseek_v31": _deepseek(
@@ -168,6 +183,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             "<｜tool▁call▁end｜>",
             begin="<｜tool▁calls▁begin｜>",
             end="<｜tool▁calls▁end｜>",
+            marker="<｜tool▁calls▁begin｜>",
         ),
     ),
     "kimi_k2": Notation(
@@ -186,6 +202,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             "<|tool_call_end|>",
             begin="<|tool_calls_section_begin|>",
             end="<|tool_calls_section_end|>",
+            marker="<|tool_calls_section_begin|>",
         ),
         call_ids=CallIds.NAME_AND_INDEX,
     ),
@@ -194,7 +211,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             Region(content=Content.TEMPLATE, start=r"<\|tool_call>\s{0,8}call:", end=r"<tool_call\|>", template=_GEMMA),
             Region(content=Content.OBJECTS, start=rf"<\|tool_call>{_JSON_NEXT}", end=r"<tool_call\|>"),
         ),
-        envelope=CallEnvelope('<|tool_call>{"name": "', '", "arguments": ', "}<tool_call|>"),
+        envelope=CallEnvelope('<|tool_call>{"name": "', '", "arguments": ', "}<tool_call|>", marker="<|tool_call>"),
         end_tokens=("<|tool_response>",),
     ),
     "gemma3": Notation(regions=(Region(content=Content.PYTHON, start="```tool_code", end="```"),)),
@@ -205,7 +222,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
 
 def _tags(start: str, end: str, *, begins_in_reasoning: bool = False) -> Notation:
     region = Region(content=Content.REASONING, start=regex.escape(start), end=regex.escape(end))
-    return Notation(regions=(region,), begins_in_reasoning=begins_in_reasoning)
+    return Notation(regions=(region,), begins_in_reasoning=begins_in_reasoning, reasoning_marks=(start, end))
 
 
 REASONING: Mapping[str, Notation] = {

@@ -28,8 +28,6 @@ _OTHER_KEYS = frozenset({"type", "id", "index"})
 _OBJECT_START = regex.compile(r'\{\s{0,64}["}]')
 _MISTRAL_ID = regex.compile(r"[A-Za-z0-9]{9}")
 _KIMI_ID = regex.compile(r"functions\..{1,256}:\d{1,9}")
-_MAX_PREFILL = 256
-"""Characters at the end of a prompt that may begin or end the reasoning."""
 
 
 class OutputParser:
@@ -63,7 +61,7 @@ class OutputParser:
         self._num_complete = 0
         self._lead = ""
         """Text to put before what cannot be parsed: the marker."""
-        opened = _opened_reasoning(output_format, self._regions, prompt, continued)
+        opened = output_format.open_reasoning(prompt, continued)
         self._text = _TrimmedText(started=continued is not None and opened is None)
         self._reasoning = _TrimmedText()
         self._deltas: list[OutputDelta] = []
@@ -279,9 +277,9 @@ class OutputParser:
                 self._end_call()
 
     def _checked(self, name: object, *, known_only: bool) -> str:
-        if not isinstance(name, str) or not _NAME.fullmatch(name) or (known_only and name not in self._names):
-            raise Malformed
-        return name
+        if isinstance(name, str) and (name in self._names or (not known_only and _NAME.fullmatch(name))):
+            return name
+        raise Malformed
 
     def _begin_call(self, name: str, given_id: str | None = None) -> None:
         index = len(self._ids)
@@ -363,23 +361,6 @@ class _Alternatives:
     def matched(self, match: Any) -> Region:
         """Return the region whose start is this match of `pattern`."""
         return next(region for index, region in enumerate(self.regions) if match.start(f"region{index}") >= 0)
-
-
-def _opened_reasoning(
-    output_format: OutputFormat, regions: Sequence[Region], prompt: str, continued: str | None
-) -> Region | None:
-    """Return the region of the reasoning in which the completion begins, if it does."""
-    reasoning = [region for region in regions if region.content is Content.REASONING and region.end is not None]
-    for region in reasoning:
-        text = prompt[-_MAX_PREFILL:] if continued is None else continued
-        start = max(regex.finditer(region.start, text), key=lambda match: match.start(), default=None)
-        rest = None if start is None else text[start.end() :]
-        if rest is not None and not regex.search(str(region.end), rest) and (continued is not None or not rest.strip()):
-            return region
-        ends = regex.search(rf"(?:{region.end})\s*\Z" if continued is None else str(region.end), text)
-        if output_format.begins_in_reasoning and ends is None:
-            return region
-    return None
 
 
 def _object_text(value: object) -> str:

@@ -12,7 +12,7 @@ from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation.detokenizer import Detokenizer, left_context
-from predictor.generation.logprobs import LogprobsFormatter
+from predictor.generation.logprobs import LogprobsFormatter, format_prompt
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.prompts import EncodedRequest
 from predictor.generation.tokenizer import Tokenizer
@@ -131,6 +131,7 @@ def submit(
             _Sequence(
                 index=index,
                 stream=stream,
+                tokenizer=tokenizer,
                 detokenizer=Detokenizer(
                     tokenizer,
                     context,
@@ -141,6 +142,7 @@ def submit(
                 logprobs=LogprobsFormatter(tokenizer, context),
                 prompt_tokens=len(token_ids),
                 echo=echo,
+                scores_prompt=sampling.prompt_logprobs is not None,
                 parser=parser,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
@@ -158,10 +160,12 @@ class _Sequence:
 
     index: int
     stream: Stream
+    tokenizer: Tokenizer
     detokenizer: Detokenizer
     logprobs: LogprobsFormatter
     prompt_tokens: int
     echo: str
+    scores_prompt: bool
     parser: OutputParser | None
     on_finished: OnFinished
     on_tokens: OnTokens
@@ -173,10 +177,13 @@ class _Sequence:
 
     async def deltas(self) -> AsyncGenerator[CompletionDelta]:
         """Yield deltas up to the one with a finish reason."""
-        if self.echo:
-            yield self._completion_delta([TextDelta(self.echo)])
+        if self.echo and not self.scores_prompt:
+            yield self._completion_delta(self._echo())
         try:
             async for step in self.stream:
+                if step.prompt_logprobs:
+                    prompt = await format_prompt(self.tokenizer, step.prompt_logprobs)
+                    yield replace(self._completion_delta(self._echo()), prompt=prompt)
                 delta = self._process(step)
                 if delta.finish_reason is not None:
                     self.outcome = delta.finish_reason.value
@@ -212,6 +219,9 @@ class _Sequence:
                 first_token_seconds=stream.first_token_seconds,
             )
         )
+
+    def _echo(self) -> list[OutputDelta]:
+        return [TextDelta(self.echo)] if self.echo else []
 
     def _process(self, step: Step) -> CompletionDelta:
         """Count the tokens of a step, and detokenize it up to the first stop string."""
@@ -300,6 +310,7 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
         tokens=tuple(token for delta in received for token in delta.tokens),
+        prompt=tuple(token for delta in received for token in delta.prompt),
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
         tool_calls=tuple(calls),
         reasoning_tokens=last.reasoning_tokens,

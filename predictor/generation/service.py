@@ -50,6 +50,7 @@ class Phase(StrEnum):
     LOADING = "loading weights"
     WARMING_UP = "warming up"
     READY = "ready"
+    TERMINATING = "terminating"
     DRAINING = "shutting down"
     STOPPED = "stopped"
 
@@ -211,6 +212,12 @@ class LLMService:
             self_check_success=lambda: self_check.succeeded,
         )
 
+    def terminate(self) -> None:
+        """Stop being ready; requests are still accepted, until `drain`."""
+        with self._state_lock:
+            if self.phase is Phase.READY:
+                self.phase = Phase.TERMINATING
+
     def drain(self) -> None:
         """Reject new requests; running and waiting ones go on."""
         with self._state_lock:
@@ -239,6 +246,11 @@ class LLMService:
         if self.phase is not Phase.READY or self._pipeline is None:
             return False
         return self.is_live and self._pipeline.self_check.is_fresh
+
+    @property
+    def is_terminating(self) -> bool:
+        """Whether clients should send their next request to another server."""
+        return self.phase is Phase.TERMINATING or self.is_shutting_down
 
     @property
     def is_shutting_down(self) -> bool:

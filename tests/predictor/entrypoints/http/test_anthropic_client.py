@@ -16,7 +16,7 @@ CALCULATOR: ToolParam = {
     "input_schema": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
 }
 GREEDY = {"temperature": 0}
-ASKED: list[MessageParam] = [{"role": "user", "content": "Use the calculator: What is 12 + 30?"}]
+TOOL_QUESTION: list[MessageParam] = [{"role": "user", "content": "Use the calculator: What is 12 + 30?"}]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_anthropic_client_prefilled_answer_is_continued(anthropic_client: anthro
 
 def test_anthropic_client_tool_is_called_and_its_result_used(anthropic_client: anthropic.Anthropic) -> None:
     with anthropic_client.messages.stream(
-        model="demo", max_tokens=99, messages=ASKED, tools=[CALCULATOR], extra_body=GREEDY
+        model="demo", max_tokens=99, messages=TOOL_QUESTION, tools=[CALCULATOR], extra_body=GREEDY
     ) as stream:
         called = stream.get_final_message()
     [call] = called.content
@@ -73,7 +73,7 @@ def test_anthropic_client_tool_is_called_and_its_result_used(anthropic_client: a
     assert call.type == "tool_use"
     assert (call.name, call.input) == ("calculator", {"expression": "12 + 30"})
     conversation: list[MessageParam] = [
-        *ASKED,
+        *TOOL_QUESTION,
         {"role": "assistant", "content": [{"type": "tool_use", "id": call.id, "name": call.name, "input": call.input}]},
         {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": "42"}]},
     ]
