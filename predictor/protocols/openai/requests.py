@@ -76,13 +76,22 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         raise _invalid("top_logprobs", "needs logprobs to be true")
     logprobs = (content.top_logprobs or 0) if content.logprobs else None
     sampling = replace(_sampling_params(content, logprobs), max_tokens=next(iter(limits), None))
-    messages = tuple(message.to_template_message() for message in content.messages)
+    request = GenerationRequest(to_chat(content), sampling, content.num_candidates(content.n), parse_output=True)
+    return _decoded(content, [request], logprobs)
+
+
+def to_chat(content: ChatCompletionRequest) -> Chat:
+    """Return the chat of a request.
+
+    Raises:
+        InvalidRequest: fields contradict each other.
+    """
     tools = () if content.tool_choice == "none" else content.tools
     continues = content.continue_final_message or content.messages[-1].prefix
     if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
         raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
-    chat = Chat(
-        messages,
+    return Chat(
+        tuple(message.to_template_message() for message in content.messages),
         tuple(tool.model_dump(exclude_unset=True) for tool in tools),
         variables=content.chat_template_kwargs,
         parallel_tool_calls=content.parallel_tool_calls,
@@ -90,8 +99,6 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         continue_final_message=continues,
         add_generation_prompt=content.add_generation_prompt,
     )
-    request = GenerationRequest(chat, sampling, content.num_candidates(content.n), parse_output=True)
-    return _decoded(content, [request], logprobs)
 
 
 def _sampling_params(content: BaseRequest, logprobs: int | None) -> SamplingParams:

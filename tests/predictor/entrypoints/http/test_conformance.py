@@ -41,6 +41,8 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/generate_stream": {"text_input": "17+25=", "parameters": {"details": True}},
     "/chat/completions": {"model": "demo", "messages": [MESSAGE], "logprobs": True, "service_tier": "auto"},
     "/completions": {"model": "demo", "prompt": "17+25=", "logprobs": 1},
+    "/tokenize": {"messages": [MESSAGE], "return_token_strs": True},
+    "/detokenize": {"tokens": [1, 60]},
     ":predict": {"instances": ["17+25=", [MESSAGE]]},
 }
 """Valid bodies, by the end of the path."""
