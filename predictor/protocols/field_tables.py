@@ -171,8 +171,6 @@ REFUSED_CHAT: Refusals = {
     "chat_template": _refuse("the model's own chat template is used"),
     "documents": _refuse("not supported. Put them into a message or chat_template_kwargs"),
     "echo": _refuse("not supported. Use /v1/completions", False),
-    "function_call": _refuse("deprecated and not supported. Use tool_choice", "none", "auto"),
-    "functions": _refuse("deprecated and not supported. Use tools"),
     "mm_processor_kwargs": _refuse("only text is supported"),
     "modalities": _refuse(_ONLY_TEXT, ["text"]),
     "moderation": _refuse("moderation is not supported"),
@@ -195,7 +193,6 @@ REFUSED_BLOCK: Refusals = {"citations": _refuse("not supported. Omit it")}
 
 REFUSED_MESSAGE: Refusals = {
     "audio": _refuse("only text is supported"),
-    "function_call": _refuse("deprecated and not supported. Use tool_calls"),
     "images": _refuse("only text is supported"),
 }
 """In OpenAI's messages."""

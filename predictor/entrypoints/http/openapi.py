@@ -114,7 +114,7 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
         "index": _INTEGER,
         **output,
         "logprobs": _or_null({"type": "object"}),
-        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
+        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls", "function_call"]},
     }
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
     details = _object({"reasoning_tokens": _INTEGER})
@@ -134,6 +134,7 @@ _TOOL_CALL = _object({"id": _STRING, "type": {"const": "function"}, "function": 
 _MESSAGE = _object(
     {"role": {"const": "assistant"}, "content": _or_null(_STRING), "refusal": {"type": "null"}},
     tool_calls=_list(_TOOL_CALL),
+    function_call=_FUNCTION_CALL,
     reasoning_content=_STRING,
     reasoning=_STRING,
 )

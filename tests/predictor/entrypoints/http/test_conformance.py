@@ -41,6 +41,7 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/generate_stream": {"text_input": "17+25=", "parameters": {"details": True}},
     "/chat/completions": {"model": "demo", "messages": [MESSAGE], "logprobs": True, "service_tier": "auto"},
     "/completions": {"model": "demo", "prompt": "17+25=", "logprobs": 1},
+    "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},
     "/tokenize": {"messages": [MESSAGE], "return_token_strs": True},
     "/detokenize": {"tokens": [1, 60]},
     ":predict": {"instances": ["17+25=", [MESSAGE]]},

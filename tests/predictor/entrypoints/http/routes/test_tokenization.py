@@ -56,7 +56,9 @@ def test_text_has_the_tokenizers_ids_and_comes_back(
 def test_chat_has_the_tokens_that_a_completion_counts(client: httpx.Client, fields: dict[str, Any]) -> None:
     body = {"messages": MESSAGES} | fields
     tokens = tokenize(client, **body)
-    completion = client.post("/v1/chat/completions", json={"model": "demo", "max_tokens": 1, "prompt_logprobs": 0} | body)
+    completion = client.post(
+        "/v1/chat/completions", json={"model": "demo", "max_tokens": 1, "prompt_logprobs": 0} | body
+    )
     assert tokens["count"] == len(tokens["tokens"]) == completion.json()["usage"]["prompt_tokens"]
     scored = [int(next(iter(by_id))) for by_id in completion.json()["prompt_logprobs"][1:]]
     assert scored == tokens["tokens"][1:]
