@@ -115,6 +115,8 @@ class Chat:
     """Further variables of the template, such as `enable_thinking`."""
     requires_tool_call: bool = False
     """The assistant calls one of the tools at least, instead of writing a message."""
+    strict_tools: frozenset[str] = frozenset()
+    """Names of the tools whose arguments always follow their schema; those of required calls do in any case."""
     parallel_tool_calls: bool = True
     """The assistant may call several tools in one message."""
     reasoning_effort: str | None = None

@@ -17,6 +17,8 @@ class CallEnvelope:
     begin: str = ""
     end: str = ""
     between_calls: str = ""
+    marker: str = ""
+    """Beginning of the first call, by which it differs from text; "" if a call is the whole message instead."""
 
     def write(self, calls: list[tuple[str, str]]) -> str:
         """Return calls, as name and JSON of the arguments, as the model writes them."""
@@ -24,7 +26,17 @@ class CallEnvelope:
         return self.begin + self.between_calls.join(texts) + self.end
 
 
-HERMES = CallEnvelope('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between_calls="\n")
+HERMES = CallEnvelope(
+    '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between_calls="\n", marker="<tool_call>"
+)
 LLAMA3_JSON = CallEnvelope('{"name": "', '", "parameters": ', "}", between_calls="; ")
-MISTRAL = CallEnvelope("[TOOL_CALLS]", "[ARGS]")
-MISTRAL_LIST = CallEnvelope('{"name": "', '", "arguments": ', "}", begin="[TOOL_CALLS][", end="]", between_calls=", ")
+MISTRAL = CallEnvelope("[TOOL_CALLS]", "[ARGS]", marker="[TOOL_CALLS]")
+MISTRAL_LIST = CallEnvelope(
+    '{"name": "',
+    '", "arguments": ',
+    "}",
+    begin="[TOOL_CALLS][",
+    end="]",
+    between_calls=", ",
+    marker="[TOOL_CALLS]",
+)

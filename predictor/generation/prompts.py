@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from predictor.engine.grammar import Grammar
 from predictor.errors import InvalidRequest, PromptTooLong
+from predictor.generation import message_grammar
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
 from predictor.generation.output_parser import OutputFormat, OutputParser
@@ -91,6 +93,8 @@ class Prompts:
             )
         self._check_token_ids(token_ids, "the prompt")
         sampling = self._complete(request.sampling, remaining)
+        if grammar := self._grammar(request, rendered):
+            sampling = replace(sampling, logits_processors=(*sampling.logits_processors, grammar.logits_processor))
         echo = ""
         if request.echo:
             if isinstance(prompt, str) and len(token_ids) == num_tokens:
@@ -210,13 +214,6 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        if sampling.structured_output is not None:
-            if sampling.ignore_eos:
-                raise InvalidRequest(
-                    "ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos"
-                )
-            grammar = self.grammars.compile(sampling.structured_output)
-            sampling = replace(sampling, logits_processors=(grammar.logits_processor,))
         max_tokens = min(max_tokens, remaining)
         return replace(
             sampling,
@@ -229,6 +226,20 @@ class Prompts:
             bad_words_ids=sampling.bad_words_ids + self._bad_words_ids(sampling.bad_words) + defaults.bad_words_ids,
             **unset,
         )
+
+    def _grammar(self, request: GenerationRequest, rendered: str) -> Grammar | None:
+        """Return the grammar of the completion; None if it may be any text."""
+        prompt, answer = request.prompt, request.sampling.structured_output
+        message = None
+        if isinstance(prompt, Chat) and request.parse_output:
+            message = message_grammar.for_chat(prompt, rendered, self.output_format, answer)
+        if message is None and answer is None:
+            return None
+        if request.sampling.ignore_eos:
+            raise InvalidRequest("ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos")
+        if message is not None:
+            return self.grammars.compile_message(message)
+        return self.grammars.compile(answer) if answer else None
 
     def _bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))

@@ -82,7 +82,7 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
         return respond(
             NotFound(
                 f"Route not found: {operation}. Use /v2/models/NAME/infer, /v2/models/NAME/generate, "
-                "/v1/chat/completions, /v1/completions, /v1/messages or /v1/models/NAME:predict."
+                "/v1/chat/completions, /v1/responses, /v1/completions, /v1/messages or /v1/models/NAME:predict."
             ),
             path,
         )
