@@ -147,6 +147,15 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokenization:
+    """The tokens of a prompt."""
+
+    token_ids: list[int]
+    texts: list[str] | None
+    """As in the tokenizer's vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprob:
     """Log probability of a token, before temperature and penalties, and of the most probable ones.
 

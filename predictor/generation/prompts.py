@@ -15,8 +15,8 @@ from predictor.generation.control_tokens import BREAK
 from predictor.generation.output_format import OutputFormat
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
-from predictor.generation.tokenizer import Tokenizer
-from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams
+from predictor.generation.tokenizer import PromptTokenizer
+from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams, Tokenization
 
 _CHARS_PER_TOKEN = 8
 """Text that is longer is encoded in parts first; most languages and code have 2 to 5."""
@@ -57,7 +57,7 @@ class Prompts:
         output_format: in which the model writes reasoning and tool calls, if known.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: PromptTokenizer
     chat_template: ChatTemplate
     grammars: GrammarCompiler
     context_tokens: int
@@ -109,8 +109,8 @@ class Prompts:
             sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
 
-    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of a text, or of a chat, which has its special tokens from the template.
+    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool, with_texts: bool) -> Tokenization:
+        """Return the tokens of a text, or of a chat, which has its special tokens from the template.
 
         Raises:
             InvalidRequest: no chat template, or messages rejected by it.
@@ -121,7 +121,7 @@ class Prompts:
         else:
             token_ids = self._encode(prompt, add_special_tokens=add_special_tokens, contexts=_LONG_CONTEXTS)
         self._check_length(len(token_ids), 0, _LONG_CONTEXTS)
-        return token_ids
+        return Tokenization(token_ids, self.tokenizer.convert_ids_to_tokens(token_ids) if with_texts else None)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included.

@@ -13,6 +13,18 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...  # noqa: D102
 
 
+class PromptTokenizer(Tokenizer, Protocol):
+    """The same, with the vocabulary."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: Any
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...  # noqa: D102
+
+
 class ChatTokenizer(Protocol):
     """Chats to text."""
 
