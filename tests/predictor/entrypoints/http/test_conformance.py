@@ -41,10 +41,12 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"text_input": "17+25=", "parameters": {"details": True}},
     "/generate_stream": {"text_input": "17+25=", "parameters": {"details": True}},
     "/chat/completions": {"model": "demo", "messages": [MESSAGE], "logprobs": True, "service_tier": "auto"},
-    "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},
     "/messages/count_tokens": {"model": "demo", "messages": [MESSAGE]},
     "/responses": {"model": "demo", "input": [MESSAGE], "top_logprobs": 1},
     "/completions": {"model": "demo", "prompt": "17+25=", "logprobs": 1},
+    "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},
+    "/tokenize": {"messages": [MESSAGE], "return_token_strs": True},
+    "/detokenize": {"tokens": [1, 60]},
     ":predict": {"instances": ["17+25=", [MESSAGE]]},
 }
 """Valid bodies, by the end of the path."""
