@@ -1,6 +1,5 @@
 """Errors as HTTP responses, in the error format of the route's protocol."""
 
-import json
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -23,9 +22,10 @@ from predictor.errors import (
 from predictor.observability import request_record
 from predictor.protocols.anthropic import responses as anthropic
 from predictor.protocols.openai import responses as openai
+from predictor.protocols.server_sent_events import encode_event
 
-_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
-"""All of /v1 except its models, which KServe v1 shares."""
+_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)|/((de)?tokenize|tokenizer_info)$")
+"""All of /v1 except its models, which KServe v1 shares, and vLLM's tokenization."""
 _ANTHROPIC = re.compile(r"/v1/messages(/|$)")
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 
@@ -46,7 +46,7 @@ def respond(error: RequestError, path: str) -> Response:
         headers["Accept-Encoding"] = "gzip, deflate"
     status = _status(error, path)
     if path.endswith("/generate_stream"):
-        return Response(f"data: {json.dumps(body)}\n\n", status, headers, media_type="text/event-stream")
+        return Response(encode_event(body), status, headers, media_type="text/event-stream")
     return JSONResponse(body, status, headers)
 
 
@@ -82,7 +82,7 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
         return respond(
             NotFound(
                 f"Route not found: {operation}. Use /v2/models/NAME/infer, /v2/models/NAME/generate, "
-                "/v1/chat/completions, /v1/completions, /v1/messages or /v1/models/NAME:predict."
+                "/v1/chat/completions, /v1/responses, /v1/completions, /v1/messages or /v1/models/NAME:predict."
             ),
             path,
         )

@@ -10,14 +10,14 @@ from pydantic import ValidationError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
-from predictor.protocols.json_object import remove_extra_fields
+from predictor.protocols.json_object import JSONObject, remove_extra_fields
 from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest, Message
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
 COMPLETION_SCHEMA = json_schema(CompletionRequest)
 CHAT_COMPLETION_SCHEMA = json_schema(ChatCompletionRequest)
 
-RequestT = TypeVar("RequestT", bound=BaseRequest)
+RequestT = TypeVar("RequestT", bound=JSONObject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ def decode_completion(body: bytes) -> DecodedRequest:
     Raises:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
-    content = _validate(CompletionRequest, body)
+    content = validate_body(CompletionRequest, body)
     sampling = _sampling_params(content, content.logprobs)
     if content.echo and content.logprobs is not None:
         sampling = replace(sampling, prompt_logprobs=max(content.logprobs, content.prompt_logprobs or 0))
@@ -73,7 +73,7 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
     Raises:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
-    content = _validate(ChatCompletionRequest, body)
+    content = validate_body(ChatCompletionRequest, body)
     limits = {content.max_tokens, content.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it. Omit it")
@@ -81,10 +81,20 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         raise _invalid("top_logprobs", "needs logprobs to be true")
     logprobs = (content.top_logprobs or 0) if content.logprobs else None
     sampling = replace(_sampling_params(content, logprobs), max_tokens=next(iter(limits), None))
+    request = GenerationRequest(to_chat(content), sampling, content.num_candidates(content.n), parse_output=True)
+    return _decoded(content, [request], logprobs)
+
+
+def to_chat(content: ChatCompletionRequest) -> Chat:
+    """Return the chat of a request.
+
+    Raises:
+        InvalidRequest: fields contradict each other.
+    """
     continues = content.continue_final_message or content.messages[-1].prefix
     if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
         raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
-    chat = Chat(
+    return Chat(
         tuple(_template_messages(content.messages)),
         variables=content.chat_template_kwargs,
         reasoning_effort=content.reasoning_effort or None,
@@ -92,8 +102,6 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         add_generation_prompt=content.add_generation_prompt,
         **content.chat_fields(),
     )
-    request = GenerationRequest(chat, sampling, content.num_candidates(content.n), parse_output=True)
-    return _decoded(content, [request], logprobs)
 
 
 def _sampling_params(content: BaseRequest, logprobs: int | None) -> SamplingParams:
@@ -118,7 +126,12 @@ def _template_messages(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
         yield fields
 
 
-def _validate(model: type[RequestT], body: bytes) -> RequestT:
+def validate_body(model: type[RequestT], body: bytes) -> RequestT:
+    """Return a JSON body as an object of `model`, without the fields that it does not declare.
+
+    Raises:
+        InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
+    """
     try:
         content = model.model_validate_json(to_utf8(body))
     except ValidationError as error:

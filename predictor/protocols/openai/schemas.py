@@ -55,7 +55,7 @@ def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _parse_arguments(arguments: object) -> object:
+def parse_arguments(arguments: object) -> object:
     """Return the arguments of a call as an object, which chat templates need.
 
     Models generate calls without arguments, or cut off by max_tokens; clients then send these with every request.
@@ -68,7 +68,7 @@ def _parse_arguments(arguments: object) -> object:
 
 class _FunctionCall(JSONObject):
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_parse_arguments, str | dict[str, Any])] = Field(
+    arguments: Annotated[dict[str, Any], BeforeValidator(parse_arguments, str | dict[str, Any])] = Field(
         default={}, description="An object, also as JSON in a string; anything else is read as {}."
     )
 
