@@ -1,6 +1,7 @@
 """Incremental detokenization and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import UNFINISHED_CHARACTER
@@ -76,11 +77,20 @@ class Detokenizer:
         context: token ids before the sequence, as of `left_context`.
         stop: strings that end the completion.
         min_tokens: number of token ids before which stop strings are ignored.
+        special_tokens: texts, by id, of the special tokens that are part of the text; others have none.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        special_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
         self._decoder = ContinuationDecoder(tokenizer, context, skip_special_tokens=True)
         self._stop = stop
         self._min_tokens = min_tokens
@@ -90,8 +100,8 @@ class Detokenizer:
         """Ids whose text has not been returned: they end inside a character."""
         self._held = ""
         """Text held back because it may begin a stop string."""
-        self.stopped = False
-        """Whether a stop string was found; text from there on is dropped."""
+        self.found_stop: str | None = None
+        """Stop string that was found; text from there on is dropped."""
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """Return the text that is now certain, "" if none.
@@ -100,24 +110,34 @@ class Detokenizer:
             token_ids: the next ids of the sequence.
             last: no ids follow; return all text held back.
         """
-        if self.stopped:
+        if self.found_stop is not None:
             return ""
         text, self._held = self._held, ""
         for token_id in token_ids:
             self._num_tokens += 1
+            if token_id in self._special_tokens:
+                text += self._flush() + self._special_tokens[token_id]
+                # A text that follows a special token is encoded like a text of its own.
+                self._decoder = ContinuationDecoder(self._tokenizer, (), skip_special_tokens=True)
+                continue
             self._pending.append(token_id)
             text += self._decode()
         if last:
-            text += self._decoder.decode(self._pending)
-            self._pending.clear()
+            text += self._flush()
         if self._num_tokens < self._min_tokens:
             return text
-        if (end := self._stop_position(text)) is not None:
-            self.stopped = True
+        if found := min(((text.find(stop), stop) for stop in self._stop if stop in text), default=None):
+            end, self.found_stop = found
             return text[:end]
         if not last:
             certain = len(text) - self._partial_stop_length(text)
             text, self._held = text[:certain], text[certain:]
+        return text
+
+    def _flush(self) -> str:
+        """Return the text of the pending ids, though they may end inside a character."""
+        text = self._decoder.decode(self._pending)
+        self._pending.clear()
         return text
 
     def _decode(self) -> str:
@@ -136,9 +156,6 @@ class Detokenizer:
         self._decoder.advance(self._pending[:first])
         del self._pending[:first]
         return text[: max(0, len(text) - len(self._decoder.decode(self._pending)))]
-
-    def _stop_position(self, text: str) -> int | None:
-        return min((position for stop in self._stop if (position := text.find(stop)) >= 0), default=None)
 
     def _partial_stop_length(self, text: str) -> int:
         """Return the length of the longest suffix of `text` that is a proper prefix of a stop string."""

@@ -12,7 +12,7 @@ from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation.detokenizer import Detokenizer, left_context
-from predictor.generation.logprobs import LogprobsFormatter
+from predictor.generation.logprobs import LogprobsFormatter, format_prompt
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.prompts import EncodedRequest
 from predictor.generation.tokenizer import Tokenizer
@@ -123,22 +123,31 @@ def submit(
         context = left_context(tokenizer, token_ids)
         for copy in range(request.n):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
-            prepared.append((token_ids, seeded, context, echo, request.output_parser))
+            parser = request.output_parser() if request.output_parser else None
+            prepared.append((token_ids, seeded, context, echo, parser))
     streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline)
     return CompletionStream(
         [
             _Sequence(
                 index=index,
                 stream=stream,
-                detokenizer=Detokenizer(tokenizer, context, stop=sampling.stop, min_tokens=sampling.min_tokens),
+                tokenizer=tokenizer,
+                detokenizer=Detokenizer(
+                    tokenizer,
+                    context,
+                    stop=sampling.stop,
+                    min_tokens=sampling.min_tokens,
+                    special_tokens=parser.special_tokens if parser else {},
+                ),
                 logprobs=LogprobsFormatter(tokenizer, context),
                 prompt_tokens=len(token_ids),
                 echo=echo,
-                parser=output_parser() if output_parser else None,
+                scores_prompt=sampling.prompt_logprobs is not None,
+                parser=parser,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
             )
-            for index, (stream, (token_ids, sampling, context, echo, output_parser)) in enumerate(
+            for index, (stream, (token_ids, sampling, context, echo, parser)) in enumerate(
                 zip(streams, prepared, strict=True)
             )
         ]
@@ -151,10 +160,12 @@ class _Sequence:
 
     index: int
     stream: Stream
+    tokenizer: Tokenizer
     detokenizer: Detokenizer
     logprobs: LogprobsFormatter
     prompt_tokens: int
     echo: str
+    scores_prompt: bool
     parser: OutputParser | None
     on_finished: OnFinished
     on_tokens: OnTokens
@@ -166,10 +177,13 @@ class _Sequence:
 
     async def deltas(self) -> AsyncGenerator[CompletionDelta]:
         """Yield deltas up to the one with a finish reason."""
-        if self.echo:
-            yield self._completion_delta([TextDelta(self.echo)])
+        if self.echo and not self.scores_prompt:
+            yield self._completion_delta(self._echo())
         try:
             async for step in self.stream:
+                if step.prompt_logprobs:
+                    prompt = await format_prompt(self.tokenizer, step.prompt_logprobs)
+                    yield replace(self._completion_delta(self._echo()), prompt=prompt)
                 delta = self._process(step)
                 if delta.finish_reason is not None:
                     self.outcome = delta.finish_reason.value
@@ -206,6 +220,9 @@ class _Sequence:
             )
         )
 
+    def _echo(self) -> list[OutputDelta]:
+        return [TextDelta(self.echo)] if self.echo else []
+
     def _process(self, step: Step) -> CompletionDelta:
         """Count the tokens of a step, and detokenize it up to the first stop string."""
         if step.token_ids:
@@ -221,22 +238,24 @@ class _Sequence:
             if step.logprobs:
                 tokens.append(self.logprobs.format(step.logprobs[position - 1]))
             last = finish_reason is not None and position == len(step.token_ids)
-            text = self.detokenizer.push([] if last and drop_last else [token_id], last=last)
-            deltas += self._parse(text)
-            if self.detokenizer.stopped or (self.parser and self.parser.stopped):
+            token_ids = [] if last and drop_last else [token_id]
+            deltas += self._parse(self.detokenizer.push(token_ids, last=last), len(token_ids))
+            if self.detokenizer.found_stop is not None or (self.parser and self.parser.stopped):
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
         if finish_reason is not None and self.parser is not None:
             deltas += self.parser.finish()
+            self.reasoning_tokens = self.parser.reasoning_tokens
             if self.parser.has_tool_calls and finish_reason is not FinishReason.LENGTH:
                 finish_reason = FinishReason.TOOL_CALLS
         return self._completion_delta(_joined(deltas), finish_reason, tokens)
 
-    def _parse(self, text: str) -> list[OutputDelta]:
+    def _parse(self, text: str, num_tokens: int) -> list[OutputDelta]:
         if self.parser is None:
             return [TextDelta(text)] if text else []
-        self.reasoning_tokens += self.parser.in_reasoning
-        return self.parser.feed(text)
+        deltas = self.parser.feed(text, num_tokens=num_tokens)
+        self.reasoning_tokens = self.parser.reasoning_tokens
+        return deltas
 
     def _completion_delta(
         self, deltas: Sequence[OutputDelta], finish_reason: FinishReason | None = None, tokens: Sequence[Token] = ()
@@ -247,6 +266,7 @@ class _Sequence:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             reasoning_tokens=self.reasoning_tokens,
+            stop=self.detokenizer.found_stop,
             finish_reason=finish_reason,
             tokens=tuple(tokens),
         )
@@ -257,7 +277,7 @@ def _text(deltas: Sequence[CompletionDelta]) -> str:
 
 
 def _joined(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
-    """Return the deltas, consecutive ones of text as one."""
+    """Return the deltas, consecutive ones of the same text, reasoning or arguments as one."""
     joined: list[OutputDelta] = []
     for delta in deltas:
         match joined, delta:
@@ -265,6 +285,8 @@ def _joined(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
                 joined[-1] = TextDelta(text + added)
             case [*_, ReasoningDelta(text)], ReasoningDelta(added):
                 joined[-1] = ReasoningDelta(text + added)
+            case [*_, ToolCallDelta(index, arguments, None)], ToolCallDelta(_, added, None):
+                joined[-1] = ToolCallDelta(index, arguments + added)
             case _:
                 joined.append(delta)
     return joined
@@ -288,7 +310,9 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
         tokens=tuple(token for delta in received for token in delta.tokens),
+        prompt=tuple(token for delta in received for token in delta.prompt),
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
         tool_calls=tuple(calls),
         reasoning_tokens=last.reasoning_tokens,
+        stop=last.stop,
     )

@@ -26,3 +26,12 @@ def test_json_schema_mode_answers_the_sum(base_url: str) -> None:
     )
     # instructor answers with a subclass.
     assert answer.model_dump() == SUM.model_dump()
+
+
+def test_partial_stream(base_url: str) -> None:
+    partial = client(base_url, instructor.Mode.JSON_SCHEMA).chat.completions.create_partial(
+        model=MODEL, messages=ASK, response_model=Sum, max_retries=0
+    )
+    states = [answer.model_dump() for answer in partial]
+    assert states[-1] == SUM.model_dump()
+    assert len(states) > 2

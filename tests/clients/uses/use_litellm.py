@@ -67,3 +67,11 @@ def test_reasoning_effort(options: dict[str, Any], effort: str) -> None:
         messages=ASK, reasoning_effort=effort, allowed_openai_params=["reasoning_effort"], **options
     )
     assert completion.choices[0].message.content == WORKING
+
+
+def test_anthropic_provider(server_url: str) -> None:
+    completion = litellm.completion(
+        model=f"anthropic/{MODEL}", messages=ASK, tools=[TOOL], api_base=server_url, api_key="none", temperature=0
+    )
+    [call] = completion.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"expression": EXPRESSION}

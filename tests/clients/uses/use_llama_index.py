@@ -66,3 +66,9 @@ def test_structured_output_by_schema(base_url: str) -> None:
     )
     response = llm.as_structured_llm(Sum).chat([ChatMessage(role="user", content=JSON_QUESTION)])
     assert response.raw == SUM
+
+
+def test_stream_chat_with_tools(llm: OpenAILike) -> None:
+    *_, last = llm.stream_chat_with_tools([calculator], user_msg=QUESTION)
+    [call] = llm.get_tool_calls_from_response(last)
+    assert call.tool_kwargs == {"expression": "17 + 25"}

@@ -1,5 +1,6 @@
 """OpenAI's SDK: completions, chat, tools, structured output."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -134,3 +135,37 @@ def test_json_object(client: openai.OpenAI) -> None:
 
 def test_reasoning_effort(client: openai.OpenAI) -> None:
     assert chat(client, ASK, reasoning_effort="low").message.content == WORKING
+
+
+def test_asynchronous_client(openai_url: str) -> None:
+    async def run() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=openai_url, api_key="none", max_retries=0) as client:
+            stream = await client.chat.completions.create(
+                model=MODEL, messages=ASK, tools=[TOOL], stream=True, stream_options={"include_usage": True}
+            )
+            return [chunk async for chunk in stream]
+
+    *chunks, last = asyncio.run(run())
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert calls[0].id
+    assert json.loads("".join(call.function.arguments for call in calls)) == {"expression": EXPRESSION}
+    assert last.usage.total_tokens > 0
+
+
+def test_tool_calls_with_log_probabilities(client: openai.OpenAI) -> None:
+    choice = chat(client, ASK, tools=[TOOL], logprobs=True, top_logprobs=2)
+    assert choice.message.tool_calls[0].function.name == "calculator"
+    assert choice.logprobs.content
+
+
+def test_n_structured_answers(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.parse(
+        model=MODEL,
+        messages=[{"role": "user", "content": JSON_QUESTION}],
+        response_format=Sum,
+        n=3,
+        temperature=1.5,
+        seed=1,
+        max_tokens=300,
+    )
+    assert [isinstance(choice.message.parsed, Sum) for choice in completion.choices] == [True] * 3

@@ -1,5 +1,6 @@
 """pydantic-ai, over chat completions and over Responses."""
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -35,3 +36,11 @@ def test_stream(model: Any) -> None:
 
 def test_native_output(model: Any) -> None:
     assert Agent(model, output_type=NativeOutput(Sum)).run_sync(JSON_QUESTION).output == SUM
+
+
+def test_native_output_stream(model: Any) -> None:
+    async def run() -> list[Sum]:
+        async with Agent(model, output_type=NativeOutput(Sum)).run_stream(JSON_QUESTION) as result:
+            return [partial async for partial in result.stream_output(debounce_by=None)]
+
+    assert asyncio.run(run())[-1] == SUM
