@@ -12,7 +12,7 @@ MIN_LOGPROB = -9999.0
 """Smallest log probability reported, as in OpenAI's API: JSON has no infinity."""
 
 WHOLE_CONTEXT = -1
-"""Value of `truncate_prompt_tokens` for all that the context has beside `max_tokens`."""
+"""Value of `truncate_prompt_tokens` for all that the context has left after `max_tokens`."""
 
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of bytes that form a character only together with the next token."""
@@ -125,6 +125,11 @@ class Chat:
     """Continue the last message, which is the assistant's, instead of beginning a new one."""
     add_generation_prompt: bool = True
     """Begin the assistant's message."""
+
+    @property
+    def continued_text(self) -> str | None:
+        """Text of the message that is continued; None if a new one begins."""
+        return str(self.messages[-1].get("content") or "") if self.continue_final_message else None
 
 
 @dataclass(frozen=True, slots=True)

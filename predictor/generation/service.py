@@ -23,7 +23,7 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_format, output_processor, prompt_encoder
+from predictor.generation import output_notations, output_processor, prompt_encoder
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
@@ -178,6 +178,9 @@ class LLMService:
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
         chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
+        output_format, format_names = output_notations.choose(
+            loaded.tokenizer, settings.tool_call_format, settings.reasoning_format
+        )
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
@@ -187,7 +190,7 @@ class LLMService:
             loaded.defaults,
             settings.default_max_tokens,
             loaded.unembedded_tokens,
-            output_format.detect(loaded.tokenizer),
+            output_format,
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
@@ -195,6 +198,7 @@ class LLMService:
             self.metadata = {
                 **_metadata(model_snapshot, loaded, engine),
                 "chat_template": chat_template.status,
+                **format_names,
             }
             self._pipeline = _Pipeline(prompts, PromptEncoder(prompts), engine, self_check)
         self._metrics.set_model_info(

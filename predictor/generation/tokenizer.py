@@ -4,13 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 
-class ResponseParser(Protocol):
-    """Incremental parser of an assistant's message; its events are those of transformers' `ResponseParser`."""
-
-    def feed(self, text: str) -> list[dict[str, Any]]: ...  # noqa: D102
-    def finalize(self) -> tuple[dict[str, Any], list[dict[str, Any]]]: ...  # noqa: D102
-
-
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
@@ -38,8 +31,11 @@ class ChatTokenizer(Protocol):
     chat_template: Any
 
     def get_response_parser(  # noqa: D102
-        self, response_template: dict[str, Any], *, prefix: str, tools: list[Any] | None
-    ) -> ResponseParser: ...
+        self, response_template: dict[str, Any], *, prefix: str
+    ) -> object: ...
+    def parse_response(  # noqa: D102
+        self, response: str, schema: dict[str, Any], *, prefix: str, tools: list[Any]
+    ) -> dict[str, Any]: ...
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]: ...  # noqa: D102
     def get_chat_template(self, chat_template: str | None = None, tools: list[Any] | None = None) -> str: ...  # noqa: D102

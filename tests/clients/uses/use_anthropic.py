@@ -65,6 +65,12 @@ def test_tool_use_stream(client: anthropic.Anthropic) -> None:
     assert message.stop_reason == "tool_use"
 
 
+@pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "calculator"}], ids=["any", "tool"])
+def test_tool_choice_forces_a_call(client: anthropic.Anthropic, choice: Any) -> None:
+    message = create(client, [{"role": "user", "content": "Who are you?"}], tools=[TOOL], tool_choice=choice)
+    assert next(block.name for block in message.content if block.type == "tool_use") == "calculator"
+
+
 def test_parse_returns_the_model(client: anthropic.Anthropic) -> None:
     messages: list[Any] = [{"role": "user", "content": JSON_QUESTION}]
     message = client.messages.parse(model=MODEL, max_tokens=200, messages=messages, output_format=Sum)

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 from langchain.agents import create_agent
-from langchain.agents.structured_output import ProviderStrategy
+from langchain.agents.structured_output import ProviderStrategy, ToolStrategy
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
 from langgraph.checkpoint.memory import InMemorySaver
@@ -20,7 +20,7 @@ def chat_model(base_url: str, **options: Any) -> ChatOpenAI:
     return ChatOpenAI(model=MODEL, base_url=base_url, api_key="none", temperature=0, max_retries=0, **options)
 
 
-@pytest.fixture(params=[False], ids=["chat-completions"])
+@pytest.fixture(params=[False, True], ids=["chat-completions", "responses"])
 def llm(base_url: str, request: pytest.FixtureRequest) -> ChatOpenAI:
     return chat_model(base_url, use_responses_api=request.param)
 
@@ -60,8 +60,16 @@ def test_bind_tools_stream(llm: ChatOpenAI) -> None:
     assert (call["name"], call["args"]) == ("calculator", {"expression": EXPRESSION})
 
 
-@pytest.mark.parametrize("method", ["json_schema", "json_mode"])
-def test_with_structured_output(llm: ChatOpenAI, method: Literal["json_schema", "json_mode"]) -> None:
+@pytest.mark.parametrize("choice", ["any", "calculator"])
+def test_bind_tools_with_tool_choice(llm: ChatOpenAI, choice: str) -> None:
+    bound = llm.bind_tools([calculator], tool_choice=choice, strict=True)
+    assert bound.invoke("Who are you?").tool_calls[0]["name"] == "calculator"
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_with_structured_output(
+    llm: ChatOpenAI, method: Literal["json_schema", "function_calling", "json_mode"]
+) -> None:
     answer = llm.with_structured_output(Sum, method=method).invoke(JSON_QUESTION)
     if method == "function_calling":
         # The demo model has learned no such tool: only the form is certain.
@@ -84,7 +92,7 @@ def test_agent_stream_uses_the_tool(llm: ChatOpenAI) -> None:
     assert "".join(texts) == REPORT
 
 
-@pytest.mark.parametrize("strategy", [ProviderStrategy])
+@pytest.mark.parametrize("strategy", [ProviderStrategy, ToolStrategy])
 def test_agent_with_response_format(llm: ChatOpenAI, strategy: Any) -> None:
     agent = create_agent(llm, response_format=strategy(Sum))
     answer = agent.invoke({"messages": [{"role": "user", "content": JSON_QUESTION}]})["structured_response"]

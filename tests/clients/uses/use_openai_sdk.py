@@ -96,9 +96,47 @@ def test_tool_call_stream(client: openai.OpenAI) -> None:
     assert len({event.chunk.id for event in events if event.type == "chunk"}) == 1
 
 
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_tool_choice_forces_a_call(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    options: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "max_tokens": 200,
+        "temperature": 0,
+    }
+    if stream:
+        with client.chat.completions.stream(model=MODEL, **options) as events:
+            completion = events.until_done().get_final_completion()
+    else:
+        completion = client.chat.completions.create(model=MODEL, **options)
+    call = completion.choices[0].message.tool_calls[0]
+    assert call.function.name == "calculator"
+    assert isinstance(json.loads(call.function.arguments)["expression"], str)
+
+
 def test_tool_choice_none_calls_no_tool(client: openai.OpenAI) -> None:
     message = chat(client, ASK, tools=[TOOL], tool_choice="none").message
     assert (message.content, message.tool_calls) == (WORKING, None)
+
+
+def test_strict_tool_has_arguments_of_its_schema(client: openai.OpenAI) -> None:
+    for seed in range(5):
+        choice = chat(client, ASK, tools=[STRICT_TOOL], tool_choice="required", temperature=2, seed=seed)
+        for call in choice.message.tool_calls:
+            arguments = json.loads(call.function.arguments)
+            assert list(arguments) == ["expression"]
+            assert isinstance(arguments["expression"], str)
+
+
+def test_deprecated_functions(client: openai.OpenAI) -> None:
+    choice = chat(client, ASK, functions=[FUNCTION])
+    assert choice.finish_reason == "function_call"
+    assert json.loads(choice.message.function_call.arguments) == {"expression": EXPRESSION}
+    result = {"role": "function", "name": "calculator", "content": "42"}
+    answer = chat(client, [*ASK, choice.message.model_dump(exclude_none=True), result], functions=[FUNCTION])
+    assert answer.message.content == REPORT
 
 
 def test_parse_returns_the_model(client: openai.OpenAI) -> None:
