@@ -20,6 +20,7 @@ from predictor.types import (
     CANCELLED,
     DEADLINE,
     FAILED,
+    Caller,
     Completion,
     CompletionDelta,
     FinishedSequence,
@@ -109,10 +110,11 @@ def submit(
     deadline: float,
     on_finished: OnFinished,
     on_tokens: OnTokens,
+    caller: Caller | None = None,
 ) -> CompletionStream:
     """Submit at least one request to the engine, `n` sequences for each; all of them or none.
 
-    The deadline is by `time.monotonic()`.
+    The deadline is by `time.monotonic()`. The caller is None without API keys.
 
     Raises:
         RequestError: there are too many sequences, or the queue is full.
@@ -124,7 +126,7 @@ def submit(
         for copy in range(request.n):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
             prepared.append((token_ids, seeded, context, echo, request.output_parser))
-    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline)
+    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline, caller)
     return CompletionStream(
         [
             _Sequence(

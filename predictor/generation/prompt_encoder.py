@@ -4,20 +4,24 @@ Tokenizers release the interpreter lock while they encode. Chat templates do not
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 from predictor.errors import EngineStopped
 from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.types import Chat, GenerationRequest
 
 NUM_THREADS = 4
+NUM_THREADS_OF_A_CALLER = 3
+"""The long prompts of one caller leave a thread to the others."""
 MAX_INLINE_CHARS = 4096
 """Texts up to this size are encoded at once, within 1 ms; a thread would only add latency."""
 
 
 class PromptEncoder:
-    """Encodes requests in the order of their arrival.
+    """Encodes requests in the order of their arrival, a few of one caller at a time.
 
     Args:
         prompts: of the model.
@@ -27,9 +31,16 @@ class PromptEncoder:
         self._prompts = prompts
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="encode")
         self._closed = False
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(NUM_THREADS_OF_A_CALLER)
+        )
 
-    async def encode(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
+    async def encode(self, requests: Sequence[GenerationRequest], caller: str | None = None) -> list[EncodedRequest]:
         """Encode the requests of one client; it can be cancelled until a thread begins.
+
+        Args:
+            requests: at least one.
+            caller: name of the API key; None without keys.
 
         Raises:
             RequestError: a request is invalid.
@@ -37,6 +48,10 @@ class PromptEncoder:
         """
         if sum(map(_inline_size, requests)) <= MAX_INLINE_CHARS:
             return self._encode(requests)
+        async with self._turns[caller] if caller else nullcontext():
+            return await self._encode_in_thread(requests)
+
+    async def _encode_in_thread(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
         try:
             encoded = asyncio.get_running_loop().run_in_executor(self._threads, self._encode, requests)
         except RuntimeError:  # the threads have ended

@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +23,7 @@ from predictor.errors import (
     StartupError,
 )
 from predictor.generation import output_format, output_processor
+from predictor.generation.caller_usage import CallerUsage
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
@@ -35,7 +37,7 @@ from predictor.observability import metrics, request_record
 from predictor.resources import threads
 from predictor.served_models import ServedModels
 from predictor.settings import Settings
-from predictor.types import Chat, FinishedSequence, GenerationRequest
+from predictor.types import Caller, Chat, FinishedSequence, GenerationRequest
 
 logger = logging.getLogger(__name__)
 
@@ -79,12 +81,13 @@ class LLMService:
         self._settings = settings
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
-        self._num_encoding = 0
-        """Sequences whose prompts are encoded or wait for it."""
+        self._encoding: Counter[str | None] = Counter()
+        """Sequences whose prompts are encoded or wait for it, by name of their caller."""
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
         self._state_lock = threading.RLock()
         self._metrics = metrics.ModelMetrics(self.models.default)
+        self._usage = CallerUsage(self.models.default)
         self._metrics.register_callbacks(ready=lambda: self.is_ready, live=lambda: self.is_live)
 
     def load(self) -> bool:
@@ -191,7 +194,7 @@ class LLMService:
         )
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
-            num_requests_waiting=lambda: self._num_encoding + engine.waiting,
+            num_requests_waiting=lambda: self._encoding.total() + engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
@@ -247,7 +250,7 @@ class LLMService:
     def busy(self) -> bool:
         """Whether sequences run or wait, or prompts are encoded."""
         engine = self._pipeline.engine if self._pipeline else None
-        return engine is not None and bool(self._num_encoding or engine.running or engine.waiting)
+        return engine is not None and bool(self._encoding.total() or engine.running or engine.waiting)
 
     @property
     def has_ended(self) -> bool:
@@ -300,38 +303,49 @@ class LLMService:
 
         def on_finished(sequence: FinishedSequence) -> None:
             self._metrics.count_finished(sequence)
+            self._usage.count_finished(record.caller, sequence)
             record.finished.append(sequence)
 
+        def on_tokens(tokens: int, gap_seconds: float | None) -> None:
+            self._metrics.count_tokens(tokens, gap_seconds)
+            self._usage.count_tokens(record.caller, tokens)
+
         try:
-            encoded = await self._encode(self._pipeline, requests, deadline)
-            return output_processor.submit(
+            encoded = await self._encode(self._pipeline, requests, deadline, record.caller)
+            stream = output_processor.submit(
                 encoded,
                 tokenizer=self._pipeline.prompts.tokenizer,
                 engine=self._pipeline.engine,
                 deadline=deadline,
                 on_finished=on_finished,
-                on_tokens=self._metrics.count_tokens,
+                on_tokens=on_tokens,
+                caller=record.caller,
             )
-        except Overloaded:
+        except Overloaded as error:
             self._metrics.count_rejected()
+            self._usage.count_rejected(record.caller, error)
             raise
+        self._usage.count_accepted(record.caller, encoded)
+        return stream
 
     async def _encode(
-        self, pipeline: _Pipeline, requests: Sequence[GenerationRequest], deadline: float
+        self, pipeline: _Pipeline, requests: Sequence[GenerationRequest], deadline: float, caller: Caller | None
     ) -> list[EncodedRequest]:
         """Encode the prompts; their sequences have a place in the engine from now on."""
         num_sequences = sum(request.n for request in requests)
-        pipeline.engine.require_capacity(num_sequences, self._num_encoding)
-        self._num_encoding += num_sequences
+        pipeline.engine.require_capacity(num_sequences, self._encoding, caller)
+        self._usage.take_request(caller)
+        name = caller.name if caller else None
+        self._encoding[name] += num_sequences
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await pipeline.encoder.encode(requests)
+                return await pipeline.encoder.encode(requests, name)
         except TimeoutError:
             raise DeadlineExceeded(
                 "Request timed out before its prompt was encoded. Shorten the prompt or raise the timeout."
             ) from None
         finally:
-            self._num_encoding -= num_sequences
+            self._encoding[name] -= num_sequences
 
 
 def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:

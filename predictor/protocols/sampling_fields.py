@@ -97,6 +97,9 @@ class SamplingFields(StructuredOutputFields):
     seed: Annotated[int, AfterValidator(_to_seed)] | None = Field(
         default=None, description="Makes sampling repeatable; -1: random."
     )
+    priority: int = Field(
+        default=0, description="Order among the waiting requests of the same API key; a lower one starts earlier."
+    )
 
     def to_sampling_params(self, logprobs: int | None = None) -> SamplingParams:
         """Return these fields, and `logprobs`, as `SamplingParams`."""

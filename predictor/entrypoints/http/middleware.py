@@ -190,7 +190,7 @@ class DrainMiddleware(_Middleware):
 
 
 class ApiKeyMiddleware(_Middleware):
-    """Requires a bearer key for everything except probes; the key's name goes into the request's record."""
+    """Requires a bearer key for everything except probes; the key's owner goes into the request's record."""
 
     def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
         super().__init__(app)
@@ -198,7 +198,8 @@ class ApiKeyMiddleware(_Middleware):
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_probe(scope):
-            request_record.current().key = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
+            caller = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
+            request_record.current().set_caller(caller)
         await self._app(scope, receive, send)
 
 
