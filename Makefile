@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CODE := predictor storage_initializer preflight snapshot_format devtools benchmarks demo examples tests hatch_build.py
@@ -19,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-all test-packaging lint lock format images images-check pin render preflight checkov clean
+.PHONY: help install demo serve test test-all test-packaging clients lint lock format images images-check pin render preflight checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -53,6 +54,14 @@ test-all: test ## test, then the slow tests and those that need the machine for 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
 	@$(BIN)/python -m pytest --durations 15 -m packaging $(PYTEST_ARGS)
 
+clients: $(CLIENTS)/.installed ## install the client libraries that `make test-all` tests, in an environment of their own; 1 GB
+
+$(CLIENTS)/.installed: $(INSTALLED) tests/clients/requirements.txt tests/clients/constraints.txt
+	@echo "==> installing into $(CLIENTS)"
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CLIENTS)
+	@$(BIN)/uv pip install --quiet --python $(CLIENTS)/bin/python --requirement tests/clients/requirements.txt --constraint tests/clients/constraints.txt
+	@touch $@
+
 lint: $(INSTALLED) ## style, types, imports, dependencies, wording, YAML, C, Dockerfiles, workflows, locks
 	@$(BIN)/ruff check $(CODE)
 	@$(BIN)/ruff format --check $(CODE)
@@ -69,11 +78,13 @@ lint: $(INSTALLED) ## style, types, imports, dependencies, wording, YAML, C, Doc
 	@$(BIN)/zizmor --offline --quiet .github
 	@$(BIN)/python -m pytest --quiet tests/images/test_locks.py
 
-lock: $(INSTALLED) ## the images' requirements with hashes, from pyproject.toml and constraints.txt
+lock: $(INSTALLED) ## exact versions: of the images, with hashes, from pyproject.toml and constraints.txt; of the tested clients
 	@$(LOCK) --group build --output-file images/requirements-build.txt
 	@$(LOCK) pyproject.toml --output-file images/storage_initializer/requirements.txt
 	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file images/storage_initializer/requirements-prepare.txt
 	@$(LOCK) pyproject.toml --extra predictor --extra tracing --group beside-torch --output-file images/predictor/requirements.txt
+	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-annotate --custom-compile-command 'make lock' \
+	  tests/clients/requirements.txt --output-file tests/clients/constraints.txt
 
 format: $(INSTALLED) ## format Python and C
 	@$(BIN)/ruff check --fix $(CODE)
@@ -124,5 +135,5 @@ checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual e
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
 clean: ## remove everything generated, including the virtual environment and ./models
-	@rm -rf $(VENV) .venv-checkov build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(CLIENTS) .venv-checkov build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -91,10 +91,12 @@ class Settings(BaseSettings):
     """Time without a step, while sequences run, after which liveness fails and Kubernetes restarts the pod."""
     self_check_interval_seconds: float = Field(default=60, ge=0, allow_inf_nan=False)
     """Interval of the self-check while idle, in seconds; readiness fails after three without success. 0: off."""
+    shutdown_delay_seconds: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """Time after SIGTERM in which new requests are still served, in seconds, until proxies have removed the server."""
     shutdown_grace_seconds: int = Field(default=600, ge=0)
-    """Maximum time for running requests after SIGTERM, in seconds. Keep it at the InferenceService's timeout."""
+    """Maximum time for running requests after it, in seconds. Both together at most the InferenceService's timeout."""
     api_keys_file: Path | None = None
-    """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
+    """File of bearer keys with weights and limits, one `name:key` per line, reloaded when it changes. Default: none."""
     allowed_origins: str = ""
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     enable_grpc: bool = False

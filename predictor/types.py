@@ -11,6 +11,9 @@ Message = Mapping[str, Any]
 MIN_LOGPROB = -9999.0
 """Smallest log probability reported, as in OpenAI's API: JSON has no infinity."""
 
+WHOLE_CONTEXT = -1
+"""Value of `truncate_prompt_tokens` for all that the context has beside `max_tokens`."""
+
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of bytes that form a character only together with the next token."""
 
@@ -90,6 +93,10 @@ class SamplingParams:
     """Tokens that are never sampled."""
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that are not sampled as the first of the completion."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, number) added to the token's logit."""
+    allowed_token_ids: tuple[int, ...] = ()
+    """The only tokens that are sampled; empty: all."""
     bad_words: tuple[str, ...] = ()
     """Words that the completion does not contain, by the tokens with which they begin a text or follow a space."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
@@ -104,6 +111,10 @@ class SamplingParams:
     """Makes a sampled completion repeatable on the same server, device and version; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
+    truncate_prompt_tokens: int | None = None
+    """Use this number of the prompt's last tokens; None: all."""
     structured_output: StructuredOutput | None = None
     """What the text follows."""
     priority: int = 0
@@ -122,6 +133,8 @@ class Chat:
     """Further variables of the template, such as `enable_thinking`."""
     requires_tool_call: bool = False
     """The assistant calls one of the tools at least, instead of writing a message."""
+    strict_tools: frozenset[str] = frozenset()
+    """Names of the tools whose arguments always follow their schema; those of required calls do in any case."""
     parallel_tool_calls: bool = True
     """The assistant may call several tools in one message."""
     reasoning_effort: str | None = None
@@ -148,15 +161,18 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log probability of a sampled token, before temperature and penalties, and of the most probable ones.
+    """Log probability of a token, before temperature and penalties, and of the most probable ones.
 
     Finite, and not less than MIN_LOGPROB.
     """
 
     token_id: int
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt."""
     top: tuple[tuple[int, float], ...] = ()
     """(token id, log probability) of the most probable tokens, best first."""
+    rank: int | None = None
+    """1 for the most probable token; None without a log probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,19 +183,24 @@ class Step:
     finish_reason: FinishReason | None = None
     logprobs: tuple[TokenLogprob, ...] = ()
     """One for each token id if requested, else empty."""
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    """One for each token of the prompt if requested, in the first step."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A generated token as text, with its log probability."""
+    """A token as text, with its log probability."""
 
     id: int
     text: str
     """Contains UNFINISHED_CHARACTER if the token is only part of a character."""
-    logprob: float
+    logprob: float | None
+    """None for the first token of a prompt."""
     special: bool = False
     top: tuple["Token", ...] = ()
     """The most probable tokens at this position, best first."""
+    rank: int | None = None
+    """1 for the most probable token at this position; None without a log probability."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +257,12 @@ class CompletionDelta:
     finish_reason: FinishReason | None = None
     reasoning_tokens: int = 0
     """Those of `completion_tokens` that are reasoning."""
+    stop: str | None = None
+    """Stop string that ended the completion."""
     tokens: tuple[Token, ...] = ()
     """New tokens if requested. Their text may come later: it is held back while it may begin a stop string."""
+    prompt: tuple[Token, ...] = ()
+    """The prompt's tokens if their log probabilities are requested, in the first delta of a completion."""
 
     @property
     def text(self) -> str:
@@ -277,8 +302,12 @@ class Completion:
     """Generated tokens, the end-of-sequence token included."""
     tokens: tuple[Token, ...] = ()
     """All generated tokens, if requested."""
+    prompt: tuple[Token, ...] = ()
+    """The prompt's tokens, if their log probabilities are requested."""
     reasoning: str = ""
     """Text of the reasoning before `text`."""
     tool_calls: tuple[ToolCall, ...] = ()
     reasoning_tokens: int = 0
     """Those of `completion_tokens` that are reasoning."""
+    stop: str | None = None
+    """Stop string that ended the completion."""

@@ -1,4 +1,4 @@
-"""Paths of snapshots on a volume.
+"""Paths on a volume.
 
 <root>/
 demo--arithmetic/                             one directory per model: the reference's slug
@@ -9,14 +9,21 @@ config.json  model.safetensors  …     as on the Hub
 refs/
 main                                  the commit and a line feed
 refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
+.staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot that is being fetched; the suffix is the lease's token
+.locks/demo--arithmetic@4f0a…c1.lease         see `lease.py`
+.status/demo--arithmetic/main                 the last error of a publication, see `failure.py`
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from snapshot_format.reference import escape
+from snapshot_format.reference import ModelReference, escape
 
 REFS = "refs"
+STATUS = ".status"
+STAGING = ".staging"
+LOCKS = ".locks"
+LEASE_SUFFIX = ".lease"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,16 @@ class SnapshotLocation:
 def ref_path(root: Path, slug: str, revision: str) -> Path:
     """Return the file that stores the commit of a revision."""
     return root / slug / REFS / escape(revision)
+
+
+def status_path(root: Path, reference: ModelReference) -> Path:
+    """Return the file with the last error of publishing a reference."""
+    return root / STATUS / reference.slug / escape(reference.revision)
+
+
+def lease_path(location: SnapshotLocation) -> Path:
+    """Return the lease file of a snapshot and all its variants."""
+    return location.root / LOCKS / f"{location.slug}@{location.commit}{LEASE_SUFFIX}"
 
 
 def read_ref(root: Path, slug: str, revision: str) -> str:

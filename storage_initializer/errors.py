@@ -6,6 +6,7 @@
     ├── LeaseTimeout                another initializer held the lease for too long
     ├── LeaseLost                   another initializer took the lease over
     ├── NoSpace                     the volume is full
+    ├── VolumeNotWritable           this user may not write to the volume; its permissions may still change
     ├── VolumeFailed                any other error of the volume
     ├── SourceFailed                any other error of a source directory or archive
     ├── VerificationFailed          fetched files do not match their checksums
@@ -16,7 +17,7 @@
         ├── NotFound                no such repository, revision, directory or snapshot
         ├── AccessDenied            gated or private repository, rejected token, unreadable directory
         ├── RefusedSnapshot         files that no predictor should load
-        ├── RefusedVolume           a volume that is not writable or contains unknown files
+        ├── RefusedVolume           a volume that is mounted read-only or contains unknown files
         └── DamagedSnapshot         a published snapshot differs from its record
 
 Every message is one line with the cause and the fix: KServe shows the last line of the log as the reason of a failed
@@ -34,6 +35,15 @@ class InitializerError(Exception):
 
     def __str__(self) -> str:
         return " ".join(super().__str__().split())
+
+
+def explain(error: Exception) -> InitializerError:
+    """Return the error with its explanation; one that no code expects is described by its type."""
+    if isinstance(error, InitializerError):
+        return error
+    return InitializerError(
+        f"Unexpected {type(error).__name__} ({error}). Run again with LOG_LEVEL=DEBUG and report it."
+    )
 
 
 class HubUnavailable(InitializerError):
@@ -61,6 +71,14 @@ class LeaseLost(InitializerError):
 
 class NoSpace(InitializerError):
     """The volume has too few free bytes."""
+
+
+class VolumeNotWritable(InitializerError):
+    """This user may not write to the volume.
+
+    Worth a retry: the kubelet applies `fsGroup` when the volume is mounted again, and an administrator may change the
+    owner of its directory.
+    """
 
 
 class VolumeFailed(InitializerError):
@@ -106,7 +124,7 @@ class RefusedSnapshot(PermanentError):
 
 
 class RefusedVolume(PermanentError):
-    """The destination is not writable, or contains a directory that this program did not write."""
+    """The destination is mounted read-only, or contains a directory that this program did not write."""
 
 
 class DamagedSnapshot(PermanentError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from snapshot_format import model_files
-from snapshot_format.layout import SnapshotLocation
+from snapshot_format.layout import SnapshotLocation, lease_path
 from snapshot_format.record import File, FileSelection, Record
 from snapshot_format.reference import DirectoryReference, ModelReference
 from storage_initializer.errors import HubUnavailable, NotFound, RefusedSnapshot, RefusedVolume, VerificationFailed
@@ -139,9 +139,7 @@ class _Publication:
         return Hub(self.reference, self.settings)
 
     def _lease(self, location: SnapshotLocation) -> contextlib.AbstractContextManager[Lease]:
-        return lease.hold(
-            layout.lease_path(location), self.settings.lock_stale_seconds, self.settings.lock_timeout_seconds
-        )
+        return lease.hold(lease_path(location), self.settings.lock_stale_seconds, self.settings.lock_timeout_seconds)
 
     def _resolve(self, source: Source) -> str:
         """Return the commit, or the last known one if the Hub is unreachable or offline mode is set."""

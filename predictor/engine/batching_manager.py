@@ -24,6 +24,7 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_queue import FairQueue
 from predictor.engine.kv_cache import PAGE_TOKENS
+from predictor.engine.prompt_scorer import PromptScorer, ScheduledSequence
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped, RequestError, StartupError
 from predictor.kernels.cpu import transformers_attention
@@ -75,7 +76,9 @@ class BatchingManager:
         uses_flash = flash and model.device.type == "cuda"
         self._model = model
         self._failed_step_count = 0
-        self._row_sampler = _RowSampler(model)
+        self._row_sampler = _RowSampler(
+            model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        )
         self._fair_queue = FairQueue()
         """The scheduler's, once started."""
         # Before the manager selects an implementation that needs the paged cache.
@@ -157,6 +160,7 @@ class BatchingManager:
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
         self._fair_queue = self._manager.batch_processor.scheduler.fair_queue
+        self._manager.batch_processor.scheduler.unscored = self._row_sampler.scorer.samplers
         self._manager.start()
         size_bytes = self._manager.batch_processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
@@ -179,13 +183,13 @@ class BatchingManager:
         def handle(output: _GenerationOutput) -> None:
             finished = output.is_finished()
             if finished:
-                self._row_sampler.samplers.pop(request_id, None)
+                self._row_sampler.remove(request_id)
                 self._fair_queue.discard(request_id)
             # The text of some errors is empty.
             error = None if output.error is None else output.error or "unknown error"
             on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
-        self._row_sampler.samplers[request_id] = sampler
+        self._row_sampler.add(request_id, sampler)
         self._fair_queue.add(request_id, caller, priority)
         # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
@@ -251,7 +255,7 @@ class BatchingManager:
 
     def _forget(self, request_id: str) -> None:
         """Drop the handler of a sequence, which the manager keeps until a final output, and what we keep of it."""
-        self._row_sampler.samplers.pop(request_id, None)
+        self._row_sampler.remove(request_id)
         self._fair_queue.discard(request_id)
         router = self._manager.output_router
         with router._lock:
@@ -295,14 +299,25 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
     supported_kwargs: ClassVar[dict[str, type]] = {}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, step_sequences: Callable[[], Sequence[ScheduledSequence]]) -> None:
         self._model = model
         self._embedding_rows = int(model.get_input_embeddings().weight.shape[0])
+        self._step_sequences = step_sequences
+        self.scorer = PromptScorer(model, self._embedding_rows)
         self.samplers: dict[str, SequenceSampler] = {}
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
         # Of the next step's rows, in their order.
         self._states: list[_RequestState] = []
+
+    def add(self, request_id: str, sampler: SequenceSampler) -> None:
+        self.samplers[request_id] = sampler
+        if sampler.num_prompt_logprobs is not None:
+            self.scorer.samplers[request_id] = sampler
+
+    def remove(self, request_id: str) -> None:
+        self.samplers.pop(request_id, None)
+        self.scorer.samplers.pop(request_id, None)
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()  # not used
@@ -314,6 +329,8 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """Sample from each row of `scores` (rows, vocabulary), in place."""
         del tensor_arg
+        if self.scorer.samplers:
+            self._score_prompts()
         # An LM head may have more rows than the embedding, which the next step would index with the token.
         scores[:, self._embedding_rows :] = -torch.inf
         # Not strict: rows of sequences in the middle of their prompt come last and are not used.
@@ -336,6 +353,18 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
         self.step_count += 1
         return scores
 
+    def _score_prompts(self) -> None:
+        sequences = self._step_sequences()
+        try:
+            self.scorer.score(sequences)
+        except BaseException as error:
+            if _is_device_lost(self._model):
+                raise
+            logger.exception("the prompts of a step cannot be scored")
+            for sequence in sequences:
+                if sampler := self.scorer.samplers.pop(sequence.state.request_id, None):
+                    sampler.failure = error
+
 
 class _Scheduler(FIFOScheduler):
     """First in, first out for one caller, and `FairQueue`'s order between callers.
@@ -347,6 +376,8 @@ class _Scheduler(FIFOScheduler):
 
     scheduled: Sequence[Any] = ()
     """Sequences of the step; none before they are all scheduled."""
+    unscored: Collection[str] = ()
+    """Request ids of the sequences that need every row of their prompt, so that no cached prefix replaces any."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.fair_queue = FairQueue()
@@ -420,6 +451,13 @@ class _Scheduler(FIFOScheduler):
         restarted.created_time = state.created_time
         self.finish_request(request_id)
         self.add_waiting_request(restarted)
+
+    def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
+        if state.status == RequestStatus.PENDING and state.request_id in self.unscored:
+            remaining: list[int] = state.remaining_prefill_tokens
+            return remaining
+        tokens: list[int] = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
+        return tokens
 
     def remove_failed(self) -> list[Any]:
         """Remove and return the sequences of a failed step, with their cache.

@@ -35,8 +35,14 @@ class CausalLM(Protocol):
     def get_input_embeddings(self) -> Any:
         """Return the module whose `weight` is (token ids, hidden_size)."""
 
+    def get_decoder(self) -> Any:
+        """Return the module before the head; its output has `last_hidden_state`, (batch, tokens, hidden_size)."""
+
     def init_continuous_batching(self, *, generation_config: Any, continuous_batching_config: Any) -> Any:
         """Return a `ContinuousBatchingManager`."""
 
     def __call__(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
         """Return an output with `logits`, (batch, tokens, vocabulary)."""
+
+    def forward(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
+        """Return the same, without the model's hooks."""

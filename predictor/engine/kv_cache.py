@@ -3,6 +3,7 @@
 import math
 
 from predictor.engine.causal_lm import CausalLM
+from predictor.engine.prompt_scorer import CHUNK_LOGITS
 from predictor.errors import StartupError
 from predictor.resources import memory
 from predictor.settings import Settings
@@ -43,7 +44,7 @@ def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, contex
 
     Per token of the cache: keys and values of all layers; an index entry; keys and values of one layer once more,
     gathered and padded to twice their length, or repeated for every query head; and its column in the attention mask.
-    Once: float32 logits with their copies in the sampler, and the activations of the largest step.
+    Once: float32 logits with their copies in the sampler and those of prompts, and the activations of the largest step.
 
     Args, in addition to those of `Engine.from_model`:
         budget_bytes: for all of it.
@@ -61,7 +62,8 @@ def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, contex
     gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
     index_entry = 8
     token_bytes = keys_and_values + index_entry + gathered
-    logits = 3 * settings.max_num_seqs * config.vocab_size * 4
+    prompt_logits = min(batched_tokens * config.vocab_size, max(CHUNK_LOGITS, config.vocab_size))
+    logits = 3 * (settings.max_num_seqs * config.vocab_size + prompt_logits) * 4
     widest = max(intermediate_size, config.hidden_size)
     activations = batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
     cache_bytes = budget_bytes - logits - activations

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from predictor.errors import InvalidRequest
 from predictor.types import MIN_LOGPROB, SamplingParams, TokenLogprob
 
 GREEDY_BELOW = 1e-5
@@ -48,6 +49,43 @@ class Penalties:
             outputs = torch.tensor(output_ids, dtype=torch.long, device=logits.device)
             output_token_ids, counts = outputs.unique(return_counts=True)
             logits[output_token_ids] -= self._presence + self._frequency * counts
+
+
+class LogitBias:
+    """Adds a number to the logits of some tokens."""
+
+    def __init__(self, logit_bias: Collection[tuple[int, float]]) -> None:
+        self._biases = dict(logit_bias)
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Add the biases."""
+        del prompt_ids, output_ids
+        biases = {token_id: bias for token_id, bias in self._biases.items() if token_id < logits.numel()}
+        logits[list(biases)] += torch.tensor(list(biases.values()), device=logits.device)
+
+
+class AllowedTokens:
+    """Excludes all tokens but some."""
+
+    def __init__(self, token_ids: Collection[int]) -> None:
+        self._token_ids = list(token_ids)
+
+    def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
+        """Set the logits of all other tokens to minus infinity.
+
+        Raises:
+            InvalidRequest: all of the tokens are excluded already.
+        """
+        del prompt_ids, output_ids
+        token_ids = [token_id for token_id in self._token_ids if token_id < logits.numel()]
+        allowed = logits[token_ids]
+        logits.fill_(-torch.inf)
+        logits[token_ids] = allowed
+        if logits.max() == -torch.inf:
+            raise InvalidRequest(
+                "No token may follow: min_tokens or excluded tokens contradict allowed_token_ids. Omit them.",
+                "allowed_token_ids",
+            )
 
 
 class MinTokens:
@@ -111,6 +149,8 @@ class SuppressTokens:
 
 
 def _logits_processors(sampling: SamplingParams, end_token_ids: Collection[int]) -> Iterator[LogitsProcessor]:
+    if sampling.logit_bias:
+        yield LogitBias(sampling.logit_bias)
     if (sampling.repetition_penalty or 1.0) != 1.0 or sampling.presence_penalty or sampling.frequency_penalty:
         yield Penalties(sampling)
     if sampling.no_repeat_ngram_size:
@@ -123,6 +163,8 @@ def _logits_processors(sampling: SamplingParams, end_token_ids: Collection[int])
         yield SuppressTokens(sampling.suppress_tokens)
     if sampling.begin_suppress_tokens:
         yield SuppressTokens(sampling.begin_suppress_tokens, first_only=True)
+    if sampling.allowed_token_ids:
+        yield AllowedTokens(sampling.allowed_token_ids)
     for create in sampling.logits_processors:
         yield create()
 
@@ -131,6 +173,7 @@ class SequenceSampler:
     """Samples the tokens of one sequence, by sampling parameters without defaults left to fill in.
 
     The tokens after the first `prompt_tokens` are the output. `end_token_ids` are excluded before `min_tokens`.
+    With a `max_tokens` of 0 the token of the only step is not used, and not sampled.
     """
 
     def __init__(self, sampling: SamplingParams, prompt_tokens: int, end_token_ids: Collection[int]) -> None:
@@ -138,10 +181,14 @@ class SequenceSampler:
         """Applied in order."""
         self.logprobs: list[TokenLogprob] = []
         """One per sampled token, if requested."""
+        self.prompt_tokens = prompt_tokens
+        self.num_prompt_logprobs = sampling.prompt_logprobs
+        """Number of most probable tokens to report at each position of the prompt; None: report nothing."""
+        self.prompt_logprobs: list[TokenLogprob] = []
+        """One per prompt token, if requested; `PromptScorer` appends them."""
         self.failure: BaseException | None = None
         """Error that ended sampling; the sequence has to be cancelled then."""
         self._sampling = sampling
-        self._prompt_tokens = prompt_tokens
         self._generator: torch.Generator | None = None
         self._is_greedy = (sampling.temperature or 0.0) < GREEDY_BELOW
 
@@ -151,9 +198,11 @@ class SequenceSampler:
         `token_ids` are prompt and output so far, needed only if there are logits processors.
         """
         sampling = self._sampling
+        if sampling.max_tokens == 0:
+            return
         logprobs = logits.log_softmax(dim=-1) if sampling.logprobs is not None else None
         if self.logits_processors:
-            prompt_ids, output_ids = token_ids[: self._prompt_tokens], token_ids[self._prompt_tokens :]
+            prompt_ids, output_ids = token_ids[: self.prompt_tokens], token_ids[self.prompt_tokens :]
             for process in self.logits_processors:
                 process(logits, prompt_ids, output_ids)
         if not self._is_greedy:
@@ -170,7 +219,7 @@ class SequenceSampler:
             logits.fill_(-torch.inf)
             logits[token_id] = 0.0
         if logprobs is not None:
-            self.logprobs.append(_token_logprob(logprobs, int(logits.argmax()), sampling.logprobs or 0))
+            self.logprobs += token_logprobs(logprobs[None], [int(logits.argmax())], [sampling.logprobs or 0])
 
 
 def sample(
@@ -210,10 +259,23 @@ def sample(
     return index if token_ids is None else token_ids[index]
 
 
-def _token_logprob(logprobs: torch.Tensor, token_id: int, top: int) -> TokenLogprob:
-    """Return the log probability of a token and of the `top` most probable ones, from `logprobs` (vocabulary,)."""
+def token_logprobs(logprobs: torch.Tensor, token_ids: Sequence[int], tops: Sequence[int]) -> list[TokenLogprob]:
+    """Return the log probability of one token for each row, with its rank and the most probable tokens.
+
+    Args:
+        logprobs: (rows, vocabulary).
+        token_ids: one per row. The LM head may not have some tokens that can be in a prompt.
+        tops: number of most probable tokens, for each row.
+    """
     logprobs = logprobs.nan_to_num(nan=MIN_LOGPROB).clamp(min=MIN_LOGPROB)
-    values, token_ids = logprobs.topk(min(top, logprobs.numel()))
-    return TokenLogprob(
-        token_id, float(logprobs[token_id]), tuple(zip(token_ids.tolist(), values.tolist(), strict=True))
-    )
+    vocabulary = logprobs.shape[1]
+    ids = torch.tensor(token_ids, device=logprobs.device)
+    values = logprobs.gather(1, ids.clamp(max=vocabulary - 1)[:, None])
+    values = values.masked_fill(ids[:, None] >= vocabulary, MIN_LOGPROB)
+    ranks = (logprobs > values).sum(dim=1) + 1
+    top_values, top_ids = logprobs.topk(min(max(tops), vocabulary))
+    rows = zip(token_ids, values[:, 0].tolist(), ranks.tolist(), top_ids.tolist(), top_values.tolist(), strict=True)
+    return [
+        TokenLogprob(token_id, value, tuple(zip(best_ids[:top], best_values[:top], strict=True)), rank)
+        for top, (token_id, value, rank, best_ids, best_values) in zip(tops, rows, strict=True)
+    ]

@@ -21,7 +21,8 @@ LIVENESS_POLL_SECONDS = 1.0
 class Stream:
     """Asynchronous iterator over one sequence's steps; ends with the sequence, or when it is closed.
 
-    A sequence without new tokens (`max_tokens` 0) has one empty step, and is not submitted to the executor.
+    A sequence without new tokens (`max_tokens` 0) has one step without tokens. It is submitted to the executor only if
+    log probabilities of its prompt are requested.
 
     Args, in addition to those of `Engine.submit`:
         eos_token_ids: the model's; ignored if `sampling` does so.
@@ -62,14 +63,16 @@ class Stream:
         self._num_read = 0
         self._ended = False
         self._id = uuid.uuid4().hex
-        if sampling.max_tokens == 0:
+        self._submitted = sampling.max_tokens != 0 or sampling.prompt_logprobs is not None
+        if not self._submitted:
             self._outputs.put_nowait(EngineOutput([], finished=True, error=None, queue_seconds=None))
             return
         executor.submit(
             self._id,
             prompt,
             self._sampler,
-            max_tokens=sampling.max_tokens,
+            # The executor computes no prompt without a token after it.
+            max_tokens=1 if sampling.max_tokens == 0 else sampling.max_tokens,
             end_token_ids=end_token_ids,
             on_output=self._outputs.put_nowait,
             caller=caller,
@@ -102,21 +105,23 @@ class Stream:
         except BaseException:
             self.close()
             raise
-        if self.first_token_seconds is None and output.token_ids:
+        token_ids = [] if self._sampling.max_tokens == 0 else output.token_ids[self._num_read :]
+        if self.first_token_seconds is None and token_ids:
             self.first_token_seconds = time.monotonic() - self.submitted
-        token_ids = output.token_ids[self._num_read :]
         logprobs = tuple(self._sampler.logprobs[self._num_read : self._num_read + len(token_ids)])
         self._num_read = len(output.token_ids)
+        # Complete before the first token.
+        prompt_logprobs, self._sampler.prompt_logprobs = tuple(self._sampler.prompt_logprobs), []
         if output.finished:
             self._end()
-        return Step(token_ids, self._finish_reason(token_ids) if output.finished else None, logprobs)
+        return Step(token_ids, self._finish_reason(token_ids) if output.finished else None, logprobs, prompt_logprobs)
 
     def close(self) -> None:
         """Cancel the sequence if it has not ended; safe to call again."""
         if self._ended:
             return
         self._end()
-        if self._sampling.max_tokens != 0:
+        if self._submitted:
             self._record_queue_time(self._executor.queue_seconds(self._id))
             self._executor.cancel(self._id)
 

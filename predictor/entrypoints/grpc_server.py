@@ -1,7 +1,7 @@
 """Open Inference Protocol v2 over gRPC: KServe's protobuf service with correct status codes.
 
-KServe's own servicer is not used: its interceptor replaces some errors by others. Protocol, API keys, drain and limits
-are those of HTTP.
+KServe's own servicer is not used: its interceptor replaces some errors by others. Protocol, API keys and limits are
+those of HTTP. Where HTTP closes connections, clients get GOAWAY: they finish their calls and connect elsewhere.
 """
 
 import asyncio
@@ -43,6 +43,29 @@ _CODES = {
 """gRPC status codes by the HTTP status of an error; INTERNAL for all others."""
 
 
+CALL_END_SECONDS = 1.0
+"""Time for calls to send their response, once generation has stopped."""
+
+
+class GRPCServer:
+    """A running server: its port, and how it ends."""
+
+    def __init__(self, server: grpc.aio.Server, port: int) -> None:
+        self.port = port
+        self._server = server
+        self._drained: asyncio.Task[None] | None = None
+
+    def drain(self, grace_seconds: float) -> None:
+        """Send GOAWAY to all clients and refuse new connections and calls; running calls go on for `grace_seconds`."""
+        self._drained = asyncio.create_task(self._server.stop(grace_seconds))
+
+    async def stop(self) -> None:
+        """Wait for running calls a moment, then cancel them."""
+        await self._server.stop(CALL_END_SECONDS)
+        if self._drained:
+            await self._drained
+
+
 @asynccontextmanager
 async def serve(
     service: LLMService,
@@ -51,8 +74,8 @@ async def serve(
     max_message_bytes: int,
     api_keys: KeyFile | None = None,
     tracing: "Tracing | None" = None,
-) -> AsyncIterator[int]:
-    """Run a gRPC server within the context; yields its port.
+) -> AsyncIterator[GRPCServer]:
+    """Run a gRPC server within the context.
 
     Args:
         service: generates; may still be loading.
@@ -72,10 +95,11 @@ async def serve(
     except RuntimeError:
         raise PortInUse(f"Port {port} cannot be opened. Choose another with --grpc_port.") from None
     await server.start()
+    running = GRPCServer(server, bound)
     try:
-        yield bound
+        yield running
     finally:
-        await server.stop(grace=1.0)
+        await running.stop()
 
 
 class _Servicer(protobuf_service.GRPCInferenceServiceServicer):

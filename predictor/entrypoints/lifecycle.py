@@ -1,7 +1,9 @@
 """The server process: opens the port before loading the model, drains on a signal, exits when drained.
 
-States: loading -> serving -> draining -> stopped. SIGTERM or SIGINT starts draining: the server rejects new requests
-and finishes running ones within the grace period. A second signal aborts them. A failed load exits non-zero.
+States: loading -> serving -> terminating -> draining -> stopped. On SIGTERM or SIGINT the server terminates: it is not
+ready, but serves every request and then closes its connection, until the shutdown delay is over. Then it drains: it
+rejects new requests and finishes running ones within the grace period. A further signal ends the delay, and one while
+draining aborts running requests. A failed load exits non-zero.
 """
 
 import asyncio
@@ -9,7 +11,9 @@ import contextlib
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from enum import StrEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from predictor.entrypoints import grpc_server, kserve_server
@@ -34,6 +38,7 @@ class State(StrEnum):
 
     LOADING = "loading"
     SERVING = "serving"
+    TERMINATING = "terminating"
     DRAINING = "draining"
     STOPPED = "stopped"
 
@@ -48,6 +53,7 @@ class _Service(Protocol):
     @property
     def has_ended(self) -> bool: ...
     def load(self) -> bool: ...
+    def terminate(self) -> None: ...
     def drain(self) -> None: ...
     def stop(self) -> None: ...
     async def run_self_checks(self) -> None: ...
@@ -58,15 +64,20 @@ class Lifecycle:
 
     Args:
         service: not loaded yet.
-        grace_seconds: time for running requests after the first signal.
+        grace_seconds: time for running requests, once new ones are rejected.
+        delay_seconds: time in which new requests are served after the first signal; a server that loads has none.
     """
 
-    def __init__(self, service: _Service, grace_seconds: float) -> None:
+    def __init__(self, service: _Service, grace_seconds: float, delay_seconds: float = 0) -> None:
         self.state = State.LOADING
+        self.on_drain: list[Callable[[], object]] = []
+        """Called when new requests are rejected: servers close their idle connections."""
         self._service = service
         self._grace_seconds = grace_seconds
+        self._delay_seconds = delay_seconds
         self._load_thread: threading.Thread | None = None
         self._terminate = asyncio.Event()
+        self._end_delay = asyncio.Event()
         self._abort = asyncio.Event()
 
     @property
@@ -76,17 +87,21 @@ class Lifecycle:
         return loads or not self._service.has_ended
 
     def handle_signal(self, number: int) -> None:
-        """Start draining; on the second signal, abort running requests."""
+        """Start the shutdown; a further signal ends the delay, or aborts running requests."""
         name = signal.Signals(number).name
         if not self._terminate.is_set():
-            logger.info("received %s, draining: finishing running requests, rejecting new ones", name)
+            logger.info("received %s, shutting down", name)
             self._terminate.set()
+        elif self.state is State.TERMINATING and not self._end_delay.is_set():
+            logger.info("received %s again, ending the shutdown delay", name)
+            self._end_delay.set()
         else:
             logger.warning("received %s again, aborting running requests", name)
+            self._end_delay.set()
             self._abort.set()
 
     async def run(self) -> None:
-        """Load the model, serve until a signal, drain and stop.
+        """Load the model, serve until a signal, serve on during the delay, drain and stop.
 
         Raises:
             StartupError: the load failed.
@@ -104,14 +119,29 @@ class Lifecycle:
             self.state = State.SERVING
             self_checks = asyncio.create_task(self._service.run_self_checks())
             await terminated
+            await self._delay()
         await self._drain()
         if self_checks:
             self_checks.cancel()
         await self._stop()
 
+    async def _delay(self) -> None:
+        """Serve on until proxies have removed this server; without a delay, not at all."""
+        if not self._delay_seconds:
+            return
+        self.state = State.TERMINATING
+        self._service.terminate()
+        logger.info("terminating: not ready, serving new requests for %g s", self._delay_seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._delay_seconds):
+                await self._end_delay.wait()
+
     async def _drain(self) -> None:
         self.state = State.DRAINING
+        logger.info("draining: finishing running requests, rejecting new ones")
         self._service.drain()
+        for callback in self.on_drain:
+            callback()
         try:
             async with asyncio.timeout(self._grace_seconds):
                 # A step loop that is dead or hangs finishes nothing.
@@ -168,22 +198,41 @@ def run(settings: Settings) -> bool:
 
 async def _serve(settings: Settings, api_keys: KeyFile | None, tracing: "Tracing | None") -> bool:
     service = LLMService(settings)
-    lifecycle = Lifecycle(service, settings.shutdown_grace_seconds)
+    lifecycle = Lifecycle(service, settings.shutdown_grace_seconds, settings.shutdown_delay_seconds)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, lifecycle.handle_signal, number)
+    await serve(service, lifecycle, settings, api_keys=api_keys, tracing=tracing)
+    return lifecycle.has_blocking_threads
+
+
+async def serve(
+    service: LLMService,
+    lifecycle: Lifecycle,
+    settings: Settings,
+    *,
+    api_keys: KeyFile | None = None,
+    tracing: "Tracing | None" = None,
+) -> None:
+    """Run the servers of `service` around its lifecycle.
+
+    Raises:
+        StartupError: a port is taken, or the model cannot be loaded.
+    """
     app = create_app(service, settings, api_keys=api_keys, tracing=tracing)
     http_server = kserve_server.HTTPServer(app, CONNECTION_CLOSE_SECONDS)
+    lifecycle.on_drain.append(http_server.close_idle_connections)
     async with contextlib.AsyncExitStack() as stack:
         http_socket = stack.enter_context(kserve_server.bind(settings.http_port))
         if settings.enable_grpc:
-            grpc = grpc_server.serve(
+            context = grpc_server.serve(
                 service,
                 port=settings.grpc_port,
                 max_message_bytes=settings.max_request_bytes,
                 api_keys=api_keys,
                 tracing=tracing,
             )
-            await stack.enter_async_context(grpc)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, lifecycle.handle_signal, number)
+            grpc = await stack.enter_async_context(context)
+            lifecycle.on_drain.append(partial(grpc.drain, settings.shutdown_grace_seconds))
         serving = asyncio.create_task(http_server.serve(sockets=[http_socket]))
         logger.info("listening on HTTP port %d", settings.http_port)
         try:
@@ -191,7 +240,6 @@ async def _serve(settings: Settings, api_keys: KeyFile | None, tracing: "Tracing
         finally:
             http_server.should_exit = True
             await serving
-    return lifecycle.has_blocking_threads
 
 
 def create_tracing(settings: Settings) -> "Tracing | None":

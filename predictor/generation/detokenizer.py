@@ -90,8 +90,8 @@ class Detokenizer:
         """Ids whose text has not been returned: they end inside a character."""
         self._held = ""
         """Text held back because it may begin a stop string."""
-        self.stopped = False
-        """Whether a stop string was found; text from there on is dropped."""
+        self.found_stop: str | None = None
+        """Stop string that was found; text from there on is dropped."""
 
     def push(self, token_ids: Sequence[int], *, last: bool = False) -> str:
         """Return the text that is now certain, "" if none.
@@ -100,7 +100,7 @@ class Detokenizer:
             token_ids: the next ids of the sequence.
             last: no ids follow; return all text held back.
         """
-        if self.stopped:
+        if self.found_stop is not None:
             return ""
         text, self._held = self._held, ""
         for token_id in token_ids:
@@ -112,8 +112,8 @@ class Detokenizer:
             self._pending.clear()
         if self._num_tokens < self._min_tokens:
             return text
-        if (end := self._stop_position(text)) is not None:
-            self.stopped = True
+        if found := min(((text.find(stop), stop) for stop in self._stop if stop in text), default=None):
+            end, self.found_stop = found
             return text[:end]
         if not last:
             certain = len(text) - self._partial_stop_length(text)
@@ -136,9 +136,6 @@ class Detokenizer:
         self._decoder.advance(self._pending[:first])
         del self._pending[:first]
         return text[: max(0, len(text) - len(self._decoder.decode(self._pending)))]
-
-    def _stop_position(self, text: str) -> int | None:
-        return min((position for stop in self._stop if (position := text.find(stop)) >= 0), default=None)
 
     def _partial_stop_length(self, text: str) -> int:
         """Return the length of the longest suffix of `text` that is a proper prefix of a stop string."""

@@ -1,10 +1,14 @@
 """Log probabilities of token ids, formatted as tokens with text."""
 
+import asyncio
 from collections.abc import Sequence
 
 from predictor.generation.detokenizer import ContinuationDecoder
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import UNFINISHED_CHARACTER, Token, TokenLogprob
+
+MAX_INLINE_TOKENS = 256
+"""Number of tokens of a prompt, the most probable ones included, that are decoded at once, within a few ms."""
 
 
 class LogprobsFormatter:
@@ -22,12 +26,26 @@ class LogprobsFormatter:
         self._special = frozenset(tokenizer.all_special_ids)
 
     def format(self, logprob: TokenLogprob) -> Token:
-        """Return the next sampled token as text, with the most probable ones."""
-        top = tuple(self._token(token_id, value) for token_id, value in logprob.top)
-        token = self._token(logprob.token_id, logprob.logprob, top)
+        """Return the next token as text, with the most probable ones."""
+        top = tuple(
+            self._token(token_id, value, rank=rank) for rank, (token_id, value) in enumerate(logprob.top, start=1)
+        )
+        token = self._token(logprob.token_id, logprob.logprob, top, logprob.rank)
         if not token.special and UNFINISHED_CHARACTER not in token.text:
             self._decoder.advance([token.id])
         return token
 
-    def _token(self, token_id: int, logprob: float, top: tuple[Token, ...] = ()) -> Token:
-        return Token(token_id, self._decoder.decode([token_id]), logprob, token_id in self._special, top)
+    def _token(
+        self, token_id: int, logprob: float | None, top: tuple[Token, ...] = (), rank: int | None = None
+    ) -> Token:
+        return Token(token_id, self._decoder.decode([token_id]), logprob, token_id in self._special, top, rank)
+
+
+async def format_prompt(tokenizer: Tokenizer, logprobs: Sequence[TokenLogprob]) -> tuple[Token, ...]:
+    """Return the tokens of a prompt as text, without delaying the event loop if there are many."""
+
+    def format_all() -> tuple[Token, ...]:
+        return tuple(map(LogprobsFormatter(tokenizer).format, logprobs))
+
+    num_tokens = sum(1 + len(logprob.top) for logprob in logprobs)
+    return format_all() if num_tokens <= MAX_INLINE_TOKENS else await asyncio.to_thread(format_all)

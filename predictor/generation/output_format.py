@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from predictor.generation import call_envelope
 from predictor.generation.output_parser import OutputFormat
 from predictor.generation.tokenizer import ChatTokenizer
 
@@ -24,4 +25,4 @@ HERMES: dict[str, Any] = {
 def detect(tokenizer: ChatTokenizer) -> OutputFormat | None:
     """Return the format that the chat template shows; None if it shows none."""
     template = tokenizer.get_chat_template(None, [{}]) if tokenizer.chat_template else ""
-    return OutputFormat(tokenizer, HERMES) if "<tool_call>" in template else None
+    return OutputFormat(tokenizer, HERMES, call_envelope.HERMES) if "<tool_call>" in template else None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from predictor.generation.call_envelope import CallEnvelope
 from predictor.generation.tokenizer import ChatTokenizer, ResponseParser
 from predictor.types import OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 
@@ -21,10 +22,12 @@ class OutputFormat:
     Args:
         tokenizer: the model's.
         response_template: of transformers, with the fields `content`, `reasoning_content` and `tool_calls`.
+        envelope: how a call with JSON arguments is written; None if there is no such notation.
     """
 
     tokenizer: ChatTokenizer
     response_template: Mapping[str, Any]
+    envelope: CallEnvelope | None = None
 
     def parser(self, prompt: str, tools: Sequence[Mapping[str, Any]], *, parallel_tool_calls: bool) -> "OutputParser":
         """Return a parser for one completion of a rendered chat; without tools, it finds no calls."""

@@ -12,7 +12,7 @@ from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import DeadlineExceeded, GenerationFailed
 from predictor.generation.detokenizer import Detokenizer, left_context
-from predictor.generation.logprobs import LogprobsFormatter
+from predictor.generation.logprobs import LogprobsFormatter, format_prompt
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.prompts import EncodedRequest
 from predictor.generation.tokenizer import Tokenizer
@@ -132,10 +132,12 @@ def submit(
             _Sequence(
                 index=index,
                 stream=stream,
+                tokenizer=tokenizer,
                 detokenizer=Detokenizer(tokenizer, context, stop=sampling.stop, min_tokens=sampling.min_tokens),
                 logprobs=LogprobsFormatter(tokenizer, context),
                 prompt_tokens=len(token_ids),
                 echo=echo,
+                scores_prompt=sampling.prompt_logprobs is not None,
                 parser=output_parser() if output_parser else None,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
@@ -153,10 +155,12 @@ class _Sequence:
 
     index: int
     stream: Stream
+    tokenizer: Tokenizer
     detokenizer: Detokenizer
     logprobs: LogprobsFormatter
     prompt_tokens: int
     echo: str
+    scores_prompt: bool
     parser: OutputParser | None
     on_finished: OnFinished
     on_tokens: OnTokens
@@ -168,10 +172,13 @@ class _Sequence:
 
     async def deltas(self) -> AsyncGenerator[CompletionDelta]:
         """Yield deltas up to the one with a finish reason."""
-        if self.echo:
-            yield self._completion_delta([TextDelta(self.echo)])
+        if self.echo and not self.scores_prompt:
+            yield self._completion_delta(self._echo())
         try:
             async for step in self.stream:
+                if step.prompt_logprobs:
+                    prompt = await format_prompt(self.tokenizer, step.prompt_logprobs)
+                    yield replace(self._completion_delta(self._echo()), prompt=prompt)
                 delta = self._process(step)
                 if delta.finish_reason is not None:
                     self.outcome = delta.finish_reason.value
@@ -208,6 +215,9 @@ class _Sequence:
             )
         )
 
+    def _echo(self) -> list[OutputDelta]:
+        return [TextDelta(self.echo)] if self.echo else []
+
     def _process(self, step: Step) -> CompletionDelta:
         """Count the tokens of a step, and detokenize it up to the first stop string."""
         if step.token_ids:
@@ -225,7 +235,7 @@ class _Sequence:
             last = finish_reason is not None and position == len(step.token_ids)
             text = self.detokenizer.push([] if last and drop_last else [token_id], last=last)
             deltas += self._parse(text)
-            if self.detokenizer.stopped or (self.parser and self.parser.stopped):
+            if self.detokenizer.found_stop is not None or (self.parser and self.parser.stopped):
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
         if finish_reason is not None and self.parser is not None:
@@ -249,6 +259,7 @@ class _Sequence:
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             reasoning_tokens=self.reasoning_tokens,
+            stop=self.detokenizer.found_stop,
             finish_reason=finish_reason,
             tokens=tuple(tokens),
         )
@@ -290,7 +301,9 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
         tokens=tuple(token for delta in received for token in delta.tokens),
+        prompt=tuple(token for delta in received for token in delta.prompt),
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
         tool_calls=tuple(calls),
         reasoning_tokens=last.reasoning_tokens,
+        stop=last.stop,
     )

@@ -7,16 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from predictor.engine.grammar import Grammar
 from predictor.errors import InvalidRequest, PromptTooLong
+from predictor.generation import message_grammar
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
 from predictor.generation.output_parser import OutputFormat, OutputParser
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.generation.tokenizer import Tokenizer
-from predictor.types import Chat, GenerationRequest, SamplingParams
+from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams
 
 _CHARS_PER_TOKEN = 8
 """Text that is longer is encoded in parts first; most languages and code have 2 to 5."""
+_LONG_CONTEXTS = 16
+"""Texts that need not fit into the context, to be truncated or only counted, have this many times its tokens."""
 _CUT_TOKENS = 1024
 """More tokens than cutting a text in two can add."""
 
@@ -71,8 +75,14 @@ class Prompts:
             PromptTooLong: not one new token fits, or the prompt alone does not if none is requested.
         """
         prompt = request.prompt
+        contexts = 1 if request.sampling.truncate_prompt_tokens is None else _LONG_CONTEXTS
         rendered = self.chat_template.render(prompt) if isinstance(prompt, Chat) else ""
-        token_ids = self._encode_chat(rendered) if isinstance(prompt, Chat) else self._token_ids(prompt)
+        if isinstance(prompt, Chat):
+            token_ids = self._encode_chat(rendered, contexts)
+        else:
+            token_ids = self._token_ids(prompt, contexts)
+        num_tokens = len(token_ids)
+        token_ids = self._truncate(token_ids, prompt, request.sampling)
         if not token_ids:
             raise InvalidRequest("The prompt is empty. Send at least one character.")
         remaining = self.context_tokens - len(token_ids)
@@ -83,7 +93,14 @@ class Prompts:
             )
         self._check_token_ids(token_ids, "the prompt")
         sampling = self._complete(request.sampling, remaining)
-        echo = self._text(request.prompt, token_ids) if request.echo else ""
+        if grammar := self._grammar(request, rendered):
+            sampling = replace(sampling, logits_processors=(*sampling.logits_processors, grammar.logits_processor))
+        echo = ""
+        if request.echo:
+            if isinstance(prompt, str) and len(token_ids) == num_tokens:
+                echo = prompt
+            else:
+                echo = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         output_parser = None
         if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:
             output_parser = partial(
@@ -91,48 +108,83 @@ class Prompts:
             )
         return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
 
-    def _text(self, prompt: str | tuple[int, ...] | Chat, token_ids: list[int]) -> str:
-        return prompt if isinstance(prompt, str) else self.tokenizer.decode(token_ids, skip_special_tokens=True)
+    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool) -> list[int]:
+        """Return the token ids of a text, or of a chat, which has its special tokens from the template.
 
-    def _token_ids(self, prompt: str | tuple[int, ...]) -> list[int]:
+        Raises:
+            InvalidRequest: no chat template, or messages rejected by it.
+            PromptTooLong: there are more than _LONG_CONTEXTS times the context's tokens.
+        """
+        if isinstance(prompt, Chat):
+            token_ids = self._encode_chat(self.chat_template.render(prompt), _LONG_CONTEXTS)
+        else:
+            token_ids = self._encode(prompt, add_special_tokens=add_special_tokens, contexts=_LONG_CONTEXTS)
+        self._check_length(len(token_ids), 0, _LONG_CONTEXTS)
+        return token_ids
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included.
+
+        Raises:
+            InvalidRequest: the model has no such token.
+        """
+        self._check_token_ids(token_ids, "tokens")
+        return self.tokenizer.decode(list(token_ids), skip_special_tokens=False)
+
+    def _truncate(
+        self, token_ids: list[int], prompt: str | tuple[int, ...] | Chat, sampling: SamplingParams
+    ) -> list[int]:
+        """Return the last tokens of the prompt, if the request limits their number."""
+        limit = sampling.truncate_prompt_tokens
+        if limit == WHOLE_CONTEXT:
+            new_tokens = sampling.max_tokens
+            fits = new_tokens is not None and new_tokens < self.context_tokens
+            limit = self.context_tokens - (new_tokens if fits and new_tokens is not None else 1)
+        if limit is None or len(token_ids) <= limit:
+            return token_ids
+        # The token with which the tokenizer begins every text stays, as in transformers.
+        first = self.tokenizer.encode("", add_special_tokens=True)[:1] if isinstance(prompt, str) else []
+        kept = first if token_ids[:1] == first else []
+        return kept + token_ids[len(token_ids) - limit + len(kept) :]
+
+    def _token_ids(self, prompt: str | tuple[int, ...], contexts: int) -> list[int]:
         if isinstance(prompt, str):
-            return self._encode(prompt, add_special_tokens=True) if prompt else []
-        self._check_length(len(prompt), 0)
+            return self._encode(prompt, add_special_tokens=True, contexts=contexts) if prompt else []
+        self._check_length(len(prompt), 0, contexts)
         return list(prompt)
 
-    def _encode_chat(self, text: str) -> list[int]:
+    def _encode_chat(self, text: str, contexts: int) -> list[int]:
         """Encode a rendered chat; the parts between BREAKs on their own, which no control token then crosses."""
+        encode = partial(self._encode, add_special_tokens=False, contexts=contexts)
         first, *others = text.split(BREAK)
         # The template's text has the special tokens already; adding them again would double the first one.
-        token_ids = self._encode(first, add_special_tokens=False)
+        token_ids = encode(first)
         # SentencePiece adds a space before a text. Here it goes before a line feed, which is removed with it.
         start = self.tokenizer.encode("\n", add_special_tokens=False)
         for other in others:
-            self._check_length(len(token_ids), _CUT_TOKENS)
-            part = self._encode("\n" + other, add_special_tokens=False)
-            has_start = part[: len(start)] == start
-            token_ids += part[len(start) :] if has_start else self._encode(other, add_special_tokens=False)
+            self._check_length(len(token_ids), _CUT_TOKENS, contexts)
+            part = encode("\n" + other)
+            token_ids += part[len(start) :] if part[: len(start)] == start else encode(other)
         return token_ids
 
-    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Encode a text, or only as much of it as shows that it does not fit.
+    def _encode(self, text: str, *, add_special_tokens: bool, contexts: int) -> list[int]:
+        """Encode a text, or only as much of it as shows that it has more tokens than this number of contexts.
 
         The length in characters alone shows nothing: a token may stand for any number of spaces or unknown characters.
         """
-        size = _CHARS_PER_TOKEN * (self.context_tokens + _CUT_TOKENS)
+        size = _CHARS_PER_TOKEN * (contexts * self.context_tokens + _CUT_TOKENS)
         while size < len(text):
             beginning = self.tokenizer.encode(text[:size], add_special_tokens=add_special_tokens)
-            self._check_length(len(beginning), _CUT_TOKENS)
+            self._check_length(len(beginning), _CUT_TOKENS, contexts)
             size *= 4
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def _check_length(self, token_count: int, tolerance: int) -> None:
-        """Reject a prompt whose first `token_count` tokens exceed the context by more than `tolerance`."""
-        if token_count > self.context_tokens + tolerance:
-            raise PromptTooLong(
-                f"The prompt is too long: more than {self.context_tokens} tokens, the context for prompt and "
-                "completion; shorten the prompt."
-            )
+    def _check_length(self, token_count: int, tolerance: int, contexts: int) -> None:
+        """Reject a prompt whose first `token_count` tokens exceed this number of contexts by more than `tolerance`."""
+        limit = contexts * self.context_tokens
+        if token_count > limit + tolerance:
+            what = "the context for prompt and completion" if contexts == 1 else f"{contexts} times the context"
+            raise PromptTooLong(f"The prompt is too long: more than {limit} tokens, {what}; shorten the prompt.")
 
     def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
         """Raise InvalidRequest if the model has no embedding for an id; text may have such tokens too."""
@@ -146,6 +198,8 @@ class Prompts:
 
     def _complete(self, sampling: SamplingParams, remaining: int) -> SamplingParams:
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")
+        self._check_token_ids(sampling.allowed_token_ids, "allowed_token_ids")
+        self._check_token_ids([token_id for token_id, _ in sampling.logit_bias], "logit_bias")
         defaults = self.defaults
         max_tokens = sampling.max_tokens
         if max_tokens is None:
@@ -160,13 +214,6 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        if sampling.structured_output is not None:
-            if sampling.ignore_eos:
-                raise InvalidRequest(
-                    "ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos"
-                )
-            grammar = self.grammars.compile(sampling.structured_output)
-            sampling = replace(sampling, logits_processors=(grammar.logits_processor,))
         max_tokens = min(max_tokens, remaining)
         return replace(
             sampling,
@@ -179,6 +226,20 @@ class Prompts:
             bad_words_ids=sampling.bad_words_ids + self._bad_words_ids(sampling.bad_words) + defaults.bad_words_ids,
             **unset,
         )
+
+    def _grammar(self, request: GenerationRequest, rendered: str) -> Grammar | None:
+        """Return the grammar of the completion; None if it may be any text."""
+        prompt, answer = request.prompt, request.sampling.structured_output
+        message = None
+        if isinstance(prompt, Chat) and request.parse_output:
+            message = message_grammar.for_chat(prompt, rendered, self.output_format, answer)
+        if message is None and answer is None:
+            return None
+        if request.sampling.ignore_eos:
+            raise InvalidRequest("ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos")
+        if message is not None:
+            return self.grammars.compile_message(message)
+        return self.grammars.compile(answer) if answer else None
 
     def _bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))

@@ -52,6 +52,7 @@ class Phase(StrEnum):
     LOADING = "loading weights"
     WARMING_UP = "warming up"
     READY = "ready"
+    TERMINATING = "terminating"
     DRAINING = "shutting down"
     STOPPED = "stopped"
 
@@ -79,6 +80,8 @@ class LLMService:
         self.metadata: dict[str, str] = {}
         """Properties of the loaded model, all as strings; empty before the load."""
         self._settings = settings
+        self._wait_state = ""
+        """State of the wait for the snapshot; part of the readiness message."""
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
         self._encoding: Counter[str | None] = Counter()
@@ -125,7 +128,12 @@ class LLMService:
         settings = self._settings
         self._enter(Phase.WAITING)
         with self._metrics.time_load_phase("snapshot"):
-            return snapshot.wait(settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds)
+            return snapshot.wait(
+                settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds, self._report_wait
+            )
+
+    def _report_wait(self, state: str) -> None:
+        self._wait_state = state
 
     def _load_weights(self, model_snapshot: Snapshot) -> LoadedModel:
         settings = self._settings
@@ -203,6 +211,12 @@ class LLMService:
             self_check_success=lambda: self_check.succeeded,
         )
 
+    def terminate(self) -> None:
+        """Stop being ready; requests are still accepted, until `drain`."""
+        with self._state_lock:
+            if self.phase is Phase.READY:
+                self.phase = Phase.TERMINATING
+
     def drain(self) -> None:
         """Reject new requests; running and waiting ones go on."""
         with self._state_lock:
@@ -233,6 +247,11 @@ class LLMService:
         return self.is_live and self._pipeline.self_check.is_fresh
 
     @property
+    def is_terminating(self) -> bool:
+        """Whether clients should send their next request to another server."""
+        return self.phase is Phase.TERMINATING or self.is_shutting_down
+
+    @property
     def is_shutting_down(self) -> bool:
         """Whether new requests are rejected for good."""
         return self.phase in (Phase.DRAINING, Phase.STOPPED)
@@ -240,6 +259,8 @@ class LLMService:
     @property
     def not_ready_reason(self) -> str:
         """The reason for not being ready, in a few words."""
+        if self.phase is Phase.WAITING and self._wait_state:
+            return f"{self.phase}, {self._wait_state}"
         if self.phase is not Phase.READY or self._pipeline is None:
             return self.phase
         if not self.is_live:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from predictor.errors import InvalidSettings, SnapshotMissing
+from predictor.models.snapshot_wait import WaitLog
 from snapshot_format import layout, record
 from snapshot_format.model_files import CONFIG
 from snapshot_format.recipe import INT8_CPU, RECIPE_VERSION
 from snapshot_format.record import FORMAT_VERSION, RECORD, InvalidRecord, QuantizationRecipe, UnsupportedFormatVersion
-from snapshot_format.reference import MalformedReference, parse
+from snapshot_format.reference import MalformedReference, ModelReference, parse
 
 POLL_SECONDS = 1.0
 
@@ -46,10 +47,7 @@ def find(model_dir: Path, reference: str | None) -> Snapshot:
                 "or set --model_reference if it is a volume's root."
             )
         return _checked(Snapshot(model_dir))
-    try:
-        parsed = parse(reference)
-    except MalformedReference as error:
-        raise InvalidSettings(f"--model_reference: {error}") from error
+    parsed = _parse(reference)
     try:
         commit = parsed.revision if parsed.is_commit else layout.read_ref(model_dir, parsed.slug, parsed.revision)
     except FileNotFoundError:
@@ -61,17 +59,45 @@ def find(model_dir: Path, reference: str | None) -> Snapshot:
 
 
 def wait(
-    model_dir: Path, reference: str | None, timeout_seconds: float, sleep: Callable[[float], None] = time.sleep
+    model_dir: Path,
+    reference: str | None,
+    timeout_seconds: float,
+    report: Callable[[str], None] = lambda _: None,
+    sleep: Callable[[float], None] = time.sleep,
 ) -> Snapshot:
-    """Poll `find` until the snapshot exists, for at most `timeout_seconds`."""
-    deadline = time.monotonic() + timeout_seconds
+    """Poll `find` until the snapshot exists, and log what the wait is for.
+
+    Args:
+        model_dir: as for `find`.
+        reference: as for `find`.
+        timeout_seconds: maximum time to wait.
+        report: called with the state of the wait whenever it is logged.
+        sleep: called between two polls.
+
+    Raises:
+        InvalidSettings: the reference is malformed.
+        SnapshotMissing: the time is over; the message has the last error of the storage initializer.
+    """
+    started = time.monotonic()
+    log = WaitLog(model_dir, _parse(reference) if reference else None, timeout_seconds, report)
     while True:
         try:
             return find(model_dir, reference)
-        except SnapshotMissing:
-            if time.monotonic() >= deadline:
+        except SnapshotMissing as error:
+            waited = time.monotonic() - started
+            if waited >= timeout_seconds:
+                if failure := log.last_failure():
+                    raise SnapshotMissing(f"{error} The last error on the volume: {failure}") from error
                 raise
+            log.update(str(error), waited)
         sleep(POLL_SECONDS)
+
+
+def _parse(reference: str) -> ModelReference:
+    try:
+        return parse(reference)
+    except MalformedReference as error:
+        raise InvalidSettings(f"--model_reference: {error}") from error
 
 
 def prequantized(directory: Path, dtype: str, skip_modules: Sequence[str]) -> Path | None:

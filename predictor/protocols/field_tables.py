@@ -101,6 +101,21 @@ HARMLESS_PARAMETERS = HARMLESS | frozenset(
 )
 """Next to the sampling fields."""
 
+HARMLESS_ITEM = HARMLESS | {
+    "async",
+    "caller",
+    "encrypted_content",
+    "logprobs",
+    "parsed",
+    "parsed_arguments",
+    "phase",
+    "status",
+}
+"""In items of OpenAI's Responses API and their parts."""
+
+HARMLESS_RESPONSE = HARMLESS_PARAMETERS | {"access_programs", "background_options", "image", "stream_options"}
+"""In OpenAI's Responses API, next to the sampling fields."""
+
 REFUSED_PARAMETERS: Refusals = {
     # Other names of supported fields
     "max_new_tokens": _refuse("not supported. Use max_tokens"),
@@ -111,7 +126,6 @@ REFUSED_PARAMETERS: Refusals = {
     "stop_sequences": _refuse("not supported. Use stop"),
     "stop_words": _refuse("not supported. Use stop"),
     # Sampling
-    "allowed_token_ids": _refuse("not supported. Omit it"),
     "bad_words_ids": _refuse("not supported. Use bad_words"),
     "beam_width": _refuse("beam search is not supported", 1),
     "do_sample": _refuse("not supported. Set temperature to 0 instead of false", True),
@@ -120,7 +134,6 @@ REFUSED_PARAMETERS: Refusals = {
     "epsilon_cutoff": _refuse("not supported. Omit it", 0),
     "eta_cutoff": _refuse("not supported. Omit it", 0),
     "length_penalty": _refuse("beam search is not supported", 1),
-    "logit_bias": _refuse("not supported. Omit it"),
     "mirostat": _refuse("not supported. Omit it", 0),
     "no_repeat_ngram_size": _refuse("not supported. Use frequency_penalty", 0),
     "num_beams": _refuse("beam search is not supported", 1),
@@ -138,18 +151,17 @@ REFUSED_PARAMETERS: Refusals = {
     "json_schema": _refuse("not supported. Use response_format"),
     # Prompt and output
     "adapter_id": _refuse("adapters are not supported"),
-    "decoder_input_details": _refuse("log probabilities of prompts are not supported", False),
+    "decoder_input_details": _refuse("not supported. Use prompt_logprobs", False),
     "detokenize": _refuse("completions are returned as text", True),
     "extra_body": _refuse("put its fields into the body"),
     "include_stop_str_in_output": _refuse("stop strings are never part of the completion", False),
     "options": _refuse("put its fields into the body"),
-    "prompt_logprobs": _refuse("log probabilities of prompts are not supported", False),
+    "prompt_logprobs": _refuse("the response has no place for them. Use /v1/completions", False),
     "return_full_text": _refuse("not supported. Use echo of /v1/completions", False),
     "return_token_ids": _refuse("not supported. Omit it", False),
     "return_tokens_as_token_ids": _refuse("not supported. Omit it", False),
     "skip_special_tokens": _refuse("special tokens are never part of the completion", True),
-    "truncate": _refuse("prompts are not truncated. Shorten the prompt"),
-    "truncate_prompt_tokens": _refuse("prompts are not truncated. Shorten the prompt"),
+    "truncate": _refuse("not supported. Use truncate_prompt_tokens"),
 }
 """Next to the sampling fields, in every protocol."""
 
@@ -173,8 +185,6 @@ REFUSED_CHAT: Refusals = {
     "chat_template": _refuse("the model's own chat template is used"),
     "documents": _refuse("not supported. Put them into a message or chat_template_kwargs"),
     "echo": _refuse("not supported. Use /v1/completions", False),
-    "function_call": _refuse("deprecated and not supported. Use tool_choice", "none", "auto"),
-    "functions": _refuse("deprecated and not supported. Use tools"),
     "mm_processor_kwargs": _refuse("only text is supported"),
     "modalities": _refuse(_ONLY_TEXT, ["text"]),
     "moderation": _refuse("moderation is not supported"),
@@ -185,9 +195,36 @@ REFUSED_CHAT: Refusals = {
 }
 """In OpenAI's chat completions."""
 
+REFUSED_MESSAGES: Refusals = {
+    "container": _refuse("code execution is not supported"),
+    "context_management": _refuse("not supported. Shorten the messages"),
+    "mcp_servers": _refuse("not supported. Let the client run tools"),
+}
+"""In Anthropic's messages."""
+
+REFUSED_BLOCK: Refusals = {"citations": _refuse("not supported. Omit it")}
+"""In Anthropic's text blocks."""
+
 REFUSED_MESSAGE: Refusals = {
     "audio": _refuse("only text is supported"),
-    "function_call": _refuse("deprecated and not supported. Use tool_calls"),
     "images": _refuse("only text is supported"),
 }
 """In OpenAI's messages."""
+
+_NOT_STORED = "responses are not stored. Send the previous items as input"
+
+REFUSED_RESPONSE: Refusals = {
+    "background": _refuse("not supported. Wait for the response, or stream it", False),
+    "context_management": _refuse("input is not compacted. Send less of it"),
+    "conversation": _refuse(_NOT_STORED),
+    "functions": _refuse("not supported. Use tools"),
+    "max_completion_tokens": _refuse("not supported. Use max_output_tokens"),
+    "messages": _refuse("not supported. Use input"),
+    "moderation": _refuse("moderation is not supported"),
+    "n": _refuse("one response is generated. Send several requests", 1),
+    "previous_response_id": _refuse(_NOT_STORED),
+    "prompt": _refuse("prompts are not stored. Send the text as instructions and input"),
+    "reasoning_effort": _refuse("not supported. Use reasoning.effort"),
+    "truncation": _refuse("input is not truncated. Send less of it, or disabled", "disabled"),
+}
+"""In OpenAI's Responses API."""

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from predictor.errors import InvalidRequest
 from predictor.observability import request_record
@@ -24,6 +25,17 @@ def _complete_schema(schema: dict[str, Any], model: "type[JSONObject]") -> None:
         properties.setdefault(name, {"enum": [None, *refusal.neutral], "description": f"Refused: {refusal.reason}."})
     for name in sorted(model.harmless):
         properties.setdefault(name, {"description": "Accepted without effect."})
+
+
+def only(reason: str, *accepted: object) -> BeforeValidator:
+    """Return a validator of a field that accepts these values only; `reason` says why not others."""
+
+    def check(value: object) -> object:
+        if value not in accepted:
+            raise PydanticCustomError("unsupported", reason)
+        return value
+
+    return BeforeValidator(check)
 
 
 class JSONObject(BaseModel):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from predictor.protocols.best_of import best
 from predictor.protocols.json_body import json_schema, loads
 from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.sampling_fields import SamplingFields
@@ -52,13 +53,14 @@ def decode(body: bytes) -> list[GenerationRequest]:
         InvalidRequest: not JSON, or a field is missing, not supported or out of range; the message names it.
     """
     request = validate(_PredictRequest, loads(body))
-    sampling = request.parameters.to_sampling_params()
-    return [GenerationRequest(_prompt(instance), sampling) for instance in request.instances]
+    sampling, candidates = request.parameters.to_sampling_params(), request.parameters.num_candidates()
+    return [GenerationRequest(_prompt(instance), sampling, candidates) for instance in request.instances]
 
 
-def encode(completions: Sequence[Completion]) -> dict[str, Any]:
-    """Return the response as a JSON object."""
-    return {"predictions": [completion.text for completion in completions]}
+def encode(requests: Sequence[GenerationRequest], completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the response as a JSON object, with the best completion of each request."""
+    chosen = best(completions, n=1, candidates=requests[0].n)
+    return {"predictions": [completion.text for completion in chosen]}
 
 
 def _prompt(instance: str | list[_Message]) -> str | Chat:

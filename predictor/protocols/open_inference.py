@@ -14,13 +14,14 @@ import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
 from pydantic import Field
 
 from predictor.errors import InvalidRequest
+from predictor.protocols.best_of import best
 from predictor.protocols.json_body import json_schema, loads
 from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.open_inference_binary import (
@@ -31,13 +32,14 @@ from predictor.protocols.open_inference_binary import (
     split_tensor,
 )
 from predictor.protocols.open_inference_types import decode_grpc_parameters, requested_output
-from predictor.protocols.sampling_fields import MAX_LOGPROBS, SamplingFields
-from predictor.types import Chat, Completion, GenerationRequest, Message, SamplingParams
+from predictor.protocols.sampling_fields import MAX_LOGPROBS, PromptLogprobs, SamplingFields
+from predictor.types import Chat, Completion, GenerationRequest, Message, SamplingParams, Token
 
 TEXT_INPUT = "text_input"
 MESSAGES = "messages"
 TEXT_OUTPUT = "text_output"
 LOGPROBS = "logprobs"
+PROMPT_LOGPROBS = "prompt_logprobs"
 
 INPUTS = {TEXT_INPUT: "BYTES", MESSAGES: "BYTES"}
 """Datatypes of the inputs; a request has exactly one of them."""
@@ -47,8 +49,9 @@ OUTPUTS = {
     "prompt_tokens": "INT64",
     "completion_tokens": "INT64",
     LOGPROBS: "BYTES",
+    PROMPT_LOGPROBS: "BYTES",
 }
-"""Datatypes of the outputs; `text_output` is the default. An element of `logprobs` is a JSON list of tokens."""
+"""Datatypes of the outputs; `text_output` is the default. Log probabilities are JSON lists of tokens."""
 
 EXTENSIONS = ("binary_tensor_data", "generate", "generate_stream")
 """Extensions of the protocol that the server's metadata lists."""
@@ -90,6 +93,7 @@ class _Parameters(SamplingFields):
         le=MAX_LOGPROBS,
         description="Number of most probable tokens at each position of the output logprobs.",
     )
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 REQUEST_SCHEMA = json_schema(_InferRequest)
@@ -152,24 +156,26 @@ def decode(request: InferRequest) -> list[GenerationRequest]:
         raise InvalidRequest(f"inputs.0.name is {tensor.name!r}: expected {' or '.join(INPUTS)}.")
     if tensor.datatype != INPUTS[tensor.name]:
         raise InvalidRequest(f"inputs.0.datatype is {tensor.datatype!r}: {tensor.name} is {INPUTS[tensor.name]}.")
-    sampling = _sampling_params(request, tensor, with_logprobs=LOGPROBS in selected)
+    sampling, candidates = _sampling_params(request, tensor, selected)
     decode_prompt = _decode_chat if tensor.name == MESSAGES else _check_prompt
     return [
-        GenerationRequest(decode_prompt(text, f"inputs.0.data.{index}"), sampling)
+        GenerationRequest(decode_prompt(text, f"inputs.0.data.{index}"), sampling, candidates)
         for index, text in enumerate(_decode_texts(tensor))
     ]
 
 
 def encode(request: InferRequest, completions: Sequence[Completion]) -> InferResponse:
-    """Return the response; its outputs have the shape of the request's input."""
+    """Return the response with the best completion of each prompt; outputs have the shape of the request's input."""
+    shape = request.inputs[0].shape
+    completions = list(best(completions, n=1, candidates=len(completions) // math.prod(shape)))
     columns: dict[str, list[Any]] = {
         TEXT_OUTPUT: [completion.text for completion in completions],
         "finish_reason": [completion.finish_reason.value for completion in completions],
         "prompt_tokens": [completion.prompt_tokens for completion in completions],
         "completion_tokens": [completion.completion_tokens for completion in completions],
-        LOGPROBS: [json.dumps([asdict(token) for token in completion.tokens]) for completion in completions],
+        LOGPROBS: [_dump_tokens(completion.tokens) for completion in completions],
+        PROMPT_LOGPROBS: [_dump_tokens(completion.prompt) for completion in completions],
     }
-    shape = request.inputs[0].shape
     return InferResponse(
         response_id=request.id or str(uuid.uuid4()),
         model_name=request.model_name,
@@ -245,14 +251,23 @@ def _selected_outputs(request: InferRequest) -> list[str]:
     return names or [TEXT_OUTPUT]
 
 
-def _sampling_params(request: InferRequest, tensor: InferInput, *, with_logprobs: bool) -> SamplingParams:
-    """Return the request's parameters, overridden by the input's own."""
+def _dump_tokens(tokens: Sequence[Token]) -> str:
+    return json.dumps([asdict(token) for token in tokens])
+
+
+def _sampling_params(request: InferRequest, tensor: InferInput, selected: Sequence[str]) -> tuple[SamplingParams, int]:
+    """Return the request's parameters, overridden by the input's own, and the number of completions per prompt."""
     merged = {**(request.parameters or {}), **(tensor.parameters or {})}
     merged.pop("binary_data_output", None)
     parameters = validate(_Parameters, merged, "parameters.")
-    if parameters.logprobs is not None and not with_logprobs:
-        raise InvalidRequest("parameters.logprobs is set, but outputs does not select logprobs. Select it.")
-    return parameters.to_sampling_params((parameters.logprobs or 0) if with_logprobs else None)
+    numbers: dict[str, int | None] = {}
+    for name in (LOGPROBS, PROMPT_LOGPROBS):
+        number = getattr(parameters, name)
+        if number is not None and name not in selected:
+            raise InvalidRequest(f"parameters.{name} is set, but outputs does not select {name}. Select it.")
+        numbers[name] = (number or 0) if name in selected else None
+    sampling = parameters.to_sampling_params(numbers[LOGPROBS])
+    return replace(sampling, prompt_logprobs=numbers[PROMPT_LOGPROBS]), parameters.num_candidates()
 
 
 def _decode_parameters(parameters: Any) -> dict[str, Any]:

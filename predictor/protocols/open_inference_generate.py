@@ -10,16 +10,17 @@ token there, and `logprobs` has all of them.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import Field
 
-from predictor.errors import RequestError
+from predictor.errors import InvalidRequest, RequestError
+from predictor.protocols.best_of import best
 from predictor.protocols.json_body import json_schema, loads
 from predictor.protocols.json_object import validate
-from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, SamplingFields, Stop
-from predictor.types import Completion, CompletionDelta, GenerationRequest, Token
+from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, PromptLogprobs, SamplingFields, Stop
+from predictor.types import Completion, CompletionDelta, FinishReason, GenerationRequest, Token
 
 
 class _Parameters(SamplingFields):
@@ -27,6 +28,7 @@ class _Parameters(SamplingFields):
     max_tokens: MaxTokens | None = Field(default=20, description=MAX_TOKENS)
     stop_words: Stop = Field(default=[], description="TensorRT-LLM's name of stop.")
     details: bool = Field(default=False, description="Return finish_reason and logprobs.")
+    prompt_logprobs: PromptLogprobs | None = None
     exclude_input_in_output: bool = Field(default=True, description="Triton's; false puts the prompt first.")
 
     def set_values(self) -> dict[str, Any]:
@@ -68,19 +70,31 @@ def decode(body: bytes, model_name: str, version: str | None) -> DecodedRequest:
     """
     parsed = validate(_GenerateRequest, loads(body))
     parameters = parsed.merged_parameters()
-    sampling = parameters.to_sampling_params(logprobs=0 if parameters.details else None)
-    request = GenerationRequest(parsed.text_input, sampling, echo=not parameters.exclude_input_in_output)
+    details = parameters.details or parameters.prompt_logprobs is not None
+    sampling = parameters.to_sampling_params(logprobs=0 if details else None)
+    sampling = replace(sampling, prompt_logprobs=parameters.prompt_logprobs)
+    request = GenerationRequest(
+        parsed.text_input, sampling, parameters.num_candidates(), echo=not parameters.exclude_input_in_output
+    )
     fields = {"id": parsed.id, "model_name": model_name, "model_version": version}
     head = {name: value for name, value in fields.items() if value is not None}
-    return DecodedRequest(request=request, details=parameters.details, head=head)
+    return DecodedRequest(request=request, details=details, head=head)
 
 
-def encode(decoded: DecodedRequest, completion: Completion) -> dict[str, Any]:
-    """Return the response as a JSON object."""
+def decode_stream(body: bytes, model_name: str, version: str | None) -> DecodedRequest:
+    """Decode the body of a request for a stream; see `decode`."""
+    decoded = decode(body, model_name, version)
+    if decoded.request.n > 1:
+        raise InvalidRequest("best_of is not possible in a stream, since all candidates are compared. Omit it.")
+    return decoded
+
+
+def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[str, Any]:
+    """Return the response as a JSON object, with the best of the completions."""
+    [completion] = best(completions, n=1, candidates=decoded.request.n)
     response: dict[str, Any] = {"text_output": completion.text, **decoded.head}
     if decoded.details:
-        logprobs = _logprobs(completion.tokens)
-        response["details"] = {"finish_reason": completion.finish_reason.value, "logprobs": logprobs}
+        response["details"] = _details(completion.finish_reason, completion.tokens, completion.prompt)
     return response
 
 
@@ -90,6 +104,7 @@ class EventEncoder:
     def __init__(self, decoded: DecodedRequest) -> None:
         self._decoded = decoded
         self._tokens: list[Token] = []
+        self._prompt: list[Token] = []
 
     def begin(self) -> list[str]:
         """Return the events before the first delta: none."""
@@ -98,14 +113,14 @@ class EventEncoder:
     def delta(self, delta: CompletionDelta) -> list[str]:
         """Return the event of a delta, if it has text or a finish reason."""
         self._tokens += delta.tokens
+        self._prompt += delta.prompt
         if not delta.text and delta.finish_reason is None:
             return []
         event: dict[str, Any] = {"text_output": delta.text, **self._decoded.head}
         if self._decoded.details and delta.finish_reason is not None:
-            logprobs = _logprobs(self._tokens)
-            event["details"] = {"finish_reason": delta.finish_reason.value, "logprobs": logprobs}
-            if logprobs:
-                event["details"]["token"] = logprobs[-1]
+            event["details"] = _details(delta.finish_reason, self._tokens, self._prompt)
+            if self._tokens:
+                event["details"]["token"] = event["details"]["logprobs"][-1]
         return [_event(event)]
 
     def end(self) -> list[str]:
@@ -117,10 +132,17 @@ class EventEncoder:
         return [_event({"error": str(error)})]
 
 
-def _logprobs(tokens: Sequence[Token]) -> list[dict[str, Any]]:
-    return [
-        {"id": token.id, "text": token.text, "logprob": token.logprob, "special": token.special} for token in tokens
-    ]
+def _details(reason: FinishReason, tokens: Sequence[Token], prompt: Sequence[Token]) -> dict[str, Any]:
+    details: dict[str, Any] = {"finish_reason": reason.value, "logprobs": [_logprob(token) for token in tokens]}
+    if prompt:
+        details["prompt_logprobs"] = [
+            {**_logprob(token), "rank": token.rank, "top": [_logprob(other) for other in token.top]} for token in prompt
+        ]
+    return details
+
+
+def _logprob(token: Token) -> dict[str, Any]:
+    return {"id": token.id, "text": token.text, "logprob": token.logprob, "special": token.special}
 
 
 def _event(content: dict[str, Any]) -> str:

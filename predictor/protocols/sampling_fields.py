@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_PARAMETERS
 from predictor.protocols.structured_output_fields import StructuredOutputFields, parse_json
-from predictor.types import SamplingParams
+from predictor.types import WHOLE_CONTEXT, SamplingParams
 
 TIMEOUT_HEADER = "x-request-timeout-seconds"
 """Header, in lower case, with which a client sets a shorter timeout than the server's."""
@@ -64,6 +65,25 @@ Stop = Annotated[
 StopTokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(_parse_list), Field(max_length=MAX_STOP)]
 
 
+def _check_truncation(tokens: int) -> int:
+    if tokens == 0:
+        raise PydanticCustomError("truncation", "expected -1 or at least 1")
+    return tokens
+
+
+_TokenId = Annotated[int, Field(ge=0)]
+_LogitBias = Annotated[
+    dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+    BeforeValidator(parse_json, dict[str, float] | str),
+]
+PromptLogprobs = Annotated[
+    int,
+    Field(
+        ge=0, le=MAX_LOGPROBS, description="Number of most probable tokens to report at each position of the prompt."
+    ),
+]
+
+
 class SamplingFields(StructuredOutputFields):
     """Sampling parameters by vLLM's names.
 
@@ -93,6 +113,20 @@ class SamplingFields(StructuredOutputFields):
     bad_words: Annotated[Stop, BeforeValidator(_parse_list, str | _Strings)] = Field(
         default=[], description="Words that the completion does not contain."
     )
+    logit_bias: _LogitBias = Field(default={}, description="Numbers to add to logits, by token id.")
+    allowed_token_ids: (
+        Annotated[list[_TokenId], Field(min_length=1), BeforeValidator(_parse_list, list[_TokenId] | str)] | None
+    ) = Field(default=None, description="The only tokens that are sampled.")
+    truncate_prompt_tokens: Annotated[int, Field(ge=WHOLE_CONTEXT), AfterValidator(_check_truncation)] | None = Field(
+        default=None,
+        description="Use this number of the prompt's last tokens; -1: all that the context has beside max_tokens.",
+    )
+    best_of: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_COMPLETIONS,
+        description="Number of completions of which the most probable ones per token are returned.",
+    )
     ignore_eos: bool = Field(default=False, description="Continue after the model's end of sequence.")
     seed: Annotated[int, AfterValidator(_to_seed)] | None = Field(
         default=None, description="Makes sampling repeatable; -1: random."
@@ -101,15 +135,33 @@ class SamplingFields(StructuredOutputFields):
         default=0, description="Order among the waiting requests of the same API key; a lower one starts earlier."
     )
 
-    def to_sampling_params(self, logprobs: int | None = None) -> SamplingParams:
-        """Return these fields, and `logprobs`, as `SamplingParams`."""
-        names = SamplingFields.model_fields.keys() - StructuredOutputFields.model_fields.keys()
+    def num_candidates(self, n: int = 1) -> int:
+        """Return the number of completions to generate, of which `n` are returned.
+
+        Raises:
+            InvalidRequest: `best_of` is less than `n`.
+        """
+        if self.best_of is not None and self.best_of < n:
+            raise InvalidRequest(f"best_of: {self.best_of} is less than n, {n}. Raise it, or omit it.", "best_of")
+        return self.best_of or n
+
+    def to_sampling_params(self, logprobs: int | None = None, n: int = 1) -> SamplingParams:
+        """Return these fields, and `logprobs`, as `SamplingParams` of a request that returns `n` completions.
+
+        Raises:
+            InvalidRequest: there is more than one structured output, or `best_of` is less than `n`.
+        """
+        if logprobs is None and self.num_candidates(n) > n:
+            logprobs = 0  # to rank them
+        names = SamplingFields.model_fields.keys() - StructuredOutputFields.model_fields.keys() - {"best_of"}
         values = {name: getattr(self, name) for name in names}
         if self.top_k == -1:  # vLLM's value for "all"
             values["top_k"] = 0
         values["stop"] = tuple(self.stop)
         values["bad_words"] = tuple(self.bad_words)
         values["stop_token_ids"] = tuple(self.stop_token_ids)
+        values["allowed_token_ids"] = tuple(self.allowed_token_ids or ())
+        values["logit_bias"] = tuple((int(token_id), bias) for token_id, bias in self.logit_bias.items())
         return SamplingParams(**values, logprobs=logprobs, structured_output=self.structured_output())
 
 

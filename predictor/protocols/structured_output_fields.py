@@ -100,6 +100,11 @@ class StructuredOutputFields(JSONObject):
         }
 
 
+def json_schema_output(schema: dict[str, Any]) -> StructuredOutput:
+    """Return the structured output of a JSON schema."""
+    return StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+
+
 def _text(kind: GrammarKind, value: str | None) -> StructuredOutput | None:
     return None if value is None else StructuredOutput(kind, value)
 

@@ -1,14 +1,15 @@
 """Check inequalities between timeouts, and between batch size and scaling. Times are in seconds.
 
-request timeout < timeout                               the caller gets the predictor's error, not the gateway's
-step timeout + liveness probe <= request timeout        a stuck replica restarts before its requests time out
-shutdown grace <= timeout <= Knative's cap              Knative kills the pod `timeout` after SIGTERM
-snapshot wait + timeout <= startup probe                a start waits for the Job, then loads
-startup probe <= progress deadline                      Knative must not fail the revision first
-startup probe - snapshot wait <= 600                    Standard mode: KServe fixes progressDeadlineSeconds
-preStop + shutdown grace <= termination grace           Standard mode
-timeout <= the Ingress' read timeout                    Standard mode
-scaleTarget <= containerConcurrency = max_num_seqs      Knative sends a replica as many requests as fit in its batch
+request timeout < timeout                                       the caller gets the predictor's error, not the gateway's
+step timeout + liveness probe <= request timeout                a stuck replica restarts before its requests time out
+shutdown delay + shutdown grace <= timeout <= Knative's cap     Knative kills the pod `timeout` after SIGTERM
+snapshot wait + timeout <= startup probe                        a start waits for the Job, then loads
+startup probe <= progress deadline                              Knative must not fail the revision first
+startup probe - snapshot wait <= 600                            Standard mode: KServe fixes progressDeadlineSeconds
+10 <= shutdown delay                                            Standard mode: proxies have removed a rejecting pod
+preStop + shutdown delay + shutdown grace <= termination grace  Standard mode
+timeout <= the Ingress' read timeout                            Standard mode
+scaleTarget <= containerConcurrency = max_num_seqs              a replica gets as many requests as fit in its batch
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from preflight.findings import Finding, Problems
 
 KNATIVE_PROGRESS_DEADLINE = "600s"
 KUBERNETES_GRACE_SECONDS = 30
+REMOVAL_SECONDS = 10
+"""Time until nodes and proxies send no more requests to a deleted pod; usually less."""
 STANDARD_PROGRESS_DEADLINE_SECONDS = 600
 """progressDeadlineSeconds of KServe's Deployment, which no field of the InferenceService changes."""
 NGINX_TIMEOUT_SECONDS = 60
@@ -38,13 +41,14 @@ def check(deployment: Deployment, max_timeout_seconds: float = MAX_TIMEOUT_SECON
     if not deployment.is_knative:
         yield from _ingress(deployment)
         yield from _progress(deployment)
+        yield from _removal(deployment)
 
 
 def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problems:
     timeout = _timeout(deployment)
     settings = deployment.settings
     request = _number(settings, "PREDICTOR_REQUEST_TIMEOUT_SECONDS")
-    grace = _number(settings, "PREDICTOR_SHUTDOWN_GRACE_SECONDS")
+    delay, grace = (_number(settings, f"PREDICTOR_SHUTDOWN_{name}_SECONDS") for name in ("DELAY", "GRACE"))
     step = _number(settings, "PREDICTOR_STEP_TIMEOUT_SECONDS")
     wait = _number(settings, "PREDICTOR_SNAPSHOT_WAIT_SECONDS")
     startup, liveness = (_budget(deployment.server.get(kind)) for kind in ("startupProbe", "livenessProbe"))
@@ -68,20 +72,24 @@ def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problem
             "kserve-llm",
         )
     if deployment.is_knative:
-        yield from _knative(deployment, timeout, max_timeout_seconds, grace, startup)
+        yield from _knative(deployment, timeout, max_timeout_seconds, delay + grace, startup)
     else:
-        termination = deployment.predictor.get("terminationGracePeriodSeconds", KUBERNETES_GRACE_SECONDS)
-        sleep = deployment.server.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
-        if sleep + grace > termination:
-            yield (
-                f"preStop ({sleep:g} s) plus PREDICTOR_SHUTDOWN_GRACE_SECONDS ({grace:g} s) exceeds "
-                f"terminationGracePeriodSeconds ({termination:g} s)",
-                "raise the last",
-                "kubelet",
-            )
+        yield from _termination(deployment, delay, grace)
 
 
-def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, startup: float) -> Problems:
+def _termination(deployment: Deployment, delay: float, grace: float) -> Problems:
+    termination = deployment.predictor.get("terminationGracePeriodSeconds", KUBERNETES_GRACE_SECONDS)
+    sleep = deployment.server.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
+    if sleep + delay + grace > termination:
+        yield (
+            f"preStop ({sleep:g} s) plus PREDICTOR_SHUTDOWN_DELAY_SECONDS ({delay:g} s) plus "
+            f"PREDICTOR_SHUTDOWN_GRACE_SECONDS ({grace:g} s) exceeds terminationGracePeriodSeconds ({termination:g} s)",
+            "raise the last",
+            "kubelet",
+        )
+
+
+def _knative(deployment: Deployment, timeout: float, cap: float, shutdown: float, startup: float) -> Problems:
     annotation = deployment.annotations.get("serving.knative.dev/progress-deadline", KNATIVE_PROGRESS_DEADLINE)
     if timeout > cap:
         yield (
@@ -89,10 +97,11 @@ def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, s
             "lower it, or raise the maximum as manifests/cluster shows",
             "Knative's webhook",
         )
-    if grace > timeout:
+    if shutdown > timeout:
         yield (
-            f"PREDICTOR_SHUTDOWN_GRACE_SECONDS is {grace:g} and the pod is killed after {timeout:g} s (timeout)",
-            "lower the first to the second at most",
+            f"PREDICTOR_SHUTDOWN_DELAY_SECONDS and PREDICTOR_SHUTDOWN_GRACE_SECONDS are {shutdown:g} together and the "
+            f"pod is killed after {timeout:g} s (timeout)",
+            "lower the latter",
             "kubelet",
         )
     try:
@@ -110,7 +119,7 @@ def _knative(deployment: Deployment, timeout: float, cap: float, grace: float, s
     if limit != batch:
         yield (
             f"containerConcurrency is {limit or 'not set'} and PREDICTOR_MAX_NUM_SEQS is {batch:g}",
-            "make them equal, so that Knative sends a replica as many requests as fit in its batch",
+            "make them equal, so that a replica gets as many requests as fit in its batch",
             "kserve-llm",
         )
     if deployment.predictor.get("scaleMetric", "concurrency") == "concurrency" and not 0 < (target or 100) <= batch:
@@ -148,6 +157,19 @@ def _progress(deployment: Deployment) -> Iterator[Finding]:
             f"{STANDARD_PROGRESS_DEADLINE_SECONDS} s, which KServe fixes",
             "expect `kubectl rollout status` to fail while the model loads, or lower failureThreshold",
             "KServe's controller",
+            "warning",
+        )
+
+
+def _removal(deployment: Deployment) -> Iterator[Finding]:
+    delay = _number(deployment.settings, "PREDICTOR_SHUTDOWN_DELAY_SECONDS")
+    if delay < REMOVAL_SECONDS:
+        yield Finding(
+            deployment.where,
+            f"PREDICTOR_SHUTDOWN_DELAY_SECONDS is {delay:g}, and a deleted pod, which then rejects requests, may still "
+            f"get some for {REMOVAL_SECONDS} s",
+            "set it to 15, as component standard-mode does",
+            "kserve-llm",
             "warning",
         )
 

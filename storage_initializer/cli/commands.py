@@ -14,7 +14,7 @@ from storage_initializer.formatting import format_bytes
 from storage_initializer.prepare import pipeline
 from storage_initializer.publish import Outcome, initialize
 from storage_initializer.settings import Settings
-from storage_initializer.volume import garbage_collection, layout, record, verify
+from storage_initializer.volume import garbage_collection, layout, record, status, verify
 from storage_initializer.volume.garbage_collection import Snapshot
 
 
@@ -38,11 +38,12 @@ def run(command: Command, settings: Settings) -> None:
 def _publish(command: Publish, settings: Settings) -> None:
     pipeline.require(settings)
     for reference, root in command.pairs:
-        publish = functools.partial(initialize, reference, root, settings, Progress(settings))
-        outcome = _reported(settings, "published", publish)
-        if settings.prepare:
-            progress = Progress(settings, "prepared")
-            _reported(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
+        with status.kept(reference, root, settings):
+            publish = functools.partial(initialize, reference, root, settings, Progress(settings))
+            outcome = _reported(settings, "published", publish)
+            if settings.prepare:
+                progress = Progress(settings, "prepared")
+                _reported(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
 
 
 def _reported(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from storage_initializer import settings
 from storage_initializer.cli import arguments, commands, output
-from storage_initializer.errors import InitializerError, Stopped
+from storage_initializer.errors import InitializerError, Stopped, explain
 
 _SHUTDOWN_SECONDS = 2.0
 """Time for an orderly shutdown, which usually takes half a second. After it, another signal ends the
@@ -58,14 +58,9 @@ def _run(words: Sequence[str]) -> InitializerError | None:
         loaded = settings.load(command.overrides if isinstance(command, arguments.Publish) else {})
         output.configure(loaded)
         commands.run(command, loaded)
-    except InitializerError as error:
-        log.debug("cause:", exc_info=True)
-        return error
     except Exception as error:
         log.debug("cause:", exc_info=True)
-        return InitializerError(
-            f"Unexpected {type(error).__name__} ({error}). Run again with LOG_LEVEL=DEBUG and report it."
-        )
+        return explain(error)
     return None
 
 

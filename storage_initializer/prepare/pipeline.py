@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from snapshot_format import model_files
+from snapshot_format.layout import lease_path
 from snapshot_format.recipe import RECIPE_VERSION
 from snapshot_format.record import File, QuantizationRecipe, Record
 from storage_initializer.errors import DamagedSnapshot, InvalidUsage, NotFound
@@ -65,7 +66,7 @@ class _Preparation:
         published = self._find()
         fresh = published is None
         if published is None:
-            path = layout.lease_path(self._location)
+            path = lease_path(self._location)
             settings = self._settings
             with lease.hold(path, settings.lock_stale_seconds, settings.lock_timeout_seconds) as held:
                 # The previous holder of the lease may have prepared it, or removed its source.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
-from snapshot_format.layout import REFS, SnapshotLocation
+from snapshot_format.layout import LEASE_SUFFIX, LOCKS, REFS, STAGING, SnapshotLocation, lease_path
 from snapshot_format.record import Record
 from snapshot_format.reference import ModelReference
 from storage_initializer.errors import LeaseTimeout, NotFound, RefusedVolume
@@ -175,7 +175,7 @@ def _derived_snapshots(original: SnapshotLocation) -> Iterator[Snapshot]:
 def _collect_stale_files(root: Path, stale_seconds: float, *, dry_run: bool) -> Iterator[Removal]:
     """Remove staging directories, leases and draft refs of dead initializers."""
     stale: dict[SnapshotLocation, list[Path]] = {}
-    for folder in (layout.STAGING, layout.LOCKS):
+    for folder in (STAGING, LOCKS):
         with layout.translate_os_errors(root), contextlib.suppress(FileNotFoundError):
             for path in sorted((root / folder).iterdir()):
                 if match := _KEY.match(path.name):
@@ -187,7 +187,7 @@ def _collect_stale_files(root: Path, stale_seconds: float, *, dry_run: bool) -> 
                 continue
             for path in paths:
                 # The old lease is replaced by the one held here, and disappears with it.
-                is_lease = path.suffix == layout.LEASE_SUFFIX
+                is_lease = path.suffix == LEASE_SUFFIX
                 if path.is_dir() or is_lease or _is_older_than(path, _STALE_FILE_SECONDS):
                     yield Removal(path.relative_to(root).as_posix(), layout.size_bytes(path))
                     if token and not is_lease:
@@ -197,7 +197,7 @@ def _collect_stale_files(root: Path, stale_seconds: float, *, dry_run: bool) -> 
 @contextlib.contextmanager
 def _leased(location: SnapshotLocation, stale_seconds: float, *, dry_run: bool) -> Iterator[str | None]:
     """Yield the token of a snapshot's lease, empty in a dry run; None if another initializer holds it."""
-    path = layout.lease_path(location)
+    path = lease_path(location)
     if dry_run:
         yield None if lease.seems_held(path, stale_seconds) else ""
         return

@@ -1,10 +1,9 @@
 """The only writer of the volume: staging, publishing, refs, free space, removal.
 
-`snapshot_format.layout` defines the paths that readers see. Initializers add two directories:
+`snapshot_format.layout` defines the paths. Of a staging directory, only this program reads the content:
 
-    <root>/.staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot being fetched; the suffix is the lease's token
-               .partial/model.safetensors                an incomplete file, resumed by the next run
-    <root>/.locks/demo--arithmetic@4f0a…c1.lease         see `lease.py`
+    <root>/.staging/demo--arithmetic@4f0a…c1.9d3e…/
+        .partial/model.safetensors                an incomplete file, resumed by the next run
 
 Readers see a complete snapshot or none: the record is written last into staging, then one rename publishes the whole
 directory. A published snapshot is never modified.
@@ -19,16 +18,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from snapshot_format.layout import SnapshotLocation, read_ref, ref_path
+from snapshot_format.layout import STAGING, SnapshotLocation, read_ref, ref_path
 from snapshot_format.record import RECORD, Record
-from storage_initializer.errors import InitializerError, NoSpace, RefusedVolume, VolumeFailed
+from storage_initializer.errors import InitializerError, NoSpace, RefusedVolume, VolumeFailed, VolumeNotWritable
 from storage_initializer.formatting import format_bytes
 from storage_initializer.volume.permissions import chmod_and_fsync, fsync, make_shared_directory
 from storage_initializer.volume.record import read
 
-STAGING = ".staging"
-LOCKS = ".locks"
-LEASE_SUFFIX = ".lease"
 _PARTIAL = ".partial"
 _ADOPTED = ".adopted"
 
@@ -72,11 +68,6 @@ def delete_refs(location: SnapshotLocation, revisions: Iterable[str]) -> None:
     """Delete the refs of revisions."""
     for revision in revisions:
         ref_path(location.root, location.slug, revision).unlink(missing_ok=True)
-
-
-def lease_path(location: SnapshotLocation) -> Path:
-    """Return the lease file of a snapshot and all its variants."""
-    return location.root / LOCKS / f"{location.slug}@{location.commit}{LEASE_SUFFIX}"
 
 
 def stage(location: SnapshotLocation, token: str, *, resume: bool = True) -> Path:
@@ -220,7 +211,8 @@ def translate_os_errors(root: Path) -> Iterator[None]:
 
     Raises:
         NoSpace: the volume or its quota is full.
-        RefusedVolume: the volume is not writable.
+        RefusedVolume: the volume is mounted read-only.
+        VolumeNotWritable: this user may not write to it.
         VolumeFailed: any other error.
     """
     try:
@@ -236,10 +228,13 @@ def translate_os_errors(root: Path) -> Iterator[None]:
                 raise NoSpace(
                     f"No space left on {root}. Enlarge it, or remove unused snapshots (gc), then run again."
                 ) from error
-            case errno.EACCES | errno.EPERM | errno.EROFS:
-                raise RefusedVolume(
-                    f"{where} is not usable ({error.strerror}). Mount {root} writable for user {os.getuid()} "
-                    f"or group {os.getgid()} (fsGroup)."
+            case errno.EROFS:
+                raise RefusedVolume(f"{where} is not usable ({error.strerror}). Mount {root} writable.") from error
+            case errno.EACCES | errno.EPERM:
+                raise VolumeNotWritable(
+                    f"{where} is not usable ({error.strerror}). Mount {root} writable for user {os.getuid()} or group "
+                    f"{os.getgid()}: with fsGroup, unless another pod without it has mounted the volume on this node "
+                    f"before, or with the owner of its directory (chown {os.getuid()}:{os.getgid()})."
                 ) from error
             case errno.ENOTDIR | errno.EEXIST | errno.ENAMETOOLONG:
                 raise RefusedVolume(f"{where} is not a directory. Specify the root of a volume.") from error

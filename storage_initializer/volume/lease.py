@@ -15,9 +15,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from snapshot_format.lease import Holder, read_holder
 from storage_initializer.errors import LeaseLost, LeaseTimeout
 from storage_initializer.volume.permissions import make_shared_directory
 
@@ -62,7 +62,7 @@ class Lease:
         logged = -_LOG_INTERVAL_SECONDS
         while not self._create():
             waited = time.monotonic() - started
-            holder = _read_holder(self._path)
+            holder = read_holder(self._path)
             if holder is None or self._evict(holder):
                 continue
             if waited > timeout_seconds:
@@ -85,7 +85,7 @@ class Lease:
             self._path.unlink(missing_ok=True)
 
     def _is_held(self) -> bool:
-        holder = _read_holder(self._path)
+        holder = read_holder(self._path)
         return holder is not None and holder.token == self.token
 
     def _create(self) -> bool:
@@ -104,7 +104,7 @@ class Lease:
             raise
         return True
 
-    def _evict(self, holder: "_Holder") -> bool:
+    def _evict(self, holder: Holder) -> bool:
         """Remove the lease of a holder without heartbeat, by the volume's clock and not this machine's."""
         probe = self._path.with_suffix(f".{self.token}.clock")
         probe.touch()
@@ -118,7 +118,7 @@ class Lease:
         aside = self._path.with_suffix(f".{self.token}.stale")
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(aside)
-            evicted = _read_holder(aside)
+            evicted = read_holder(aside)
             if evicted is not None and evicted.token != holder.token:
                 # Another initializer took over in the meantime: restore its lease.
                 aside.rename(self._path)
@@ -138,32 +138,9 @@ class Lease:
                 log.debug("heartbeat failed on %s: %s", self._path, error)
 
 
-@dataclass(frozen=True, slots=True)
-class _Holder:
-    """The holder of a lease; `last_beat` is the file's mtime in the volume's seconds since the epoch."""
-
-    token: str
-    name: str
-    last_beat: float
-
-
-def _read_holder(path: Path) -> _Holder | None:
-    """Read a lease. Opening the file makes network file systems refresh its attributes."""
-    try:
-        with path.open() as file:
-            last_beat = os.fstat(file.fileno()).st_mtime
-            fields = json.load(file)
-        return _Holder(fields["token"], fields["name"], last_beat)
-    except FileNotFoundError:
-        return None
-    except (ValueError, LookupError, TypeError):
-        # Created but not yet written, or its creator died in between.
-        return _Holder("", "an initializer", last_beat)
-
-
 def seems_held(path: Path, stale_seconds: float) -> bool:
     """Return whether a live initializer holds a lease, by this machine's clock; read-only."""
-    holder = _read_holder(path)
+    holder = read_holder(path)
     return holder is not None and time.time() - holder.last_beat < stale_seconds
 
 

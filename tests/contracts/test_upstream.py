@@ -166,6 +166,7 @@ def idle(executor: BatchingManager) -> bool:
         (scheduler.FIFOScheduler.schedule_batch, "token_budget cache_budget"),
         (scheduler.FIFOScheduler.clear_cancelled_requests, ""),
         (cb_logits_processors.ContinuousBatchingLogitsProcessorList.__init__, "logits_processor"),
+        (scheduler.FIFOScheduler._infer_request_tokens, "state request_ids_to_remove_from_waiting"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.fill_defaults, "int32_tensor"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.prepare_tensor_args, "requests_with_new_token"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.__call__, "scores tensor_arg"),
@@ -264,6 +265,24 @@ def test_batching_rows_without_a_new_token_come_last(
     _, outputs = asyncio.run(finish(executor, [(20, 30), (200, 3), (150, 5)]))
     assert unused_rows > 0, "a chunk of a prompt and a decode in one step"
     assert sampled == {str(index): each[-1].token_ids for index, each in enumerate(outputs)}
+
+
+def test_batching_step_sequences_have_their_rows_in_order(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[list[tuple[str, int, int]]] = []
+    call = batching_manager._RowSampler.__call__
+
+    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        sequences = executor._manager.batch_processor.inputs_and_outputs.requests_in_batch
+        steps.append([(one.state.request_id, one.state.position_offset, one.query_length) for one in sequences])
+        return call(row_sampler, scores, tensor_arg)
+
+    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    asyncio.run(finish(executor, [(100, 2), (60, 1)], prefix="rows "))
+    # A step has 128 rows; the offset is that after the step.
+    assert steps[0] == [("rows 0", 100, 100), ("rows 1", 28, 28)]
+    assert steps[1] == [("rows 0", 101, 1), ("rows 1", 60, 32)]
 
 
 def test_batching_processor_is_called_once_per_step(executor: BatchingManager) -> None:
@@ -501,6 +520,23 @@ def test_uvicorn_server_stops_when_should_exit_is_set() -> None:
             await asyncio.wait_for(serving, HANG_SECONDS)
 
     asyncio.run(serve())
+
+
+def test_uvicorn_server_state_has_the_connections_which_shutdown_closes() -> None:
+    assert "connection.shutdown()" in inspect.getsource(uvicorn.Server.shutdown)
+    assert ServerState().connections == set()
+    closed: list[bool] = []
+
+    async def connect() -> HttpToolsProtocol:
+        return HttpToolsProtocol(uvicorn.Config(Starlette(), log_config=None), ServerState(), {})
+
+    protocol = asyncio.run(connect())
+    protocol.transport = SimpleNamespace(close=lambda: closed.append(True))  # type: ignore[assignment]
+    protocol.shutdown()
+    assert closed == [True]
+    protocol.cycle = SimpleNamespace(response_complete=False, keep_alive=True)  # type: ignore[assignment]
+    protocol.shutdown()
+    assert (closed, protocol.cycle.keep_alive) == ([True], False)
 
 
 def test_httptools_skips_the_body_of_a_request_with_upgrade_header() -> None:

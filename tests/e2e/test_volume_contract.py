@@ -3,6 +3,8 @@
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ import transformers
 from safetensors.torch import load_file
 
 from devtools import processes, tiny_llama
-from devtools.paths import DEMO_MODEL
+from devtools.paths import DEMO_MODEL, ROOT
+from predictor.errors import SnapshotMissing
 from predictor.models import int8_quantizer, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
 from snapshot_format.recipe import INT8_CPU
@@ -50,6 +53,15 @@ def test_predictor_finds_published_reference(volume: Path, reference: str) -> No
 def test_predictor_finds_published_directory(volume: Path) -> None:
     found = snapshot.find(volume, "file:///anywhere/my%20model")
     assert found.directory.parent.name == "file--my%20model"
+
+
+def test_predictor_repeats_the_error_of_the_initializer(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "storage_initializer", "file:///does/not/exist", str(tmp_path)]
+    failed = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert failed.returncode == 2
+    with pytest.raises(SnapshotMissing) as raised:
+        snapshot.wait(tmp_path, "file:///does/not/exist", 0)
+    assert str(raised.value).endswith(failed.stderr.splitlines()[-1])
 
 
 # What is prepared

@@ -154,7 +154,13 @@ class InProcessServer(Server):
 
     service: LLMService
     hold: Hold
-    grpc_port: int | None = None
+    grpc: grpc_server.GRPCServer | None = None
+
+    @property
+    def grpc_port(self) -> int:
+        """Port of the gRPC server; only with `--enable_grpc`."""
+        assert self.grpc
+        return self.grpc.port
 
 
 class _Lines(logging.Handler):
@@ -229,13 +235,15 @@ def in_process(
         tracing = lifecycle.create_tracing(parsed)
         app = create_app(service, parsed, api_keys=api_keys, tracing=tracing)
         limit = parsed.max_request_bytes
-        grpc = partial(grpc_server.serve, service, port=0, max_message_bytes=limit, api_keys=api_keys, tracing=tracing)
+        context = partial(
+            grpc_server.serve, service, port=0, max_message_bytes=limit, api_keys=api_keys, tracing=tracing
+        )
         try:
             with (
-                serve_app(app, *([grpc] if parsed.enable_grpc else [])) as (url, grpc_port),
+                serve_app(app, *([context] if parsed.enable_grpc else [])) as (url, grpc),
                 httpx.Client(base_url=url, timeout=HANG_SECONDS, trust_env=False, headers=headers) as client,
             ):
-                yield InProcessServer(url, model_name, client, lines.read, service, hold, grpc_port)
+                yield InProcessServer(url, model_name, client, lines.read, service, hold, grpc)
         finally:
             hold.open()
             service.stop()

@@ -276,6 +276,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d.settings.update(PREDICTOR_SHUTDOWN_GRACE_SECONDS="900"),
         "the pod is killed after 600 s",
     ),
+    "shutdown_delay": (
+        lambda d: d.settings.update(PREDICTOR_SHUTDOWN_DELAY_SECONDS="1"),
+        "are 601 together and the pod is killed after 600 s",
+    ),
     "step_timeout": (
         lambda d: d.settings.update(PREDICTOR_STEP_TIMEOUT_SECONDS="500"),
         "a stuck predictor restarts after 500 s",
@@ -610,6 +614,14 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
         (
             lambda d: d.predictor.update(terminationGracePeriodSeconds=30),
             "exceeds terminationGracePeriodSeconds",
+        ),
+        (
+            lambda d: d.settings.update(PREDICTOR_SHUTDOWN_DELAY_SECONDS="30"),
+            "exceeds terminationGracePeriodSeconds (620 s)",
+        ),
+        (
+            lambda d: d.settings.update(PREDICTOR_SHUTDOWN_DELAY_SECONDS="5"),
+            "warning: InferenceService/llm: PREDICTOR_SHUTDOWN_DELAY_SECONDS is 5, and a deleted pod",
         ),
         (
             lambda d: d.settings.update(PREDICTOR_SNAPSHOT_WAIT_SECONDS="600"),

@@ -1,7 +1,9 @@
 """What cannot be done ends with the promised code and one sentence, never with a traceback or half a snapshot."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -333,11 +335,28 @@ def test_destination_file_is_rejected(run: Run, tmp_path: Path) -> None:
     )
 
 
-def test_destination_without_write_permission_is_rejected(start: Start, public: Path, unprivileged: int | None) -> None:
+def test_destination_without_write_permission_is_worth_a_retry(
+    start: Start, public: Path, unprivileged: int | None
+) -> None:
     (public / "volume").mkdir()
     (public / "volume").chmod(0o555)
     result = finish(start("hf://demo/arithmetic", public / "volume", user=unprivileged))
-    assert_refused(result, 2, f"{public}/volume/.locks is not usable (Permission denied)", "writable", "fsGroup")
+    assert_refused(
+        result, 1, f"{public}/volume/.locks is not usable (Permission denied)", "writable", "fsGroup", "chown"
+    )
+    (public / "volume").chmod(0o777)
+    assert finish(start("hf://demo/arithmetic", public / "volume", user=unprivileged)).code == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EROFS, 2), (errno.EACCES, 1), (errno.EPERM, 1)])
+def test_volume_that_is_read_only_is_permanent_and_one_without_permission_is_not(
+    run: Run, volume: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def refuse(path: Path) -> Path:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr("storage_initializer.volume.lease.make_shared_directory", refuse)
+    assert_refused(run("hf://demo/arithmetic", volume), code, f"is not usable ({os.strerror(number)})", "writable")
 
 
 @pytest.mark.parametrize("closed", ["model", "model/model.safetensors", "model/extra"])
@@ -355,7 +374,7 @@ def test_unreadable_source_path_is_named(start: Start, public: Path, unprivilege
         result, 2, f"file://{public}/model is not readable ({public}/{closed}: Permission denied)", "chmod -R a+rX"
     )
     assert "volume" not in result.reason
-    assert list((public / "volume").iterdir()) == []
+    assert [path.name for path in (public / "volume").iterdir()] == [".status"]
 
 
 def test_file_removed_during_copy_is_a_source_error(

@@ -21,20 +21,22 @@ from predictor.errors import (
     UnsupportedMediaType,
 )
 from predictor.observability import request_record
-from predictor.protocols.openai import responses
+from predictor.protocols.anthropic import responses as anthropic
+from predictor.protocols.openai import responses as openai
 
 _OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
 """All of /v1 except its models, which KServe v1 shares."""
+_ANTHROPIC = re.compile(r"/v1/messages(/|$)")
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 
 
 def respond(error: RequestError, path: str) -> Response:
     """Return the response for `error` on `path`.
 
-    OpenAI's routes get OpenAI's error object, all others `{"error": "<message>"}`; generate_stream gets it as an
-    event, by its specification.
+    OpenAI's and Anthropic's routes get their error objects, all others `{"error": "<message>"}`; generate_stream gets
+    it as an event, by its specification.
     """
-    body = responses.encode_error(error) if _OPENAI.match(path) else {"error": str(error)}
+    body = _body(error, path)
     headers = {}
     if isinstance(error, NotNow):
         headers["Retry-After"] = str(error.retry_after_seconds)
@@ -46,6 +48,12 @@ def respond(error: RequestError, path: str) -> Response:
     if path.endswith("/generate_stream"):
         return Response(f"data: {json.dumps(body)}\n\n", status, headers, media_type="text/event-stream")
     return JSONResponse(body, status, headers)
+
+
+def _body(error: RequestError, path: str) -> dict[str, Any]:
+    if _ANTHROPIC.match(path):
+        return anthropic.encode_error(error)
+    return openai.encode_error(error) if _OPENAI.match(path) else {"error": str(error)}
 
 
 def _status(error: RequestError, path: str) -> int:
@@ -74,7 +82,7 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
         return respond(
             NotFound(
                 f"Route not found: {operation}. Use /v2/models/NAME/infer, /v2/models/NAME/generate, "
-                "/v1/chat/completions, /v1/completions or /v1/models/NAME:predict."
+                "/v1/chat/completions, /v1/responses, /v1/completions, /v1/messages or /v1/models/NAME:predict."
             ),
             path,
         )

@@ -2,12 +2,12 @@
 
 From the outside in, each one an ASGI application around the next:
 
-    NormalizePathMiddleware -> RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware
+    ConnectionMiddleware -> NormalizePathMiddleware -> RequestLogMiddleware -> DrainMiddleware -> ApiKeyMiddleware
         -> MaxBodySizeMiddleware -> DecodeBodyMiddleware -> MaxBodySizeMiddleware -> routes
 
-If enabled, Starlette's CORSMiddleware is around all of them. The ones inside of `RequestLogMiddleware` reject a request
-by raising a `RequestError`, which it turns into the response. They wrap `receive` and `send` instead of buffering, so
-that streams and disconnects pass through.
+If enabled, Starlette's CORSMiddleware is around all but the first. The ones inside of `RequestLogMiddleware` reject a
+request by raising a `RequestError`, which it turns into the response. They wrap `receive` and `send` instead of
+buffering, so that streams and disconnects pass through.
 """
 
 import asyncio
@@ -31,8 +31,14 @@ from predictor.observability.request_record import RequestRecord
 
 logger = logging.getLogger(__name__)
 
-LINGER_SECONDS = 2.0
-"""Maximum time to read the rest of a rejected request's body before the connection is closed."""
+DISCARD_BYTES = 16_777_216
+"""Maximum size of a body that no route has read and that is read before the response."""
+DISCARD_SECONDS = 10.0
+"""Maximum time for it."""
+LINGER_SECONDS = 30.0
+"""Maximum time to read on after the response to a request with a larger or slower body; then its connection closes."""
+SILENCE_SECONDS = 2.0
+"""Time without data after which the connection closes earlier."""
 
 _PROBE = re.compile(r"/(health|metrics|ping|version)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
 
@@ -57,6 +63,81 @@ class _Middleware:
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         raise NotImplementedError
+
+
+class ConnectionMiddleware(_Middleware):
+    """Reads each request's body to its end before the response, and closes connections once the server terminates.
+
+    Proxies may cut a response that begins while they still send the body: Knative's do, without full duplex. A client
+    whose connection is closed reaches another server, once the cluster's network has removed this one.
+
+    Args:
+        app: the next application.
+        is_terminating: whether the connection is closed after the response.
+    """
+
+    def __init__(self, app: ASGIApp, is_terminating: Callable[[], bool]) -> None:
+        super().__init__(app)
+        self._is_terminating = is_terminating
+
+    async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        connection = _Connection(Headers(scope=scope), self._is_terminating, receive, send)
+        await self._app(scope, connection.receive, connection.send)
+
+
+class _Connection:
+    """The `receive` and `send` of one request, with the state of its body."""
+
+    def __init__(self, headers: Headers, is_terminating: Callable[[], bool], receive: Receive, send: Send) -> None:
+        self._headers = headers
+        self._is_terminating = is_terminating
+        self._body_started = False
+        self._body_pending = True
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._body_started = True
+        self._body_pending = message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if self._body_pending and self._can_discard():
+                await self._discard(DISCARD_SECONDS, DISCARD_BYTES)
+            if self._body_pending or self._is_terminating():
+                message.setdefault("headers", [])
+                MutableHeaders(scope=message)["connection"] = "close"
+        elif self._body_pending and not message.get("more_body", False):
+            # A connection closed with unread data is reset, and the client may see the reset before the response.
+            await self._send({**message, "more_body": True})
+            await self._linger()
+            message = {"type": "http.response.body"}
+        await self._send(message)
+
+    def _can_discard(self) -> bool:
+        """Whether the rest of the body can be read before the response."""
+        length = self._headers.get("content-length", "")
+        if length.isdecimal() and int(length) > DISCARD_BYTES:
+            return False
+        # Reading would make the server request the body, which the client has not sent yet.
+        return self._body_started or self._headers.get("expect", "").lower() != "100-continue"
+
+    async def _discard(self, seconds: float, max_bytes: int) -> int:
+        """Read on, until the body or the time ends or `max_bytes` are exceeded; return the number of bytes."""
+        received = 0
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self._body_pending and received <= max_bytes:
+                    received += len((await self.receive()).get("body", b""))
+        return received
+
+    async def _linger(self) -> None:
+        """Read on while the client sends."""
+        deadline = time.monotonic() + LINGER_SECONDS
+        while time.monotonic() < deadline and await self._discard(SILENCE_SECONDS, 0):
+            pass
 
 
 class NormalizePathMiddleware(_Middleware):
@@ -128,7 +209,6 @@ class _RequestResponseCycle:
         self.status: int | None = None
         """Of the response, once it has started."""
         self.disconnected = False
-        self._body_pending = True
         self._response_complete = False
         self._receive = receive
         self._send = send
@@ -140,7 +220,6 @@ class _RequestResponseCycle:
 
     async def receive(self) -> Message:
         message = await self._receive()
-        self._body_pending = message.get("more_body", False)
         if message["type"] == "http.disconnect" and not self._response_complete:
             self.disconnected = True
         return message
@@ -158,22 +237,11 @@ class _RequestResponseCycle:
         await self._send(message)
 
     async def respond(self, error: RequestError, path: str) -> None:
-        """Send `error`; if part of the body is unread, read on for a while and close the connection.
-
-        A connection closed with unread data is reset, and the client may see the reset before the response.
-        """
+        """Send `error`."""
         response = respond(error, path)
-        if self._body_pending:
-            response.headers["Connection"] = "close"
         status, headers = response.status_code, response.raw_headers
         await self.send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.send({"type": "http.response.body", "body": response.body, "more_body": True})
-        self._response_complete = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                while self._body_pending:
-                    await self.receive()
-        await self.send({"type": "http.response.body"})
+        await self.send({"type": "http.response.body", "body": response.body})
 
 
 class DrainMiddleware(_Middleware):
@@ -190,7 +258,10 @@ class DrainMiddleware(_Middleware):
 
 
 class ApiKeyMiddleware(_Middleware):
-    """Requires a bearer key for everything except probes; the key's owner goes into the request's record."""
+    """Requires a key for everything except probes; the key's owner goes into the request's record.
+
+    Anthropic's clients send it as `x-api-key`, all others as a bearer token.
+    """
 
     def __init__(self, app: ASGIApp, keys: KeyFile) -> None:
         super().__init__(app)
@@ -198,8 +269,11 @@ class ApiKeyMiddleware(_Middleware):
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not is_probe(scope):
-            caller = self._keys.authenticate(Headers(scope=scope).getlist("authorization"))
-            request_record.current().set_caller(caller)
+            headers = Headers(scope=scope)
+            authorization = headers.getlist("authorization") or [
+                f"Bearer {key}" for key in headers.getlist("x-api-key")
+            ]
+            request_record.current().set_caller(self._keys.authenticate(authorization))
         await self._app(scope, receive, send)
 
 
@@ -229,7 +303,7 @@ class MaxBodySizeMiddleware(_Middleware):
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             raise error
-        received, started = 0, False
+        received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
@@ -242,17 +316,15 @@ class MaxBodySizeMiddleware(_Middleware):
 
         async def send_within_limit(message: Message) -> None:
             # The route's own response to an unreadable body is dropped in favor of `error`.
-            nonlocal started
-            if started or received <= limit:
-                started = True
+            if received <= limit:
                 await send(message)
 
         try:
             await self._app(scope, limited_receive, send_within_limit)
         except Exception:
-            if started or received <= limit:
+            if received <= limit:
                 raise
-        if received > limit and not started:
+        if received > limit:
             raise error
 
 

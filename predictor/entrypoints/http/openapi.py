@@ -27,7 +27,7 @@ _ERRORS = {
     415: "The Content-Encoding is not supported.",
     422: "The request is malformed.",
     424: "Generation failed.",
-    429: "The server is overloaded.",
+    429: "The server is overloaded, or a limit of the API key is reached; Retry-After has the seconds to wait.",
     500: "Internal server error.",
     503: "The server is not ready, or shutting down.",
     504: "The request timed out.",
@@ -61,6 +61,10 @@ OPENAI_ERROR = _object(
     }
 )
 
+ANTHROPIC_ERROR = _object(
+    {"type": {"const": "error"}, "error": _object({"type": _STRING, "message": _STRING}), "request_id": _STRING}
+)
+
 LIVE = _object({"live": _BOOLEAN})
 READY = _object({"ready": _BOOLEAN})
 SERVER = _object({"name": _STRING, "version": _STRING, "extensions": _STRINGS})
@@ -83,9 +87,16 @@ _DETAILS = {
     "finish_reason": {"type": "string", "enum": [reason.value for reason in FinishReason]},
     "logprobs": _list(_TOKEN),
 }
+_PROMPT_TOKEN = _object(
+    {"id": _INTEGER, "text": _STRING, "logprob": _or_null(_NUMBER), "special": _BOOLEAN}
+    | {"rank": _or_null(_INTEGER), "top": _list(_TOKEN)}
+)
 _GENERATED = {"text_output": _STRING, "model_name": _STRING}
-GENERATED = _object(_GENERATED, model_version=_STRING, details=_object(_DETAILS))
-GENERATED_EVENT = _object(_GENERATED, model_version=_STRING, details=_object(_DETAILS | {"token": _TOKEN}))
+_PROMPT_LOGPROBS = {"prompt_logprobs": _list(_PROMPT_TOKEN)}
+GENERATED = _object(_GENERATED, model_version=_STRING, details=_object(_DETAILS, **_PROMPT_LOGPROBS))
+GENERATED_EVENT = _object(
+    _GENERATED, model_version=_STRING, details=_object(_DETAILS, token=_TOKEN, **_PROMPT_LOGPROBS)
+)
 
 _OPENAI_MODEL = {"id": _STRING, "object": {"const": "model"}, "created": _INTEGER, "owned_by": _STRING}
 _OPENAI_MODELS = {
@@ -103,13 +114,18 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
         "index": _INTEGER,
         **output,
         "logprobs": _or_null({"type": "object"}),
-        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
+        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls", "function_call"]},
     }
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
     details = _object({"reasoning_tokens": _INTEGER})
+    prompt_logprobs = {"prompt_logprobs": _list(_or_null({"type": "object"}))}
     head = {"id": _STRING, "object": {"const": name}, "created": _INTEGER, "model": _STRING}
     counts = _object(usage, completion_tokens_details=details)
-    return _object({**head, "choices": _list(_object(choice)), "usage": counts}, service_tier=_STRING)
+    return _object(
+        {**head, "choices": _list(_object(choice, **prompt_logprobs)), "usage": counts},
+        service_tier=_STRING,
+        **prompt_logprobs,
+    )
 
 
 COMPLETION = _openai_response("text_completion", {"text": _STRING})
@@ -118,10 +134,51 @@ _TOOL_CALL = _object({"id": _STRING, "type": {"const": "function"}, "function": 
 _MESSAGE = _object(
     {"role": {"const": "assistant"}, "content": _or_null(_STRING), "refusal": {"type": "null"}},
     tool_calls=_list(_TOOL_CALL),
+    function_call=_FUNCTION_CALL,
     reasoning_content=_STRING,
     reasoning=_STRING,
 )
 CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
+
+_PARTS = _list(_object({"type": {"enum": ["output_text", "reasoning_text"]}, "text": _STRING}))
+_OUTPUT_ITEM = _object(
+    {
+        "type": {"enum": ["reasoning", "message", "function_call"]},
+        "id": _STRING,
+        "status": {"enum": ["completed", "incomplete"]},
+    },
+    role={"const": "assistant"},
+    content=_PARTS,
+    summary=_list({}),
+    call_id=_STRING,
+    name=_STRING,
+    arguments=_STRING,
+)
+RESPONSE = _object(
+    {
+        "id": _STRING,
+        "object": {"const": "response"},
+        "created_at": _INTEGER,
+        "model": _STRING,
+        "status": {"enum": ["completed", "incomplete"]},
+        "output": _list(_OUTPUT_ITEM),
+        "incomplete_details": _or_null(_object({"reason": {"const": "max_output_tokens"}})),
+        "error": {"type": "null"},
+        "usage": _object(
+            dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _INTEGER),
+            input_tokens_details=_object(dict.fromkeys(("cached_tokens", "cache_write_tokens"), _INTEGER)),
+            output_tokens_details=_object({"reasoning_tokens": _INTEGER}),
+        ),
+        "store": {"const": False},
+    }
+)
+_COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
+MESSAGE = _object(
+    {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}
+    | {"content": _list(_object({"type": {"type": "string", "enum": ["text", "thinking", "tool_use"]}}))}
+    | {"stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}}
+    | {"stop_sequence": _or_null(_STRING), "usage": _object(_COUNTS)}
+)
 
 PREDICTIONS = _object({"predictions": _STRINGS})
 

@@ -29,6 +29,7 @@ class Generated:
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     reason: FinishReason | None = None
 
 
@@ -113,6 +114,7 @@ async def read(stream: Stream) -> Generated:
         assert generated.reason is None, "the finish reason comes last"
         generated.token_ids += step.token_ids
         generated.logprobs += step.logprobs
+        generated.prompt_logprobs += step.prompt_logprobs
         generated.reason = step.finish_reason
     return generated
 

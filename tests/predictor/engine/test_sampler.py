@@ -16,6 +16,7 @@ from transformers import (
 
 from predictor.engine import sampler
 from predictor.engine.sampler import SequenceSampler
+from predictor.errors import InvalidRequest
 from predictor.types import MIN_LOGPROB, SamplingParams
 
 VOCABULARY = 5000
@@ -159,6 +160,19 @@ def test_min_tokens_excludes_end_tokens_until_reached() -> None:
     assert apply(logits, sequence, (1, 1)) == logits.tolist()
 
 
+def test_logit_bias_is_added_before_penalties() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    sequence = sequence_sampler(logit_bias=((1, -100.0), (2, 0.5)), repetition_penalty=2.0)
+    assert apply(logits, sequence, (2,)) == [3.0, -196.0, 0.75]
+
+
+def test_allowed_tokens_are_the_only_ones() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    assert apply(logits, sequence_sampler(allowed_token_ids=(2, 1))) == [-torch.inf, 2.0, 1.0]
+    with pytest.raises(InvalidRequest, match="No token may follow"):
+        apply(logits, sequence_sampler(allowed_token_ids=(0,), min_tokens=2))
+
+
 def test_logits_processors_ignore_tokens_without_a_logit() -> None:
     # An embedding may have more rows than the LM head; on CUDA an index beyond the logits is fatal.
     logits = torch.tensor([3.0, 2.0, 1.0])
@@ -199,6 +213,8 @@ def test_logits_processors_are_those_of_transformers(
         {"begin_suppress_tokens": (9,)},
         {"no_repeat_ngram_size": 1},
         {"bad_words_ids": ((9,),)},
+        {"logit_bias": ((9, 1.0),)},
+        {"allowed_token_ids": (0, 1, 9)},
     ],
 )
 def test_logits_processors_skip_tokens_without_a_logit(sampling: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Open Inference Protocol over gRPC, called with KServe's own stubs."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.xdist_group("engine")
 
 KEY = "a-key-of-enough-characters"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
+H2_EMPTY_SETTINGS, H2_GOAWAY = b"\0\0\0\4\0\0\0\0\0", 7
 ANSWER = b" 7+5=12 1+2+1=4 42"
 
 
@@ -192,8 +193,44 @@ def test_infer_cancelled_by_the_client_frees_its_slot(stub: Any, server: InProce
 
 def test_serve_on_a_taken_port_names_the_flag(server: InProcessServer) -> None:
     async def serve() -> None:
-        async with grpc_server.serve(server.service, port=server.grpc_port or 0, max_message_bytes=1024):
+        async with grpc_server.serve(server.service, port=server.grpc_port, max_message_bytes=1024):
             pass
 
     with pytest.raises(PortInUse, match="--grpc_port"):
         asyncio.run(serve())
+
+
+async def receive_goaway(port: int) -> Callable[[], Coroutine[Any, Any, None]]:
+    """Open an HTTP/2 connection and return a function that reads its frames until GOAWAY."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + H2_EMPTY_SETTINGS)
+
+    async def read() -> None:
+        kind = -1
+        while kind != H2_GOAWAY:
+            head = await reader.readexactly(9)
+            kind = head[3]
+            await reader.readexactly(int.from_bytes(head[:3]))
+        writer.close()
+
+    return read
+
+
+def test_drain_sends_goaway_and_finishes_running_calls(server: InProcessServer) -> None:
+    async def drain() -> None:
+        async with grpc_server.serve(server.service, port=0, max_message_bytes=100_000) as running:
+            idle = await receive_goaway(running.port)
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
+                infer = service.GRPCInferenceServiceStub(channel).ModelInfer
+                server.hold.close(after=3)
+                call = asyncio.ensure_future(infer(long_request()))
+                await asyncio.to_thread(server.wait_for_metrics, num_requests_running=1)
+                running.drain(servers.HANG_SECONDS)
+                await idle()
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await infer(request(b"1+1="))
+                assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+                server.hold.open()
+                assert (await call).outputs[0].contents.bytes_contents
+
+    asyncio.run(asyncio.wait_for(drain(), servers.HANG_SECONDS))

@@ -1,5 +1,6 @@
-"""`HTTPServer` with requests that have an `Upgrade` header, as bytes on a socket."""
+"""`HTTPServer`: requests that have an `Upgrade` header, as bytes on a socket, and the end of connections."""
 
+import asyncio
 import http.client
 import json
 import logging
@@ -14,6 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from predictor.entrypoints import kserve_server
+from predictor.entrypoints.kserve_server import HTTPServer
 from tests.predictor import servers
 from tests.predictor.servers import HANG_SECONDS
 
@@ -138,3 +141,36 @@ def test_http_server_curl_with_http2_gets_the_body(url: str) -> None:
     ]
     done = subprocess.run(command, capture_output=True, check=True, timeout=HANG_SECONDS)
     assert json.loads(done.stdout) == ECHOED
+
+
+def test_http_server_close_idle_connections_finishes_the_running_response() -> None:
+    async def check() -> None:
+        asked, answer = asyncio.Event(), asyncio.Event()
+
+        async def endpoint(request: Request) -> JSONResponse:
+            if request.url.path == "/slow":
+                asked.set()
+                await answer.wait()
+            return JSONResponse("done")
+
+        server = HTTPServer(Starlette(routes=[Route("/{path:path}", endpoint)]), 5)
+        with kserve_server.bind(0) as listening:
+            serving = asyncio.create_task(server.serve(sockets=[listening]))
+            port = listening.getsockname()[1]
+            fresh, used, running = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            used[1].write(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n")
+            assert (await used[0].readuntil(b'"done"')).startswith(b"HTTP/1.1 200 ")
+            running[1].write(b"GET /slow HTTP/1.1\r\nHost: server\r\n\r\n")
+            await asked.wait()
+            server.close_idle_connections()
+            assert await fresh[0].read() == await used[0].read() == b""
+            answer.set()
+            response = await running[0].read()
+            assert response.endswith(b'"done"')
+            assert b"\r\nconnection: close\r\n" in response
+            server.should_exit = True
+            await serving
+            for _, writer in (fresh, used, running):
+                writer.close()
+
+    asyncio.run(asyncio.wait_for(check(), HANG_SECONDS))

@@ -35,6 +35,9 @@ class Service:
             raise self.error
         return True
 
+    def terminate(self) -> None:
+        self.calls.append("terminate")
+
     def drain(self) -> None:
         self.calls.append("drain")
 
@@ -55,12 +58,15 @@ def short_poll(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     caplog.set_level(logging.INFO)
 
 
-def run(script: Script, service: Service | None = None, grace_seconds: float = HANG_SECONDS) -> list[str]:
-    """The service's calls while `script` runs next to the lifecycle."""
+def run(
+    script: Script, service: Service | None = None, grace_seconds: float = HANG_SECONDS, delay_seconds: float = 0
+) -> list[str]:
+    """The service's calls while `script` runs next to the lifecycle, and the closing of idle connections."""
     service = service or Service()
 
     async def both() -> None:
-        running = Lifecycle(service, grace_seconds)
+        running = Lifecycle(service, grace_seconds, delay_seconds)
+        running.on_drain.append(lambda: service.calls.append("close_idle"))
         async with asyncio.timeout(HANG_SECONDS):
             await asyncio.gather(running.run(), script(running, service))
         assert running.state is State.STOPPED
@@ -80,10 +86,33 @@ async def terminate(running: Lifecycle, _: Service) -> None:
 
 
 def test_lifecycle_signalled_while_idle_drains_and_stops(caplog: pytest.LogCaptureFixture) -> None:
-    assert run(terminate) == ["load", "run_self_checks", "drain", "stop"]
+    assert run(terminate) == ["load", "run_self_checks", "drain", "close_idle", "stop"]
     assert caplog.messages == [
-        "received SIGTERM, draining: finishing running requests, rejecting new ones",
+        "received SIGTERM, shutting down",
+        "draining: finishing running requests, rejecting new ones",
     ]
+
+
+def test_lifecycle_signalled_with_a_delay_drains_when_it_is_over(caplog: pytest.LogCaptureFixture) -> None:
+    calls = run(terminate, delay_seconds=0.01)
+    assert calls == ["load", "run_self_checks", "terminate", "drain", "close_idle", "stop"]
+    assert caplog.messages[1] == "terminating: not ready, serving new requests for 0.01 s"
+
+
+def test_lifecycle_signalled_again_during_the_delay_drains_at_once() -> None:
+    async def repeat(running: Lifecycle, service: Service) -> None:
+        service.busy = True
+        await terminate(running, service)
+        await reach(running, State.TERMINATING)
+        await asyncio.sleep(0.01)
+        assert service.calls[-1] == "terminate"
+        running.handle_signal(signal.SIGTERM)
+        await reach(running, State.DRAINING)
+        await asyncio.sleep(0.01)
+        assert service.calls[-1] == "close_idle", "running requests go on"
+        running.handle_signal(signal.SIGTERM)
+
+    assert run(repeat, delay_seconds=HANG_SECONDS)[-1] == "stop"
 
 
 def test_lifecycle_signalled_while_busy_waits_for_running_requests() -> None:
@@ -95,7 +124,7 @@ def test_lifecycle_signalled_while_busy_waits_for_running_requests() -> None:
         assert "stop" not in service.calls
         service.busy = False
 
-    assert run(finish)[-2:] == ["drain", "stop"]
+    assert run(finish)[-3:] == ["drain", "close_idle", "stop"]
 
 
 @pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM, signal.SIGINT]], ids=len)
@@ -109,7 +138,7 @@ def test_lifecycle_signalled_again_aborts_running_requests(
             running.handle_signal(number)
 
     assert run(repeat)[-1] == "stop"
-    assert caplog.messages[1] == f"received {signals[0].name} again, aborting running requests"
+    assert f"received {signals[0].name} again, aborting running requests" in caplog.messages
 
 
 def test_lifecycle_past_the_grace_period_aborts_running_requests(caplog: pytest.LogCaptureFixture) -> None:
@@ -136,7 +165,7 @@ def test_lifecycle_signalled_during_the_load_does_not_wait_for_it() -> None:
         assert running.has_blocking_threads
         service.loaded.set()
 
-    assert run(interrupt, service) == ["load", "drain", "stop"]
+    assert run(interrupt, service, delay_seconds=HANG_SECONDS) == ["load", "drain", "close_idle", "stop"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +196,7 @@ def test_lifecycle_signalled_before_the_load_fails_ends_without_error() -> None:
         await reach(running, State.STOPPED)
         service.loaded.set()
 
-    assert run(interrupt, service) == ["load", "drain", "stop"]
+    assert run(interrupt, service, delay_seconds=HANG_SECONDS) == ["load", "drain", "close_idle", "stop"]
 
 
 def test_lifecycle_with_a_step_that_hangs_has_blocking_threads() -> None:

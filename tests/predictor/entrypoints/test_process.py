@@ -61,6 +61,9 @@ def test_bind_of_a_taken_port_names_the_flag() -> None:
 def test_process_opens_its_port_before_the_model_is_loaded(tmp_path: Path) -> None:
     started = time.monotonic()
     port = str(processes.free_port())
+    status = tmp_path / ".status/demo--arithmetic/main"
+    status.parent.mkdir(parents=True)
+    status.write_text('{"error": "no such model.", "failed_at": "now"}')
     flags = ["--served_model_name", "demo", "--model_dir", str(tmp_path), "--http_port", port]
     flags += ["--model_reference", "hf://demo/arithmetic", "--snapshot_wait_seconds", "600"]
     process = processes.start(["predictor", *flags], stderr=subprocess.DEVNULL)
@@ -68,7 +71,11 @@ def test_process_opens_its_port_before_the_model_is_loaded(tmp_path: Path) -> No
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_SECONDS, trust_env=False) as client:
             server = ServerProcess(str(client.base_url), "demo", client, lambda: "", process)
             response = server.wait_for_status(503, "/v2/models/demo/ready")
-            assert response.json() == {"error": "Model demo is not ready: waiting for the snapshot."}
+            assert re.match(
+                r"Model demo is not ready: waiting for the snapshot, \d+ of 600 s; nothing in staging, "
+                r"no storage initializer holds a lease; the storage initializer failed at now: no such model\.$",
+                response.json()["error"],
+            )
             assert client.get("/v2/health/live").status_code == 200
             metrics = client.get("/metrics").text
             [imports] = re.findall(r'load_phase_seconds{.*phase="imports".*} (\S+)', metrics)

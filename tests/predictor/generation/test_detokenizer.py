@@ -45,7 +45,7 @@ def test_push_stop_string_across_tokens_cuts_text(tokenizer: PreTrainedTokenizer
     detokenizer = Detokenizer(tokenizer, stop=("5=1",))
     text = "".join(detokenizer.push([token]) for token in tokenizer.encode("7+5=12 42", add_special_tokens=False))
     assert text == "7+"
-    assert detokenizer.stopped
+    assert detokenizer.found_stop == "5=1"
 
 
 def test_push_partial_stop_string_is_held_and_released(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -66,7 +66,7 @@ def test_push_before_min_tokens_ignores_stop_strings(tokenizer: PreTrainedTokeni
     detokenizer = Detokenizer(tokenizer, stop=("7",), min_tokens=3)
     ids = tokenizer.encode("7777", add_special_tokens=False)
     assert [detokenizer.push([token]) for token in ids] == ["7", "7", "", ""]
-    assert detokenizer.stopped
+    assert detokenizer.found_stop == "7"
 
 
 # Left context

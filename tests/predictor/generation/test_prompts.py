@@ -118,8 +118,44 @@ def test_encode_very_long_prompt_is_rejected_after_a_part_of_it(prompts: Prompts
     tokenizer = CountingTokenizer()
     counting = replace(prompts, tokenizer=cast(Any, tokenizer))
     with pytest.raises(PromptTooLong, match="more than 64 tokens, the context for prompt and completion"):
-        counting._encode_chat(text)
+        counting._encode_chat(text, contexts=1)
     assert tokenizer.encoded < 10_000
+
+
+@pytest.mark.parametrize(
+    ("limit", "max_tokens", "expected"),
+    [
+        (None, 4, "0123456789"),
+        (3, 4, "89"),
+        (1, 4, ""),
+        (11, 4, "0123456789"),
+        (-1, 60, "789"),
+        (-1, 0, "0123456789"),
+        (-1, 64, "0123456789"),
+        (-1, None, "0123456789"),
+    ],
+)
+def test_encode_truncated_text_keeps_its_beginning_token_and_its_end(
+    prompts: Prompts, tokenizer: PreTrainedTokenizerBase, limit: int | None, max_tokens: int | None, expected: str
+) -> None:
+    sampling = SamplingParams(truncate_prompt_tokens=limit, max_tokens=max_tokens)
+    encoded = prompts.encode(GenerationRequest("0123456789", sampling, echo=True))
+    assert tokenizer.decode(encoded.token_ids) == f"<|begin|>{expected}"
+    assert encoded.echo == expected
+    ids = (1, *tokenizer.encode("0123456789", add_special_tokens=False))
+    assert tuple(prompts.encode(GenerationRequest(ids, sampling)).token_ids) == (
+        ids if limit is None else ids[-len(encoded.token_ids) :]
+    )
+
+
+def test_encode_truncated_prompt_longer_than_the_context_fits(prompts: Prompts) -> None:
+    sampling = SamplingParams(truncate_prompt_tokens=-1, max_tokens=4)
+    for prompt in ("1" * 1000, (5,) * 1000, Chat(({"role": "user", "content": "1" * 1000},))):
+        assert len(prompts.encode(GenerationRequest(prompt, sampling)).token_ids) == 60
+        with pytest.raises(PromptTooLong):
+            prompts.encode(GenerationRequest(prompt, SamplingParams(truncate_prompt_tokens=65)))
+    with pytest.raises(PromptTooLong, match="more than 1024 tokens, 16 times the context"):
+        prompts.encode(GenerationRequest((5,) * 1025, sampling))
 
 
 def test_encode_long_text_of_few_tokens_fits(prompts: Prompts) -> None:

@@ -1,6 +1,7 @@
 """KServe v1: bodies."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.observability.request_record import RequestRecord
 from predictor.protocols import kserve_v1, open_inference_generate
-from predictor.types import Chat, Completion, FinishReason, GenerationRequest
+from predictor.types import Chat, Completion, FinishReason, GenerationRequest, Token
 
 any_json = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -60,7 +61,12 @@ def test_decode_prompts_and_chats_keeps_their_order() -> None:
     assert [request.prompt for request in requests] == ["a", Chat(tuple(chat))]
     assert {request.sampling.max_tokens for request in requests} == {3}
     completion = Completion("b", finish_reason=FinishReason.LENGTH, prompt_tokens=1, completion_tokens=1)
-    assert kserve_v1.encode([completion, completion]) == {"predictions": ["b", "b"]}
+    assert kserve_v1.encode(requests, [completion, completion]) == {"predictions": ["b", "b"]}
+    [several] = kserve_v1.decode(b'{"instances": ["a"], "parameters": {"best_of": 2}}')
+    candidates = [
+        replace(completion, text=text, tokens=(Token(7, text, value),)) for text, value in (("c", -2), ("d", -1))
+    ]
+    assert kserve_v1.encode([several], candidates) == {"predictions": ["d"]}
 
 
 def test_decode_unknown_fields_are_ignored_and_recorded() -> None:

@@ -103,7 +103,8 @@ def test_decode_input_parameters_override_the_requests() -> None:
         (body(parameters={"max_tokens": -2}), "parameters.max_tokens: input should be greater than or equal to -1"),
         (body(parameters={"max_tokens": "5"}), "parameters.max_tokens: input should be a valid integer"),
         (body(parameters={"max_new_tokens": 5}), "parameters.max_new_tokens: not supported. Use max_tokens."),
-        (body(parameters={"logit_bias": {"5": 1}}), "parameters.logit_bias: not supported. Omit it."),
+        (body(parameters={"logit_bias": "{"}), "parameters.logit_bias: input should be a valid dictionary"),
+        (body(parameters={"prompt_logprobs": 2}), "parameters.prompt_logprobs is set, but outputs does not select"),
         (body(parameters={"max_tokens": 1.5}), "parameters.max_tokens: input should be a valid integer"),
         (body(parameters={"max_tokens": True}), "parameters.max_tokens: input should be a valid integer"),
         (body(parameters={"temperature": -0.1}), "parameters.temperature: input should be greater than or equal to 0"),
@@ -216,6 +217,31 @@ def test_encode_logprobs_as_json() -> None:
     ]
     [[reported]] = [json.loads(element) for element in output["data"]]
     assert (reported["id"], reported["logprob"], reported["top"][0]["text"]) == (7, -0.5, "a")
+
+
+def test_decode_lists_and_objects_as_strings_of_json() -> None:
+    parameters = {"logit_bias": '{"5": 1}', "allowed_token_ids": "[5, 7]", "truncate_prompt_tokens": 3}
+    [request] = decoded(body(parameters=parameters))
+    assert request.sampling.logit_bias == ((5, 1.0),)
+    assert (request.sampling.allowed_token_ids, request.sampling.truncate_prompt_tokens) == ((5, 7), 3)
+
+
+def test_encode_best_of_returns_the_most_probable_completion_of_each_prompt() -> None:
+    raw = body(shape=[2], data=["a", "b"], parameters={"best_of": 2})
+    assert [request.n for request in decoded(raw)] == [2, 2]
+    parsed = open_inference.parse(raw, "m")
+    candidates = [
+        Completion(
+            text,
+            finish_reason=FinishReason.LENGTH,
+            prompt_tokens=1,
+            completion_tokens=1,
+            tokens=(Token(7, text, value),),
+        )
+        for text, value in (("worse", -2.0), ("better", -1.0), ("good", -0.5), ("bad", -3.0))
+    ]
+    response = open_inference.encode(parsed, candidates)
+    assert response.outputs[0].data == ["better", "good"]
 
 
 def test_decode_deep_or_long_input_raises() -> None:

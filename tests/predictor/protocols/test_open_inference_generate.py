@@ -3,6 +3,9 @@
 import json
 from typing import Any
 
+import pytest
+
+from predictor.errors import InvalidRequest
 from predictor.observability import request_record
 from predictor.observability.request_record import RequestRecord
 from predictor.protocols import open_inference_generate
@@ -48,6 +51,13 @@ def test_stream_details_of_a_completion_without_tokens_have_none() -> None:
         "model_name": "m",
         "details": {"finish_reason": "length", "logprobs": []},
     }
+
+
+def test_decode_stream_with_several_candidates_raises() -> None:
+    body = b'{"text_input": "Hi", "best_of": 2}'
+    assert open_inference_generate.decode(body, "m", None).request.n == 2
+    with pytest.raises(InvalidRequest, match="best_of is not possible in a stream"):
+        open_inference_generate.decode_stream(body, "m", None)
 
 
 def test_stream_details_are_in_the_last_event() -> None:

@@ -24,7 +24,7 @@ def create_router(service: LLMService) -> APIRouter:
     async def predict(request: Request) -> JSONResponse:
         service.models.require(request.path_params["model_name"])
         requests = await decode_body(request, "v1", kserve_v1.decode)
-        return JSONResponse(kserve_v1.encode(await complete(request, service, requests)))
+        return JSONResponse(kserve_v1.encode(requests, await complete(request, service, requests)))
 
     @router.get("/models/{model_name}:predict", include_in_schema=False)
     async def predict_by_get() -> None:

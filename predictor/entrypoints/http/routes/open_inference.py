@@ -62,18 +62,17 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
         headers = {HEADER_LENGTH: str(header_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    async def decode_generate(request: Request, protocol: str) -> open_inference_generate.DecodedRequest:
+    async def generate(request: Request) -> JSONResponse:
         name, version = _require_model(request, service)
         decode = partial(open_inference_generate.decode, model_name=name, version=version)
-        return await decode_body(request, protocol, decode)
-
-    async def generate(request: Request) -> JSONResponse:
-        decoded = await decode_generate(request, "generate")
-        [completion] = await complete(request, service, [decoded.request])
-        return JSONResponse(open_inference_generate.encode(decoded, completion))
+        decoded = await decode_body(request, "generate", decode)
+        completions = await complete(request, service, [decoded.request])
+        return JSONResponse(open_inference_generate.encode(decoded, completions))
 
     async def generate_stream(request: Request) -> Response:
-        decoded = await decode_generate(request, "generate_stream")
+        name, version = _require_model(request, service)
+        decode = partial(open_inference_generate.decode_stream, model_name=name, version=version)
+        decoded = await decode_body(request, "generate_stream", decode)
         return await EventStream.start(
             request, service, [decoded.request], open_inference_generate.EventEncoder(decoded)
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import http.client
 import logging
 import queue
 import socket
@@ -25,6 +26,7 @@ from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http import content_encoding, middleware
 from predictor.entrypoints.http.middleware import (
     ApiKeyMiddleware,
+    ConnectionMiddleware,
     DecodeBodyMiddleware,
     DrainMiddleware,
     MaxBodySizeMiddleware,
@@ -39,6 +41,7 @@ from tests.predictor import servers
 
 KEY = "alices-key-0123456789"
 LIMIT = 1000
+BIG = 4_000_000
 WAIT_SECONDS = 20
 PROBES = servers.probe_paths("demo")
 COMPLETIONS = "/openai/v1/completions"
@@ -49,12 +52,16 @@ async def echo(request: Request) -> Response:
     return Response(await request.body(), headers={"x-seen-id": request_record.current().request_id})
 
 
-def serving(*inner: Middleware, endpoint: Any = echo, lifespan: Any = None) -> Starlette:
-    """An application with one route for all paths, inside of `RequestLogMiddleware` and then `inner`."""
+def serving(
+    *inner: Middleware, endpoint: Any = echo, lifespan: Any = None, is_terminating: Any = lambda: False
+) -> Starlette:
+    """An application with one route for all paths, inside of the first two middlewares and then `inner`."""
+    outer = [
+        Middleware(ConnectionMiddleware, is_terminating),
+        Middleware(RequestLogMiddleware, count=lambda *_: None),
+    ]
     routes = [Route("/{path:path}", endpoint, methods=["GET", "POST"])]
-    return Starlette(
-        routes=routes, middleware=[Middleware(RequestLogMiddleware, count=lambda *_: None), *inner], lifespan=lifespan
-    )
+    return Starlette(routes=routes, middleware=[*outer, *inner], lifespan=lifespan)
 
 
 def send(app: ASGIApp, path: str = "/v2/models/demo/infer", **fields: Any) -> httpx.Response:
@@ -398,13 +405,117 @@ def test_lifespan_passes_through(tmp_path: Path) -> None:
     assert seen == ["started", "stopped"]
 
 
+# ConnectionMiddleware
+
+
+HEAD = "POST /v2 HTTP/1.1\nHost: server\n"
+
+
+def receive(connection: socket.socket) -> tuple[http.client.HTTPResponse, bytes]:
+    response = http.client.HTTPResponse(connection)
+    response.begin()
+    return response, response.read()
+
+
+async def answer_unread(request: Request) -> Response:
+    """Answer in all ways, without reading the body."""
+    if request.url.path == "/error":
+        raise InvalidRequest("No.")
+    return StreamingResponse(iter(["one", "two"])) if request.url.path == "/stream" else Response()
+
+
+@pytest.mark.parametrize("path", ["/v2", "/error", "/stream", "/metrics"])
+def test_connection_of_a_terminating_server_closes_after_the_next_response(implementation: Any, path: str) -> None:
+    states = iter([False, True])
+    app = serving(endpoint=answer_unread, is_terminating=lambda: next(states))
+    head = f"GET {path} HTTP/1.1\nHost: server\n\n"
+    with running(app, implementation) as server, server.connect(head) as connection:
+        first, _ = receive(connection)
+        connection.sendall(head.replace("\n", "\r\n").encode())
+        second, _ = receive(connection)
+        assert connection.recv(1) == b""
+    assert [response.headers.get_all("connection") for response in (first, second)] == [None, ["close"]]
+
+
+class Reader:
+    """An application whose responses must begin after the whole body was received."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.received = 0
+        self.received_before_response = -1
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counting_receive() -> Message:
+            message = await receive()
+            self.received += len(message.get("body", b""))
+            return message
+
+        async def observing_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.received_before_response = self.received
+            await send(message)
+
+        await self._app(scope, counting_receive, observing_send)
+
+
+@pytest.mark.parametrize("path", ["/v2", "/error", "/stream"])
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+def test_connection_body_is_read_before_the_response(implementation: Any, path: str, chunked: bool) -> None:
+    size = 3_000_000
+    reader = Reader(serving(endpoint=answer_unread))
+    with running(reader, implementation) as server, httpx.Client(base_url=server.url, trust_env=False) as client:
+        for _ in range(2):
+            reader.received = 0
+            content = (b"x" * 100_000 for _ in range(30)) if chunked else b"x" * size
+            assert "connection" not in client.post(path, content=content).headers
+            assert reader.received_before_response == size
+
+
+def test_connection_response_to_expect_100_continue_does_not_wait_for_the_body(implementation: Any) -> None:
+    head = f"{HEAD.replace('/v2', '/error')}Expect: 100-continue\nContent-Length: 9\n\n"
+    with running(serving(endpoint=answer_unread), implementation) as server, server.connect(head) as connection:
+        response, _ = receive(connection)
+        assert (response.status, response.headers["connection"]) == (400, "close")
+
+
+def test_connection_with_a_slow_body_gets_the_response_and_closes(
+    implementation: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(middleware, "DISCARD_SECONDS", 0.05)
+    monkeypatch.setattr(middleware, "SILENCE_SECONDS", 0.05)
+    with (
+        running(serving(endpoint=answer_unread), implementation) as server,
+        server.connect(f"{HEAD}Content-Length: 9\n\nhalf") as connection,
+    ):
+        response, _ = receive(connection)
+        assert (response.status, response.headers["connection"]) == (200, "close")
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("head", [f"{HEAD}Content-Length: {BIG}\n\n", f"{HEAD}Transfer-Encoding: chunked\n\n{BIG:x}\n"])
+def test_connection_with_a_large_body_stays_open_while_the_client_sends(
+    implementation: Any, monkeypatch: pytest.MonkeyPatch, head: str
+) -> None:
+    monkeypatch.setattr(middleware, "DISCARD_BYTES", 100_000)
+    with running(limited(), implementation) as server, server.connect(head) as connection:
+        connection.sendall(b"x" * BIG)
+        if "chunked" in head:
+            connection.sendall(b"\r\n0\r\n\r\n")
+        answer = connection.makefile("rb").read()
+        assert answer.startswith(b"HTTP/1.1 413 ")
+        assert b"\r\nconnection: close\r\n" in answer.lower()
+        assert answer.endswith(b'--max_request_bytes."}')
+        assert server.line()["status"] == 413
+
+
 # DrainMiddleware
 
 
 def test_drain_rejects_requests_with_503(caplog: pytest.LogCaptureFixture) -> None:
     answer = send(serving(Middleware(DrainMiddleware, lambda: False)), headers={"x-request-id": "mine"})
     assert (answer.status_code, int(answer.headers["retry-after"]) > 0) == (503, True)
-    assert (answer.headers["connection"], answer.headers["x-request-id"]) == ("close", "mine")
+    assert answer.headers["x-request-id"] == "mine"
     assert "shutting down" in answer.json()["error"]
     assert [(line["status"], line["error"]) for line in logged(caplog)] == [(503, "Draining")]
 
@@ -537,24 +648,6 @@ def test_max_body_size_replaces_response_of_route_that_catches_error(implementat
         assert httpx.post(server.url, content=in_pieces(LIMIT), trust_env=False).status_code == 400
 
 
-def test_max_body_size_closes_started_response(implementation: Any) -> None:
-    async def begin_then_read(_: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        more = True
-        while more:
-            message: Message = await receive()
-            more = message["more_body"]
-        await send({"type": "http.response.body", "body": b"whole"})
-
-    with running(
-        RequestLogMiddleware(MaxBodySizeMiddleware(begin_then_read, LIMIT), count=lambda *_: None), implementation
-    ) as server:
-        with pytest.raises(httpx.TransportError):
-            httpx.post(server.url, content=in_pieces(LIMIT * 2), trust_env=False)
-        line = server.line()
-    assert (line["status"], line["error"]) == (200, "BodyTooLarge")
-
-
 # DecodeBodyMiddleware
 
 
@@ -613,45 +706,3 @@ def test_decode_body_unsupported_coding_returns_415(decoding: Server) -> None:
     assert (answer.status_code, answer.headers["accept-encoding"]) == (415, "gzip, deflate")
     assert answer.json()["error"]["message"].startswith("Content-Encoding 'br' is not supported.")
     assert decoding.line()["error"] == "UnsupportedMediaType"
-
-
-HEAD = "POST /v2 HTTP/1.1\nHost: server\n"
-BIG = 4_000_000
-
-
-@pytest.mark.parametrize("head", [f"{HEAD}Content-Length: {BIG}\n\n", f"{HEAD}Transfer-Encoding: chunked\n\n{BIG:x}\n"])
-def test_max_body_size_response_reaches_client_that_sends_everything_first(implementation: Any, head: str) -> None:
-    with running(limited(), implementation) as server, server.connect(head) as connection:
-        connection.sendall(b"x" * BIG)
-        if "chunked" in head:
-            connection.sendall(b"\r\n0\r\n\r\n")
-        answer = connection.makefile("rb").read()
-        assert answer.startswith(b"HTTP/1.1 413 ")
-        assert b"\r\nconnection: close\r\n" in answer.lower()
-        assert answer.endswith(b'--max_request_bytes."}')
-        assert server.line()["status"] == 413
-
-
-def test_max_body_size_waits_for_body_only_briefly(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware, "LINGER_SECONDS", 0.05)
-    with running(limited(), implementation) as server:
-        with server.connect(f"{HEAD}Content-Length: {BIG}\n\n") as connection:
-            assert connection.makefile("rb").read().endswith(b'--max_request_bytes."}')
-        assert server.line()["status"] == 413
-
-
-def test_max_body_size_client_may_disconnect_after_response(implementation: Any) -> None:
-    with running(limited(), implementation) as server:
-        with server.connect(f"{HEAD}Content-Length: {BIG}\n\n") as connection:
-            assert connection.recv(9) == b"HTTP/1.1 "
-        assert server.line()["status"] == 413
-
-
-def test_api_key_error_keeps_connection(implementation: Any, tmp_path: Path) -> None:
-    with (
-        running(full(tmp_path), implementation) as server,
-        httpx.Client(base_url=server.url, trust_env=False) as client,
-    ):
-        for _ in range(3):
-            assert client.post("/v2", content=b"x" * LIMIT).status_code == 401
-            assert client.post("/v2", content=b"x", headers=AUTHORIZED).content == b"x"

@@ -103,6 +103,31 @@ def test_decode_null_equals_absent_for_every_optional_field(
     assert decode_fields(**nulls).requests == decode_fields().requests
 
 
+@both_apis
+def test_decode_sampling_extensions_are_parameters(decode_fields: Callable[..., DecodedRequest]) -> None:
+    fields = {"logit_bias": {"5": -100, "7": 0.5}, "allowed_token_ids": [5, 7], "truncate_prompt_tokens": -1}
+    sampling = decode_fields(**fields, prompt_logprobs=2).requests[0].sampling
+    assert sampling.logit_bias == ((5, -100.0), (7, 0.5))
+    assert (sampling.allowed_token_ids, sampling.truncate_prompt_tokens, sampling.prompt_logprobs) == ((5, 7), -1, 2)
+
+
+@both_apis
+def test_decode_best_of_generates_candidates_with_log_probabilities(
+    decode_fields: Callable[..., DecodedRequest],
+) -> None:
+    decoded = decode_fields(best_of=4, n=2)
+    assert (decoded.n, decoded.candidates, decoded.requests[0].n, decoded.logprobs) == (2, 4, 4, None)
+    assert decoded.requests[0].sampling.logprobs == 0
+    assert decode_fields(best_of=2, n=2, stream=True).requests[0].sampling.logprobs is None
+
+
+def test_decode_echo_with_logprobs_scores_the_prompt() -> None:
+    decoded = completions(echo=True, logprobs=3, max_tokens=0)
+    assert (decoded.requests[0].sampling.prompt_logprobs, decoded.requests[0].sampling.logprobs) == (3, 3)
+    assert completions(echo=True).requests[0].sampling.prompt_logprobs is None
+    assert completions(echo=True, logprobs=1, prompt_logprobs=2).requests[0].sampling.prompt_logprobs == 2
+
+
 def test_decode_echo_and_logprobs_by_each_apis_fields() -> None:
     assert completions(echo=True).requests[0].echo
     assert [completions(logprobs=count).requests[0].sampling.logprobs for count in (None, 0, 5)] == [None, 0, 5]
@@ -207,13 +232,6 @@ def test_chat_prefix_of_the_last_message_continues_it() -> None:
     assert not chat_of(add_generation_prompt=False).add_generation_prompt
 
 
-@pytest.mark.parametrize(("choice", "offered"), [(None, (TOOL,)), ("auto", (TOOL,)), ("none", ())])
-def test_chat_tools_are_passed_unless_tool_choice_is_none(choice: str | None, offered: tuple[Json, ...]) -> None:
-    prompt = chat(tools=[TOOL], tool_choice=choice).requests[0].prompt
-    assert isinstance(prompt, Chat)
-    assert prompt.tools == offered
-
-
 def test_decode_fields_without_effect_are_ignored() -> None:
     labels = {
         "user": "u",
@@ -274,15 +292,14 @@ def test_decode_labels_of_messages_and_tools_are_not_passed_to_the_template() ->
         {"role": "tool", "content": "c", "tool_call_id": "1"},
     ]
     parts = [{"type": "text", "text": "a", **cached}]
-    labels: Json = {"annotations": [], "reasoning": "r", "refusal": None, "audio": None, "prefix": False, "id": "m"}
+    labels: Json = {"annotations": [], "refusal": None, "audio": None, "prefix": False, "id": "m"}
     called = {**CALL, "index": 0, "function": {"name": "weather", "arguments": '{"city": "Ulm"}', "strict": True}}
     labelled = [
         {"role": "user", "content": parts, "timestamp": 5, **cached},
         {**plain[1], **labels, "tool_calls": [called]},
         {**plain[2], **cached},
     ]
-    offered = {"name": "weather", "parameters": {"type": "object", "default": None}, "strict": True}
-    tools = [{**TOOL, **cached, "function": offered}]
+    tools = [{**TOOL, **cached, "strict": False}]
     with request_record.bind(RequestRecord()) as record:
         assert chat(messages=labelled, tools=tools).requests == chat(messages=plain, tools=[TOOL]).requests
     assert record.ignored_fields == []
@@ -373,7 +390,13 @@ def test_decode_sets_a_unique_id_and_the_current_time(
         ("min_p", 1.1),
         ("typical_p", 0.9),
         ("typical_p", True),
-        ("logit_bias", {"50256": -100}),
+        ("allowed_token_ids", []),
+        ("truncate_prompt_tokens", 0),
+        ("truncate_prompt_tokens", -2),
+        ("best_of", 0),
+        ("best_of", 129),
+        ("prompt_logprobs", 21),
+        ("prompt_logprobs", -1),
         ("suffix", "x"),
         ("max_new_tokens", 8),
         ("skip_special_tokens", False),
@@ -392,10 +415,13 @@ def test_decode_invalid_field_raises_with_its_name(
     ("fields", "expected"),
     [
         ({"suffix": "a"}, "suffix: insertion is not supported."),
-        ({"best_of": 2}, "best_of: only n completions are generated"),
-        ({"best_of": 2, "n": 3}, "best_of: "),
+        ({"best_of": 2, "n": 3}, "best_of: 2 is less than n, 3. Raise it, or omit it."),
+        ({"best_of": 2, "stream": True}, "best_of: is not possible in a stream"),
+        ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs: is not possible in a stream"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5: input should be less than or equal to 100"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias.-5.[key]: string should match pattern"),
+        ({"logit_bias": {"5": "1"}}, "logit_bias.5: input should be a valid number"),
         ({"add_special_tokens": False}, "add_special_tokens: special tokens of the tokenizer are always added."),
-        ({"echo": True, "logprobs": 0}, "echo: log probabilities of prompts are not supported"),
         ({"logprobs": 21}, "logprobs: input should be less than or equal to 20"),
         ({"logprobs": True}, "logprobs: input should be a valid integer"),
     ],
@@ -409,8 +435,6 @@ def test_decode_completion_unsupported_field_raises_with_the_reason(fields: Json
     [
         ({"audio": {"voice": "alloy", "format": "mp3"}}, "audio: only text is generated."),
         ({"modalities": ["text", "audio"]}, "modalities: only text is generated."),
-        ({"functions": [{"name": "f"}]}, "functions: deprecated and not supported. Use tools."),
-        ({"function_call": {"name": "f"}}, "function_call: deprecated and not supported. Use tool_choice."),
         ({"moderation": {"model": "m"}}, "moderation: "),
         ({"web_search_options": {}}, "web_search_options: "),
         ({"reasoning_effort": "very high"}, "reasoning_effort: "),
@@ -418,8 +442,6 @@ def test_decode_completion_unsupported_field_raises_with_the_reason(fields: Json
         ({"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt: begins a new"),
         ({"options": {"num_predict": 5}}, "options: put its fields into the body."),
         ({"response_format": {"type": "xml"}}, "response_format.type: "),
-        ({"tool_choice": "required"}, "tool_choice: .*returned as text."),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice: .*returned as text."),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type: only function tools are supported"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools.0.function.name: "),
         ({"top_logprobs": 2}, "top_logprobs: needs logprobs to be true."),
@@ -439,7 +461,8 @@ def test_decode_chat_unsupported_field_raises_with_the_reason(fields: Json, expe
     [
         ("Hi", "messages.0: input should be an object."),
         ({"content": "a"}, "messages.0.role: field required."),
-        ({"role": "function", "content": "a"}, "messages.0.role: input should be 'system'"),
+        ({"role": "critic", "content": "a"}, "messages.0.role: input should be 'system'"),
+        ({"role": "function", "content": "a"}, "messages.0: name is required for role function"),
         ({"role": "user"}, "messages.0: content is required"),
         ({"role": "user", "content": None}, "messages.0: content is required"),
         ({"role": "system", "content": None}, "messages.0: content is required"),
@@ -454,7 +477,7 @@ def test_decode_chat_unsupported_field_raises_with_the_reason(fields: Json, expe
         ({"role": "user", "content": "a", "images": ["AAAA"]}, "messages.0.images: only text is supported"),
         (
             {"role": "user", "content": "a", "tool_calls": [CALL]},
-            "messages.0: tool_calls .* allowed for role assistant only.",
+            "messages.0: tool_calls.* allowed for role assistant only.",
         ),
         ({"role": "user", "content": "a", "tool_call_id": "1"}, "messages.0: tool_call_id is required"),
         ({"role": "tool", "content": "a"}, "messages.0: tool_call_id is required for role tool"),

@@ -1,6 +1,7 @@
 """Whole responses and errors."""
 
 import json
+from dataclasses import replace
 
 import openai as client_package
 import pytest
@@ -10,9 +11,7 @@ from openai.types.chat import ChatCompletion
 from predictor import errors
 from predictor.errors import InvalidRequest, NotFound, RequestError
 from predictor.protocols.openai import responses
-from predictor.types import (
-    MIN_LOGPROB,
-)
+from predictor.types import MIN_LOGPROB, Token
 from tests.predictor.protocols.openai.helpers import (
     CUT,
     HELLO,
@@ -24,6 +23,7 @@ from tests.predictor.protocols.openai.helpers import (
     completions,
     rejected,
     template_messages,
+    token,
 )
 
 
@@ -76,6 +76,57 @@ def test_encode_completion_logprobs_includes_the_sampled_token() -> None:
         "top_logprobs": [{"Hé": -0.5, "Ho": -1.5}, {"p": -0.1, "\ufffd": MIN_LOGPROB, "llo": -2.0}],
         "text_offset": [0, 2],
     }
+
+
+PROMPT = (
+    Token(0, "<|begin|>", None, special=True),
+    Token(9, "a ", -1.0, False, (Token(8, "b ", -0.5, rank=1), Token(9, "a ", -1.0, rank=2)), 2),
+)
+
+
+def test_encode_echo_with_logprobs_reports_every_token_of_the_prompt_and_the_completion() -> None:
+    completion = replace(HELLO, text="a Héllo", prompt=PROMPT)
+    [choice] = responses.encode(completions(logprobs=1, prompt_logprobs=0, echo=True), [completion])["choices"]
+    assert choice["logprobs"] == {
+        "tokens": ["<|begin|>", "a ", "Hé", "llo", "<|end|>"],
+        "token_logprobs": [None, -1.0, -0.5, -2.0, -0.1],
+        "top_logprobs": [
+            None,
+            {"a ": -1.0, "b ": -0.5},
+            {"Hé": -0.5},
+            {"llo": -2.0, "p": -0.1},
+            {"<|end|>": -0.1},
+        ],
+        "text_offset": [0, 0, 2, 4, 7],
+    }
+    assert choice["prompt_logprobs"] == [None, {"9": {"logprob": -1.0, "rank": 2, "decoded_token": "a "}}]
+    written = replace(completion, text="<|begin|>a Héllo")
+    [choice] = responses.encode(completions(logprobs=0, echo=True), [written])["choices"]
+    assert choice["logprobs"]["text_offset"] == [0, 9, 11, 13, 16]
+    assert "prompt_logprobs" not in choice
+
+
+def test_encode_chat_prompt_logprobs_are_next_to_the_choices() -> None:
+    response = responses.encode(chat(prompt_logprobs=1), [replace(HELLO, prompt=PROMPT)])
+    assert response["choices"][0]["logprobs"] is None
+    assert response["prompt_logprobs"] == [
+        None,
+        {
+            "9": {"logprob": -1.0, "rank": 2, "decoded_token": "a "},
+            "8": {"logprob": -0.5, "rank": 1, "decoded_token": "b "},
+        },
+    ]
+
+
+def test_encode_best_of_returns_the_most_probable_ones_and_counts_all() -> None:
+    candidates = [
+        replace(HELLO, text=name, tokens=tuple(token("a", value) for value in values))
+        for name, values in (("c", (-3.0,)), ("a", (-1.0, -1.0, -1.0)), ("b", (-2.0,)))
+    ]
+    response = responses.encode(completions(n=2, best_of=3), candidates)
+    assert [(choice["index"], choice["text"]) for choice in response["choices"]] == [(0, "a"), (1, "b")]
+    assert response["choices"][0]["logprobs"] is None
+    assert response["usage"] == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
 
 
 def test_encode_chat_logprobs_has_bytes_of_whole_characters() -> None:

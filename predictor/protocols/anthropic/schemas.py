@@ -1,0 +1,139 @@
+"""Anthropic's request bodies as pydantic models: types and limits of the supported fields.
+
+vLLM's extra sampling fields are supported as in the other protocols.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Discriminator, Field, Tag
+
+from predictor.protocols.field_tables import REFUSED_BLOCK, REFUSED_MESSAGES, REFUSED_PARAMETERS
+from predictor.protocols.json_object import JSONObject, only
+from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, SamplingFields, Stop
+
+
+class TextBlock(JSONObject):
+    """Text in a message."""
+
+    refused = REFUSED_BLOCK
+
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(JSONObject):
+    """Reasoning of the assistant; its signature has no effect."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = ""
+
+
+class ToolUseBlock(JSONObject):
+    """Tool call of the assistant."""
+
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any] = {}
+
+
+def _wrap_text(content: object) -> object:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+_Texts = Annotated[list[TextBlock], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[TextBlock])]
+
+
+class ToolResultBlock(JSONObject):
+    """Result of a tool call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: _Texts = []
+    is_error: bool = False
+
+
+def _block_type(block: object) -> object:
+    return block.get("type") if isinstance(block, dict) else getattr(block, "type", None)
+
+
+_Block = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")],
+    Discriminator(
+        _block_type,
+        custom_error_type="unsupported",
+        custom_error_message="expected a block of type text, thinking, tool_use or tool_result; only text is supported",
+    ),
+]
+
+
+class InputMessage(JSONObject):
+    """One turn of the conversation."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Annotated[list[_Block], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[_Block])]
+
+
+_SERVER_TOOL = "only tools with an input_schema are supported, none that a server runs"
+
+
+class Tool(JSONObject):
+    """Function that the model may call."""
+
+    type: Annotated[Literal["custom"], only(_SERVER_TOOL, "custom")] = "custom"
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    input_schema: dict[str, Any] = {}
+    strict: bool = False
+
+
+class ToolChoice(JSONObject):
+    """Which tools the model may or has to call."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str = Field(default="", description="Of the tool, for type tool.")
+    disable_parallel_tool_use: bool = False
+
+
+class _Thinking(JSONObject):
+    type: Literal["enabled", "adaptive", "disabled"]
+
+
+class _OutputFormat(JSONObject):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class _OutputConfig(JSONObject):
+    effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""
+    format: _OutputFormat | None = None
+
+
+class CountTokensRequest(SamplingFields):
+    """Body of `POST /v1/messages/count_tokens`: that of `/v1/messages`, whose sampling fields have no effect here."""
+
+    refused = {name: refusal for name, refusal in REFUSED_PARAMETERS.items() if name != "stop_sequences"} | {
+        **REFUSED_MESSAGES
+    }
+
+    model: str
+    messages: Annotated[list[InputMessage], Field(min_length=1, fail_fast=True)]
+    system: _Texts = []
+    tools: Annotated[list[Tool], Field(fail_fast=True)] = []
+    tool_choice: ToolChoice = ToolChoice(type="auto")
+    thinking: _Thinking | None = None
+    output_config: _OutputConfig = _OutputConfig()
+    output_format: _OutputFormat | None = None
+    chat_template_kwargs: dict[str, Any] = {}
+
+
+class MessagesRequest(CountTokensRequest):
+    """Body of `POST /v1/messages`."""
+
+    max_tokens: MaxTokens = Field(description=MAX_TOKENS)
+    stop_sequences: Stop = []
+    stream: bool = False

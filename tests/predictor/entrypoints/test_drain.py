@@ -1,0 +1,197 @@
+"""Deletion and replacement of servers under load, behind a proxy that learns of it late: no request is lost."""
+
+import asyncio
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+from devtools import processes
+from devtools.paths import DEMO_MODEL
+from predictor import settings
+from predictor.entrypoints import lifecycle
+from predictor.entrypoints.lifecycle import Lifecycle, State
+from predictor.generation.service import LLMService
+from tests.predictor.proxies import PoolingProxy, pooling_proxy
+from tests.predictor.servers import HANG_SECONDS
+
+pytestmark = pytest.mark.xdist_group("process")
+
+WORKERS = 8
+LATE_REQUESTS = 24
+"""Requests that the proxy still sends to a server after its SIGTERM."""
+FLAGS = ("--model_dir", str(DEMO_MODEL), "--dtype", "float32")
+# The test ends the delay by a second signal, once the proxy has learned of the removal. So no clock decides.
+DELAY = ("--shutdown_delay_seconds", str(HANG_SECONDS))
+COMPLETION = {"model": "demo", "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A predictor that serves at `url`."""
+
+    url: str
+    signal: Callable[[], object]
+    """Send SIGTERM."""
+    wait: Callable[[], int]
+    """Wait for the end and return the exit code."""
+
+
+@contextmanager
+def pod_process(folder: Path) -> Iterator[Pod]:
+    with (
+        (folder / "log").open("a") as log,
+        processes.predictor(
+            [*FLAGS, *DELAY], model_name="demo", port=processes.free_port(), stderr=log, timeout_seconds=HANG_SECONDS
+        ) as running,
+    ):
+        process = running.process
+        yield Pod(running.url, lambda: process.send_signal(signal.SIGTERM), lambda: process.wait(HANG_SECONDS))
+
+
+@contextmanager
+def pod_thread(folder: Path) -> Iterator[Pod]:
+    """The same servers and lifecycle in a thread."""
+    del folder
+    port = str(processes.free_port())
+    parsed = settings.read([*FLAGS, *DELAY, "--served_model_name", "demo", "--http_port", port])
+    service = LLMService(parsed)
+    running = Lifecycle(service, parsed.shutdown_grace_seconds, parsed.shutdown_delay_seconds)
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def serve() -> None:
+        loops.append(asyncio.get_running_loop())
+        await lifecycle.serve(service, running, parsed)
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    while running.state is State.LOADING:
+        assert thread.is_alive()
+        thread.join(0.02)
+
+    def send_signal() -> None:
+        loops[0].call_soon_threadsafe(running.handle_signal, signal.SIGTERM)
+
+    def wait() -> int:
+        thread.join(HANG_SECONDS)
+        return 0 if running.state is State.STOPPED else 1
+
+    try:
+        yield Pod(f"http://127.0.0.1:{port}", send_signal, wait)
+    finally:
+        if thread.is_alive():
+            for _ in range(3):
+                send_signal()
+        assert wait() == 0
+
+
+class Load:
+    """Clients that send completions, every second one as a stream, until `stop`; at least `minimum`."""
+
+    def __init__(self, url: str, minimum: int) -> None:
+        self.lost: list[str] = []
+        """What went wrong, for each lost request."""
+        self.sent = 0
+        self._url = url
+        self._minimum = minimum
+        self._text = ""
+        self._stopped = False
+        self._changed = threading.Condition()
+
+    def wait(self, requests: int) -> None:
+        """Wait until this many requests have ended."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.sent >= requests, timeout=HANG_SECONDS)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=asyncio.run, args=(self._run(),), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._stopped = True
+            thread.join(HANG_SECONDS)
+            assert not thread.is_alive()
+
+    async def _run(self) -> None:
+        async with httpx.AsyncClient(base_url=self._url, timeout=HANG_SECONDS, trust_env=False) as client:
+            response = await client.post("/v1/completions", json=COMPLETION)
+            self._text = response.json()["choices"][0]["text"]
+            await asyncio.gather(*(self._work(client) for _ in range(WORKERS)))
+
+    async def _work(self, client: httpx.AsyncClient) -> None:
+        streamed = False
+        while not self._stopped or self.sent < self._minimum:
+            streamed = not streamed
+            problem = await (self._stream(client) if streamed else self._complete(client))
+            with self._changed:
+                self.sent += 1
+                if problem:
+                    self.lost.append(problem)
+                self._changed.notify_all()
+
+    async def _complete(self, client: httpx.AsyncClient) -> str:
+        try:
+            response = await client.post("/v1/completions", json=COMPLETION)
+        except httpx.TransportError as error:
+            return repr(error)
+        if response.status_code != 200:
+            return f"{response.status_code} {response.text}"
+        return self._difference(response.json()["choices"][0]["text"])
+
+    async def _stream(self, client: httpx.AsyncClient) -> str:
+        try:
+            async with client.stream("POST", "/v1/completions", json={**COMPLETION, "stream": True}) as response:
+                if response.status_code != 200:
+                    return f"stream: {response.status_code} {(await response.aread()).decode()}"
+                events = [line.removeprefix("data: ") async for line in response.aiter_lines() if line]
+        except httpx.TransportError as error:
+            return f"stream: {error!r}"
+        if events.pop() != "[DONE]":
+            return "stream: without an end"
+        return self._difference("".join(json.loads(event)["choices"][0]["text"] for event in events))
+
+    def _difference(self, text: str) -> str:
+        return "" if text == self._text else f"{text!r} instead of {self._text!r}"
+
+
+def delete(pod: Pod, proxy: PoolingProxy) -> None:
+    """Delete a pod: SIGTERM, of which the proxy learns late."""
+    proxy.remove(pod.url, after=LATE_REQUESTS)
+    pod.signal()
+    proxy.wait_until_removed(pod.url)
+    pod.signal()
+    assert pod.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("start", "requests"),
+    [(pod_thread, 100), pytest.param(pod_process, 1000, marks=pytest.mark.slow)],
+    ids=["threads", "processes"],
+)
+def test_drain_during_a_deletion_and_a_rollout_loses_no_request(
+    start: Callable[[Path], AbstractContextManager[Pod]], requests: int, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        proxy, url = stack.enter_context(pooling_proxy())
+        old, deleted = (stack.enter_context(start(tmp_path)) for _ in range(2))
+        proxy.add(old.url)
+        proxy.add(deleted.url)
+        load = Load(url, requests)
+        with load.running():
+            load.wait(requests // 4)
+            delete(deleted, proxy)
+            new = stack.enter_context(start(tmp_path))
+            proxy.add(new.url)
+            load.wait(load.sent + requests // 4)
+            delete(old, proxy)
+        print(f"{len(load.lost)} of {load.sent} requests lost")  # noqa: T201, shown where the test fails
+        assert load.sent >= requests
+        assert load.lost == []
