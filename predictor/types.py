@@ -144,6 +144,11 @@ class Chat:
     add_generation_prompt: bool = True
     """Begin the assistant's message."""
 
+    @property
+    def continued_text(self) -> str | None:
+        """Text of the message that is continued; None if a new one begins."""
+        return str(self.messages[-1].get("content") or "") if self.continue_final_message else None
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -157,6 +162,15 @@ class GenerationRequest:
     """Put the prompt's text before the completion's."""
     parse_output: bool = False
     """Separate the reasoning and the tool calls of a chat from its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """The tokens of a prompt."""
+
+    token_ids: list[int]
+    texts: list[str] | None
+    """As in the tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,19 +24,3 @@ class CallEnvelope:
         """Return calls, as name and JSON of the arguments, as the model writes them."""
         texts = (self.before_name + name + self.before_arguments + json + self.after_arguments for name, json in calls)
         return self.begin + self.between_calls.join(texts) + self.end
-
-
-HERMES = CallEnvelope(
-    '<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between_calls="\n", marker="<tool_call>"
-)
-LLAMA3_JSON = CallEnvelope('{"name": "', '", "parameters": ', "}", between_calls="; ")
-MISTRAL = CallEnvelope("[TOOL_CALLS]", "[ARGS]", marker="[TOOL_CALLS]")
-MISTRAL_LIST = CallEnvelope(
-    '{"name": "',
-    '", "arguments": ',
-    "}",
-    begin="[TOOL_CALLS][",
-    end="]",
-    between_calls=", ",
-    marker="[TOOL_CALLS]",
-)

@@ -12,7 +12,7 @@ from typing import Any
 
 from predictor.errors import InvalidRequest
 from predictor.generation.call_envelope import CallEnvelope
-from predictor.generation.output_parser import OutputFormat
+from predictor.generation.output_format import OutputFormat
 from predictor.types import Chat, GrammarKind, StructuredOutput
 
 Literal = Callable[[str], str]
@@ -187,7 +187,7 @@ def for_chat(
 
 def _without_envelope(chat: Chat, output_format: OutputFormat | None) -> InvalidRequest:
     reason = "tool calls of this model's format cannot be restricted"
-    if output_format is None:
+    if output_format is None or output_format.tool_calls is None:
         reason = "the format of this model's tool calls is unknown; the server's --tool_call_format sets it"
     if chat.requires_tool_call:
         return InvalidRequest(f"tool_choice: a call cannot be required, since {reason}. Use auto.", "tool_choice")
@@ -206,11 +206,10 @@ def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _reasoning(chat: Chat, prompt: str, output_format: OutputFormat | None) -> Reasoning:
-    marks = output_format.response_template["fields"].get("reasoning_content") if output_format else None
-    if marks is None:
+    if output_format is None or output_format.reasoning_marks is None:
         return Reasoning()
-    begin, end = marks["open"], marks["close"]
-    if prompt.rfind(begin) > prompt.rfind(end):
+    begin, end = output_format.reasoning_marks
+    if output_format.open_reasoning(prompt, chat.continued_text) is not None:
         state = ReasoningState.OPEN
     elif chat.continue_final_message or prompt.rstrip().endswith(end):
         state = ReasoningState.ENDED

@@ -12,10 +12,11 @@ from predictor.errors import InvalidRequest, PromptTooLong
 from predictor.generation import message_grammar
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
-from predictor.generation.output_parser import OutputFormat, OutputParser
+from predictor.generation.output_format import OutputFormat
+from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
-from predictor.generation.tokenizer import Tokenizer
-from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams
+from predictor.generation.tokenizer import PromptTokenizer
+from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams, Tokenization
 
 _CHARS_PER_TOKEN = 8
 """Text that is longer is encoded in parts first; most languages and code have 2 to 5."""
@@ -56,7 +57,7 @@ class Prompts:
         output_format: in which the model writes reasoning and tool calls, if known.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: PromptTokenizer
     chat_template: ChatTemplate
     grammars: GrammarCompiler
     context_tokens: int
@@ -103,13 +104,13 @@ class Prompts:
                 echo = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         output_parser = None
         if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:
-            output_parser = partial(
-                self.output_format.parser, rendered, prompt.tools, parallel_tool_calls=prompt.parallel_tool_calls
-            )
+            output_parser = _output_parser(self.output_format, prompt, rendered)
+            ends = (id_ for id_ in self.output_format.end_token_ids if id_ < self.vocabulary_tokens)
+            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
 
-    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of a text, or of a chat, which has its special tokens from the template.
+    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool, with_texts: bool) -> Tokenization:
+        """Return the tokens of a text, or of a chat, which has its special tokens from the template.
 
         Raises:
             InvalidRequest: no chat template, or messages rejected by it.
@@ -120,7 +121,7 @@ class Prompts:
         else:
             token_ids = self._encode(prompt, add_special_tokens=add_special_tokens, contexts=_LONG_CONTEXTS)
         self._check_length(len(token_ids), 0, _LONG_CONTEXTS)
-        return token_ids
+        return Tokenization(token_ids, self.tokenizer.convert_ids_to_tokens(token_ids) if with_texts else None)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included.
@@ -245,3 +246,16 @@ class Prompts:
         spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))
         encoded = (tuple(self.tokenizer.encode(spelling, add_special_tokens=False)) for spelling in spellings)
         return tuple(dict.fromkeys(token_ids for token_ids in encoded if token_ids))
+
+
+def _output_parser(output_format: OutputFormat, chat: Chat, rendered: str) -> Callable[[], OutputParser] | None:
+    if not output_format.regions(tools=bool(chat.tools)):
+        return None
+    return partial(
+        OutputParser,
+        output_format,
+        rendered,
+        chat.tools,
+        continued=chat.continued_text,
+        parallel_tool_calls=chat.parallel_tool_calls,
+    )

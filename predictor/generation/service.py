@@ -6,9 +6,11 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import psutil
 
@@ -22,22 +24,23 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_format, output_processor
+from predictor.generation import output_notations, output_processor, prompt_encoder
 from predictor.generation.caller_usage import CallerUsage
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
-from predictor.generation.prompts import EncodedRequest, Prompts
+from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
 from predictor.observability import metrics, request_record
+from predictor.observability.request_record import RequestRecord
 from predictor.resources import threads
 from predictor.served_models import ServedModels
 from predictor.settings import Settings
-from predictor.types import Caller, Chat, FinishedSequence, GenerationRequest
+from predictor.types import Chat, FinishedSequence, GenerationRequest, Tokenization
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +87,7 @@ class LLMService:
         """State of the wait for the snapshot; part of the readiness message."""
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
-        self._encoding: Counter[str | None] = Counter()
+        self._num_encoding: Counter[str | None] = Counter()
         """Sequences whose prompts are encoded or wait for it, by name of their caller."""
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
@@ -178,6 +181,9 @@ class LLMService:
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
         chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
+        output_format, format_names = output_notations.choose(
+            loaded.tokenizer, settings.tool_call_format, settings.reasoning_format
+        )
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
@@ -187,7 +193,7 @@ class LLMService:
             loaded.defaults,
             settings.default_max_tokens,
             loaded.unembedded_tokens,
-            output_format.detect(loaded.tokenizer),
+            output_format,
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
@@ -195,6 +201,7 @@ class LLMService:
             self.metadata = {
                 **_metadata(model_snapshot, loaded, engine),
                 "chat_template": chat_template.status,
+                **format_names,
             }
             self._pipeline = _Pipeline(prompts, PromptEncoder(prompts), engine, self_check)
         self._metrics.set_model_info(
@@ -202,7 +209,7 @@ class LLMService:
         )
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
-            num_requests_waiting=lambda: self._encoding.total() + engine.waiting,
+            num_requests_waiting=lambda: self._num_encoding.total() + engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
@@ -271,7 +278,7 @@ class LLMService:
     def busy(self) -> bool:
         """Whether sequences run or wait, or prompts are encoded."""
         engine = self._pipeline.engine if self._pipeline else None
-        return engine is not None and bool(self._encoding.total() or engine.running or engine.waiting)
+        return engine is not None and bool(self._num_encoding.total() or engine.running or engine.waiting)
 
     @property
     def has_ended(self) -> bool:
@@ -307,20 +314,11 @@ class LLMService:
         record = request_record.current()
         has_chat = any(isinstance(request.prompt, Chat) for request in requests)
         record.operation = "chat" if has_chat else "text_completion"
-        if self.is_shutting_down:
-            raise Draining("The server is shutting down. Retry later.")
-        if self._pipeline is None:
-            raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
-        if record.ignored_fields and self._settings.unknown_fields == "refuse":
-            raise _unknown_fields(record.ignored_fields)
-        for request in requests:
-            if isinstance(request.prompt, Chat):
-                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(request.prompt))
+        pipeline = self._admit(record, [request.prompt for request in requests])
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
-        limit = self._settings.request_timeout_seconds
-        deadline = time.monotonic() + min(limit, timeout_seconds or limit)
+        deadline = self._deadline(timeout_seconds)
 
         def on_finished(sequence: FinishedSequence) -> None:
             self._metrics.count_finished(sequence)
@@ -332,11 +330,13 @@ class LLMService:
             self._usage.count_tokens(record.caller, tokens)
 
         try:
-            encoded = await self._encode(self._pipeline, requests, deadline, record.caller)
+            async with self._encoding(pipeline, sum(request.n for request in requests), deadline):
+                self._usage.take_request(record.caller)
+                encoded = await pipeline.encoder.encode(requests, record.key)
             stream = output_processor.submit(
                 encoded,
-                tokenizer=self._pipeline.prompts.tokenizer,
-                engine=self._pipeline.engine,
+                tokenizer=pipeline.prompts.tokenizer,
+                engine=pipeline.engine,
                 deadline=deadline,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
@@ -349,24 +349,88 @@ class LLMService:
         self._usage.count_accepted(record.caller, encoded)
         return stream
 
-    async def _encode(
-        self, pipeline: _Pipeline, requests: Sequence[GenerationRequest], deadline: float, caller: Caller | None
-    ) -> list[EncodedRequest]:
-        """Encode the prompts; their sequences have a place in the engine from now on."""
-        num_sequences = sum(request.n for request in requests)
-        pipeline.engine.require_capacity(num_sequences, self._encoding, caller)
-        self._usage.take_request(caller)
-        name = caller.name if caller else None
-        self._encoding[name] += num_sequences
+    async def tokenize(
+        self, prompt: str | Chat, timeout_seconds: float | None = None, *, add_special_tokens: bool, with_texts: bool
+    ) -> Tokenization:
+        """Return the tokens of a text or chat, which need not fit into the context.
+
+        Args:
+            prompt: text, to which the tokenizer adds its special tokens on request, or a chat.
+            timeout_seconds: the client's limit; the server's own limit holds too.
+            add_special_tokens: of a text; a chat has those of its template.
+            with_texts: return each token as text too.
+
+        Raises:
+            RequestError: the prompt is invalid, or the model takes no requests now.
+        """
+        pipeline = self._admit(request_record.current(), [prompt])
+
+        def work(prompts: Prompts) -> Tokenization:
+            return prompts.tokenize(prompt, add_special_tokens=add_special_tokens, with_texts=with_texts)
+
+        async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
+            return await pipeline.encoder.run(work, prompt_encoder.prompt_size(prompt), request_record.current().key)
+
+    async def detokenize(self, token_ids: Sequence[int], timeout_seconds: float | None = None) -> str:
+        """Return the text of tokens, special tokens included.
+
+        Raises:
+            RequestError: the model has no such token, or takes no requests now.
+        """
+        pipeline = self._admit(request_record.current(), [])
+        async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
+            return await pipeline.encoder.run(
+                lambda prompts: prompts.detokenize(token_ids), len(token_ids), request_record.current().key
+            )
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Return the tokenizer's class, special tokens and chat template; None for what it does not have.
+
+        Raises:
+            RequestError: the model takes no requests now.
+        """
+        tokenizer = self._admit(request_record.current(), []).prompts.tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.pad_token,
+            "unk_token": tokenizer.unk_token,
+            "chat_template": tokenizer.chat_template,
+        }
+
+    def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> _Pipeline:
+        """Return the parts that answer a request, unless it is rejected whatever its prompts are."""
+        if self.is_shutting_down:
+            raise Draining("The server is shutting down. Retry later.")
+        if self._pipeline is None:
+            raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
+        for prompt in prompts:
+            if isinstance(prompt, Chat):
+                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(prompt))
+        return self._pipeline
+
+    def _deadline(self, timeout_seconds: float | None) -> float:
+        limit = self._settings.request_timeout_seconds
+        return time.monotonic() + min(limit, timeout_seconds or limit)
+
+    @asynccontextmanager
+    async def _encoding(self, pipeline: _Pipeline, num_sequences: int, deadline: float) -> AsyncIterator[None]:
+        """Hold the places of sequences in the engine while their prompts are encoded, until the deadline."""
+        record = request_record.current()
+        pipeline.engine.require_capacity(num_sequences, self._num_encoding, record.caller)
+        self._num_encoding[record.key] += num_sequences
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await pipeline.encoder.encode(requests, name)
+                yield
         except TimeoutError:
             raise DeadlineExceeded(
                 "Request timed out before its prompt was encoded. Shorten the prompt or raise the timeout."
             ) from None
         finally:
-            self._encoding[name] -= num_sequences
+            self._num_encoding[record.key] -= num_sequences
 
 
 def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:

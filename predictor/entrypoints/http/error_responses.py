@@ -24,8 +24,8 @@ from predictor.observability import request_record
 from predictor.protocols.anthropic import responses as anthropic
 from predictor.protocols.openai import responses as openai
 
-_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
-"""All of /v1 except its models, which KServe v1 shares."""
+_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)|/((de)?tokenize|tokenizer_info)$")
+"""All of /v1 except its models, which KServe v1 shares, and vLLM's tokenization."""
 _ANTHROPIC = re.compile(r"/v1/messages(/|$)")
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 

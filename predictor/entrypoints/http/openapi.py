@@ -180,6 +180,21 @@ MESSAGE = _object(
     | {"stop_sequence": _or_null(_STRING), "usage": _object(_COUNTS)}
 )
 
+TOKENS = _object(
+    {
+        "count": _INTEGER,
+        "max_model_len": _INTEGER,
+        "tokens": _list(_INTEGER),
+        "token_strs": _or_null(_STRINGS),
+    }
+)
+TEXT = _object({"prompt": _STRING})
+TOKENIZER = _object(
+    {"tokenizer_class": _STRING}
+    | dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _or_null(_STRING))
+    | {"chat_template": {}}
+)
+
 PREDICTIONS = _object({"predictions": _STRINGS})
 
 

@@ -81,10 +81,20 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         raise _invalid("top_logprobs", "needs logprobs to be true")
     logprobs = (content.top_logprobs or 0) if content.logprobs else None
     sampling = replace(_sampling_params(content, logprobs), max_tokens=next(iter(limits), None))
+    request = GenerationRequest(to_chat(content), sampling, content.num_candidates(content.n), parse_output=True)
+    return _decoded(content, [request], logprobs)
+
+
+def to_chat(content: ChatCompletionRequest) -> Chat:
+    """Return the chat of a request.
+
+    Raises:
+        InvalidRequest: fields contradict each other.
+    """
     continues = content.continue_final_message or content.messages[-1].prefix
     if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
         raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
-    chat = Chat(
+    return Chat(
         tuple(_template_messages(content.messages)),
         variables=content.chat_template_kwargs,
         reasoning_effort=content.reasoning_effort or None,
@@ -92,8 +102,6 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         add_generation_prompt=content.add_generation_prompt,
         **content.chat_fields(),
     )
-    request = GenerationRequest(chat, sampling, content.num_candidates(content.n), parse_output=True)
-    return _decoded(content, [request], logprobs)
 
 
 def _sampling_params(content: BaseRequest, logprobs: int | None) -> SamplingParams:

@@ -10,8 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from predictor.errors import InvalidRequest
-from predictor.generation import call_envelope, message_grammar, output_format
-from predictor.generation.output_parser import OutputFormat
+from predictor.generation import message_grammar, output_notations
+from predictor.generation.output_format import OutputFormat
+from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import Chat, GrammarKind, OutputDelta, ReasoningDelta, StructuredOutput, TextDelta, ToolCallDelta
 from tests.predictor.generation.random_text import EOS, random_text
@@ -47,7 +48,7 @@ REQUIRED = replace(CHAT, requires_tool_call=True)
 
 @pytest.fixture(scope="module")
 def hermes(tokenizer: PreTrainedTokenizerBase) -> OutputFormat:
-    return OutputFormat(tokenizer, output_format.HERMES, call_envelope.HERMES)
+    return output_notations.choose(tokenizer, "hermes", "think")[0]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ class Messages:
         return ended
 
     def _parse(self, prompt: str, text: str) -> list[OutputDelta]:
-        parser = self._format.parser(prompt, TOOLS, parallel_tool_calls=True)
+        parser = OutputParser(self._format, prompt, TOOLS)
         return [*parser.feed(text), *parser.finish()]
 
 
@@ -190,7 +191,9 @@ def test_grammar_of_required_calls_begins_after_the_reasoning(messages: Messages
 def test_grammar_of_special_tokens_writes_them_as_tokens(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    envelope = replace(call_envelope.MISTRAL_LIST, begin="<|user|>[", end="]<|system|>", marker="<|user|>")
+    mistral = output_notations.TOOL_CALLS["mistral_list"].envelope
+    assert mistral is not None
+    envelope = replace(mistral, begin="<|user|>[", end="]<|system|>", marker="<|user|>")
     for required in (True, False):
         calls = message_grammar.ToolCalls(envelope, {"weather": CITY}, required=required, parallel=True)
         grammar = compiler.compile_message(message_grammar.MessageGrammar(calls=calls))
@@ -213,7 +216,7 @@ def test_grammar_of_special_tokens_writes_them_as_tokens(
 def test_calls_that_no_grammar_can_restrict_are_refused_by_name(
     tokenizer: PreTrainedTokenizerBase, chat: Chat, known: bool, field: str, reason: str
 ) -> None:
-    known_format = OutputFormat(tokenizer, output_format.HERMES) if known else None
+    known_format = output_notations.choose(tokenizer, "gemma3")[0] if known else None
     with pytest.raises(InvalidRequest, match=reason) as raised:
         message_grammar.for_chat(chat, PROMPT, known_format, None)
     assert raised.value.field == field
