@@ -363,7 +363,8 @@ def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
 def test_batching_preempted_sequence_waits_with_its_id_time_and_tokens(executor: BatchingManager) -> None:
     """Called between two steps, as by `schedule_batch`; complete pages are shared when it starts again."""
     queue = executor._manager.batch_processor.scheduler
-    schedule, preempted = queue.schedule_batch, []
+    schedule = queue.schedule_batch
+    preempted: list[Any] = []
 
     def schedule_after_preempting(*budgets: int) -> Any:
         state = queue.active_requests.get("preempted")
