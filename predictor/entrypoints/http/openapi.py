@@ -172,6 +172,7 @@ RESPONSE = _object(
         "store": {"const": False},
     }
 )
+INPUT_TOKENS = _object({"input_tokens": _INTEGER})
 _COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
 MESSAGE = _object(
     {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}
