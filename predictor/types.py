@@ -50,6 +50,22 @@ class StructuredOutput:
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """The name of an API key, its share of the server, and its limits; None: no limit."""
+
+    name: str
+    weight: int = 1
+    """Tokens that it gets for each one of a caller with weight 1 while both have waiting sequences."""
+    share: float = 1.0
+    """Its weight over the sum of all keys' weights."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and completions."""
+    concurrent_sequences: int | None = None
+    """Sequences that run or wait."""
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """Sampling and stopping parameters; None means the model's default."""
 
@@ -101,6 +117,8 @@ class SamplingParams:
     """Use this number of the prompt's last tokens; None: all."""
     structured_output: StructuredOutput | None = None
     """What the text follows."""
+    priority: int = 0
+    """Order among the caller's waiting sequences, as in vLLM: a lower one starts earlier."""
     logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
     """Factories of additional logits processors; each sequence gets its own, applied after all others."""
 

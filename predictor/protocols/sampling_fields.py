@@ -131,6 +131,9 @@ class SamplingFields(StructuredOutputFields):
     seed: Annotated[int, AfterValidator(_to_seed)] | None = Field(
         default=None, description="Makes sampling repeatable; -1: random."
     )
+    priority: int = Field(
+        default=0, description="Order among the waiting requests of the same API key; a lower one starts earlier."
+    )
 
     def num_candidates(self, n: int = 1) -> int:
         """Return the number of completions to generate, of which `n` are returned.
