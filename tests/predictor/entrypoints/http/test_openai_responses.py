@@ -116,7 +116,8 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServ
     template.write_text(
         template.read_text().replace("'<|assistant|>' }}{%- endif", "'<|assistant|><think>\n' }}{%- endif")
     )
-    with servers.in_process("--model_dir", str(directory), model_name="thinking") as server:
+    flags = ["--model_dir", str(directory), "--reasoning_format", "think"]
+    with servers.in_process(*flags, model_name="thinking") as server:
         yield server
 
 
@@ -130,8 +131,7 @@ def test_reasoning_is_an_item_of_its_own(thinking: InProcessServer) -> None:
     assert item.status == whole.status == "incomplete"
     assert item.content
     assert whole.usage is not None
-    assert whole.usage.output_tokens == 8
-    assert whole.usage.output_tokens_details.reasoning_tokens > 0
+    assert whole.usage.output_tokens_details.reasoning_tokens == whole.usage.output_tokens == 8
     deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
     assert "".join(deltas) == item.content[0].text != ""
     assert events[-1].type == "response.incomplete"
