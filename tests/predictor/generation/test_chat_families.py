@@ -149,7 +149,7 @@ def conversation(family: Family, *, native: bool) -> list[dict[str, Any]]:
     """Return the conversation as clients send it, or as transformers takes it for this template."""
     as_text = family.text_arguments or not native
     calls = [("weather", ARGUMENTS)] + ([("now", {})] if family.several else [])
-    messages = [USER]
+    messages: list[dict[str, Any]] = [USER]
     for turn in range(2):
         written = [
             call(2 * turn + index, name, json.dumps(arguments, ensure_ascii=False) if as_text else arguments, family)
@@ -209,7 +209,8 @@ def test_turn_that_the_template_writes_is_parsed_back_and_accepted_again(family:
     written = [(item["function"]["name"], json.loads(item["function"]["arguments"])) for item in calls]
     assert written == [("weather", ARGUMENTS), ("now", {})][: 1 + family.several]
     results = [{"role": "tool", "tool_call_id": item["id"], "content": "Sunny"} for item in calls]
-    assistant = {"role": "assistant", "content": None, "reasoning_content": reasoning, "tool_calls": calls}
+    assistant: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": calls}
+    assistant["reasoning_content"] = reasoning
     assert "Sunny" in template.render(decode([USER, assistant, *results])).removeprefix(prompt)
 
 
