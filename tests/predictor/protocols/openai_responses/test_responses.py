@@ -7,7 +7,7 @@ from openai.types.responses import Response
 
 from predictor.protocols.openai_responses import responses
 from predictor.protocols.openai_responses.items import find
-from predictor.types import Chat, Completion, FinishReason, ReasoningDelta, TextDelta, ToolCallDelta
+from predictor.types import Chat, Completion, FinishReason, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 from tests.predictor.protocols.openai_responses.helpers import TOOL, Json, call, check, completion, decode, token
 
 
@@ -68,12 +68,23 @@ def test_response_of_a_request_with_every_kind_of_field_conforms() -> None:
     text_format = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}
     encode(
-        completion("{}"), text={"format": text_format}, tools=[TOOL], tool_choice=choice, reasoning={"effort": "low"}
+        completion(TextDelta("{}")),
+        text={"format": text_format},
+        tools=[TOOL],
+        tool_choice=choice,
+        reasoning={"effort": "low"},
     )
 
 
 def test_items_are_in_the_order_of_the_output() -> None:
-    output = [ReasoningDelta("Hm."), TextDelta("Wait."), call(1), call(2, "{"), ToolCallDelta(1, "}"), TextDelta("So.")]
+    output: list[OutputDelta] = [
+        ReasoningDelta("Hm."),
+        TextDelta("Wait."),
+        call(1),
+        call(2, "{"),
+        ToolCallDelta(1, "}"),
+        TextDelta("So."),
+    ]
     response = encode(completion(*output, finish_reason=FinishReason.TOOL_CALLS), tools=[TOOL])
     assert response["status"] == "completed"
     reasoning, message, first, second, last = response["output"]
@@ -170,7 +181,7 @@ def test_best_of_returns_the_most_probable_and_counts_all() -> None:
 
 
 def test_output_is_accepted_in_the_next_request() -> None:
-    output = [ReasoningDelta("Hm."), TextDelta("Wait."), call()]
+    output: list[OutputDelta] = [ReasoningDelta("Hm."), TextDelta("Wait."), call()]
     first = encode(completion(*output, finish_reason=FinishReason.TOOL_CALLS), tools=[TOOL])
     items = [*first["output"], {"type": "function_call_output", "call_id": "call_1", "output": "mild"}]
     prompt = decode(input=items).request.prompt
