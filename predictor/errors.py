@@ -113,7 +113,7 @@ class NotNow(RequestError):
     """The request failed temporarily; a retry may succeed."""
 
     status = 503
-    retry_after_seconds: ClassVar[int] = 5
+    retry_after_seconds: int = 5
     """Value of Retry-After; a load or restart takes at least this long."""
 
 
@@ -130,6 +130,11 @@ class Draining(NotNow):
 
 class ModelNotReady(NotNow):
     """The model is still loading, or failed to load."""
+
+    def __init__(self, message: str, retry_after_seconds: int | None = None) -> None:
+        super().__init__(message)
+        if retry_after_seconds is not None:
+            self.retry_after_seconds = retry_after_seconds
 
 
 class EngineStopped(NotNow):

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
@@ -49,6 +49,12 @@ class Settings(BaseSettings):
     """Reference of the snapshot below model_dir, hf://owner/model[:revision], as for the storage initializer."""
     snapshot_wait_seconds: float = Field(default=0, ge=0)
     """Maximum time to wait until the snapshot is published, in seconds."""
+    hold_while_loading: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """Maximum time to hold a request while the model loads, in seconds, instead of responding 503. 0: off."""
+    ready_while_loading: bool = False
+    """Be ready as soon as weights are loaded, not afterwards, so that requests arrive. Needs hold_while_loading."""
+    load_record_file: Path | None = None
+    """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
     device: str = "auto"
@@ -140,6 +146,13 @@ class Settings(BaseSettings):
             is_object = False
         if not is_object:
             raise PydanticCustomError("json", 'Input should be a JSON object, as in {"enable_thinking": false}')
+        return value
+
+    @field_validator("ready_while_loading", mode="after")
+    @classmethod
+    def _needs_hold(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("hold_while_loading"):
+            raise PydanticCustomError("hold", "Requests that arrive would get 503. Set --hold_while_loading too")
         return value
 
     @field_validator("model_reference", mode="after")
