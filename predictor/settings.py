@@ -87,6 +87,26 @@ class Settings(BaseSettings):
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     chat_template_kwargs: str = "{}"
     """Variables of the model's chat template, as JSON: {"enable_thinking": false}. Those of a request replace them."""
+    tool_call_format: Literal[
+        "auto",
+        "none",
+        "deepseek_v3",
+        "deepseek_v31",
+        "gemma3",
+        "gemma4",
+        "glm45",
+        "harmony",
+        "hermes",
+        "kimi_k2",
+        "llama3_json",
+        "mistral",
+        "mistral_list",
+        "pythonic",
+        "qwen3_coder",
+    ] = "auto"
+    """Notation of the model's tool calls. auto: what the tokenizer or the chat template shows. none: calls are text."""
+    reasoning_format: Literal["auto", "none", "deepseek_r1", "gemma4", "harmony", "mistral", "think"] = "auto"
+    """Notation of the model's reasoning. auto: what the tokenizer or the chat template shows. none: it is text."""
     request_timeout_seconds: float = Field(default=590, gt=0, allow_inf_nan=False)
     """Request timeout in seconds. Keep it below the InferenceService's, so that clients get an error response."""
     max_request_bytes: int = Field(default=8_388_608, ge=1024)

@@ -115,6 +115,8 @@ class Chat:
     """Further variables of the template, such as `enable_thinking`."""
     requires_tool_call: bool = False
     """The assistant calls one of the tools at least, instead of writing a message."""
+    strict_tools: frozenset[str] = frozenset()
+    """Names of the tools whose arguments always follow their schema; those of required calls do in any case."""
     parallel_tool_calls: bool = True
     """The assistant may call several tools in one message."""
     reasoning_effort: str | None = None
@@ -123,6 +125,11 @@ class Chat:
     """Continue the last message, which is the assistant's, instead of beginning a new one."""
     add_generation_prompt: bool = True
     """Begin the assistant's message."""
+
+    @property
+    def continued_text(self) -> str | None:
+        """Text of the message that is continued; None if a new one begins."""
+        return str(self.messages[-1].get("content") or "") if self.continue_final_message else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +144,15 @@ class GenerationRequest:
     """Put the prompt's text before the completion's."""
     parse_output: bool = False
     """Separate the reasoning and the tool calls of a chat from its text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenization:
+    """The tokens of a prompt."""
+
+    token_ids: list[int]
+    texts: list[str] | None
+    """As in the tokenizer's vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,14 +17,10 @@ class CallEnvelope:
     begin: str = ""
     end: str = ""
     between_calls: str = ""
+    marker: str = ""
+    """Beginning of the first call, by which it differs from text; "" if a call is the whole message instead."""
 
     def write(self, calls: list[tuple[str, str]]) -> str:
         """Return calls, as name and JSON of the arguments, as the model writes them."""
         texts = (self.before_name + name + self.before_arguments + json + self.after_arguments for name, json in calls)
         return self.begin + self.between_calls.join(texts) + self.end
-
-
-HERMES = CallEnvelope('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between_calls="\n")
-LLAMA3_JSON = CallEnvelope('{"name": "', '", "parameters": ', "}", between_calls="; ")
-MISTRAL = CallEnvelope("[TOOL_CALLS]", "[ARGS]")
-MISTRAL_LIST = CallEnvelope('{"name": "', '", "arguments": ', "}", begin="[TOOL_CALLS][", end="]", between_calls=", ")

@@ -1,6 +1,7 @@
 """Incremental detokenization and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from predictor.generation.tokenizer import Tokenizer
 from predictor.types import UNFINISHED_CHARACTER
@@ -76,11 +77,20 @@ class Detokenizer:
         context: token ids before the sequence, as of `left_context`.
         stop: strings that end the completion.
         min_tokens: number of token ids before which stop strings are ignored.
+        special_tokens: texts, by id, of the special tokens that are part of the text; others have none.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int] = (), *, stop: Sequence[str] = (), min_tokens: int = 0
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        min_tokens: int = 0,
+        special_tokens: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
+        self._tokenizer = tokenizer
+        self._special_tokens = special_tokens
         self._decoder = ContinuationDecoder(tokenizer, context, skip_special_tokens=True)
         self._stop = stop
         self._min_tokens = min_tokens
@@ -105,11 +115,15 @@ class Detokenizer:
         text, self._held = self._held, ""
         for token_id in token_ids:
             self._num_tokens += 1
+            if token_id in self._special_tokens:
+                text += self._flush() + self._special_tokens[token_id]
+                # A text that follows a special token is encoded like a text of its own.
+                self._decoder = ContinuationDecoder(self._tokenizer, (), skip_special_tokens=True)
+                continue
             self._pending.append(token_id)
             text += self._decode()
         if last:
-            text += self._decoder.decode(self._pending)
-            self._pending.clear()
+            text += self._flush()
         if self._num_tokens < self._min_tokens:
             return text
         if found := min(((text.find(stop), stop) for stop in self._stop if stop in text), default=None):
@@ -118,6 +132,12 @@ class Detokenizer:
         if not last:
             certain = len(text) - self._partial_stop_length(text)
             text, self._held = text[:certain], text[certain:]
+        return text
+
+    def _flush(self) -> str:
+        """Return the text of the pending ids, though they may end inside a character."""
+        text = self._decoder.decode(self._pending)
+        self._pending.clear()
         return text
 
     def _decode(self) -> str:

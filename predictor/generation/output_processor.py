@@ -123,7 +123,8 @@ def submit(
         context = left_context(tokenizer, token_ids)
         for copy in range(request.n):
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
-            prepared.append((token_ids, seeded, context, echo, request.output_parser))
+            parser = request.output_parser() if request.output_parser else None
+            prepared.append((token_ids, seeded, context, echo, parser))
     streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline)
     return CompletionStream(
         [
@@ -131,16 +132,22 @@ def submit(
                 index=index,
                 stream=stream,
                 tokenizer=tokenizer,
-                detokenizer=Detokenizer(tokenizer, context, stop=sampling.stop, min_tokens=sampling.min_tokens),
+                detokenizer=Detokenizer(
+                    tokenizer,
+                    context,
+                    stop=sampling.stop,
+                    min_tokens=sampling.min_tokens,
+                    special_tokens=parser.special_tokens if parser else {},
+                ),
                 logprobs=LogprobsFormatter(tokenizer, context),
                 prompt_tokens=len(token_ids),
                 echo=echo,
                 scores_prompt=sampling.prompt_logprobs is not None,
-                parser=output_parser() if output_parser else None,
+                parser=parser,
                 on_finished=on_finished,
                 on_tokens=on_tokens,
             )
-            for index, (stream, (token_ids, sampling, context, echo, output_parser)) in enumerate(
+            for index, (stream, (token_ids, sampling, context, echo, parser)) in enumerate(
                 zip(streams, prepared, strict=True)
             )
         ]
@@ -231,22 +238,24 @@ class _Sequence:
             if step.logprobs:
                 tokens.append(self.logprobs.format(step.logprobs[position - 1]))
             last = finish_reason is not None and position == len(step.token_ids)
-            text = self.detokenizer.push([] if last and drop_last else [token_id], last=last)
-            deltas += self._parse(text)
+            token_ids = [] if last and drop_last else [token_id]
+            deltas += self._parse(self.detokenizer.push(token_ids, last=last), len(token_ids))
             if self.detokenizer.found_stop is not None or (self.parser and self.parser.stopped):
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
         if finish_reason is not None and self.parser is not None:
             deltas += self.parser.finish()
+            self.reasoning_tokens = self.parser.reasoning_tokens
             if self.parser.has_tool_calls and finish_reason is not FinishReason.LENGTH:
                 finish_reason = FinishReason.TOOL_CALLS
         return self._completion_delta(_joined(deltas), finish_reason, tokens)
 
-    def _parse(self, text: str) -> list[OutputDelta]:
+    def _parse(self, text: str, num_tokens: int) -> list[OutputDelta]:
         if self.parser is None:
             return [TextDelta(text)] if text else []
-        self.reasoning_tokens += self.parser.in_reasoning
-        return self.parser.feed(text)
+        deltas = self.parser.feed(text, num_tokens=num_tokens)
+        self.reasoning_tokens = self.parser.reasoning_tokens
+        return deltas
 
     def _completion_delta(
         self, deltas: Sequence[OutputDelta], finish_reason: FinishReason | None = None, tokens: Sequence[Token] = ()
@@ -268,7 +277,7 @@ def _text(deltas: Sequence[CompletionDelta]) -> str:
 
 
 def _joined(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
-    """Return the deltas, consecutive ones of text as one."""
+    """Return the deltas, consecutive ones of the same text, reasoning or arguments as one."""
     joined: list[OutputDelta] = []
     for delta in deltas:
         match joined, delta:
@@ -276,6 +285,8 @@ def _joined(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
                 joined[-1] = TextDelta(text + added)
             case [*_, ReasoningDelta(text)], ReasoningDelta(added):
                 joined[-1] = ReasoningDelta(text + added)
+            case [*_, ToolCallDelta(index, arguments, None)], ToolCallDelta(_, added, None):
+                joined[-1] = ToolCallDelta(index, arguments + added)
             case _:
                 joined.append(delta)
     return joined

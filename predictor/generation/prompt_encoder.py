@@ -4,8 +4,9 @@ Tokenizers release the interpreter lock while they encode. Chat templates do not
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from predictor.errors import EngineStopped
 from predictor.generation.prompts import EncodedRequest, Prompts
@@ -14,6 +15,9 @@ from predictor.types import Chat, GenerationRequest
 NUM_THREADS = 4
 MAX_INLINE_CHARS = 4096
 """Texts up to this size are encoded at once, within 1 ms; a thread would only add latency."""
+LONG = MAX_INLINE_CHARS + 1
+
+T = TypeVar("T")
 
 
 class PromptEncoder:
@@ -35,30 +39,44 @@ class PromptEncoder:
             RequestError: a request is invalid.
             EngineStopped: `close` was called.
         """
-        if sum(map(_inline_size, requests)) <= MAX_INLINE_CHARS:
-            return self._encode(requests)
+        return await self.run(
+            lambda prompts: [prompts.encode(request) for request in requests], sum(map(_inline_size, requests))
+        )
+
+    async def run(self, work: Callable[[Prompts], T], size: int) -> T:
+        """Return the result of `work`, in a thread if `size`, in characters or token ids, is more than a few KB.
+
+        Raises:
+            RequestError: as `work` does.
+            EngineStopped: `close` was called.
+        """
+        if size <= MAX_INLINE_CHARS:
+            return self._run(work)
         try:
-            encoded = asyncio.get_running_loop().run_in_executor(self._threads, self._encode, requests)
+            result = asyncio.get_running_loop().run_in_executor(self._threads, self._run, work)
         except RuntimeError:  # the threads have ended
             raise self._stopped() from None
-        return await encoded
+        return await result
 
     def close(self) -> None:
         """Reject the requests that still wait, and end the threads."""
         self._closed = True
         self._threads.shutdown(wait=False)
 
-    def _encode(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
+    def _run(self, work: Callable[[Prompts], T]) -> T:
         if self._closed:
             raise self._stopped()
-        return [self._prompts.encode(request) for request in requests]
+        return work(self._prompts)
 
     def _stopped(self) -> EngineStopped:
         return EngineStopped("The server stopped before the prompt was encoded. Retry later.")
 
 
 def _inline_size(request: GenerationRequest) -> int:
-    """Return the size of a prompt, in characters or token ids; chat templates and grammars may take long."""
-    if isinstance(request.prompt, Chat) or request.sampling.structured_output is not None:
-        return MAX_INLINE_CHARS + 1
-    return len(request.prompt)
+    """Return the size of a request; grammars may take long."""
+    return LONG if request.sampling.structured_output is not None else prompt_size(request.prompt)
+
+
+def prompt_size(prompt: str | tuple[int, ...] | Chat) -> int:
+    """Return the size of a prompt for `PromptEncoder.run`; LONG for chats, whose template may take long."""
+    return LONG if isinstance(prompt, Chat) else len(prompt)

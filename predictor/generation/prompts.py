@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from predictor.engine.grammar import Grammar
 from predictor.errors import InvalidRequest, PromptTooLong
+from predictor.generation import message_grammar
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.control_tokens import BREAK
-from predictor.generation.output_parser import OutputFormat, OutputParser
+from predictor.generation.output_format import OutputFormat
+from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
-from predictor.generation.tokenizer import Tokenizer
-from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams
+from predictor.generation.tokenizer import PromptTokenizer
+from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams, Tokenization
 
 _CHARS_PER_TOKEN = 8
 """Text that is longer is encoded in parts first; most languages and code have 2 to 5."""
@@ -54,7 +57,7 @@ class Prompts:
         output_format: in which the model writes reasoning and tool calls, if known.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: PromptTokenizer
     chat_template: ChatTemplate
     grammars: GrammarCompiler
     context_tokens: int
@@ -91,6 +94,8 @@ class Prompts:
             )
         self._check_token_ids(token_ids, "the prompt")
         sampling = self._complete(request.sampling, remaining)
+        if grammar := self._grammar(request, rendered):
+            sampling = replace(sampling, logits_processors=(*sampling.logits_processors, grammar.logits_processor))
         echo = ""
         if request.echo:
             if isinstance(prompt, str) and len(token_ids) == num_tokens:
@@ -99,13 +104,13 @@ class Prompts:
                 echo = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         output_parser = None
         if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:
-            output_parser = partial(
-                self.output_format.parser, rendered, prompt.tools, parallel_tool_calls=prompt.parallel_tool_calls
-            )
+            output_parser = _output_parser(self.output_format, prompt, rendered)
+            ends = (id_ for id_ in self.output_format.end_token_ids if id_ < self.vocabulary_tokens)
+            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
 
-    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool) -> list[int]:
-        """Return the token ids of a text, or of a chat, which has its special tokens from the template.
+    def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool, with_texts: bool) -> Tokenization:
+        """Return the tokens of a text, or of a chat, which has its special tokens from the template.
 
         Raises:
             InvalidRequest: no chat template, or messages rejected by it.
@@ -116,7 +121,7 @@ class Prompts:
         else:
             token_ids = self._encode(prompt, add_special_tokens=add_special_tokens, contexts=_LONG_CONTEXTS)
         self._check_length(len(token_ids), 0, _LONG_CONTEXTS)
-        return token_ids
+        return Tokenization(token_ids, self.tokenizer.convert_ids_to_tokens(token_ids) if with_texts else None)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included.
@@ -210,13 +215,6 @@ class Prompts:
             for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
             if getattr(sampling, name) is None
         }
-        if sampling.structured_output is not None:
-            if sampling.ignore_eos:
-                raise InvalidRequest(
-                    "ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos"
-                )
-            grammar = self.grammars.compile(sampling.structured_output)
-            sampling = replace(sampling, logits_processors=(grammar.logits_processor,))
         max_tokens = min(max_tokens, remaining)
         return replace(
             sampling,
@@ -230,7 +228,34 @@ class Prompts:
             **unset,
         )
 
+    def _grammar(self, request: GenerationRequest, rendered: str) -> Grammar | None:
+        """Return the grammar of the completion; None if it may be any text."""
+        prompt, answer = request.prompt, request.sampling.structured_output
+        message = None
+        if isinstance(prompt, Chat) and request.parse_output:
+            message = message_grammar.for_chat(prompt, rendered, self.output_format, answer)
+        if message is None and answer is None:
+            return None
+        if request.sampling.ignore_eos:
+            raise InvalidRequest("ignore_eos contradicts structured output, which has an end. Omit it.", "ignore_eos")
+        if message is not None:
+            return self.grammars.compile_message(message)
+        return self.grammars.compile(answer) if answer else None
+
     def _bad_words_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         spellings = (spelling for word in words for spelling in (word, f" {word.lstrip()}"))
         encoded = (tuple(self.tokenizer.encode(spelling, add_special_tokens=False)) for spelling in spellings)
         return tuple(dict.fromkeys(token_ids for token_ids in encoded if token_ids))
+
+
+def _output_parser(output_format: OutputFormat, chat: Chat, rendered: str) -> Callable[[], OutputParser] | None:
+    if not output_format.regions(tools=bool(chat.tools)):
+        return None
+    return partial(
+        OutputParser,
+        output_format,
+        rendered,
+        chat.tools,
+        continued=chat.continued_text,
+        parallel_tool_calls=chat.parallel_tool_calls,
+    )

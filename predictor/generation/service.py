@@ -6,9 +6,11 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import psutil
 
@@ -22,23 +24,24 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_format, output_processor
+from predictor.generation import output_notations, output_processor, prompt_encoder
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.hold import Hold, HoldFull
 from predictor.generation.load_progress import LoadProgress
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
-from predictor.generation.prompts import EncodedRequest, Prompts
+from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
 from predictor.observability import metrics, request_record
+from predictor.observability.request_record import RequestRecord
 from predictor.resources import threads
 from predictor.served_models import ServedModels
 from predictor.settings import Settings
-from predictor.types import Chat, FinishedSequence, GenerationRequest
+from predictor.types import Chat, FinishedSequence, GenerationRequest, Tokenization
 
 logger = logging.getLogger(__name__)
 
@@ -193,6 +196,9 @@ class LLMService:
     def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> None:
         settings = self._settings
         chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
+        output_format, format_names = output_notations.choose(
+            loaded.tokenizer, settings.tool_call_format, settings.reasoning_format
+        )
         prompts = Prompts(
             loaded.tokenizer,
             chat_template,
@@ -202,7 +208,7 @@ class LLMService:
             loaded.defaults,
             settings.default_max_tokens,
             loaded.unembedded_tokens,
-            output_format.detect(loaded.tokenizer),
+            output_format,
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         with self._state_lock:
@@ -210,6 +216,7 @@ class LLMService:
             self.metadata = {
                 **_metadata(model_snapshot, loaded, engine),
                 "chat_template": chat_template.status,
+                **format_names,
             }
             self._pipeline = _Pipeline(prompts, PromptEncoder(prompts), engine, self_check)
         self._metrics.set_model_info(
@@ -343,19 +350,10 @@ class LLMService:
         record = request_record.current()
         has_chat = any(isinstance(request.prompt, Chat) for request in requests)
         record.operation = "chat" if has_chat else "text_completion"
-        limit = self._settings.request_timeout_seconds
-        deadline = time.monotonic() + min(limit, timeout_seconds or limit)
+        deadline = self._deadline(timeout_seconds)
         if self.is_loading and self._settings.hold_while_loading:
             await self._wait_for_load(sum(request.n for request in requests), deadline)
-        if self.is_shutting_down:
-            raise Draining(_SHUTTING_DOWN)
-        if self._pipeline is None:
-            raise self._not_ready("")
-        if record.ignored_fields and self._settings.unknown_fields == "refuse":
-            raise _unknown_fields(record.ignored_fields)
-        for request in requests:
-            if isinstance(request.prompt, Chat):
-                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(request.prompt))
+        pipeline = self._admit(record, [request.prompt for request in requests])
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
@@ -365,11 +363,12 @@ class LLMService:
             record.finished.append(sequence)
 
         try:
-            encoded = await self._encode(self._pipeline, requests, deadline)
+            async with self._encoding(pipeline, sum(request.n for request in requests), deadline):
+                encoded = await pipeline.encoder.encode(requests)
             return output_processor.submit(
                 encoded,
-                tokenizer=self._pipeline.prompts.tokenizer,
-                engine=self._pipeline.engine,
+                tokenizer=pipeline.prompts.tokenizer,
+                engine=pipeline.engine,
                 deadline=deadline,
                 on_finished=on_finished,
                 on_tokens=self._metrics.count_tokens,
@@ -377,6 +376,67 @@ class LLMService:
         except Overloaded:
             self._metrics.count_rejected()
             raise
+
+    async def tokenize(
+        self, prompt: str | Chat, timeout_seconds: float | None = None, *, add_special_tokens: bool, with_texts: bool
+    ) -> Tokenization:
+        """Return the tokens of a text or chat, which need not fit into the context.
+
+        Args:
+            prompt: text, to which the tokenizer adds its special tokens on request, or a chat.
+            timeout_seconds: the client's limit; the server's own limit holds too.
+            add_special_tokens: of a text; a chat has those of its template.
+            with_texts: return each token as text too.
+
+        Raises:
+            RequestError: the prompt is invalid, or the model takes no requests now.
+        """
+        pipeline = self._admit(request_record.current(), [prompt])
+
+        def work(prompts: Prompts) -> Tokenization:
+            return prompts.tokenize(prompt, add_special_tokens=add_special_tokens, with_texts=with_texts)
+
+        async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
+            return await pipeline.encoder.run(work, prompt_encoder.prompt_size(prompt))
+
+    async def detokenize(self, token_ids: Sequence[int], timeout_seconds: float | None = None) -> str:
+        """Return the text of tokens, special tokens included.
+
+        Raises:
+            RequestError: the model has no such token, or takes no requests now.
+        """
+        pipeline = self._admit(request_record.current(), [])
+        async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
+            return await pipeline.encoder.run(lambda prompts: prompts.detokenize(token_ids), len(token_ids))
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """Return the tokenizer's class, special tokens and chat template; None for what it does not have.
+
+        Raises:
+            RequestError: the model takes no requests now.
+        """
+        tokenizer = self._admit(request_record.current(), []).prompts.tokenizer
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "bos_token": tokenizer.bos_token,
+            "eos_token": tokenizer.eos_token,
+            "pad_token": tokenizer.pad_token,
+            "unk_token": tokenizer.unk_token,
+            "chat_template": tokenizer.chat_template,
+        }
+
+    def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> _Pipeline:
+        """Return the parts that answer a request, unless it is rejected whatever its prompts are."""
+        if self.is_shutting_down:
+            raise Draining(_SHUTTING_DOWN)
+        if self._pipeline is None:
+            raise self._not_ready("")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
+        for prompt in prompts:
+            if isinstance(prompt, Chat):
+                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(prompt))
+        return self._pipeline
 
     async def _wait_for_load(self, num_sequences: int, deadline: float) -> None:
         """Hold a request until the model is loaded."""
@@ -397,16 +457,18 @@ class LLMService:
             f"Model {self.models.default} is not ready: {reason}. Retry later.", self.retry_after_seconds
         )
 
-    async def _encode(
-        self, pipeline: _Pipeline, requests: Sequence[GenerationRequest], deadline: float
-    ) -> list[EncodedRequest]:
-        """Encode the prompts; their sequences have a place in the engine from now on."""
-        num_sequences = sum(request.n for request in requests)
+    def _deadline(self, timeout_seconds: float | None) -> float:
+        limit = self._settings.request_timeout_seconds
+        return time.monotonic() + min(limit, timeout_seconds or limit)
+
+    @asynccontextmanager
+    async def _encoding(self, pipeline: _Pipeline, num_sequences: int, deadline: float) -> AsyncIterator[None]:
+        """Hold the places of sequences in the engine while their prompts are encoded, until the deadline."""
         pipeline.engine.require_capacity(num_sequences, self._num_encoding)
         self._num_encoding += num_sequences
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                return await pipeline.encoder.encode(requests)
+                yield
         except TimeoutError:
             raise DeadlineExceeded(
                 "Request timed out before its prompt was encoded. Shorten the prompt or raise the timeout."

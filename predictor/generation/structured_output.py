@@ -6,6 +6,7 @@ complete.
 """
 
 import json
+import re
 import threading
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from llguidance.hf import from_tokenizer
 from predictor.engine.grammar import Grammar, summary
 from predictor.errors import InvalidRequest
 from predictor.generation.control_tokens import BREAK, ControlTokens
+from predictor.generation.message_grammar import MessageGrammar
 from predictor.types import GrammarKind, StructuredOutput
 
 MAX_GRAMMAR_BYTES = 131_072
@@ -45,6 +47,9 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._vocabulary_tokens = max(vocabulary_tokens, len(tokenizer))
         self._eos_token_ids = sorted(eos_token_ids)
+        self._special_token_ids = {
+            token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
         self._lock = threading.Lock()
         self._llguidance_tokenizer: LLTokenizer | None = None
         self._compile = lru_cache(CACHED_GRAMMARS)(self._compile_uncached)
@@ -55,19 +60,35 @@ class GrammarCompiler:
         Raises:
             InvalidRequest: it is invalid, too large, or uses a keyword that is not supported.
         """
-        size_bytes = len(constraint.value.encode())
-        if size_bytes > MAX_GRAMMAR_BYTES:
-            raise InvalidRequest(
-                f"The {constraint.kind} has {size_bytes} bytes. The maximum is {MAX_GRAMMAR_BYTES}; simplify it."
-            )
-        return self._compile(constraint)
+        return self._compile(constraint.kind, _to_grammar(constraint.kind, constraint))
 
-    def _compile_uncached(self, constraint: StructuredOutput) -> Grammar:
+    def compile_message(self, message: MessageGrammar) -> Grammar:
+        """Compile the grammar of an assistant's message, in the same way."""
+        parts = dict(message.constraints())
+        subgrammars = [
+            {**_subgrammar(_to_grammar(name, part)), "name": f"part{index}"}
+            for index, (name, part) in enumerate(parts.items())
+        ]
+        grammar = {"grammars": [{"lark_grammar": message.to_lark(self._to_symbols)}, *subgrammars]}
+        try:
+            return self._compile("message", json.dumps(grammar))
+        except InvalidRequest:
+            # llguidance's message does not name the part.
+            for name, part in parts.items():
+                self._compile(name, _to_grammar(name, part))
+            raise
+
+    def _to_symbols(self, text: str) -> str:
+        """Return a text in Lark's notation, special tokens as tokens."""
+        ids = self._special_token_ids
+        parts = re.split(f"({'|'.join(map(re.escape, sorted(ids, key=len, reverse=True)))})", text) if ids else [text]
+        return " ".join(f"<[{ids[part]}]>" if part in ids else json.dumps(part) for part in parts if part)
+
+    def _compile_uncached(self, name: str, grammar: str) -> Grammar:
         tokenizer = self._get_tokenizer()
-        grammar = _to_grammar(constraint)
         is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=_LIMITS)
         if is_error:
-            raise InvalidRequest(f"The {constraint.kind} is not supported: {summary(messages[0])}.")
+            raise InvalidRequest(f"The {name} is not supported: {summary(messages[0])}.")
         return Grammar(LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0), self._vocabulary_tokens)
 
     def _get_tokenizer(self) -> LLTokenizer:
@@ -119,8 +140,15 @@ class _TextTokenizer:
         return [token_id for part in parts for token_id in self._tokenizer.tokenize_str(part)]
 
 
-def _to_grammar(constraint: StructuredOutput) -> str:
-    """Return a constraint in llguidance's own notation."""
+def _to_grammar(name: str, constraint: StructuredOutput) -> str:
+    """Return a constraint in llguidance's own notation; `name` is for messages.
+
+    Raises:
+        InvalidRequest: it is too large or not JSON.
+    """
+    size_bytes = len(constraint.value.encode())
+    if size_bytes > MAX_GRAMMAR_BYTES:
+        raise InvalidRequest(f"The {name} has {size_bytes} bytes. The maximum is {MAX_GRAMMAR_BYTES}; simplify it.")
     match constraint.kind:
         case GrammarKind.JSON_SCHEMA:
             try:
@@ -130,7 +158,7 @@ def _to_grammar(constraint: StructuredOutput) -> str:
                     overrides={"whitespace_pattern": _WHITESPACE, "lenient": False, "coerce_one_of": False},
                 )
             except ValueError as error:
-                raise InvalidRequest(f"The {constraint.kind} is not a JSON object: {error}.") from error
+                raise InvalidRequest(f"The {name} is not a JSON object: {error}.") from error
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.value)
         case GrammarKind.CHOICE:
@@ -138,3 +166,11 @@ def _to_grammar(constraint: StructuredOutput) -> str:
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
         case GrammarKind.GRAMMAR:
             return LLMatcher.grammar_from_lark(constraint.value)
+
+
+def _subgrammar(grammar: str) -> dict[str, Any]:
+    """Return a grammar of `_to_grammar` as a part of another one."""
+    if not grammar.startswith('{"grammars":'):
+        return {"lark_grammar": grammar}
+    [subgrammar] = json.loads(grammar)["grammars"]
+    return dict(subgrammar)

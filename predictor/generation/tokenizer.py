@@ -4,13 +4,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 
-class ResponseParser(Protocol):
-    """Incremental parser of an assistant's message; its events are those of transformers' `ResponseParser`."""
-
-    def feed(self, text: str) -> list[dict[str, Any]]: ...  # noqa: D102
-    def finalize(self) -> tuple[dict[str, Any], list[dict[str, Any]]]: ...  # noqa: D102
-
-
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
@@ -20,14 +13,29 @@ class Tokenizer(Protocol):
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str: ...  # noqa: D102
 
 
+class PromptTokenizer(Tokenizer, Protocol):
+    """The same, with the vocabulary."""
+
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    chat_template: Any
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...  # noqa: D102
+
+
 class ChatTokenizer(Protocol):
     """Chats to text."""
 
     chat_template: Any
 
     def get_response_parser(  # noqa: D102
-        self, response_template: dict[str, Any], *, prefix: str, tools: list[Any] | None
-    ) -> ResponseParser: ...
+        self, response_template: dict[str, Any], *, prefix: str
+    ) -> object: ...
+    def parse_response(  # noqa: D102
+        self, response: str, schema: dict[str, Any], *, prefix: str, tools: list[Any]
+    ) -> dict[str, Any]: ...
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]: ...  # noqa: D102
     def get_chat_template(self, chat_template: str | None = None, tools: list[Any] | None = None) -> str: ...  # noqa: D102

@@ -102,6 +102,21 @@ HARMLESS_PARAMETERS = HARMLESS | frozenset(
 )
 """Next to the sampling fields."""
 
+HARMLESS_ITEM = HARMLESS | {
+    "async",
+    "caller",
+    "encrypted_content",
+    "logprobs",
+    "parsed",
+    "parsed_arguments",
+    "phase",
+    "status",
+}
+"""In items of OpenAI's Responses API and their parts."""
+
+HARMLESS_RESPONSE = HARMLESS_PARAMETERS | {"access_programs", "background_options", "image", "stream_options"}
+"""In OpenAI's Responses API, next to the sampling fields."""
+
 REFUSED_PARAMETERS: Refusals = {
     # Other names of supported fields
     "max_new_tokens": _refuse("not supported. Use max_tokens"),
@@ -171,8 +186,6 @@ REFUSED_CHAT: Refusals = {
     "chat_template": _refuse("the model's own chat template is used"),
     "documents": _refuse("not supported. Put them into a message or chat_template_kwargs"),
     "echo": _refuse("not supported. Use /v1/completions", False),
-    "function_call": _refuse("deprecated and not supported. Use tool_choice", "none", "auto"),
-    "functions": _refuse("deprecated and not supported. Use tools"),
     "mm_processor_kwargs": _refuse("only text is supported"),
     "modalities": _refuse(_ONLY_TEXT, ["text"]),
     "moderation": _refuse("moderation is not supported"),
@@ -195,7 +208,24 @@ REFUSED_BLOCK: Refusals = {"citations": _refuse("not supported. Omit it")}
 
 REFUSED_MESSAGE: Refusals = {
     "audio": _refuse("only text is supported"),
-    "function_call": _refuse("deprecated and not supported. Use tool_calls"),
     "images": _refuse("only text is supported"),
 }
 """In OpenAI's messages."""
+
+_NOT_STORED = "responses are not stored. Send the previous items as input"
+
+REFUSED_RESPONSE: Refusals = {
+    "background": _refuse("not supported. Wait for the response, or stream it", False),
+    "context_management": _refuse("input is not compacted. Send less of it"),
+    "conversation": _refuse(_NOT_STORED),
+    "functions": _refuse("not supported. Use tools"),
+    "max_completion_tokens": _refuse("not supported. Use max_output_tokens"),
+    "messages": _refuse("not supported. Use input"),
+    "moderation": _refuse("moderation is not supported"),
+    "n": _refuse("one response is generated. Send several requests", 1),
+    "previous_response_id": _refuse(_NOT_STORED),
+    "prompt": _refuse("prompts are not stored. Send the text as instructions and input"),
+    "reasoning_effort": _refuse("not supported. Use reasoning.effort"),
+    "truncation": _refuse("input is not truncated. Send less of it, or disabled", "disabled"),
+}
+"""In OpenAI's Responses API."""

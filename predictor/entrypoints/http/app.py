@@ -9,7 +9,16 @@ from starlette.middleware.cors import CORSMiddleware
 
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http import error_responses, middleware, openapi
-from predictor.entrypoints.http.routes import admin, anthropic, health, kserve_v1, open_inference, openai
+from predictor.entrypoints.http.routes import (
+    admin,
+    anthropic,
+    health,
+    kserve_v1,
+    open_inference,
+    openai,
+    openai_responses,
+    tokenization,
+)
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
 from predictor.observability.request_record import IGNORED_FIELDS_HEADER
@@ -65,7 +74,9 @@ def create_app(
         open_inference.create_router(service, predictor),
         kserve_v1.create_router(service),
         openai.create_router(service),
+        openai_responses.create_router(service),
         anthropic.create_router(service),
+        tokenization.create_router(service),
         admin.create_router(predictor) if settings.enable_admin_routes else admin.create_disabled_router(),
     )
     document = openapi.document(SERVER, [route for router in routers for route in router.routes])

@@ -24,8 +24,8 @@ from predictor.observability import request_record
 from predictor.protocols.anthropic import responses as anthropic
 from predictor.protocols.openai import responses as openai
 
-_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)")
-"""All of /v1 except its models, which KServe v1 shares."""
+_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)|/((de)?tokenize|tokenizer_info)$")
+"""All of /v1 except its models, which KServe v1 shares, and vLLM's tokenization."""
 _ANTHROPIC = re.compile(r"/v1/messages(/|$)")
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 
@@ -82,7 +82,7 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
         return respond(
             NotFound(
                 f"Route not found: {operation}. Use /v2/models/NAME/infer, /v2/models/NAME/generate, "
-                "/v1/chat/completions, /v1/completions, /v1/messages or /v1/models/NAME:predict."
+                "/v1/chat/completions, /v1/responses, /v1/completions, /v1/messages or /v1/models/NAME:predict."
             ),
             path,
         )

@@ -114,7 +114,7 @@ def _openai_response(name: str, output: dict[str, Schema]) -> Schema:
         "index": _INTEGER,
         **output,
         "logprobs": _or_null({"type": "object"}),
-        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls"]},
+        "finish_reason": {"type": "string", "enum": ["stop", "length", "tool_calls", "function_call"]},
     }
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), _INTEGER)
     details = _object({"reasoning_tokens": _INTEGER})
@@ -134,17 +134,65 @@ _TOOL_CALL = _object({"id": _STRING, "type": {"const": "function"}, "function": 
 _MESSAGE = _object(
     {"role": {"const": "assistant"}, "content": _or_null(_STRING), "refusal": {"type": "null"}},
     tool_calls=_list(_TOOL_CALL),
+    function_call=_FUNCTION_CALL,
     reasoning_content=_STRING,
     reasoning=_STRING,
 )
 CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
 
+_PARTS = _list(_object({"type": {"enum": ["output_text", "reasoning_text"]}, "text": _STRING}))
+_OUTPUT_ITEM = _object(
+    {
+        "type": {"enum": ["reasoning", "message", "function_call"]},
+        "id": _STRING,
+        "status": {"enum": ["completed", "incomplete"]},
+    },
+    role={"const": "assistant"},
+    content=_PARTS,
+    summary=_list({}),
+    call_id=_STRING,
+    name=_STRING,
+    arguments=_STRING,
+)
+RESPONSE = _object(
+    {
+        "id": _STRING,
+        "object": {"const": "response"},
+        "created_at": _INTEGER,
+        "model": _STRING,
+        "status": {"enum": ["completed", "incomplete"]},
+        "output": _list(_OUTPUT_ITEM),
+        "incomplete_details": _or_null(_object({"reason": {"const": "max_output_tokens"}})),
+        "error": {"type": "null"},
+        "usage": _object(
+            dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _INTEGER),
+            input_tokens_details=_object(dict.fromkeys(("cached_tokens", "cache_write_tokens"), _INTEGER)),
+            output_tokens_details=_object({"reasoning_tokens": _INTEGER}),
+        ),
+        "store": {"const": False},
+    }
+)
 _COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
 MESSAGE = _object(
     {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}
     | {"content": _list(_object({"type": {"type": "string", "enum": ["text", "thinking", "tool_use"]}}))}
     | {"stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}}
     | {"stop_sequence": _or_null(_STRING), "usage": _object(_COUNTS)}
+)
+
+TOKENS = _object(
+    {
+        "count": _INTEGER,
+        "max_model_len": _INTEGER,
+        "tokens": _list(_INTEGER),
+        "token_strs": _or_null(_STRINGS),
+    }
+)
+TEXT = _object({"prompt": _STRING})
+TOKENIZER = _object(
+    {"tokenizer_class": _STRING}
+    | dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), _or_null(_STRING))
+    | {"chat_template": {}}
 )
 
 PREDICTIONS = _object({"predictions": _STRINGS})

@@ -77,6 +77,7 @@ def _chat(content: CountTokensRequest) -> Chat:
     return Chat(
         tuple(_messages(content)),
         _tools(content),
+        strict_tools=frozenset(tool.name for tool in content.tools if tool.strict),
         variables=content.chat_template_kwargs,
         requires_tool_call=content.tool_choice.type in ("any", "tool"),
         parallel_tool_calls=not content.tool_choice.disable_parallel_tool_use,
@@ -101,7 +102,6 @@ def _tools(content: CountTokensRequest) -> tuple[dict[str, Any], ...]:
                 "name": tool.name,
                 **({} if tool.description is None else {"description": tool.description}),
                 "parameters": tool.input_schema,
-                **({"strict": True} if tool.strict else {}),
             },
         }
         for tool in content.tools

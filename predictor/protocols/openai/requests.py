@@ -2,21 +2,22 @@
 
 import time
 import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
-from predictor.protocols.json_object import remove_extra_fields
-from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest
+from predictor.protocols.json_object import JSONObject, remove_extra_fields
+from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest, Message
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
 COMPLETION_SCHEMA = json_schema(CompletionRequest)
 CHAT_COMPLETION_SCHEMA = json_schema(ChatCompletionRequest)
 
-RequestT = TypeVar("RequestT", bound=BaseRequest)
+RequestT = TypeVar("RequestT", bound=JSONObject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,10 @@ class DecodedRequest:
     include_usage: bool
     """Whether a stream reports its usage; whole responses always do."""
     include_service_tier: bool
+    has_tools: bool
+    """Whether the assistant may call tools."""
+    uses_functions: bool
+    """Whether calls are reported in the deprecated `function_call`."""
 
 
 def decode_completion(body: bytes) -> DecodedRequest:
@@ -52,7 +57,7 @@ def decode_completion(body: bytes) -> DecodedRequest:
     Raises:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
-    content = _validate(CompletionRequest, body)
+    content = validate_body(CompletionRequest, body)
     sampling = _sampling_params(content, content.logprobs)
     if content.echo and content.logprobs is not None:
         sampling = replace(sampling, prompt_logprobs=max(content.logprobs, content.prompt_logprobs or 0))
@@ -68,7 +73,7 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
     Raises:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
-    content = _validate(ChatCompletionRequest, body)
+    content = validate_body(ChatCompletionRequest, body)
     limits = {content.max_tokens, content.max_completion_tokens} - {None}
     if len(limits) > 1:
         raise _invalid("max_tokens", "differs from max_completion_tokens, which replaces it. Omit it")
@@ -76,22 +81,27 @@ def decode_chat_completion(body: bytes) -> DecodedRequest:
         raise _invalid("top_logprobs", "needs logprobs to be true")
     logprobs = (content.top_logprobs or 0) if content.logprobs else None
     sampling = replace(_sampling_params(content, logprobs), max_tokens=next(iter(limits), None))
-    messages = tuple(message.to_template_message() for message in content.messages)
-    tools = () if content.tool_choice == "none" else content.tools
+    request = GenerationRequest(to_chat(content), sampling, content.num_candidates(content.n), parse_output=True)
+    return _decoded(content, [request], logprobs)
+
+
+def to_chat(content: ChatCompletionRequest) -> Chat:
+    """Return the chat of a request.
+
+    Raises:
+        InvalidRequest: fields contradict each other.
+    """
     continues = content.continue_final_message or content.messages[-1].prefix
     if continues and "add_generation_prompt" in content.model_fields_set and content.add_generation_prompt:
         raise _invalid("add_generation_prompt", "begins a new message. Omit it, or continue_final_message and prefix")
-    chat = Chat(
-        messages,
-        tuple(tool.model_dump(exclude_unset=True) for tool in tools),
+    return Chat(
+        tuple(_template_messages(content.messages)),
         variables=content.chat_template_kwargs,
-        parallel_tool_calls=content.parallel_tool_calls,
         reasoning_effort=content.reasoning_effort or None,
         continue_final_message=continues,
         add_generation_prompt=content.add_generation_prompt,
+        **content.chat_fields(),
     )
-    request = GenerationRequest(chat, sampling, content.num_candidates(content.n), parse_output=True)
-    return _decoded(content, [request], logprobs)
 
 
 def _sampling_params(content: BaseRequest, logprobs: int | None) -> SamplingParams:
@@ -102,7 +112,26 @@ def _sampling_params(content: BaseRequest, logprobs: int | None) -> SamplingPara
     return replace(content.to_sampling_params(logprobs, content.n), prompt_logprobs=content.prompt_logprobs)
 
 
-def _validate(model: type[RequestT], body: bytes) -> RequestT:
+def _template_messages(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
+    """Yield the messages for the chat template; deprecated function calls become tool calls."""
+    call_id = ""
+    for index, message in enumerate(messages):
+        fields = message.to_template_message()
+        if message.function_call is not None:
+            call_id = f"call{index:05}"
+            call = {"id": call_id, "type": "function", "function": message.function_call.model_dump()}
+            fields["tool_calls"] = [call]
+        elif message.role == "function":
+            fields |= {"role": "tool", "tool_call_id": call_id}
+        yield fields
+
+
+def validate_body(model: type[RequestT], body: bytes) -> RequestT:
+    """Return a JSON body as an object of `model`, without the fields that it does not declare.
+
+    Raises:
+        InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
+    """
     try:
         content = model.model_validate_json(to_utf8(body))
     except ValidationError as error:
@@ -135,4 +164,6 @@ def _decoded(
         echo=echo,
         include_usage=content.stream_options is not None and content.stream_options.include_usage,
         include_service_tier=isinstance(content, ChatCompletionRequest) and content.service_tier is not None,
+        has_tools=any(isinstance(request.prompt, Chat) and request.prompt.tools for request in requests),
+        uses_functions=isinstance(content, ChatCompletionRequest) and bool(content.functions),
     )

@@ -40,7 +40,7 @@ def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[s
     """
     choices = []
     for index, completion in enumerate(best(completions, n=decoded.n, candidates=decoded.candidates)):
-        output = {"message": _message(completion)} if decoded.is_chat else {"text": completion.text}
+        output = {"message": _message(decoded, completion)} if decoded.is_chat else {"text": completion.text}
         choices.append(choice(decoded, completion, output, index=index))
         if decoded.prompt_logprobs is not None and not decoded.is_chat:
             choices[-1]["prompt_logprobs"] = _prompt_logprobs(completion.prompt, decoded.prompt_logprobs)
@@ -57,15 +57,19 @@ def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[s
     }
 
 
-def _message(completion: Completion) -> dict[str, Any]:
+def _message(decoded: DecodedRequest, completion: Completion) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
     if completion.reasoning:
         message |= reasoning_fields(completion.reasoning)
-    if completion.tool_calls:
+    calls = [{"name": call.name, "arguments": call.arguments} for call in completion.tool_calls]
+    if calls:
         message["content"] = completion.text or None
+    if calls and decoded.uses_functions:
+        message["function_call"] = calls[0]
+    elif calls:
         message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in completion.tool_calls
+            {"id": call.id, "type": "function", "function": function}
+            for call, function in zip(completion.tool_calls, calls, strict=True)
         ]
     return message
 
@@ -132,8 +136,14 @@ def choice(
         "index": index,
         **output,
         "logprobs": logprobs,
-        "finish_reason": _FINISH_REASONS[completion.finish_reason],
+        "finish_reason": finish_reason(decoded, completion),
     }
+
+
+def finish_reason(decoded: DecodedRequest, completion: Completion | CompletionDelta) -> str | None:
+    """Return the finish reason in OpenAI's words; None while a stream goes on."""
+    reason = _FINISH_REASONS[completion.finish_reason]
+    return "function_call" if reason == "tool_calls" and decoded.uses_functions else reason
 
 
 def reported_tokens(decoded: DecodedRequest, completion: Completion | CompletionDelta) -> list[Token]:

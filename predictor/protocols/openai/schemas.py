@@ -20,6 +20,8 @@ from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_MESSAGE
 from predictor.protocols.json_body import loads
 from predictor.protocols.json_object import JSONObject
+from predictor.protocols.openai.tool_fields import ToolFields
+from predictor.protocols.openai.validators import reject
 from predictor.protocols.sampling_fields import (
     MAX_COMPLETIONS,
     MAX_LOGPROBS,
@@ -34,19 +36,8 @@ DEFAULT_MAX_TOKENS = 16
 """OpenAI's default of max_tokens for completions; for chats it is the model's."""
 
 
-def _reject(reason: str, *accepted: object) -> BeforeValidator:
-    """Return a validator of an unsupported field that allows the accepted values only."""
-
-    def check(value: object) -> object:
-        if value not in accepted:
-            raise PydanticCustomError("unsupported", reason)
-        return value
-
-    return BeforeValidator(check)
-
-
 class _TextPart(JSONObject):
-    type: Annotated[Literal["text"], _reject("only text parts are supported, not images, audio or files", "text")]
+    type: Annotated[Literal["text"], reject("only text parts are supported, not images, audio or files", "text")]
     text: str
 
 
@@ -64,7 +55,7 @@ def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def _parse_arguments(arguments: object) -> object:
+def parse_arguments(arguments: object) -> object:
     """Return the arguments of a call as an object, which chat templates need.
 
     Models generate calls without arguments, or cut off by max_tokens; clients then send these with every request.
@@ -77,27 +68,33 @@ def _parse_arguments(arguments: object) -> object:
 
 class _FunctionCall(JSONObject):
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(_parse_arguments, str | dict[str, Any])] = Field(
+    arguments: Annotated[dict[str, Any], BeforeValidator(parse_arguments, str | dict[str, Any])] = Field(
         default={}, description="An object, also as JSON in a string; anything else is read as {}."
     )
 
 
 class _ToolCall(JSONObject):
     id: str
-    type: Annotated[Literal["function"], _reject("only function calls are supported", "function")]
+    type: Annotated[Literal["function"], reject("only function calls are supported", "function")]
     function: _FunctionCall
 
 
-class _Message(JSONObject):
+class Message(JSONObject):
+    """A message of a chat."""
+
     refused = REFUSED_MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    """`function` is deprecated: `tool`."""
     content: Annotated[list[_Part], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])] = []
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
+    function_call: _FunctionCall | None = Field(default=None, description="Deprecated: tool_calls.")
     reasoning_content: str | None = None
     """Not in the API; read by chat templates of reasoning models."""
+    reasoning: str | None = None
+    """Another name of `reasoning_content`."""
     prefix: bool = False
     """Not in OpenAI's API: continue this message, the last one, as `continue_final_message` does."""
 
@@ -105,29 +102,26 @@ class _Message(JSONObject):
     def _check_role(self) -> Self:
         assistant = self.role == "assistant"
         # Clients send back answers without text: of assistants that call tools or answer nothing, and of tools.
-        if self.role not in ("assistant", "tool") and "content" not in self.model_fields_set:
+        if self.role not in ("assistant", "tool", "function") and "content" not in self.model_fields_set:
             raise PydanticCustomError("content", "content is required")
-        if not assistant and (self.tool_calls or self.reasoning_content):
-            raise PydanticCustomError("role", "tool_calls and reasoning_content are allowed for role assistant only")
+        if not assistant and (self.tool_calls or self.function_call or self.reasoning_content or self.reasoning):
+            raise PydanticCustomError(
+                "role", "tool_calls, function_call, reasoning_content and reasoning are allowed for role assistant only"
+            )
         if (self.role == "tool") is (self.tool_call_id is None):
             raise PydanticCustomError("role", "tool_call_id is required for role tool, and allowed for no other")
+        if self.role == "function" and not self.name:
+            raise PydanticCustomError("role", "name is required for role function")
         return self
 
     def to_template_message(self) -> dict[str, Any]:
         """Return the message for the chat template, its text parts concatenated."""
-        fields = self.model_dump(exclude_unset=True, exclude={"prefix"})
-        return {**fields, "content": "".join(part.text for part in self.content)}
-
-
-class _FunctionDefinition(JSONObject):
-    name: Annotated[str, Field(min_length=1)]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-
-
-class _Tool(JSONObject):
-    type: Annotated[Literal["function"], _reject("only function tools are supported", "function")]
-    function: _FunctionDefinition
+        fields = self.model_dump(exclude_unset=True, exclude={"prefix", "function_call", "reasoning"})
+        fields["content"] = "".join(part.text for part in self.content)
+        # Chat templates read the one or the other.
+        if reasoning := self.reasoning_content or self.reasoning:
+            fields |= {"reasoning_content": reasoning, "reasoning": reasoning}
+        return fields
 
 
 class _StreamOptions(JSONObject):
@@ -173,21 +167,15 @@ class CompletionRequest(BaseRequest):
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
 
 
-_TOOL_CHOICE = "expected none or auto. Tool calls cannot be required: they are returned as text"
-
-
-class ChatCompletionRequest(BaseRequest):
+class ChatCompletionRequest(BaseRequest, ToolFields):
     """Body of `POST /v1/chat/completions`."""
 
     refused = {**BaseRequest.refused, **REFUSED_CHAT}
 
-    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = Field(default=None, description=MAX_TOKENS)
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    tools: Annotated[list[_Tool], Field(fail_fast=True)] = []
-    tool_choice: Annotated[Literal["none", "auto"], _reject(_TOOL_CHOICE, "none", "auto")] = "auto"
-    parallel_tool_calls: bool = True
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""

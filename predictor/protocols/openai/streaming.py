@@ -2,6 +2,8 @@
 
 import json
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from predictor.errors import RequestError
@@ -9,6 +11,7 @@ from predictor.protocols.openai.requests import DecodedRequest
 from predictor.protocols.openai.responses import (
     choice,
     encode_error,
+    finish_reason,
     reasoning_fields,
     reported_tokens,
     response_head,
@@ -33,11 +36,13 @@ class EventEncoder:
         """Return the events before generation: the role in each choice of a chat."""
         if not self._decoded.is_chat:
             return []
-        role = {"delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        # A client that gets "" adds an empty text to the calls that follow.
+        content = None if self._decoded.has_tools else ""
+        role = {"delta": {"role": "assistant", "content": content}, "logprobs": None, "finish_reason": None}
         return [self._chunk([{"index": index, **role}]) for index in range(self._decoded.n)]
 
     def delta(self, delta: CompletionDelta) -> list[str]:
-        """Return the event of a delta, if it has content, tokens to report or a finish reason."""
+        """Return the events of a delta, if it has content, tokens to report or a finish reason."""
         if self._has_ended:
             return []
         self._prompt_tokens[delta.index // self._decoded.n] = delta.prompt_tokens
@@ -46,20 +51,25 @@ class EventEncoder:
         tokens = reported_tokens(self._decoded, delta) if self._decoded.logprobs is not None else []
         if not (delta.deltas or tokens or delta.finish_reason):
             return []
+        if self._decoded.is_chat:
+            return [self._chunk([item]) for item in self._chat_choices(delta, has_tokens=bool(tokens))]
         text_offset = self._text_offsets[delta.index]
         self._text_offsets[delta.index] = text_offsets(tokens, delta.text, text_offset)[-1]
-        if self._decoded.is_chat:
-            # One delta in each chunk: some clients read one field of a chunk only.
-            *earlier, message = [*map(_chat_delta, delta.deltas)] or [{}]
-            if tokens and not earlier:
-                message.setdefault("content", "")
-            unfinished = {"index": delta.index, "logprobs": None, "finish_reason": None}
-            chunks = [self._chunk([{**unfinished, "delta": item}]) for item in earlier]
-            output: dict[str, Any] = {"delta": message}
-        else:
-            chunks, output = [], {"text": delta.text}
-        last = choice(self._decoded, delta, output, index=delta.index, text_offset=text_offset)
-        return [*chunks, self._chunk([last])]
+        output = {"text": delta.text}
+        return [self._chunk([choice(self._decoded, delta, output, index=delta.index, text_offset=text_offset)])]
+
+    def _chat_choices(self, delta: CompletionDelta, *, has_tokens: bool) -> Iterator[dict[str, Any]]:
+        """Yield the choices of one chunk each: some clients read only one field of a chunk, or the finish reason."""
+        messages = [_chat_delta(item, functions=self._decoded.uses_functions) for item in delta.deltas]
+        if has_tokens and not messages:
+            messages = [{"content": ""}]
+        unfinished = {"index": delta.index, "logprobs": None, "finish_reason": None}
+        for message in messages[:-1]:
+            yield {**unfinished, "delta": message}
+        for message in messages[-1:]:
+            yield choice(self._decoded, replace(delta, finish_reason=None), {"delta": message}, index=delta.index)
+        if delta.finish_reason is not None:
+            yield {**unfinished, "delta": {}, "finish_reason": finish_reason(self._decoded, delta)}
 
     def end(self) -> list[str]:
         """Return the usage, if requested, and the end marker."""
@@ -81,18 +91,19 @@ class EventEncoder:
         return _event({**chunk, "usage": total} if self._decoded.include_usage else chunk)
 
 
-def _chat_delta(delta: OutputDelta) -> dict[str, Any]:
-    """Return the `delta` of a chat's choice."""
+def _chat_delta(delta: OutputDelta, *, functions: bool) -> dict[str, Any]:
+    """Return the `delta` of a chat's choice; calls are those of deprecated `functions` or of tools."""
     match delta:
         case TextDelta(text):
             return {"content": text}
         case ReasoningDelta(text):
             return reasoning_fields(text)
         case ToolCallDelta(index, arguments, id_, name):
-            call: dict[str, Any] = {"index": index, "function": {"arguments": arguments}}
-            if id_ is not None:
-                call |= {"id": id_, "type": "function", "function": {"name": name, "arguments": arguments}}
-            return {"tool_calls": [call]}
+            function = {"arguments": arguments} if id_ is None else {"name": name, "arguments": arguments}
+            if functions:
+                return {"function_call": function}
+            head = {} if id_ is None else {"id": id_, "type": "function"}
+            return {"tool_calls": [{"index": index, **head, "function": function}]}
 
 
 def _event(content: dict[str, Any]) -> str:

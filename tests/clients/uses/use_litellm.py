@@ -55,6 +55,11 @@ def test_tool_call_stream(options: dict[str, Any]) -> None:
     assert choice.finish_reason == "tool_calls"
 
 
+def test_tool_choice_required(options: dict[str, Any]) -> None:
+    completion = litellm.completion(messages=ASK, tools=[TOOL], tool_choice="required", **options)
+    assert completion.choices[0].message.tool_calls[0].function.name == "calculator"
+
+
 def test_response_format(options: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": JSON_QUESTION}]
     content = litellm.completion(messages=messages, response_format=Sum, **options).choices[0].message.content
@@ -67,3 +72,18 @@ def test_reasoning_effort(options: dict[str, Any], effort: str) -> None:
         messages=ASK, reasoning_effort=effort, allowed_openai_params=["reasoning_effort"], **options
     )
     assert completion.choices[0].message.content == WORKING
+
+
+def test_responses(base_url: str) -> None:
+    response = litellm.responses(
+        model=f"openai/{MODEL}", input=QUESTION, api_base=base_url, api_key="none", temperature=0
+    )
+    assert response.output[0].content[0].text == WORKING
+
+
+def test_anthropic_provider(server_url: str) -> None:
+    completion = litellm.completion(
+        model=f"anthropic/{MODEL}", messages=ASK, tools=[TOOL], api_base=server_url, api_key="none", temperature=0
+    )
+    [call] = completion.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments) == {"expression": EXPRESSION}

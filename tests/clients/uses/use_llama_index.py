@@ -54,6 +54,11 @@ def test_agent_uses_the_tool(llm: OpenAILike) -> None:
     assert asyncio.run(run()) == REPORT
 
 
+def test_structured_output_by_tool(llm: OpenAILike) -> None:
+    """The demo model has learned no such tool: only the form of the answer is certain."""
+    assert isinstance(llm.as_structured_llm(Sum).chat([ChatMessage(role="user", content=JSON_QUESTION)]).raw, Sum)
+
+
 def test_structured_output_by_schema(base_url: str) -> None:
     llm = OpenAILike(
         model=MODEL,
@@ -66,3 +71,14 @@ def test_structured_output_by_schema(base_url: str) -> None:
     )
     response = llm.as_structured_llm(Sum).chat([ChatMessage(role="user", content=JSON_QUESTION)])
     assert response.raw == SUM
+
+
+def test_stream_chat_with_tools(llm: OpenAILike) -> None:
+    *_, last = llm.stream_chat_with_tools([calculator], user_msg=QUESTION)
+    [call] = llm.get_tool_calls_from_response(last)
+    assert call.tool_kwargs == {"expression": "17 + 25"}
+
+
+def test_required_tool(llm: OpenAILike) -> None:
+    response = llm.chat_with_tools([calculator], user_msg="Who are you?", tool_required=True)
+    assert llm.get_tool_calls_from_response(response)[0].tool_name == "calculator"

@@ -9,6 +9,7 @@ from agents import (
     Agent,
     ModelSettings,
     OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
     Runner,
     function_tool,
 )
@@ -18,7 +19,7 @@ from lessons import calculator as evaluate
 calculator = function_tool(evaluate, name_override="calculator")
 
 
-@pytest.fixture(params=[OpenAIChatCompletionsModel], ids=["chat-completions"])
+@pytest.fixture(params=[OpenAIChatCompletionsModel, OpenAIResponsesModel], ids=["chat-completions", "responses"])
 def model(base_url: str, request: pytest.FixtureRequest) -> Any:
     client = openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0)
     return request.param(model=MODEL, openai_client=client)
@@ -52,6 +53,12 @@ def test_tool_stream(model: Any) -> None:
     output, names = asyncio.run(run())
     assert output == REPORT
     assert {"tool_called", "tool_output", "message_output_created"} <= set(names)
+
+
+def test_required_tool(model: Any) -> None:
+    settings = ModelSettings(temperature=0, max_tokens=200, tool_choice="required", parallel_tool_calls=False)
+    result = Runner.run_sync(agent(model, tools=[calculator], model_settings=settings), QUESTION)
+    assert result.final_output == REPORT
 
 
 def test_output_type(model: Any) -> None:

@@ -1,5 +1,6 @@
 """OpenAI's SDK: completions, chat, tools, structured output."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -95,9 +96,47 @@ def test_tool_call_stream(client: openai.OpenAI) -> None:
     assert len({event.chunk.id for event in events if event.type == "chunk"}) == 1
 
 
+@pytest.mark.parametrize("choice", ["required", NAMED], ids=["required", "named"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_tool_choice_forces_a_call(client: openai.OpenAI, choice: Any, stream: bool) -> None:
+    options: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "Who are you?"}],
+        "tools": [TOOL],
+        "tool_choice": choice,
+        "max_tokens": 200,
+        "temperature": 0,
+    }
+    if stream:
+        with client.chat.completions.stream(model=MODEL, **options) as events:
+            completion = events.until_done().get_final_completion()
+    else:
+        completion = client.chat.completions.create(model=MODEL, **options)
+    call = completion.choices[0].message.tool_calls[0]
+    assert call.function.name == "calculator"
+    assert isinstance(json.loads(call.function.arguments)["expression"], str)
+
+
 def test_tool_choice_none_calls_no_tool(client: openai.OpenAI) -> None:
     message = chat(client, ASK, tools=[TOOL], tool_choice="none").message
     assert (message.content, message.tool_calls) == (WORKING, None)
+
+
+def test_strict_tool_has_arguments_of_its_schema(client: openai.OpenAI) -> None:
+    for seed in range(5):
+        choice = chat(client, ASK, tools=[STRICT_TOOL], tool_choice="required", temperature=2, seed=seed)
+        for call in choice.message.tool_calls:
+            arguments = json.loads(call.function.arguments)
+            assert list(arguments) == ["expression"]
+            assert isinstance(arguments["expression"], str)
+
+
+def test_deprecated_functions(client: openai.OpenAI) -> None:
+    choice = chat(client, ASK, functions=[FUNCTION])
+    assert choice.finish_reason == "function_call"
+    assert json.loads(choice.message.function_call.arguments) == {"expression": EXPRESSION}
+    result = {"role": "function", "name": "calculator", "content": "42"}
+    answer = chat(client, [*ASK, choice.message.model_dump(exclude_none=True), result], functions=[FUNCTION])
+    assert answer.message.content == REPORT
 
 
 def test_parse_returns_the_model(client: openai.OpenAI) -> None:
@@ -134,3 +173,37 @@ def test_json_object(client: openai.OpenAI) -> None:
 
 def test_reasoning_effort(client: openai.OpenAI) -> None:
     assert chat(client, ASK, reasoning_effort="low").message.content == WORKING
+
+
+def test_asynchronous_client(openai_url: str) -> None:
+    async def run() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=openai_url, api_key="none", max_retries=0) as client:
+            stream = await client.chat.completions.create(
+                model=MODEL, messages=ASK, tools=[TOOL], stream=True, stream_options={"include_usage": True}
+            )
+            return [chunk async for chunk in stream]
+
+    *chunks, last = asyncio.run(run())
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert calls[0].id
+    assert json.loads("".join(call.function.arguments for call in calls)) == {"expression": EXPRESSION}
+    assert last.usage.total_tokens > 0
+
+
+def test_tool_calls_with_log_probabilities(client: openai.OpenAI) -> None:
+    choice = chat(client, ASK, tools=[TOOL], logprobs=True, top_logprobs=2)
+    assert choice.message.tool_calls[0].function.name == "calculator"
+    assert choice.logprobs.content
+
+
+def test_n_structured_answers(client: openai.OpenAI) -> None:
+    completion = client.chat.completions.parse(
+        model=MODEL,
+        messages=[{"role": "user", "content": JSON_QUESTION}],
+        response_format=Sum,
+        n=3,
+        temperature=1.5,
+        seed=1,
+        max_tokens=300,
+    )
+    assert [isinstance(choice.message.parsed, Sum) for choice in completion.choices] == [True] * 3

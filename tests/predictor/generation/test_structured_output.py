@@ -16,9 +16,8 @@ from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
 from predictor.types import GrammarKind, StructuredOutput
 from tests.predictor import sentencepiece
+from tests.predictor.generation.random_text import EOS, MAX_TOKENS, random_text
 
-EOS = 2
-MAX_TOKENS = 400
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 9}, "age": {"type": "integer", "minimum": 0}},
@@ -40,17 +39,7 @@ def follow(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, constraint: StructuredOutput, seed: int
 ) -> str | None:
     """Return a random text that follows the constraint; None if it has not ended after `MAX_TOKENS`."""
-    process = compiler.compile(constraint).logits_processor()
-    generator = torch.Generator().manual_seed(seed)
-    output: list[int] = []
-    while len(output) < MAX_TOKENS:
-        logits = torch.randn(512, generator=generator)
-        process(logits, [], output)
-        token_id = int(logits.argmax())
-        if token_id == EOS:
-            return str(tokenizer.decode(output))
-        output.append(token_id)
-    return None
+    return random_text(compiler.compile(constraint), tokenizer, seed)
 
 
 @pytest.mark.parametrize("seed", range(5))

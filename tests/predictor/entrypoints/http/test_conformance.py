@@ -32,7 +32,8 @@ CHECKS = [
     response_schema_conformance,
 ]
 PATH_PARAMETERS = {"model_name": "demo", "model_version": "1", "MODEL_NAME": "demo", "MODEL_VERSION": "1"}
-LIMITS = {"max_tokens": 4, "max_completion_tokens": 4, "n": 2}
+MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+LIMITS = {**dict.fromkeys(MAX_TOKENS, 4), "n": 2}
 TENSOR = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["17+25="]}
 MESSAGE = {"role": "user", "content": "What is 17 + 25?"}
 VALID_BODIES: dict[str, dict[str, Any]] = {
@@ -40,10 +41,17 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/generate": {"text_input": "17+25=", "parameters": {"details": True}},
     "/generate_stream": {"text_input": "17+25=", "parameters": {"details": True}},
     "/chat/completions": {"model": "demo", "messages": [MESSAGE], "logprobs": True, "service_tier": "auto"},
+    "/messages/count_tokens": {"model": "demo", "messages": [MESSAGE]},
+    "/responses": {"model": "demo", "input": [MESSAGE], "top_logprobs": 1},
     "/completions": {"model": "demo", "prompt": "17+25=", "logprobs": 1},
+    "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},
+    "/tokenize": {"messages": [MESSAGE], "return_token_strs": True},
+    "/detokenize": {"tokens": [1, 60]},
     ":predict": {"instances": ["17+25=", [MESSAGE]]},
 }
 """Valid bodies, by the end of the path."""
+TOKEN_LIMITS = {"/completions": "max_tokens", "/messages": "max_tokens", "/responses": "max_output_tokens"}
+"""Ends of the paths whose bodies have sampling parameters next to the prompt: the field that limits tokens."""
 
 Call = Callable[[Case[Any]], requests.Response]
 
@@ -65,17 +73,20 @@ def shorten(body: Any, path: str) -> Any:
     """Set the served model and a small token limit; invalid values are kept."""
     if not isinstance(body, dict):
         return body
-    if "completions" not in path:
-        parameters = body.get("parameters", {})
-        return body | {"parameters": limit_tokens(parameters)} if isinstance(parameters, dict) else body
-    return limit_tokens(body) | ({"model": "demo"} if isinstance(body.get("model"), str) else {})
+    if isinstance(body.get("model"), str):
+        body = body | {"model": "demo"}
+    limits = [limit for end, limit in TOKEN_LIMITS.items() if path.endswith(end)]
+    if limits:
+        return limit_tokens(body, limits[0])
+    parameters = body.get("parameters", {})
+    return body | {"parameters": limit_tokens(parameters)} if isinstance(parameters, dict) else body
 
 
-def limit_tokens(fields: dict[str, Any]) -> dict[str, Any]:
+def limit_tokens(fields: dict[str, Any], default: str = "max_tokens") -> dict[str, Any]:
     present = {name: limit for name, limit in LIMITS.items() if type(fields.get(name)) is int}
     lowered = {name: limit for name, limit in present.items() if limit < fields[name] <= 100}
-    unlimited = fields.get("max_tokens") is None and fields.get("max_completion_tokens") is None
-    return fields | lowered | ({"max_tokens": LIMITS["max_tokens"]} if unlimited else {})
+    unlimited = all(fields.get(name) is None for name in MAX_TOKENS)
+    return fields | lowered | ({default: LIMITS[default]} if unlimited else {})
 
 
 def operations_of(document: dict[str, Any]) -> list[Any]:

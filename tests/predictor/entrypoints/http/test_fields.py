@@ -26,6 +26,8 @@ def protocol_requests(**parameters: Any) -> list[tuple[str, dict[str, Any]]]:
         ("/v1/completions", completion | {"stream": True}),
         ("/v1/chat/completions", chat),
         ("/v1/chat/completions", chat | {"stream": True}),
+        ("/v1/responses", {"model": "demo", "input": "1+1=", **parameters}),
+        ("/v1/responses", {"model": "demo", "input": "1+1=", "stream": True, **parameters}),
         ("/v1/models/demo:predict", {"instances": ["1+1="], "parameters": parameters}),
         (f"{MODEL}/infer", {"inputs": [TENSOR], "parameters": parameters}),
         (f"{MODEL}/generate", {"text_input": "1+1=", "parameters": parameters}),
@@ -47,7 +49,7 @@ def test_unknown_field_is_named_in_header_and_log_of_every_protocol(
     client: httpx.Client, server: InProcessServer
 ) -> None:
     for path, body in protocol_requests(max_tokens=2, max_token=8):
-        prefix = "" if path.startswith("/v1/c") else "parameters."
+        prefix = "parameters." if "parameters" in body else ""
         request_id = f"unknown-{path}-{'stream' in body}"
         response = client.post(path, json=body, headers={"x-request-id": request_id})
         assert response.status_code == 200, response.text

@@ -83,7 +83,7 @@ def test_instructions_between_messages_keep_their_place() -> None:
 
 
 ADD = {"type": "function", "function": {"name": "add", "description": "Add.", "parameters": {"type": "object"}}}
-SUB = {"type": "function", "function": {"name": "sub", "parameters": {}, "strict": True}}
+SUB = {"type": "function", "function": {"name": "sub", "parameters": {}}}
 
 
 @pytest.mark.parametrize(
@@ -100,6 +100,7 @@ def test_tool_choice_selects_tools(choice: Any, offered: tuple[Any, ...], requir
     sub = {"type": "custom", "name": "sub", "input_schema": {}, "strict": True}
     chat = chat_of(tools=[TOOL, sub], tool_choice=choice)
     assert (chat.tools, chat.requires_tool_call, chat.parallel_tool_calls) == (offered, required, True)
+    assert chat.strict_tools == {"sub"}
 
 
 def test_parallel_tool_use_can_be_disabled() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import openai as client_package
@@ -19,6 +20,7 @@ from predictor.types import (
     MIN_LOGPROB,
     CompletionDelta,
     FinishReason,
+    ToolCallDelta,
 )
 from tests.predictor.protocols.deltas import delta
 from tests.predictor.protocols.openai.helpers import (
@@ -81,8 +83,10 @@ def test_stream_of_a_chat_begins_with_the_role() -> None:
         (0, {"role": "assistant", "content": ""}, None),
         (1, {"role": "assistant", "content": ""}, None),
         (0, {"content": "Hé"}, None),
-        (1, {"content": "Ho\u2028"}, "length"),
-        (0, {"content": "llo"}, "stop"),
+        (1, {"content": "Ho\u2028"}, None),
+        (1, {}, "length"),
+        (0, {"content": "llo"}, None),
+        (0, {}, "stop"),
     ]
 
 
@@ -98,6 +102,53 @@ def test_stream_of_several_prompts_has_their_indices() -> None:
 def test_stream_end_without_text_has_an_empty_delta() -> None:
     last = streamed(chat(stream=True), [delta(0, "", 3, 1, FinishReason.EOS_TOKEN)])[-1]
     assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
+
+
+CALLS = CompletionDelta(
+    index=0,
+    deltas=(
+        ToolCallDelta(0, id="call_1", name="weather"),
+        ToolCallDelta(0, '{"city": '),
+        ToolCallDelta(0, '"Ulm"}'),
+        ToolCallDelta(1, id="call_2", name="now"),
+        ToolCallDelta(1, "{}"),
+    ),
+    prompt_tokens=3,
+    completion_tokens=9,
+    finish_reason=FinishReason.TOOL_CALLS,
+)
+TOOL = {"type": "function", "function": {"name": "weather"}}
+
+
+def test_stream_of_tool_calls_names_each_first_and_ends_with_an_empty_delta() -> None:
+    choices = [choice for chunk in streamed(chat(stream=True, tools=[TOOL]), [CALLS]) for choice in chunk["choices"]]
+    assert [choice["finish_reason"] for choice in choices] == [None] * 6 + ["tool_calls"]
+    assert [choice["delta"] for choice in choices] == [
+        {"role": "assistant", "content": None},
+        {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": _function("", "weather")}]},
+        {"tool_calls": [{"index": 0, "function": _function('{"city": ')}]},
+        {"tool_calls": [{"index": 0, "function": _function('"Ulm"}')}]},
+        {"tool_calls": [{"index": 1, "id": "call_2", "type": "function", "function": _function("", "now")}]},
+        {"tool_calls": [{"index": 1, "function": _function("{}")}]},
+        {},
+    ]
+
+
+def _function(arguments: str, name: str | None = None) -> Json:
+    return {"arguments": arguments} | ({} if name is None else {"name": name})
+
+
+def test_stream_of_deprecated_functions_has_their_call() -> None:
+    decoded = chat(stream=True, functions=[{"name": "weather"}])
+    added = replace(CALLS, deltas=CALLS.deltas[:3])
+    choices = [choice for chunk in streamed(decoded, [added]) for choice in chunk["choices"]]
+    assert [choice["delta"] for choice in choices[1:]] == [
+        {"function_call": _function("", "weather")},
+        {"function_call": _function('{"city": ')},
+        {"function_call": _function('"Ulm"}')},
+        {},
+    ]
+    assert choices[-1]["finish_reason"] == "function_call"
 
 
 @both_apis
@@ -141,8 +192,9 @@ def test_stream_any_text_makes_whole_events(text: str, tokens: list[str], logpro
     reported = tuple(token(text_, logprob, top=(token(text_, logprob),)) for text_ in tokens)
     added = delta(0, text, 1, len(tokens), FinishReason.LENGTH, reported)
     for decoded in (chat(stream=True, logprobs=True), completions(stream=True, logprobs=1)):
-        (choice,) = streamed(decoded, [added])[-1]["choices"]
-        assert (choice["delta"]["content"] if decoded.is_chat and (text or tokens) else choice.get("text", "")) == text
+        choices = [choice for chunk in streamed(decoded, [added]) for choice in chunk["choices"]]
+        assert "".join(choice.get("text") or choice.get("delta", {}).get("content") or "" for choice in choices) == text
+        assert choices[-1]["finish_reason"] == "length"
 
 
 def test_stream_is_read_by_the_openai_client() -> None:

@@ -1,0 +1,218 @@
+"""Grammar of an assistant's message: reasoning, then tool calls, structured output or text.
+
+Tool calls are in the model's own notation, with the names of the request's tools and arguments that follow their
+schemas. What a request leaves free stays free: text around the calls, and reasoning before them.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from predictor.errors import InvalidRequest
+from predictor.generation.call_envelope import CallEnvelope
+from predictor.generation.output_format import OutputFormat
+from predictor.types import Chat, GrammarKind, StructuredOutput
+
+Literal = Callable[[str], str]
+"""Writes a text as Lark's symbols, special tokens in it as such."""
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
+_NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
+
+_TEXT = "/(?s:.*)/"
+_LINE_FEEDS = r"/\n{0,2}/"
+
+
+class ReasoningState(Enum):
+    """Where the reasoning of a message is when the completion begins."""
+
+    ENDED = auto()
+    """There is none, or it ended in the prompt."""
+    POSSIBLE = auto()
+    """The completion may begin with it."""
+    OPEN = auto()
+    """The prompt has begun it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Marks of the reasoning, and where it is."""
+
+    open: str = ""
+    close: str = ""
+    state: ReasoningState = ReasoningState.ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCalls:
+    """The calls that a message may have."""
+
+    envelope: CallEnvelope
+    schemas: Mapping[str, Mapping[str, Any]]
+    """JSON schema of the arguments, by the name of the tool."""
+    required: bool
+    """Whether the message consists of calls."""
+    parallel: bool
+    """Whether there may be several."""
+
+
+@dataclass(frozen=True, slots=True)
+class MessageGrammar:
+    """What a message must follow; at least one of `calls` and `answer` is not None."""
+
+    reasoning: Reasoning = field(default_factory=Reasoning)
+    calls: ToolCalls | None = None
+    answer: StructuredOutput | None = None
+    """Structure of the text."""
+
+    def constraints(self) -> Iterator[tuple[str, StructuredOutput]]:
+        """Yield what has a notation of its own, and its name for users; it is the next of the subgrammars."""
+        if self.calls is not None:
+            for name, schema in self.calls.schemas.items():
+                constraint = StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(schema))
+                yield f"{constraint.kind} of tool {name!r}", constraint
+        if self.answer is not None:
+            yield self.answer.kind, self.answer
+
+    def to_lark(self, literal: Literal) -> str:
+        """Return the grammar in Lark's notation, whose subgrammars `@part0` and so on are `constraints`."""
+        rules = [*self._message_rules(literal), *self._reasoning_rules(literal)]
+        if self.calls is not None:
+            rules += _call_rules(self.calls, literal)
+        return "\n".join(rules)
+
+    def _message_rules(self, literal: Literal) -> Iterator[str]:
+        if self.calls is None:
+            yield from self._start("@part0")
+        elif self.calls.required:
+            yield from self._start("calls")
+        elif self.answer is not None:
+            yield from self._start(f"calls | @part{len(self.calls.schemas)}")
+        else:
+            yield from self._text_rules(self.calls.envelope, literal)
+
+    def _start(self, body: str) -> Iterator[str]:
+        match self.reasoning.state:
+            case ReasoningState.ENDED:
+                yield f"start: {body}"
+            case ReasoningState.POSSIBLE:
+                yield f"start: (reasoning {_LINE_FEEDS})? ({body})"
+            case ReasoningState.OPEN:
+                yield f"start: thought {_LINE_FEEDS} ({body})"
+
+    def _text_rules(self, envelope: CallEnvelope, literal: Literal) -> Iterator[str]:
+        """Yield rules of text with calls in it, which begin where the text contains the envelope's marker."""
+        yield f"TEXT: {_TEXT}"
+        yield from _called("called", "TEXT", envelope, literal)
+        opening = literal(self.reasoning.open)
+        match self.reasoning.state:
+            case ReasoningState.ENDED:
+                yield "start: called* TEXT"
+            case ReasoningState.OPEN:
+                yield "start: thought called* TEXT"
+            case ReasoningState.POSSIBLE if _has_token(opening):
+                yield "start: reasoning? called* TEXT"
+            case ReasoningState.POSSIBLE:
+                # As text, reasoning could contain what begins a call.
+                yield "start: reasoning called* TEXT | first_called called* TEXT | FIRST"
+                yield f"FIRST: TEXT & ~(/\\s*/ {opening} TEXT)"
+                yield from _called("first_called", "FIRST", envelope, literal)
+
+    def _reasoning_rules(self, literal: Literal) -> Iterator[str]:
+        reasoning = self.reasoning
+        if reasoning.state is ReasoningState.POSSIBLE:
+            yield f"reasoning: {literal(reasoning.open)} thought"
+        if reasoning.state is not ReasoningState.ENDED:
+            yield from _until("thought", _TEXT, reasoning.close, literal)
+
+
+def _called(name: str, text: str, envelope: CallEnvelope, literal: Literal) -> Iterator[str]:
+    """Yield the rules of a text up to a call, and of this call and all that follow it directly."""
+    beginning = (envelope.begin + envelope.before_name).removeprefix(envelope.marker)
+    yield from _until(f"{name}_marker", text, envelope.marker, literal)
+    yield f"{name}: {name}_marker {literal(beginning)} rest_of_calls"
+
+
+def _until(name: str, text: str, end: str, literal: Literal) -> Iterator[str]:
+    """Yield the rule of a text up to the first `end`."""
+    symbols = literal(end)
+    # Text does not match special tokens, so that only others need a lazy match.
+    yield f"{name}: {text} {symbols}" if _has_token(symbols) else f"{name}[suffix={symbols}]: {text}"
+
+
+def _has_token(symbols: str) -> bool:
+    return "<[" in symbols
+
+
+def _call_rules(calls: ToolCalls, literal: Literal) -> Iterator[str]:
+    envelope = calls.envelope
+    more = f"({literal(envelope.between_calls + envelope.before_name)} call)*" if calls.parallel else ""
+    yield f"calls: {literal(envelope.begin + envelope.before_name)} rest_of_calls"
+    yield f"rest_of_calls: call {more} {literal(envelope.end)}"
+    names = " | ".join(f"call{index}" for index in range(len(calls.schemas)))
+    yield f"call: ({names}) {literal(envelope.after_arguments)}"
+    for index, name in enumerate(calls.schemas):
+        written = json.dumps(name, ensure_ascii=False)[1:-1]
+        yield f"call{index}: {literal(written + envelope.before_arguments)} @part{index}"
+
+
+def for_chat(
+    chat: Chat, prompt: str, output_format: OutputFormat | None, answer: StructuredOutput | None
+) -> MessageGrammar | None:
+    """Return what the message must follow that a chat requests; None if nothing.
+
+    Args:
+        chat: the request.
+        prompt: the rendered chat.
+        output_format: in which the model writes reasoning and tool calls, if known.
+        answer: structure of the message's text.
+
+    Raises:
+        InvalidRequest: the calls cannot be restricted in this format.
+    """
+    enforced = [tool for tool in chat.tools if chat.requires_tool_call or _name(tool) in chat.strict_tools]
+    envelope = output_format.envelope if output_format else None
+    if enforced and envelope is None:
+        raise _without_envelope(chat, output_format)
+    calls = None
+    if envelope is not None and (enforced or (chat.tools and answer)):
+        schemas = {_name(tool): _arguments(tool) if tool in enforced else ANY_OBJECT for tool in chat.tools}
+        calls = ToolCalls(envelope, schemas, chat.requires_tool_call, chat.parallel_tool_calls)
+    if calls is None and answer is None:
+        return None
+    return MessageGrammar(_reasoning(chat, prompt, output_format), calls, answer)
+
+
+def _without_envelope(chat: Chat, output_format: OutputFormat | None) -> InvalidRequest:
+    reason = "tool calls of this model's format cannot be restricted"
+    if output_format is None or output_format.tool_calls is None:
+        reason = "the format of this model's tool calls is unknown; the server's --tool_call_format sets it"
+    if chat.requires_tool_call:
+        return InvalidRequest(f"tool_choice: a call cannot be required, since {reason}. Use auto.", "tool_choice")
+    return InvalidRequest(f"tools: strict is not possible, since {reason}. Omit strict.", "tools")
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    name: str = tool["function"]["name"]
+    return name
+
+
+def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of a tool's arguments; a tool without one takes none."""
+    parameters = tool["function"].get("parameters")
+    return _NO_ARGUMENTS if parameters is None else {"type": "object", **parameters}
+
+
+def _reasoning(chat: Chat, prompt: str, output_format: OutputFormat | None) -> Reasoning:
+    if output_format is None or output_format.reasoning_marks is None:
+        return Reasoning()
+    begin, end = output_format.reasoning_marks
+    if output_format.open_reasoning(prompt, chat.continued_text) is not None:
+        state = ReasoningState.OPEN
+    elif chat.continue_final_message or prompt.rstrip().endswith(end):
+        state = ReasoningState.ENDED
+    else:
+        state = ReasoningState.POSSIBLE
+    return Reasoning(begin, end, state)

@@ -1,0 +1,46 @@
+"""Parse tool calls that are written as calls of Python functions."""
+
+import ast
+import warnings
+from typing import Any
+
+from predictor.generation.incremental_text import Malformed
+
+
+def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """Return the name and the arguments of each call in `[f(a=1), g(b="x")]`; also without the brackets.
+
+    Raises:
+        Malformed: the text is anything else.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(text.strip())
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise Malformed from error
+    calls = []
+    for statement in tree.body:
+        if not isinstance(statement, ast.Expr):
+            raise Malformed
+        value = statement.value
+        calls += [_call(item) for item in (value.elts if isinstance(value, ast.List | ast.Tuple) else [value])]
+    return calls
+
+
+def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
+    if not isinstance(node, ast.Call):
+        raise Malformed
+    name = ast.unparse(node.func)
+    if name == "print" and len(node.args) == 1:
+        return _call(node.args[0])
+    if node.args:
+        raise Malformed
+    arguments = {}
+    for keyword in node.keywords:
+        if keyword.arg is None:
+            raise Malformed
+        try:
+            arguments[keyword.arg] = ast.literal_eval(keyword.value)
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise Malformed from error
+    return name, arguments

@@ -1,0 +1,31 @@
+"""Random texts that follow a grammar, by the demo model's vocabulary."""
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from predictor.engine.grammar import Grammar
+
+EOS = 2
+MAX_TOKENS = 400
+_LIKELY = 100.0
+
+
+def random_text(grammar: Grammar, tokenizer: PreTrainedTokenizerBase, seed: int, *, begin: str = "") -> str | None:
+    """Return a random text that follows the grammar; None if it has not ended after `MAX_TOKENS`.
+
+    The text begins with `begin` where the grammar allows it.
+    """
+    process = grammar.logits_processor()
+    generator = torch.Generator().manual_seed(seed)
+    likely = tokenizer.encode(begin, add_special_tokens=False)
+    output: list[int] = []
+    while len(output) < MAX_TOKENS:
+        logits = torch.randn(512, generator=generator)
+        if len(output) < len(likely):
+            logits[likely[len(output)]] += _LIKELY
+        process(logits, [], output)
+        token_id = int(logits.argmax())
+        if token_id == EOS:
+            return str(tokenizer.decode(output))
+        output.append(token_id)
+    return None
