@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
@@ -168,13 +168,6 @@ class Settings(BaseSettings):
             raise PydanticCustomError("json", 'Input should be a JSON object, as in {"enable_thinking": false}')
         return value
 
-    @field_validator("ready_while_loading", mode="after")
-    @classmethod
-    def _needs_hold(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and not info.data.get("hold_while_loading"):
-            raise PydanticCustomError("hold", "Requests that arrive would get 503. Set --hold_while_loading too")
-        return value
-
     @field_validator("model_reference", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
@@ -211,7 +204,12 @@ def read(argv: Sequence[str]) -> Settings:
         InvalidSettings: naming the flag or variable, and the fix.
     """
     _reject_unknown_variables(os.environ)
-    return parse(argv, Settings)
+    settings = parse(argv, Settings)
+    if settings.ready_while_loading and not settings.hold_while_loading:
+        raise InvalidSettings(
+            "--ready_while_loading: requests that arrive would get 503. Set --hold_while_loading too."
+        )
+    return settings
 
 
 def parse(argv: Sequence[str], model: type[Settings]) -> Settings:

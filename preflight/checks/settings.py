@@ -13,10 +13,12 @@ _MOUNT = "/mnt/models"
 """Mount path of `storageUri`, which is fixed in KServe."""
 _ENTRYPOINTS = ("predictor", "storage_initializer")
 """Last word of a `command` that starts one of the programs."""
+_TRUE = {"1", "on", "t", "true", "y", "yes"}
+"""What the programs read as true, in lower case."""
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """Yield invalid variables and flags, missing, unpinned or differing references, and wrong devices."""
+    """Yield invalid variables and flags, missing, unpinned or differing references, wrong devices, contradictions."""
     yield from _program(deployment, deployment.predictor_pod, deployment.server, PREDICTOR)
     for pod, container in deployment.downloads:
         yield from _program(deployment, pod, container, STORAGE_INITIALIZER)
@@ -30,6 +32,7 @@ def check(deployment: Deployment) -> Iterator[Finding]:
         )
     yield from _reference(deployment)
     yield from _device(deployment)
+    yield from _hold(deployment)
 
 
 def _program(deployment: Deployment, pod: Pod, container: Manifest, program: Program) -> Iterator[Finding]:
@@ -104,4 +107,32 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
     if device.startswith("cuda") and not resources.gpus(deployment):
         yield Finding(
             deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
+        )
+
+
+def _hold(deployment: Deployment) -> Iterator[Finding]:
+    hold, ready = (deployment.settings.get(f"PREDICTOR_{name}_WHILE_LOADING", "") for name in ("HOLD", "READY"))
+    holds, is_ready = hold.strip("0.") != "", ready.lower() in _TRUE
+    if is_ready and not holds:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_READY_WHILE_LOADING is on without PREDICTOR_HOLD_WHILE_LOADING, so the predictor does not start",
+            "add component hold-while-loading, which sets both",
+            "kserve-llm",
+        )
+    elif holds and not is_ready:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_HOLD_WHILE_LOADING has no effect, since requests reach only pods that are ready",
+            "add component hold-while-loading, which sets PREDICTOR_READY_WHILE_LOADING too",
+            "kserve-llm",
+            "warning",
+        )
+    elif is_ready and not deployment.is_knative:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_READY_WHILE_LOADING is on, and a rollout stops the old replica while the new one loads",
+            "remove component hold-while-loading in Standard mode",
+            "kserve-llm",
+            "warning",
         )

@@ -146,6 +146,6 @@ def test_read_chat_template_kwargs_not_a_json_object_are_rejected(value: str) ->
 
 
 def test_read_ready_while_loading_needs_hold() -> None:
-    with pytest.raises(InvalidSettings, match=r"--ready_while_loading .*Set --hold_while_loading too"):
+    with pytest.raises(InvalidSettings, match=r"--ready_while_loading: .*Set --hold_while_loading too"):
         settings.read(["--ready_while_loading"])
     assert settings.read(["--hold_while_loading", "60", "--ready_while_loading"]).ready_while_loading
