@@ -73,12 +73,13 @@ def _findings(deployment: Deployment, arguments: argparse.Namespace) -> list[Fin
 
 
 def _needs(deployment: Deployment) -> dict[str, list[str]]:
-    """Return the overlay's prerequisites: Knative feature flags and Secrets."""
+    """Return the overlay's prerequisites: what all replicas request during a rollout, Knative's flags, and Secrets."""
     if not deployment.service:
-        return {"knative_flags": [], "secrets": []}
+        return {"rollout": [], "knative_flags": [], "secrets": []}
     secrets = [secret for secret in references.secrets(deployment) if not secret.optional]
     names = [f"{secret.name}/{secret.key}" if secret.key else secret.name for secret in secrets]
     return {
+        "rollout": resources.rollout_sum(deployment),
         "knative_flags": sorted(knative.flags(deployment)),
         "secrets": list(dict.fromkeys(names)),
     }

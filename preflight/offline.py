@@ -3,7 +3,19 @@
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from preflight.checks import knative, kserve, references, resources, schema, security, settings, timeouts
+from preflight.checks import (
+    api_server,
+    containers,
+    knative,
+    kserve,
+    references,
+    resources,
+    schema,
+    security,
+    settings,
+    timeouts,
+    volumes,
+)
 from preflight.checks.resources import Model
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment
@@ -32,13 +44,16 @@ def check(
     if missing := _findings(references.runtime, deployment):
         return [*findings, *missing]
     for check_ in (
+        api_server.check,
         kserve.check,
         knative.check,
         references.check,
+        containers.check,
         security.check,
-        settings.check,
+        partial(settings.check, model=model),
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),
+        partial(volumes.check, model=model),
     ):
         findings += _findings(check_, deployment)
     # One wrong value may stop several checks.

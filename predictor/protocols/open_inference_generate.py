@@ -8,7 +8,6 @@ In a stream the last event has `details`, since the specification requires a fin
 token there, and `logprobs` has all of them.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +19,7 @@ from predictor.protocols.best_of import best
 from predictor.protocols.json_body import json_schema, loads
 from predictor.protocols.json_object import validate
 from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, PromptLogprobs, SamplingFields, Stop
+from predictor.protocols.server_sent_events import encode_event
 from predictor.types import Completion, CompletionDelta, FinishReason, GenerationRequest, Token
 
 
@@ -121,7 +121,7 @@ class EventEncoder:
             event["details"] = _details(delta.finish_reason, self._tokens, self._prompt)
             if self._tokens:
                 event["details"]["token"] = event["details"]["logprobs"][-1]
-        return [_event(event)]
+        return [encode_event(event)]
 
     def end(self) -> list[str]:
         """Return the events after the last delta: none."""
@@ -129,7 +129,7 @@ class EventEncoder:
 
     def error(self, error: RequestError) -> list[str]:
         """Return the last event of a stream that fails."""
-        return [_event({"error": str(error)})]
+        return [encode_event({"error": str(error)})]
 
 
 def _details(reason: FinishReason, tokens: Sequence[Token], prompt: Sequence[Token]) -> dict[str, Any]:
@@ -143,7 +143,3 @@ def _details(reason: FinishReason, tokens: Sequence[Token], prompt: Sequence[Tok
 
 def _logprob(token: Token) -> dict[str, Any]:
     return {"id": token.id, "text": token.text, "logprob": token.logprob, "special": token.special}
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"

@@ -5,6 +5,7 @@ The rules apply to the Knative service that KServe creates, not to fields that i
 the claim of a `storageUri: pvc://…`.
 """
 
+import difflib
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,6 +43,22 @@ RESERVED = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 MAX_TIMEOUT_SECONDS = 600
 """Default of max-revision-timeout-seconds in config-defaults."""
 FULL_DUPLEX = "features.knative.dev/http-full-duplex"
+ANNOTATIONS = (
+    *(f"serving.kserve.io/{name}" for name in ("deploymentMode", "autoscalerClass", "stop", "storageSecretName")),
+    *(f"serving.kserve.io/{name}" for name in ("enable-prometheus-scraping", "enable-metric-aggregation")),
+    *(f"serving.kserve.io/{name}" for name in ("enable-tag-routing", "storage-initializer-uid")),
+    *(f"serving.knative.dev/{name}" for name in ("progress-deadline", "rollout-duration", "visibility")),
+    *(f"autoscaling.knative.dev/{name}" for name in ("class", "metric", "target", "min-scale", "max-scale", "window")),
+    *(f"autoscaling.knative.dev/{name}" for name in ("initial-scale", "activation-scale", "scale-down-delay")),
+    *(f"autoscaling.knative.dev/{name}" for name in ("scale-to-zero-pod-retention-period", "panic-window-percentage")),
+    *(f"autoscaling.knative.dev/{name}" for name in ("panic-threshold-percentage", "target-utilization-percentage")),
+    "autoscaling.knative.dev/target-burst-capacity",
+    "storage.kserve.io/readonly",
+    "features.knative.dev/http-full-duplex",
+)
+"""Annotations of KServe and Knative, to find misspelled ones."""
+SIMILAR = 0.9
+"""Minimum similarity of a key that is taken for a misspelled one."""
 AUTOSCALING = "autoscaling.knative.dev/"
 DURATIONS = {
     "window": (6, 3600),
@@ -73,7 +90,9 @@ def flags(deployment: Deployment) -> set[str]:
 
 
 def check(deployment: Deployment) -> Iterator[Finding]:
-    """Yield fields that Knative rejects with any flags, and a setting that cuts streams; nothing in Standard mode."""
+    """Yield fields that Knative rejects with any flags, and annotations without their effect."""
+    for problem, remedy in _misplaced(deployment):
+        yield Finding(deployment.where, problem, remedy, "kserve-llm", "warning")
     if not deployment.is_knative:
         return
     pod = deployment.predictor_pod
@@ -88,6 +107,29 @@ def check(deployment: Deployment) -> Iterator[Finding]:
         )
     for problem, remedy, source in [*_pod(pod), *_containers(pod), *_annotations(deployment.annotations)]:
         yield Finding(deployment.where, problem, remedy, source)
+
+
+def _misplaced(deployment: Deployment) -> Iterator[tuple[str, str]]:
+    """Check the keys of annotations: those that are not known are ignored, or rejected only after apply."""
+    for key in sorted({*deployment.annotations, *(deployment.predictor.get("annotations") or {})}):
+        if key in ANNOTATIONS or "/" not in key:
+            continue
+        [*close] = difflib.get_close_matches(key.lower(), ANNOTATIONS, n=1, cutoff=SIMILAR)
+        if close:
+            yield f"annotation {key} is unknown to KServe and Knative", f"use {close[0]}"
+    initial = f"{AUTOSCALING}initial-scale"
+    if initial in (deployment.predictor.get("annotations") or {}):
+        yield f"annotation {initial} is in spec.predictor, where KServe ignores it", "move it to metadata"
+    if deployment.annotations.get(initial) == "0":
+        yield (
+            f"annotation {initial} is 0, which KServe ignores unless Knative's config-autoscaler has "
+            "allow-zero-initial-scale",
+            "remove it, or let an administrator allow it",
+        )
+    if not deployment.is_knative:
+        for key in sorted(deployment.annotations):
+            if key.partition("/")[0].endswith("knative.dev"):
+                yield f"annotation {key} has no effect in Standard mode", "remove it"
 
 
 def _pod(pod: Pod) -> Problems:

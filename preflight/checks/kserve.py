@@ -210,6 +210,14 @@ def _scaling(deployment: Deployment) -> Problems:
     for field in ("minReplicas", "maxReplicas", "containerConcurrency"):
         if predictor.get(field, 0) < 0:
             yield f"{field} is negative, which KServe denies", "use 0 or more", "KServe's webhook"
+    if predictor.get("timeout", 1) <= 0:
+        yield f"timeout is {predictor['timeout']}", "use a positive number of seconds", "Knative's webhook"
+    if knative and not maximum:
+        yield (
+            "maxReplicas is not set, so Knative starts replicas without a limit",
+            "set maxReplicas",
+            "kserve-llm",
+        )
     if maximum and minimum > maximum:
         yield (
             f"minReplicas is {minimum} and maxReplicas is {maximum}, which KServe denies",
@@ -325,6 +333,13 @@ def _runtime(deployment: Deployment) -> Problems:
     runtime, model = deployment.runtime, deployment.model
     if runtime is None:
         return  # checks/references.py reports it.
+    for field in ("disabled", "multiModel"):
+        if runtime["spec"].get(field):
+            yield (
+                f"the runtime has {field}: true, so KServe does not select it",
+                f"remove {field}",
+                "KServe's controller",
+            )
     formats = {entry["name"] for entry in runtime["spec"].get("supportedModelFormats", [])}
     model_format = (model.get("modelFormat") or {}).get("name")
     if model_format not in formats:

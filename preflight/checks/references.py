@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from preflight.checks.containers import ports
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
 from preflight.findings import Finding, Source
 
-PROBES = ("startupProbe", "readinessProbe", "livenessProbe")
 PODS_OF = "serving.kserve.io/inferenceservice"
 """Label that KServe sets on the pods of an InferenceService."""
 _SOURCES: dict[str, Source] = {
@@ -16,6 +16,9 @@ _SOURCES: dict[str, Source] = {
     "ServiceAccount": "API server",
 }
 """What reports a missing object of a kind; nothing reports that of an Ingress or a RoleBinding."""
+SYSTEM_NAMESPACES = ("kserve", "knative-serving", "istio-system", "kourier-system", "cert-manager")
+CLUSTER_KINDS = ("Namespace", "PersistentVolume", "StorageClass", "PriorityClass", "CustomResourceDefinition")
+"""Kinds without a namespace that an overlay may contain, besides those whose names begin with Cluster."""
 _MODEL_NAME = re.compile(r'model_name="([^"]*)"')
 
 
@@ -74,13 +77,12 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     yield from _claim(deployment, {old for _, old, _ in stale})
     for pod in deployment.pods:
         yield from _of_pod(deployment, pod)
-    yield from _probes(deployment)
     yield from _backends(deployment, {old for _, old, _ in stale})
     yield from _queries(deployment)
     yield from _selectors(deployment)
     yield from _services(deployment)
     yield from _roles(deployment)
-    yield from _images(deployment)
+    yield from _namespaces(deployment)
 
 
 def runtime(deployment: Deployment) -> Iterator[Finding]:
@@ -102,7 +104,7 @@ def _stale_names(deployment: Deployment) -> Iterator[tuple[str, str, str]]:
         for name in claims:
             if _is_renamed(deployment, deployment.claim, name):
                 yield "storageUri", deployment.claim, name
-    for ingress, backend in _backend_names(deployment):
+    for ingress, backend, _ in _ingress_backends(deployment):
         name = str(backend).removesuffix("-predictor")
         if not deployment.find("Service", backend) and _is_renamed(deployment, name, deployment.name):
             yield name_of(ingress), str(backend), f"{deployment.name}-predictor"
@@ -187,60 +189,28 @@ def _config_maps(deployment: Deployment, pod: Pod, container: Manifest) -> Itera
             )
 
 
-def _probes(deployment: Deployment) -> Iterator[Finding]:
-    for kind in PROBES:
-        probe = deployment.server.get(kind)
-        if probe is None:
-            yield Finding(
-                deployment.where,
-                f"container {KSERVE_CONTAINER} has no {kind}",
-                "copy it from manifests/serving/serving-runtime.yaml",
-                "kserve-llm",
-            )
-            continue
-        path = re.fullmatch(r"/v2/models/([^/]+)/ready", probe.get("httpGet", {}).get("path", ""))
-        if path and path[1] != deployment.name:
-            yield Finding(
-                deployment.where,
-                f"the {kind} requests model {path[1]!r}, and {deployment.name} is served",
-                "use the path /v2/models/{{.Name}}/ready",
-                "kserve-llm",
-            )
-    for pod in deployment.pods:
-        for container in pod.containers:
-            for kind in PROBES:
-                port = container.get(kind, {}).get("httpGet", {}).get("port")
-                if port is not None and port not in _ports(container):
-                    yield Finding(
-                        pod.where,
-                        f"the {kind} uses port {port!r}, which container {container['name']} does not open",
-                        f"use {' or '.join(sorted(map(str, _ports(container)))) or 'a containerPort'}",
-                        "kubelet",
-                    )
-    ports = _ports(deployment.server)
-    port = deployment.settings.get("PREDICTOR_HTTP_PORT")
-    if port and ports and int(port) not in ports:
-        yield Finding(
-            deployment.where,
-            f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port",
-            "make them equal",
-            "kserve-llm",
-        )
-
-
-def _backend_names(deployment: Deployment) -> Iterator[tuple[Manifest, str | None]]:
-    """Yield the Services of every Ingress."""
+def _ingress_backends(deployment: Deployment) -> Iterator[tuple[Manifest, str | None, int | None]]:
+    """Yield the Services of every Ingress, each with the number of its port."""
     for ingress in deployment.all("Ingress"):
         for rule in ingress["spec"].get("rules", []):
             for path in rule.get("http", {}).get("paths", []):
-                yield ingress, path["backend"].get("service", {}).get("name")
+                service = path["backend"].get("service", {})
+                yield ingress, service.get("name"), service.get("port", {}).get("number")
 
 
 def _backends(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
     """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
-    for ingress, name in _backend_names(deployment):
-        if name not in (f"{deployment.name}-predictor", *stale) and not deployment.find("Service", name):
+    own = f"{deployment.name}-predictor"
+    for ingress, name, port in _ingress_backends(deployment):
+        if name not in (own, *stale) and not deployment.find("Service", name):
             yield _missing(name_of(ingress), "Service", name)
+        if name == own and port not in (None, 80):
+            yield Finding(
+                name_of(ingress),
+                f"it sends requests to port {port} of Service {name}, which KServe opens at 80",
+                "use port 80",
+                "kserve-llm",
+            )
     for ingress in deployment.all("Ingress") if deployment.is_knative else []:
         yield Finding(
             name_of(ingress),
@@ -264,11 +234,6 @@ def _queries(deployment: Deployment) -> Iterator[Finding]:
             )
 
 
-def _ports(container: Manifest) -> set[int | str]:
-    """Return the numbers and names of a container's ports."""
-    return {port[key] for port in container.get("ports", []) for key in ("containerPort", "name") if key in port}
-
-
 def _selectors(deployment: Deployment) -> Iterator[Finding]:
     """Check the policies and monitors that select the predictor's pods by the InferenceService's name."""
     for manifest in [*deployment.all("NetworkPolicy"), *deployment.all("PodMonitor")]:
@@ -283,7 +248,7 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
             )
         for endpoint in spec.get("podMetricsEndpoints", []) if selected else []:
             port = endpoint.get("portNumber")
-            if port is not None and port not in _ports(deployment.server):
+            if port is not None and port not in ports(deployment.server):
                 yield Finding(
                     name_of(manifest),
                     f"it scrapes port {port}, which container {KSERVE_CONTAINER} does not open",
@@ -301,14 +266,14 @@ def _services(deployment: Deployment) -> Iterator[Finding]:
         if not selected:
             yield Finding(name_of(service), "it selects no pod of this overlay", "correct its selector", "kserve-llm")
             continue
-        ports = {port for pod in selected for container in pod["spec"]["containers"] for port in _ports(container)}
+        opened = {port for pod in selected for container in pod["spec"]["containers"] for port in ports(container)}
         for port in service["spec"].get("ports", []):
             target = port.get("targetPort", port["port"])
-            if target not in ports:
+            if target not in opened:
                 yield Finding(
                     name_of(service),
                     f"its target port {target!r} is opened by no selected container",
-                    f"use {' or '.join(sorted(map(str, ports))) or 'a containerPort'}",
+                    f"use {' or '.join(sorted(map(str, opened))) or 'a containerPort'}",
                     "kserve-llm",
                 )
 
@@ -320,19 +285,25 @@ def _roles(deployment: Deployment) -> Iterator[Finding]:
                 yield _missing(name_of(binding), target["kind"], target["name"])
 
 
-def _images(deployment: Deployment) -> Iterator[Finding]:
-    for pod in deployment.pods:
-        for container in pod.containers:
-            image = str(container.get("image", ""))
-            registry, _, rest = image.partition("/")
-            tagged = "@" in rest or ":" in rest.rpartition("/")[2]
-            if ("." not in registry and ":" not in registry) or not tagged or image.endswith(":latest"):
-                yield Finding(
-                    pod.where,
-                    f"the image of container {container['name']} is {image!r}, without a registry or without a tag",
-                    "set it in component images, and list that component last",
-                    "kserve-llm",
-                )
+def _namespaces(deployment: Deployment) -> Iterator[Finding]:
+    """Check that all objects are in the namespace of the InferenceService, and that it is not one of the system's."""
+    for manifest in deployment.objects:
+        namespace = manifest["metadata"].get("namespace", "default")
+        is_namespaced = not manifest["kind"].startswith("Cluster") and manifest["kind"] not in CLUSTER_KINDS
+        if is_namespaced and namespace != deployment.namespace:
+            yield Finding(
+                name_of(manifest),
+                f"it is in namespace {namespace}, and {deployment.where} in {deployment.namespace}",
+                "set `namespace` once, in the overlay's kustomization",
+                "kserve-llm",
+            )
+    if deployment.namespace in SYSTEM_NAMESPACES or deployment.namespace.startswith("kube-"):
+        yield Finding(
+            deployment.where,
+            f"it is in namespace {deployment.namespace}, in which KServe's webhook mounts no weights",
+            "use a namespace of its own",
+            "KServe's webhook",
+        )
 
 
 def _missing(where: str, kind: str, name: str | None) -> Finding:

@@ -1,19 +1,23 @@
-"""Check resources: requests and limits, GPUs, the volume's access mode, memory of weights and KV cache."""
+"""Check resources: requests and limits, GPUs, memory of weights and KV cache."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from preflight import quantities
-from preflight.deployment import Deployment, Manifest, Pod
+from preflight.deployment import Deployment, Manifest
 from preflight.findings import CheckError, Finding, Problems
 
 GPU = "nvidia.com/gpu"
 NODE_CONDITIONS = "node.kubernetes.io/"
 """Prefix of the taints that Kubernetes sets on nodes that are not ready, and that it lets pods tolerate for minutes."""
 BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
+MAX_CORES = 500
+MIN_BYTES = 2**20
+"""Limits of plausible quantities: beyond them, a unit is missing."""
 PROCESS_BYTES = 1.0 * 2**30
 """Python, PyTorch and their buffers."""
 TOKENS_PER_SEQUENCE = 2048
@@ -34,6 +38,8 @@ class Model:
     vocabulary: int
     tied: bool
     dtype: str
+    positions: int | None = None
+    """The longest context; None if the configuration has no such number."""
 
     @property
     def linear_parameters(self) -> int:
@@ -74,6 +80,7 @@ def read(path: Path) -> Model:
             vocabulary=config["vocab_size"],
             tied=config.get("tie_word_embeddings", True),
             dtype=config.get("torch_dtype") or config.get("dtype") or "bfloat16",
+            positions=config.get("max_position_embeddings"),
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckError(f"{path} is not a config.json of a decoder: {error!r}. Use that of the model.") from None
@@ -86,11 +93,52 @@ def gpus(deployment: Deployment) -> dict[str, float]:
     return {name: count for name, count in counts.items() if count}
 
 
+def requests(container: Manifest) -> dict[str, float]:
+    """Return what a container requests, in cores, bytes and devices; a limit without a request is the request."""
+    resources = container.get("resources", {})
+    quantities_ = (resources.get("limits") or {}) | (resources.get("requests") or {})
+    return {name: quantities.number(quantity) for name, quantity in quantities_.items()}
+
+
+def rollout_replicas(deployment: Deployment) -> tuple[int, int | None]:
+    """Return the replicas during a rollout: with one old replica, and with `maxReplicas`; None without a maximum.
+
+    Knative runs the old and the new revision together, each with up to `maxReplicas`.
+    """
+    replicas = deployment.predictor.get("maxReplicas", 0)
+    if deployment.is_knative:
+        return 2, 2 * replicas or None
+    replicas = max(1, replicas, deployment.predictor.get("minReplicas", 1))
+    return 1 + _surge(deployment, 1), replicas + _surge(deployment, replicas)
+
+
+def _surge(deployment: Deployment, replicas: int) -> int:
+    """Return the additional pods of a Deployment during a rollout, by default a quarter, rounded up."""
+    strategy = deployment.predictor.get("deploymentStrategy") or {}
+    if strategy.get("type") == "Recreate":
+        return 0
+    surge = str((strategy.get("rollingUpdate") or {}).get("maxSurge", "25%"))
+    return math.ceil(replicas * int(surge[:-1]) / 100) if surge.endswith("%") else int(surge)
+
+
+def rollout_sum(deployment: Deployment) -> list[str]:
+    """Return what the predictor's replicas request together during a rollout with `maxReplicas`; empty without one."""
+    _, replicas = rollout_replicas(deployment)
+    if replicas is None:
+        return []
+    needed = requests(deployment.server)
+    devices = [f"{count * replicas:g} {name}" for name, count in sorted(needed.items()) if _is_extended(name)]
+    return [
+        *devices,
+        f"{needed.get('cpu', 0) * replicas:g} cpu",
+        f"{quantities.gib(needed.get('memory', 0) * replicas)} of memory",
+    ]
+
+
 def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:
-    """Yield findings on requests and limits, GPUs, access modes and, with a model, memory."""
+    """Yield findings on requests and limits, GPUs and, with a model, memory."""
     yield from _resources(deployment)
     yield from _gpu(deployment)
-    yield from _claim(deployment)
     if model is not None:
         yield from _memory(deployment, model)
 
@@ -101,12 +149,22 @@ def _resources(deployment: Deployment) -> Iterator[Finding]:
             resources = container.get("resources", {})
             for problem, remedy, source in _container(resources.get("requests") or {}, resources.get("limits") or {}):
                 yield Finding(pod.where, f"container {container['name']} {problem}", remedy, source)
+    for pod, container in deployment.downloads:
+        for name in sorted(name for name in requests(container) if name.startswith("nvidia.com/")):
+            yield Finding(
+                pod.where,
+                f"container {container['name']} requests {name}, which the storage initializer does not use",
+                "remove it",
+                "kserve-llm",
+                "warning",
+            )
 
 
 def _container(requests: Manifest, limits: Manifest) -> Problems:
     for name in ("cpu", "memory"):
-        if name not in requests or name not in limits:
+        if name not in limits:
             yield f"has no request or no limit of {name}", f"set {name} in requests and limits", "kserve-llm"
+    yield from _units(requests, limits)
     for name in sorted({*requests, *limits}):
         # A limit without a request is valid: Kubernetes copies it to the request.
         limit = limits.get(name)
@@ -118,6 +176,20 @@ def _container(requests: Manifest, limits: Manifest) -> Problems:
                 f"requests {name} {request}, more than its limit {limit}",
                 "raise the limit or lower the request",
                 "API server",
+            )
+
+
+def _units(requests: Manifest, limits: Manifest) -> Problems:
+    """Check quantities whose unit is missing or wrong, which Kubernetes accepts."""
+    for kind, given in (("requests", requests), ("limits", limits)):
+        cpu, memory = given.get("cpu", 0), given.get("memory")
+        if quantities.number(cpu) >= MAX_CORES:
+            yield f"{kind} {quantities.number(cpu):g} cores", f"add the unit, as in cpu: {cpu}m", "kserve-llm"
+        if memory is not None and quantities.number(memory) < MIN_BYTES:
+            yield (
+                f"{kind} {quantities.number(memory):g} bytes of memory",
+                f"correct the unit, as in memory: {str(memory).rstrip('m')}Gi",
+                "kserve-llm",
             )
 
 
@@ -161,54 +233,6 @@ def _gpu(deployment: Deployment) -> Iterator[Finding]:
             "scheduler",
             "warning",
         )
-
-
-def _claim(deployment: Deployment) -> Iterator[Finding]:
-    replicas = deployment.predictor.get("maxReplicas", 0)
-    for name in sorted(filter(None, {deployment.claim, *deployment.predictor_pod.claims})):
-        modes = _access_modes(deployment, name)
-        if modes and not {"ReadWriteMany", "ReadOnlyMany"} & modes and replicas != 1:
-            yield Finding(
-                f"PersistentVolumeClaim/{name}",
-                f"it is {' and '.join(sorted(modes))}, which one node can mount, and maxReplicas is "
-                f"{replicas or 'unlimited'}",
-                "use ReadWriteMany, or component local-storage with one replica",
-                "kubelet",
-            )
-    for pod in deployment.pods:
-        yield from _writable_claims(deployment, pod)
-
-
-def _writable_claims(deployment: Deployment, pod: Pod) -> Iterator[Finding]:
-    """Check that a claim can be written by the containers that mount it writable, and by the download in any case."""
-    downloads = [container["name"] for _, container in deployment.downloads]
-    sources = {volume["name"]: volume.get("persistentVolumeClaim") for volume in pod.spec.get("volumes", [])}
-    for container in pod.containers:
-        for mount in container.get("volumeMounts", []):
-            claim = sources.get(mount["name"])
-            if claim is None:
-                continue
-            read_only = mount.get("readOnly") or claim.get("readOnly")
-            if read_only and container["name"] in downloads:
-                yield Finding(
-                    pod.where,
-                    f"container {container['name']} mounts claim {claim['claimName']} read-only and downloads to it",
-                    "remove readOnly",
-                    "kserve-llm",
-                )
-            if not read_only and _access_modes(deployment, claim["claimName"]) == {"ReadOnlyMany"}:
-                yield Finding(
-                    f"PersistentVolumeClaim/{claim['claimName']}",
-                    f"it is ReadOnlyMany, and {pod.where} writes to it",
-                    "use ReadWriteMany",
-                    "kubelet",
-                )
-
-
-def _access_modes(deployment: Deployment, claim: str) -> set[str]:
-    """Return the access modes of a claim; none if the overlay does not have it."""
-    manifest = deployment.find("PersistentVolumeClaim", claim) or {}
-    return set(manifest.get("spec", {}).get("accessModes", []))
 
 
 def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:

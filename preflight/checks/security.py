@@ -10,6 +10,8 @@ from preflight.findings import Finding, Problems
 HUB_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 VOLUMES = {"emptyDir", "persistentVolumeClaim", "configMap", "secret", "projected", "downwardAPI", "csi", "ephemeral"}
 """Volume types that `restricted` allows."""
+QUEUE_PROXY_PORT = 8012
+"""Port of Knative's queue-proxy, in front of the predictor."""
 HOST = ("hostNetwork", "hostPID", "hostIPC")
 
 
@@ -161,6 +163,7 @@ def _policies(deployment: Deployment) -> Iterator[Finding]:
                 "list the destinations, or remove egress",
                 "kserve-llm",
             )
+    yield from _ingress_ports(deployment)
     downloads = any(pod is deployment.predictor_pod for pod, _ in deployment.downloads)
     traces = deployment.settings.get("PREDICTOR_TRACING", "").lower() in quantities.TRUE_WORDS
     has_egress = any(policy["spec"].get("egress") and _selects(policy, deployment) for policy in policies)
@@ -182,6 +185,22 @@ def _policies(deployment: Deployment) -> Iterator[Finding]:
                 "list component tracing after network-policy",
                 "kserve-llm",
             )
+
+
+def _ingress_ports(deployment: Deployment) -> Iterator[Finding]:
+    """Check that the gateway reaches the predictor: through Knative's queue-proxy, or directly in Standard mode."""
+    own = [port["containerPort"] for port in deployment.server.get("ports", [])]
+    needed = QUEUE_PROXY_PORT if deployment.is_knative else (own or [None])[0]
+    policies = [policy for policy in deployment.all("NetworkPolicy") if _selects(policy, deployment)]
+    rules = [rule for policy in policies for rule in policy["spec"].get("ingress", [])]
+    ports = [port.get("port") for rule in rules for port in rule.get("ports", [])]
+    if rules and needed and needed not in ports and all(rule.get("ports") for rule in rules):
+        yield Finding(
+            name_of(policies[0]),
+            f"it does not allow port {needed}, to which the gateway sends requests",
+            f"add port {needed} to ingress, as manifests/network/predictor.yaml does",
+            "kserve-llm",
+        )
 
 
 def _selects(policy: Manifest, deployment: Deployment) -> bool:

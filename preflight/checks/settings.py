@@ -1,38 +1,52 @@
 """Check settings: variables and flags, one pinned model reference, and a device that matches the resources."""
 
+import fnmatch
+import re
 from collections.abc import Iterator
 
+from preflight import quantities
 from preflight.checks import resources
+from preflight.checks.resources import Model
 from preflight.checks.security import HUB_TOKENS
+from preflight.checks.volumes import MODELS
 from preflight.deployment import Deployment, Manifest, Pod
 from preflight.findings import Finding
 from preflight.programs import PREDICTOR, STORAGE_INITIALIZER, Program
 from snapshot_format.reference import HubReference, MalformedReference, parse
 
-_MOUNT = "/mnt/models"
-"""Mount path of `storageUri`, which is fixed in KServe."""
+_PATTERN = re.compile(r"[^\s,\[\]\"]+")
+"""One entry of a comma-separated or JSON list."""
 _ENTRYPOINTS = ("predictor", "storage_initializer")
 """Last word of a `command` that starts one of the programs."""
-_TRUE = {"1", "on", "t", "true", "y", "yes"}
-"""What the programs read as true, in lower case."""
 
 
-def check(deployment: Deployment) -> Iterator[Finding]:
-    """Yield invalid variables and flags, missing, unpinned or differing references, wrong devices, contradictions."""
+def check(deployment: Deployment, model: Model | None = None) -> Iterator[Finding]:
+    """Yield invalid variables and flags, missing, unpinned or differing references, and settings without their effect.
+
+    Args:
+        deployment: the rendered overlay.
+        model: the model's dimensions; without them, the context length is not checked.
+    """
     yield from _program(deployment, deployment.predictor_pod, deployment.server, PREDICTOR)
     for pod, container in deployment.downloads:
         yield from _program(deployment, pod, container, STORAGE_INITIALIZER)
-    directory = deployment.settings.get("PREDICTOR_MODEL_DIR", _MOUNT)
-    if deployment.claim and directory != _MOUNT:
+    directory = deployment.settings.get("PREDICTOR_MODEL_DIR", MODELS)
+    if deployment.claim and directory != MODELS:
         yield Finding(
             deployment.where,
-            f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {_MOUNT}",
-            f"set {_MOUNT}, since MODEL_REFERENCE selects the directory below it",
+            f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {MODELS}",
+            f"set {MODELS}, since MODEL_REFERENCE selects the directory below it",
             "kserve-llm",
         )
     yield from _reference(deployment)
     yield from _device(deployment)
     yield from _hold(deployment)
+    for problem, remedy in [*_tokens(deployment.settings, model), *_effects(deployment)]:
+        yield Finding(deployment.where, problem, remedy, "kserve-llm")
+    yield from _threads(deployment)
+    for _, container in deployment.downloads:
+        for problem, remedy in _download(deployment, deployment.environment(container)):
+            yield Finding(deployment.where, problem, remedy, "kserve-llm", "warning")
 
 
 def _program(deployment: Deployment, pod: Pod, container: Manifest, program: Program) -> Iterator[Finding]:
@@ -112,7 +126,7 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
 
 def _hold(deployment: Deployment) -> Iterator[Finding]:
     hold, ready = (deployment.settings.get(f"PREDICTOR_{name}_WHILE_LOADING", "") for name in ("HOLD", "READY"))
-    holds, is_ready = hold.strip("0.") != "", ready.lower() in _TRUE
+    holds, is_ready = hold.strip("0.") != "", _is_true(ready)
     if is_ready and not holds:
         yield Finding(
             deployment.where,
@@ -136,3 +150,86 @@ def _hold(deployment: Deployment) -> Iterator[Finding]:
             "kserve-llm",
             "warning",
         )
+
+
+def _tokens(settings: dict[str, str], model: Model | None) -> Iterator[tuple[str, str]]:
+    """Check numbers of tokens. Values that are not numbers are reported with their variables."""
+    length, cache = (settings.get(f"PREDICTOR_{name}", "") for name in ("MAX_MODEL_LEN", "KV_CACHE_TOKENS"))
+    if not length.isdigit():
+        return
+    if cache.isdigit() and int(cache) < int(length):
+        yield (
+            f"PREDICTOR_KV_CACHE_TOKENS is {cache}, less than one sequence of PREDICTOR_MAX_MODEL_LEN ({length})",
+            "raise the first, or unset it",
+        )
+    if model and model.positions and int(length) > model.positions:
+        yield (
+            f"PREDICTOR_MAX_MODEL_LEN is {length}, and the model has {model.positions} positions",
+            "lower it, or unset it for the model's context",
+        )
+
+
+def _effects(deployment: Deployment) -> Iterator[tuple[str, str]]:
+    """Check settings that need something else in the pod."""
+    settings = deployment.settings
+    keys = settings.get("PREDICTOR_API_KEYS_FILE", "")
+    mounts = [mount["mountPath"].rstrip("/") for mount in deployment.server.get("volumeMounts", [])]
+    if keys and not any(keys == mount or keys.startswith(f"{mount}/") for mount in mounts):
+        yield (
+            f"PREDICTOR_API_KEYS_FILE is {keys}, and no volume is mounted there, so the predictor does not start",
+            "add component api-keys, or mount a Secret",
+        )
+    if _is_true(settings.get("PREDICTOR_ENABLE_GRPC")) and deployment.is_knative:
+        yield (
+            "PREDICTOR_ENABLE_GRPC is true, and Knative routes to one port, which is HTTP",
+            "set it to false, or use Standard mode",
+        )
+    endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    if _is_true(settings.get("PREDICTOR_TRACING")) and not any(settings.get(name) for name in endpoints):
+        yield "PREDICTOR_TRACING is true without an endpoint of a collector", f"set {endpoints[0]}"
+
+
+def _threads(deployment: Deployment) -> Iterator[Finding]:
+    threads = deployment.settings.get("PREDICTOR_NUM_THREADS", "")
+    limit = deployment.server.get("resources", {}).get("limits", {}).get("cpu")
+    if threads.isdigit() and limit is not None and int(threads) > quantities.number(limit):
+        yield Finding(
+            deployment.where,
+            f"PREDICTOR_NUM_THREADS is {threads}, more than the limit of {limit} CPUs, so the threads are throttled",
+            "unset it for the container's limit",
+            "kserve-llm",
+            "warning",
+        )
+
+
+def _download(deployment: Deployment, environment: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Check what the Job publishes against what the predictor loads."""
+    settings = deployment.settings
+    if any(_is_true(environment.get(name)) for name in ("STORAGE_INITIALIZER_OFFLINE", "HF_HUB_OFFLINE")):
+        yield "the Job is offline, so it can publish nothing that is not on the volume yet", "set it to false"
+    if environment.get("STORAGE_INITIALIZER_PREPARE"):
+        quantization = settings.get("PREDICTOR_QUANTIZATION", "none")
+        if quantization not in ("8bit", "auto"):
+            yield (
+                f"the Job prepares 8-bit weights, and PREDICTOR_QUANTIZATION is {quantization}, so they are not used",
+                "set PREDICTOR_QUANTIZATION=8bit, or remove STORAGE_INITIALIZER_PREPARE",
+            )
+        job = sorted(_PATTERN.findall(environment.get("STORAGE_INITIALIZER_PREPARE_SKIP_MODULES", "")))
+        own = sorted(_PATTERN.findall(settings.get("PREDICTOR_QUANTIZATION_SKIP_MODULES", "")))
+        if job != own:
+            yield (
+                f"the Job skips layers {', '.join(job) or 'none'} and the predictor {', '.join(own) or 'none'}, so the "
+                "prepared weights are not used",
+                "make STORAGE_INITIALIZER_PREPARE_SKIP_MODULES equal to PREDICTOR_QUANTIZATION_SKIP_MODULES",
+            )
+    allowed = _PATTERN.findall(environment.get("STORAGE_ALLOW_PATTERNS", ""))
+    has_code = any(fnmatch.fnmatchcase("modeling.py", pattern) for pattern in allowed)
+    if _is_true(settings.get("PREDICTOR_TRUST_REMOTE_CODE")) and not has_code:
+        yield (
+            "PREDICTOR_TRUST_REMOTE_CODE is true, and the Job does not publish code",
+            "set STORAGE_ALLOW_PATTERNS=* if you have read the code",
+        )
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "").lower() in quantities.TRUE_WORDS

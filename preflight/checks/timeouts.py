@@ -99,7 +99,8 @@ def _termination(deployment: Deployment, delay: float, grace: float) -> Problems
 
 
 def _knative(deployment: Deployment, timeout: float, cap: float, shutdown: float, startup: float) -> Problems:
-    annotation = deployment.annotations.get("serving.knative.dev/progress-deadline", KNATIVE_PROGRESS_DEADLINE)
+    annotations = deployment.annotations | (deployment.predictor.get("annotations") or {})
+    annotation = annotations.get("serving.knative.dev/progress-deadline", KNATIVE_PROGRESS_DEADLINE)
     if timeout > cap:
         yield (
             f"timeout is {timeout:g} s, more than Knative's maximum of {cap:g} s (max-revision-timeout-seconds)",

@@ -13,10 +13,12 @@ from preflight.findings import Finding, Source
 
 OLDEST = {"Kubernetes": (1, 32), "KServe": (0, 20), "Knative": (1, 19)}
 """KServe v0.20, for which the manifests are written, and the oldest versions that its documentation supports."""
+LOCAL = "kubernetes.io/no-provisioner"
+"""Provisioner of storage classes with volumes of the `local` type."""
 ONE_NODE_PROVISIONERS = {
     *("ebs.csi.aws.com", "kubernetes.io/aws-ebs", "pd.csi.storage.gke.io", "kubernetes.io/gce-pd"),
     *("disk.csi.azure.com", "kubernetes.io/azure-disk", "rancher.io/local-path", "k8s.io/minikube-hostpath"),
-    *("kubernetes.io/no-provisioner", "topolvm.io", "openebs.io/local"),
+    *(LOCAL, "topolvm.io", "openebs.io/local"),
 }
 """Provisioners without ReadWriteMany. A StorageClass does not list its access modes."""
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
@@ -38,8 +40,10 @@ def check(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
         "versions": _versions,
         "custom kinds": _kinds,
         "Knative feature flags": _flags,
+        "the namespace": _namespace,
         "the storage class": _storage,
-        "GPUs of nodes": _gpus,
+        "the type of the volume": _local_volume,
+        "nodes": _nodes,
         "Secrets": _secrets,
         "the mode of the InferenceService": _mode,
     }.items():
@@ -111,6 +115,8 @@ def _storage(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
             default = name
     for claim in deployment.all("PersistentVolumeClaim"):
         name = claim["spec"].get("storageClassName", default)
+        if name == "":
+            continue  # A volume that an administrator has created.
         if name not in provisioners:
             yield Finding(
                 name_of(claim),
@@ -127,46 +133,100 @@ def _storage(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
             )
 
 
-def _gpus(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
-    gpus = resources.gpus(deployment)
-    nodes = cluster.nodes() if gpus else []
-    for name, count in gpus.items():
-        if reason := _unschedulable_reason(deployment.predictor_pod.spec, name, count, nodes):
-            problem, remedy = reason
-            yield Finding(
-                deployment.where, problem, f"{remedy}, unless a node pool scales from zero", "scheduler", "warning"
-            )
+def _local_volume(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
+    """Check volumes of the `local` type, which have no provisioner, in Knative mode, which admits no `fsGroup`."""
+    claim = (deployment.find("PersistentVolumeClaim", deployment.claim) or {}).get("spec", {})
+    name = claim.get("storageClassName")
+    classes = {item["metadata"]["name"]: item["provisioner"] for item in cluster.storage_classes()} if name else {}
+    has_group = (deployment.predictor_pod.spec.get("securityContext") or {}).get("fsGroup") is not None
+    if classes.get(name) == LOCAL and deployment.is_knative and not has_group:
+        yield Finding(
+            f"PersistentVolumeClaim/{deployment.claim}",
+            f"its storage class {name} has local volumes; if the predictor mounts one first, the kubelet does not "
+            "apply the Job's fsGroup, and the download has no permission",
+            "chown the volume's directory as component local-storage shows",
+            "kubelet",
+            "warning",
+        )
 
 
-def _unschedulable_reason(pod: Manifest, name: str, count: float, nodes: list[Any]) -> tuple[str, str] | None:
-    """Return why no node accepts the pod, and the remedy; None if one does."""
-    selector, tolerations = pod.get("nodeSelector") or {}, pod.get("tolerations") or []
-    offered = {key for node in nodes for key in node.status.allocatable or {} if key.startswith("nvidia.com/")}
-    filters: tuple[tuple[Callable[[Any], bool], str, Callable[[], str]], ...] = (
-        (
-            lambda node: quantities.number((node.status.allocatable or {}).get(name, 0)) >= count,
-            f"no node has {count:g} of {name}",
-            lambda: f"nodes offer {', '.join(sorted(offered)) or 'no NVIDIA GPU'}",
-        ),
-        (
-            lambda node: selector.items() <= (node.metadata.labels or {}).items(),
-            f"no node with {name} has the labels of nodeSelector",
-            lambda: "patch it, or install GPU feature discovery",
-        ),
-        (
-            lambda node: not _untolerated_taints(node, tolerations),
-            f"every node with {name} has a taint that is not tolerated",
-            lambda: (
-                f"tolerate {', '.join(sorted({t.key for n in nodes for t in _untolerated_taints(n, tolerations)}))}"
-            ),
-        ),
-    )
-    for accepts, problem, remedy in filters:
+def _namespace(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
+    namespace = cluster.namespace(deployment.namespace)
+    where = f"Namespace/{deployment.namespace}"
+    if namespace is None:
+        if not deployment.find("Namespace", deployment.namespace):
+            yield Finding(where, "the cluster does not have it", "create it", "API server")
+    elif namespace.metadata.deletion_timestamp is not None:
+        yield Finding(
+            where,
+            "it is being deleted, and accepts no new objects until then",
+            f"wait: kubectl wait --for=delete namespace/{deployment.namespace} --timeout=15m",
+            "API server",
+        )
+
+
+def _nodes(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
+    """Check that a node accepts a replica, and that the nodes have room for those of a rollout."""
+    nodes = cluster.nodes()
+    needed = {name: count for name, count in resources.requests(deployment.server).items() if count}
+    for accepts, reason in _filters(deployment.predictor_pod.spec, needed):
         accepting = [node for node in nodes if accepts(node)]
         if not accepting:
-            return problem, remedy()
+            problem, remedy = reason(nodes)
+            remedy += ", unless a node pool scales from zero"
+            yield Finding(deployment.where, problem, remedy, "scheduler", "warning")
+            return
         nodes = accepting
-    return None
+    replicas, _ = resources.rollout_replicas(deployment)
+    room = [min((int(_allocatable(node, name) / needed[name]) for name in needed), default=replicas) for node in nodes]
+    if sum(room) < replicas:
+        yield Finding(
+            deployment.where,
+            f"the old and the new replica run together during a rollout, and the nodes have room for {sum(room)}",
+            "add a node, delete the InferenceService before a change, or in Standard mode set maxSurge: 0",
+            "scheduler",
+            "warning",
+        )
+
+
+Filter = tuple[Callable[[Any], bool], Callable[[list[Any]], tuple[str, str]]]
+"""Whether a node accepts the pod; the problem and its remedy if none of the given nodes does."""
+
+
+def _filters(pod: Manifest, needed: dict[str, float]) -> Iterator[Filter]:
+    """Yield the scheduler's filters of nodes (the client's V1Node), in the order in which they are reported."""
+    selector, tolerations = pod.get("nodeSelector") or {}, pod.get("tolerations") or []
+    devices = [name for name in needed if name.startswith("nvidia.com/")]
+    subject = f"node with {devices[0]}" if devices else "node"
+
+    def offered(nodes: list[Any]) -> str:
+        names = {key for node in nodes for key in node.status.allocatable or {} if key.startswith("nvidia.com/")}
+        return f"nodes offer {', '.join(sorted(names)) or 'no NVIDIA GPU'}"
+
+    def untolerated(nodes: list[Any]) -> str:
+        return f"tolerate {', '.join(sorted({t.key for n in nodes for t in _untolerated_taints(n, tolerations)}))}"
+
+    for name in devices:
+        yield _room(name, needed[name], f"no node has {needed[name]:g} of {name}", offered)
+    yield (
+        lambda node: selector.items() <= (node.metadata.labels or {}).items(),
+        lambda _: (f"no {subject} has the labels of nodeSelector", "patch it, or install GPU feature discovery"),
+    )
+    yield (
+        lambda node: not _untolerated_taints(node, tolerations),
+        lambda nodes: (f"every {subject} has a taint that is not tolerated", untolerated(nodes)),
+    )
+    cpu, memory = needed.get("cpu", 0), needed.get("memory", 0)
+    for name, count, text in (("cpu", cpu, f"{cpu:g} cpu"), ("memory", memory, f"{quantities.gib(memory)} of memory")):
+        yield _room(name, count, f"no {subject} that accepts the pod has {text}", lambda _: "lower the request")
+
+
+def _room(name: str, count: float, problem: str, remedy: Callable[[list[Any]], str]) -> Filter:
+    return lambda node: _allocatable(node, name) >= count, lambda nodes: (problem, remedy(nodes))
+
+
+def _allocatable(node: Any, name: str) -> float:
+    return quantities.number((node.status.allocatable or {}).get(name, 0))
 
 
 def _untolerated_taints(node: Any, tolerations: list[Manifest]) -> list[Any]:

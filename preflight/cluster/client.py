@@ -62,6 +62,10 @@ class Connection:
         """Return all StorageClasses."""
         return self._list("storage.k8s.io", "v1", "storageclasses")
 
+    def namespace(self, name: str) -> Any | None:
+        """Return a namespace, as the client's V1Namespace; None if it does not exist."""
+        return _read(self._core.read_namespace, name)
+
     def nodes(self) -> list[Any]:
         """Return all nodes, as the client's V1Node."""
         return list(_read(self._core.list_node).items)

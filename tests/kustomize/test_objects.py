@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from preflight.checks import knative, kserve, references
+from preflight.checks import containers, knative, kserve, references
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 from tests.kustomize.conftest import DEV, OVERLAYS, Preflight, Render, Rendered, component_folder
@@ -102,7 +102,8 @@ def test_references_missing_target_of_another_pod_is_a_finding(
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = "x"
-    [finding] = references.check(Deployment(objects))
+    deployment = Deployment(objects)
+    [finding] = [*references.check(deployment), *containers.check(deployment)]
     assert sentence in str(finding)
 
 

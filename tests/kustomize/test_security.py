@@ -16,8 +16,9 @@ def test_security_checks_have_no_finding(deployment: Rendered) -> None:
 
 
 def test_predictor_security_context_is_on_the_container(deployment: Rendered) -> None:
-    # Knative refuses a pod's securityContext by default, and KServe's runtime has none.
-    assert "securityContext" not in deployment.predictor
+    # Knative refuses a pod's securityContext by default, and KServe's runtime has none. Standard mode has fsGroup.
+    group = None if deployment.is_knative else {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"}
+    assert deployment.predictor.get("securityContext") == group
     assert deployment.server["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
 
 
@@ -31,6 +32,8 @@ def test_job_writes_as_the_user_of_the_predictor(deployment: Rendered) -> None:
     for job in deployment.jobs:
         context, reader = job.spec["securityContext"], deployment.server["securityContext"]
         assert (context["runAsUser"], context["fsGroup"]) == (reader["runAsUser"], reader["runAsGroup"])
+        if not deployment.is_knative:
+            assert deployment.predictor["securityContext"]["fsGroup"] == context["fsGroup"]
 
 
 def test_weights_are_mounted_read_only(deployment: Rendered) -> None:

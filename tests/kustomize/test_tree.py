@@ -158,6 +158,13 @@ def test_overlay_readme_has_requirements_costs_and_commands(folder: Path) -> Non
     assert [part for part in ("Requirements", "Costs", "Try it") if f"**{part}" not in readme] == []
 
 
+@pytest.mark.parametrize("folder", OVERLAYS, ids=str)
+def test_overlay_costs_count_the_replicas_of_a_rollout(folder: Path) -> None:
+    readme = (ROOT / folder / "README.md").read_text()
+    [costs] = re.findall(r"\*\*Costs:\*\*.*?\n\n", readme, re.DOTALL)
+    assert "rollout" in costs
+
+
 def test_relative_links_point_to_files() -> None:
     targets = [
         (path, target)

@@ -1,10 +1,13 @@
 """Each mistake in an overlay is one finding that names it."""
 
+import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from devtools.paths import ROOT
 from preflight.checks import kserve, resources
 from preflight.checks.schema import Schemas
 from preflight.deployment import Manifest
@@ -95,7 +98,7 @@ def timeout_over_the_maximum(draft: Draft) -> None:
 
 
 def add_secret(draft: Draft) -> None:
-    metadata = {"name": "mine", "labels": {}}
+    metadata = {"name": "mine", "namespace": "kserve-llm-prod"}
     draft.objects.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"a": "b"}})
 
 
@@ -112,7 +115,214 @@ def other_reference_in_the_job(draft: Draft) -> None:
     draft.job["containers"][0]["env"].append({"name": "MODEL_REFERENCE", "value": f"hf://owner/other:{'b' * 40}"})
 
 
+def two_secrets_at_one_path(draft: Draft) -> None:
+    for name in ("a", "b"):
+        draft["ServingRuntime"]["spec"]["volumes"].append({"name": name, "secret": {"secretName": name}})
+        draft.container["volumeMounts"].append({"name": name, "mountPath": "/etc/keys"})
+
+
+def volume_over_the_weights(draft: Draft) -> None:
+    draft["ServingRuntime"]["spec"]["volumes"].append({"name": "cache", "emptyDir": {}})
+    draft.container["volumeMounts"].append({"name": "cache", "mountPath": "/mnt/models"})
+
+
+def other_namespace(draft: Draft) -> None:
+    draft["PersistentVolumeClaim"]["metadata"]["namespace"] = "default"
+
+
+def system_namespace(draft: Draft) -> None:
+    for manifest in draft.objects:
+        if "namespace" in manifest["metadata"]:
+            manifest["metadata"]["namespace"] = "kserve"
+
+
+def hidden_queue_proxy(draft: Draft) -> None:
+    for rule in draft["NetworkPolicy/predictor"]["spec"]["ingress"]:
+        rule["ports"] = [{"port": 8080}]
+
+
+def unlimited_replicas(draft: Draft) -> None:
+    del draft.predictor["maxReplicas"]
+
+
+def tokens_of_two_sequences(draft: Draft) -> None:
+    draft.settings.update(PREDICTOR_KV_CACHE_TOKENS="4096", PREDICTOR_MAX_MODEL_LEN="8192")
+
+
+def prepare(draft: Draft) -> None:
+    draft.download.update(STORAGE_INITIALIZER_PREPARE="int8-cpu", STORAGE_INITIALIZER_PREPARE_SKIP_MODULES="lm_head")
+
+
+def prepare_for_nobody(draft: Draft) -> None:
+    draft.download.update(STORAGE_INITIALIZER_PREPARE="int8-cpu")
+    draft.settings.update(PREDICTOR_QUANTIZATION="4bit")
+
+
 MISTAKES: dict[str, tuple[Mistake, str]] = {
+    # Rules of the API server that no schema has
+    "label": (
+        lambda d: d["PersistentVolumeClaim"]["metadata"]["labels"].update(owner="the team"),
+        "PersistentVolumeClaim/models: label owner is 'the team'",
+    ),
+    "label_key": (
+        lambda d: d["Job"]["spec"]["template"]["metadata"]["labels"].update({"a/b/c": "x"}),
+        "'a/b/c' is not the key of a label",
+    ),
+    "object_name": (
+        lambda d: d["NetworkPolicy/default"]["metadata"].update(name="Default_Deny"),
+        "its name is 'Default_Deny'",
+    ),
+    "pull_policy": (
+        lambda d: d.container.update(imagePullPolicy="ifNotPresent"),
+        "has imagePullPolicy 'ifNotPresent'; use Always, IfNotPresent, Never",
+    ),
+    "restart_policy": (lambda d: d.job.update(restartPolicy="OnFailure"), "podFailurePolicy, which requires"),
+    "restart_policy_always": (lambda d: d.job.update(restartPolicy="Always"), "is Always, which a Job cannot have"),
+    "failure_policy_container": (
+        lambda d: d["Job"]["spec"]["podFailurePolicy"]["rules"][0]["onExitCodes"].update(containerName="main"),
+        "its podFailurePolicy names container 'main'",
+    ),
+    "volume_twice": (
+        lambda d: d["ServingRuntime"]["spec"]["volumes"].append({"name": "tmp", "emptyDir": {}}),
+        "two volumes have the name 'tmp'",
+    ),
+    "mount_twice": (two_secrets_at_one_path, "mounts two volumes at /etc/keys"),
+    "toleration_operator": (
+        lambda d: d.predictor["tolerations"].append({"key": "team", "operator": "Is", "value": "a"}),
+        "the toleration of 'team' has operator 'Is'",
+    ),
+    "toleration_value": (
+        lambda d: d.predictor["tolerations"].append({"key": "team", "operator": "Exists", "value": "a"}),
+        "has operator Exists and a value",
+    ),
+    "toleration_key": (
+        lambda d: d.predictor["tolerations"].append({"operator": "Equal", "value": "a"}),
+        "a toleration without a key has operator Equal",
+    ),
+    "toleration_effect": (
+        lambda d: d.predictor["tolerations"].append({"key": "team", "effect": "noSchedule"}),
+        "has effect 'noSchedule'",
+    ),
+    "toleration_seconds": (
+        lambda d: d.predictor["tolerations"][0].update(tolerationSeconds=60),
+        "has tolerationSeconds",
+    ),
+    "probe_successes": (
+        lambda d: d.container["startupProbe"].update(successThreshold=2),
+        "has a startupProbe with successThreshold 2",
+    ),
+    "probe_handlers": (
+        lambda d: d.container["livenessProbe"].update(exec={"command": ["true"]}),
+        "has a livenessProbe with exec and httpGet",
+    ),
+    "probe_https": (
+        lambda d: d.container["readinessProbe"]["httpGet"].update(scheme="HTTPS"),
+        "the readinessProbe uses HTTPS",
+    ),
+    "liveness_is_readiness": (
+        lambda d: d.container["livenessProbe"]["httpGet"].update(path="/v2/models/llm/ready"),
+        "the livenessProbe requests readiness",
+    ),
+    # Arguments and annotations
+    "variable_in_arguments": (
+        lambda d: d.model.update(args=["--dtype=$(DTYPE)"]),
+        "uses $(DTYPE), and has no variable of that name",
+    ),
+    "shell_variable": (
+        lambda d: d.job["containers"][0]["args"].append("--ignore=${PATTERNS}"),
+        "uses ${PATTERNS}, which only a shell expands; write $(PATTERNS)",
+    ),
+    "annotation_name": (
+        lambda d: d.annotations.update({"autoscaling.knative.dev/windows": "60s"}),
+        "annotation autoscaling.knative.dev/windows is unknown to KServe and Knative; use autoscaling.knative.dev/w",
+    ),
+    "annotation_case": (
+        lambda d: d.annotations.update({"serving.kserve.io/autoscalerclass": "hpa"}),
+        "use serving.kserve.io/autoscalerClass",
+    ),
+    "initial_scale_of_pods": (
+        lambda d: d.predictor.update(annotations={"autoscaling.knative.dev/initial-scale": "1"}),
+        "is in spec.predictor, where KServe ignores it",
+    ),
+    "initial_scale_zero": (
+        lambda d: d.annotations.update({"autoscaling.knative.dev/initial-scale": "0"}),
+        "is 0, which KServe ignores unless",
+    ),
+    "scrape_port": (
+        lambda d: d.annotations.update({"prometheus.io/port": "9090"}),
+        "annotation prometheus.io/port is 9090, which container kserve-container does not open",
+    ),
+    "scrape_path": (lambda d: d.annotations.update({"prometheus.io/path": "/"}), "annotation prometheus.io/path is /"),
+    # Namespaces and policies
+    "other_namespace": (other_namespace, "PersistentVolumeClaim/models: it is in namespace default, and Inference"),
+    "system_namespace": (system_namespace, "it is in namespace kserve, in which KServe's webhook mounts no weights"),
+    "policy_port": (hidden_queue_proxy, "NetworkPolicy/predictor: it does not allow port 8012"),
+    # Claims and scratch volumes
+    "claim_of_one_pod": (
+        lambda d: [
+            d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadWriteOncePod"]),
+            d.predictor.update(maxReplicas=1),
+        ],
+        "it is ReadWriteOncePod, so the Job and the predictor",
+    ),
+    "access_mode": (
+        lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadWriteAll"]),
+        "it has access mode 'ReadWriteAll'",
+    ),
+    "block_volume": (lambda d: d["PersistentVolumeClaim"]["spec"].update(volumeMode="Block"), "volumeMode is Block"),
+    "storage_unit": (
+        lambda d: d["PersistentVolumeClaim"]["spec"]["resources"]["requests"].update(storage="50"),
+        "it requests 50 bytes of storage; add the unit, as in 50Gi",
+    ),
+    "no_storage": (lambda d: d["PersistentVolumeClaim"]["spec"].update(resources={}), "it requests no storage"),
+    "volume_over_the_weights": (volume_over_the_weights, "mounts volume cache at /mnt/models, the path of storageUri"),
+    "shared_memory": (
+        lambda d: d["ServingRuntime"]["spec"]["volumes"][1]["emptyDir"].update(sizeLimit="64Gi"),
+        "volume shm may hold 64Gi, more than the memory limit 24Gi",
+    ),
+    # Units and devices
+    "memory_unit": (
+        lambda d: d.job["containers"][0]["resources"].update(
+            requests={"cpu": "1", "memory": "4"}, limits={"cpu": "1", "memory": "4Gi"}
+        ),
+        "requests 4 bytes of memory; correct the unit, as in memory: 4Gi",
+    ),
+    "memory_in_thousandths": (
+        lambda d: d.job["containers"][0]["resources"]["requests"].update(memory="512m"),
+        "requests 0.512 bytes of memory",
+    ),
+    "cpu_unit": (
+        lambda d: d.job["containers"][0]["resources"].update(limits={"cpu": 2000, "memory": "4Gi"}),
+        "limits 2000 cores; add the unit, as in cpu: 2000m",
+    ),
+    "gpu_of_the_job": (
+        lambda d: d.job["containers"][0]["resources"]["limits"].update({"nvidia.com/gpu": 1}),
+        "warning: Job/model-download-",
+    ),
+    # Settings
+    "cache_below_one_sequence": (tokens_of_two_sequences, "PREDICTOR_KV_CACHE_TOKENS is 4096, less than one sequence"),
+    "api_keys_without_a_volume": (
+        lambda d: d.settings.update(PREDICTOR_API_KEYS_FILE="/etc/keys/keys"),
+        "and no volume is mounted there, so the predictor does not start",
+    ),
+    "grpc_in_knative": (
+        lambda d: d.settings.update(PREDICTOR_ENABLE_GRPC="true"),
+        "Knative routes to one port, which is HTTP",
+    ),
+    "threads_over_limit": (
+        lambda d: d.settings.update(PREDICTOR_NUM_THREADS="16"),
+        "warning: InferenceService/llm: PREDICTOR_NUM_THREADS is 16, more than the limit of 4 CPUs",
+    ),
+    "offline_job": (lambda d: d.download.update(STORAGE_INITIALIZER_OFFLINE="true"), "the Job is offline"),
+    "prepared_weights_of_other_layers": (prepare, "the Job skips layers lm_head and the predictor none"),
+    "prepared_weights_unused": (prepare_for_nobody, "PREDICTOR_QUANTIZATION is 4bit, so they are not used"),
+    "remote_code_not_published": (
+        lambda d: d.settings.update(PREDICTOR_TRUST_REMOTE_CODE="true"),
+        "and the Job does not publish code",
+    ),
+    # KServe and Knative
+    "runtime_disabled": (lambda d: d["ServingRuntime"]["spec"].update(disabled=True), "KServe does not select it"),
+    "unlimited_replicas": (unlimited_replicas, "maxReplicas is not set, so Knative starts replicas without a limit"),
     # Fields and names
     "job_field": (lambda d: d.job.update(restartPolice="Never"), "'restartPolice' was unexpected"),
     "setting_key": (lambda d: d.settings.update(PREDICTOR_MAX_NUM_SEQ="8"), "use PREDICTOR_MAX_NUM_SEQS"),
@@ -410,6 +620,14 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
         no_gpu,
         lambda d: d.predictor.update(tolerations=[{"key": "sku", "value": "gpu", "effect": "NoSchedule"}]),
         lambda d: d.predictor.update(tolerations=[{"operator": "Exists"}]),
+        # A limit without a request is valid for every resource.
+        lambda d: d.model["resources"].pop("requests"),
+        lambda d: d.model["env"].append({"name": "EXTRA", "value": "x"}),
+        lambda d: d.job["containers"][0].update(args=["$(MODEL_REFERENCE)", "/mnt/models", "--ignore=$$(NAME)"]),
+        lambda d: (
+            d.settings.update(PREDICTOR_TRUST_REMOTE_CODE="true") or d.download.update(STORAGE_ALLOW_PATTERNS="*")
+        ),
+        lambda d: d.annotations.update({"example.com/windows": "60s", "autoscaling.knative.dev/metric": "concurrency"}),
         lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
         lambda d: d.settings.update(LOG_LEVEL="debug", PREDICTOR_TRUST_REMOTE_CODE="Off", PREDICTOR_DEVICE="cuda:1"),
         lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/mnt/models", OTHER="x"),
@@ -420,8 +638,11 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "auto"}),
         ],
         lambda d: [d.settings.update(PREDICTOR_DEVICE="auto"), d.model.update(args=["--device", "cuda"])],
-        lambda d: d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
         lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="480", PREDICTOR_READY_WHILE_LOADING="true"),
+        lambda d: [
+            d.model["env"].append({"name": "TYPE", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}),
+            d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
+        ],
         lambda d: d.model.update(command=["sh", "-c"], args=["exec other --port 1"]),
     ],
 )
@@ -546,7 +767,7 @@ def test_settings_unpinned_reference_of_one_replica_is_a_warning(draft: Drafts) 
     assert (several.severity, one.severity) == ("error", "warning")
     assert "is not pinned, so a restart may serve different weights" in one.problem
     del prod.predictor["maxReplicas"]
-    [unlimited] = prod.check()
+    [unlimited] = [finding for finding in prod.check() if "not pinned" in finding.problem]
     assert unlimited.severity == "error"
 
 
@@ -645,6 +866,26 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
             "startupProbe leaves 1200 s to load, and the Deployment reports ProgressDeadlineExceeded after 600 s",
         ),
         (lambda d: d["Ingress"]["metadata"].update(annotations={}), "ends requests after 60 s"),
+        (
+            lambda d: d["Ingress"]["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"].update(
+                port={"number": 8080}
+            ),
+            "sends requests to port 8080 of Service llm-predictor, which KServe opens at 80",
+        ),
+        (lambda d: d.predictor.pop("securityContext"), "the predictor's pod has no fsGroup and the Job's has 1000"),
+        (
+            lambda d: d.predictor["securityContext"].update(fsGroup=2000),
+            "the predictor's pod has fsGroup 2000 and the Job's has 1000",
+        ),
+        (
+            lambda d: d.predictor["deploymentStrategy"]["rollingUpdate"].update(maxSurge=0),
+            "maxSurge and maxUnavailable are both 0",
+        ),
+        (lambda d: d.predictor["deploymentStrategy"].update(type="Recreate"), "is Recreate and has rollingUpdate"),
+        (
+            lambda d: d.annotations.update({"autoscaling.knative.dev/window": "60s"}),
+            "annotation autoscaling.knative.dev/window has no effect in Standard mode",
+        ),
         (lambda d: d["Ingress"]["spec"]["rules"][0]["http"]["paths"][0].update(backend={}), "Service None"),
     ],
 )
@@ -663,12 +904,72 @@ def test_references_ingress_in_knative_mode_is_a_finding(draft: Drafts) -> None:
 
 def test_resources_model_larger_than_memory_is_a_finding(draft: Drafts) -> None:
     dev = draft("dev")
+    dev["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"] = "20Gi"
     model = resources.Model(3584, 18944, 28, 28, 4, 128, 152064, tied=False, dtype="bfloat16")
     [finding] = dev.check(model=model)
     assert "needs 18.7 GiB (weights 14.2 GiB, KV cache 3.5 GiB), and the memory limit is 4.0 GiB" in str(finding)
     dev.settings["PREDICTOR_QUANTIZATION"] = "8bit"
     [finding] = dev.check(model=model)
     assert "weights 8.1 GiB" in str(finding)
+
+
+def test_volumes_claim_smaller_than_the_checkpoint_is_a_finding(draft: Drafts) -> None:
+    prod = draft("prod")
+    model = resources.Model(3584, 18944, 28, 28, 4, 128, 152064, tied=False, dtype="bfloat16")
+    prod["PersistentVolumeClaim"]["spec"]["resources"]["requests"]["storage"] = "14Gi"
+    [finding] = prod.check(model=model)
+    assert "PersistentVolumeClaim/models: it requests 14.0 GiB, and the checkpoint has 14.2 GiB" in str(finding)
+
+
+def test_settings_context_beyond_the_model_is_a_finding(draft: Drafts, tmp_path: Path) -> None:
+    prod = draft("prod")
+    config = json.loads((ROOT / "kustomize/overlays/prod/model-config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    model = resources.read(tmp_path / "config.json")
+    prod.settings["PREDICTOR_MAX_MODEL_LEN"] = "40000"
+    [finding] = prod.check(model=model)
+    assert "PREDICTOR_MAX_MODEL_LEN is 40000, and the model has 32768 positions" in str(finding)
+
+
+def test_volumes_local_volume_in_knative_mode_is_a_warning(draft: Drafts) -> None:
+    dev = draft("dev")
+    spec = {"capacity": {"storage": "2Gi"}, "accessModes": ["ReadWriteOnce"], "local": {"path": "/mnt/disks/1"}}
+    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": "disk"}, "spec": spec}
+    dev.objects.append(volume)
+    [finding] = dev.check()
+    assert (finding.severity, finding.source) == ("warning", "kubelet")
+    assert "no fsGroup and the Job's has 1000; on a volume that the predictor mounts first" in finding.problem
+
+
+def test_timeouts_progress_deadline_may_be_an_annotation_of_the_predictor(draft: Drafts) -> None:
+    prod = draft("prod")
+    key = "serving.knative.dev/progress-deadline"
+    prod.predictor["annotations"] = {key: prod.annotations.pop(key)}
+    assert prod.check() == []
+
+
+@pytest.mark.parametrize(
+    ("overlay", "change", "replicas"),
+    [
+        ("prod", lambda _: None, (2, 4)),
+        ("dev", lambda _: None, (2, 2)),
+        ("prod", unlimited_replicas, (2, None)),
+        ("prod-standard", lambda _: None, (2, 3)),
+        ("prod-standard", lambda d: d.predictor.pop("deploymentStrategy"), (2, 3)),
+        ("prod-standard", lambda d: d.predictor.update(deploymentStrategy={"type": "Recreate"}), (1, 2)),
+        (
+            "prod-standard",
+            lambda d: d.predictor.update(deploymentStrategy={"rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}}),
+            (1, 2),
+        ),
+    ],
+)
+def test_resources_rollout_counts_old_and_new_replicas(
+    draft: Drafts, overlay: str, change: Mistake, replicas: tuple[int, int | None]
+) -> None:
+    changed = draft(overlay)
+    change(changed)
+    assert resources.rollout_replicas(changed.deployment) == replicas
 
 
 def test_resources_model_larger_than_a_gpu_slice_is_a_finding(draft: Drafts) -> None:

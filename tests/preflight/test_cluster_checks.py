@@ -11,7 +11,7 @@ from preflight.cluster import checks
 from preflight.cluster.client import Connection
 from preflight.deployment import Deployment
 from preflight.findings import CheckError
-from tests.preflight.conftest import FakeCluster
+from tests.preflight.conftest import Draft, FakeCluster
 
 Check = Callable[..., list[str]]
 
@@ -36,12 +36,20 @@ def node(
     resource: str = "nvidia.com/gpu",
     taint: str = "nvidia.com/gpu",
     labels: dict[str, str] | None = None,
+    memory: str = "200Gi",
 ) -> Any:
     return {
         "metadata": {"name": "gpu-1", "labels": {"nvidia.com/gpu.present": "true"} if labels is None else labels},
         "spec": {"taints": [{"key": taint, "effect": "NoSchedule"}]},
-        "status": {"allocatable": {"cpu": "32", resource: str(gpus)}},
+        "status": {"allocatable": {"cpu": "32", "memory": memory, resource: str(gpus)}},
     }
+
+
+CPU_NODE = {
+    "metadata": {"name": "cpu-1", "labels": {}},
+    "spec": {},
+    "status": {"allocatable": {"cpu": "4", "memory": "8Gi"}},
+}
 
 
 @pytest.fixture
@@ -68,7 +76,8 @@ def suitable(cluster: FakeCluster, rendered: Callable[[str], Deployment]) -> Fak
             ]
         },
         CLASSES: {"items": [fast, shared]},
-        NODES: {"items": [node()]},
+        NODES: {"items": [node(), node(), node(taint="node.kubernetes.io/unused", labels={}), CPU_NODE]},
+        "/api/v1/namespaces/kserve-llm-prod-multi-gpu": {"metadata": {"name": "kserve-llm-prod-multi-gpu"}},
         HUB_SECRET: {"metadata": {"name": "hf-secret"}, "data": {"HF_TOKEN": "eA=="}},
     }
     return cluster
@@ -155,6 +164,7 @@ def test_storage_one_node_default_class_is_a_finding(suitable: FakeCluster, chec
         "error: PersistentVolumeClaim/models: it is ReadWriteMany, and volumes of storage class shared"
     )
     # One replica on one node.
+    suitable.answers["/api/v1/namespaces/kserve-llm-dev"] = {"metadata": {"name": "kserve-llm-dev"}}
     assert check("dev") == []
 
 
@@ -193,6 +203,74 @@ def test_gpus_too_few_on_every_node_is_a_warning(suitable: FakeCluster, check: C
     assert "no node has 4 of nvidia.com/gpu" in finding
 
 
+def test_nodes_without_memory_for_a_replica_is_a_warning(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[NODES] = {"items": [node(memory="15Gi"), CPU_NODE]}
+    [finding] = check()
+    assert finding.startswith(
+        "warning: InferenceService/llm: no node with nvidia.com/gpu that accepts the pod has 16.0 GiB of memory; "
+    )
+
+
+@pytest.mark.parametrize(("nodes", "room"), [([node(gpus=1)], 1), ([node(gpus=1, memory="40Gi"), node(taint="x")], 1)])
+def test_nodes_without_room_for_a_rollout_is_a_warning(
+    suitable: FakeCluster, check: Check, nodes: list[Any], room: int
+) -> None:
+    suitable.answers[NODES] = {"items": nodes}
+    [finding] = check()
+    assert f"run together during a rollout, and the nodes have room for {room}; add a node" in finding
+    suitable.answers[NODES] = {"items": [*nodes, node(gpus=1)]}
+    assert check() == []
+
+
+def test_nodes_rollout_counts_memory(suitable: FakeCluster, check: Check) -> None:
+    suitable.answers[NODES] = {"items": [node(gpus=8, memory="31Gi")]}
+    [finding] = check()
+    assert "the nodes have room for 1" in finding
+
+
+def test_namespace_missing_or_being_deleted_is_a_finding(
+    suitable: FakeCluster, rendered: Callable[[str], Deployment]
+) -> None:
+    prod = rendered("prod")
+    path = "/api/v1/namespaces/kserve-llm-prod"
+    suitable.answers[path] = {"metadata": {"name": "x", "deletionTimestamp": "2026-11-24T04:00:13Z"}}
+    [finding] = checks.check(prod, Connection("here"))
+    assert str(finding).startswith("error: Namespace/kserve-llm-prod: it is being deleted, and accepts no new objects")
+    del suitable.answers[path]
+    assert list(checks.check(prod, Connection("here"))) == []
+    without = Deployment(tuple(manifest for manifest in prod.objects if manifest["kind"] != "Namespace"))
+    [finding] = checks.check(without, Connection("here"))
+    assert str(finding).startswith("error: Namespace/kserve-llm-prod: the cluster does not have it; create it")
+
+
+def test_local_volumes_in_knative_mode_are_a_warning(
+    suitable: FakeCluster, rendered: Callable[[str], Deployment]
+) -> None:
+    disks = {"metadata": {"name": "disks"}, "provisioner": "kubernetes.io/no-provisioner"}
+    suitable.answers[CLASSES]["items"].append(disks)
+
+    def check(overlay: str, mode: str) -> list[str]:
+        draft = Draft(rendered(overlay))
+        draft["PersistentVolumeClaim"]["spec"] |= {"storageClassName": "disks", "accessModes": ["ReadWriteOnce"]}
+        draft.annotations["serving.kserve.io/deploymentMode"] = mode
+        findings = checks.check(draft.deployment, Connection("here"))
+        return [str(finding) for finding in findings if "local volumes" in finding.problem]
+
+    [finding] = check("dev", "Knative")
+    assert finding.startswith("warning: PersistentVolumeClaim/models: its storage class disks has local volumes; ")
+    assert finding.endswith("chown the volume's directory as component local-storage shows. [kubelet]")
+    assert check("prod-standard", "Standard") == []
+
+
+def test_storage_claim_of_an_existing_volume_is_no_finding(
+    suitable: FakeCluster, rendered: Callable[[str], Deployment]
+) -> None:
+    prod = Draft(rendered("prod"))
+    prod["PersistentVolumeClaim"]["spec"] |= {"storageClassName": "", "volumeName": "nfs-1"}
+    suitable.answers[CLASSES]["items"].pop()
+    assert list(checks.check(prod.deployment, Connection("here"))) == []
+
+
 def test_secrets_missing_secret_is_a_finding(suitable: FakeCluster, check: Check) -> None:
     del suitable.answers[HUB_SECRET]
     [finding] = check("prod-multi-gpu")
@@ -218,7 +296,7 @@ def test_mode_change_is_a_finding(suitable: FakeCluster, check: Check) -> None:
 def test_check_permission_denied_is_a_warning_and_others_run(suitable: FakeCluster, check: Check) -> None:
     suitable.forbidden |= {NODES, HUB_SECRET}
     nodes, secret = check("prod-multi-gpu")
-    assert nodes.startswith("warning: InferenceService/llm: GPUs of nodes could not be checked; Permission denied: ")
+    assert nodes.startswith("warning: InferenceService/llm: nodes could not be checked; Permission denied: ")
     assert secret.startswith(
         "warning: InferenceService/llm: Secrets could not be checked; Permission denied: hf-secret"
     )

@@ -41,7 +41,10 @@ def test_main_without_errors_returns_0(rendered: Rendered, capsys: Capture) -> N
     *warnings, summary = capsys.readouterr().out.splitlines()
     assert all("were not checked" in warning for warning in warnings)
     flags = ("affinity", "nodeselector", "tolerations")
-    assert summary.endswith("needs: knative flags " + ", ".join(f"kubernetes.podspec-{flag}" for flag in flags))
+    assert summary.endswith(
+        "needs: rollout 4 nvidia.com/gpu, 16 cpu, 64.0 GiB of memory; knative flags "
+        + ", ".join(f"kubernetes.podspec-{flag}" for flag in flags)
+    )
 
 
 def test_command_with_an_error_exits_with_1_and_one_line(broken: Path) -> None:
@@ -76,7 +79,7 @@ def test_main_context_checks_the_cluster(cluster: FakeCluster, rendered: Rendere
     cluster.config_map("config-defaults", {"max-revision-timeout-seconds": "300"})
     cluster.answers["/apis/apiextensions.k8s.io/v1/customresourcedefinitions"] = {"items": []}
     cluster.answers["/apis/storage.k8s.io/v1/storageclasses"] = {"items": []}
-    cluster.forbidden.add("/version/")
+    cluster.forbidden |= {"/version/", "/api/v1/nodes"}
     assert main([str(ROOT / "kustomize/overlays/dev"), "--context", "here"]) == 1
     output = capsys.readouterr().out
     assert "timeout is 600 s, more than Knative's maximum of 300 s" in output
@@ -92,7 +95,7 @@ def test_main_context_validates_with_the_schemas_of_the_cluster(
     version = {"name": "v1beta1", "served": True, "schema": {"openAPIV3Schema": schema}}
     spec = {"group": "serving.kserve.io", "names": {"kind": "InferenceService"}, "versions": [version]}
     cluster.answers["/apis/apiextensions.k8s.io/v1/customresourcedefinitions"] = {"items": [{"spec": spec}]}
-    cluster.forbidden.add("/version/")
+    cluster.forbidden |= {"/version/", "/api/v1/nodes"}
     main([str(ROOT / "kustomize/overlays/dev"), "--context", "here"])
     output = capsys.readouterr().out
     assert "InferenceService/llm: $.spec.predictor: Additional properties are not allowed ('automountServiceA" in output

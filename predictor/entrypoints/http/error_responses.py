@@ -1,6 +1,5 @@
 """Errors as HTTP responses, in the error format of the route's protocol."""
 
-import json
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -23,6 +22,7 @@ from predictor.errors import (
 from predictor.observability import request_record
 from predictor.protocols.anthropic import responses as anthropic
 from predictor.protocols.openai import responses as openai
+from predictor.protocols.server_sent_events import encode_event
 
 _OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)|/((de)?tokenize|tokenizer_info)$")
 """All of /v1 except its models, which KServe v1 shares, and vLLM's tokenization."""
@@ -46,7 +46,7 @@ def respond(error: RequestError, path: str) -> Response:
         headers["Accept-Encoding"] = "gzip, deflate"
     status = _status(error, path)
     if path.endswith("/generate_stream"):
-        return Response(f"data: {json.dumps(body)}\n\n", status, headers, media_type="text/event-stream")
+        return Response(encode_event(body), status, headers, media_type="text/event-stream")
     return JSONResponse(body, status, headers)
 
 

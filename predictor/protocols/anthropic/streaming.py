@@ -1,6 +1,5 @@
 """Anthropic's streams: deltas -> server-sent events."""
 
-import json
 from typing import Any
 
 from predictor.errors import RequestError
@@ -14,6 +13,7 @@ from predictor.protocols.anthropic.responses import (
     tool_use_block,
     usage,
 )
+from predictor.protocols.server_sent_events import encode_event
 from predictor.types import CompletionDelta, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 
 
@@ -96,6 +96,4 @@ class EventEncoder:
 
 
 def _event(type_: str, **content: Any) -> str:
-    # ASCII only: some clients also treat Unicode's line separators as ends of lines.
-    data = json.dumps({"type": type_, **content}, allow_nan=False, separators=(",", ":"))
-    return f"event: {type_}\ndata: {data}\n\n"
+    return encode_event({"type": type_, **content}, type_)

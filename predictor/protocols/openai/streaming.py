@@ -1,6 +1,5 @@
 """OpenAI's streams: deltas -> server-sent events with ChatCompletionChunk or Completion objects."""
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,6 +17,7 @@ from predictor.protocols.openai.responses import (
     text_offsets,
     usage,
 )
+from predictor.protocols.server_sent_events import encode_event
 from predictor.types import CompletionDelta, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 
 
@@ -84,11 +84,11 @@ class EventEncoder:
         if self._has_ended:
             return []
         self._has_ended = True
-        return [_event(encode_error(error))]
+        return [encode_event(encode_error(error))]
 
     def _chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> str:
         chunk = {**response_head(self._decoded, "chat.completion.chunk"), "choices": choices}
-        return _event({**chunk, "usage": total} if self._decoded.include_usage else chunk)
+        return encode_event({**chunk, "usage": total} if self._decoded.include_usage else chunk)
 
 
 def _chat_delta(delta: OutputDelta, *, functions: bool) -> dict[str, Any]:
@@ -104,8 +104,3 @@ def _chat_delta(delta: OutputDelta, *, functions: bool) -> dict[str, Any]:
                 return {"function_call": function}
             head = {} if id_ is None else {"id": id_, "type": "function"}
             return {"tool_calls": [{"index": index, **head, "function": function}]}
-
-
-def _event(content: dict[str, Any]) -> str:
-    # ASCII only: some clients also treat Unicode's line separators as ends of lines.
-    return f"data: {json.dumps(content, allow_nan=False, separators=(',', ':'))}\n\n"

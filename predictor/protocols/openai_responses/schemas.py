@@ -3,7 +3,7 @@
 `field_tables` has the fields that have no effect or are refused. vLLM's extra sampling fields are supported.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,7 +16,7 @@ from predictor.protocols.sampling_fields import MAX_LOGPROBS, MAX_TOKENS, MaxTok
 from predictor.protocols.structured_output_fields import json_schema_output
 from predictor.types import StructuredOutput
 
-_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+_TextType = Literal["input_text", "output_text", "text", "summary_text", "reasoning_text"]
 
 
 def _to_text_part(part: object) -> object:
@@ -25,7 +25,7 @@ def _to_text_part(part: object) -> object:
         return part
     if part.get("type") == "refusal":
         return {**part, "type": "output_text", "text": part.get("refusal")}
-    if part.get("type") not in _TEXT_PARTS:
+    if part.get("type") not in get_args(_TextType):
         raise PydanticCustomError("unsupported", "only text parts are supported, not images, audio or files")
     return part
 
@@ -37,7 +37,7 @@ def _wrap_text(content: object) -> object:
 class _TextPart(JSONObject):
     harmless = HARMLESS_ITEM
 
-    type: Literal[_TEXT_PARTS]  # type: ignore[valid-type]
+    type: _TextType
     text: str
 
 

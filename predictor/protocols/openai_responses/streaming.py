@@ -1,6 +1,5 @@
 """Streams of the Responses API: deltas -> typed events."""
 
-import json
 from typing import Any, TypeVar
 
 from predictor.errors import InvalidRequest, Overloaded, RequestError
@@ -16,6 +15,7 @@ from predictor.protocols.openai_responses.items import (
 )
 from predictor.protocols.openai_responses.requests import DecodedRequest
 from predictor.protocols.openai_responses.responses import ended, response
+from predictor.protocols.server_sent_events import encode_event
 from predictor.types import CompletionDelta, FinishReason, OutputDelta, ReasoningDelta, TextDelta, Token, ToolCallDelta
 
 ItemT = TypeVar("ItemT", Message, Reasoning)
@@ -137,7 +137,7 @@ class EventEncoder:
     def _event(self, type_: str, **fields: Any) -> str:
         content = {"type": type_, "sequence_number": self._sequence_number, **fields}
         self._sequence_number += 1
-        return named_event(type_, content)
+        return encode_event(content, type_)
 
 
 def _error_code(error: RequestError) -> str:
@@ -145,9 +145,3 @@ def _error_code(error: RequestError) -> str:
     if isinstance(error, Overloaded):
         return "rate_limit_exceeded"
     return "invalid_prompt" if isinstance(error, InvalidRequest) else "server_error"
-
-
-def named_event(name: str, content: dict[str, Any]) -> str:
-    """Return a server-sent event with a name."""
-    # ASCII only: some clients also treat Unicode's line separators as ends of lines.
-    return f"event: {name}\ndata: {json.dumps(content, allow_nan=False, separators=(',', ':'))}\n\n"

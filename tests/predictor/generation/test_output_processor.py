@@ -54,7 +54,7 @@ class ScriptedEngine:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.streams: list[ScriptedStream] = []
 
-    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], _: float) -> list[ScriptedStream]:
+    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], *_: Any) -> list[ScriptedStream]:
         self.submitted = list(prompts)
         self.streams = [ScriptedStream(script) for script in self._scripts]
         return self.streams

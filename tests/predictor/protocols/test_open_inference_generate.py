@@ -60,6 +60,14 @@ def test_decode_stream_with_several_candidates_raises() -> None:
         open_inference_generate.decode_stream(body, "m", None)
 
 
+def test_stream_event_is_one_line_for_clients_that_split_at_any_line_separator() -> None:
+    decoded = open_inference_generate.decode(b'{"text_input": "a"}', "m", None)
+    [event] = open_inference_generate.EventEncoder(decoded).delta(delta(0, "é\u2028\u0085", 1, 1))
+    line, end = event.splitlines()
+    assert json.loads(line.removeprefix("data: "))["text_output"] == "é\u2028\u0085"
+    assert end == ""
+
+
 def test_stream_details_are_in_the_last_event() -> None:
     decoded = open_inference_generate.decode(b'{"text_input": "Hi", "parameters": {"details": true}}', "m", "1")
     stream = open_inference_generate.EventEncoder(decoded)

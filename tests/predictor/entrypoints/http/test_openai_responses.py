@@ -10,6 +10,8 @@ import pydantic
 import pytest
 from openai.types.responses import Response
 
+from devtools.paths import DEMO_MODEL
+from tests.predictor import servers
 from tests.predictor.protocols.openai_responses.helpers import check
 from tests.predictor.servers import InProcessServer, Server
 
@@ -102,6 +104,37 @@ def test_tool_choice_forces_a_call(client: httpx.Client, choice: Any) -> None:
     [item] = create(client, **fields, tool_choice=choice).json()["output"]
     assert (item["type"], item["name"]) == ("function_call", "calculator")
     assert list(json.loads(item["arguments"])) == ["expression"]
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServer]:
+    """A server whose chat template begins the reasoning, which the demo model never ends."""
+    directory = tmp_path_factory.mktemp("thinking")
+    for file in DEMO_MODEL.iterdir():
+        (directory / file.name).write_bytes(file.read_bytes())
+    template = directory / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("'<|assistant|>' }}{%- endif", "'<|assistant|><think>\n' }}{%- endif")
+    )
+    flags = ["--model_dir", str(directory), "--reasoning_format", "think"]
+    with servers.in_process(*flags, model_name="thinking") as server:
+        yield server
+
+
+def test_reasoning_is_an_item_of_its_own(thinking: InProcessServer) -> None:
+    fields: Any = {"model": "thinking", "input": QUESTION, "temperature": 0, "max_output_tokens": 8}
+    with openai.OpenAI(base_url=f"{thinking.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        whole = client.responses.create(**fields)
+        events = list(client.responses.create(**fields, stream=True))
+    [item] = whole.output
+    assert item.type == "reasoning"
+    assert item.status == whole.status == "incomplete"
+    assert item.content
+    assert whole.usage is not None
+    assert whole.usage.output_tokens_details.reasoning_tokens == whole.usage.output_tokens == 8
+    deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
+    assert "".join(deltas) == item.content[0].text != ""
+    assert events[-1].type == "response.incomplete"
 
 
 def test_tool_choice_none_returns_text(client: httpx.Client) -> None:
