@@ -23,6 +23,7 @@ from predictor.types import (
     GenerationRequest,
     SamplingParams,
     Step,
+    TextDelta,
     TokenLogprob,
 )
 
@@ -54,7 +55,7 @@ class ScriptedEngine:
         self.submitted: list[tuple[list[int], SamplingParams]] = []
         self.streams: list[ScriptedStream] = []
 
-    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], _: float) -> list[ScriptedStream]:
+    def submit(self, prompts: Sequence[tuple[list[int], SamplingParams]], *_: Any) -> list[ScriptedStream]:
         self.submitted = list(prompts)
         self.streams = [ScriptedStream(script) for script in self._scripts]
         return self.streams
@@ -106,7 +107,12 @@ def test_complete_joins_steps_and_counts_end_of_sequence(
     )
     [completion] = submitted.complete()
     assert completion == Completion(
-        "12", finish_reason=FinishReason.EOS_TOKEN, prompt_tokens=2, completion_tokens=3, tokens=()
+        "12",
+        finish_reason=FinishReason.EOS_TOKEN,
+        prompt_tokens=2,
+        completion_tokens=3,
+        deltas=(TextDelta("12"),),
+        tokens=(),
     )
     [finished] = submitted.finished
     assert (finished.outcome, finished.prompt_tokens, finished.completion_tokens) == ("eos_token", 2, 3)
