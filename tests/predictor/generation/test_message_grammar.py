@@ -94,7 +94,7 @@ def messages(tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler, herm
     return Messages(tokenizer, compiler, hermes)
 
 
-def _calls(deltas: Sequence[OutputDelta]) -> list[tuple[str | None, Any]]:
+def _calls(deltas: Sequence[OutputDelta]) -> list[tuple[str, Any]]:
     found = [delta for delta in deltas if isinstance(delta, ToolCallDelta)]
     return [
         (name, json.loads("".join(delta.arguments for delta in found if delta.index == index)))
@@ -116,7 +116,6 @@ def test_grammar_of_a_required_call_gives_valid_calls_only(messages: Messages) -
         assert not text.strip()
         assert calls
         for name, arguments in calls:
-            assert name is not None
             jsonschema.validate(arguments, SCHEMAS[name])
     assert {name for _, calls in called for name, _ in calls} == SCHEMAS.keys()
     assert any(len(calls) > 1 for _, calls in called)
