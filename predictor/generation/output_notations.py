@@ -59,7 +59,7 @@ _GEMMA = _template(
 
 def _deepseek(start: str, envelope: CallEnvelope) -> Notation:
     call = Region(content=Content.ARGUMENTS, start=start, end=r"\s{0,4}(?:```)?\s{0,4}<｜tool▁call▁end｜>")
-    section = Region(content=Content.MARKER, start=r"<｜tool▁calls▁(?:begin|end)｜>")
+    section = Region(content=Content.MARKER, start="<｜tool▁calls▁begin｜>|<｜tool▁calls▁end｜>")
     return Notation(regions=(call, section), envelope=envelope)
 
 
@@ -72,7 +72,7 @@ _MISTRAL_REGIONS = (
 )
 _HARMONY_START = r"(?:<\|start\|>assistant)?"
 _HARMONY_BODY = r"\s?(?:<\|constrain\|>)?\w{0,32}<\|message\|>"
-_HARMONY_END = r"<\|(?:end|call|return)\|>"
+_HARMONY_END = r"(?:<\|end\|>|<\|call\|>|<\|return\|>)"
 _HARMONY_TO = rf"\s?to=(?:functions\.)?{_NAME}"
 _HARMONY = Notation(
     regions=(
@@ -198,7 +198,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
                 r"\s{0,4}<\|tool_call_argument_begin\|>",
                 end=r"<\|tool_call_end\|>",
             ),
-            Region(content=Content.MARKER, start=r"<\|tool_calls_section_(?:begin|end)\|>"),
+            Region(content=Content.MARKER, start=r"<\|tool_calls_section_begin\|>|<\|tool_calls_section_end\|>"),
         ),
         envelope=CallEnvelope(
             "<|tool_call_begin|>functions.",
