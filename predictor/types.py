@@ -314,6 +314,8 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     """Generated tokens, the end-of-sequence token included."""
+    deltas: tuple[OutputDelta, ...] = ()
+    """All of the output in order, from which `text`, `reasoning` and `tool_calls` are."""
     tokens: tuple[Token, ...] = ()
     """All generated tokens, if requested."""
     prompt: tuple[Token, ...] = ()

@@ -172,6 +172,16 @@ def test_client_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
     assert raised.value.param == "previous_response_id"
 
 
+def test_input_tokens_are_those_of_the_response(openai_client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "input": CALL_QUESTION, "instructions": "Calculate.", "tools": [CALCULATOR]}
+    counted = openai_client.responses.input_tokens.count(**fields)
+    usage = openai_client.responses.create(**fields).usage
+    assert usage is not None
+    assert counted.input_tokens == usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match="not stored"):
+        openai_client.responses.input_tokens.count(**fields, previous_response_id="resp_1")
+
+
 def test_stored_responses_are_not_found(openai_client: openai.OpenAI) -> None:
     for request in (
         openai_client.responses.retrieve,
