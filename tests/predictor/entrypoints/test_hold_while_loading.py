@@ -23,8 +23,11 @@ from tests.predictor.servers import DEMO_FLAGS, HANG_SECONDS, ThreadServer
 
 pytestmark = pytest.mark.xdist_group("process")
 
-BODY = {"model": "held", "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
-GENERATE_BODY = {"text_input": "1+1=", "parameters": {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True}}
+BODY: dict[str, Any] = {"model": "held", "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+GENERATE_BODY: dict[str, Any] = {
+    "text_input": "1+1=",
+    "parameters": {"max_tokens": 6, "temperature": 0.0, "ignore_eos": True},
+}
 WHOLE = [("/v1/completions", BODY), ("/v2/models/held/generate", GENERATE_BODY)]
 STREAMS = [("/v1/completions", {**BODY, "stream": True}), ("/v2/models/held/generate_stream", GENERATE_BODY)]
 HOLD = ("--hold_while_loading", str(HANG_SECONDS))
