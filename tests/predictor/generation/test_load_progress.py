@@ -27,20 +27,28 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+def left(progress: LoadProgress) -> float | None:
+    return progress.seconds_left
+
+
+def percent(progress: LoadProgress) -> int | None:
+    return progress.weights_percent
+
+
 def test_progress_without_record_extrapolates_from_the_weights(clock: Clock) -> None:
     progress = LoadProgress()
-    assert (progress.seconds_left, progress.weights_percent) == (None, None)
+    assert (left(progress), percent(progress)) == (None, None)
     progress.start(SNAPSHOT)
     clock.now += 50
     progress.report_weights(0)
-    assert progress.seconds_left is None
-    assert progress.weights_percent == 0
+    assert left(progress) is None
+    assert percent(progress) == 0
     clock.now += 10
     progress.report_weights(0.255)
-    assert progress.seconds_left == pytest.approx(29.2, abs=0.1)
-    assert progress.weights_percent == 25
+    assert left(progress) == pytest.approx(29.2, abs=0.1)
+    assert percent(progress) == 25
     progress.report_weights(1)
-    assert (progress.seconds_left, progress.weights_percent) == (None, None), "what follows is unknown"
+    assert (left(progress), percent(progress)) == (None, None), "what follows is unknown"
     progress.finish()
 
 
@@ -51,17 +59,17 @@ def test_progress_with_record_of_the_snapshot_counts_down(clock: Clock, tmp_path
     first.finish()
     assert json.loads((tmp_path / "record").read_text()) == {"snapshot": str(SNAPSHOT), "seconds": 40}
     second, other = LoadProgress(tmp_path / "record"), LoadProgress(tmp_path / "record")
-    assert second.seconds_left is None, "the snapshot may still be downloaded"
+    assert left(second) is None, "the snapshot may still be downloaded"
     second.start(SNAPSHOT)
     other.start(SNAPSHOT.with_name("other"))
     clock.now += 15
-    assert second.seconds_left == 25
-    assert other.seconds_left is None
+    assert left(second) == 25
+    assert left(other) is None
     clock.now += 30
     second.report_weights(0)
     clock.now += 10
     second.report_weights(0.5)
-    assert second.seconds_left == 10, "slower than the last load"
+    assert left(second) == 10, "slower than the last load"
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"snapshot": "/mnt/models/demo", "seconds": null}'])
@@ -69,7 +77,7 @@ def test_progress_with_unreadable_record_warns(tmp_path: Path, content: str, cap
     (tmp_path / "record").write_text(content)
     progress = LoadProgress(tmp_path / "record")
     progress.start(SNAPSHOT)
-    assert progress.seconds_left is None
+    assert left(progress) is None
     assert "the duration of the last load cannot be read" in caplog.text
 
 
