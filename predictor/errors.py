@@ -113,7 +113,7 @@ class NotNow(RequestError):
     """The request failed temporarily; a retry may succeed."""
 
     status = 503
-    retry_after_seconds: ClassVar[int] = 5
+    retry_after_seconds: int = 5
     """Value of Retry-After; a load or restart takes at least this long."""
 
 
@@ -122,6 +122,17 @@ class Overloaded(NotNow):
 
     status = 429
     retry_after_seconds = 1
+    limit: str = "queue"
+    """Name of the limit, for metrics."""
+
+
+class RateLimited(Overloaded):
+    """The caller has reached a limit of its API key; `limit` is the limit's name in the file of keys."""
+
+    def __init__(self, message: str, limit: str, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Draining(NotNow):

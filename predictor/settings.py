@@ -116,7 +116,7 @@ class Settings(BaseSettings):
     shutdown_grace_seconds: int = Field(default=600, ge=0)
     """Maximum time for running requests after it, in seconds. Both together at most the InferenceService's timeout."""
     api_keys_file: Path | None = None
-    """File of bearer keys, one `name:key` per line, reloaded when it changes. Default: no authentication."""
+    """File of bearer keys with weights and limits, one `name:key` per line, reloaded when it changes. Default: none."""
     allowed_origins: str = ""
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     enable_grpc: bool = False

@@ -12,7 +12,7 @@ MIN_LOGPROB = -9999.0
 """Smallest log probability reported, as in OpenAI's API: JSON has no infinity."""
 
 WHOLE_CONTEXT = -1
-"""Value of `truncate_prompt_tokens` for all that the context has beside `max_tokens`."""
+"""Value of `truncate_prompt_tokens` for all that the context has left after `max_tokens`."""
 
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of bytes that form a character only together with the next token."""
@@ -47,6 +47,22 @@ class StructuredOutput:
     kind: GrammarKind
     value: str
     """JSON of the schema or of the list of choices, a regular expression, or a grammar in Lark's notation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The name of an API key, its share of the server, and its limits; None: no limit."""
+
+    name: str
+    weight: int = 1
+    """Tokens that it gets for each one of a caller with weight 1 while both have waiting sequences."""
+    share: float = 1.0
+    """Its weight over the sum of all keys' weights."""
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    """Tokens of prompts and completions."""
+    concurrent_sequences: int | None = None
+    """Sequences that run or wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +117,8 @@ class SamplingParams:
     """Use this number of the prompt's last tokens; None: all."""
     structured_output: StructuredOutput | None = None
     """What the text follows."""
+    priority: int = 0
+    """Order among the caller's waiting sequences, as in vLLM: a lower one starts earlier."""
     logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
     """Factories of additional logits processors; each sequence gets its own, applied after all others."""
 
@@ -296,6 +314,8 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     """Generated tokens, the end-of-sequence token included."""
+    deltas: tuple[OutputDelta, ...] = ()
+    """All of the output in order, from which `text`, `reasoning` and `tool_calls` are."""
     tokens: tuple[Token, ...] = ()
     """All generated tokens, if requested."""
     prompt: tuple[Token, ...] = ()

@@ -22,12 +22,14 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
+from predictor.engine.fair_queue import FairQueue
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.prompt_scorer import PromptScorer, ScheduledSequence
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import EngineStopped, RequestError, StartupError
 from predictor.kernels.cpu import transformers_attention
 from predictor.settings import Settings
+from predictor.types import Caller
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ class BatchingManager:
         self._row_sampler = _RowSampler(
             model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
+        self._fair_queue = FairQueue()
+        """The scheduler's, once started."""
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
@@ -155,6 +159,7 @@ class BatchingManager:
             raise StartupError(
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
+        self._fair_queue = self._manager.batch_processor.scheduler.fair_queue
         self._manager.batch_processor.scheduler.unscored = self._row_sampler.scorer.samplers
         self._manager.start()
         size_bytes = self._manager.batch_processor.cache.cache_tensor.nbytes
@@ -172,16 +177,20 @@ class BatchingManager:
         max_tokens: int | None,
         end_token_ids: Collection[int],
         on_output: Callable[[EngineOutput], None],
+        caller: Caller | None = None,
+        priority: int = 0,
     ) -> None:
         def handle(output: _GenerationOutput) -> None:
             finished = output.is_finished()
             if finished:
                 self._row_sampler.remove(request_id)
+                self._fair_queue.discard(request_id)
             # The text of some errors is empty.
             error = None if output.error is None else output.error or "unknown error"
             on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
         self._row_sampler.add(request_id, sampler)
+        self._fair_queue.add(request_id, caller, priority)
         # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
         added = self._manager.add_request(
@@ -245,8 +254,9 @@ class BatchingManager:
                 self._forget(state.request_id)
 
     def _forget(self, request_id: str) -> None:
-        """Drop the handler of a sequence, which the manager keeps until a final output, and the sampler."""
+        """Drop the handler of a sequence, which the manager keeps until a final output, and what we keep of it."""
         self._row_sampler.remove(request_id)
+        self._fair_queue.discard(request_id)
         router = self._manager.output_router
         with router._lock:
             router.result_handlers.pop(request_id, None)
@@ -357,10 +367,11 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
 
 
 class _Scheduler(FIFOScheduler):
-    """First in, first out; admits waiting sequences again after a cancellation or failure.
+    """First in, first out for one caller, and `FairQueue`'s order between callers.
 
-    After a sequence had to leave a full cache, the manager's scheduler admits no other until a running one finishes.
-    If all running sequences are cancelled instead, it would never admit one.
+    Admits waiting sequences again after a cancellation or failure. After a sequence had to leave a full cache, the
+    manager's scheduler admits no other until a running one finishes. If all running sequences are cancelled instead, it
+    would never admit one.
     """
 
     scheduled: Sequence[Any] = ()
@@ -368,10 +379,78 @@ class _Scheduler(FIFOScheduler):
     unscored: Collection[str] = ()
     """Request ids of the sequences that need every row of their prompt, so that no cached prefix replaces any."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.fair_queue = FairQueue()
+        super().__init__(*arguments, **options)
+
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
+        self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
+        if self.waiting_requests:
+            self._make_room(token_budget)
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
         self.scheduled = [request.state for request in batch[0] or ()]
+        for request in batch[0] or ():
+            self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
+
+    def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
+        """Schedule the candidates: decoding sequences first, then prompts in fair order."""
+        decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
+        prompts = {state.request_id: state for state in candidates if state.status != RequestStatus.DECODING}
+        if prompts:
+            lengths = [(request_id, len(state.remaining_prefill_tokens)) for request_id, state in prompts.items()]
+            order = self.fair_queue.order(
+                [item for item in lengths if item[0] in self.active_requests],
+                [item for item in lengths if item[0] not in self.active_requests],
+            )
+            candidates = [*decoding, *(prompts[request_id] for request_id in order)]
+        return super()._process_candidates(candidates, *arguments)
+
+    def _make_room(self, token_budget: int) -> None:
+        """Move sequences out of a full batch or cache, so that every caller can have one in it."""
+        entering = self.fair_queue.entitled(self.waiting_requests)
+        while entering and not self._has_room(entering, token_budget):
+            request_id = self.fair_queue.victim(list(self.active_requests))
+            if request_id is None:
+                return
+            self._preempt(request_id)
+        if entering:
+            self.block_new_requests = False
+
+    def _has_room(self, request_ids: Sequence[str], token_budget: int) -> bool:
+        if self.max_requests_per_batch - len(self.active_requests) < len(request_ids):
+            return False
+        if not self._try_to_meet_safety_margin():
+            return False
+        if self._has_cache(request_ids, token_budget):
+            return True
+        if not self.cache.evict_cached_blocks():
+            return False
+        self.cache.pool.try_to_free_sectors()
+        return self._has_cache(request_ids, token_budget)
+
+    def _has_cache(self, request_ids: Sequence[str], token_budget: int) -> bool:
+        """Return whether a step's tokens fit into the cache: those of waiting sequences, after all decoding ones."""
+        growth = [(state, 1) for state in self.active_requests.values() if state.status == RequestStatus.DECODING]
+        for request_id in request_ids:
+            state = self.waiting_requests[request_id]
+            growth.append((state, min(len(state.remaining_prefill_tokens), token_budget)))
+        sectors = 0
+        for allocator in self.cache.cache_allocators.values():
+            blocks = sum(
+                allocator.needs_new_blocks(state.request_id, state.current_len(), tokens) for state, tokens in growth
+            )
+            missing = blocks - self.cache.pool.count_free_blocks(allocator.index)
+            sectors += math.ceil(max(0, missing) / allocator.blocks_per_sector)
+        return bool(self.cache.pool.num_free_sectors >= sectors)
+
+    def _preempt(self, request_id: str) -> None:
+        """Return a running sequence to the queue, with its tokens; its cache stays available for prefix sharing."""
+        state = self.active_requests[request_id]
+        restarted = state.create_equivalent_initial_request()
+        restarted.created_time = state.created_time
+        self.finish_request(request_id)
+        self.add_waiting_request(restarted)
 
     def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
         if state.status == RequestStatus.PENDING and state.request_id in self.unscored:

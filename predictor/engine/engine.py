@@ -9,19 +9,20 @@ Call `submit` on an event loop, the same one for all sequences that run at a tim
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Self
 
-from predictor.engine import kv_cache, warm_up
+from predictor.engine import admission, kv_cache, warm_up
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
-from predictor.errors import EngineStopped, InvalidRequest, Overloaded
+from predictor.errors import EngineStopped
 from predictor.kernels import past_key_values
 from predictor.kernels.cpu import attention
 from predictor.settings import Settings
-from predictor.types import SamplingParams
+from predictor.types import Caller, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class Engine:
         executor: not started yet.
         eos_token_ids: tokens that end a sequence.
         context_tokens: maximum of prompt and completion of one sequence together; a smaller KV cache lowers it.
-        capacity: maximum number of sequences that run or wait.
+        capacity: maximum number of sequences that run or wait; callers share it as in `admission`.
         step_timeout_seconds: a step loop that has work and makes no step for this long counts as dead.
     """
 
@@ -155,21 +156,26 @@ class Engine:
             self._stopping = True
             self._executor.stop(STOP_TIMEOUT_SECONDS)
 
-    def require_capacity(self, sequences: int, reserved: int = 0) -> None:
-        """Check that `sequences` further ones have a place, `reserved` ones not counted.
+    @property
+    def sequences(self) -> Counter[str | None]:
+        """Sequences that run or wait, by name of their caller."""
+        return Counter(stream.caller.name if stream.caller else None for stream in self._streams)
+
+    def require_capacity(
+        self, sequences: int, reserved: Mapping[str | None, int] | None = None, caller: Caller | None = None
+    ) -> None:
+        """Check that `sequences` further ones of a caller have a place, next to those `reserved` by callers' names.
 
         Raises:
-            InvalidRequest: more sequences than `capacity`.
-            Overloaded: the running and waiting queues have too few free places.
+            RequestError: as of `admission.check`.
         """
-        if sequences > self.capacity:
-            raise InvalidRequest(f"Too many completions in one request: {sequences}. Request at most {self.capacity}.")
-        used = len(self._streams) + reserved
-        if used + sequences > self.capacity:
-            raise Overloaded(f"Server overloaded: {used} of {self.capacity} sequence slots in use. Retry later.")
+        admission.check(sequences, self.sequences + Counter(reserved), self.capacity, caller)
 
     def submit(
-        self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], deadline: float = math.inf
+        self,
+        prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+        deadline: float = math.inf,
+        caller: Caller | None = None,
     ) -> list[Stream]:
         """Submit several prompts, all of them or none. Each stream must be read to its end or closed.
 
@@ -177,13 +183,13 @@ class Engine:
             prompts: at least one token id each, and sampling parameters without defaults left to fill in; `stop` is
                 ignored. Prompt and `max_tokens` together are within `context_tokens`.
             deadline: by `time.monotonic()`; sequences that have not finished then fail.
+            caller: shares the batch fairly with others; None without API keys.
 
         Raises:
-            InvalidRequest: more prompts than `capacity`.
-            Overloaded: the running and waiting queues have too few free places.
+            RequestError: as of `admission.check`.
             EngineStopped: the step loop has ended.
         """
-        self.require_capacity(len(prompts))
+        self.require_capacity(len(prompts), caller=caller)
         if not self._has_work():
             self._last_progress = (self.steps, time.monotonic())
         streams: list[Stream] = []
@@ -197,6 +203,7 @@ class Engine:
                     eos_token_ids=self._eos_token_ids,
                     is_alive=lambda: self.is_alive,
                     on_end=self._streams.discard,
+                    caller=caller,
                 )
                 self._streams.add(stream)
                 streams.append(stream)

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from predictor.engine.sampler import SequenceSampler
+from predictor.types import Caller
 
 
 @dataclass(slots=True)
@@ -78,8 +79,12 @@ class Executor(Protocol):
         max_tokens: int | None,
         end_token_ids: Collection[int],
         on_output: Callable[[EngineOutput], None],
+        caller: Caller | None = None,
+        priority: int = 0,
     ) -> None:
         """Queue a sequence; `on_output` is called on the running event loop after each of its steps.
+
+        Waiting sequences start in the order of `fair_queue`, by caller and priority.
 
         Raises:
             EngineStopped: the step loop has ended.

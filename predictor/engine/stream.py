@@ -10,7 +10,7 @@ from typing import Self
 from predictor.engine.executor import EngineOutput, Executor
 from predictor.engine.sampler import SequenceSampler
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, RequestError
-from predictor.types import FinishReason, SamplingParams, Step
+from predictor.types import Caller, FinishReason, SamplingParams, Step
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,9 @@ class Stream:
         eos_token_ids: frozenset[int],
         is_alive: Callable[[], bool],
         on_end: Callable[["Stream"], None],
+        caller: Caller | None = None,
     ) -> None:
+        self.caller = caller
         self.submitted = time.monotonic()
         self.first_token_seconds: float | None = None
         """From the submission to the first token."""
@@ -73,6 +75,8 @@ class Stream:
             max_tokens=1 if sampling.max_tokens == 0 else sampling.max_tokens,
             end_token_ids=end_token_ids,
             on_output=self._outputs.put_nowait,
+            caller=caller,
+            priority=sampling.priority,
         )
 
     def __aiter__(self) -> Self:

@@ -20,7 +20,7 @@ from predictor import served_models
 from predictor.entrypoints import kserve_server
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.kserve_model import Predictor
-from predictor.errors import Forbidden, GenerationFailed, PortInUse, RequestError
+from predictor.errors import Forbidden, GenerationFailed, NotNow, PortInUse, RequestError
 from predictor.generation.service import LLMService
 from predictor.observability import request_record
 from predictor.protocols import open_inference
@@ -166,9 +166,9 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
         with request_record.bind(record):
             try:
                 if not is_probe and self._api_keys is not None:
-                    record.key = self._api_keys.authenticate(_values(metadata, "authorization"))
+                    record.set_caller(self._api_keys.authenticate(_values(metadata, "authorization")))
                 yield
-                _report_ignored_fields(context, record)
+                _set_trailing_metadata(context, record)
                 status, http_status = "OK", 200
             except asyncio.CancelledError:
                 status, http_status = "CANCELLED", request_record.CLIENT_GONE
@@ -179,7 +179,7 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                     error = GenerationFailed("Internal server error. See the server's log.")
                 code = _CODES.get(error.status, grpc.StatusCode.INTERNAL)
                 record.error, status, http_status = type(error).__name__, code.name, error.status
-                _report_ignored_fields(context, record)
+                _set_trailing_metadata(context, record, error)
                 await context.abort(code, str(error))
             finally:
                 if not is_probe:
@@ -189,9 +189,17 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
                     request_record.log_request(f"gRPC {status}", record, {"status": status})
 
 
-def _report_ignored_fields(context: Any, record: request_record.RequestRecord) -> None:
+def _set_trailing_metadata(
+    context: Any, record: request_record.RequestRecord, error: RequestError | None = None
+) -> None:
+    """Send what HTTP has in headers: the names of unknown fields, and when to retry."""
+    metadata = []
     if record.ignored_fields:
-        context.set_trailing_metadata([(request_record.IGNORED_FIELDS_HEADER, ", ".join(record.ignored_fields))])
+        metadata.append((request_record.IGNORED_FIELDS_HEADER, ", ".join(record.ignored_fields)))
+    if isinstance(error, NotNow):
+        metadata.append(("retry-after", str(error.retry_after_seconds)))
+    if metadata:
+        context.set_trailing_metadata(metadata)
 
 
 def _values(metadata: Any, name: str) -> list[str]:

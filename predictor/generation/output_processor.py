@@ -20,6 +20,7 @@ from predictor.types import (
     CANCELLED,
     DEADLINE,
     FAILED,
+    Caller,
     Completion,
     CompletionDelta,
     FinishedSequence,
@@ -109,10 +110,11 @@ def submit(
     deadline: float,
     on_finished: OnFinished,
     on_tokens: OnTokens,
+    caller: Caller | None = None,
 ) -> CompletionStream:
     """Submit at least one request to the engine, `n` sequences for each; all of them or none.
 
-    The deadline is by `time.monotonic()`.
+    The deadline is by `time.monotonic()`. The caller is None without API keys.
 
     Raises:
         RequestError: there are too many sequences, or the queue is full.
@@ -125,7 +127,7 @@ def submit(
             seeded = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + copy)
             parser = request.output_parser() if request.output_parser else None
             prepared.append((token_ids, seeded, context, echo, parser))
-    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline)
+    streams = engine.submit([(token_ids, sampling) for token_ids, sampling, *_ in prepared], deadline, caller)
     return CompletionStream(
         [
             _Sequence(
@@ -309,6 +311,7 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         finish_reason=last.finish_reason,
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
+        deltas=tuple(_joined(deltas)),
         tokens=tuple(token for delta in received for token in delta.tokens),
         prompt=tuple(token for delta in received for token in delta.prompt),
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),

@@ -4,8 +4,10 @@ Tokenizers release the interpreter lock while they encode. Chat templates do not
 """
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TypeVar
 
 from predictor.errors import EngineStopped
@@ -13,6 +15,8 @@ from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.types import Chat, GenerationRequest
 
 NUM_THREADS = 4
+NUM_THREADS_OF_A_CALLER = 3
+"""The long prompts of one caller leave a thread to the others."""
 MAX_INLINE_CHARS = 4096
 """Texts up to this size are encoded at once, within 1 ms; a thread would only add latency."""
 LONG = MAX_INLINE_CHARS + 1
@@ -21,7 +25,7 @@ T = TypeVar("T")
 
 
 class PromptEncoder:
-    """Encodes requests in the order of their arrival.
+    """Encodes requests in the order of their arrival, a few of one caller at a time.
 
     Args:
         prompts: of the model.
@@ -31,19 +35,26 @@ class PromptEncoder:
         self._prompts = prompts
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="encode")
         self._closed = False
+        self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(NUM_THREADS_OF_A_CALLER)
+        )
 
-    async def encode(self, requests: Sequence[GenerationRequest]) -> list[EncodedRequest]:
+    async def encode(self, requests: Sequence[GenerationRequest], caller: str | None = None) -> list[EncodedRequest]:
         """Encode the requests of one client; it can be cancelled until a thread begins.
+
+        Args:
+            requests: at least one.
+            caller: name of the API key; None without keys.
 
         Raises:
             RequestError: a request is invalid.
             EngineStopped: `close` was called.
         """
         return await self.run(
-            lambda prompts: [prompts.encode(request) for request in requests], sum(map(_inline_size, requests))
+            lambda prompts: [prompts.encode(request) for request in requests], sum(map(_inline_size, requests)), caller
         )
 
-    async def run(self, work: Callable[[Prompts], T], size: int) -> T:
+    async def run(self, work: Callable[[Prompts], T], size: int, caller: str | None = None) -> T:
         """Return the result of `work`, in a thread if `size`, in characters or token ids, is more than a few KB.
 
         Raises:
@@ -52,11 +63,12 @@ class PromptEncoder:
         """
         if size <= MAX_INLINE_CHARS:
             return self._run(work)
-        try:
-            result = asyncio.get_running_loop().run_in_executor(self._threads, self._run, work)
-        except RuntimeError:  # the threads have ended
-            raise self._stopped() from None
-        return await result
+        async with self._turns[caller] if caller else nullcontext():
+            try:
+                result = asyncio.get_running_loop().run_in_executor(self._threads, self._run, work)
+            except RuntimeError:  # the threads have ended
+                raise self._stopped() from None
+            return await result
 
     def close(self) -> None:
         """Reject the requests that still wait, and end the threads."""

@@ -5,6 +5,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from predictor.errors import (
     StartupError,
 )
 from predictor.generation import output_notations, output_processor, prompt_encoder
+from predictor.generation.caller_usage import CallerUsage
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
@@ -85,12 +87,13 @@ class LLMService:
         """State of the wait for the snapshot; part of the readiness message."""
         self._pipeline: _Pipeline | None = None
         self._engine: Engine | None = None
-        self._num_encoding = 0
-        """Sequences whose prompts are encoded or wait for it."""
+        self._num_encoding: Counter[str | None] = Counter()
+        """Sequences whose prompts are encoded or wait for it, by name of their caller."""
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
         self._state_lock = threading.RLock()
         self._metrics = metrics.ModelMetrics(self.models.default)
+        self._usage = CallerUsage(self.models.default)
         self._metrics.register_callbacks(ready=lambda: self.is_ready, live=lambda: self.is_live)
 
     def load(self) -> bool:
@@ -206,7 +209,7 @@ class LLMService:
         )
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
-            num_requests_waiting=lambda: self._num_encoding + engine.waiting,
+            num_requests_waiting=lambda: self._num_encoding.total() + engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
             engine_steps=lambda: engine.steps,
@@ -275,7 +278,7 @@ class LLMService:
     def busy(self) -> bool:
         """Whether sequences run or wait, or prompts are encoded."""
         engine = self._pipeline.engine if self._pipeline else None
-        return engine is not None and bool(self._num_encoding or engine.running or engine.waiting)
+        return engine is not None and bool(self._num_encoding.total() or engine.running or engine.waiting)
 
     @property
     def has_ended(self) -> bool:
@@ -319,22 +322,32 @@ class LLMService:
 
         def on_finished(sequence: FinishedSequence) -> None:
             self._metrics.count_finished(sequence)
+            self._usage.count_finished(record.caller, sequence)
             record.finished.append(sequence)
+
+        def on_tokens(tokens: int, gap_seconds: float | None) -> None:
+            self._metrics.count_tokens(tokens, gap_seconds)
+            self._usage.count_tokens(record.caller, tokens)
 
         try:
             async with self._encoding(pipeline, sum(request.n for request in requests), deadline):
-                encoded = await pipeline.encoder.encode(requests)
-            return output_processor.submit(
+                self._usage.take_request(record.caller)
+                encoded = await pipeline.encoder.encode(requests, record.key)
+            stream = output_processor.submit(
                 encoded,
                 tokenizer=pipeline.prompts.tokenizer,
                 engine=pipeline.engine,
                 deadline=deadline,
                 on_finished=on_finished,
-                on_tokens=self._metrics.count_tokens,
+                on_tokens=on_tokens,
+                caller=record.caller,
             )
-        except Overloaded:
+        except Overloaded as error:
             self._metrics.count_rejected()
+            self._usage.count_rejected(record.caller, error)
             raise
+        self._usage.count_accepted(record.caller, encoded)
+        return stream
 
     async def tokenize(
         self, prompt: str | Chat, timeout_seconds: float | None = None, *, add_special_tokens: bool, with_texts: bool
@@ -356,7 +369,7 @@ class LLMService:
             return prompts.tokenize(prompt, add_special_tokens=add_special_tokens, with_texts=with_texts)
 
         async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
-            return await pipeline.encoder.run(work, prompt_encoder.prompt_size(prompt))
+            return await pipeline.encoder.run(work, prompt_encoder.prompt_size(prompt), request_record.current().key)
 
     async def detokenize(self, token_ids: Sequence[int], timeout_seconds: float | None = None) -> str:
         """Return the text of tokens, special tokens included.
@@ -366,7 +379,9 @@ class LLMService:
         """
         pipeline = self._admit(request_record.current(), [])
         async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
-            return await pipeline.encoder.run(lambda prompts: prompts.detokenize(token_ids), len(token_ids))
+            return await pipeline.encoder.run(
+                lambda prompts: prompts.detokenize(token_ids), len(token_ids), request_record.current().key
+            )
 
     def tokenizer_info(self) -> dict[str, Any]:
         """Return the tokenizer's class, special tokens and chat template; None for what it does not have.
@@ -404,8 +419,9 @@ class LLMService:
     @asynccontextmanager
     async def _encoding(self, pipeline: _Pipeline, num_sequences: int, deadline: float) -> AsyncIterator[None]:
         """Hold the places of sequences in the engine while their prompts are encoded, until the deadline."""
-        pipeline.engine.require_capacity(num_sequences, self._num_encoding)
-        self._num_encoding += num_sequences
+        record = request_record.current()
+        pipeline.engine.require_capacity(num_sequences, self._num_encoding, record.caller)
+        self._num_encoding[record.key] += num_sequences
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
                 yield
@@ -414,7 +430,7 @@ class LLMService:
                 "Request timed out before its prompt was encoded. Shorten the prompt or raise the timeout."
             ) from None
         finally:
-            self._num_encoding -= num_sequences
+            self._num_encoding[record.key] -= num_sequences
 
 
 def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:

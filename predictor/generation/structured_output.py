@@ -16,6 +16,7 @@ from llguidance.hf import from_tokenizer
 
 from predictor.engine.grammar import Grammar, summary
 from predictor.errors import InvalidRequest
+from predictor.generation import schema_numbers
 from predictor.generation.control_tokens import BREAK, ControlTokens
 from predictor.generation.message_grammar import MessageGrammar
 from predictor.types import GrammarKind, StructuredOutput
@@ -32,6 +33,9 @@ _LIMITS = LLParserLimits(
 
 _WHITESPACE = r" |\n[ \t]{0,16}"
 """Between JSON's tokens: a space, or a line break and an indentation. A model could repeat any whitespace endlessly."""
+
+_LONG_NUMBER = re.compile(r"\d{17}")
+"""Numbers that overflow llguidance's stack in a schema."""
 
 
 class GrammarCompiler:
@@ -136,8 +140,12 @@ class _TextTokenizer:
         self._special_tokens = special_tokens
 
     def __call__(self, text: bytes) -> list[int]:
-        parts = self._special_tokens.escape(text.decode()).split(BREAK)
-        return [token_id for part in parts for token_id in self._tokenizer.tokenize_str(part)]
+        token_ids: list[int] = []
+        for index, piece in enumerate(text.decode().split(BREAK)):
+            # Escaping removes a BREAK that belongs to the text.
+            for part in ([BREAK] if index else []) + self._special_tokens.escape(piece).split(BREAK):
+                token_ids += self._tokenizer.tokenize_str(part)
+        return token_ids
 
 
 def _to_grammar(name: str, constraint: StructuredOutput) -> str:
@@ -152,6 +160,7 @@ def _to_grammar(name: str, constraint: StructuredOutput) -> str:
     match constraint.kind:
         case GrammarKind.JSON_SCHEMA:
             try:
+                schema_numbers.check(json.loads(constraint.value))
                 # As overrides, which a schema's `x-guidance` cannot change.
                 return LLMatcher.grammar_from_json_schema(
                     constraint.value,
@@ -159,12 +168,16 @@ def _to_grammar(name: str, constraint: StructuredOutput) -> str:
                 )
             except ValueError as error:
                 raise InvalidRequest(f"The {name} is not a JSON object: {error}.") from error
+            except RecursionError:
+                raise InvalidRequest(f"The {name} is nested too deeply. Simplify it.") from None
         case GrammarKind.REGEX:
             return LLMatcher.grammar_from_regex(constraint.value)
         case GrammarKind.CHOICE:
             choices: list[str] = json.loads(constraint.value)
             return LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
         case GrammarKind.GRAMMAR:
+            if "%json" in constraint.value and _LONG_NUMBER.search(constraint.value):
+                raise InvalidRequest("The grammar has a number of more than 16 digits, which %json does not support.")
             return LLMatcher.grammar_from_lark(constraint.value)
 
 

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
-from predictor.types import FinishedSequence
+from predictor.types import Caller, FinishedSequence
 
 request_logger = logging.getLogger("predictor.request")
 
@@ -44,6 +44,12 @@ class RequestRecord:
     """Name of the exception class; its message may contain client data."""
     ignored_fields: list[str] = field(default_factory=list)
     """Paths of unknown fields, safe for headers; "..." at the end stands for further ones."""
+    caller: Caller | None = None
+    """Weight and limits of the API key."""
+
+    def set_caller(self, caller: Caller) -> None:
+        """Record the owner of the API key; the log has the name only."""
+        self.key, self.caller = caller.name, caller
 
     def add_ignored_fields(self, paths: Iterable[str]) -> None:
         """Record unknown fields of the request, up to MAX_IGNORED_FIELDS."""

@@ -80,7 +80,6 @@ HARMLESS_PARAMETERS = HARMLESS | frozenset(
         # vLLM
         "cache_salt",
         "include_reasoning",
-        "priority",
         "spaces_between_special_tokens",
         # llama.cpp and Ollama: caches, timings, and parameters of samplers that are refused themselves
         "cache_prompt",

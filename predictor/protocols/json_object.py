@@ -27,8 +27,8 @@ def _complete_schema(schema: dict[str, Any], model: "type[JSONObject]") -> None:
         properties.setdefault(name, {"description": "Accepted without effect."})
 
 
-def only(reason: str, *accepted: object) -> BeforeValidator:
-    """Return a validator of a field that accepts these values only; `reason` says why not others."""
+def reject(reason: str, *accepted: object) -> BeforeValidator:
+    """Return a validator of a field of which only the accepted values are supported."""
 
     def check(value: object) -> object:
         if value not in accepted:

@@ -119,7 +119,7 @@ class SamplingFields(StructuredOutputFields):
     ) = Field(default=None, description="The only tokens that are sampled.")
     truncate_prompt_tokens: Annotated[int, Field(ge=WHOLE_CONTEXT), AfterValidator(_check_truncation)] | None = Field(
         default=None,
-        description="Use this number of the prompt's last tokens; -1: all that the context has beside max_tokens.",
+        description="Use this number of the prompt's last tokens; -1: all that the context has left after max_tokens.",
     )
     best_of: int | None = Field(
         default=None,
@@ -130,6 +130,9 @@ class SamplingFields(StructuredOutputFields):
     ignore_eos: bool = Field(default=False, description="Continue after the model's end of sequence.")
     seed: Annotated[int, AfterValidator(_to_seed)] | None = Field(
         default=None, description="Makes sampling repeatable; -1: random."
+    )
+    priority: int = Field(
+        default=0, description="Order among the waiting requests of the same API key; a lower one starts earlier."
     )
 
     def num_candidates(self, n: int = 1) -> int:

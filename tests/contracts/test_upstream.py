@@ -31,7 +31,13 @@ from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from starlette.applications import Starlette
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, rename_source_key
-from transformers.generation.continuous_batching import cache, cb_logits_processors, continuous_api, scheduler
+from transformers.generation.continuous_batching import (
+    cache,
+    cache_allocators,
+    cb_logits_processors,
+    continuous_api,
+    scheduler,
+)
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -165,6 +171,18 @@ def idle(executor: BatchingManager) -> bool:
         (cache.PagedAttentionCache.free_blocks, "request_id no_cache"),
         (scheduler.FIFOScheduler.schedule_batch, "token_budget cache_budget"),
         (scheduler.FIFOScheduler.clear_cancelled_requests, ""),
+        (
+            scheduler.FIFOScheduler._process_candidates,
+            "candidates token_budget cache_budget request_ids_to_remove_from_waiting",
+        ),
+        (scheduler.FIFOScheduler._try_to_meet_safety_margin, ""),
+        (scheduler.FIFOScheduler.add_waiting_request, "state"),
+        (scheduler.FIFOScheduler.finish_request, "request_id"),
+        (continuous_api.RequestState.create_equivalent_initial_request, ""),
+        (cache.PagedAttentionCache.evict_cached_blocks, ""),
+        (cache_allocators.CacheAllocator.needs_new_blocks, "request_id past_length query_length"),
+        (cache_allocators.CachePool.count_free_blocks, "index"),
+        (cache_allocators.CachePool.try_to_free_sectors, ""),
         (cb_logits_processors.ContinuousBatchingLogitsProcessorList.__init__, "logits_processor"),
         (scheduler.FIFOScheduler._infer_request_tokens, "state request_ids_to_remove_from_waiting"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.fill_defaults, "int32_tensor"),
@@ -340,6 +358,39 @@ def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
         expected = [prompt + each[-1].token_ids[:count] for count in range(40)]
         assert tokens[str(index)] == expected
         assert len(each[-1].token_ids) == 40
+
+
+def test_batching_preempted_sequence_waits_with_its_id_time_and_tokens(executor: BatchingManager) -> None:
+    """Called between two steps, as by `schedule_batch`; complete pages are shared when it starts again."""
+    queue = executor._manager.batch_processor.scheduler
+    schedule = queue.schedule_batch
+    preempted: list[Any] = []
+
+    def schedule_after_preempting(*budgets: int) -> Any:
+        state = queue.active_requests.get("preempted")
+        if not preempted and state is not None and len(state.generated_tokens) == 3:
+            queue._preempt("preempted")
+            [waiting] = queue.waiting_requests.values()
+            preempted.append((waiting.request_id, waiting.created_time == state.created_time, waiting.initial_tokens))
+            batch = schedule(*budgets)
+            preempted.append(batch[0][0].query_length)
+            return batch
+        return schedule(*budgets)
+
+    async def run() -> tuple[list[int], list[EngineOutput]]:
+        outputs: list[EngineOutput] = []
+        prompt = submit(executor, "preempted", PAGE_TOKENS + 10, 8, outputs.append)
+        await until(lambda: bool(outputs) and outputs[-1].finished)
+        return prompt, outputs
+
+    queue.schedule_batch = schedule_after_preempting
+    try:
+        prompt, outputs = asyncio.run(run())
+    finally:
+        del queue.schedule_batch
+    generated = outputs[-1].token_ids
+    assert len(generated) == 8
+    assert preempted == [("preempted", True, prompt + generated[:3]), 13]
 
 
 def test_batching_scheduler_admits_again_after_a_cancellation(model: Any) -> None:

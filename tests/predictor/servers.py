@@ -66,6 +66,12 @@ class Hold:
         self.blocked.clear()
         self._passes = after
 
+    def step(self, passes: int) -> None:
+        """Let the blocked forward pass and the next `passes - 1` ones through, and block again."""
+        self.blocked.clear()
+        self._passes = passes - 1
+        self._open.set()
+
     def open(self) -> None:
         """Let all forward passes through at full speed."""
         self.error, self.delay_seconds, self._passes = None, 0.0, None

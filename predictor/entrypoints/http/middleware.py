@@ -258,7 +258,7 @@ class DrainMiddleware(_Middleware):
 
 
 class ApiKeyMiddleware(_Middleware):
-    """Requires a key for everything except probes; the key's name goes into the request's record.
+    """Requires a key for everything except probes; the key's owner goes into the request's record.
 
     Anthropic's clients send it as `x-api-key`, all others as a bearer token.
     """
@@ -273,7 +273,7 @@ class ApiKeyMiddleware(_Middleware):
             authorization = headers.getlist("authorization") or [
                 f"Bearer {key}" for key in headers.getlist("x-api-key")
             ]
-            request_record.current().key = self._keys.authenticate(authorization)
+            request_record.current().set_caller(self._keys.authenticate(authorization))
         await self._app(scope, receive, send)
 
 

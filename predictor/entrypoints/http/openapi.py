@@ -27,7 +27,7 @@ _ERRORS = {
     415: "The Content-Encoding is not supported.",
     422: "The request is malformed.",
     424: "Generation failed.",
-    429: "The server is overloaded.",
+    429: "The server is overloaded, or a limit of the API key is reached; Retry-After has the seconds to wait.",
     500: "Internal server error.",
     503: "The server is not ready, or shutting down.",
     504: "The request timed out.",
@@ -172,6 +172,8 @@ RESPONSE = _object(
         "store": {"const": False},
     }
 )
+RESPONSE_INPUT_TOKENS = _object({"object": {"const": "response.input_tokens"}, "input_tokens": _INTEGER})
+INPUT_TOKENS = _object({"input_tokens": _INTEGER})
 _COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
 MESSAGE = _object(
     {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}

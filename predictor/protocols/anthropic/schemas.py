@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
 from predictor.protocols.field_tables import REFUSED_BLOCK, REFUSED_MESSAGES, REFUSED_PARAMETERS
-from predictor.protocols.json_object import JSONObject, only
+from predictor.protocols.json_object import JSONObject, reject
 from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, SamplingFields, Stop
 
 
@@ -84,7 +84,7 @@ _SERVER_TOOL = "only tools with an input_schema are supported, none that a serve
 class Tool(JSONObject):
     """Function that the model may call."""
 
-    type: Annotated[Literal["custom"], only(_SERVER_TOOL, "custom")] = "custom"
+    type: Annotated[Literal["custom"], reject(_SERVER_TOOL, "custom")] = "custom"
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
     input_schema: dict[str, Any] = {}
@@ -114,7 +114,7 @@ class _OutputConfig(JSONObject):
 
 
 class CountTokensRequest(SamplingFields):
-    """Body of `POST /v1/messages/count_tokens`: that of `/v1/messages`, whose sampling fields have no effect here."""
+    """Body of `POST /v1/messages/count_tokens`; sampling fields are accepted, and have no effect."""
 
     refused = {name: refusal for name, refusal in REFUSED_PARAMETERS.items() if name != "stop_sequences"} | {
         **REFUSED_MESSAGES

@@ -27,6 +27,7 @@ _ERROR_CODES: Mapping[type[RequestError], str] = {
     errors.PromptTooLong: "context_length_exceeded",
     errors.Unauthorized: "invalid_api_key",
     errors.Overloaded: "rate_limit_exceeded",
+    errors.RateLimited: "rate_limit_exceeded",
 }
 """Codes that clients handle; other errors have none."""
 

@@ -19,9 +19,8 @@ from pydantic_core import PydanticCustomError
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_MESSAGE
 from predictor.protocols.json_body import loads
-from predictor.protocols.json_object import JSONObject
+from predictor.protocols.json_object import JSONObject, reject
 from predictor.protocols.openai.tool_fields import ToolFields
-from predictor.protocols.openai.validators import reject
 from predictor.protocols.sampling_fields import (
     MAX_COMPLETIONS,
     MAX_LOGPROBS,

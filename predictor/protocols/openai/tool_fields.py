@@ -7,8 +7,7 @@ from pydantic import Field, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_object import JSONObject
-from predictor.protocols.openai.validators import reject
+from predictor.protocols.json_object import JSONObject, reject
 
 
 class FunctionDefinition(JSONObject):

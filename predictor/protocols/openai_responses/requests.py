@@ -61,6 +61,16 @@ def decode(body: bytes) -> DecodedRequest:
     )
 
 
+def decode_input(body: bytes) -> tuple[str, Chat]:
+    """Decode a request to count the tokens of its input: the model's name, and the chat.
+
+    Raises:
+        InvalidRequest: as `decode`.
+    """
+    content = validate_body(ResponseRequest, body)
+    return content.model, _chat(content)
+
+
 def _chat(content: ResponseRequest) -> Chat:
     instructions = [{"role": "system", "content": content.instructions}] if content.instructions else []
     return Chat(

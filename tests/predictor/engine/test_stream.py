@@ -12,7 +12,7 @@ from predictor.engine.executor import EngineOutput, Executor
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, GenerationFailed, RequestError
-from predictor.types import FinishReason, SamplingParams, Step
+from predictor.types import Caller, FinishReason, SamplingParams, Step
 
 
 class FakeExecutor:
@@ -45,8 +45,10 @@ class FakeExecutor:
         max_tokens: int | None,
         end_token_ids: Collection[int],
         on_output: Callable[[EngineOutput], None],
+        caller: Caller | None = None,
+        priority: int = 0,
     ) -> None:
-        del request_id, prompt, sampler, max_tokens, end_token_ids
+        del request_id, prompt, sampler, max_tokens, end_token_ids, caller, priority
         self.output = on_output
 
     def cancel(self, request_id: str) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from predictor.entrypoints.api_keys import CHECK_SECONDS, KeyFile
 from predictor.errors import InvalidSettings
+from predictor.types import Caller
 
 ALICE = "alices-key-0123456789"
 BOB = "bobs:key#with=signs+0"
@@ -27,6 +28,11 @@ class Clock:
         self.seconds += CHECK_SECONDS
 
 
+def name_of(keys: KeyFile, key: str) -> str | None:
+    caller = keys.caller_of(key)
+    return caller.name if caller else None
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "keys"
@@ -41,25 +47,34 @@ def clock() -> Clock:
 
 def test_name_of_a_key_is_its_owner(path: Path) -> None:
     keys = KeyFile(path)
-    assert (keys.name_of(ALICE), keys.name_of(BOB)) == ("alice", "bob")
+    assert (name_of(keys, ALICE), name_of(keys, BOB)) == ("alice", "bob")
 
 
 @pytest.mark.parametrize(
     "key", ["", "alice", ALICE[:-1], ALICE + "0", ALICE.upper(), f"alice:{ALICE}", f" {ALICE}", "schlüssel", "\ud800"]
 )
 def test_name_of_another_key_is_none(path: Path, key: str) -> None:
-    assert KeyFile(path).name_of(key) is None
+    assert name_of(KeyFile(path), key) is None
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(key=st.text())
 def test_name_of_any_text_does_not_raise(path: Path, key: str) -> None:
-    assert KeyFile(path).name_of(key) == {ALICE: "alice", BOB: "bob"}.get(key)
+    assert name_of(KeyFile(path), key) == {ALICE: "alice", BOB: "bob"}.get(key)
 
 
 def test_file_with_a_byte_order_mark_and_unicode_comment_is_read(path: Path) -> None:
     path.write_text(f"# Schlüssel\nalice:{ALICE}", encoding="utf-8-sig")
-    assert KeyFile(path).name_of(ALICE) == "alice"
+    assert name_of(KeyFile(path), ALICE) == "alice"
+
+
+def test_options_after_the_key_are_read_and_shares_follow_from_all_weights(path: Path) -> None:
+    path.write_text(
+        f"alice:{ALICE}\nbob:{BOB}  weight=3 requests_per_minute=60\ttokens_per_minute=100000 concurrent_sequences=8\n"
+    )
+    keys = KeyFile(path)
+    assert keys.caller_of(ALICE) == Caller("alice", share=0.25)
+    assert keys.caller_of(BOB) == Caller("bob", 3, 0.75, 60, 100_000, 8)
 
 
 OTHER = "another-key-of-this-test"
@@ -78,6 +93,14 @@ OTHER = "another-key-of-this-test"
         (f"alice: {OTHER}", 1),
         (f"alice:{OTHER} {OTHER}", 1),
         (f"alice:{OTHER}ü", 1),
+        (f"alice:{ALICE} weight=2 {OTHER}", 1),
+        (f"alice:{ALICE} {OTHER}=2", 1),
+        (f"alice:{ALICE} weight={OTHER}", 1),
+        (f"alice:{ALICE} weight=0", 1),
+        (f"alice:{ALICE} weight=1001", 1),
+        (f"alice:{ALICE} weight=1.5", 1),
+        (f"alice:{ALICE} weight=1 weight=2", 1),
+        (f"alice:{ALICE} weight = 2", 1),
         (f"alice:{ALICE}\nalice:{OTHER}", 2),
         (f"alice:{OTHER}\nbob:{OTHER}", 2),
     ],
@@ -113,17 +136,17 @@ def test_changed_file_is_read_again(path: Path, clock: Clock) -> None:
     keys = KeyFile(path, clock)
     path.write_text(f"carol:{ALICE}\n")
     clock.tick()
-    assert (keys.name_of(ALICE), keys.name_of(BOB)) == ("carol", None)
+    assert (name_of(keys, ALICE), name_of(keys, BOB)) == ("carol", None)
 
 
 def test_file_is_checked_once_a_second(path: Path, clock: Clock) -> None:
     keys = KeyFile(path, clock)
     path.write_text(f"carol:{ALICE}\n")
-    assert keys.name_of(ALICE) == "alice"
+    assert name_of(keys, ALICE) == "alice"
     clock.tick()
-    assert keys.name_of(ALICE) == "carol"
+    assert name_of(keys, ALICE) == "carol"
     path.write_text(f"eve:{ALICE}\n")
-    assert keys.name_of(ALICE) == "carol"
+    assert name_of(keys, ALICE) == "carol"
 
 
 def test_swapped_secret_is_read_again(tmp_path: Path, clock: Clock) -> None:
@@ -134,11 +157,11 @@ def test_swapped_secret_is_read_again(tmp_path: Path, clock: Clock) -> None:
     (tmp_path / "..data").symlink_to("..1")
     (tmp_path / "keys").symlink_to("..data/keys")
     keys = KeyFile(tmp_path / "keys", clock)
-    assert keys.name_of(ALICE) == "alice"
+    assert name_of(keys, ALICE) == "alice"
     (tmp_path / "..new").symlink_to("..2")
     (tmp_path / "..new").rename(tmp_path / "..data")
     clock.tick()
-    assert keys.name_of(ALICE) == "carol"
+    assert name_of(keys, ALICE) == "carol"
 
 
 @pytest.mark.parametrize("broken", [None, "", "alice", f"carol:{OTHER}\ncarol:{ALICE}"])
@@ -152,10 +175,10 @@ def test_file_that_becomes_invalid_keeps_the_previous_keys_and_is_logged_once(
         path.write_text(broken)
     for _ in range(3):
         clock.tick()
-        assert (keys.name_of(ALICE), keys.name_of(OTHER)) == ("alice", None)
+        assert (name_of(keys, ALICE), name_of(keys, OTHER)) == ("alice", None)
     [record] = caplog.records
     assert (record.levelno, str(path) in record.getMessage()) == (logging.ERROR, True)
     assert not any(key in caplog.text for key in (ALICE, BOB, OTHER))
     path.write_text(f"carol:{OTHER}\n")
     clock.tick()
-    assert (keys.name_of(ALICE), keys.name_of(OTHER)) == (None, "carol")
+    assert (name_of(keys, ALICE), name_of(keys, OTHER)) == (None, "carol")

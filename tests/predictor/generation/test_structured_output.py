@@ -8,7 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +16,7 @@ from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
 from predictor.types import GrammarKind, StructuredOutput
 from tests.predictor import sentencepiece
+from tests.predictor.generation.json_schemas import SCHEMAS
 from tests.predictor.generation.random_text import EOS, MAX_TOKENS, random_text
 
 PERSON = {
@@ -24,6 +25,8 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
+FORMATS = jsonschema.FormatChecker(["time", "uuid", "email", "ipv4", "ipv6"])
+"""Of dates, a grammar cannot express leap years."""
 
 
 def schema(value: object) -> StructuredOutput:
@@ -77,7 +80,30 @@ def test_grammar_with_spaces_of_sentencepiece_is_followed_or_refused() -> None:
         GrammarCompiler(metaspace, 512, frozenset([EOS])).compile(constraint)
 
 
-@pytest.mark.parametrize("text", ["<|end|>", "a<|end|>b", "<|user|><|end|>", "<|<|end|>é"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"const": -(2**53)},
+        {"enum": [0.1, -123456.789, 1.5e-10, 2**53]},
+        {"type": "integer", "minimum": 2**53 - 2, "maximum": 2**53},
+        {"type": "integer", "minimum": 3, "maximum": 5, "default": 2**70},
+        {
+            "type": "object",
+            "properties": {"const": {"type": "null", "examples": [1e300]}},
+            "required": ["const"],
+            "additionalProperties": False,
+        },
+    ],
+)
+def test_grammar_of_exact_numbers_gives_them(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, value: dict[str, Any]
+) -> None:
+    text = follow(compiler, tokenizer, schema(value), seed=1)
+    assert text is not None
+    jsonschema.validate(json.loads(text), value)
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "a\ufdd0b<|end|>", "a<|end|>b", "<|user|><|end|>", "<|<|end|>é"])
 @pytest.mark.parametrize("kind", [GrammarKind.CHOICE, GrammarKind.REGEX, GrammarKind.JSON_SCHEMA])
 def test_grammar_with_text_of_special_tokens_gives_it_as_text(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, kind: GrammarKind, text: str
@@ -97,51 +123,17 @@ def test_grammar_in_lark_random_logits_follow_it(compiler: GrammarCompiler, toke
     assert all(text and re.fullmatch(r"[ab]=[0-9](,[ab]=[0-9])*", text) for text in texts), texts
 
 
-def _numbers(kind: str, low: int, size: int) -> dict[str, Any]:
-    return {"type": kind, "minimum": low, "maximum": low + size}
-
-
-_LEAVES: st.SearchStrategy[dict[str, Any]] = st.one_of(
-    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}]),
-    st.builds(lambda length: {"type": "string", "maxLength": length}, st.integers(0, 5)),
-    st.builds(lambda pattern: {"type": "string", "pattern": pattern}, st.sampled_from(["^[a-c]+$", r"^\d\d:\d\d$"])),
-    st.builds(_numbers, st.sampled_from(["integer", "number"]), st.integers(-99, 99), st.integers(0, 200)),
-    st.builds(lambda values: {"enum": values}, st.lists(st.integers() | st.text(max_size=4), min_size=1, max_size=4)),
-    st.builds(lambda value: {"const": value}, st.text(max_size=4) | st.none() | st.booleans()),
-)
-
-
-def _objects(properties: dict[str, Any], required: int) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties)[:required],
-        "additionalProperties": False,
-    }
-
-
-SCHEMAS = st.recursive(
-    _LEAVES,
-    lambda inner: st.one_of(
-        st.builds(_objects, st.dictionaries(st.text(max_size=5), inner, max_size=3), st.integers(0, 3)),
-        st.builds(
-            lambda items, low: {"type": "array", "items": items, "minItems": low, "maxItems": low + 2},
-            inner,
-            st.integers(0, 2),
-        ),
-        st.builds(lambda options: {"anyOf": options}, st.lists(inner, min_size=1, max_size=3)),
-    ),
-    max_leaves=6,
-)
-
-
 @given(value=SCHEMAS, seed=st.integers(0, 1000))
 def test_grammar_of_any_schema_finished_texts_validate(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, value: dict[str, Any], seed: int
 ) -> None:
-    text = follow(compiler, tokenizer, schema(value), seed)
+    try:
+        text = follow(compiler, tokenizer, schema(value), seed)
+    except InvalidRequest as error:
+        event(str(error)[:60])
+        return
     if text is not None:
-        jsonschema.validate(json.loads(text), value, format_checker=jsonschema.FormatChecker(["date"]))
+        jsonschema.validate(json.loads(text), value, format_checker=FORMATS)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +142,14 @@ def test_grammar_of_any_schema_finished_texts_validate(
         (schema({"type": "object", "not": {}}), "JSON schema is not supported.*not"),
         (schema({"x-guidance": {"lenient": True}, "uniqueItems": True, "type": "array"}), "uniqueItems"),
         (schema({"type": "string", "format": "frob"}), "frob"),
+        (schema({"const": -(2**63) + 1}), "const has a number with too many digits"),
+        (schema({"items": {"enum": [1, {"a": [2**53 + 1]}]}}), "enum has a number with too many digits"),
+        (schema({"properties": {"a": {"type": "number", "minimum": -1e300}}}), "minimum has a number with too many"),
+        (schema({"const": 5.49938197180028e-112}), "const has a number with too many digits"),
+        (
+            StructuredOutput(GrammarKind.GRAMMAR, 'start: "a" b\nb: %json {"const": -9223372036854775807}'),
+            "more than 16 digits, which %json does not support",
+        ),
         (schema({"$ref": "http://example.org/x"}), "example.org"),
         (schema([1]), "JSON schema is not a JSON object"),
         (StructuredOutput(GrammarKind.JSON_SCHEMA, "{"), "JSON schema is not a JSON object"),

@@ -85,6 +85,18 @@ def test_anthropic_client_tool_is_called_and_its_result_used(anthropic_client: a
     assert block.text == "12 + 30 = 42"
 
 
+def test_anthropic_client_counts_the_tokens_of_the_prompt(anthropic_client: anthropic.Anthropic) -> None:
+    message = anthropic_client.messages.create(
+        model="demo", max_tokens=1, messages=TOOL_QUESTION, tools=[CALCULATOR], system="Be brief."
+    )
+    counted = anthropic_client.messages.count_tokens(
+        model="demo", messages=TOOL_QUESTION, tools=[CALCULATOR], system="Be brief."
+    )
+    assert counted.input_tokens == message.usage.input_tokens
+    long: list[MessageParam] = [{"role": "user", "content": "1 " * 5000}]
+    assert anthropic_client.messages.count_tokens(model="demo", messages=long).input_tokens > 5000
+
+
 def test_anthropic_client_errors_are_its_own_types(anthropic_client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError, match="other"):
         anthropic_client.messages.create(model="other", max_tokens=5, messages=QUESTION)

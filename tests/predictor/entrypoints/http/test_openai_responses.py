@@ -116,7 +116,8 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServ
     template.write_text(
         template.read_text().replace("'<|assistant|>' }}{%- endif", "'<|assistant|><think>\n' }}{%- endif")
     )
-    with servers.in_process("--model_dir", str(directory), model_name="thinking") as server:
+    flags = ["--model_dir", str(directory), "--reasoning_format", "think"]
+    with servers.in_process(*flags, model_name="thinking") as server:
         yield server
 
 
@@ -130,8 +131,7 @@ def test_reasoning_is_an_item_of_its_own(thinking: InProcessServer) -> None:
     assert item.status == whole.status == "incomplete"
     assert item.content
     assert whole.usage is not None
-    assert whole.usage.output_tokens == 8
-    assert whole.usage.output_tokens_details.reasoning_tokens > 0
+    assert whole.usage.output_tokens_details.reasoning_tokens == whole.usage.output_tokens == 8
     deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
     assert "".join(deltas) == item.content[0].text != ""
     assert events[-1].type == "response.incomplete"
@@ -170,6 +170,16 @@ def test_client_raises_its_own_errors(openai_client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="not stored") as raised:
         openai_client.responses.create(model="demo", input=QUESTION, previous_response_id="resp_1")
     assert raised.value.param == "previous_response_id"
+
+
+def test_input_tokens_are_those_of_the_response(openai_client: openai.OpenAI) -> None:
+    fields: Any = {"model": "demo", "input": CALL_QUESTION, "instructions": "Calculate.", "tools": [CALCULATOR]}
+    counted = openai_client.responses.input_tokens.count(**fields)
+    usage = openai_client.responses.create(**fields).usage
+    assert usage is not None
+    assert counted.input_tokens == usage.input_tokens
+    with pytest.raises(openai.BadRequestError, match="not stored"):
+        openai_client.responses.input_tokens.count(**fields, previous_response_id="resp_1")
 
 
 def test_stored_responses_are_not_found(openai_client: openai.OpenAI) -> None:
