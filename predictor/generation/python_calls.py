@@ -2,7 +2,8 @@
 
 import ast
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from predictor.generation.incremental_text import Malformed
 
@@ -18,13 +19,23 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
             tree = ast.parse(text.strip())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Malformed from error
-    calls = []
-    for statement in tree.body:
+    calls: list[tuple[str, dict[str, Any]]] = []
+    for statement in _JsonConstants().visit(tree).body:
         if not isinstance(statement, ast.Expr):
             raise Malformed
         value = statement.value
         calls += [_call(item) for item in (value.elts if isinstance(value, ast.List | ast.Tuple) else [value])]
     return calls
+
+
+class _JsonConstants(ast.NodeTransformer):
+    """Replaces JSON's constants, which models mix with Python's."""
+
+    _VALUES: ClassVar[Mapping[str, bool | None]] = {"true": True, "false": False, "null": None}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Return the constant of this name, else the name."""
+        return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
 
 
 def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:

@@ -181,3 +181,8 @@ def test_required_call_of_a_model_without_known_format_is_400(tmp_path: Path) ->
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "tool_choice"
     assert "--tool_call_format" in response.json()["error"]["message"]
+
+
+def test_metadata_of_the_model_names_its_notations(client: Client) -> None:
+    properties = client.get("/v2/models/demo").json()["properties"]
+    assert (properties["tool_call_format"], properties["reasoning_format"]) == ("hermes", "none")
