@@ -5,6 +5,7 @@ The settings `tool_call_format` and `reasoning_format` take their names.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import regex
@@ -99,6 +100,7 @@ _HARMONY = Notation(
     ),
     end_tokens=("<|call|>", "<|return|>"),
     reasoning_marks=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+    text_start="<|channel|>final<|message|>",
 )
 
 TOOL_CALLS: Mapping[str, Notation] = {
@@ -117,7 +119,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             Region(content=Content.TEMPLATE, start="<function=", end="</function>", template=_QWEN_XML),
             _TAGGED_JSON,
         ),
-        envelope=_HERMES,
+        envelope=replace(_HERMES, excluded=("<function=",)),
     ),
     "glm45": Notation(
         regions=(
@@ -173,6 +175,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             end="<｜tool▁calls▁end｜>",
             between_calls="\n",
             marker="<｜tool▁calls▁begin｜>",
+            excluded=("<｜tool▁call▁begin｜>",),
         ),
     ),
     "deepseek_v31": _deepseek(
@@ -184,6 +187,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             begin="<｜tool▁calls▁begin｜>",
             end="<｜tool▁calls▁end｜>",
             marker="<｜tool▁calls▁begin｜>",
+            excluded=("<｜tool▁call▁begin｜>",),
         ),
     ),
     "kimi_k2": Notation(
@@ -203,6 +207,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             begin="<|tool_calls_section_begin|>",
             end="<|tool_calls_section_end|>",
             marker="<|tool_calls_section_begin|>",
+            excluded=("<|tool_call_begin|>",),
         ),
         call_ids=CallIds.NAME_AND_INDEX,
     ),
