@@ -40,6 +40,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
         )
     yield from _reference(deployment)
     yield from _device(deployment)
+    yield from _hold(deployment)
     for problem, remedy in [*_tokens(deployment.settings, model), *_keys_file(deployment)]:
         yield Finding(deployment.where, problem, remedy, "kserve-llm")
     environments = [deployment.environment(container) for _, container in deployment.downloads]
@@ -120,6 +121,34 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
     if device.startswith("cuda") and not resources.gpus(deployment):
         yield Finding(
             deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
+        )
+
+
+def _hold(deployment: Deployment) -> Iterator[Finding]:
+    hold, ready = (deployment.settings.get(f"PREDICTOR_{name}_WHILE_LOADING", "") for name in ("HOLD", "READY"))
+    holds, is_ready = hold.strip("0.") != "", _is_true(ready)
+    if is_ready and not holds:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_READY_WHILE_LOADING is on without PREDICTOR_HOLD_WHILE_LOADING, so the predictor does not start",
+            "add component hold-while-loading, which sets both",
+            "kserve-llm",
+        )
+    elif holds and not is_ready:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_HOLD_WHILE_LOADING has no effect, since requests reach only pods that are ready",
+            "add component hold-while-loading, which sets PREDICTOR_READY_WHILE_LOADING too",
+            "kserve-llm",
+            "warning",
+        )
+    elif is_ready and not deployment.is_knative:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_READY_WHILE_LOADING is on, and a rollout stops the old replica while the new one loads",
+            "remove component hold-while-loading in Standard mode",
+            "kserve-llm",
+            "warning",
         )
 
 

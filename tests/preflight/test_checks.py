@@ -482,6 +482,18 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d.settings.update(PREDICTOR_REQUEST_TIMEOUT_SECONDS="600"),
         "PREDICTOR_REQUEST_TIMEOUT_SECONDS is 600",
     ),
+    "hold_time": (
+        lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="590", PREDICTOR_READY_WHILE_LOADING="true"),
+        "PREDICTOR_HOLD_WHILE_LOADING is 590 and PREDICTOR_REQUEST_TIMEOUT_SECONDS 590",
+    ),
+    "hold_without_readiness": (
+        lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="60"),
+        "warning: InferenceService/llm: PREDICTOR_HOLD_WHILE_LOADING has no effect",
+    ),
+    "readiness_without_hold": (
+        lambda d: d.settings.update(PREDICTOR_READY_WHILE_LOADING="Yes"),
+        "error: InferenceService/llm: PREDICTOR_READY_WHILE_LOADING is on without",
+    ),
     "shutdown_grace": (
         lambda d: d.settings.update(PREDICTOR_SHUTDOWN_GRACE_SECONDS="900"),
         "the pod is killed after 600 s",
@@ -629,6 +641,7 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "auto"}),
         ],
         lambda d: [d.settings.update(PREDICTOR_DEVICE="auto"), d.model.update(args=["--device", "cuda"])],
+        lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="480", PREDICTOR_READY_WHILE_LOADING="true"),
         lambda d: [
             d.model["env"].append({"name": "TYPE", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}),
             d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
@@ -838,6 +851,10 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
         (
             lambda d: d.predictor.update(terminationGracePeriodSeconds=30),
             "exceeds terminationGracePeriodSeconds",
+        ),
+        (
+            lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="60", PREDICTOR_READY_WHILE_LOADING="on"),
+            "warning: InferenceService/llm: PREDICTOR_READY_WHILE_LOADING is on, and a rollout stops the old replica",
         ),
         (
             lambda d: d.settings.update(PREDICTOR_SHUTDOWN_DELAY_SECONDS="30"),
