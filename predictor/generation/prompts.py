@@ -105,8 +105,9 @@ class Prompts:
         output_parser = None
         if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:
             output_parser = _output_parser(self.output_format, prompt, rendered)
-            ends = (id_ for id_ in self.output_format.end_token_ids if id_ < self.vocabulary_tokens)
-            sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
+            if not sampling.ignore_eos:
+                ends = (id_ for id_ in self.output_format.end_token_ids if id_ < self.vocabulary_tokens)
+                sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
 
     def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool, with_texts: bool) -> Tokenization:
