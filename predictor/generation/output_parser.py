@@ -78,8 +78,8 @@ class OutputParser:
 
     @property
     def has_tool_calls(self) -> bool:
-        """Whether a tool call was found."""
-        return bool(self._ids)
+        """Whether there are tool calls, the last of them complete as well."""
+        return 0 < self._num_complete == len(self._ids)
 
     @property
     def stopped(self) -> bool:

@@ -307,7 +307,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "grpc_in_knative": (
         lambda d: d.settings.update(PREDICTOR_ENABLE_GRPC="true"),
-        "Knative routes to one port, which is HTTP",
+        "warning: InferenceService/llm: PREDICTOR_ENABLE_GRPC is true, and Knative routes to one port",
     ),
     "threads_over_limit": (
         lambda d: d.settings.update(PREDICTOR_NUM_THREADS="16"),
@@ -322,7 +322,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     # KServe and Knative
     "runtime_disabled": (lambda d: d["ServingRuntime"]["spec"].update(disabled=True), "KServe does not select it"),
-    "unlimited_replicas": (unlimited_replicas, "maxReplicas is not set, so Knative starts replicas without a limit"),
+    "unlimited_replicas": (unlimited_replicas, "warning: InferenceService/llm: maxReplicas is not set"),
     # Fields and names
     "job_field": (lambda d: d.job.update(restartPolice="Never"), "'restartPolice' was unexpected"),
     "setting_key": (lambda d: d.settings.update(PREDICTOR_MAX_NUM_SEQ="8"), "use PREDICTOR_MAX_NUM_SEQS"),
@@ -628,6 +628,9 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.settings.update(PREDICTOR_TRUST_REMOTE_CODE="true") or d.download.update(STORAGE_ALLOW_PATTERNS="*")
         ),
         lambda d: d.annotations.update({"example.com/windows": "60s", "autoscaling.knative.dev/metric": "concurrency"}),
+        lambda d: d.annotations.update({"serving.knative.dev/rolloutDuration": "60s"}),
+        lambda d: d.model.update(args=["--served_model_name=$(K_SERVICE)"]),
+        lambda d: d["PodMonitor"]["metadata"].update(namespace="monitoring"),
         lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
         lambda d: d.settings.update(LOG_LEVEL="debug", PREDICTOR_TRUST_REMOTE_CODE="Off", PREDICTOR_DEVICE="cuda:1"),
         lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/mnt/models", OTHER="x"),
