@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-all test-packaging clients lint lock format images images-check pin render preflight checkov clean
+.PHONY: help install demo serve test test-all test-packaging clients lint lock format images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -129,6 +129,9 @@ preflight: $(INSTALLED) ## check every overlay; CRD_DIR=folder validates custom 
 	@for overlay in kustomize/overlays/*/; do \
 	  $(BIN)/python -m preflight $$overlay $(if $(CRD_DIR),--crds $(CRD_DIR)) || exit 1; \
 	done
+
+undeploy: ## stop and delete OVERLAY=folder with kubectl; CLAIM=delete removes its claim with the weights too
+	@kustomize/undeploy.sh "$(OVERLAY)" $(CLAIM)
 
 checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual environment
 	@test -x .venv-checkov/bin/checkov || { $(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/python -m pip install --quiet checkov==3.3.30; }

@@ -142,6 +142,11 @@ class Draining(NotNow):
 class ModelNotReady(NotNow):
     """The model is still loading, or failed to load."""
 
+    def __init__(self, message: str, retry_after_seconds: int | None = None) -> None:
+        super().__init__(message)
+        if retry_after_seconds is not None:
+            self.retry_after_seconds = retry_after_seconds
+
 
 class EngineStopped(NotNow):
     """The step loop has ended, by shutdown or failure."""

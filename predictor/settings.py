@@ -49,6 +49,12 @@ class Settings(BaseSettings):
     """Reference of the snapshot below model_dir, hf://owner/model[:revision], as for the storage initializer."""
     snapshot_wait_seconds: float = Field(default=0, ge=0)
     """Maximum time to wait until the snapshot is published, in seconds."""
+    hold_while_loading: float = Field(default=0, ge=0, allow_inf_nan=False)
+    """Maximum time to hold a request while the model loads, in seconds, instead of responding 503. 0: off."""
+    ready_while_loading: bool = False
+    """Be ready as soon as weights are loaded, not afterwards, so that requests arrive. Needs hold_while_loading."""
+    load_record_file: Path | None = None
+    """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
     device: str = "auto"
@@ -198,7 +204,12 @@ def read(argv: Sequence[str]) -> Settings:
         InvalidSettings: naming the flag or variable, and the fix.
     """
     _reject_unknown_variables(os.environ)
-    return parse(argv, Settings)
+    settings = parse(argv, Settings)
+    if settings.ready_while_loading and not settings.hold_while_loading:
+        raise InvalidSettings(
+            "--ready_while_loading: requests that arrive would get 503. Set --hold_while_loading too."
+        )
+    return settings
 
 
 def parse(argv: Sequence[str], model: type[Settings]) -> Settings:

@@ -12,7 +12,7 @@ MIN_LOGPROB = -9999.0
 """Smallest log probability reported, as in OpenAI's API: JSON has no infinity."""
 
 WHOLE_CONTEXT = -1
-"""Value of `truncate_prompt_tokens` for all that the context has beside `max_tokens`."""
+"""Value of `truncate_prompt_tokens` for all that the context has left after `max_tokens`."""
 
 UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of bytes that form a character only together with the next token."""
@@ -314,6 +314,8 @@ class Completion:
     prompt_tokens: int
     completion_tokens: int
     """Generated tokens, the end-of-sequence token included."""
+    deltas: tuple[OutputDelta, ...] = ()
+    """All of the output in order, from which `text`, `reasoning` and `tool_calls` are."""
     tokens: tuple[Token, ...] = ()
     """All generated tokens, if requested."""
     prompt: tuple[Token, ...] = ()

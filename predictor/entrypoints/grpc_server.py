@@ -115,12 +115,12 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
         return messages.ServerLiveResponse(live=self._service.is_live)
 
     async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
-        return messages.ServerReadyResponse(ready=self._service.is_ready)
+        return messages.ServerReadyResponse(ready=self._service.accepts_requests)
 
     async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
         async with self._call(context, "ModelReady", is_probe=True):
             self._service.models.require(request.name, request.version)
-            return messages.ModelReadyResponse(ready=self._service.is_ready)
+            return messages.ModelReadyResponse(ready=self._service.accepts_requests)
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802, ARG002
         async with self._call(context, "ServerMetadata"):

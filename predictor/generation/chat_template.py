@@ -5,6 +5,7 @@ whether it works at all, which roles it renders, and whether it reads contents a
 """
 
 import inspect
+import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,8 @@ OK, MISSING = "ok", "missing"
 _BYTE_ORDER_MARK = "\ufeff"
 _MAX_REASON = 300
 _PROBE = "probe0text"
-_CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {}}}
+_CALL = {"id": "call00001", "type": "function", "function": {"name": "probe", "arguments": {_PROBE: 1}}}
+_REASONING_FIELDS = frozenset({"reasoning_content", "reasoning", "thinking"})
 _ROLE = re.compile(r"[\w-]{1,64}")
 MAX_OTHER_ROLES = 16
 """Maximum number of different roles in a chat besides those of OpenAI; for each, the template runs twice."""
@@ -71,6 +73,10 @@ class ChatTemplate:
         self._contents: dict[str, _Content] = {}
         self._later_contents: dict[str, _Content] = {}
         """Of instructions after the first message, which some templates reject or leave out."""
+        self._writes_arguments = False
+        """The template writes the arguments of tool calls as they are, so that they must be JSON already."""
+        self._keeps_reasoning = True
+        """The template accepts reasoning in messages with text and tool calls."""
         self.status = OK if tokenizer.chat_template else MISSING
         """OK, MISSING, or the reason why the template cannot work."""
         if self.status == OK:
@@ -174,9 +180,21 @@ class ChatTemplate:
             if role == "user" and instructions:
                 content = "\n\n".join([*instructions, content])
                 instructions = []
-            yield {**message, "role": role, "content": _as(kind, content)}
+            yield self._convert_calls({**message, "role": role, "content": _as(kind, content)})
         if instructions:
             yield {"role": "user", "content": _as(self._contents["user"], "\n\n".join(instructions))}
+
+    def _convert_calls(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message with its tool calls and its reasoning as the template reads them.
+
+        Some templates take an empty list for calls, and leave out the content; others reject reasoning beside both.
+        """
+        calls = message.get("tool_calls")
+        left_out = set() if calls else {"tool_calls"}
+        if calls and message["content"] and not self._keeps_reasoning:
+            left_out |= _REASONING_FIELDS
+        message = {name: value for name, value in message.items() if name not in left_out}
+        return _with_text_arguments(message) if calls and self._writes_arguments else message
 
     def _probe_others(self, roles: set[str]) -> dict[str, _Content]:
         """Probe the roles that are not known from the start.
@@ -209,8 +227,10 @@ class ChatTemplate:
             analysis = template_analysis.analyse({self._source(None), self._source([{}])})
             self._names = analysis.variables
             self._control_tokens = ControlTokens(self._tokenizer, analysis.written, analysis.read)
-            for role in ("user", "system", "developer", "assistant", "tool"):
+            for role in ("user", "system", "developer", "assistant"):
                 self._contents[role] = self._probe(role)
+            self._probe_calls()
+            self._contents["tool"] = self._probe("tool")
             for role in ("system", "developer"):
                 self._later_contents[role] = self._probe(role, later=True)
             if self._contents["user"] is self._contents["system"] is _Content.REJECTED:
@@ -220,6 +240,25 @@ class ChatTemplate:
             self.status = _reason(error)
         if self.status != OK:
             logger.warning("chat requests will fail, since the chat template does not work: %s", self.status)
+
+    def _probe_calls(self) -> None:
+        """Find how the template takes the arguments of tool calls, and reasoning beside text and calls."""
+        user = {"role": "user", "content": _as(self._contents["user"], "Hi")}
+        call = {"role": "assistant", "content": _as(self._contents["assistant"], ""), "tool_calls": [_CALL]}
+        if self._rejects([user, call]) or f"{{'{_PROBE}'" in self._render([user, call]):
+            self._writes_arguments = not self._rejects([user, _with_text_arguments(call)])
+        full = {**call, "content": _as(self._contents["assistant"], "Ho"), "reasoning_content": "Hm"}
+        self._keeps_reasoning = not self._rejects([user, self._convert_calls(full)])
+
+    def _rejects(self, messages: list[dict[str, Any]]) -> bool:
+        try:
+            self._render(messages)
+        except _Unusable:
+            raise
+        # See `render`.
+        except Exception:  # noqa: BLE001
+            return True
+        return False
 
     def _probe(self, role: str, *, later: bool = False) -> _Content:
         """Render a message of this role in a usual chat, first with a string, then with parts.
@@ -249,7 +288,7 @@ class ChatTemplate:
             return [user, message, user]
         if role == "tool":
             call = {"role": "assistant", "content": _as(self._contents["assistant"], ""), "tool_calls": [_CALL]}
-            return [user, call, {**message, "tool_call_id": _CALL["id"]}]
+            return [user, self._convert_calls(call), {**message, "tool_call_id": _CALL["id"]}]
         if later:
             return [user, {"role": "assistant", "content": _as(self._contents["assistant"], "Hi")}, message, user]
         return [message, user]
@@ -259,6 +298,16 @@ def _failed(reason: str) -> ChatTemplateFailed:
     return ChatTemplateFailed(
         f"The model's chat template does not work: {reason}. Correct it in the model's directory. Completions work."
     )
+
+
+def _with_text_arguments(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message whose tool calls have JSON instead of objects as arguments."""
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = call["function"]["arguments"]
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return {**message, "tool_calls": calls}
 
 
 def _as(kind: _Content, text: str) -> str | list[dict[str, str]]:

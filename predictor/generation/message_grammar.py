@@ -23,6 +23,7 @@ _NO_ARGUMENTS: Mapping[str, Any] = {"type": "object", "properties": {}, "additio
 
 _TEXT = "/(?s:.*)/"
 _LINE_FEEDS = r"/\n{0,2}/"
+"""Between reasoning and what follows, if nothing else is between them."""
 
 
 class ReasoningState(Enum):
@@ -66,58 +67,80 @@ class MessageGrammar:
     calls: ToolCalls | None = None
     answer: StructuredOutput | None = None
     """Structure of the text."""
+    text_start: str = ""
+    """What the model writes before the text."""
 
     def constraints(self) -> Iterator[tuple[str, StructuredOutput]]:
         """Yield what has a notation of its own, and its name for users; it is the next of the subgrammars."""
         if self.calls is not None:
             for name, schema in self.calls.schemas.items():
-                constraint = StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(schema))
-                yield f"{constraint.kind} of tool {name!r}", constraint
+                part = self.calls.envelope.to_schema(name, schema) if self._calls_are_json else schema
+                yield f"JSON schema of tool {name!r}", StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(part))
         if self.answer is not None:
             yield self.answer.kind, self.answer
+
+    @property
+    def _calls_are_json(self) -> bool:
+        """Whether a call is written as JSON, one only, since a grammar tells it from a JSON answer only then."""
+        return bool(self.calls and not self.calls.required and self.answer and not self.calls.envelope.marker)
 
     def to_lark(self, literal: Literal) -> str:
         """Return the grammar in Lark's notation, whose subgrammars `@part0` and so on are `constraints`."""
         rules = [*self._message_rules(literal), *self._reasoning_rules(literal)]
-        if self.calls is not None:
+        if self._calls_are_json and self.calls is not None:
+            rules.append("calls: " + " | ".join(f"@part{index}" for index in range(len(self.calls.schemas))))
+        elif self.calls is not None:
             rules += _call_rules(self.calls, literal)
         return "\n".join(rules)
 
     def _message_rules(self, literal: Literal) -> Iterator[str]:
+        start = literal(self.text_start)
         if self.calls is None:
-            yield from self._start("@part0")
+            yield from self._start(f"{start} @part0")
         elif self.calls.required:
             yield from self._start("calls")
         elif self.answer is not None:
-            yield from self._start(f"calls | @part{len(self.calls.schemas)}")
+            yield from self._start(f"calls | {start} @part{len(self.calls.schemas)}")
+        elif self.text_start:
+            yield f"TEXT: {_TEXT}"
+            yield from self._start(f"calls | {start} TEXT")
         else:
             yield from self._text_rules(self.calls.envelope, literal)
 
     def _start(self, body: str) -> Iterator[str]:
+        line_feeds = "" if self.text_start else _LINE_FEEDS
         match self.reasoning.state:
             case ReasoningState.ENDED:
                 yield f"start: {body}"
             case ReasoningState.POSSIBLE:
-                yield f"start: (reasoning {_LINE_FEEDS})? ({body})"
+                yield f"start: (reasoning {line_feeds})? ({body})"
             case ReasoningState.OPEN:
-                yield f"start: thought {_LINE_FEEDS} ({body})"
+                yield f"start: thought {line_feeds} ({body})"
 
     def _text_rules(self, envelope: CallEnvelope, literal: Literal) -> Iterator[str]:
-        """Yield rules of text with calls in it, which begin where the text contains the envelope's marker."""
-        yield f"TEXT: {_TEXT}"
-        yield from _called("called", "TEXT", envelope, literal)
+        """Yield rules of text, and of calls, which begin where the text contains the envelope's marker."""
+        marks = [mark for mark in map(literal, envelope.excluded) if not _has_token(mark)]
+        yield f"TEXT: {_TEXT}" + "".join(f" & ~({_TEXT} {mark} {_TEXT})" for mark in marks)
         opening = literal(self.reasoning.open)
+        first = "TEXT"
+        if self.reasoning.state is ReasoningState.POSSIBLE and not _has_token(opening):
+            # As text, reasoning could contain what begins a call.
+            first = "FIRST"
+            yield f"FIRST: TEXT & ~(/\\s*/ {opening} {_TEXT})"
+        if not envelope.marker:
+            yield f"PLAIN: {first} & ~(/\\s*[\\[{{]/ {_TEXT})"
+            yield from self._start("calls | PLAIN")
+            return
+        yield from _called("called", "TEXT", envelope, literal)
         match self.reasoning.state:
             case ReasoningState.ENDED:
                 yield "start: called* TEXT"
             case ReasoningState.OPEN:
                 yield "start: thought called* TEXT"
-            case ReasoningState.POSSIBLE if _has_token(opening):
+            case ReasoningState.POSSIBLE if first == "TEXT":
                 yield "start: reasoning? called* TEXT"
             case ReasoningState.POSSIBLE:
-                # As text, reasoning could contain what begins a call.
                 yield "start: reasoning called* TEXT | first_called called* TEXT | FIRST"
-                yield f"FIRST: TEXT & ~(/\\s*/ {opening} TEXT)"
                 yield from _called("first_called", "FIRST", envelope, literal)
 
     def _reasoning_rules(self, literal: Literal) -> Iterator[str]:
@@ -182,7 +205,8 @@ def for_chat(
         calls = ToolCalls(envelope, schemas, chat.requires_tool_call, chat.parallel_tool_calls)
     if calls is None and answer is None:
         return None
-    return MessageGrammar(_reasoning(chat, prompt, output_format), calls, answer)
+    text_start = output_format.text_start if output_format and not chat.continue_final_message else ""
+    return MessageGrammar(_reasoning(chat, prompt, output_format), calls, answer, text_start)
 
 
 def _without_envelope(chat: Chat, output_format: OutputFormat | None) -> InvalidRequest:
@@ -202,7 +226,14 @@ def _name(tool: Mapping[str, Any]) -> str:
 def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema of a tool's arguments; a tool without one takes none."""
     parameters = tool["function"].get("parameters")
-    return _NO_ARGUMENTS if parameters is None else {"type": "object", **parameters}
+    if parameters is None:
+        return _NO_ARGUMENTS
+    types = parameters.get("type", "object")
+    if "object" not in ([types] if isinstance(types, str) else types):
+        raise InvalidRequest(
+            f"tools: the parameters of {_name(tool)!r} are no object. Set their type to object.", "tools"
+        )
+    return {**parameters, "type": "object"}
 
 
 def _reasoning(chat: Chat, prompt: str, output_format: OutputFormat | None) -> Reasoning:

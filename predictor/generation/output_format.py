@@ -73,6 +73,8 @@ class Notation:
     """How calls with JSON arguments may be written, for grammars."""
     reasoning_marks: tuple[str, str] | None = None
     """What the model writes before and after the reasoning, for grammars."""
+    text_start: str = ""
+    """What the model writes before the text of a message, for grammars."""
     call_ids: CallIds = CallIds.ANY
     end_tokens: tuple[str, ...] = ()
     """Special tokens that end the message, in addition to the model's end of sequence."""
@@ -121,6 +123,11 @@ class OutputFormat:
     def reasoning_marks(self) -> tuple[str, str] | None:
         """What the model writes before and after the reasoning; None if unknown."""
         return self.reasoning.reasoning_marks if self.reasoning else None
+
+    @property
+    def text_start(self) -> str:
+        """What the model writes before the text of a message."""
+        return next((notation.text_start for notation in self._notations if notation.text_start), "")
 
     @property
     def _notations(self) -> list[Notation]:

@@ -5,6 +5,7 @@ The settings `tool_call_format` and `reasoning_format` take their names.
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import regex
@@ -37,14 +38,14 @@ _QWEN_XML = _template(
     open_pattern=r"<function=(?P<name>[^>\n]+)>",
     close="</function>",
     content="xml-inline",
-    content_args={"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+    content_args={"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?(?:</parameter>|\Z)"},
     transform=_FUNCTION,
 )
 _GLM_XML = _template(
     open_pattern=r"<tool_call>\s*(?P<name>[^\s<]+)",
     close="</tool_call>",
     content="xml-inline",
-    content_args={"tag_pattern": r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"},
+    content_args={"tag_pattern": r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>(?P<value>.*?)(?:</arg_value>|\Z)"},
     transform=_FUNCTION,
 )
 _GEMMA = _template(
@@ -58,7 +59,7 @@ _GEMMA = _template(
 
 def _deepseek(start: str, envelope: CallEnvelope) -> Notation:
     call = Region(content=Content.ARGUMENTS, start=start, end=r"\s{0,4}(?:```)?\s{0,4}<｜tool▁call▁end｜>")
-    section = Region(content=Content.MARKER, start=r"<｜tool▁calls▁(?:begin|end)｜>")
+    section = Region(content=Content.MARKER, start="<｜tool▁calls▁begin｜>|<｜tool▁calls▁end｜>")
     return Notation(regions=(call, section), envelope=envelope)
 
 
@@ -71,7 +72,7 @@ _MISTRAL_REGIONS = (
 )
 _HARMONY_START = r"(?:<\|start\|>assistant)?"
 _HARMONY_BODY = r"\s?(?:<\|constrain\|>)?\w{0,32}<\|message\|>"
-_HARMONY_END = r"<\|(?:end|call|return)\|>"
+_HARMONY_END = r"(?:<\|end\|>|<\|call\|>|<\|return\|>)"
 _HARMONY_TO = rf"\s?to=(?:functions\.)?{_NAME}"
 _HARMONY = Notation(
     regions=(
@@ -99,6 +100,7 @@ _HARMONY = Notation(
     ),
     end_tokens=("<|call|>", "<|return|>"),
     reasoning_marks=("<|channel|>analysis<|message|>", "<|end|><|start|>assistant"),
+    text_start="<|channel|>final<|message|>",
 )
 
 TOOL_CALLS: Mapping[str, Notation] = {
@@ -117,7 +119,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             Region(content=Content.TEMPLATE, start="<function=", end="</function>", template=_QWEN_XML),
             _TAGGED_JSON,
         ),
-        envelope=_HERMES,
+        envelope=replace(_HERMES, excluded=("<function=",)),
     ),
     "glm45": Notation(
         regions=(
@@ -173,6 +175,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             end="<｜tool▁calls▁end｜>",
             between_calls="\n",
             marker="<｜tool▁calls▁begin｜>",
+            excluded=("<｜tool▁call▁begin｜>",),
         ),
     ),
     "deepseek_v31": _deepseek(
@@ -184,6 +187,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             begin="<｜tool▁calls▁begin｜>",
             end="<｜tool▁calls▁end｜>",
             marker="<｜tool▁calls▁begin｜>",
+            excluded=("<｜tool▁call▁begin｜>",),
         ),
     ),
     "kimi_k2": Notation(
@@ -194,7 +198,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
                 r"\s{0,4}<\|tool_call_argument_begin\|>",
                 end=r"<\|tool_call_end\|>",
             ),
-            Region(content=Content.MARKER, start=r"<\|tool_calls_section_(?:begin|end)\|>"),
+            Region(content=Content.MARKER, start=r"<\|tool_calls_section_begin\|>|<\|tool_calls_section_end\|>"),
         ),
         envelope=CallEnvelope(
             "<|tool_call_begin|>functions.",
@@ -203,6 +207,7 @@ TOOL_CALLS: Mapping[str, Notation] = {
             begin="<|tool_calls_section_begin|>",
             end="<|tool_calls_section_end|>",
             marker="<|tool_calls_section_begin|>",
+            excluded=("<|tool_call_begin|>",),
         ),
         call_ids=CallIds.NAME_AND_INDEX,
     ),

@@ -311,6 +311,7 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         finish_reason=last.finish_reason,
         prompt_tokens=last.prompt_tokens,
         completion_tokens=last.completion_tokens,
+        deltas=tuple(_joined(deltas)),
         tokens=tuple(token for delta in received for token in delta.tokens),
         prompt=tuple(token for delta in received for token in delta.prompt),
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),

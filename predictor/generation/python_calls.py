@@ -2,7 +2,8 @@
 
 import ast
 import warnings
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from predictor.generation.incremental_text import Malformed
 
@@ -15,16 +16,27 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(text.strip())
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            tree = _JsonConstants().visit(ast.parse(text.strip()))
+        return [_call(node) for statement in tree.body for node in _nodes(statement)]
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise Malformed from error
-    calls = []
-    for statement in tree.body:
-        if not isinstance(statement, ast.Expr):
-            raise Malformed
-        value = statement.value
-        calls += [_call(item) for item in (value.elts if isinstance(value, ast.List | ast.Tuple) else [value])]
-    return calls
+
+
+def _nodes(statement: ast.stmt) -> list[ast.expr]:
+    if not isinstance(statement, ast.Expr):
+        raise Malformed
+    value = statement.value
+    return value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
+
+
+class _JsonConstants(ast.NodeTransformer):
+    """Replaces JSON's constants, which models mix with Python's."""
+
+    _VALUES: ClassVar[Mapping[str, bool | None]] = {"true": True, "false": False, "null": None}
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """Return the constant of this name, else the name."""
+        return ast.Constant(self._VALUES[node.id]) if node.id in self._VALUES else node
 
 
 def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
@@ -39,8 +51,5 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise Malformed
-        try:
-            arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, RecursionError, MemoryError) as error:
-            raise Malformed from error
+        arguments[keyword.arg] = ast.literal_eval(keyword.value)
     return name, arguments

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -27,6 +28,8 @@ from predictor.errors import (
 from predictor.generation import output_notations, output_processor, prompt_encoder
 from predictor.generation.caller_usage import CallerUsage
 from predictor.generation.chat_template import ChatTemplate
+from predictor.generation.hold import Hold, HoldFull
+from predictor.generation.load_progress import LoadProgress
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompt_encoder import PromptEncoder
 from predictor.generation.prompts import Prompts
@@ -45,6 +48,7 @@ from predictor.types import Chat, FinishedSequence, GenerationRequest, Tokenizat
 logger = logging.getLogger(__name__)
 
 WARM_UP_SECONDS = 600.0
+_SHUTTING_DOWN = "The server is shutting down. Retry later."
 
 
 class Phase(StrEnum):
@@ -92,9 +96,16 @@ class LLMService:
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
         # the engine's thread would keep the process alive.
         self._state_lock = threading.RLock()
+        # All that are held can run or queue afterwards.
+        self._hold = Hold(settings.max_num_seqs + settings.max_queued_requests)
+        self._progress = LoadProgress(settings.load_record_file)
         self._metrics = metrics.ModelMetrics(self.models.default)
         self._usage = CallerUsage(self.models.default)
-        self._metrics.register_callbacks(ready=lambda: self.is_ready, live=lambda: self.is_live)
+        self._metrics.register_callbacks(
+            ready=lambda: self.is_ready,
+            live=lambda: self.is_live,
+            num_requests_waiting=lambda: self._hold.num_sequences,
+        )
 
     def load(self) -> bool:
         """Load the weights, start the engine and generate once; blocks until done.
@@ -117,6 +128,11 @@ class LLMService:
             self._accept_requests(model_snapshot, loaded, engine)
         except _LoadCancelled:
             return False
+        except Exception as error:
+            self._hold.end(ModelNotReady(f"Model {self.models.default} could not be loaded: {error}"))
+            raise
+        self._progress.finish()
+        self._hold.end()
         logger.info("model %s is ready after %.1f s", self.models.default, time.monotonic() - started)
         return True
 
@@ -140,6 +156,7 @@ class LLMService:
 
     def _load_weights(self, model_snapshot: Snapshot) -> LoadedModel:
         settings = self._settings
+        self._progress.start(model_snapshot.directory)
         self._enter(Phase.LOADING)
         threads.configure_threads(settings.num_threads)
         return loader.load(
@@ -152,6 +169,7 @@ class LLMService:
             fallback=settings.quantization_fallback,
             max_model_len=settings.max_model_len,
             time_phase=self._metrics.time_load_phase,
+            report_weights=self._progress.report_weights,
         )
 
     def _start_engine(self, loaded: LoadedModel) -> Engine:
@@ -229,6 +247,7 @@ class LLMService:
         with self._state_lock:
             if self.phase is not Phase.STOPPED:
                 self.phase = Phase.DRAINING
+        self._hold.end(Draining(_SHUTTING_DOWN))
 
     def stop(self) -> None:
         """Stop the engine and abort running requests; may be called twice."""
@@ -238,6 +257,7 @@ class LLMService:
                 self._pipeline.encoder.close()
             if self._engine is not None:
                 self._engine.stop()
+        self._hold.end(Draining(_SHUTTING_DOWN))
 
     @property
     def is_live(self) -> bool:
@@ -254,6 +274,23 @@ class LLMService:
         return self.is_live and self._pipeline.self_check.is_fresh
 
     @property
+    def accepts_requests(self) -> bool:
+        """Whether the readiness routes report ready: the model is, or requests are held until it is."""
+        holds = self._settings.ready_while_loading and self.phase in (Phase.LOADING, Phase.WARMING_UP)
+        return holds or self.is_ready
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether requests are held, or rejected, until the model is loaded."""
+        return self._pipeline is None and not self.is_shutting_down
+
+    @property
+    def retry_after_seconds(self) -> int | None:
+        """Expected time until the model is loaded; None if it is unknown."""
+        left = self._progress.seconds_left if self.is_loading else None
+        return None if left is None else max(1, math.ceil(left))
+
+    @property
     def is_terminating(self) -> bool:
         """Whether clients should send their next request to another server."""
         return self.phase is Phase.TERMINATING or self.is_shutting_down
@@ -268,6 +305,8 @@ class LLMService:
         """The reason for not being ready, in a few words."""
         if self.phase is Phase.WAITING and self._wait_state:
             return f"{self.phase}, {self._wait_state}"
+        if self.phase is Phase.LOADING and (percent := self._progress.weights_percent) is not None:
+            return f"{self.phase}, {percent} %"
         if self.phase is not Phase.READY or self._pipeline is None:
             return self.phase
         if not self.is_live:
@@ -314,11 +353,13 @@ class LLMService:
         record = request_record.current()
         has_chat = any(isinstance(request.prompt, Chat) for request in requests)
         record.operation = "chat" if has_chat else "text_completion"
+        deadline = self._deadline(timeout_seconds)
+        if self.is_loading and self._settings.hold_while_loading:
+            await self._wait_for_load(sum(request.n for request in requests), deadline)
         pipeline = self._admit(record, [request.prompt for request in requests])
         if self._settings.log_prompts:
             for request in requests:
                 logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
-        deadline = self._deadline(timeout_seconds)
 
         def on_finished(sequence: FinishedSequence) -> None:
             self._metrics.count_finished(sequence)
@@ -402,15 +443,34 @@ class LLMService:
     def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> _Pipeline:
         """Return the parts that answer a request, unless it is rejected whatever its prompts are."""
         if self.is_shutting_down:
-            raise Draining("The server is shutting down. Retry later.")
+            raise Draining(_SHUTTING_DOWN)
         if self._pipeline is None:
-            raise ModelNotReady(f"Model {self.models.default} is not ready: {self.not_ready_reason}. Retry later.")
+            raise self._not_ready("")
         if record.ignored_fields and self._settings.unknown_fields == "refuse":
             raise _unknown_fields(record.ignored_fields)
         for prompt in prompts:
             if isinstance(prompt, Chat):
                 record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(prompt))
         return self._pipeline
+
+    async def _wait_for_load(self, num_sequences: int, deadline: float) -> None:
+        """Hold a request until the model is loaded."""
+        limit = self._settings.hold_while_loading
+        remaining = deadline - time.monotonic()
+        try:
+            await self._hold.wait(num_sequences, min(limit, remaining))
+        except HoldFull:
+            raise self._not_ready(f", and {self._hold.max_sequences} sequences at most wait for it") from None
+        except TimeoutError:
+            if remaining < limit:
+                raise DeadlineExceeded("Request timed out while the model was loading. Raise the timeout.") from None
+            raise self._not_ready(f" after {limit:g} s") from None
+
+    def _not_ready(self, detail: str) -> ModelNotReady:
+        reason = f"{self.not_ready_reason}{detail}"
+        return ModelNotReady(
+            f"Model {self.models.default} is not ready: {reason}. Retry later.", self.retry_after_seconds
+        )
 
     def _deadline(self, timeout_seconds: float | None) -> float:
         limit = self._settings.request_timeout_seconds

@@ -1,11 +1,12 @@
 """Load a model and its tokenizer: first decide how (`make_plan`), then do it (`execute`)."""
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import transformers
@@ -25,11 +26,18 @@ from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+WEIGHTS_BAR = "Loading weights"
+"""Description of transformers' progress bar over the weights' tensors."""
 _NAMED_TOKENS = 5
 """Number of tokens without an embedding that the log names."""
 
 TimePhase = Callable[[str], AbstractContextManager[object]]
 """Entered for each phase of a load, with its name: "tokenizer", "weights", "pack"."""
+
+ReportWeights = Callable[[float], None]
+"""Called with the fraction of the weights' tensors that are loaded, 0 to 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,10 +106,16 @@ class LoadOptions(TypedDict, total=False):
     max_model_len: int | None
 
 
-def load(directory: Path, *, time_phase: TimePhase = nullcontext, **options: Unpack[LoadOptions]) -> LoadedModel:
+def load(
+    directory: Path,
+    *,
+    time_phase: TimePhase = nullcontext,
+    report_weights: ReportWeights | None = None,
+    **options: Unpack[LoadOptions],
+) -> LoadedModel:
     """Load the model and tokenizer of `directory`, with the options of `make_plan`."""
     with checkpoint.without_byte_order_marks(directory) as readable:
-        return execute(make_plan(readable, **options), time_phase=time_phase)
+        return execute(make_plan(readable, **options), time_phase=time_phase, report_weights=report_weights)
 
 
 def make_plan(
@@ -166,7 +180,9 @@ def make_plan(
     )
 
 
-def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedModel:
+def execute(
+    plan: LoadPlan, *, time_phase: TimePhase = nullcontext, report_weights: ReportWeights | None = None
+) -> LoadedModel:
     """Load the tokenizer and the weights; on a CPU, fuse and pack the layers.
 
     Raises:
@@ -181,7 +197,7 @@ def execute(plan: LoadPlan, *, time_phase: TimePhase = nullcontext) -> LoadedMod
     with time_phase("tokenizer"):
         tokenizer = _load_tokenizer(plan)
         context_tokens = plan.context_tokens or context_length.from_tokenizer(tokenizer, plan.directory)
-    with time_phase("weights"):
+    with time_phase("weights"), _progress_bars_report(report_weights):
         model = _load_weights(plan)
     if context_length.needs_fixed_rope(plan.config, context_tokens):
         rope.fix_length(model, context_tokens)
@@ -270,6 +286,30 @@ def _load_weights(plan: LoadPlan) -> Any:
         raise _load_error("weights", plan.weights_dir, error) from error
     checkpoint.check_complete(plan.weights_dir, loading_info)
     return model
+
+
+@contextmanager
+def _progress_bars_report(report: ReportWeights | None) -> Iterator[None]:
+    """Report the position of transformers' progress bar of the weights, as far as this thread loads them."""
+    thread = threading.get_ident()
+
+    def create(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        if report and options.get("desc") == WEIGHTS_BAR and threading.get_ident() == thread:
+            args = (_counted(args[0], report), *args[1:])
+        return factory(*args, **options)
+
+    previous = transformers.utils.logging.set_tqdm_hook(create)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_tqdm_hook(previous)
+
+
+def _counted(tensors: Collection[T], report: ReportWeights) -> Iterator[T]:
+    for index, tensor in enumerate(tensors):
+        report(index / len(tensors))
+        yield tensor
+    report(1.0)
 
 
 def _load_error(part: str, directory: Path, error: Exception) -> UnsupportedModel:

@@ -119,7 +119,7 @@ class SamplingFields(StructuredOutputFields):
     ) = Field(default=None, description="The only tokens that are sampled.")
     truncate_prompt_tokens: Annotated[int, Field(ge=WHOLE_CONTEXT), AfterValidator(_check_truncation)] | None = Field(
         default=None,
-        description="Use this number of the prompt's last tokens; -1: all that the context has beside max_tokens.",
+        description="Use this number of the prompt's last tokens; -1: all that the context has left after max_tokens.",
     )
     best_of: int | None = Field(
         default=None,

@@ -1,6 +1,7 @@
 """Check inequalities between timeouts, and between batch size and scaling. Times are in seconds.
 
 request timeout < timeout                                       the caller gets the predictor's error, not the gateway's
+hold while loading < request timeout                            a request that was held has time left for its answer
 step timeout + liveness probe <= request timeout                a stuck replica restarts before its requests time out
 shutdown delay + shutdown grace <= timeout <= Knative's cap     Knative kills the pod `timeout` after SIGTERM
 snapshot wait + timeout <= startup probe                        a start waits for the Job, then loads
@@ -55,6 +56,14 @@ def _inequalities(deployment: Deployment, max_timeout_seconds: float) -> Problem
     if request >= timeout:
         yield (
             f"PREDICTOR_REQUEST_TIMEOUT_SECONDS is {request:g} and timeout {timeout:g}, so the gateway times out first",
+            "set the first below the second",
+            "kserve-llm",
+        )
+    hold = _number(settings, "PREDICTOR_HOLD_WHILE_LOADING")
+    if hold and hold >= request:
+        yield (
+            f"PREDICTOR_HOLD_WHILE_LOADING is {hold:g} and PREDICTOR_REQUEST_TIMEOUT_SECONDS {request:g}, so a held "
+            "request times out",
             "set the first below the second",
             "kserve-llm",
         )

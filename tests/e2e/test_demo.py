@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from demo import exam, tool_lessons
+from demo import exam, lm_eval_questions, tool_lessons
 from devtools import processes
 from devtools.paths import DEMO_MODEL, ROOT
 
@@ -118,6 +118,14 @@ def test_serve_with_a_taken_port_names_it(tmp_path: Path) -> None:
         f"error: Port {port} cannot be opened (Address already in use). Choose another: make serve PORT=8081."
     )
     assert "Traceback" not in process.stderr
+
+
+def test_lm_eval_questions_are_the_committed_ones() -> None:
+    assert lm_eval_questions.QUESTIONS.read_text() == lm_eval_questions.text()
+    for question in lm_eval_questions.questions():
+        results = [str(exam.final_number(answer)) for answer in question["answers"]]
+        assert results.count(question["result"]) == 1
+        assert results[question["correct"]] == question["result"]
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,19 @@ def test_pull_secret_is_in_every_service_account_and_nowhere_without_it(added: A
     assert not [account for account in base.all("ServiceAccount") if "imagePullSecrets" in account]
 
 
+def test_hold_while_loading_makes_pods_ready_before_the_model_and_leaves_time_to_answer(added: Added) -> None:
+    settings = added("hold-while-loading").settings
+    assert settings["PREDICTOR_READY_WHILE_LOADING"] == "true"
+    assert 0 < float(settings["PREDICTOR_HOLD_WHILE_LOADING"]) < float(settings["PREDICTOR_REQUEST_TIMEOUT_SECONDS"])
+
+
+def test_standard_mode_serves_on_after_sigterm_without_pre_stop(added: Added, base: Rendered) -> None:
+    standard = added("standard-mode")
+    assert standard.settings["PREDICTOR_SHUTDOWN_DELAY_SECONDS"] == "15"
+    assert base.settings["PREDICTOR_SHUTDOWN_DELAY_SECONDS"] == "0", "the queue-proxy drains before SIGTERM"
+    assert "lifecycle" not in standard.server
+
+
 def test_scale_to_zero_sets_its_annotations(added: Added, base: Rendered) -> None:
     keys = {"window", "scale-to-zero-pod-retention-period", "initial-scale"}
     annotations = added("scale-to-zero").annotations

@@ -1,9 +1,10 @@
 """Proxies between clients and predictors, for tests."""
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx
 from starlette.background import BackgroundTask
@@ -91,6 +92,70 @@ class PoolingProxy:
         return StreamingResponse(
             received.aiter_raw(), received.status_code, kept, background=BackgroundTask(received.aclose)
         )
+
+
+class IdleTimeoutProxy:
+    """A TCP proxy that closes connections without traffic, by a clock that the test advances."""
+
+    def __init__(self, url: str) -> None:
+        self._host, _, port = url.removeprefix("http://").partition(":")
+        self._port = int(port)
+        self._active: dict[asyncio.StreamWriter, bool] = {}
+        """Whether data passed since the last tick, by the client's connection."""
+        self._loop: asyncio.AbstractEventLoop
+        self.url = ""
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Serve in a thread."""
+        ready, stop = threading.Event(), asyncio.Event()
+
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            async with await asyncio.start_server(self._connect, "127.0.0.1", 0) as server:
+                self.url = "http://{}:{}".format(*server.sockets[0].getsockname())
+                ready.set()
+                await stop.wait()
+
+        thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+        thread.start()
+        assert ready.wait(HANG_SECONDS)
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(stop.set)
+            thread.join(HANG_SECONDS)
+
+    def tick(self) -> None:
+        """Close the connections on which nothing has passed since the last tick."""
+
+        async def expire() -> None:
+            for writer, is_active in list(self._active.items()):
+                if not is_active:
+                    writer.close()
+                self._active[writer] = False
+
+        asyncio.run_coroutine_threadsafe(expire(), self._loop).result(HANG_SECONDS)
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        upstream_reader, upstream_writer = await asyncio.open_connection(self._host, self._port)
+        self._active[writer] = True
+
+        async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with suppress(ConnectionError):
+                while data := await source.read(65_536):
+                    self._active[writer] = True
+                    target.write(data)
+                    await target.drain()
+
+        tasks = {asyncio.create_task(pipe(reader, upstream_writer)), asyncio.create_task(pipe(upstream_reader, writer))}
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            del self._active[writer]
+            for closed in (writer, upstream_writer):
+                closed.close()
+        await asyncio.wait(tasks)
 
 
 @contextmanager

@@ -3,13 +3,14 @@
 import asyncio
 import json
 import logging
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from http.client import HTTPConnection
@@ -28,6 +29,8 @@ from predictor.entrypoints import grpc_server, lifecycle
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http.app import create_app
 from predictor.entrypoints.kserve_server import HTTPServer
+from predictor.entrypoints.lifecycle import Lifecycle, State
+from predictor.errors import StartupError
 from predictor.generation.service import LLMService
 from predictor.models import loader
 from predictor.observability import request_record
@@ -285,6 +288,61 @@ def serve_app(app: ASGIApp, *contexts: Callable[[], Any], **config: Any) -> Iter
         finally:
             server.should_exit = True
             thread.join(HANG_SECONDS)
+
+
+class ThreadServer:
+    """A predictor with its whole lifecycle, in a thread of this process.
+
+    Args:
+        flags: of the predictor, other than its port.
+    """
+
+    def __init__(self, *flags: str) -> None:
+        port = processes.free_port()
+        parsed = settings.read([*flags, "--http_port", str(port)])
+        self.url = f"http://127.0.0.1:{port}"
+        self.error: StartupError | None = None
+        """Of a load that has failed."""
+        self.service = LLMService(parsed)
+        self.lifecycle = Lifecycle(self.service, parsed.shutdown_grace_seconds, parsed.shutdown_delay_seconds)
+        self._parsed = parsed
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=asyncio.run, args=(self._serve(),), daemon=True)
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        try:
+            await lifecycle.serve(self.service, self.lifecycle, self._parsed)
+        except StartupError as error:
+            self.error = error
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Serve within the context, in any state; a server that has not ended is aborted."""
+        self._thread.start()
+        try:
+            yield
+        finally:
+            for _ in range(3):
+                self.signal()
+            self.join()
+
+    def wait_until(self, state: State) -> None:
+        """Wait until the lifecycle has this state."""
+        while self.lifecycle.state is not state:
+            assert self._thread.is_alive()
+            self._thread.join(0.02)
+
+    def signal(self) -> None:
+        """Deliver SIGTERM, unless the server has ended."""
+        with suppress(RuntimeError):
+            assert self._loop
+            self._loop.call_soon_threadsafe(self.lifecycle.handle_signal, signal.SIGTERM)
+
+    def join(self) -> None:
+        """Wait for the end."""
+        self._thread.join(HANG_SECONDS)
+        assert not self._thread.is_alive()
 
 
 @dataclass(frozen=True)

@@ -143,3 +143,9 @@ def test_read_chat_template_kwargs_not_a_json_object_are_rejected(value: str) ->
         InvalidSettings, match=r'--chat_template_kwargs .*JSON object, as in {"enable_thinking": false}'
     ):
         settings.read(["--chat_template_kwargs", value])
+
+
+def test_read_ready_while_loading_needs_hold() -> None:
+    with pytest.raises(InvalidSettings, match=r"--ready_while_loading: .*Set --hold_while_loading too"):
+        settings.read(["--ready_while_loading"])
+    assert settings.read(["--hold_while_loading", "60", "--ready_while_loading"]).ready_while_loading

@@ -312,7 +312,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "grpc_in_knative": (
         lambda d: d.settings.update(PREDICTOR_ENABLE_GRPC="true"),
-        "Knative routes to one port, which is HTTP",
+        "warning: InferenceService/llm: PREDICTOR_ENABLE_GRPC is true, and Knative routes to one port",
     ),
     "threads_over_limit": (
         lambda d: d.settings.update(PREDICTOR_NUM_THREADS="16"),
@@ -327,7 +327,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     # KServe and Knative
     "runtime_disabled": (lambda d: d["ServingRuntime"]["spec"].update(disabled=True), "KServe does not select it"),
-    "unlimited_replicas": (unlimited_replicas, "maxReplicas is not set, so Knative starts replicas without a limit"),
+    "unlimited_replicas": (unlimited_replicas, "warning: InferenceService/llm: maxReplicas is not set"),
     # Fields and names
     "job_field": (lambda d: d.job.update(restartPolice="Never"), "'restartPolice' was unexpected"),
     "setting_key": (lambda d: d.settings.update(PREDICTOR_MAX_NUM_SEQ="8"), "use PREDICTOR_MAX_NUM_SEQS"),
@@ -487,6 +487,18 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d.settings.update(PREDICTOR_REQUEST_TIMEOUT_SECONDS="600"),
         "PREDICTOR_REQUEST_TIMEOUT_SECONDS is 600",
     ),
+    "hold_time": (
+        lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="590", PREDICTOR_READY_WHILE_LOADING="true"),
+        "PREDICTOR_HOLD_WHILE_LOADING is 590 and PREDICTOR_REQUEST_TIMEOUT_SECONDS 590",
+    ),
+    "hold_without_readiness": (
+        lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="60"),
+        "warning: InferenceService/llm: PREDICTOR_HOLD_WHILE_LOADING has no effect",
+    ),
+    "readiness_without_hold": (
+        lambda d: d.settings.update(PREDICTOR_READY_WHILE_LOADING="Yes"),
+        "error: InferenceService/llm: PREDICTOR_READY_WHILE_LOADING is on without",
+    ),
     "shutdown_grace": (
         lambda d: d.settings.update(PREDICTOR_SHUTDOWN_GRACE_SECONDS="900"),
         "the pod is killed after 600 s",
@@ -626,6 +638,9 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.settings.update(PREDICTOR_TRUST_REMOTE_CODE="true") or d.download.update(STORAGE_ALLOW_PATTERNS="*")
         ),
         lambda d: d.annotations.update({"example.com/windows": "60s", "autoscaling.knative.dev/metric": "concurrency"}),
+        lambda d: d.annotations.update({"serving.knative.dev/rolloutDuration": "60s"}),
+        lambda d: d.model.update(args=["--served_model_name=$(K_SERVICE)"]),
+        lambda d: d["PodMonitor"]["metadata"].update(namespace="monitoring"),
         lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
         lambda d: d.settings.update(LOG_LEVEL="debug", PREDICTOR_TRUST_REMOTE_CODE="Off", PREDICTOR_DEVICE="cuda:1"),
         lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/mnt/models", OTHER="x"),
@@ -636,6 +651,7 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "auto"}),
         ],
         lambda d: [d.settings.update(PREDICTOR_DEVICE="auto"), d.model.update(args=["--device", "cuda"])],
+        lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="480", PREDICTOR_READY_WHILE_LOADING="true"),
         lambda d: [
             d.model["env"].append({"name": "TYPE", "valueFrom": {"secretKeyRef": {"name": "x", "key": "y"}}}),
             d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
@@ -872,6 +888,10 @@ def test_offline_overlay_without_a_service_is_one_finding(draft: Drafts) -> None
         (
             lambda d: d.predictor.update(terminationGracePeriodSeconds=30),
             "exceeds terminationGracePeriodSeconds",
+        ),
+        (
+            lambda d: d.settings.update(PREDICTOR_HOLD_WHILE_LOADING="60", PREDICTOR_READY_WHILE_LOADING="on"),
+            "warning: InferenceService/llm: PREDICTOR_READY_WHILE_LOADING is on, and a rollout stops the old replica",
         ),
         (
             lambda d: d.settings.update(PREDICTOR_SHUTDOWN_DELAY_SECONDS="30"),

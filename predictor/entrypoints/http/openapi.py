@@ -172,6 +172,7 @@ RESPONSE = _object(
         "store": {"const": False},
     }
 )
+RESPONSE_INPUT_TOKENS = _object({"object": {"const": "response.input_tokens"}, "input_tokens": _INTEGER})
 INPUT_TOKENS = _object({"input_tokens": _INTEGER})
 _COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
 MESSAGE = _object(

@@ -3,22 +3,27 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import Protocol, Self, TypeVar
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from predictor.entrypoints import response_encoding
 from predictor.errors import RequestError
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.service import LLMService
 from predictor.observability import request_record
+from predictor.protocols import json_body
 from predictor.protocols.sampling_fields import timeout_seconds
 from predictor.types import Completion, CompletionDelta, GenerationRequest
 
 T = TypeVar("T")
 
+COMMENT_SECONDS = 5.0
+"""Interval of comments in a stream that is held while the model loads; shorter than idle timeouts of proxies."""
 MAX_INLINE_BYTES = 65_536
 """Bodies up to this size are decoded on the event loop."""
 
@@ -55,13 +60,24 @@ async def _complete(request: Request, service: LLMService, requests: Sequence[Ge
         stream.close()
 
 
-class EventStream(StreamingResponse):
-    """Server-sent events of a generation, flushed one by one; generation ends with the response."""
+async def encode_json(completions: Sequence[Completion], encode: Callable[[], dict[str, Any]]) -> Response:
+    """Return the response with what `encode` makes of the completions."""
+    body = await response_encoding.encode(completions, lambda: "".join(json_body.dump(encode())))
+    return Response(body, media_type="application/json")
 
-    def __init__(self, stream: CompletionStream, encoder: _EventEncoder) -> None:
-        self._stream = stream
+
+class EventStream(StreamingResponse):
+    """Server-sent events of a generation, flushed one by one; generation ends with the response.
+
+    A request that is held while the model loads has comments first, which clients ignore and proxies count as activity.
+    """
+
+    def __init__(
+        self, submission: asyncio.Future[CompletionStream], encoder: _EventEncoder, load_state: Callable[[], str]
+    ) -> None:
+        self._submission = submission
         super().__init__(
-            _encode(stream, encoder),
+            _encode(submission, encoder, load_state),
             media_type="text/event-stream",
             # Proxies would hold events back, or compress several into one.
             headers={"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"},
@@ -71,9 +87,12 @@ class EventStream(StreamingResponse):
     async def start(
         cls, request: Request, service: LLMService, requests: Sequence[GenerationRequest], encoder: _EventEncoder
     ) -> Self:
-        """Submit the requests; an error until then is the response instead."""
-        submission = service.submit(requests, timeout_seconds(request.headers))
-        return cls(await cancel_on_disconnect(request.receive, submission), encoder)
+        """Submit the requests; an error until then, or until they are held, is the response instead."""
+        submission = asyncio.ensure_future(service.submit(requests, timeout_seconds(request.headers)))
+        await asyncio.sleep(0)  # until the requests are held or rejected
+        if submission.done() or not service.is_loading:
+            await cancel_on_disconnect(request.receive, submission)
+        return cls(submission, encoder, lambda: service.not_ready_reason)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events, as ASGI has it."""
@@ -82,16 +101,25 @@ class EventStream(StreamingResponse):
             with suppress(ClientDisconnect):
                 await cancel_on_disconnect(receive, self.stream_response(send))
         finally:
-            self._stream.close()
+            self._submission.cancel()
+            [outcome] = await asyncio.gather(self._submission, return_exceptions=True)
+            if not isinstance(outcome, BaseException):
+                outcome.close()
 
 
-async def _encode(stream: CompletionStream, encoder: _EventEncoder) -> AsyncIterator[str]:
+async def _encode(
+    submission: asyncio.Future[CompletionStream], encoder: _EventEncoder, load_state: Callable[[], str]
+) -> AsyncIterator[str]:
     try:
+        while not submission.done():
+            yield f": {load_state()}\n\n"
+            await asyncio.wait({submission}, timeout=COMMENT_SECONDS)
+        stream = submission.result()
         for event in encoder.begin():
             yield event
         async with aclosing(stream.deltas()) as deltas:
             async for delta in deltas:
-                for event in encoder.delta(delta):
+                for event in await response_encoding.encode([delta], partial(encoder.delta, delta)):
                     yield event
         for event in encoder.end():
             yield event

@@ -135,8 +135,8 @@ def text_tokens(tokens: Iterable[Token]) -> list[Token]:
     return [token for token in tokens if not token.special]
 
 
-def tokens_from(tokens: Sequence[Token], text: str, skip: int = 0) -> Sequence[Token]:
-    """Return the tokens from the beginning of `text` on; all of them if it is not found.
+def find(tokens: Sequence[Token], text: str, skip: int = 0) -> int | None:
+    """Return the position of the token with which `text` begins; None if there is none.
 
     Args:
         tokens: text tokens of reasoning, markers, and at least the beginning of `text`, or of `text` and more.
@@ -147,8 +147,8 @@ def tokens_from(tokens: Sequence[Token], text: str, skip: int = 0) -> Sequence[T
     offsets = accumulate((len(token.text) for token in tokens), initial=0)
     for position, offset in zip(range(len(tokens)), offsets, strict=False):
         if offset >= skip and whole[offset : offset + len(text)] == text[: len(whole) - offset]:
-            return tokens[position:]
-    return tokens
+            return position
+    return None
 
 
 def _logprob(token: Token) -> dict[str, Any]:

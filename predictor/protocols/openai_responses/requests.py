@@ -31,6 +31,7 @@ class DecodedRequest:
     stream: bool
     model: str
     logprobs: bool
+    """Whether those of the message's tokens are reported."""
     head: dict[str, Any]
     """Fields of the response object that are known before the output."""
 
@@ -59,6 +60,16 @@ def decode(body: bytes) -> DecodedRequest:
         logprobs=logprobs,
         head=_head(content, max_tokens),
     )
+
+
+def decode_input(body: bytes) -> tuple[str, Chat]:
+    """Decode a request to count the tokens of its input: the model's name, and the chat.
+
+    Raises:
+        InvalidRequest: as `decode`.
+    """
+    content = validate_body(ResponseRequest, body)
+    return content.model, _chat(content)
 
 
 def _chat(content: ResponseRequest) -> Chat:

@@ -1,13 +1,22 @@
 """Response objects of the Responses API."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 from predictor.protocols.best_of import best
-from predictor.protocols.openai_responses.items import FunctionCall, Item, Message, Reasoning, text_tokens, tokens_from
+from predictor.protocols.openai_responses.items import FunctionCall, Item, Message, Reasoning, find, text_tokens
 from predictor.protocols.openai_responses.requests import DecodedRequest
-from predictor.types import Completion, CompletionDelta, FinishReason
+from predictor.types import (
+    Completion,
+    CompletionDelta,
+    FinishReason,
+    ReasoningDelta,
+    TextDelta,
+    Token,
+    ToolCallDelta,
+)
 
 
 def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -19,17 +28,46 @@ def encode(decoded: DecodedRequest, completions: Sequence[Completion]) -> dict[s
         reasoning_tokens=sum(candidate.reasoning_tokens for candidate in completions),
     )
     is_cut = completion.finish_reason is FinishReason.LENGTH
-    items: list[Item] = []
-    if completion.reasoning:
-        items.append(Reasoning(completion.reasoning))
-    if completion.text or not (completion.tool_calls or is_cut):
-        tokens = text_tokens(completion.tokens) if decoded.logprobs else []
-        items.append(Message(completion.text, [*tokens_from(tokens, completion.text, len(completion.reasoning))]))
-    items += [FunctionCall(call.id, call.name, call.arguments) for call in completion.tool_calls]
+    items = _items(completion)
+    if not (is_cut or any(isinstance(item, Message | FunctionCall) for item in items)):
+        items.append(Message())
+    if decoded.logprobs:
+        _set_tokens(items, text_tokens(completion.tokens))
     output = [item.to_json("completed") for item in items]
     if is_cut and output:
         output[-1] = items[-1].to_json("incomplete")
     return ended(decoded, output, completion)
+
+
+def _items(completion: Completion) -> list[Item]:
+    items: list[Item] = []
+    for delta in completion.deltas:
+        match delta:
+            case TextDelta(text):
+                items.append(Message(text))
+            case ReasoningDelta(text):
+                items.append(Reasoning(text))
+            case ToolCallDelta(_, arguments, id_, name):
+                if id_ is not None and name is not None:
+                    items.append(FunctionCall(id_, name))
+                if isinstance(items[-1], FunctionCall):
+                    items[-1].arguments += arguments
+    return items
+
+
+def _set_tokens(items: Iterable[Item], tokens: list[Token]) -> None:
+    """Set the tokens of each message; `tokens` are those of all items and of markers."""
+    skip = 0
+    for item in items:
+        if isinstance(item, Reasoning):
+            skip += len(item.text)
+        if isinstance(item, Message):
+            start = find(tokens, item.text, skip)
+            # Parts of a character are not found.
+            tokens, skip = tokens[start or 0 :], 0
+            lengths = accumulate((len(token.text) for token in tokens), initial=0)
+            count = len(tokens) if start is None else sum(length < len(item.text) for length in lengths)
+            item.tokens, tokens = tokens[:count], tokens[count:]
 
 
 def ended(

@@ -10,8 +10,8 @@ from predictor.protocols.openai_responses.items import (
     Message,
     Reasoning,
     Status,
+    find,
     text_tokens,
-    tokens_from,
 )
 from predictor.protocols.openai_responses.requests import DecodedRequest
 from predictor.protocols.openai_responses.responses import ended, response
@@ -99,8 +99,9 @@ class EventEncoder:
 
     def _add_text(self, text: str) -> list[str]:
         events, message = self._continue(Message)
-        tokens = tokens_from(self._tokens, text) if events else self._tokens
-        self._tokens = []
+        # Before the first text there may be tokens of markers.
+        start = (find(self._tokens, text) or 0) if events else 0
+        tokens, self._tokens = self._tokens[start:], []
         return [*events, *self._item_events(message.add(text, tokens))]
 
     def _continue(self, kind: type[ItemT]) -> tuple[list[str], ItemT]:

@@ -83,6 +83,11 @@ def test_tool_runner_uses_the_tool(client: anthropic.Anthropic) -> None:
     assert [message.content[-1].type for message in runner] == ["tool_use", "text"]
 
 
+def test_count_tokens(client: anthropic.Anthropic) -> None:
+    counted = client.messages.count_tokens(model=MODEL, messages=ASK, tools=[TOOL]).input_tokens
+    assert counted == create(client, ASK, tools=[TOOL]).usage.input_tokens
+
+
 def test_unknown_model_is_not_found(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="other", max_tokens=5, messages=ASK)

@@ -14,12 +14,9 @@ import pytest
 
 from devtools import processes
 from devtools.paths import DEMO_MODEL
-from predictor import settings
-from predictor.entrypoints import lifecycle
-from predictor.entrypoints.lifecycle import Lifecycle, State
-from predictor.generation.service import LLMService
+from predictor.entrypoints.lifecycle import State
 from tests.predictor.proxies import PoolingProxy, pooling_proxy
-from tests.predictor.servers import HANG_SECONDS
+from tests.predictor.servers import HANG_SECONDS, ThreadServer
 
 pytestmark = pytest.mark.xdist_group("process")
 
@@ -59,36 +56,15 @@ def pod_process(folder: Path) -> Iterator[Pod]:
 def pod_thread(folder: Path) -> Iterator[Pod]:
     """The same servers and lifecycle in a thread."""
     del folder
-    port = str(processes.free_port())
-    parsed = settings.read([*FLAGS, *DELAY, "--served_model_name", "demo", "--http_port", port])
-    service = LLMService(parsed)
-    running = Lifecycle(service, parsed.shutdown_grace_seconds, parsed.shutdown_delay_seconds)
-    loops: list[asyncio.AbstractEventLoop] = []
-
-    async def serve() -> None:
-        loops.append(asyncio.get_running_loop())
-        await lifecycle.serve(service, running, parsed)
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
-    thread.start()
-    while running.state is State.LOADING:
-        assert thread.is_alive()
-        thread.join(0.02)
-
-    def send_signal() -> None:
-        loops[0].call_soon_threadsafe(running.handle_signal, signal.SIGTERM)
+    server = ThreadServer(*FLAGS, *DELAY, "--served_model_name", "demo")
 
     def wait() -> int:
-        thread.join(HANG_SECONDS)
-        return 0 if running.state is State.STOPPED else 1
+        server.join()
+        return 0 if server.lifecycle.state is State.STOPPED else 1
 
-    try:
-        yield Pod(f"http://127.0.0.1:{port}", send_signal, wait)
-    finally:
-        if thread.is_alive():
-            for _ in range(3):
-                send_signal()
-        assert wait() == 0
+    with server.running():
+        server.wait_until(State.SERVING)
+        yield Pod(server.url, server.signal, wait)
 
 
 class Load:

@@ -10,22 +10,24 @@ MAX_TOKENS = 400
 _LIKELY = 100.0
 
 
-def random_text(grammar: Grammar, tokenizer: PreTrainedTokenizerBase, seed: int, *, begin: str = "") -> str | None:
+def random_text(
+    grammar: Grammar, tokenizer: PreTrainedTokenizerBase, seed: int, *, begin: str = "", eos: int = EOS
+) -> str | None:
     """Return a random text that follows the grammar; None if it has not ended after `MAX_TOKENS`.
 
-    The text begins with `begin` where the grammar allows it.
+    The text begins with `begin` where the grammar allows it. `eos` is the grammar's end-of-sequence token.
     """
     process = grammar.logits_processor()
     generator = torch.Generator().manual_seed(seed)
     likely = tokenizer.encode(begin, add_special_tokens=False)
     output: list[int] = []
     while len(output) < MAX_TOKENS:
-        logits = torch.randn(512, generator=generator)
+        logits = torch.randn(max(512, len(tokenizer)), generator=generator)
         if len(output) < len(likely):
             logits[likely[len(output)]] += _LIKELY
         process(logits, [], output)
         token_id = int(logits.argmax())
-        if token_id == EOS:
+        if token_id == eos:
             return str(tokenizer.decode(output))
         output.append(token_id)
     return None

@@ -1,17 +1,20 @@
 """Grammars of messages on the demo tokenizer, followed by random logits: tool calls, reasoning, structured output."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jsonschema
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from devtools.paths import DEMO_MODEL
 from predictor.errors import InvalidRequest
 from predictor.generation import message_grammar, output_notations
+from predictor.generation.call_envelope import CallEnvelope
 from predictor.generation.output_format import OutputFormat
+from predictor.generation.output_notations import TOOL_CALLS
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import Chat, GrammarKind, OutputDelta, ReasoningDelta, StructuredOutput, TextDelta, ToolCallDelta
@@ -59,22 +62,31 @@ def compiler(tokenizer: PreTrainedTokenizerBase) -> GrammarCompiler:
 class Messages:
     """Random messages that follow the grammar of a chat, as parsed deltas; those that do not end are left out."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler, hermes: OutputFormat) -> None:
-        self._tokenizer, self._compiler, self._format = tokenizer, compiler, hermes
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler, known: OutputFormat, eos: int = EOS
+    ) -> None:
+        self._tokenizer, self._compiler, self._format, self._eos = tokenizer, compiler, known, eos
 
     def __call__(
-        self, chat: Chat, answer: StructuredOutput | None = None, *, begin: str = "", prompt: str = PROMPT
+        self,
+        chat: Chat,
+        answer: StructuredOutput | None = None,
+        *,
+        begin: str = "",
+        prompt: str = PROMPT,
+        seeds: Iterable[int] = range(12),
+        at_least: int = 3,
     ) -> list[list[OutputDelta]]:
         grammar = message_grammar.for_chat(chat, prompt, self._format, answer)
         assert grammar is not None
         compiled = self._compiler.compile_message(grammar)
-        texts = [random_text(compiled, self._tokenizer, seed, begin=begin) for seed in range(12)]
-        ended = [self._parse(prompt, text) for text in texts if text is not None]
-        assert len(ended) >= 3
+        texts = [random_text(compiled, self._tokenizer, seed, begin=begin, eos=self._eos) for seed in seeds]
+        ended = [self._parse(chat, prompt, text) for text in texts if text is not None]
+        assert len(ended) >= at_least
         return ended
 
-    def _parse(self, prompt: str, text: str) -> list[OutputDelta]:
-        parser = OutputParser(self._format, prompt, TOOLS)
+    def _parse(self, chat: Chat, prompt: str, text: str) -> list[OutputDelta]:
+        parser = OutputParser(self._format, prompt, chat.tools)
         return [*parser.feed(text), *parser.finish()]
 
 
@@ -83,7 +95,7 @@ def messages(tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler, herm
     return Messages(tokenizer, compiler, hermes)
 
 
-def _calls(deltas: Sequence[OutputDelta]) -> list[tuple[str | None, Any]]:
+def _calls(deltas: Sequence[OutputDelta]) -> list[tuple[str, Any]]:
     found = [delta for delta in deltas if isinstance(delta, ToolCallDelta)]
     return [
         (name, json.loads("".join(delta.arguments for delta in found if delta.index == index)))
@@ -105,7 +117,6 @@ def test_grammar_of_a_required_call_gives_valid_calls_only(messages: Messages) -
         assert not text.strip()
         assert calls
         for name, arguments in calls:
-            assert name is not None
             jsonschema.validate(arguments, SCHEMAS[name])
     assert {name for _, calls in called for name, _ in calls} == SCHEMAS.keys()
     assert any(len(calls) > 1 for _, calls in called)
@@ -188,21 +199,96 @@ def test_grammar_of_required_calls_begins_after_the_reasoning(messages: Messages
         assert _calls(deltas)
 
 
-def test_grammar_of_special_tokens_writes_them_as_tokens(
-    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    mistral = output_notations.TOOL_CALLS["mistral_list"].envelope
-    assert mistral is not None
-    envelope = replace(mistral, begin="<|user|>[", end="]<|system|>", marker="<|user|>")
-    for required in (True, False):
-        calls = message_grammar.ToolCalls(envelope, {"weather": CITY}, required=required, parallel=True)
-        grammar = compiler.compile_message(message_grammar.MessageGrammar(calls=calls))
-        texts = [random_text(grammar, tokenizer, seed, begin="<|user|>[") for seed in range(5)]
-        for text in filter(None, texts):
-            written, found, rest = text.removeprefix("<|user|>").partition("<|system|>")
-            assert found
-            assert required is not bool(rest) or not rest
-            assert all(call["name"] == "weather" for call in json.loads(written))
+MARKERS = [
+    "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|python_start|>", "<|python_end|>", "<|tool_call>", "<tool_call|>",
+    *(f"<\uff5ctool▁{name}\uff5c>" for name in ("calls▁begin", "calls▁end", "call▁begin", "call▁end", "sep")),
+    *(f"<|tool_call{name}|>" for name in ("s_section_begin", "s_section_end", "_begin", "_end", "_argument_begin")),
+    *(f"<|{name}|>" for name in ("channel", "message", "start", "constrain", "call", "return")),
+]  # fmt: skip
+FORMATS = [
+    pytest.param(name, special, id=f"{name}-{'special' if special else 'text'}")
+    for name, notation in output_notations.TOOL_CALLS.items()
+    if notation.envelope is not None
+    for special in (True, False)
+]
+
+
+@pytest.fixture(scope="module")
+def messages_of() -> Callable[[str, bool], tuple[Messages, CallEnvelope]]:
+    """Messages of a model with this format, whose markers are special tokens or text."""
+    tokenizers = {}
+    for special in (True, False):
+        tokenizers[special] = AutoTokenizer.from_pretrained(DEMO_MODEL)
+        if special:
+            tokenizers[special].add_special_tokens({"extra_special_tokens": MARKERS})
+    # Not <|end|>, which is a marker of harmony.
+    [eos] = tokenizers[True].encode("<|begin|>", add_special_tokens=False)
+    compilers = {special: GrammarCompiler(model, 512, frozenset([eos])) for special, model in tokenizers.items()}
+
+    def make(name: str, special: bool) -> tuple[Messages, CallEnvelope]:
+        reasoning = "harmony" if name == "harmony" else "think"
+        known, _ = output_notations.choose(tokenizers[special], name, reasoning)
+        assert known.envelope is not None
+        return Messages(tokenizers[special], compilers[special], known, eos), known.envelope
+
+    return make
+
+
+PLAIN_TOOLS = (_tool("weather", CITY), _tool("total", SUM), _tool("weather.now", None))
+PLAIN_SCHEMAS = {"weather": CITY, "total": SUM, "weather.now": NOTHING}
+
+
+@pytest.mark.parametrize(("name", "special"), FORMATS)
+def test_grammar_of_every_format_gives_calls_that_it_parses(messages_of: Any, name: str, special: bool) -> None:
+    messages, _ = messages_of(name, special)
+    called = [
+        (_text(deltas), _calls(deltas))
+        for deltas in messages(replace(REQUIRED, tools=PLAIN_TOOLS), seeds=range(8), at_least=1)
+    ]
+    for text, calls in called:
+        assert calls
+        assert not text.strip()
+        for tool, arguments in calls:
+            jsonschema.validate(arguments, PLAIN_SCHEMAS[tool])
+
+
+@pytest.mark.parametrize(("name", "special"), FORMATS)
+def test_grammar_of_every_format_holds_strict_calls_to_their_schema(messages_of: Any, name: str, special: bool) -> None:
+    messages, envelope = messages_of(name, special)
+    chat = replace(CHAT, tools=PLAIN_TOOLS, strict_tools=frozenset(PLAIN_SCHEMAS))
+    begin = envelope.write([("weather", '{"town": 1}')])
+    for deltas in messages(chat, begin=begin, seeds=range(5), at_least=1):
+        (tool, arguments), *_ = _calls(deltas)
+        assert tool == "weather"
+        jsonschema.validate(arguments, CITY)
+    start = "<|channel|>final<|message|>" if name == "harmony" else ""
+    for excluded in ("", *envelope.excluded):
+        found = messages(chat, begin=f"{start}Just text {excluded}", seeds=range(5), at_least=1)
+        assert all(_text(deltas).startswith("Just text ") for deltas in found)
+        for tool, arguments in (call for deltas in found for call in _calls(deltas)):
+            jsonschema.validate(arguments, PLAIN_SCHEMAS[tool])
+
+
+@pytest.mark.parametrize(("name", "special"), FORMATS)
+def test_grammar_of_every_format_gives_a_call_or_an_answer(messages_of: Any, name: str, special: bool) -> None:
+    messages, envelope = messages_of(name, special)
+    chat = replace(CHAT, tools=PLAIN_TOOLS)
+    start = "<|channel|>final<|message|>" if name == "harmony" else ""
+    for deltas in messages(chat, ANSWER, begin=start + '{"city": "', seeds=range(5), at_least=1):
+        assert not _calls(deltas)
+        jsonschema.validate(json.loads(_text(deltas)), CITY)
+    for deltas in messages(chat, ANSWER, begin=envelope.write([("total", '{"x": 1}')]), seeds=range(5), at_least=1):
+        assert not _text(deltas).strip()
+        assert _calls(deltas)[0] == ("total", {"x": 1})
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_grammar_of_harmony_puts_the_answer_into_the_final_channel(messages_of: Any, special: bool) -> None:
+    messages, _ = messages_of("harmony", special)
+    thought = "<|channel|>analysis<|message|>Which?<|end|><|start|>assistant"
+    for deltas in messages(replace(CHAT, tools=()), ANSWER, begin=thought, seeds=range(5)):
+        assert _reasoning(deltas) == "Which?"
+        jsonschema.validate(json.loads(_text(deltas)), CITY)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +308,13 @@ def test_calls_that_no_grammar_can_restrict_are_refused_by_name(
     assert raised.value.field == field
 
 
+@pytest.mark.parametrize("types", ["string", ["array", "null"]])
+def test_arguments_that_are_no_object_are_refused(hermes: OutputFormat, types: Any) -> None:
+    chat = replace(REQUIRED, tools=(_tool("odd", {"type": types}),))
+    with pytest.raises(InvalidRequest, match="the parameters of 'odd' are no object"):
+        message_grammar.for_chat(chat, PROMPT, hermes, None)
+
+
 def test_compile_unsupported_schema_of_a_tool_is_refused_with_its_name(
     compiler: GrammarCompiler, hermes: OutputFormat
 ) -> None:
@@ -230,3 +323,23 @@ def test_compile_unsupported_schema_of_a_tool_is_refused_with_its_name(
     assert grammar is not None
     with pytest.raises(InvalidRequest, match=r"JSON schema of tool 'odd' is not supported.*not"):
         compiler.compile_message(grammar)
+
+
+@pytest.mark.parametrize("name", [name for name, notation in TOOL_CALLS.items() if notation.envelope])
+def test_required_calls_in_every_notation_are_parsed(
+    tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler, name: str
+) -> None:
+    output_format, _ = output_notations.choose(tokenizer, name, "none")
+    chat = replace(REQUIRED, tools=(TOOLS[0], TOOLS[2]))
+    grammar = message_grammar.for_chat(chat, PROMPT, output_format, None)
+    assert grammar is not None
+    compiled = compiler.compile_message(grammar)
+    texts = [text for seed in range(4) if (text := random_text(compiled, tokenizer, seed)) is not None]
+    assert texts
+    for text in texts:
+        parser = OutputParser(output_format, PROMPT, chat.tools)
+        deltas = [*parser.feed(text), *parser.finish()]
+        calls = _calls(deltas)
+        assert calls
+        assert {called for called, _ in calls} <= {"weather", "weather.now"}
+        assert not _text(deltas)

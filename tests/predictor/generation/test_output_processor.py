@@ -3,14 +3,16 @@
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
 from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed
-from predictor.generation import output_processor
+from predictor.generation import output_notations, output_processor
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.prompts import Prompts
@@ -23,7 +25,9 @@ from predictor.types import (
     GenerationRequest,
     SamplingParams,
     Step,
+    TextDelta,
     TokenLogprob,
+    ToolCallDelta,
 )
 
 
@@ -106,7 +110,12 @@ def test_complete_joins_steps_and_counts_end_of_sequence(
     )
     [completion] = submitted.complete()
     assert completion == Completion(
-        "12", finish_reason=FinishReason.EOS_TOKEN, prompt_tokens=2, completion_tokens=3, tokens=()
+        "12",
+        finish_reason=FinishReason.EOS_TOKEN,
+        prompt_tokens=2,
+        completion_tokens=3,
+        deltas=(TextDelta("12"),),
+        tokens=(),
     )
     [finished] = submitted.finished
     assert (finished.outcome, finished.prompt_tokens, finished.completion_tokens) == ("eos_token", 2, 3)
@@ -240,3 +249,88 @@ def test_complete_echo_and_continuation_are_the_whole_text(
     request = GenerationRequest("Once", SamplingParams(stop=(" time",)), echo=True)
     [completion] = submit(prompts, request, [Step(ids, FinishReason.LENGTH)]).complete()
     assert completion.text == "Once upon a"
+
+
+@pytest.fixture
+def mistral(prompts: Prompts) -> Prompts:
+    """Prompts of a model whose markers are special tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL, chat_template="{{ messages[0].content }}[TOOL_CALLS][ARGS]")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["[TOOL_CALLS]", "[ARGS]", "[/INST]", "<|eom_id|>"]})
+    output_format, _ = output_notations.choose(tokenizer)
+    return replace(
+        prompts,
+        tokenizer=tokenizer,
+        chat_template=ChatTemplate(tokenizer),
+        vocabulary_tokens=len(tokenizer),
+        output_format=output_format,
+    )
+
+
+NOW = {"type": "function", "function": {"name": "now"}}
+CHAT = Chat(({"role": "user", "content": "1"},), (NOW,))
+
+
+@pytest.mark.parametrize("tokens_per_step", [1, 3, 100])
+def test_tool_call_with_special_tokens_is_found_and_others_are_dropped(mistral: Prompts, tokens_per_step: int) -> None:
+    token_ids = mistral.tokenizer.encode("OK[/INST].[TOOL_CALLS]now[ARGS]{}", add_special_tokens=False)
+    steps = [Step(token_ids[start : start + tokens_per_step]) for start in range(0, len(token_ids), tokens_per_step)]
+    steps.append(Step([2], FinishReason.EOS_TOKEN))
+    [completion] = submit(mistral, GenerationRequest(CHAT, parse_output=True), steps).complete()
+    assert completion.text == "OK."
+    [call] = completion.tool_calls
+    assert (call.name, call.arguments) == ("now", "{}")
+    assert completion.finish_reason is FinishReason.TOOL_CALLS
+    [as_text] = submit(mistral, GenerationRequest(CHAT), steps).complete()
+    assert as_text.text == "OK.now{}"
+
+
+def test_tool_call_cut_off_by_its_length_has_the_arguments_so_far(mistral: Prompts) -> None:
+    token_ids = mistral.tokenizer.encode('[TOOL_CALLS]now[ARGS]{"a', add_special_tokens=False)
+    steps = [Step(token_ids, FinishReason.LENGTH)]
+    [completion] = submit(mistral, GenerationRequest(CHAT, parse_output=True), steps).complete()
+    assert [call.arguments for call in completion.tool_calls] == ['{"a']
+    assert completion.finish_reason is FinishReason.LENGTH
+
+
+def test_arguments_of_several_tokens_in_a_step_are_one_delta(mistral: Prompts) -> None:
+    token_ids = mistral.tokenizer.encode('[TOOL_CALLS]now[ARGS]{"abc": 12345}', add_special_tokens=False)
+    [first, *_] = submit(
+        mistral, GenerationRequest(CHAT, parse_output=True), [Step(token_ids, FinishReason.LENGTH)]
+    ).deltas()
+    [head, arguments] = first.deltas
+    assert head == ToolCallDelta(0, id=head.id, name="now")  # type: ignore[union-attr]
+    assert arguments == ToolCallDelta(0, '{"abc": 12345}')
+
+
+def test_end_tokens_of_the_notation_stop_chats_and_nothing_else(mistral: Prompts) -> None:
+    output_format, _ = output_notations.choose(mistral.output_format.tokenizer, "llama3_json")  # type: ignore[union-attr]
+    llama = replace(mistral, output_format=output_format)
+    [end] = output_format.end_token_ids
+    assert llama.encode(GenerationRequest(CHAT, parse_output=True)).sampling.stop_token_ids == (end,)
+    assert llama.encode(GenerationRequest(CHAT)).sampling.stop_token_ids == ()
+    assert llama.encode(GenerationRequest("1", parse_output=True)).sampling.stop_token_ids == ()
+
+
+def test_chat_without_tools_and_reasoning_is_not_parsed(mistral: Prompts) -> None:
+    chat = replace(CHAT, tools=())
+    assert mistral.encode(GenerationRequest(chat, parse_output=True)).output_parser is None
+    [completion] = submit(
+        mistral,
+        GenerationRequest(chat, parse_output=True),
+        [Step(mistral.tokenizer.encode(" 1\n", add_special_tokens=False), FinishReason.LENGTH)],
+    ).complete()
+    assert completion.text == " 1\n"
+
+
+def test_reasoning_tokens_are_counted_without_markers_and_end_of_sequence(mistral: Prompts) -> None:
+    output_format, _ = output_notations.choose(mistral.output_format.tokenizer, "none", "think")  # type: ignore[union-attr]
+    thinking = replace(mistral, output_format=output_format)
+    encode = partial(mistral.tokenizer.encode, add_special_tokens=False)
+    thought = encode("Hm. é")
+    steps = [
+        Step([*encode("<think>"), *thought, *encode("</think>"), *encode("Hi")]),
+        Step([2], FinishReason.EOS_TOKEN),
+    ]
+    [completion] = submit(thinking, GenerationRequest(CHAT, parse_output=True), steps).complete()
+    assert (completion.reasoning, completion.text) == ("Hm. é", "Hi")
+    assert completion.reasoning_tokens == len(thought)

@@ -246,3 +246,12 @@ def test_load_times_each_phase(weights: Path) -> None:
 
     loader.load(weights, device="cpu", time_phase=time_phase)
     assert phases == ["tokenizer", "weights", "pack"]
+
+
+def test_load_reports_the_fraction_of_the_weights_and_leaves_no_hook(weights: Path) -> None:
+    fractions: list[float] = []
+    loader.load(weights, device="cpu", report_weights=fractions.append)
+    assert (fractions[0], fractions[-1]) == (0, 1)
+    assert fractions == sorted(fractions)
+    assert len(set(fractions)) > 10
+    assert transformers.utils.logging.set_tqdm_hook(None) is None

@@ -52,10 +52,12 @@ def create_router(service: LLMService) -> APIRouter:
 
 
 def require_ready(service: LLMService) -> None:
-    """Check that the model is ready.
+    """Check that the model is ready, or that requests are held until it is.
 
     Raises:
         ModelNotReady: it is not; the message has the reason.
     """
-    if not service.is_ready:
-        raise ModelNotReady(f"Model {service.models.default} is not ready: {service.not_ready_reason}.")
+    if not service.accepts_requests:
+        raise ModelNotReady(
+            f"Model {service.models.default} is not ready: {service.not_ready_reason}.", service.retry_after_seconds
+        )

@@ -42,6 +42,7 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/generate_stream": {"text_input": "17+25=", "parameters": {"details": True}},
     "/chat/completions": {"model": "demo", "messages": [MESSAGE], "logprobs": True, "service_tier": "auto"},
     "/messages/count_tokens": {"model": "demo", "messages": [MESSAGE]},
+    "/responses/input_tokens": {"model": "demo", "input": [MESSAGE]},
     "/responses": {"model": "demo", "input": [MESSAGE], "top_logprobs": 1},
     "/completions": {"model": "demo", "prompt": "17+25=", "logprobs": 1},
     "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},

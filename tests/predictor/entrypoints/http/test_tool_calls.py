@@ -153,6 +153,15 @@ def test_calls_with_logprobs_and_stop_are_reported(client: Client, choice: str) 
     assert received[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}
 
 
+@pytest.mark.parametrize(("limit", "reason"), [({"stop": ["12"]}, "stop"), ({"max_tokens": 20}, "length")])
+def test_call_that_is_cut_off_is_not_reported_as_complete(client: Client, limit: dict[str, Any], reason: str) -> None:
+    for choice in ask(client, **limit, tool_choice="required", n=2):
+        assert choice["finish_reason"] == reason
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"]["arguments"].startswith('{"expression": "')
+        assert not call["function"]["arguments"].endswith("}")
+
+
 def test_answer_with_a_schema_and_tools_is_a_call_or_the_json(client: Client) -> None:
     schema = {
         "type": "object",
@@ -181,3 +190,8 @@ def test_required_call_of_a_model_without_known_format_is_400(tmp_path: Path) ->
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "tool_choice"
     assert "--tool_call_format" in response.json()["error"]["message"]
+
+
+def test_metadata_of_the_model_names_its_notations(client: Client) -> None:
+    properties = client.get("/v2/models/demo").json()["properties"]
+    assert (properties["tool_call_format"], properties["reasoning_format"]) == ("hermes", "none")

@@ -6,8 +6,8 @@ import pytest
 from openai.types.responses import Response
 
 from predictor.protocols.openai_responses import responses
-from predictor.protocols.openai_responses.items import tokens_from
-from predictor.types import Chat, Completion, FinishReason, Token
+from predictor.protocols.openai_responses.items import find
+from predictor.types import Chat, Completion, FinishReason, OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
 from tests.predictor.protocols.openai_responses.helpers import TOOL, Json, call, check, completion, decode, token
 
 
@@ -19,7 +19,7 @@ def encode(*completions: Completion, **fields: Any) -> Json:
 
 def test_response_has_all_fields_of_its_type() -> None:
     decoded = decode(metadata={"a": "b"})
-    response = responses.encode(decoded, [completion("Héllo", reasoning_tokens=2)])
+    response = responses.encode(decoded, [completion(TextDelta("Héllo"), reasoning_tokens=2)])
     check(Response, response)
     [item] = response["output"]
     assert item.pop("id").startswith("msg_")
@@ -68,52 +68,58 @@ def test_response_of_a_request_with_every_kind_of_field_conforms() -> None:
     text_format = {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": True}
     choice = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "weather"}]}
     encode(
-        completion("{}"), text={"format": text_format}, tools=[TOOL], tool_choice=choice, reasoning={"effort": "low"}
+        completion(TextDelta("{}")),
+        text={"format": text_format},
+        tools=[TOOL],
+        tool_choice=choice,
+        reasoning={"effort": "low"},
     )
 
 
-def test_reasoning_comes_before_the_message_and_its_calls() -> None:
-    response = encode(
-        completion("Wait.", FinishReason.TOOL_CALLS, reasoning="Hm.", tool_calls=(call(1), call(2))), tools=[TOOL]
-    )
+def test_items_are_in_the_order_of_the_output() -> None:
+    output: list[OutputDelta] = [
+        ReasoningDelta("Hm."),
+        TextDelta("Wait."),
+        call(1),
+        call(2, "{"),
+        ToolCallDelta(1, "}"),
+        TextDelta("So."),
+    ]
+    response = encode(completion(*output, finish_reason=FinishReason.TOOL_CALLS), tools=[TOOL])
     assert response["status"] == "completed"
-    reasoning, message, first, second = response["output"]
+    reasoning, message, first, second, last = response["output"]
     assert reasoning["content"] == [{"type": "reasoning_text", "text": "Hm."}]
     assert reasoning["summary"] == []
-    assert message["content"][0]["text"] == "Wait."
+    assert [item["content"][0]["text"] for item in (message, last)] == ["Wait.", "So."]
     assert [(item["call_id"], item["name"], item["arguments"]) for item in (first, second)] == [
         ("call_1", "weather", '{"city": "Ulm"}'),
-        ("call_2", "weather", '{"city": "Ulm"}'),
+        ("call_2", "weather", "{}"),
     ]
-    assert len({item["id"] for item in response["output"]}) == 4
+    assert len({item["id"] for item in response["output"]}) == 5
 
 
 @pytest.mark.parametrize(
-    ("fields", "statuses"),
+    ("output", "statuses"),
     [
-        ({"text": "He"}, [("message", "incomplete")]),
-        ({"reasoning": "Hm"}, [("reasoning", "incomplete")]),
-        ({"text": "He", "reasoning": "Hm."}, [("reasoning", "completed"), ("message", "incomplete")]),
-        ({"tool_calls": (call(), call())}, [("function_call", "completed"), ("function_call", "incomplete")]),
-        ({}, []),
+        ([TextDelta("He")], [("message", "incomplete")]),
+        ([ReasoningDelta("Hm")], [("reasoning", "incomplete")]),
+        ([ReasoningDelta("Hm."), TextDelta("He")], [("reasoning", "completed"), ("message", "incomplete")]),
+        ([call(1), call(2)], [("function_call", "completed"), ("function_call", "incomplete")]),
+        ([], []),
     ],
 )
-def test_response_that_is_cut_off_is_incomplete_and_its_last_item(fields: Json, statuses: list[Any]) -> None:
-    response = encode(completion(finish_reason=FinishReason.LENGTH, **fields))
+def test_response_that_is_cut_off_is_incomplete_and_its_last_item(output: list[Any], statuses: list[Any]) -> None:
+    response = encode(completion(*output, finish_reason=FinishReason.LENGTH))
     assert (response["status"], response["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert [(item["type"], item["status"]) for item in response["output"]] == statuses
 
 
 @pytest.mark.parametrize(
-    ("fields", "types"),
-    [
-        ({}, ["message"]),
-        ({"reasoning": "Hm."}, ["reasoning", "message"]),
-        ({"tool_calls": (call(),)}, ["function_call"]),
-    ],
+    ("output", "types"),
+    [([], ["message"]), ([ReasoningDelta("Hm.")], ["reasoning", "message"]), ([call()], ["function_call"])],
 )
-def test_response_without_text_has_an_empty_message_unless_it_has_calls(fields: Json, types: list[str]) -> None:
-    assert [item["type"] for item in encode(completion(**fields))["output"]] == types
+def test_response_without_text_has_an_empty_message_unless_it_has_calls(output: list[Any], types: list[str]) -> None:
+    assert [item["type"] for item in encode(completion(*output))["output"]] == types
 
 
 def test_logprobs_are_those_of_the_message() -> None:
@@ -125,7 +131,7 @@ def test_logprobs_are_those_of_the_message() -> None:
         token("y"),
         token("<|end|>", special=True),
     )
-    response = encode(completion("Hey", reasoning="He", tokens=tokens), top_logprobs=2)
+    response = encode(completion(ReasoningDelta("He"), TextDelta("Hey"), tokens=tokens), top_logprobs=2)
     assert response["output"][1]["content"][0]["logprobs"] == [
         {
             "token": "He",
@@ -140,24 +146,34 @@ def test_logprobs_are_those_of_the_message() -> None:
     ]
 
 
+def test_logprobs_of_messages_around_a_call_are_their_own() -> None:
+    tokens = tuple(map(token, ["He", "y", "<call>", "{}", "</call>", "\n", "So", "."]))
+    response = encode(completion(TextDelta("Hey"), call(), TextDelta("So."), tokens=tokens), top_logprobs=1)
+    parts = [item["content"][0] for item in response["output"] if item["type"] == "message"]
+    assert [[logprob["token"] for logprob in part["logprobs"]] for part in parts] == [["He", "y"], ["So", "."]]
+
+
 @pytest.mark.parametrize(
     ("tokens", "text", "skip", "expected"),
     [
-        (["a", "b"], "ab", 0, ["a", "b"]),
-        (["<", "a", "b"], "a", 0, ["a", "b"]),
-        (["<", "a"], "ab", 0, ["a"]),
-        (["a", "<", "a"], "a", 1, ["a"]),
-        (["<", "\ufffd", "\ufffd"], "é", 0, ["<", "\ufffd", "\ufffd"]),
-        ([], "a", 0, []),
+        (["a", "b"], "ab", 0, 0),
+        (["<", "a", "b"], "a", 0, 1),
+        (["<", "a"], "ab", 0, 1),
+        (["a", "<", "a"], "a", 1, 2),
+        (["<", "\ufffd", "\ufffd"], "é", 0, None),
+        ([], "a", 0, None),
     ],
 )
-def test_tokens_from_begin_with_the_text(tokens: list[str], text: str, skip: int, expected: list[str]) -> None:
-    found: list[Token] = [*tokens_from([token(part) for part in tokens], text, skip)]
-    assert [part.text for part in found] == expected
+def test_find_returns_the_token_with_which_the_text_begins(
+    tokens: list[str], text: str, skip: int, expected: int | None
+) -> None:
+    assert find([*map(token, tokens)], text, skip) == expected
 
 
 def test_best_of_returns_the_most_probable_and_counts_all() -> None:
-    candidates = [completion(text, tokens=(token(text, logprob),)) for text, logprob in (("a", -1), ("b", -0.5))]
+    candidates = [
+        completion(TextDelta(text), tokens=(token(text, logprob),)) for text, logprob in (("a", -1), ("b", -0.5))
+    ]
     response = encode(*candidates, best_of=2)
     [part] = response["output"][0]["content"]
     assert (part["text"], part["logprobs"]) == ("b", [])
@@ -165,7 +181,8 @@ def test_best_of_returns_the_most_probable_and_counts_all() -> None:
 
 
 def test_output_is_accepted_in_the_next_request() -> None:
-    first = encode(completion("Wait.", FinishReason.TOOL_CALLS, reasoning="Hm.", tool_calls=(call(),)), tools=[TOOL])
+    output: list[OutputDelta] = [ReasoningDelta("Hm."), TextDelta("Wait."), call()]
+    first = encode(completion(*output, finish_reason=FinishReason.TOOL_CALLS), tools=[TOOL])
     items = [*first["output"], {"type": "function_call_output", "call_id": "call_1", "output": "mild"}]
     prompt = decode(input=items).request.prompt
     assert isinstance(prompt, Chat)

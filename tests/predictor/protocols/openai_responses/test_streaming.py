@@ -1,7 +1,8 @@
 """Streams as typed server-sent events."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -16,18 +17,16 @@ from predictor.protocols.openai_responses import responses
 from predictor.protocols.openai_responses.requests import DecodedRequest
 from predictor.protocols.openai_responses.streaming import EventEncoder
 from predictor.types import (
-    Completion,
     CompletionDelta,
     FinishReason,
     OutputDelta,
     ReasoningDelta,
     TextDelta,
     Token,
-    ToolCall,
     ToolCallDelta,
 )
 from tests.predictor.protocols.openai.helpers import client
-from tests.predictor.protocols.openai_responses.helpers import TOOL, Json, check, decode, token
+from tests.predictor.protocols.openai_responses.helpers import TOOL, Json, check, completion, decode, token
 
 EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 CALL = ToolCallDelta(0, id="call_1", name="weather")
@@ -194,36 +193,23 @@ def test_stream_error_ends_with_the_failed_response(error: RequestError, code: s
     assert [(item["status"], item["content"][0]["text"]) for item in failed["output"]] == [("incomplete", "Hé")]
 
 
-def completion_of(deltas: Sequence[OutputDelta]) -> Completion:
-    calls = [
-        ToolCall(str(delta.id), str(delta.name), delta.arguments)
-        for delta in deltas
-        if isinstance(delta, ToolCallDelta)
-    ]
-    return Completion(
-        "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)),
-        finish_reason=FinishReason.EOS_TOKEN,
-        prompt_tokens=3,
-        completion_tokens=5,
-        reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
-        tool_calls=tuple(calls),
-    )
-
-
 texts = st.text(min_size=1)
 
 
-@given(
-    st.lists(texts.map(ReasoningDelta), max_size=3),
-    st.lists(texts.map(TextDelta), max_size=3),
-    st.lists(texts.map(lambda arguments: ToolCallDelta(0, arguments, "call_1", "weather")), max_size=3),
+parts = (
+    st.builds(TextDelta, texts)
+    | st.builds(ReasoningDelta, texts)
+    | st.builds(ToolCallDelta, st.just(0), texts, st.just("call_1"), st.just("weather"))
 )
-def test_stream_of_any_output_ends_with_what_the_whole_response_is(
-    reasoning: list[OutputDelta], text: list[OutputDelta], calls: list[OutputDelta]
-) -> None:
-    decoded, deltas = decode(), [*reasoning, *text, *calls]
-    last = streamed(decoded, *map(added, deltas), LAST)[-1]
-    whole = responses.encode(decoded, [completion_of(deltas)])
+
+
+@given(st.lists(parts, max_size=6))
+def test_stream_of_any_output_ends_with_what_the_whole_response_is(output: list[OutputDelta]) -> None:
+    # Whole completions have no two texts in succession.
+    output = [next(same) for _, same in groupby(output, type)]
+    decoded = decode()
+    last = streamed(decoded, *map(added, output), LAST)[-1]
+    whole = responses.encode(decoded, [completion(*output)])
     for item, other in zip(last["response"]["output"], whole["output"], strict=True):
         assert item | {"id": ""} == other | {"id": ""}
     assert last["response"] | {"output": []} == whole | {"output": []}
