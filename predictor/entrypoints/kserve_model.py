@@ -5,6 +5,7 @@ from typing import Any
 
 import kserve
 
+from predictor.entrypoints import response_encoding
 from predictor.errors import InvalidRequest
 from predictor.generation.service import LLMService
 from predictor.protocols import open_inference
@@ -55,7 +56,8 @@ class Predictor(kserve.Model):
             raise InvalidRequest(f"KServe v1 payloads are not supported here. POST /v1/models/{self.name}:predict.")
         stream = await self._service.submit(open_inference.decode(payload), timeout_seconds(headers or {}))
         try:
-            return open_inference.encode(payload, await stream.complete())
+            completions = await stream.complete()
+            return await response_encoding.encode(completions, lambda: open_inference.encode(payload, completions))
         finally:
             stream.close()
 

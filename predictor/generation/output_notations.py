@@ -38,14 +38,14 @@ _QWEN_XML = _template(
     open_pattern=r"<function=(?P<name>[^>\n]+)>",
     close="</function>",
     content="xml-inline",
-    content_args={"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+    content_args={"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?(?:</parameter>|\Z)"},
     transform=_FUNCTION,
 )
 _GLM_XML = _template(
     open_pattern=r"<tool_call>\s*(?P<name>[^\s<]+)",
     close="</tool_call>",
     content="xml-inline",
-    content_args={"tag_pattern": r"<arg_key>(?P<key>.*?)</arg_key>\s*<arg_value>(?P<value>.*?)</arg_value>"},
+    content_args={"tag_pattern": r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>(?P<value>.*?)(?:</arg_value>|\Z)"},
     transform=_FUNCTION,
 )
 _GEMMA = _template(

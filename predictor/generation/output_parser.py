@@ -57,7 +57,7 @@ class OutputParser:
         self._regions = output_format.regions(tools=bool(tools))
         self._input = IncrementalText()
         self._call_ids = output_format.tool_calls.call_ids if output_format.tool_calls else CallIds.ANY
-        self._ids: list[str] = []
+        self._ids: set[str] = set()
         self._num_complete = 0
         self._lead = ""
         """Text to put before what cannot be parsed: the marker."""
@@ -78,8 +78,8 @@ class OutputParser:
 
     @property
     def has_tool_calls(self) -> bool:
-        """Whether a tool call was found."""
-        return bool(self._ids)
+        """Whether there are tool calls, the last of them complete as well."""
+        return 0 < self._num_complete == len(self._ids)
 
     @property
     def stopped(self) -> bool:
@@ -212,8 +212,8 @@ class OutputParser:
         if not found:
             raise Malformed
 
-    def _read_object(self, *, known_only: bool) -> Reads[None]:
-        """Read an object with `name` and `arguments`, in any order."""
+    def _read_object(self, *, known_only: bool, nested: bool = False) -> Reads[None]:
+        """Read an object with `name` and `arguments`, in any order; also as the `function` of another object."""
         name, arguments, count = "", "", len(self._ids)
         separator = "{"
         while separator != "}":
@@ -227,8 +227,8 @@ class OutputParser:
                 yield from self._read_arguments(name)
             elif key in _ARGUMENTS:
                 arguments = yield from self._read_whole_arguments()
-            elif key == "function":
-                yield from self._read_object(known_only=known_only)
+            elif key == "function" and not nested:
+                yield from self._read_object(known_only=known_only, nested=True)
             elif known_only and key not in _OTHER_KEYS:
                 raise Malformed
             else:
@@ -284,14 +284,15 @@ class OutputParser:
     def _begin_call(self, name: str, given_id: str | None = None) -> None:
         index = len(self._ids)
         id_ = self._id(name, given_id)
-        self._ids.append(id_)
+        self._ids.add(id_)
         self._lead = ""
         self._input.recorded()
         self._deltas.append(ToolCallDelta(index, id=id_, name=name))
 
     def _id(self, name: str, given: str | None) -> str:
         """Return a new id in the form that the chat template demands, as the model wrote it if it did."""
-        given = given if given not in self._ids else None
+        if given in self._ids:
+            given = None
         match self._call_ids:
             case CallIds.NAME_AND_INDEX:
                 return given if given and _KIMI_ID.fullmatch(given) else f"functions.{name}:{len(self._ids)}"

@@ -16,16 +16,17 @@ def parse(text: str) -> list[tuple[str, dict[str, Any]]]:
     """
     try:
         with warnings.catch_warnings(action="ignore"):
-            tree = ast.parse(text.strip())
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            tree = _JsonConstants().visit(ast.parse(text.strip()))
+        return [_call(node) for statement in tree.body for node in _nodes(statement)]
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError) as error:
         raise Malformed from error
-    calls: list[tuple[str, dict[str, Any]]] = []
-    for statement in _JsonConstants().visit(tree).body:
-        if not isinstance(statement, ast.Expr):
-            raise Malformed
-        value = statement.value
-        calls += [_call(item) for item in (value.elts if isinstance(value, ast.List | ast.Tuple) else [value])]
-    return calls
+
+
+def _nodes(statement: ast.stmt) -> list[ast.expr]:
+    if not isinstance(statement, ast.Expr):
+        raise Malformed
+    value = statement.value
+    return value.elts if isinstance(value, ast.List | ast.Tuple) else [value]
 
 
 class _JsonConstants(ast.NodeTransformer):
@@ -50,8 +51,5 @@ def _call(node: ast.expr) -> tuple[str, dict[str, Any]]:
     for keyword in node.keywords:
         if keyword.arg is None:
             raise Malformed
-        try:
-            arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except (ValueError, RecursionError, MemoryError) as error:
-            raise Malformed from error
+        arguments[keyword.arg] = ast.literal_eval(keyword.value)
     return name, arguments

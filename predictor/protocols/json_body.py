@@ -1,12 +1,15 @@
 """Parse JSON bodies, derive JSON schemas of them, and format validation errors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from predictor.errors import InvalidRequest
+
+_SHORT_LIST = 128
+"""Lists up to this length may hold large elements, such as the choices of a response."""
 
 
 def to_utf8(body: bytes) -> bytes:
@@ -50,6 +53,27 @@ def loads(body: bytes) -> Any:
     except ValueError:
         raise InvalidRequest("The body has a number of too many digits.") from None
     return content
+
+
+def dump(value: Any) -> Iterator[str]:
+    """Yield a value as JSON in pieces, so that other threads run in between: one call for a large value blocks them."""
+    if isinstance(value, dict):
+        for index, (name, item) in enumerate(value.items()):
+            yield f"{',' if index else '{'}{_dumps(name)}:"
+            yield from dump(item)
+        yield "}" if value else "{}"
+    elif isinstance(value, list) and value:
+        is_long = len(value) > _SHORT_LIST
+        for index, item in enumerate(value):
+            yield "," if index else "["
+            yield from (_dumps(item),) if is_long else dump(item)
+        yield "]"
+    else:
+        yield _dumps(value)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def json_schema(model: type[BaseModel]) -> dict[str, Any]:

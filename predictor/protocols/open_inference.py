@@ -14,7 +14,7 @@ import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 from kserve import InferInput, InferOutput, InferRequest, InferResponse
@@ -22,7 +22,7 @@ from pydantic import Field
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.best_of import best
-from predictor.protocols.json_body import json_schema, loads
+from predictor.protocols.json_body import dump, json_schema, loads
 from predictor.protocols.json_object import JSONObject, validate
 from predictor.protocols.open_inference_binary import (
     binary_parameters,
@@ -252,7 +252,18 @@ def _selected_outputs(request: InferRequest) -> list[str]:
 
 
 def _dump_tokens(tokens: Sequence[Token]) -> str:
-    return json.dumps([asdict(token) for token in tokens])
+    return "".join(dump([_token(token) for token in tokens]))
+
+
+def _token(token: Token) -> dict[str, Any]:
+    return {
+        "id": token.id,
+        "text": token.text,
+        "logprob": token.logprob,
+        "special": token.special,
+        "top": [_token(alternative) for alternative in token.top],
+        "rank": token.rank,
+    }
 
 
 def _sampling_params(request: InferRequest, tensor: InferInput, selected: Sequence[str]) -> tuple[SamplingParams, int]:

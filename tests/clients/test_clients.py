@@ -3,6 +3,7 @@
 Each module in `uses` has one library's tests. Its interpreter has none of this project's packages.
 """
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from devtools.paths import ROOT
+from devtools.paths import DEMO_MODEL, ROOT
 from tests.predictor import servers
 
 FOLDER = ROOT / "tests" / "clients"
@@ -25,11 +26,29 @@ OFFLINE = {
     "OPENAI_AGENTS_DISABLE_TRACING": "1",
 }
 """What keeps the libraries from requests to other servers."""
+REASONING = {
+    "start_anchor_pattern": "(?!)",
+    "fields": {"reasoning_content": {"open_pattern": r"\d\+\d=\d+ ", "close": " "}, "content": {}},
+}
+"""A response template for the demo model, in whose `7+5=12 1+2+1=4 42` the last number is the content."""
 
 
 @pytest.fixture(scope="session")
 def predictor_url() -> Iterator[str]:
     with servers.in_process(model_name="arithmetic") as server:
+        yield server.url
+
+
+@pytest.fixture(scope="session")
+def reasoning_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that returns the second step of a sum as reasoning."""
+    weights = tmp_path_factory.mktemp("reasoning")
+    for file in DEMO_MODEL.iterdir():
+        (weights / file.name).write_bytes(file.read_bytes())
+    configuration = weights / "tokenizer_config.json"
+    configuration.write_text(json.dumps({**json.loads(configuration.read_text()), "response_template": REASONING}))
+    flags = ["--model_dir", str(weights), "--tool_call_format", "hermes"]
+    with servers.in_process(*flags, model_name="reasoning") as server:
         yield server.url
 
 
@@ -52,10 +71,11 @@ def run_uses(interpreter: Path, module: str, predictor_url: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
-def test_library_uses_the_predictor(predictor_url: str, module: str) -> None:
+def test_library_uses_the_predictor(request: pytest.FixtureRequest, module: str) -> None:
     if not CLIENTS.exists():
         pytest.skip("the clients are not installed; `make clients` installs them into a separate environment")
-    run_uses(CLIENTS, module, predictor_url)
+    url = request.getfixturevalue("reasoning_url" if module == "use_reasoning.py" else "predictor_url")
+    run_uses(CLIENTS, module, url)
 
 
 @pytest.mark.slow
@@ -65,8 +85,8 @@ def test_openai_sdk_of_the_development_environment_uses_the_predictor(predictor_
     run_uses(Path(sys.executable), module, predictor_url)
 
 
-def test_documented_versions_equal_the_installed_ones() -> None:
-    constraints = (FOLDER / "constraints.txt").read_text()
+def test_documentation_has_the_installed_versions() -> None:
+    required = re.findall(r"^[a-z-]+", (FOLDER / "requirements.txt").read_text(), re.MULTILINE)
+    installed = dict(re.findall(r"^(\S+)==(\S+)$", (FOLDER / "constraints.txt").read_text(), re.MULTILINE))
     documented = re.findall(r"^\| (\S+) \| (\d\S*) \|", (ROOT / "docs" / "clients.md").read_text(), re.MULTILINE)
-    assert len(documented) >= len(MODULES)
-    assert [f"{name}=={version}" for name, version in documented if f"{name}=={version}\n" not in constraints] == []
+    assert dict(documented) == {name: installed[name] for name in required if name != "pytest"}

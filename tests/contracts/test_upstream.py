@@ -6,6 +6,7 @@ A test that fails here after an upgrade names the fence module that has to chang
 import asyncio
 import dataclasses
 import inspect
+import json
 import logging
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressRep
 from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from starlette.applications import Starlette
+from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, rename_source_key
 from transformers.generation.continuous_batching import (
@@ -57,6 +59,8 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
+from predictor.generation import output_notations
+from predictor.generation.output_parser import OutputParser
 from predictor.kernels import past_key_values
 from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
@@ -65,7 +69,7 @@ from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
-from predictor.types import SamplingParams
+from predictor.types import ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
 
@@ -624,6 +628,50 @@ def test_uvicorn_protocol_has_the_parser_url_and_headers_of_a_request() -> None:
     assert isinstance(protocol.parser, httptools.HttpRequestParser)
     assert (protocol.url, protocol.headers) == (b"/a%20b?c=d", [(b"x-mine", b"1")])
     assert "set_dangerous_leniencies(lenient_data_after_close=True)" in inspect.getsource(HttpToolsProtocol)
+
+
+# transformers' response templates: predictor/generation/output_notations.py
+
+
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+XML_ARGUMENTS = "<parameter=a>\n1\n</parameter>\n<parameter=b>\nx\ny\n</parameter>"
+XML_CALL = f"<tool_call>\n<function=add>\n{XML_ARGUMENTS}\n</function>\n</tool_call>"
+TOOL = {"name": "add", "parameters": {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "notations", "prompt", "output"),
+    [
+        ("qwen3", ("hermes", "think"), "", f"<think>\nHm.\n\nSo.\n</think>\n\nOK.\n\n{CALL}\n{CALL}"),
+        ("qwen3", ("hermes", "think"), "<think>\n", "Hm.\n</think>\n\nOK.\n"),
+        ("qwen3", ("hermes", "think"), "<think>\n\n</think>\n\n", " OK. \n"),
+        ("qwen3_5", ("qwen3_coder", "think"), "<think>\n", f"Hm.\n</think>\n\nOK.\n\n{XML_CALL}\n{XML_CALL}"),
+        (
+            "gemma4",
+            ("gemma4", "gemma4"),
+            "",
+            '<|channel>thought\nHm.\n<channel|>OK.<|tool_call>call:add{a:1,b:<|"|>x, {y}<|"|>}<tool_call|>',
+        ),
+    ],
+)
+def test_response_template_of_transformers_gives_what_our_notation_gives(
+    model_type: str, notations: tuple[str, str], prompt: str, output: str
+) -> None:
+    template = next(value for types, value in _RESPONSE_TEMPLATE_FALLBACKS.items() if model_type in types)
+    anchor = template["start_anchor"]
+    prefix = (anchor if isinstance(anchor, str) else anchor[0]) + prompt
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO_MODEL)
+    message = tokenizer.parse_response(output, template, prefix=prefix, tools=[TOOL])
+    output_format, _ = output_notations.choose(tokenizer, *notations)
+    parser = OutputParser(output_format, prefix, [TOOL])
+    deltas = [*parser.feed(output), *parser.finish()]
+    calls = [delta for delta in deltas if isinstance(delta, ToolCallDelta)]
+    assert "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)) == message["content"]
+    thought = "".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta))
+    assert thought == message.get("reasoning_content", "")
+    functions = [call["function"] for call in message.get("tool_calls", [])]
+    assert [call.name for call in calls[::2]] == [function["name"] for function in functions]
+    assert [json.loads(call.arguments) for call in calls[1::2]] == [function["arguments"] for function in functions]
 
 
 # KServe's tensor helpers: predictor/protocols/open_inference_types.py

@@ -3,17 +3,20 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, suppress
-from typing import Protocol, Self, TypeVar
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from predictor.entrypoints import response_encoding
 from predictor.errors import RequestError
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.service import LLMService
 from predictor.observability import request_record
+from predictor.protocols import json_body
 from predictor.protocols.sampling_fields import timeout_seconds
 from predictor.types import Completion, CompletionDelta, GenerationRequest
 
@@ -55,6 +58,12 @@ async def _complete(request: Request, service: LLMService, requests: Sequence[Ge
         return await stream.complete()
     finally:
         stream.close()
+
+
+async def encode_json(completions: Sequence[Completion], encode: Callable[[], dict[str, Any]]) -> Response:
+    """Return the response with what `encode` makes of the completions."""
+    body = await response_encoding.encode(completions, lambda: "".join(json_body.dump(encode())))
+    return Response(body, media_type="application/json")
 
 
 class EventStream(StreamingResponse):
@@ -110,7 +119,7 @@ async def _encode(
             yield event
         async with aclosing(stream.deltas()) as deltas:
             async for delta in deltas:
-                for event in encoder.delta(delta):
+                for event in await response_encoding.encode([delta], partial(encoder.delta, delta)):
                     yield event
         for event in encoder.end():
             yield event

@@ -31,6 +31,7 @@ class DecodedRequest:
     stream: bool
     model: str
     logprobs: bool
+    """Whether those of the message's tokens are reported."""
     head: dict[str, Any]
     """Fields of the response object that are known before the output."""
 

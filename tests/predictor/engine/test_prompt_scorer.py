@@ -1,10 +1,11 @@
 """Log probabilities of prompts, compared with a plain forward pass of the same model."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -178,16 +179,40 @@ def test_prompt_scorer_uses_the_head_of_the_architecture(name: str) -> None:
     sampler = SequenceSampler(SamplingParams(prompt_logprobs=1), len(ids), ())
     scorer.samplers["a"] = sampler
 
-    state = SimpleNamespace(request_id="a", initial_tokens=ids, position_offset=len(ids))
-    scheduled = SimpleNamespace(state=state, query_length=len(ids))
+    def compute(tokens: int) -> torch.Tensor:
+        """Compute the prompt's first tokens, and score them."""
+        state = SimpleNamespace(request_id="a", initial_tokens=ids, position_offset=tokens)
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=torch.tensor([ids[:tokens]]), use_cache=False).logits[0]
+            scorer.score([cast(Any, SimpleNamespace(state=state, query_length=tokens))])
+        return logits
 
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-        scorer.score([scheduled])
-        assert torch.equal(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0], logits), "as it was"
-    expected = logits.float().log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    compute(3)
+    assert [logprob.token_id for logprob in sampler.prompt_logprobs] == ids[:4]
+    # The sequence left a full cache, and starts again.
+    logits = compute(5)
+    expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert [logprob.token_id for logprob in sampler.prompt_logprobs] == ids
     assert [logprob.logprob for logprob in sampler.prompt_logprobs[1:]] == pytest.approx(expected.tolist(), abs=1e-5)
     assert scorer.samplers == {}
+    assert torch.equal(compute(5), logits), "the model is as it was"
+
+
+def test_prompt_scorer_restores_a_decoder_with_its_own_forward() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(CASES["llama"].config()).eval()
+    decoder = model.get_decoder()
+    # As accelerate does for modules that it places on devices.
+    decoder.forward = functools.partial(type(decoder).forward, decoder)
+    own = decoder.forward
+    scorer = PromptScorer(model, 512)
+    sampler = SequenceSampler(SamplingParams(prompt_logprobs=0), 2, ())
+    scorer.samplers["a"] = sampler
+    state = SimpleNamespace(request_id="a", initial_tokens=[5, 9], position_offset=2)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 9]]), use_cache=False)
+        scorer.score([cast(Any, SimpleNamespace(state=state, query_length=2))])
+    assert decoder.forward is own
+    assert len(sampler.prompt_logprobs) == 2
 
 
 def test_token_logprobs_have_ranks_and_tops_by_row() -> None:

@@ -14,6 +14,7 @@ from predictor.errors import InvalidRequest
 from predictor.generation import message_grammar, output_notations
 from predictor.generation.call_envelope import CallEnvelope
 from predictor.generation.output_format import OutputFormat
+from predictor.generation.output_notations import TOOL_CALLS
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import Chat, GrammarKind, OutputDelta, ReasoningDelta, StructuredOutput, TextDelta, ToolCallDelta
@@ -307,6 +308,13 @@ def test_calls_that_no_grammar_can_restrict_are_refused_by_name(
     assert raised.value.field == field
 
 
+@pytest.mark.parametrize("types", ["string", ["array", "null"]])
+def test_arguments_that_are_no_object_are_refused(hermes: OutputFormat, types: Any) -> None:
+    chat = replace(REQUIRED, tools=(_tool("odd", {"type": types}),))
+    with pytest.raises(InvalidRequest, match="the parameters of 'odd' are no object"):
+        message_grammar.for_chat(chat, PROMPT, hermes, None)
+
+
 def test_compile_unsupported_schema_of_a_tool_is_refused_with_its_name(
     compiler: GrammarCompiler, hermes: OutputFormat
 ) -> None:
@@ -315,3 +323,23 @@ def test_compile_unsupported_schema_of_a_tool_is_refused_with_its_name(
     assert grammar is not None
     with pytest.raises(InvalidRequest, match=r"JSON schema of tool 'odd' is not supported.*not"):
         compiler.compile_message(grammar)
+
+
+@pytest.mark.parametrize("name", [name for name, notation in TOOL_CALLS.items() if notation.envelope])
+def test_required_calls_in_every_notation_are_parsed(
+    tokenizer: PreTrainedTokenizerBase, compiler: GrammarCompiler, name: str
+) -> None:
+    output_format, _ = output_notations.choose(tokenizer, name, "none")
+    chat = replace(REQUIRED, tools=(TOOLS[0], TOOLS[2]))
+    grammar = message_grammar.for_chat(chat, PROMPT, output_format, None)
+    assert grammar is not None
+    compiled = compiler.compile_message(grammar)
+    texts = [text for seed in range(4) if (text := random_text(compiled, tokenizer, seed)) is not None]
+    assert texts
+    for text in texts:
+        parser = OutputParser(output_format, PROMPT, chat.tools)
+        deltas = [*parser.feed(text), *parser.finish()]
+        calls = _calls(deltas)
+        assert calls
+        assert {called for called, _ in calls} <= {"weather", "weather.now"}
+        assert not _text(deltas)

@@ -137,6 +137,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         QWEN.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"),
         [call(*XML)],
     ),
+    "qwen3_coder, last tag missing": (
+        "qwen3_coder",
+        "none",
+        "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=note>\nx\n</function>\n</tool_call>",
+        [call("add", '{"a": 1, "note": "x"}')],
+    ),
     "qwen3_coder, JSON": ("qwen3_coder", "none", HERMES % ADD, [call(*ADD)]),
     "glm45": (
         "glm45",
@@ -195,6 +201,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         "none",
         '[add(a=1, note="x]\\")", on=True), now()]',
         [call("add", '{"a": 1, "note": "x]\\")", "on": true}'), call("now")],
+    ),
+    "pythonic, constants of JSON": (
+        "pythonic",
+        "none",
+        "[add(a=null, on=true), add(on=[False, false])]",
+        [call("add", '{"a": null, "on": true}'), call("add", '{"on": [false, false]}')],
     ),
     "pythonic, tags": (
         "pythonic",
@@ -294,6 +306,9 @@ MALFORMED = {
     "expression": ("pythonic", "[add(a=f(1))]"),
     "bytes": ("pythonic", '[add(a=b"1")]'),
     "infinity": ("pythonic", "[add(a=1e999)]"),
+    "unhashable": ("pythonic", "[add(a={[]: 1})]"),
+    "long attribute": ("pythonic", f"[a{'.a' * 3000}(b=1)]"),
+    "nested functions": ("hermes", "<tool_call>" + '{"function":' * 3000),
     "deep": ("pythonic", f"[add(a={'(' * 3000}1{')' * 3000})]"),
     "deep JSON": ("hermes", HERMES % ("add", f'"{"[" * 100_000}"')),
     "text after Mistral's marker": ("mistral", "[TOOL_CALLS] are what I cannot make."),
@@ -386,8 +401,10 @@ def test_arguments_are_streamed_as_they_are_written(
     assert head[0] == ToolCallDelta(0, id=head[0].id, name="add")  # type: ignore[union-attr]
     assert head[1:] == [ToolCallDelta(0, ARGUMENTS[:6])]
     assert parser.feed(ARGUMENTS[6:9]) == [ToolCallDelta(0, ARGUMENTS[6:9])]
+    assert not parser.has_tool_calls
+    parser.feed(output[begin + 9 :])
+    parser.finish()
     assert parser.has_tool_calls
-    assert not parser.stopped
 
 
 @pytest.mark.parametrize(
@@ -418,6 +435,34 @@ def test_id_that_the_model_wrote_is_kept(model_tokenizer: PreTrainedTokenizerBas
     assert head == ToolCallDelta(0, id="functions.add:7", name="add")
     [head, *_] = run(make(model_tokenizer, "mistral"), ["[TOOL_CALLS]now[CALL_ID]Abcdef123[ARGS]{}"])
     assert head == ToolCallDelta(0, id="Abcdef123", name="now")
+
+
+JSON_ARGUMENTS = st.dictionaries(
+    st.text(),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+        lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+        max_leaves=5,
+    ),
+    max_size=3,
+)
+
+
+@given(st.lists(JSON_ARGUMENTS, min_size=1, max_size=3), st.integers(1, 12), st.booleans(), st.data())
+def test_any_arguments_in_any_envelope_are_streamed_unchanged(
+    model_tokenizer: PreTrainedTokenizerBase,
+    arguments: list[dict[str, Any]],
+    size: int,
+    ascii_only: bool,
+    data: st.DataObject,
+) -> None:
+    name = data.draw(st.sampled_from([name for name, notation in TOOL_CALLS.items() if notation.envelope]))
+    envelope = TOOL_CALLS[name].envelope
+    assert envelope is not None
+    texts = [json.dumps(value, ensure_ascii=ascii_only) for value in arguments]
+    output = envelope.write([("add", text) for text in (texts[:1] if name == "harmony" else texts)])
+    parts = join(run(make(model_tokenizer, name), cut(output, size)))
+    assert parts == [call("add", text) for text in (texts[:1] if name == "harmony" else texts)]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from predictor.errors import InvalidRequest
 from predictor.protocols import json_body
@@ -40,3 +42,19 @@ def test_to_utf8_invalid_encoding_is_an_error(decode: Any, body: bytes, expected
 def test_loads_half_of_a_surrogate_pair_in_utf16_is_an_error() -> None:
     with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
         json_body.loads(r'"\ud83d"'.encode("utf-16"))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    )
+)
+@example([{"a": [1, [2]]}] * 200)
+@example({"é": {}, '"': []})
+def test_dump_in_pieces_is_the_same_json(value: Any) -> None:
+    assert "".join(json_body.dump(value)) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def test_dump_has_the_elements_of_a_long_list_one_by_one() -> None:
+    assert max(map(len, json_body.dump({"choices": [{"prompt_logprobs": [{"1": -1.5}] * 10_000}]}))) < 30

@@ -5,14 +5,14 @@ from importlib.metadata import version as installed_version
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from predictor import served_models
 from predictor.entrypoints import kserve_server
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, OCTETS, json_responses, request_schema, sse_responses
 from predictor.entrypoints.http.routes.health import require_ready
-from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, decode_body
+from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, decode_body, encode_json
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
 from predictor.protocols import open_inference, open_inference_generate
@@ -62,12 +62,12 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
         headers = {HEADER_LENGTH: str(header_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
 
-    async def generate(request: Request) -> JSONResponse:
+    async def generate(request: Request) -> Response:
         name, version = _require_model(request, service)
         decode = partial(open_inference_generate.decode, model_name=name, version=version)
         decoded = await decode_body(request, "generate", decode)
         completions = await complete(request, service, [decoded.request])
-        return JSONResponse(open_inference_generate.encode(decoded, completions))
+        return await encode_json(completions, lambda: open_inference_generate.encode(decoded, completions))
 
     async def generate_stream(request: Request) -> Response:
         name, version = _require_model(request, service)

@@ -150,6 +150,30 @@ def test_parse_returns_an_object(openai_client: openai.OpenAI) -> None:
     assert response.output_parsed == Sum(working="7+5=12 1+2+1=4", result=42)
 
 
+def test_stream_with_a_format_returns_an_object(openai_client: openai.OpenAI) -> None:
+    with openai_client.responses.stream(
+        model="demo", input=f"{QUESTION} Answer as JSON.", text_format=Sum, temperature=0, max_output_tokens=300
+    ) as stream:
+        final = stream.get_final_response()
+    assert final.output_parsed == Sum(working="7+5=12 1+2+1=4", result=42)
+
+
+class Expression(pydantic.BaseModel):
+    expression: str
+
+
+def test_parse_of_a_strict_tool_returns_its_arguments(openai_client: openai.OpenAI) -> None:
+    tool: Any = openai.pydantic_function_tool(Expression, name="calculator")["function"] | {"type": "function"}
+    response = openai_client.responses.parse(
+        model="demo", input=CALL_QUESTION, tools=[tool], tool_choice="required", temperature=0
+    )
+    [call] = response.output
+    assert call.type == "function_call"
+    assert json.loads(call.arguments) == {"expression": "12 + 30"}
+    assert response.tools[0].type == "function"
+    assert response.tools[0].strict is True
+
+
 def test_max_output_tokens_makes_it_incomplete(openai_client: openai.OpenAI) -> None:
     response = openai_client.responses.create(
         model="demo", input=QUESTION, temperature=0, max_output_tokens=3, include=["message.output_text.logprobs"]
