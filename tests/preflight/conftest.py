@@ -89,6 +89,13 @@ class Draft:
         data: dict[str, str] = self["ConfigMap/model-download-"]["data"]
         return data
 
+    def mount_keys(self, volume: Manifest | None = None, **mount: str) -> None:
+        """Add a file of API keys as component api-keys does, with another volume or other fields of the mount."""
+        self.settings["PREDICTOR_API_KEYS_FILE"] = "/etc/kserve-llm/api-keys/keys"
+        source = volume or {"secret": {"secretName": "predictor-api-keys"}}
+        self["ServingRuntime"]["spec"]["volumes"].append({"name": "api-keys", **source})
+        self.container["volumeMounts"].append({"name": "api-keys", "mountPath": "/etc/kserve-llm/api-keys"} | mount)
+
     @property
     def deployment(self) -> Deployment:
         return Deployment(tuple(self.objects))
