@@ -179,10 +179,8 @@ def test_changed_limit_holds_after_the_file_is_read_again(server: InProcessServe
 def test_metrics_and_log_have_names_of_keys_only(server: InProcessServer) -> None:
     assert Call(server, OPENAI, 1).post().status_code == 200
     text = server.client.get("/metrics").text
-    names = {
-        name.removesuffix("_count").removesuffix("_sum")
-        for name in re.findall(r"^kserve_llm_(key_\w+){", text, re.MULTILINE)
-    }
+    samples = re.findall(r"^kserve_llm_(key_\w+){", text, re.MULTILINE)
+    names = {name.removesuffix("_count").removesuffix("_sum") for name in samples}
     readme = (ROOT / "predictor" / "README.md").read_text().partition("| Metric by key |")[2].partition("\n\n")[0]
     assert {name for name in names if not name.endswith("_created")} == set(re.findall("`(key_[a-z_]+)`", readme))
     assert not any(key(name) in text + server.log for name in LIMITS)
