@@ -116,6 +116,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         f'<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}}}\n</tool_call>\n{HERMES % NOW}',
         CALLS,
     ),
+    "hermes, arguments twice": (
+        "hermes",
+        "none",
+        '<tool_call>{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}</tool_call>',
+        [call("add", '{"a": 1}')],
+    ),
     "hermes, unknown tool": ("hermes", "none", HERMES % ("sub", '{"a": 1}'), [call("sub", '{"a": 1}')]),
     "hermes, cut off in arguments": (
         "hermes",
@@ -268,6 +274,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant to=functions.add<|channel|>commentary json"
         f"<|message|>{ARGUMENTS}",
         [reasoning("Hm."), call(*ADD)],
+    ),
+    "harmony, two texts": (
+        "harmony",
+        "harmony",
+        f"<|channel|>commentary<|message|>Wait.<|end|>{CHANNEL}final<|message|>So.",
+        [text("Wait.\nSo.")],
     ),
     "harmony, final": (
         "harmony",
