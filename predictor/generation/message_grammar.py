@@ -226,7 +226,14 @@ def _name(tool: Mapping[str, Any]) -> str:
 def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema of a tool's arguments; a tool without one takes none."""
     parameters = tool["function"].get("parameters")
-    return _NO_ARGUMENTS if parameters is None else {"type": "object", **parameters}
+    if parameters is None:
+        return _NO_ARGUMENTS
+    types = parameters.get("type", "object")
+    if "object" not in ([types] if isinstance(types, str) else types):
+        raise InvalidRequest(
+            f"tools: the parameters of {_name(tool)!r} are no object. Set their type to object.", "tools"
+        )
+    return {**parameters, "type": "object"}
 
 
 def _reasoning(chat: Chat, prompt: str, output_format: OutputFormat | None) -> Reasoning:

@@ -62,8 +62,8 @@ class OutputParser:
 
     @property
     def has_tool_calls(self) -> bool:
-        """Whether a tool call was found."""
-        return self._calls.count > 0
+        """Whether there are tool calls, the last of them complete as well."""
+        return 0 < self._calls.num_complete == self._calls.count
 
     @property
     def stopped(self) -> bool:

@@ -51,7 +51,8 @@ class ToolCallReader:
         self._call_ids = call_ids
         self._parallel = parallel
         self._ids: set[str] = set()
-        self._num_complete = 0
+        self.num_complete = 0
+        """Number of calls whose arguments are complete."""
         self._lead = ""
         """Text to put before what cannot be read: the marker."""
 
@@ -63,7 +64,7 @@ class ToolCallReader:
     @property
     def stopped(self) -> bool:
         """Whether no further call is allowed."""
-        return self._num_complete > 0 and not self._parallel
+        return self.num_complete > 0 and not self._parallel
 
     def read(self, region: Region, match: Any) -> Reads[str]:
         """Read all calls of a region, whose start was taken as `match`.
@@ -77,7 +78,6 @@ class ToolCallReader:
             match region.content:
                 case Content.ARGUMENTS:
                     yield from self._read_arguments(match["name"], match.groupdict().get("id"), end=region.end)
-                    self._end_call()
                 case Content.OBJECTS:
                     yield from self._read_objects(known_only=region.bare)
                 case Content.PYTHON:
@@ -108,6 +108,7 @@ class ToolCallReader:
             arguments = "{}" if is_empty else (yield from self._read_whole_arguments())
             self._begin_call(name, id_)
             self._add_arguments(arguments)
+        self.num_complete += 1
         self._input.record()
 
     def _read_whole_arguments(self) -> Reads[str]:
@@ -125,7 +126,6 @@ class ToolCallReader:
                 in_list = True
             elif character == "{":
                 yield from self._read_object(known_only=known_only)
-                self._end_call()
                 found = True
                 self._input.record()
             elif found and character and character in (",]" if in_list else ";"):
@@ -162,8 +162,7 @@ class ToolCallReader:
         if len(self._ids) == count:
             if not name or (known_only and not arguments):
                 raise Malformed
-            self._begin_call(name)
-            self._add_arguments(arguments or "{}")
+            self._add_call(name, arguments or "{}")
 
     def _read_python(self, region: Region) -> Reads[str]:
         parts: list[str] = []
@@ -196,9 +195,12 @@ class ToolCallReader:
         checked = [(self._checked(name, known_only=known_only), _object_text(arguments)) for name, arguments in calls]
         for name, arguments in checked:
             if not self.stopped:
-                self._begin_call(name)
-                self._add_arguments(arguments)
-                self._end_call()
+                self._add_call(name, arguments)
+
+    def _add_call(self, name: str, arguments: str) -> None:
+        self._begin_call(name)
+        self._add_arguments(arguments)
+        self.num_complete += 1
 
     def _checked(self, name: object, *, known_only: bool) -> str:
         if isinstance(name, str) and (name in self._names or (not known_only and _NAME.fullmatch(name))):
@@ -226,9 +228,6 @@ class ToolCallReader:
 
     def _add_arguments(self, text: str) -> None:
         self._emit(ToolCallDelta(len(self._ids) - 1, text))
-
-    def _end_call(self) -> None:
-        self._num_complete += 1
 
 
 def _object_text(value: object) -> str:

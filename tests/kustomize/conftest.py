@@ -1,6 +1,5 @@
 """Renderings of every kustomization of the tree, made once per session."""
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from preflight import offline
 from preflight.checks import schema
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
+from tests.preflight.conftest import CachedSchemas
 
 RENAMING = Path("kustomize/renaming")
 """A transformer, not objects."""
@@ -147,17 +147,6 @@ def overlay(request: pytest.FixtureRequest, render: Render) -> Rendered:
 def component(request: pytest.FixtureRequest, render: Render) -> Rendered:
     """Every component in turn, on base."""
     return render(request.param)
-
-
-class CachedSchemas(Schemas):
-    """Schemas that validate equal objects once: most objects are in many renderings."""
-
-    def problems(self, manifest: Manifest) -> list[str] | None:
-        return self._cached(json.dumps(manifest))
-
-    @cache  # noqa: B019 - there is one, and it lives as long as the session
-    def _cached(self, text: str) -> list[str] | None:
-        return super().problems(json.loads(text))
 
 
 @pytest.fixture(scope="session")

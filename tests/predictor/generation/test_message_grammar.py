@@ -308,6 +308,13 @@ def test_calls_that_no_grammar_can_restrict_are_refused_by_name(
     assert raised.value.field == field
 
 
+@pytest.mark.parametrize("types", ["string", ["array", "null"]])
+def test_arguments_that_are_no_object_are_refused(hermes: OutputFormat, types: Any) -> None:
+    chat = replace(REQUIRED, tools=(_tool("odd", {"type": types}),))
+    with pytest.raises(InvalidRequest, match="the parameters of 'odd' are no object"):
+        message_grammar.for_chat(chat, PROMPT, hermes, None)
+
+
 def test_compile_unsupported_schema_of_a_tool_is_refused_with_its_name(
     compiler: GrammarCompiler, hermes: OutputFormat
 ) -> None:

@@ -413,8 +413,9 @@ def test_arguments_are_streamed_as_they_are_written(
     assert head[0] == ToolCallDelta(0, id=head[0].id, name="add")  # type: ignore[union-attr]
     assert head[1:] == [ToolCallDelta(0, ARGUMENTS[:6])]
     assert parser.feed(ARGUMENTS[6:9]) == [ToolCallDelta(0, ARGUMENTS[6:9])]
+    assert not parser.has_tool_calls
+    parser.feed(output[begin + 9 :])
     assert parser.has_tool_calls
-    assert not parser.stopped
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from predictor.engine.grammar import bias_on_device
 from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
 from predictor.types import GrammarKind, StructuredOutput
@@ -205,6 +207,14 @@ def test_processor_excluded_tokens_contradict_the_grammar_is_an_error(compiler: 
     process = compiler.compile(StructuredOutput(GrammarKind.REGEX, "a")).logits_processor()
     with pytest.raises(InvalidRequest, match="contradict"):
         process(torch.full((512,), -torch.inf), [], [])
+
+
+def test_bias_on_device_excludes_the_tokens_without_a_bit() -> None:
+    bias = bias_on_device(np.array([0b10000001, 0, 255], dtype=np.uint8), torch.device("cpu"))
+    allowed = torch.isfinite(bias).nonzero().flatten().tolist()
+    assert allowed == [0, 7, *range(16, 24)]
+    assert bias.shape == (24,)
+    assert bias[allowed].eq(0).all()
 
 
 def test_processor_of_one_grammar_sequences_are_independent(

@@ -153,6 +153,15 @@ def test_calls_with_logprobs_and_stop_are_reported(client: Client, choice: str) 
     assert received[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}
 
 
+@pytest.mark.parametrize(("limit", "reason"), [({"stop": ["12"]}, "stop"), ({"max_tokens": 20}, "length")])
+def test_call_that_is_cut_off_is_not_reported_as_complete(client: Client, limit: dict[str, Any], reason: str) -> None:
+    for choice in ask(client, **limit, tool_choice="required", n=2):
+        assert choice["finish_reason"] == reason
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"]["arguments"].startswith('{"expression": "')
+        assert not call["function"]["arguments"].endswith("}")
+
+
 def test_answer_with_a_schema_and_tools_is_a_call_or_the_json(client: Client) -> None:
     schema = {
         "type": "object",
