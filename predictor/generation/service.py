@@ -131,8 +131,8 @@ class LLMService:
         except Exception as error:
             self._hold.end(ModelNotReady(f"Model {self.models.default} could not be loaded: {error}"))
             raise
-        self._progress.finish()
         self._hold.end()
+        self._progress.finish()
         logger.info("model %s is ready after %.1f s", self.models.default, time.monotonic() - started)
         return True
 

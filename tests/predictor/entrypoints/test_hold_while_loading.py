@@ -150,7 +150,10 @@ def test_hold_answers_all_once_the_model_is_loaded_and_rejects_more(
     record.write_text(json.dumps({"snapshot": str(DEMO_MODEL), "seconds": 1000}))
     with loading(monkeypatch, *HOLD, *SMALL, "--load_record_file", str(record)) as server:
         proxy = IdleTimeoutProxy(server.url)
-        with proxy.running(), httpx.Client(base_url=proxy.url, timeout=HANG_SECONDS, trust_env=False) as client:
+        with (
+            proxy.running() as url,
+            httpx.Client(base_url=url, timeout=HANG_SECONDS, trust_env=False) as client,
+        ):
             held = [Held(threads, server.client, *WHOLE[index % 2]) for index in range(PLACES // 2 - 1)]
             streams = [Held(threads, client, *STREAMS[index % 2]) for index in range(PLACES // 2 - 1)]
             cut = Held(threads, client, *WHOLE[0])
