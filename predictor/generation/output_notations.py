@@ -311,7 +311,7 @@ def _own_notation(tokenizer: ChatTokenizer) -> Notation | None:
     try:
         tokenizer.get_response_parser(template, prefix="")
         return Notation(regions=tuple(_own_regions(template)))
-    # A template is written by whoever published the model.
+    # Templates are published with models, and may have any error.
     except Exception as error:  # noqa: BLE001
         logger.warning(
             "the tokenizer's response_template does not work: %s. What the chat template contains is used instead",

@@ -354,12 +354,6 @@ class LLMService:
         has_chat = any(isinstance(request.prompt, Chat) for request in requests)
         record.operation = "chat" if has_chat else "text_completion"
         deadline = self._deadline(timeout_seconds)
-        if self.is_loading and self._settings.hold_while_loading:
-            await self._wait_for_load(sum(request.n for request in requests), deadline)
-        pipeline = self._admit(record, [request.prompt for request in requests])
-        if self._settings.log_prompts:
-            for request in requests:
-                logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
 
         def on_finished(sequence: FinishedSequence) -> None:
             self._metrics.count_finished(sequence)
@@ -370,8 +364,15 @@ class LLMService:
             self._metrics.count_tokens(tokens, gap_seconds)
             self._usage.count_tokens(record.caller, tokens)
 
+        num_sequences = sum(request.n for request in requests)
         try:
-            async with self._encoding(pipeline, sum(request.n for request in requests), deadline):
+            if self.is_loading and self._settings.hold_while_loading:
+                await self._wait_for_load(num_sequences, deadline)
+            pipeline = self._admit(record, [request.prompt for request in requests])
+            if self._settings.log_prompts:
+                for request in requests:
+                    logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
+            async with self._encoding(pipeline, num_sequences, deadline):
                 self._usage.take_request(record.caller)
                 encoded = await pipeline.encoder.encode(requests, record.key)
             stream = output_processor.submit(
@@ -458,7 +459,7 @@ class LLMService:
         limit = self._settings.hold_while_loading
         remaining = deadline - time.monotonic()
         try:
-            await self._hold.wait(num_sequences, min(limit, remaining))
+            await self._hold.wait(num_sequences, min(limit, remaining), request_record.current().caller)
         except HoldFull:
             raise self._not_ready(f", and {self._hold.max_sequences} sequences at most wait for it") from None
         except TimeoutError:

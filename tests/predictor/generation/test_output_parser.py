@@ -116,6 +116,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         f'<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}}}\n</tool_call>\n{HERMES % NOW}',
         CALLS,
     ),
+    "hermes, arguments twice": (
+        "hermes",
+        "none",
+        '<tool_call>{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}</tool_call>',
+        [call("add", '{"a": 1}')],
+    ),
     "hermes, unknown tool": ("hermes", "none", HERMES % ("sub", '{"a": 1}'), [call("sub", '{"a": 1}')]),
     "hermes, cut off in arguments": (
         "hermes",
@@ -269,6 +275,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         f"<|message|>{ARGUMENTS}",
         [reasoning("Hm."), call(*ADD)],
     ),
+    "harmony, two texts": (
+        "harmony",
+        "harmony",
+        f"<|channel|>commentary<|message|>Wait.<|end|>{CHANNEL}final<|message|>So.",
+        [text("Wait.\nSo.")],
+    ),
     "harmony, final": (
         "harmony",
         "harmony",
@@ -403,7 +415,6 @@ def test_arguments_are_streamed_as_they_are_written(
     assert parser.feed(ARGUMENTS[6:9]) == [ToolCallDelta(0, ARGUMENTS[6:9])]
     assert not parser.has_tool_calls
     parser.feed(output[begin + 9 :])
-    parser.finish()
     assert parser.has_tool_calls
 
 

@@ -1,5 +1,6 @@
 """Several API keys with weights and limits on one server, over HTTP and gRPC."""
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as service
 
+from devtools.paths import ROOT
 from tests.predictor import servers
 from tests.predictor.servers import GENERATE, INFER, OPENAI, Call, InProcessServer
 
@@ -177,5 +179,8 @@ def test_changed_limit_holds_after_the_file_is_read_again(server: InProcessServe
 def test_metrics_and_log_have_names_of_keys_only(server: InProcessServer) -> None:
     assert Call(server, OPENAI, 1).post().status_code == 200
     text = server.client.get("/metrics").text
-    assert 'kserve_llm_key_queue_time_seconds_count{key="modest",model_name="limits"}' in text
+    samples = re.findall(r"^kserve_llm_(key_\w+){", text, re.MULTILINE)
+    names = {name.removesuffix("_count").removesuffix("_sum") for name in samples}
+    readme = (ROOT / "predictor" / "README.md").read_text().partition("| Metric by key |")[2].partition("\n\n")[0]
+    assert {name for name in names if not name.endswith("_created")} == set(re.findall("`(key_[a-z_]+)`", readme))
     assert not any(key(name) in text + server.log for name in LIMITS)
