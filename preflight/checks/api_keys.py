@@ -15,6 +15,13 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     """Yield a file that is not mounted as a Secret that may change, and a malformed line of the overlay's Secret."""
     mount = _mount(deployment)
     if mount is None:
+        if file := deployment.settings.get(SETTING):
+            yield Finding(
+                deployment.where,
+                f"{SETTING} is {file}, and no volume is mounted there, so the predictor does not start",
+                "add component api-keys, or mount a Secret",
+                "kserve-llm",
+            )
         return
     if "subPath" in mount:
         yield Finding(
@@ -64,7 +71,7 @@ def _lines(deployment: Deployment, name: str, text: str) -> Iterator[Finding]:
 
 
 def _mount(deployment: Deployment) -> Manifest | None:
-    """Return the server's mount of the file; None without a file or without a volume, which `settings` reports."""
+    """Return the server's mount of the file; None without a file or without a volume."""
     path = deployment.settings.get(SETTING, "")
     mounts = deployment.server.get("volumeMounts", []) if path else []
     covering = [mount for mount in mounts if f"{path}/".startswith(f"{mount['mountPath'].rstrip('/')}/")]

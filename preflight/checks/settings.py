@@ -41,7 +41,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
     yield from _reference(deployment)
     yield from _device(deployment)
     yield from _hold(deployment)
-    for problem, remedy in [*_tokens(deployment.settings, model), *_keys_file(deployment)]:
+    for problem, remedy in _tokens(deployment.settings, model):
         yield Finding(deployment.where, problem, remedy, "kserve-llm")
     environments = [deployment.environment(container) for _, container in deployment.downloads]
     downloads = (found for environment in environments for found in _download(deployment.settings, environment))
@@ -166,16 +166,6 @@ def _tokens(settings: dict[str, str], model: Model | None) -> Iterator[tuple[str
         yield (
             f"PREDICTOR_MAX_MODEL_LEN is {length}, and the model has {model.positions} positions",
             "lower it, or unset it for the model's context",
-        )
-
-
-def _keys_file(deployment: Deployment) -> Iterator[tuple[str, str]]:
-    keys = deployment.settings.get("PREDICTOR_API_KEYS_FILE", "")
-    mounts = [mount["mountPath"].rstrip("/") for mount in deployment.server.get("volumeMounts", [])]
-    if keys and not any(keys == mount or keys.startswith(f"{mount}/") for mount in mounts):
-        yield (
-            f"PREDICTOR_API_KEYS_FILE is {keys}, and no volume is mounted there, so the predictor does not start",
-            "add component api-keys, or mount a Secret",
         )
 
 
