@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
@@ -174,6 +175,22 @@ def test_compile_deep_schema_is_refused(compiler: GrammarCompiler) -> None:
         value = {"type": "object", "properties": {"a": value}}
     with pytest.raises(InvalidRequest, match="recursion limit"):
         compiler.compile(schema(value))
+
+
+def _chain_of_rules(name: str) -> StructuredOutput:
+    rules = "\n".join(f"{name}{index}: {name}{index + 1}" for index in range(5000))
+    return StructuredOutput(GrammarKind.GRAMMAR, f'start: {name}0\n{rules}\n{name}5000: "a"')
+
+
+def test_compile_long_chains_of_rules_does_not_overflow_the_stack(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert follow(compiler, tokenizer, _chain_of_rules("r"), seed=1) == "a"
+    assert follow(compiler, tokenizer, _chain_of_rules("T"), seed=1) == "a"
+    names = [f"a{index}" for index in range(2000)]
+    chain = {name: {"items": {"$ref": f"#/$defs/{following}"}} for name, following in pairwise(names)}
+    value = {"type": "array", "items": {"$ref": "#/$defs/a0"}, "$defs": {**chain, names[-1]: {}}}
+    compiler.compile(schema(value))
 
 
 @pytest.mark.parametrize(
