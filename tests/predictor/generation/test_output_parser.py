@@ -143,6 +143,30 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         QWEN.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"),
         [call(*XML)],
     ),
+    "qwen3_coder, tags in a value": (
+        "qwen3_coder",
+        "none",
+        f"{QWEN.replace('if x:', '</tool_call></function>')}\n{QWEN}",
+        [call("add", XML[1].replace("if x:", "</tool_call></function>")), call(*XML)],
+    ),
+    "qwen3_coder, last tags missing": (
+        "qwen3_coder",
+        "none",
+        f"{QWEN.removesuffix('</tool_call>')}{QWEN.removesuffix('</tool_call>')}",
+        [call(*XML), call(*XML)],
+    ),
+    "glm45, tags in a value": (
+        "glm45",
+        "none",
+        f"{GLM.replace('if x:', '</tool_call>')} OK",
+        [call("add", XML[1].replace("if x:", "</tool_call>")), text("OK")],
+    ),
+    "glm45 without line feeds": (
+        "glm45",
+        "none",
+        f"{GLM.replace(chr(10) + '<', '<')}<tool_call>now</tool_call>",
+        [call(*XML), call("now")],
+    ),
     "qwen3_coder, last tag missing": (
         "qwen3_coder",
         "none",
