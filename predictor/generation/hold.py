@@ -44,7 +44,7 @@ class Hold:
         Raises:
             HoldFull: there is no place for the request.
             TimeoutError: the time is over.
-            RequestError: the load has failed, or the caller has no place for so many sequences.
+            RequestError: the load has failed, or the request has more sequences than its caller may have.
         """
         future = asyncio.get_running_loop().create_future()
         with self._lock:
