@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     """Maximum time to hold a request while the model loads, in seconds, instead of responding 503. 0: off."""
     ready_while_loading: bool = False
     """Be ready as soon as weights are loaded, not afterwards, so that requests arrive. Needs hold_while_loading."""
-    load_record_file: Path | None = None
+    load_time_file: Path | None = None
     """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""

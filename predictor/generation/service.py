@@ -98,7 +98,7 @@ class LLMService:
         self._state_lock = threading.RLock()
         # All that are held can run or queue afterwards.
         self._hold = Hold(settings.max_num_seqs + settings.max_queued_requests)
-        self._progress = LoadProgress(settings.load_record_file)
+        self._progress = LoadProgress(settings.load_time_file)
         self._metrics = metrics.ModelMetrics(self.models.default)
         self._usage = CallerUsage(self.models.default)
         self._metrics.register_callbacks(

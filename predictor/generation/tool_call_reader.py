@@ -175,9 +175,12 @@ class ToolCallReader:
     def _read_to_end(self, region: Region) -> Reads[str]:
         parts: list[str] = []
         end = yield from self._input.find(regex.compile(region.end or "(?!)", regex.DOTALL), parts.append)
-        if end is None and region.end is not None:
+        text = "".join(parts)
+        if end is not None:
+            return text + str(end[0])
+        if region.end is not None and not (region.last_end and text.rstrip().endswith(region.last_end)):
             raise Malformed
-        return "".join(parts) + (end[0] if end is not None else "")
+        return text
 
     def _apply(self, region: Region, text: str) -> list[tuple[str, Any]]:
         """Return the names and the arguments that transformers finds in the text of a region."""

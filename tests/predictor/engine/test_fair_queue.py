@@ -60,8 +60,8 @@ def test_newcomer_is_entitled_and_gets_the_place_of_the_caller_that_uses_most() 
     add(queue, BOB, "b1")
     queue.begin_step(["a1", "n1", "a2"], ["a3", "b1"])
     assert queue.entitled(["a3", "b1"]) == ["b1"]
-    assert queue.victim(["a1", "n1", "a2"]) == "a2"
-    assert queue.victim(["a1", "n1"]) is None, "a caller keeps its last sequence"
+    assert queue.victim(["a1", "n1", "a2"], ["b1"]) == "a2"
+    assert queue.victim(["a1", "n1"], ["b1"]) is None, "a caller keeps its last sequence"
 
 
 def test_idle_caller_saves_nothing_and_owes_nothing() -> None:
@@ -99,7 +99,18 @@ def test_caller_that_falls_far_behind_is_entitled_to_another_place() -> None:
     queue.charge("a1", 2 * RESERVED_TOKENS + 1)
     queue.begin_step(["a1", "a2", "b1"], ["b2"])
     assert queue.entitled(["b2"]) == ["b2"]
-    assert queue.victim(["a1", "a2", "b1"]) == "a2"
+    assert queue.victim(["a1", "a2", "b1"], ["b2"]) == "a2"
+
+
+def test_caller_does_not_get_its_own_place() -> None:
+    queue = FairQueue()
+    add(queue, ALICE, "a1", "a2")
+    add(queue, BOB, "b1", "b2", "b3")
+    queue.begin_step(["a1", "a2", "b1", "b2"], ["b3"])
+    queue.charge("a1", 2 * PATIENCE_TOKENS)
+    assert queue.entitled(["b3"]) == ["b3"]
+    assert queue.victim(["a1", "a2", "b1", "b2"], ["b3"]) == "a2"
+    assert queue.victim(["a1", "b1", "b2"], ["b3"]) is None
 
 
 def test_discarded_sequence_is_forgotten() -> None:

@@ -185,7 +185,7 @@ def test_fairness_tokens_follow_the_weights(wide: Engine, loaded: LoadedModel, h
         await blocked(hold)
         bobs = submit(wide, heavy, 50, random_ids(loaded, 9, seed=2), replace(TEN, max_tokens=60))
         with closing(hold, alices, bobs):
-            await step(hold, 300)
+            await step(hold, 200)
             generated = [sum(map(newest_tokens, group)) for group in (alices, bobs)]
         await until_idle(wide)
         return generated[1] / generated[0]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,26 @@ def test_queue_filled_by_one_key_leaves_a_place_for_another(server: InProcessSer
         server.hold.open()
     server.wait_until_idle()
     assert server.metric("key_request_rejected_total", key="greedy", limit="queue") == rejected + 1
+
+
+def test_waiting_requests_that_a_proxy_gives_up_free_their_places(server: InProcessServer) -> None:
+    """Although the engine makes no step meanwhile."""
+    server.hold.close()
+    call = Call(server, OPENAI, 400, more={"n": 9})
+
+    def give_up(_: int) -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{server.url}{call.path}", json=call.body, headers=bearer("greedy"), timeout=0.5, trust_env=False
+            )
+
+    with ThreadPoolExecutor(CAPACITY // 9) as threads:
+        list(threads.map(give_up, range(CAPACITY // 9)))
+    wait_for_sequences(server, "greedy", 0)
+    with ExitStack() as stack:
+        assert open_stream(stack, server, "modest", n=CAPACITY).status_code == 200
+        server.hold.open()
+    server.wait_until_idle()
 
 
 def test_requests_beyond_the_limit_of_a_minute_return_429_in_every_protocol(server: InProcessServer) -> None:
