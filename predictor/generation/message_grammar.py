@@ -81,7 +81,7 @@ class MessageGrammar:
 
     @property
     def _calls_are_json(self) -> bool:
-        """Whether a call is written as JSON, one only, since a grammar tells it from a JSON answer only then."""
+        """Whether a call is one JSON object, which is the only form that a grammar separates from a JSON answer."""
         return bool(self.calls and not self.calls.required and self.answer and not self.calls.envelope.marker)
 
     def to_lark(self, literal: Literal) -> str:

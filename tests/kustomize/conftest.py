@@ -41,6 +41,7 @@ IMAGES = Path("kustomize/components/images")
 KNATIVE_CONFIG_MAP = Path("manifests/cluster/knative-config-map")
 KNATIVE_SERVING = Path("manifests/cluster/knative-serving")
 STORAGE_CONTAINER = Path("manifests/cluster/storage-container")
+CLUSTER_RUNTIME = Path("manifests/cluster/runtime")
 PINNED = f"hf://owner/model:{'a' * 40}"
 
 Render = Callable[[Path], "Rendered"]
@@ -77,6 +78,20 @@ class RenderWith(Protocol):
     """Renders a folder with components and settings added."""
 
     def __call__(self, folder: Path, *components: Path, reference: str = ..., **predictor: str) -> Rendered: ...
+
+
+def documented_service() -> tuple[str, Manifest]:
+    """Return the InferenceService without an overlay that the README shows, as text and parsed."""
+    [text] = re.findall(r"```yaml\n(.*?)```", (MANIFESTS / "cluster/README.md").read_text(), re.DOTALL)
+    return text, yaml.safe_load(text)
+
+
+def with_cluster_runtime(service: Manifest, runtime: Manifest) -> Deployment:
+    """Return a deployment with this runtime, which KServe merges like a namespaced one."""
+    named = {**runtime, "kind": "ServingRuntime"}
+    predictor = service["spec"]["predictor"]
+    model = {**predictor["model"], "runtime": runtime["metadata"]["name"]}
+    return Deployment(({**service, "spec": {"predictor": {**predictor, "model": model}}}, named))
 
 
 def kustomize(folder: Path) -> tuple[Manifest, ...]:

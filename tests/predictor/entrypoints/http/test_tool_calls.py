@@ -92,10 +92,10 @@ def test_required_call_without_a_reason_to_call_is_made(client: Client) -> None:
             check(call["function"])
 
 
-def test_named_call_is_of_this_tool(client: Client) -> None:
+def test_named_call_is_one_of_this_tool(client: Client) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
     for answer in ask(client, **HOT, tool_choice=choice, n=4):
-        assert {call["function"]["name"] for call in answer["message"]["tool_calls"]} == {"weather"}
+        assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["weather"]
 
 
 def test_required_call_without_parallel_calls_is_one(client: Client) -> None:
