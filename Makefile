@@ -102,7 +102,8 @@ images-check: $(INSTALLED) ## build, run and inspect every image; as root, with 
 	@BUILD_IMAGES=storage_initializer,prepare,predictor $(BIN)/python -m pytest tests/images
 
 # `kustomize edit set image` would reformat the files and move their comments.
-IMAGE_NAMES := kustomize/components/images/kustomization.yaml manifests/cluster/storage-container/kustomization.yaml
+IMAGE_NAMES := kustomize/components/images/kustomization.yaml manifests/cluster/storage-container/kustomization.yaml \
+  manifests/cluster/runtime/kustomization.yaml
 DIGEST := [^ @]+@sha256:[0-9a-f]{64}
 pinned = -e '/- name: $(1)$$/{n;s|: .*|: $(firstword $(subst @, ,$(2)))|;n;s|[a-zA-Z]*: .*|digest: $(lastword $(subst @, ,$(2)))|;}'
 

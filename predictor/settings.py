@@ -53,7 +53,7 @@ class Settings(BaseSettings):
     """Maximum time to hold a request while the model loads, in seconds, instead of responding 503. 0: off."""
     ready_while_loading: bool = False
     """Be ready as soon as weights are loaded, not afterwards, so that requests arrive. Needs hold_while_loading."""
-    load_record_file: Path | None = None
+    load_time_file: Path | None = None
     """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     task: Literal["auto", "generate", "embed", "classify"] = "auto"
     """What the model does: generate text, embed or classify texts. auto: what the snapshot's files show."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from preflight.checks import (
+    api_keys,
     api_server,
     containers,
     knative,
@@ -50,6 +51,7 @@ def check(
         references.check,
         containers.check,
         security.check,
+        api_keys.check,
         partial(settings.check, model=model),
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),

@@ -1,6 +1,6 @@
-"""The settings of the two programs, checked by the programs' own models. Nothing else is imported from them.
+"""The settings of the two programs, and the file of API keys, checked by the programs' own code.
 
-The models need pydantic only; torch and kserve are not loaded.
+Nothing else is imported from them. This code needs pydantic only; torch and kserve are not loaded.
 """
 
 import difflib
@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from predictor import settings as predictor_settings
+from predictor.entrypoints.api_keys import parse as parse_api_keys
 from predictor.errors import InvalidSettings
 from preflight.deployment import flags
 from preflight.findings import Problems
@@ -104,6 +105,16 @@ class Program:
             [*close] = difflib.get_close_matches(str(first["input"]).lower(), words, n=1, cutoff=_SIMILAR)
             return message, f"use {close[0]}" if close else "correct it, or remove it for the default"
         return None
+
+
+def api_keys_problem(text: str, source: str) -> tuple[str, str] | None:
+    """Return why the predictor does not accept a file of API keys, and the remedy; neither has a part of a key."""
+    try:
+        parse_api_keys(text, source)
+    except InvalidSettings as error:
+        problem, _, remedy = str(error).rstrip(".").partition(". ")
+        return problem, remedy[:1].lower() + remedy[1:]
+    return None
 
 
 PREDICTOR = Program("predictor", predictor_settings.Settings, predictor_settings.parse, (InvalidSettings,))

@@ -410,8 +410,11 @@ class _Scheduler(FIFOScheduler):
         """Move sequences out of a full batch or cache, so that every caller can have one in it."""
         entering = self.fair_queue.entitled(self.waiting_requests)
         while entering and not self._has_room(entering, token_budget):
-            request_id = self.fair_queue.victim(list(self.active_requests))
+            request_id = self.fair_queue.victim(list(self.active_requests), entering)
             if request_id is None:
+                # If only the cache is short, a sequence that has left would start again, and leave in the next step.
+                if self.max_requests_per_batch - len(self.active_requests) >= len(entering):
+                    self.block_new_requests = True
                 return
             self._preempt(request_id)
         if entering:

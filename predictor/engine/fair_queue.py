@@ -93,12 +93,13 @@ class FairQueue:
                 first[ticket.name] = min(first.get(ticket.name, rank), rank)
         return [request_id for *_, request_id in first.values()]
 
-    def victim(self, running: Sequence[str]) -> str | None:
+    def victim(self, running: Sequence[str], entering: Iterable[str]) -> str | None:
         """Return, and count as waiting, the last sequence of the caller that uses most for its weight.
 
-        None: no caller has two.
+        None: no caller has two, except those of the entering sequences.
         """
-        several = [name for name, count in self._running.items() if count > 1]
+        exempt = {self._ticket(request_id).name for request_id in entering}
+        several = [name for name, count in self._running.items() if count > 1 and name not in exempt]
         if not several:
             return None
         heaviest = max(several, key=self._use)

@@ -67,12 +67,12 @@ class PromptScorer:
             self._output = output
 
     def score(self, sequences: Iterable[ScheduledSequence]) -> None:
-        """Append the log probabilities that the last forward pass gives to those of the samplers.
+        """Add the log probabilities of the last forward pass to the samplers.
 
         Args:
             sequences: of the step, in the order of their rows.
         """
-        output, self._output = self._output, None
+        output = self._output
         rows: list[_Row] = []
         first_row = 0
         complete = []
@@ -88,6 +88,7 @@ class PromptScorer:
             self._score_rows(output, rows[begin : begin + size])
         for request_id in complete:
             self.samplers.pop(request_id, None)
+        self._output = None
 
     def _score_rows(self, output: Any, rows: Sequence[_Row]) -> None:
         positions, token_ids, samplers = zip(*rows, strict=True)

@@ -55,32 +55,37 @@ class LogitBias:
     """Adds a number to the logits of some tokens."""
 
     def __init__(self, logit_bias: Collection[tuple[int, float]]) -> None:
-        self._biases = dict(logit_bias)
+        self._logit_bias = dict(logit_bias)
+        self._biases: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Add the biases."""
         del prompt_ids, output_ids
-        biases = {token_id: bias for token_id, bias in self._biases.items() if token_id < logits.numel()}
-        logits[list(biases)] += torch.tensor(list(biases.values()), device=logits.device)
+        if self._biases is None:
+            biases = {token_id: bias for token_id, bias in self._logit_bias.items() if token_id < logits.numel()}
+            self._biases = torch.zeros_like(logits)
+            self._biases[list(biases)] = torch.tensor(list(biases.values()), device=logits.device)
+        logits += self._biases
 
 
 class AllowedTokens:
     """Excludes all tokens but some."""
 
     def __init__(self, token_ids: Collection[int]) -> None:
-        self._token_ids = list(token_ids)
+        self._token_ids = token_ids
+        self._excluded: torch.Tensor | None = None
 
     def __call__(self, logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
         """Set the logits of all other tokens to minus infinity.
 
         Raises:
-            InvalidRequest: all of the tokens are excluded already.
+            InvalidRequest: the allowed tokens are excluded already.
         """
         del prompt_ids, output_ids
-        token_ids = [token_id for token_id in self._token_ids if token_id < logits.numel()]
-        allowed = logits[token_ids]
-        logits.fill_(-torch.inf)
-        logits[token_ids] = allowed
+        if self._excluded is None:
+            self._excluded = torch.ones_like(logits, dtype=torch.bool)
+            self._excluded[[token_id for token_id in self._token_ids if token_id < logits.numel()]] = False
+        logits.masked_fill_(self._excluded, -torch.inf)
         if logits.max() == -torch.inf:
             raise InvalidRequest(
                 "No token may follow: min_tokens or excluded tokens contradict allowed_token_ids. Omit them.",

@@ -24,11 +24,6 @@ class CallEnvelope:
     excluded: tuple[str, ...] = ()
     """Other texts that begin a call, of which no grammar knows the rest."""
 
-    def write(self, calls: list[tuple[str, str]]) -> str:
-        """Return calls, as name and JSON of the arguments, as the model writes them."""
-        texts = (self.before_name + name + self.before_arguments + json + self.after_arguments for name, json in calls)
-        return self.begin + self.between_calls.join(texts) + self.end
-
     def to_schema(self, name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         """Return the JSON schema of a call without markers, from that of its arguments."""
         key = self.before_arguments.split('"')[2]

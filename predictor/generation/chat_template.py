@@ -187,7 +187,7 @@ class ChatTemplate:
     def _convert_calls(self, message: dict[str, Any]) -> dict[str, Any]:
         """Return a message with its tool calls and its reasoning as the template reads them.
 
-        Some templates take an empty list for calls, and leave out the content; others reject reasoning beside both.
+        Some templates take an empty list for calls, and leave out the content; others reject reasoning next to both.
         """
         calls = message.get("tool_calls")
         left_out = set() if calls else {"tool_calls"}
@@ -242,7 +242,7 @@ class ChatTemplate:
             logger.warning("chat requests will fail, since the chat template does not work: %s", self.status)
 
     def _probe_calls(self) -> None:
-        """Find how the template takes the arguments of tool calls, and reasoning beside text and calls."""
+        """Find how the template takes the arguments of tool calls, and reasoning next to text and calls."""
         user = {"role": "user", "content": _as(self._contents["user"], "Hi")}
         call = {"role": "assistant", "content": _as(self._contents["assistant"], ""), "tool_calls": [_CALL]}
         if self._rejects([user, call]) or f"{{'{_PROBE}'" in self._render([user, call]):

@@ -1,4 +1,4 @@
-"""How far the load of a model is, and the time until it is ready: from the last load on record, else from this one."""
+"""How far the load of a model is, and the time until it is ready: from the last load, else from this one."""
 
 import json
 import logging
@@ -13,11 +13,11 @@ class LoadProgress:
     """Progress of one load; written by its thread, read by any.
 
     Args:
-        record_file: keeps the duration of the last load; None: no estimate before the weights are read.
+        time_file: keeps the duration of the last load; None: no estimate before the weights are read.
     """
 
-    def __init__(self, record_file: Path | None = None) -> None:
-        self._record_file = record_file
+    def __init__(self, time_file: Path | None = None) -> None:
+        self._time_file = time_file
         self._snapshot = ""
         self._started: float | None = None
         self._weights_started: float | None = None
@@ -38,16 +38,16 @@ class LoadProgress:
         self._weights_fraction = fraction
 
     def finish(self) -> None:
-        """Record the duration."""
-        if self._started is None or self._record_file is None:
+        """Save the duration."""
+        if self._started is None or self._time_file is None:
             return
         content = {"snapshot": self._snapshot, "seconds": round(time.monotonic() - self._started, 3)}
-        new = self._record_file.with_name(f"{self._record_file.name}.new")
+        new = self._time_file.with_name(f"{self._time_file.name}.new")
         try:
             new.write_text(json.dumps(content))
-            new.replace(self._record_file)
+            new.replace(self._time_file)
         except OSError as error:
-            logger.warning("the duration of the load is not recorded: %s", error)
+            logger.warning("the duration of the load is not saved: %s", error)
 
     @property
     def weights_percent(self) -> int | None:
@@ -69,13 +69,13 @@ class LoadProgress:
         return per_fraction * (1 - self._weights_fraction)
 
     def _read(self) -> float | None:
-        if self._record_file is None:
+        if self._time_file is None:
             return None
         try:
-            content = json.loads(self._record_file.read_text())
+            content = json.loads(self._time_file.read_text())
             return float(content["seconds"]) if content["snapshot"] == self._snapshot else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            logger.warning("the duration of the last load cannot be read from %s: %s", self._record_file, error)
+            logger.warning("the duration of the last load cannot be read from %s: %s", self._time_file, error)
             return None

@@ -81,7 +81,7 @@ class MessageGrammar:
 
     @property
     def _calls_are_json(self) -> bool:
-        """Whether a call is written as JSON, one only, since a grammar tells it from a JSON answer only then."""
+        """Whether a call is one JSON object, which is the only form that a grammar separates from a JSON answer."""
         return bool(self.calls and not self.calls.required and self.answer and not self.calls.envelope.marker)
 
     def to_lark(self, literal: Literal) -> str:
@@ -226,7 +226,14 @@ def _name(tool: Mapping[str, Any]) -> str:
 def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema of a tool's arguments; a tool without one takes none."""
     parameters = tool["function"].get("parameters")
-    return _NO_ARGUMENTS if parameters is None else {"type": "object", **parameters}
+    if parameters is None:
+        return _NO_ARGUMENTS
+    types = parameters.get("type", "object")
+    if "object" not in ([types] if isinstance(types, str) else types):
+        raise InvalidRequest(
+            f"tools: the parameters of {_name(tool)!r} are no object. Set their type to object.", "tools"
+        )
+    return {**parameters, "type": "object"}
 
 
 def _reasoning(chat: Chat, prompt: str, output_format: OutputFormat | None) -> Reasoning:

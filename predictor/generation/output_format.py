@@ -51,6 +51,8 @@ class Region:
     start: str
     end: str | None = None
     """None: the content itself shows where it ends."""
+    last_end: str | None = None
+    """Text that ends the region too if the output ends with it."""
     bare: bool = False
     """No marker: `start` is part of the content. Only at the start of the message, and only known tools are called."""
     template: Mapping[str, Any] = field(default_factory=dict)

@@ -36,14 +36,14 @@ def _template(**tool_calls: Any) -> dict[str, Any]:
 
 _QWEN_XML = _template(
     open_pattern=r"<function=(?P<name>[^>\n]+)>",
-    close="</function>",
+    close_pattern=r"</function>\s*(?:</tool_call>|(?=<function=|<tool_call>)|\Z)",
     content="xml-inline",
     content_args={"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?(?:</parameter>|\Z)"},
     transform=_FUNCTION,
 )
 _GLM_XML = _template(
     open_pattern=r"<tool_call>\s*(?P<name>[^\s<]+)",
-    close="</tool_call>",
+    close_pattern=r"</arg_value>\s*</tool_call>",
     content="xml-inline",
     content_args={"tag_pattern": r"<arg_key>(?P<key>[^<]*)</arg_key>\s*<arg_value>(?P<value>.*?)(?:</arg_value>|\Z)"},
     transform=_FUNCTION,
@@ -111,12 +111,12 @@ TOOL_CALLS: Mapping[str, Notation] = {
         regions=(
             Region(
                 content=Content.TEMPLATE,
-                start=r"<tool_call>\s{0,8}<function=",
-                end="</tool_call>",
+                # Models may forget the outer tag.
+                start=r"(?:<tool_call>\s{0,8})?<function=",
+                end=r"</function>\s{0,8}(?:</tool_call>|(?=<function=|<tool_call>))",
+                last_end="</function>",
                 template=_QWEN_XML,
             ),
-            # Without the outer tag, which the model may forget.
-            Region(content=Content.TEMPLATE, start="<function=", end="</function>", template=_QWEN_XML),
             _TAGGED_JSON,
         ),
         envelope=replace(_HERMES, excluded=("<function=",)),
@@ -125,9 +125,14 @@ TOOL_CALLS: Mapping[str, Notation] = {
         regions=(
             Region(
                 content=Content.TEMPLATE,
-                start=r"<tool_call>(?=\s{0,8}\w)",
-                end="</tool_call>",
+                start=r"<tool_call>\s{0,8}[\w./-]{1,128}\s{0,8}(?=<arg_key>)",
+                end=r"</arg_value>\s{0,8}</tool_call>",
                 template=_GLM_XML,
+            ),
+            Region(
+                content=Content.ARGUMENTS,
+                start=rf"<tool_call>\s{{0,8}}{_NAME}\s{{0,8}}(?=</tool_call>)",
+                end="</tool_call>",
             ),
             _TAGGED_JSON,
         ),
@@ -311,7 +316,7 @@ def _own_notation(tokenizer: ChatTokenizer) -> Notation | None:
     try:
         tokenizer.get_response_parser(template, prefix="")
         return Notation(regions=tuple(_own_regions(template)))
-    # A template is written by whoever published the model.
+    # Templates are published with models, and may have any error.
     except Exception as error:  # noqa: BLE001
         logger.warning(
             "the tokenizer's response_template does not work: %s. What the chat template contains is used instead",

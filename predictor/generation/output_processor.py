@@ -300,12 +300,11 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
     if last.finish_reason is None:
         raise ValueError("incomplete completion")
     deltas = [delta for item in received for delta in item.deltas]
-    calls: list[ToolCall] = []
-    for delta in deltas:
-        if isinstance(delta, ToolCallDelta):
-            if delta.id is not None and delta.name is not None:
-                calls.append(ToolCall(delta.id, delta.name, ""))
-            calls[delta.index] = replace(calls[delta.index], arguments=calls[delta.index].arguments + delta.arguments)
+    calls = [delta for delta in deltas if isinstance(delta, ToolCallDelta)]
+    arguments: list[list[str]] = [[] for call in calls if call.name is not None]
+    for call in calls:
+        arguments[call.index].append(call.arguments)
+    heads = (call for call in calls if call.id is not None and call.name is not None)
     return Completion(
         _text(received),
         finish_reason=last.finish_reason,
@@ -315,7 +314,9 @@ def _completion(received: Sequence[CompletionDelta]) -> Completion:
         tokens=tuple(token for delta in received for token in delta.tokens),
         prompt=tuple(token for delta in received for token in delta.prompt),
         reasoning="".join(delta.text for delta in deltas if isinstance(delta, ReasoningDelta)),
-        tool_calls=tuple(calls),
+        tool_calls=tuple(
+            ToolCall(str(head.id), str(head.name), "".join(parts)) for head, parts in zip(heads, arguments, strict=True)
+        ),
         reasoning_tokens=last.reasoning_tokens,
         stop=last.stop,
     )

@@ -96,12 +96,7 @@ class Prompts:
         sampling = self._complete(request.sampling, remaining)
         if grammar := self._grammar(request, rendered):
             sampling = replace(sampling, logits_processors=(*sampling.logits_processors, grammar.logits_processor))
-        echo = ""
-        if request.echo:
-            if isinstance(prompt, str) and len(token_ids) == num_tokens:
-                echo = prompt
-            else:
-                echo = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        echo = self._text(prompt, token_ids, is_truncated=len(token_ids) < num_tokens) if request.echo else ""
         output_parser = None
         if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:
             output_parser = _output_parser(self.output_format, prompt, rendered)
@@ -109,6 +104,11 @@ class Prompts:
                 ends = (id_ for id_ in self.output_format.end_token_ids if id_ < self.vocabulary_tokens)
                 sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *ends))
         return EncodedRequest(token_ids, sampling, request.n, echo, output_parser)
+
+    def _text(self, prompt: str | tuple[int, ...] | Chat, token_ids: list[int], *, is_truncated: bool) -> str:
+        if isinstance(prompt, str) and not is_truncated:
+            return prompt
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def tokenize(self, prompt: str | Chat, *, add_special_tokens: bool, with_texts: bool) -> Tokenization:
         """Return the tokens of a text, or of a chat, which has its special tokens from the template.
@@ -140,8 +140,9 @@ class Prompts:
         limit = sampling.truncate_prompt_tokens
         if limit == WHOLE_CONTEXT:
             new_tokens = sampling.max_tokens
-            fits = new_tokens is not None and new_tokens < self.context_tokens
-            limit = self.context_tokens - (new_tokens if fits and new_tokens is not None else 1)
+            if new_tokens is None or new_tokens >= self.context_tokens:
+                new_tokens = 1
+            limit = self.context_tokens - new_tokens
         if limit is None or len(token_ids) <= limit:
             return token_ids
         # The token with which the tokenizer begins every text stays, as in transformers.

@@ -7,10 +7,11 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import psutil
@@ -120,7 +121,7 @@ class LLMService:
         self._state_lock = threading.RLock()
         # All that are held can run or queue afterwards.
         self._hold = Hold(settings.max_num_seqs + settings.max_queued_requests)
-        self._progress = LoadProgress(settings.load_record_file)
+        self._progress = LoadProgress(settings.load_time_file)
         self._metrics = metrics.ModelMetrics(self.models.default)
         self._usage = CallerUsage(self.models.default)
         self._metrics.register_callbacks(
@@ -153,8 +154,8 @@ class LLMService:
         except Exception as error:
             self._hold.end(ModelNotReady(f"Model {self.models.default} could not be loaded: {error}"))
             raise
-        self._progress.finish()
         self._hold.end()
+        self._progress.finish()
         logger.info("model %s is ready after %.1f s", self.models.default, time.monotonic() - started)
         return True
 
@@ -413,23 +414,19 @@ class LLMService:
         has_chat = any(isinstance(request.prompt, Chat) for request in requests)
         record.operation = "chat" if has_chat else "text_completion"
         deadline = self._deadline(timeout_seconds)
-        await self._hold_while_loading(sum(request.n for request in requests), deadline)
-        pipeline = self._admit(record, [request.prompt for request in requests])
-        if self._settings.log_prompts:
-            for request in requests:
-                logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
-
-        def on_finished(sequence: FinishedSequence) -> None:
-            self._metrics.count_finished(sequence)
-            self._usage.count_finished(record.caller, sequence)
-            record.finished.append(sequence)
 
         def on_tokens(tokens: int, gap_seconds: float | None) -> None:
             self._metrics.count_tokens(tokens, gap_seconds)
             self._usage.count_tokens(record.caller, tokens)
 
-        try:
-            async with self._encoding(pipeline, sum(request.n for request in requests), deadline):
+        num_sequences = sum(request.n for request in requests)
+        with self._counting_rejections(record):
+            await self._hold_while_loading(num_sequences, deadline)
+            pipeline = self._admit(record, [request.prompt for request in requests])
+            if self._settings.log_prompts:
+                for request in requests:
+                    logger.info("prompt: %r, sampling: %r", request.prompt, request.sampling)
+            async with self._encoding(pipeline, num_sequences, deadline):
                 self._usage.take_request(record.caller)
                 encoded = await pipeline.encoder.encode(requests, record.key)
             stream = output_processor.submit(
@@ -437,16 +434,12 @@ class LLMService:
                 tokenizer=pipeline.prompts.tokenizer,
                 engine=pipeline.engine,
                 deadline=deadline,
-                on_finished=on_finished,
+                on_finished=partial(self._count_finished, record),
                 on_tokens=on_tokens,
                 caller=record.caller,
             )
-        except Overloaded as error:
-            self._metrics.count_rejected()
-            self._usage.count_rejected(record.caller, error)
-            raise
         prompt_tokens = sum(len(request.token_ids) * request.n for request in encoded)
-        self._usage.count_accepted(record.caller, sum(request.n for request in encoded), prompt_tokens)
+        self._usage.count_accepted(record.caller, num_sequences, prompt_tokens)
         return stream
 
     async def pool(self, request: PoolingRequest, timeout_seconds: float | None = None) -> Pooled:
@@ -462,31 +455,26 @@ class LLMService:
         record = request_record.current()
         record.operation = "embeddings"
         deadline = self._deadline(timeout_seconds)
-        await self._hold_while_loading(1, deadline)
-        pipeline = self._admit_pooling(record, request.task)
-        if self._settings.log_prompts:
-            logger.info("inputs: %r", request.inputs)
-
-        def on_finished(sequence: FinishedSequence) -> None:
-            self._metrics.count_finished(sequence)
-            self._usage.count_finished(record.caller, sequence)
-            record.finished.append(sequence)
-
-        try:
+        with self._counting_rejections(record):
+            await self._hold_while_loading(1, deadline)
+            pipeline = self._require_task(record, request.task)
+            assert isinstance(pipeline, _PoolingPipeline)  # noqa: S101, the task's
+            if self._settings.log_prompts:
+                logger.info("inputs: %r", request.inputs)
             async with self._encoding(pipeline, 1, deadline):
                 self._usage.take_request(record.caller)
                 inputs = await pipeline.encoder.run(
                     lambda source: source.encode(request), pooling.num_characters(request), record.key
                 )
             pipeline.engine.require_capacity(1, caller=record.caller)
-        except Overloaded as error:
-            self._metrics.count_rejected()
-            self._usage.count_rejected(record.caller, error)
-            raise
         prompt_tokens = sum(len(each.token_ids) for each in inputs)
         self._usage.count_accepted(record.caller, 1, prompt_tokens)
         rows = await pooling.compute(
-            pipeline.engine, inputs, deadline=deadline, caller=record.caller, on_finished=on_finished
+            pipeline.engine,
+            inputs,
+            deadline=deadline,
+            caller=record.caller,
+            on_finished=partial(self._count_finished, record),
         )
         return Pooled(pipeline.source.finish(rows, request), prompt_tokens)
 
@@ -557,12 +545,6 @@ class LLMService:
                 record.add_ignored_fields(pipeline.prompts.chat_template.ignored_fields(prompt))
         return pipeline
 
-    def _admit_pooling(self, record: RequestRecord, task: Task) -> _PoolingPipeline:
-        """Return the parts that embed or classify, unless the request is rejected whatever its inputs are."""
-        pipeline = self._require_task(record, task)
-        assert isinstance(pipeline, _PoolingPipeline)  # noqa: S101, the task's
-        return pipeline
-
     def _require_task(self, record: RequestRecord, task: Task) -> _Pipeline | _PoolingPipeline:
         """Return the pipeline of a loaded model that does what a request needs.
 
@@ -578,6 +560,20 @@ class LLMService:
             raise _unknown_fields(record.ignored_fields)
         return self._pipeline
 
+    def _count_finished(self, record: RequestRecord, sequence: FinishedSequence) -> None:
+        self._metrics.count_finished(sequence)
+        self._usage.count_finished(record.caller, sequence)
+        record.finished.append(sequence)
+
+    @contextmanager
+    def _counting_rejections(self, record: RequestRecord) -> Iterator[None]:
+        try:
+            yield
+        except Overloaded as error:
+            self._metrics.count_rejected()
+            self._usage.count_rejected(record.caller, error)
+            raise
+
     async def _hold_while_loading(self, num_sequences: int, deadline: float) -> None:
         if self.is_loading and self._settings.hold_while_loading:
             await self._wait_for_load(num_sequences, deadline)
@@ -587,7 +583,7 @@ class LLMService:
         limit = self._settings.hold_while_loading
         remaining = deadline - time.monotonic()
         try:
-            await self._hold.wait(num_sequences, min(limit, remaining))
+            await self._hold.wait(num_sequences, min(limit, remaining), request_record.current().caller)
         except HoldFull:
             raise self._not_ready(f", and {self._hold.max_sequences} sequences at most wait for it") from None
         except TimeoutError:

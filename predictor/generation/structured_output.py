@@ -19,6 +19,7 @@ from predictor.errors import InvalidRequest
 from predictor.generation import schema_numbers
 from predictor.generation.control_tokens import BREAK, ControlTokens
 from predictor.generation.message_grammar import MessageGrammar
+from predictor.resources.large_stack import run_with_large_stack
 from predictor.types import GrammarKind, StructuredOutput
 
 MAX_GRAMMAR_BYTES = 131_072
@@ -90,10 +91,15 @@ class GrammarCompiler:
 
     def _compile_uncached(self, name: str, grammar: str) -> Grammar:
         tokenizer = self._get_tokenizer()
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=_LIMITS)
-        if is_error:
-            raise InvalidRequest(f"The {name} is not supported: {summary(messages[0])}.")
-        return Grammar(LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0), self._vocabulary_tokens)
+
+        def compile_() -> LLMatcher | str:
+            is_error, messages = LLMatcher.validate_grammar_with_warnings(grammar, tokenizer, limits=_LIMITS)
+            return messages[0] if is_error else LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
+
+        compiled = run_with_large_stack(compile_)
+        if isinstance(compiled, str):
+            raise InvalidRequest(f"The {name} is not supported: {summary(compiled)}.")
+        return Grammar(compiled, self._vocabulary_tokens)
 
     def _get_tokenizer(self) -> LLTokenizer:
         """Return the tokenizer as llguidance's, which takes seconds to build for a large vocabulary."""

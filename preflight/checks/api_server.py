@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from preflight.deployment import Deployment, Manifest, Pod, name_of
+from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
 from preflight.findings import Finding
 
 CONTAINER_VALUES = {
@@ -48,7 +48,8 @@ def check(deployment: Deployment) -> Iterator[Finding]:
 def _parts(deployment: Deployment) -> list[Pod]:
     """Return the parts of the predictor's pod as they are written: the merged one has no duplicates."""
     runtime, predictor = deployment.runtime, deployment.predictor
-    own = {**predictor, "containers": [*predictor.get("containers", []), {"name": "model", **deployment.model}]}
+    model = [{"name": KSERVE_CONTAINER, **deployment.model}] if deployment.model else []
+    own = {**predictor, "containers": [*predictor.get("containers", []), *model]}
     return [*([Pod(name_of(runtime), runtime["spec"])] if runtime else []), Pod(deployment.where, own)]
 
 

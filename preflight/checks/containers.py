@@ -4,10 +4,13 @@ import re
 from collections.abc import Iterator
 
 from preflight.checks.api_server import PROBES
+from preflight.checks.knative import RESERVED
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest
 from preflight.findings import Finding
 
 _EXPANSION = re.compile(r"(?<!\$)\$\((\w+)\)")
+_OF_SERVICE = re.compile(r"_SERVICE_(HOST|PORT)")
+"""Variables that Kubernetes sets for Services."""
 _SHELL_EXPANSION = re.compile(r"\$\{(\w+)\}")
 
 
@@ -103,10 +106,11 @@ def _expansions(deployment: Deployment) -> Iterator[Finding]:
                 continue  # A shell expands both forms itself.
             has_unknown = any("secretRef" in source for source in container.get("envFrom", []))
             names = {variable["name"] for variable in container.get("env", [])} | set(deployment.environment(container))
+            names |= set(RESERVED) if deployment.is_knative else set()
             for text in map(str, container.get("args", [])):
                 for name in _EXPANSION.findall(text):
                     # checks/settings.py reports a missing reference.
-                    if name not in (*names, "MODEL_REFERENCE") and not has_unknown:
+                    if name not in (*names, "MODEL_REFERENCE") and not has_unknown and not _OF_SERVICE.search(name):
                         yield Finding(
                             pod.where,
                             f"container {container['name']} uses $({name}), and has no variable of that name",

@@ -6,6 +6,7 @@ the claim of a `storageUri: pvc://…`.
 """
 
 import difflib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,19 +44,22 @@ RESERVED = ("PORT", "K_SERVICE", "K_CONFIGURATION", "K_REVISION")
 MAX_TIMEOUT_SECONDS = 600
 """Default of max-revision-timeout-seconds in config-defaults."""
 FULL_DUPLEX = "features.knative.dev/http-full-duplex"
-ANNOTATIONS = (
-    *(f"serving.kserve.io/{name}" for name in ("deploymentMode", "autoscalerClass", "stop", "storageSecretName")),
-    *(f"serving.kserve.io/{name}" for name in ("enable-prometheus-scraping", "enable-metric-aggregation")),
-    *(f"serving.kserve.io/{name}" for name in ("enable-tag-routing", "storage-initializer-uid")),
-    *(f"serving.knative.dev/{name}" for name in ("progress-deadline", "rollout-duration", "visibility")),
-    *(f"autoscaling.knative.dev/{name}" for name in ("class", "metric", "target", "min-scale", "max-scale", "window")),
-    *(f"autoscaling.knative.dev/{name}" for name in ("initial-scale", "activation-scale", "scale-down-delay")),
-    *(f"autoscaling.knative.dev/{name}" for name in ("scale-to-zero-pod-retention-period", "panic-window-percentage")),
-    *(f"autoscaling.knative.dev/{name}" for name in ("panic-threshold-percentage", "target-utilization-percentage")),
-    "autoscaling.knative.dev/target-burst-capacity",
-    "storage.kserve.io/readonly",
-    "features.knative.dev/http-full-duplex",
-)
+_KEYS = {
+    "serving.kserve.io": (
+        "deploymentMode autoscalerClass stop storageSecretName storage-initializer-uid enable-prometheus-scraping "
+        "enable-metric-aggregation enable-tag-routing"
+    ),
+    "storage.kserve.io": "readonly",
+    "serving.knative.dev": "progress-deadline rollout-duration",
+    "networking.knative.dev": "visibility",
+    "features.knative.dev": "http-full-duplex",
+    "autoscaling.knative.dev": (
+        "class metric target min-scale max-scale window initial-scale activation-scale scale-down-delay "
+        "scale-to-zero-pod-retention-period target-utilization-percentage target-burst-capacity "
+        "panic-window-percentage panic-threshold-percentage"
+    ),
+}
+ANNOTATIONS = tuple(f"{group}/{name}" for group, names in _KEYS.items() for name in names.split())
 """Annotations of KServe and Knative, to find misspelled ones."""
 SIMILAR = 0.9
 """Minimum similarity of a key that is taken for a misspelled one."""
@@ -112,7 +116,7 @@ def check(deployment: Deployment) -> Iterator[Finding]:
 def _misplaced(deployment: Deployment) -> Iterator[tuple[str, str]]:
     """Check the keys of annotations: those that are not known are ignored, or rejected only after apply."""
     for key in sorted({*deployment.annotations, *(deployment.predictor.get("annotations") or {})}):
-        if key in ANNOTATIONS or "/" not in key:
+        if _kebab_case(key) in ANNOTATIONS:
             continue
         [*close] = difflib.get_close_matches(key.lower(), ANNOTATIONS, n=1, cutoff=SIMILAR)
         if close:
@@ -130,6 +134,12 @@ def _misplaced(deployment: Deployment) -> Iterator[tuple[str, str]]:
         for key in sorted(deployment.annotations):
             if key.partition("/")[0].endswith("knative.dev"):
                 yield f"annotation {key} has no effect in Standard mode", "remove it"
+
+
+def _kebab_case(key: str) -> str:
+    """Return a key of Knative as in its documentation: it also accepts `minScale` for `min-scale`."""
+    group, _, name = key.partition("/")
+    return f"{group}/{re.sub('([A-Z])', lambda m: f'-{m[0].lower()}', name)}" if "knative" in group else key
 
 
 def _pod(pod: Pod) -> Problems:

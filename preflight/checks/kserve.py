@@ -29,6 +29,14 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     for check_ in (_name, _implementation, _storage, _logger, _worker, _scaling, _mode, _runtime):
         for problem, remedy, source in check_(deployment):
             yield Finding(deployment.where, problem, remedy, source)
+    if deployment.is_knative and not deployment.predictor.get("maxReplicas", 0):
+        yield Finding(
+            deployment.where,
+            "maxReplicas is not set, so Knative starts replicas without a limit",
+            "set maxReplicas",
+            "kserve-llm",
+            "warning",
+        )
 
 
 def _name(deployment: Deployment) -> Problems:
@@ -212,12 +220,6 @@ def _scaling(deployment: Deployment) -> Problems:
             yield f"{field} is negative, which KServe denies", "use 0 or more", "KServe's webhook"
     if predictor.get("timeout", 1) <= 0:
         yield f"timeout is {predictor['timeout']}", "use a positive number of seconds", "Knative's webhook"
-    if knative and not maximum:
-        yield (
-            "maxReplicas is not set, so Knative starts replicas without a limit",
-            "set maxReplicas",
-            "kserve-llm",
-        )
     if maximum and minimum > maximum:
         yield (
             f"minReplicas is {minimum} and maxReplicas is {maximum}, which KServe denies",

@@ -17,8 +17,8 @@ _SOURCES: dict[str, Source] = {
 }
 """What reports a missing object of a kind; nothing reports that of an Ingress or a RoleBinding."""
 SYSTEM_NAMESPACES = ("kserve", "knative-serving", "istio-system", "kourier-system", "cert-manager")
-CLUSTER_KINDS = ("Namespace", "PersistentVolume", "StorageClass", "PriorityClass", "CustomResourceDefinition")
-"""Kinds without a namespace that an overlay may contain, besides those whose names begin with Cluster."""
+SAME_NAMESPACE = ("PersistentVolumeClaim", "ServiceAccount", "ServingRuntime", "ConfigMap", "Secret", "Job")
+"""Kinds that pods can use only in their own namespace."""
 _MODEL_NAME = re.compile(r'model_name="([^"]*)"')
 
 
@@ -286,14 +286,16 @@ def _roles(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _namespaces(deployment: Deployment) -> Iterator[Finding]:
-    """Check that all objects are in the namespace of the InferenceService, and that it is not one of the system's."""
-    for manifest in deployment.objects:
-        namespace = manifest["metadata"].get("namespace", "default")
-        is_namespaced = not manifest["kind"].startswith("Cluster") and manifest["kind"] not in CLUSTER_KINDS
-        if is_namespaced and namespace != deployment.namespace:
+    """Check that what pods use is in the namespace of the InferenceService, and that it is not one of the system's."""
+    for manifest in [manifest for kind in SAME_NAMESPACE for manifest in deployment.all(kind)]:
+        metadata = manifest["metadata"]
+        # A dashboard may be in Grafana's namespace.
+        is_used = "grafana_dashboard" not in (metadata.get("labels") or {})
+        if is_used and metadata.get("namespace", "default") != deployment.namespace:
             yield Finding(
                 name_of(manifest),
-                f"it is in namespace {namespace}, and {deployment.where} in {deployment.namespace}",
+                f"it is in namespace {metadata.get('namespace', 'default')}, and {deployment.where} in "
+                f"{deployment.namespace}",
                 "set `namespace` once, in the overlay's kustomization",
                 "kserve-llm",
             )

@@ -41,12 +41,12 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
     yield from _reference(deployment)
     yield from _device(deployment)
     yield from _hold(deployment)
-    for problem, remedy in [*_tokens(deployment.settings, model), *_effects(deployment)]:
+    for problem, remedy in _tokens(deployment.settings, model):
         yield Finding(deployment.where, problem, remedy, "kserve-llm")
-    yield from _threads(deployment)
-    for _, container in deployment.downloads:
-        for problem, remedy in _download(deployment, deployment.environment(container)):
-            yield Finding(deployment.where, problem, remedy, "kserve-llm", "warning")
+    environments = [deployment.environment(container) for _, container in deployment.downloads]
+    downloads = (found for environment in environments for found in _download(deployment.settings, environment))
+    for problem, remedy in [*_without_effect(deployment), *downloads]:
+        yield Finding(deployment.where, problem, remedy, "kserve-llm", "warning")
 
 
 def _program(deployment: Deployment, pod: Pod, container: Manifest, program: Program) -> Iterator[Finding]:
@@ -169,16 +169,9 @@ def _tokens(settings: dict[str, str], model: Model | None) -> Iterator[tuple[str
         )
 
 
-def _effects(deployment: Deployment) -> Iterator[tuple[str, str]]:
-    """Check settings that need something else in the pod."""
+def _without_effect(deployment: Deployment) -> Iterator[tuple[str, str]]:
+    """Check settings that need something else in the pod or the cluster."""
     settings = deployment.settings
-    keys = settings.get("PREDICTOR_API_KEYS_FILE", "")
-    mounts = [mount["mountPath"].rstrip("/") for mount in deployment.server.get("volumeMounts", [])]
-    if keys and not any(keys == mount or keys.startswith(f"{mount}/") for mount in mounts):
-        yield (
-            f"PREDICTOR_API_KEYS_FILE is {keys}, and no volume is mounted there, so the predictor does not start",
-            "add component api-keys, or mount a Secret",
-        )
     if _is_true(settings.get("PREDICTOR_ENABLE_GRPC")) and deployment.is_knative:
         yield (
             "PREDICTOR_ENABLE_GRPC is true, and Knative routes to one port, which is HTTP",
@@ -187,24 +180,17 @@ def _effects(deployment: Deployment) -> Iterator[tuple[str, str]]:
     endpoints = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     if _is_true(settings.get("PREDICTOR_TRACING")) and not any(settings.get(name) for name in endpoints):
         yield "PREDICTOR_TRACING is true without an endpoint of a collector", f"set {endpoints[0]}"
-
-
-def _threads(deployment: Deployment) -> Iterator[Finding]:
-    threads = deployment.settings.get("PREDICTOR_NUM_THREADS", "")
+    threads = settings.get("PREDICTOR_NUM_THREADS", "")
     limit = deployment.server.get("resources", {}).get("limits", {}).get("cpu")
     if threads.isdigit() and limit is not None and int(threads) > quantities.number(limit):
-        yield Finding(
-            deployment.where,
+        yield (
             f"PREDICTOR_NUM_THREADS is {threads}, more than the limit of {limit} CPUs, so the threads are throttled",
             "unset it for the container's limit",
-            "kserve-llm",
-            "warning",
         )
 
 
-def _download(deployment: Deployment, environment: dict[str, str]) -> Iterator[tuple[str, str]]:
+def _download(settings: dict[str, str], environment: dict[str, str]) -> Iterator[tuple[str, str]]:
     """Check what the Job publishes against what the predictor loads."""
-    settings = deployment.settings
     if any(_is_true(environment.get(name)) for name in ("STORAGE_INITIALIZER_OFFLINE", "HF_HUB_OFFLINE")):
         yield "the Job is offline, so it can publish nothing that is not on the volume yet", "set it to false"
     if environment.get("STORAGE_INITIALIZER_PREPARE"):

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 from preflight import quantities
 from preflight.checks.resources import Model
-from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod
-from preflight.findings import Finding, Source
+from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
+from preflight.findings import Finding, Problems
 
 MODELS = "/mnt/models"
 """Mount path of `storageUri`, which is fixed in KServe."""
@@ -21,8 +21,9 @@ def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:
         model: the model's dimensions; without them, the claim's size is only checked for a missing unit.
     """
     for claim in deployment.all("PersistentVolumeClaim"):
-        for problem, remedy, source in _claim(claim["spec"]):
-            yield Finding(f"PersistentVolumeClaim/{claim['metadata']['name']}", problem, remedy, source)
+        filled = any(claim["metadata"]["name"] in pod.claims for pod in deployment.jobs)
+        for problem, remedy, source in _claim(claim["spec"], filled):
+            yield Finding(name_of(claim), problem, remedy, source)
     yield from _nodes(deployment)
     if model is not None:
         yield from _size(deployment, model)
@@ -33,11 +34,12 @@ def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:
     yield from _hidden(deployment)
 
 
-def _claim(spec: Manifest) -> Iterator[tuple[str, str, Source]]:
+def _claim(spec: Manifest, filled: bool) -> Problems:
+    """Check a claim; `filled` is whether a Job writes to it."""
     for mode in spec.get("accessModes") or []:
         if mode not in ACCESS_MODES:
             yield f"it has access mode {mode!r}", f"use {', '.join(ACCESS_MODES[:3])}", "API server"
-    if "ReadWriteOncePod" in (spec.get("accessModes") or []):
+    if filled and "ReadWriteOncePod" in (spec.get("accessModes") or []):
         yield (
             "it is ReadWriteOncePod, so the Job and the predictor that waits for it cannot both mount it",
             "use ReadWriteMany, or component local-storage",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from preflight import quantities
-from preflight.checks import knative, references, resources
+from preflight.checks import api_keys, knative, references, resources
 from preflight.checks.schema import is_core
 from preflight.cluster.client import Connection, PermissionDenied
 from preflight.deployment import Deployment, Manifest, name_of
@@ -250,7 +250,7 @@ def _secrets(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
     for secret in references.secrets(deployment):
         if secret.optional:
             continue
-        keys = cluster.secret_keys(secret.name, deployment.namespace)
+        keys = cluster.secret(secret.name, deployment.namespace)
         # An Ingress controller serves its own certificate instead, and reports nothing to the user.
         source: Source = "kserve-llm" if secret.where.startswith("Ingress/") else "kubelet"
         if keys is None:
@@ -267,6 +267,8 @@ def _secrets(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
                 "add that key",
                 source,
             )
+    if (keys_file := api_keys.secret(deployment)) and (data := cluster.secret(keys_file[0], deployment.namespace)):
+        yield from api_keys.check_lines(deployment, data)
 
 
 def _mode(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:

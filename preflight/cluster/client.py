@@ -75,10 +75,10 @@ class Connection:
         config_map = _read(self._core.read_namespaced_config_map, name, KNATIVE_NAMESPACE)
         return (config_map.data or {}) if config_map else {}
 
-    def secret_keys(self, name: str, namespace: str) -> set[str] | None:
-        """Return the keys of a Secret; None if it does not exist."""
+    def secret(self, name: str, namespace: str) -> dict[str, str] | None:
+        """Return the values of a Secret in base64, by key; None if it does not exist."""
         secret = _read(self._core.read_namespaced_secret, name, namespace)
-        return set(secret.data or {}) if secret else None
+        return (secret.data or {}) if secret else None
 
     def service(self, name: str, namespace: str) -> Manifest | None:
         """Return the InferenceService of a name; None if it does not exist."""

@@ -30,6 +30,7 @@ from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressRep
 from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from starlette.applications import Starlette
+from transformers import core_model_loading
 from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, rename_source_key
@@ -525,6 +526,13 @@ def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> No
     )
     assert any(name.startswith("model.layers.4.") for name in loading_info["missing_keys"])
     assert "model.layers.0.mlp.up_proj.weight" in {name for name, *_ in loading_info["mismatched_keys"]}
+
+
+# transformers' progress bar of the weights: predictor/models/loader.py
+
+
+def test_transformers_loads_weights_with_a_progress_bar_over_a_mapping() -> None:
+    assert f'tqdm(param_name_to_load.items(), desc="{loader.WEIGHTS_BAR}")' in inspect.getsource(core_model_loading)
 
 
 # KServe and uvicorn: predictor/entrypoints/kserve_server.py

@@ -1,6 +1,5 @@
 """Renderings of every kustomization of the tree, made once per session."""
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from preflight import offline
 from preflight.checks import schema
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
+from tests.preflight.conftest import CachedSchemas
 
 RENAMING = Path("kustomize/renaming")
 """A transformer, not objects."""
@@ -41,6 +41,7 @@ IMAGES = Path("kustomize/components/images")
 KNATIVE_CONFIG_MAP = Path("manifests/cluster/knative-config-map")
 KNATIVE_SERVING = Path("manifests/cluster/knative-serving")
 STORAGE_CONTAINER = Path("manifests/cluster/storage-container")
+CLUSTER_RUNTIME = Path("manifests/cluster/runtime")
 PINNED = f"hf://owner/model:{'a' * 40}"
 
 Render = Callable[[Path], "Rendered"]
@@ -77,6 +78,20 @@ class RenderWith(Protocol):
     """Renders a folder with components and settings added."""
 
     def __call__(self, folder: Path, *components: Path, reference: str = ..., **predictor: str) -> Rendered: ...
+
+
+def documented_service() -> tuple[str, Manifest]:
+    """Return the InferenceService without an overlay that the README shows, as text and parsed."""
+    [text] = re.findall(r"```yaml\n(.*?)```", (MANIFESTS / "cluster/README.md").read_text(), re.DOTALL)
+    return text, yaml.safe_load(text)
+
+
+def with_cluster_runtime(service: Manifest, runtime: Manifest) -> Deployment:
+    """Return a deployment with this runtime, which KServe merges like a namespaced one."""
+    named = {**runtime, "kind": "ServingRuntime"}
+    predictor = service["spec"]["predictor"]
+    model = {**predictor["model"], "runtime": runtime["metadata"]["name"]}
+    return Deployment(({**service, "spec": {"predictor": {**predictor, "model": model}}}, named))
 
 
 def kustomize(folder: Path) -> tuple[Manifest, ...]:
@@ -147,17 +162,6 @@ def overlay(request: pytest.FixtureRequest, render: Render) -> Rendered:
 def component(request: pytest.FixtureRequest, render: Render) -> Rendered:
     """Every component in turn, on base."""
     return render(request.param)
-
-
-class CachedSchemas(Schemas):
-    """Schemas that validate equal objects once: most objects are in many renderings."""
-
-    def problems(self, manifest: Manifest) -> list[str] | None:
-        return self._cached(json.dumps(manifest))
-
-    @cache  # noqa: B019 - there is one, and it lives as long as the session
-    def _cached(self, text: str) -> list[str] | None:
-        return super().problems(json.loads(text))
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from storage_initializer import settings as initializer_settings
 from storage_initializer.cli import arguments
 from tests.kustomize.conftest import (
     BASE,
+    CLUSTER_RUNTIME,
     COMPONENTS,
     DEV,
     IMAGES,
@@ -26,6 +27,8 @@ from tests.kustomize.conftest import (
     Rendered,
     RenderWith,
     component_folder,
+    documented_service,
+    with_cluster_runtime,
 )
 
 FLAG = re.compile(r"kubernetes\.podspec-[a-z-]+")
@@ -217,7 +220,13 @@ def test_component_readme_lists_its_knative_flags(component: Rendered) -> None:
 
 
 def test_cluster_manifests_enable_exactly_the_needed_flags(render: Render) -> None:
-    needed = set().union(*(knative.flags(render(folder)) for folder in (*OVERLAYS, *COMPONENTS)))
+    _, service = documented_service()
+    runtimes = render(CLUSTER_RUNTIME).all("ClusterServingRuntime")
+    deployments = [
+        *(render(folder) for folder in (*OVERLAYS, *COMPONENTS)),
+        *(with_cluster_runtime(service, runtime) for runtime in runtimes),
+    ]
+    needed = set().union(*map(knative.flags, deployments))
     assert needed
     features = {config["metadata"]["name"]: config["data"] for config in render(KNATIVE_CONFIG_MAP).all("ConfigMap")}
     assert features["config-features"] == dict.fromkeys(needed, "enabled")

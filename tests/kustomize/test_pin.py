@@ -12,6 +12,13 @@ from devtools.paths import ROOT
 PREDICTOR = f"registry.example/team/predictor@sha256:{'1' * 64}"
 STORAGE_INITIALIZER = f"registry.example/team/storage-initializer@sha256:{'2' * 64}"
 
+PINNED = (
+    "kustomize/components/images/kustomization.yaml",
+    "manifests/cluster/storage-container/kustomization.yaml",
+    "manifests/cluster/runtime/kustomization.yaml",
+)
+"""Files with names of images."""
+
 
 def _make(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", "pin", *words], cwd=folder, capture_output=True, text=True, check=False)
@@ -39,17 +46,13 @@ def test_pin_renders_every_overlay_with_the_digests(copy: Path, times: int) -> N
         text = golden.read_text()
         assert {PREDICTOR, STORAGE_INITIALIZER} <= set(text.split())
         assert "ghcr.io/example/kserve-llm" not in text
-    files = [copy / "kustomize/components/images", copy / "manifests/cluster/storage-container"]
-    component, cluster = (yaml.safe_load((file / "kustomization.yaml").read_text())["images"] for file in files)
-    assert all(image in component for image in cluster)
+    component, *others = (yaml.safe_load((copy / name).read_text())["images"] for name in PINNED)
+    assert all(image in component for images in others for image in images)
 
 
 def test_pin_changes_only_names_and_digests(copy: Path) -> None:
     _make(copy, f"PREDICTOR={PREDICTOR}", f"STORAGE_INITIALIZER={STORAGE_INITIALIZER}")
-    for name in (
-        "kustomize/components/images/kustomization.yaml",
-        "manifests/cluster/storage-container/kustomization.yaml",
-    ):
+    for name in PINNED:
         before, after = (ROOT / name).read_text().splitlines(), (copy / name).read_text().splitlines()
         changed = {new for old, new in zip(before, after, strict=True) if old != new}
         assert {line.split(":")[0].strip() for line in changed} == {"newName", "digest"}

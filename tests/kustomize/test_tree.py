@@ -10,6 +10,7 @@ from devtools.paths import ROOT
 from preflight.deployment import Manifest
 from tests.kustomize.conftest import (
     BASE,
+    CLUSTER_RUNTIME,
     COMPONENTS,
     IMAGES,
     KUSTOMIZE,
@@ -124,9 +125,10 @@ def test_image_names_and_tags_are_in_one_component_and_equal_for_the_cluster() -
         for path in files(KUSTOMIZE, MANIFESTS, pattern="kustomization.yaml")
         if "images" in kustomization(path.parent)
     }
-    assert set(images) == {IMAGES, STORAGE_CONTAINER}
-    assert images[STORAGE_CONTAINER]
-    assert all(image in images[IMAGES] for image in images[STORAGE_CONTAINER])
+    assert set(images) == {IMAGES, STORAGE_CONTAINER, CLUSTER_RUNTIME}
+    for folder in (STORAGE_CONTAINER, CLUSTER_RUNTIME):
+        assert images[folder]
+        assert all(image in images[IMAGES] for image in images[folder])
 
 
 def test_resources_and_components_are_local_files() -> None:

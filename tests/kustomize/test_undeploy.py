@@ -43,7 +43,8 @@ class Controller:
         if change.startswith("DELETE") and POD in server.objects:
             self.too_early.append(change)
         annotations = server.objects.get(SERVICE, {}).get("metadata", {}).get("annotations", {})
-        if self.stops and change == f"PATCH {SERVICE}" and annotations.get("serving.kserve.io/stop") == "true":
+        is_running = self.stops and POD in server.objects
+        if is_running and change == f"PATCH {SERVICE}" and annotations.get("serving.kserve.io/stop") == "true":
             removal = threading.Timer(0.3, server.remove, [POD])
             removal.daemon = True
             removal.start()
@@ -107,7 +108,8 @@ def test_undeploy_deletes_claim_and_namespace_last_on_request(
 
 
 @pytest.mark.slow
-def test_undeploy_keeps_a_namespace_with_another_claim(undeploy: Undeploy, server: ApiServer) -> None:
+def test_undeploy_at_zero_replicas_keeps_a_namespace_with_another_claim(undeploy: Undeploy, server: ApiServer) -> None:
+    server.remove(POD)
     other = copy.deepcopy(server.objects[CLAIM])
     other["metadata"]["name"] = "team-a-models"
     server.objects[CLAIM.replace("models", "team-a-models")] = other

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import httpx
@@ -15,70 +15,69 @@ from starlette.types import Receive, Scope, Send
 from tests.predictor.servers import HANG_SECONDS, serve_app
 
 HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding"}
+CHUNK_BYTES = 65_536
 
 
-class PoolingProxy:
-    """A reverse proxy that keeps its connections to the upstreams, takes them in turn and never repeats a request."""
+class Upstreams:
+    """Servers that take turns: each gets a request, or a connection."""
 
     def __init__(self) -> None:
-        self._upstreams: list[str] = []
-        self._remaining: dict[str, int] = {}
-        """Requests until a removed upstream gets no more."""
+        self._urls: list[str] = []
         self._running: Counter[str] = Counter()
         self._changed = threading.Condition()
-        self._client: httpx.AsyncClient
-
-    @asynccontextmanager
-    async def pool(self) -> AsyncIterator[None]:
-        """Open the pool of connections; on the proxy's event loop."""
-        async with httpx.AsyncClient(timeout=HANG_SECONDS, trust_env=False) as self._client:
-            yield
 
     def add(self, url: str) -> None:
-        """Send requests to an upstream."""
+        """Give turns to a server."""
         with self._changed:
-            self._upstreams.append(url)
+            self._urls.append(url)
 
-    def remove(self, url: str, after: int) -> None:
-        """Remove an upstream once `after` more requests were sent to it."""
+    def remove(self, url: str) -> None:
+        """Give no more turns to a server, and wait until all that it got have ended."""
         with self._changed:
-            self._remaining[url] = after
+            self._urls.remove(url)
+            ended = self._changed.wait_for(lambda: not self._running[url], HANG_SECONDS)
+        assert ended, f"{self._running[url]} requests or connections of {url} have not ended"
 
-    def wait_until_removed(self, url: str) -> None:
-        """Wait until an upstream gets no more requests, and has answered all."""
+    @contextmanager
+    def turn(self) -> Iterator[str]:
+        """The URL of the next server; its turn ends with the context."""
         with self._changed:
-            gone = self._changed.wait_for(
-                lambda: url not in self._upstreams and not self._running[url], timeout=HANG_SECONDS
-            )
-        assert gone, f"{url} was never removed"
-
-    def _begin(self) -> str:
-        """Return the upstream of the next request."""
-        with self._changed:
-            url = self._upstreams.pop(0)
+            url = self._urls.pop(0)
+            self._urls.append(url)
             self._running[url] += 1
-            if url in self._remaining:
-                self._remaining[url] -= 1
-            if self._remaining.get(url) != 0:
-                self._upstreams.append(url)
-            return url
+        try:
+            yield url
+        finally:
+            with self._changed:
+                self._running[url] -= 1
+                self._changed.notify_all()
 
-    def _end(self, url: str) -> None:
-        with self._changed:
-            self._running[url] -= 1
-            self._changed.notify_all()
+
+class PoolingProxy(Upstreams):
+    """An HTTP proxy, like an ingress: it keeps its connections, and sends each request to the next server, once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._client: httpx.AsyncClient
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Serve in a thread; yields the URL."""
+
+        @asynccontextmanager
+        async def pool() -> AsyncIterator[None]:
+            async with httpx.AsyncClient(timeout=HANG_SECONDS, trust_env=False) as self._client:
+                yield
+
+        with serve_app(self, pool) as (url, _):
+            yield url
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Forward one request, as ASGI has it."""
-        if scope["type"] != "http":
-            return
-        request = Request(scope, receive)
-        url = self._begin()
-        try:
-            response = await self._forward(request, url)
-            await response(scope, receive, send)
-        finally:
-            self._end(url)
+        if scope["type"] == "http":
+            with self.turn() as url:
+                response = await self._forward(Request(scope, receive), url)
+                await response(scope, receive, send)
 
     async def _forward(self, request: Request, url: str) -> Response:
         headers = {"content-type": request.headers.get("content-type", "")}
@@ -94,37 +93,34 @@ class PoolingProxy:
         )
 
 
+class ConnectionProxy(Upstreams):
+    """A TCP proxy, like a Service: each connection of a client stays with one server until one of them closes it."""
+
+    @contextmanager
+    def running(self) -> Iterator[str]:
+        """Serve in a thread; yields the URL."""
+        with _serve_tcp(self._connect) as (url, _):
+            yield url
+
+    async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with self.turn() as url:
+            await _pipe(url, reader, writer)
+
+
 class IdleTimeoutProxy:
     """A TCP proxy that closes connections without traffic, by a clock that the test advances."""
 
     def __init__(self, url: str) -> None:
-        self._host, _, port = url.removeprefix("http://").partition(":")
-        self._port = int(port)
+        self._url = url
         self._active: dict[asyncio.StreamWriter, bool] = {}
         """Whether data passed since the last tick, by the client's connection."""
         self._loop: asyncio.AbstractEventLoop
-        self.url = ""
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Serve in a thread."""
-        ready, stop = threading.Event(), asyncio.Event()
-
-        async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
-            async with await asyncio.start_server(self._connect, "127.0.0.1", 0) as server:
-                self.url = "http://{}:{}".format(*server.sockets[0].getsockname())
-                ready.set()
-                await stop.wait()
-
-        thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
-        thread.start()
-        assert ready.wait(HANG_SECONDS)
-        try:
-            yield
-        finally:
-            self._loop.call_soon_threadsafe(stop.set)
-            thread.join(HANG_SECONDS)
+    def running(self) -> Iterator[str]:
+        """Serve in a thread; yields the URL."""
+        with _serve_tcp(self._connect) as (url, self._loop):
+            yield url
 
     def tick(self) -> None:
         """Close the connections on which nothing has passed since the last tick."""
@@ -138,29 +134,59 @@ class IdleTimeoutProxy:
         asyncio.run_coroutine_threadsafe(expire(), self._loop).result(HANG_SECONDS)
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        upstream_reader, upstream_writer = await asyncio.open_connection(self._host, self._port)
-        self._active[writer] = True
+        def mark_active() -> None:
+            self._active[writer] = True
 
-        async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
-            with suppress(ConnectionError):
-                while data := await source.read(65_536):
-                    self._active[writer] = True
-                    target.write(data)
-                    await target.drain()
-
-        tasks = {asyncio.create_task(pipe(reader, upstream_writer)), asyncio.create_task(pipe(upstream_reader, writer))}
+        mark_active()
         try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            await _pipe(self._url, reader, writer, mark_active)
         finally:
             del self._active[writer]
-            for closed in (writer, upstream_writer):
-                closed.close()
-        await asyncio.wait(tasks)
 
 
 @contextmanager
-def pooling_proxy() -> Iterator[tuple[PoolingProxy, str]]:
-    """Run a proxy without upstreams; yields it and its URL."""
-    proxy = PoolingProxy()
-    with serve_app(proxy, proxy.pool, lifespan="off") as (url, _):
-        yield proxy, url
+def _serve_tcp(
+    connect: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """Call `connect` for each connection, on an event loop in a thread; yields the URL and the loop."""
+    started: list[tuple[str, asyncio.AbstractEventLoop]] = []
+    ready, stop = threading.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        async with await asyncio.start_server(connect, "127.0.0.1", 0) as server:
+            host, port = server.sockets[0].getsockname()
+            started.append((f"http://{host}:{port}", asyncio.get_running_loop()))
+            ready.set()
+            await stop.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    thread.start()
+    assert ready.wait(HANG_SECONDS)
+    try:
+        yield started[0]
+    finally:
+        started[0][1].call_soon_threadsafe(stop.set)
+        thread.join(HANG_SECONDS)
+
+
+async def _pipe(
+    url: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_data: Callable[[], None] = lambda: None
+) -> None:
+    """Connect a client with the server at `url`, until one of them closes its connection."""
+    host, _, port = url.removeprefix("http://").partition(":")
+    upstream_reader, upstream_writer = await asyncio.open_connection(host, int(port))
+
+    async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while data := await source.read(CHUNK_BYTES):
+                on_data()
+                target.write(data)
+                await target.drain()
+
+    tasks = {asyncio.create_task(copy(reader, upstream_writer)), asyncio.create_task(copy(upstream_reader, writer))}
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        writer.close()
+        upstream_writer.close()
+    await asyncio.wait(tasks)

@@ -26,6 +26,21 @@ from preflight.findings import Finding
 OVERLAYS = ROOT / "kustomize/overlays"
 
 
+class CachedSchemas(Schemas):
+    """Schemas that validate equal objects once: most objects are in many renderings."""
+
+    def problems(self, manifest: Manifest) -> list[str] | None:
+        return self._cached(json.dumps(manifest))
+
+    @cache  # noqa: B019 - there is one, and it lives as long as the session
+    def _cached(self, text: str) -> list[str] | None:
+        return super().problems(json.loads(text))
+
+
+CORE_SCHEMAS = CachedSchemas()
+"""The schemas of core kinds only."""
+
+
 class Draft:
     """A copy of a rendered overlay that a test may change."""
 
@@ -74,13 +89,20 @@ class Draft:
         data: dict[str, str] = self["ConfigMap/model-download-"]["data"]
         return data
 
+    def mount_keys(self, volume: Manifest | None = None, **mount: str) -> None:
+        """Add a file of API keys as component api-keys does, with another volume or other fields of the mount."""
+        self.settings["PREDICTOR_API_KEYS_FILE"] = "/etc/kserve-llm/api-keys/keys"
+        source = volume or {"secret": {"secretName": "predictor-api-keys"}}
+        self["ServingRuntime"]["spec"]["volumes"].append({"name": "api-keys", **source})
+        self.container["volumeMounts"].append({"name": "api-keys", "mountPath": "/etc/kserve-llm/api-keys"} | mount)
+
     @property
     def deployment(self) -> Deployment:
         return Deployment(tuple(self.objects))
 
     def check(self, schemas: Schemas | None = None, model: Model | None = None) -> list[Finding]:
         """Run the offline checks; without schemas, custom kinds are not validated."""
-        findings = offline.check(self.deployment, schemas or Schemas(), model)
+        findings = offline.check(self.deployment, schemas or CORE_SCHEMAS, model)
         return [finding for finding in findings if "were not checked" not in finding.problem]
 
 

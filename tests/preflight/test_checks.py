@@ -1,5 +1,6 @@
 """Each mistake in an overlay is one finding that names it."""
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -100,6 +101,10 @@ def timeout_over_the_maximum(draft: Draft) -> None:
 def add_secret(draft: Draft) -> None:
     metadata = {"name": "mine", "namespace": "kserve-llm-prod"}
     draft.objects.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {"a": "b"}})
+
+
+def mount_keys_from_a_config_map(draft: Draft) -> None:
+    draft.mount_keys({"configMap": {"name": draft["ConfigMap/predictor-"]["metadata"]["name"]}})
 
 
 def remove_read_only_root(draft: Draft) -> None:
@@ -307,7 +312,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "grpc_in_knative": (
         lambda d: d.settings.update(PREDICTOR_ENABLE_GRPC="true"),
-        "Knative routes to one port, which is HTTP",
+        "warning: InferenceService/llm: PREDICTOR_ENABLE_GRPC is true, and Knative routes to one port",
     ),
     "threads_over_limit": (
         lambda d: d.settings.update(PREDICTOR_NUM_THREADS="16"),
@@ -322,7 +327,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     # KServe and Knative
     "runtime_disabled": (lambda d: d["ServingRuntime"]["spec"].update(disabled=True), "KServe does not select it"),
-    "unlimited_replicas": (unlimited_replicas, "maxReplicas is not set, so Knative starts replicas without a limit"),
+    "unlimited_replicas": (unlimited_replicas, "warning: InferenceService/llm: maxReplicas is not set"),
     # Fields and names
     "job_field": (lambda d: d.job.update(restartPolice="Never"), "'restartPolice' was unexpected"),
     "setting_key": (lambda d: d.settings.update(PREDICTOR_MAX_NUM_SEQ="8"), "use PREDICTOR_MAX_NUM_SEQS"),
@@ -596,6 +601,11 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d["Namespace"]["metadata"].update(labels={}),
         "does not enforce Pod Security restricted",
     ),
+    "keys_file_sub_path": (
+        lambda d: d.mount_keys(mountPath="/etc/kserve-llm/api-keys/keys", subPath="keys"),
+        "is mounted with subPath, so a changed Secret takes effect after a restart only",
+    ),
+    "keys_file_config_map": (mount_keys_from_a_config_map, "the file of API keys is in ConfigMap predictor"),
     "secret_in_config_map": (lambda d: d.download.update({"HF_TOKEN": "hf_x"}), "contains HF_TOKEN"),
     "secret_in_overlay": (add_secret, "Secret mine is part of the overlay"),
 }
@@ -628,6 +638,9 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.settings.update(PREDICTOR_TRUST_REMOTE_CODE="true") or d.download.update(STORAGE_ALLOW_PATTERNS="*")
         ),
         lambda d: d.annotations.update({"example.com/windows": "60s", "autoscaling.knative.dev/metric": "concurrency"}),
+        lambda d: d.annotations.update({"serving.knative.dev/rolloutDuration": "60s"}),
+        lambda d: d.model.update(args=["--served_model_name=$(K_SERVICE)"]),
+        lambda d: d["PodMonitor"]["metadata"].update(namespace="monitoring"),
         lambda d: d["PersistentVolumeClaim"]["spec"].update(accessModes=["ReadOnlyMany", "ReadWriteMany"]),
         lambda d: d.settings.update(LOG_LEVEL="debug", PREDICTOR_TRUST_REMOTE_CODE="Off", PREDICTOR_DEVICE="cuda:1"),
         lambda d: d.settings.update(PREDICTOR_MODEL_DIR="/mnt/models", OTHER="x"),
@@ -644,6 +657,7 @@ def test_checks_one_mistake_is_one_finding(draft: Drafts, mistake: Mistake, sent
             d.model.update(args=["--log-prompts", "--dtype=$(TYPE)"]),
         ],
         lambda d: d.model.update(command=["sh", "-c"], args=["exec other --port 1"]),
+        Draft.mount_keys,
     ],
 )
 def test_checks_valid_change_is_no_finding(draft: Drafts, change: Mistake) -> None:
@@ -756,6 +770,32 @@ def test_checks_finding_has_its_source(draft: Drafts, mistake: Mistake, source: 
     mistake(prod)
     [finding] = prod.check()
     assert finding.source == source
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        (
+            "alice:alices-key-0123456789\nbob:short",
+            ", line 2: invalid key, so the predictor does not start",
+        ),
+        ("alice:alices-key-0123456789 limit=5", ", line 1: invalid option after the key, so"),
+        ("# none\n", " is empty, so the predictor does not start; write one name:key per line."),
+    ],
+)
+@pytest.mark.parametrize("field", ["data", "stringData"])
+def test_api_keys_malformed_line_of_a_secret_is_a_finding_without_the_key(
+    draft: Drafts, lines: str, problem: str, field: str
+) -> None:
+    prod = draft("prod")
+    prod.mount_keys({"secret": {"secretName": "team-keys", "items": [{"key": "list", "path": "keys"}]}})
+    value = lines if field == "stringData" else base64.b64encode(lines.encode()).decode()
+    metadata = {"name": "team-keys", "namespace": "kserve-llm-prod", "labels": {}}
+    prod.objects.append({"apiVersion": "v1", "kind": "Secret", "metadata": metadata, field: {"list": value}})
+    in_overlay, malformed = prod.check()
+    assert "Secret team-keys is part of the overlay" in str(in_overlay)
+    assert f"Secret team-keys, key list{problem}" in str(malformed)
+    assert "alices-key" not in str(malformed)
 
 
 def test_settings_unpinned_reference_of_one_replica_is_a_warning(draft: Drafts) -> None:

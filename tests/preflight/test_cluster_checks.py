@@ -1,5 +1,6 @@
 """Checks against a fake API server, over HTTP."""
 
+import base64
 import re
 from collections.abc import Callable
 from typing import Any
@@ -285,6 +286,23 @@ def test_secrets_missing_key_is_a_finding(suitable: FakeCluster, check: Check) -
     suitable.answers[HUB_SECRET]["data"] = {"token": "eA=="}
     [finding] = check("prod-multi-gpu")
     assert "it needs key HF_TOKEN of Secret hf-secret, which has token; add that key." in finding
+
+
+def test_secrets_malformed_line_of_the_api_keys_is_a_finding(
+    suitable: FakeCluster, draft: Callable[[str], Draft]
+) -> None:
+    prod = draft("prod")
+    prod.mount_keys()
+    secret = "/api/v1/namespaces/kserve-llm-prod/secrets/predictor-api-keys"  # noqa: S105
+    lines = "alice:alices-key-0123456789 weight=2\nalice:another-key-0123456789"
+    suitable.answers[secret] = {"metadata": {"name": "x"}, "data": {"keys": base64.b64encode(lines.encode()).decode()}}
+    [finding] = checks.check(prod.deployment, Connection("here"))
+    assert str(finding) == (
+        "error: InferenceService/llm: Secret predictor-api-keys, key keys, line 2: duplicate name or key, "
+        "so the predictor does not start; give every name its own key. [kserve-llm]"
+    )
+    suitable.answers[secret]["data"]["keys"] = base64.b64encode(lines.splitlines()[0].encode()).decode()
+    assert list(checks.check(prod.deployment, Connection("here"))) == []
 
 
 def test_mode_change_is_a_finding(suitable: FakeCluster, check: Check) -> None:

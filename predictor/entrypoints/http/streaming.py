@@ -112,7 +112,8 @@ async def _encode(
 ) -> AsyncIterator[str]:
     try:
         while not submission.done():
-            yield f": {load_state()}\n\n"
+            # In one line: the state may have an error of the storage initializer.
+            yield f": {' '.join(load_state().split())}\n\n"
             await asyncio.wait({submission}, timeout=COMMENT_SECONDS)
         stream = submission.result()
         for event in encoder.begin():

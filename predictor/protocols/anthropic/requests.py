@@ -43,6 +43,8 @@ def decode_messages(body: bytes) -> DecodedRequest:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
     content = validate(MessagesRequest, loads(body))
+    if content.num_candidates() > 1:
+        raise InvalidRequest("best_of: only one message is generated. Use /v1/chat/completions.", "best_of")
     sampling = content.to_sampling_params()
     formats = [output.schema_ for output in (content.output_config.format, content.output_format) if output]
     if formats:

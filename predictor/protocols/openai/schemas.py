@@ -54,7 +54,7 @@ def _wrap_text(content: object) -> object:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-def parse_arguments(arguments: object) -> object:
+def _parse_arguments(arguments: object) -> object:
     """Return the arguments of a call as an object, which chat templates need.
 
     Models generate calls without arguments, or cut off by max_tokens; clients then send these with every request.
@@ -65,11 +65,16 @@ def parse_arguments(arguments: object) -> object:
     return arguments if isinstance(arguments, dict) else {}
 
 
+CallArguments = Annotated[
+    dict[str, Any],
+    BeforeValidator(_parse_arguments, Any),
+    Field(description="An object, also as JSON in a string; anything else is read as {}."),
+]
+
+
 class _FunctionCall(JSONObject):
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(parse_arguments, str | dict[str, Any])] = Field(
-        default={}, description="An object, also as JSON in a string; anything else is read as {}."
-    )
+    arguments: CallArguments = {}
 
 
 class _ToolCall(JSONObject):

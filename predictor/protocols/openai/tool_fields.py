@@ -88,11 +88,13 @@ class ToolFields(JSONObject):
             InvalidRequest: the choice names a tool that does not exist, or requires a call without any tool.
         """
         tools, required = self._offered_functions() if self.functions else self._offered_tools()
+        # OpenAI's API calls a function that the choice names exactly once.
+        single = bool(self.functions) or isinstance(self.tool_choice, _NamedTool)
         return {
             "tools": tuple(tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}}) for tool in tools),
             "strict_tools": frozenset(tool.function.name for tool in tools if tool.function.strict),
             "requires_tool_call": required,
-            "parallel_tool_calls": self.parallel_tool_calls and not self.functions,
+            "parallel_tool_calls": self.parallel_tool_calls and not single,
         }
 
     def _offered_tools(self) -> tuple[list[Tool], bool]:

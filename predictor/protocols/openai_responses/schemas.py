@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from predictor.protocols.field_tables import HARMLESS_ITEM, HARMLESS_RESPONSE, REFUSED_RESPONSE
 from predictor.protocols.json_object import JSONObject
-from predictor.protocols.openai.schemas import parse_arguments
+from predictor.protocols.openai.schemas import CallArguments
 from predictor.protocols.openai.tool_fields import ToolFields
 from predictor.protocols.sampling_fields import MAX_LOGPROBS, MAX_TOKENS, MaxTokens, SamplingFields
 from predictor.protocols.structured_output_fields import json_schema_output
@@ -63,9 +63,7 @@ class FunctionCallItem(_Item):
     type: Literal["function_call"]
     call_id: str
     name: str
-    arguments: Annotated[dict[str, Any], BeforeValidator(parse_arguments, str | dict[str, Any])] = Field(
-        default={}, description="An object as JSON in a string; anything else is read as {}."
-    )
+    arguments: CallArguments = {}
 
 
 class FunctionCallOutputItem(_Item):

@@ -207,3 +207,28 @@ def test_n_structured_answers(client: openai.OpenAI) -> None:
         max_tokens=300,
     )
     assert [isinstance(choice.message.parsed, Sum) for choice in completion.choices] == [True] * 3
+
+
+def test_extra_fields_without_effect(client: openai.OpenAI) -> None:
+    choice = chat(
+        client,
+        [{"role": "developer", "content": "You are a careful calculator."}, *ASK],
+        metadata={"session": "1"},
+        modalities=["text"],
+        prediction={"type": "content", "content": "42"},
+        prompt_cache_key="1",
+        safety_identifier="1",
+        service_tier="auto",
+        store=False,
+        user="1",
+        verbosity="low",
+    )
+    assert choice.message.content == WORKING
+
+
+def test_allowed_tools(client: openai.OpenAI) -> None:
+    allowed = {"mode": "required", "tools": [{"type": "function", "function": {"name": "get_weather"}}]}
+    choice = chat(
+        client, ASK, tools=[TOOL, WEATHER_TOOL], tool_choice={"type": "allowed_tools", "allowed_tools": allowed}
+    )
+    assert {call.function.name for call in choice.message.tool_calls} == {"get_weather"}

@@ -98,3 +98,32 @@ def test_reasoning_effort(client: openai.OpenAI) -> None:
 def test_previous_response_id_is_refused_by_name(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(model=MODEL, input=QUESTION, previous_response_id="resp_1")
+
+
+def test_count_of_input_tokens(client: openai.OpenAI) -> None:
+    counted = client.responses.input_tokens.count(model=MODEL, input=QUESTION, tools=[TOOL]).input_tokens
+    response = client.responses.create(model=MODEL, input=QUESTION, tools=[TOOL], store=False)
+    assert counted == response.usage.input_tokens
+
+
+def test_extra_fields_of_agents(client: openai.OpenAI) -> None:
+    response = client.responses.create(
+        model=MODEL,
+        input=QUESTION,
+        tools=[TOOL],
+        tool_choice={
+            "type": "allowed_tools",
+            "mode": "required",
+            "tools": [{"type": "function", "name": "calculator"}],
+        },
+        include=["reasoning.encrypted_content"],
+        metadata={"session": "1"},
+        parallel_tool_calls=False,
+        prompt_cache_key="1",
+        reasoning={"effort": "medium", "summary": "auto"},
+        service_tier="auto",
+        store=False,
+        text={"verbosity": "low"},
+        truncation="disabled",
+    )
+    assert [item.type for item in response.output] == ["function_call"]

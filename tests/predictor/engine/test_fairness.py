@@ -4,9 +4,11 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from predictor.engine import batching_manager
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import Overloaded, RateLimited
@@ -35,7 +37,7 @@ async def blocked(hold: Hold) -> None:
 
 
 async def step(hold: Hold, passes: int) -> None:
-    """Make exactly so many forward passes, and block before the next."""
+    """Make this number of forward passes, and block before the next."""
     hold.step(passes)
     await blocked(hold)
 
@@ -120,6 +122,36 @@ def test_fairness_newcomer_starts_though_the_cache_is_full(loaded: LoadedModel, 
         asyncio.run(run(engine))
 
 
+def test_fairness_sequence_that_left_for_nothing_does_not_start_and_leave_again(
+    loaded: LoadedModel, hold: Hold, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newcomer's prompt does not fit next to the other's last sequence."""
+    preempt, preempted = batching_manager._Scheduler._preempt, []
+
+    def count(scheduler: Any, request_id: str) -> None:
+        preempted.append(request_id)
+        preempt(scheduler, request_id)
+
+    async def run(engine: Engine) -> None:
+        monkeypatch.setattr(batching_manager._Scheduler, "_preempt", count)
+        hold.close()
+        long, short = replace(TEN, max_tokens=40), replace(TEN, max_tokens=60)
+        first = engine.submit([(random_ids(loaded, 700, 1), long), (random_ids(loaded, 9, 2), short)], caller=ALICE)
+        await blocked(hold)
+        await step(hold, 4)
+        assert engine.running == 2
+        [other] = submit(engine, BOB, 1, random_ids(loaded, 600, seed=3), TEN)
+        with closing(hold, first, [other]):
+            await step(hold, 20)
+            assert (len(preempted), engine.running, engine.waiting) == (1, 1, 2)
+            hold.open()
+            lengths = [len((await read(stream)).token_ids) for stream in (*first, other)]
+        assert lengths == [40, 60, 10]
+
+    with started(loaded, kv_cache_tokens=1024, max_num_batched_tokens=512) as engine:
+        asyncio.run(run(engine))
+
+
 def test_fairness_preempted_sequences_keep_their_tokens(wide: Engine, loaded: LoadedModel, ids: list[int]) -> None:
     sampled = [replace(LONG, max_tokens=60, temperature=2.0, seed=seed, logprobs=1) for seed in range(PLACES + 2)]
     undisturbed = generate_all(wide, [(ids, sampling) for sampling in sampled])
@@ -153,7 +185,7 @@ def test_fairness_tokens_follow_the_weights(wide: Engine, loaded: LoadedModel, h
         await blocked(hold)
         bobs = submit(wide, heavy, 50, random_ids(loaded, 9, seed=2), replace(TEN, max_tokens=60))
         with closing(hold, alices, bobs):
-            await step(hold, 300)
+            await step(hold, 200)
             generated = [sum(map(newest_tokens, group)) for group in (alices, bobs)]
         await until_idle(wide)
         return generated[1] / generated[0]

@@ -1,6 +1,7 @@
 """Log probabilities of prompts, compared with a plain forward pass of the same model."""
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
@@ -195,6 +196,23 @@ def test_prompt_scorer_uses_the_head_of_the_architecture(name: str) -> None:
     assert [logprob.logprob for logprob in sampler.prompt_logprobs[1:]] == pytest.approx(expected.tolist(), abs=1e-5)
     assert scorer.samplers == {}
     assert torch.equal(compute(5), logits), "the model is as it was"
+
+
+def test_prompt_scorer_restores_a_decoder_with_its_own_forward() -> None:
+    model = transformers.AutoModelForCausalLM.from_config(CASES["llama"].config()).eval()
+    decoder = model.get_decoder()
+    # As accelerate does for modules that it places on devices.
+    decoder.forward = functools.partial(type(decoder).forward, decoder)
+    own = decoder.forward
+    scorer = PromptScorer(model, 512)
+    sampler = SequenceSampler(SamplingParams(prompt_logprobs=0), 2, ())
+    scorer.samplers["a"] = sampler
+    state = SimpleNamespace(request_id="a", initial_tokens=[5, 9], position_offset=2)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[5, 9]]), use_cache=False)
+        scorer.score([cast(Any, SimpleNamespace(state=state, query_length=2))])
+    assert decoder.forward is own
+    assert len(sampler.prompt_logprobs) == 2
 
 
 def test_token_logprobs_have_ranks_and_tops_by_row() -> None:

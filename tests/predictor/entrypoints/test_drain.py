@@ -1,11 +1,11 @@
-"""Deletion and replacement of servers under load, behind a proxy that learns of it late: no request is lost."""
+"""Deletion and replacement of servers under load, behind proxies that learn of it late: no request is lost."""
 
 import asyncio
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,16 +15,17 @@ import pytest
 from devtools import processes
 from devtools.paths import DEMO_MODEL
 from predictor.entrypoints.lifecycle import State
-from tests.predictor.proxies import PoolingProxy, pooling_proxy
+from tests.predictor.proxies import ConnectionProxy, PoolingProxy, Upstreams
 from tests.predictor.servers import HANG_SECONDS, ThreadServer
 
 pytestmark = pytest.mark.xdist_group("process")
 
-WORKERS = 8
-LATE_REQUESTS = 24
-"""Requests that the proxy still sends to a server after its SIGTERM."""
+WORKERS = 4
+"""Of each proxy."""
+LATE_REQUESTS = 40
+"""Requests after a SIGTERM until the proxies remove the server."""
 FLAGS = ("--model_dir", str(DEMO_MODEL), "--dtype", "float32")
-# The test ends the delay by a second signal, once the proxy has learned of the removal. So no clock decides.
+# The test ends the delay by a second signal, once both proxies have learned of the removal. So no clock decides.
 DELAY = ("--shutdown_delay_seconds", str(HANG_SECONDS))
 COMPLETION = {"model": "demo", "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 
@@ -68,13 +69,16 @@ def pod_thread(folder: Path) -> Iterator[Pod]:
 
 
 class Load:
-    """Clients that send completions, every second one as a stream, until `stop`; at least `minimum`."""
+    """Clients that send completions, every second one as a stream, within `running`; at least `minimum`.
 
-    def __init__(self, url: str, minimum: int) -> None:
+    Each of the URLs has `WORKERS` clients, which keep their connections.
+    """
+
+    def __init__(self, urls: Sequence[str], minimum: int) -> None:
         self.lost: list[str] = []
         """What went wrong, for each lost request."""
         self.sent = 0
-        self._url = url
+        self._urls = urls
         self._minimum = minimum
         self._text = ""
         self._stopped = False
@@ -97,10 +101,14 @@ class Load:
             assert not thread.is_alive()
 
     async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self._url, timeout=HANG_SECONDS, trust_env=False) as client:
-            response = await client.post("/v1/completions", json=COMPLETION)
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=HANG_SECONDS, trust_env=False))
+                for url in self._urls
+            ]
+            response = await clients[0].post("/v1/completions", json=COMPLETION)
             self._text = response.json()["choices"][0]["text"]
-            await asyncio.gather(*(self._work(client) for _ in range(WORKERS)))
+            await asyncio.gather(*(self._work(client) for client in clients for _ in range(WORKERS)))
 
     async def _work(self, client: httpx.AsyncClient) -> None:
         streamed = False
@@ -138,11 +146,12 @@ class Load:
         return "" if text == self._text else f"{text!r} instead of {self._text!r}"
 
 
-def delete(pod: Pod, proxy: PoolingProxy) -> None:
-    """Delete a pod: SIGTERM, of which the proxy learns late."""
-    proxy.remove(pod.url, after=LATE_REQUESTS)
+def delete(pod: Pod, proxies: Sequence[Upstreams], load: Load) -> None:
+    """Delete a pod: SIGTERM, of which the proxies learn late."""
     pod.signal()
-    proxy.wait_until_removed(pod.url)
+    load.wait(load.sent + LATE_REQUESTS)
+    for proxy in proxies:
+        proxy.remove(pod.url)
     pod.signal()
     assert pod.wait() == 0
 
@@ -156,18 +165,20 @@ def test_drain_during_a_deletion_and_a_rollout_loses_no_request(
     start: Callable[[Path], AbstractContextManager[Pod]], requests: int, tmp_path: Path
 ) -> None:
     with ExitStack() as stack:
-        proxy, url = stack.enter_context(pooling_proxy())
+        proxies = PoolingProxy(), ConnectionProxy()
         old, deleted = (stack.enter_context(start(tmp_path)) for _ in range(2))
-        proxy.add(old.url)
-        proxy.add(deleted.url)
-        load = Load(url, requests)
+        for proxy in proxies:
+            proxy.add(old.url)
+            proxy.add(deleted.url)
+        load = Load([stack.enter_context(proxy.running()) for proxy in proxies], requests)
         with load.running():
             load.wait(requests // 4)
-            delete(deleted, proxy)
+            delete(deleted, proxies, load)
             new = stack.enter_context(start(tmp_path))
-            proxy.add(new.url)
+            for proxy in proxies:
+                proxy.add(new.url)
             load.wait(load.sent + requests // 4)
-            delete(old, proxy)
+            delete(old, proxies, load)
         print(f"{len(load.lost)} of {load.sent} requests lost")  # noqa: T201, shown where the test fails
         assert load.sent >= requests
         assert load.lost == []

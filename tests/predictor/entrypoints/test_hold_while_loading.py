@@ -18,6 +18,7 @@ from devtools import tiny_poolers
 from devtools.paths import DEMO_MODEL
 from predictor.entrypoints.http import streaming
 from predictor.errors import StartupError
+from predictor.generation.service import Phase
 from predictor.models import loader
 from tests.predictor.proxies import IdleTimeoutProxy
 from tests.predictor.servers import DEMO_FLAGS, HANG_SECONDS, ThreadServer
@@ -90,7 +91,7 @@ def loading(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Iterator[Loading]:
     monkeypatch.setattr(loader, "load", lambda *args, **options: server.load(original, *args, **options))
     with server.running():
         try:
-            server.wait_for(lambda: server.metric("live") == 1 and server.service.phase == "loading weights")
+            server.wait_for(lambda: server.metric("live") == 1 and server.service.phase is Phase.LOADING)
             yield server
         finally:
             server.go_on(StartupError("The test is over."))
@@ -147,11 +148,14 @@ def test_hold_answers_all_once_the_model_is_loaded_and_rejects_more(
     monkeypatch: pytest.MonkeyPatch, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(streaming, "COMMENT_SECONDS", 0.02)
-    record = tmp_path / "record"
-    record.write_text(json.dumps({"snapshot": str(DEMO_MODEL), "seconds": 1000}))
-    with loading(monkeypatch, *HOLD, *SMALL, "--load_record_file", str(record)) as server:
+    saved = tmp_path / "time"
+    saved.write_text(json.dumps({"snapshot": str(DEMO_MODEL), "seconds": 1000}))
+    with loading(monkeypatch, *HOLD, *SMALL, "--load_time_file", str(saved)) as server:
         proxy = IdleTimeoutProxy(server.url)
-        with proxy.running(), httpx.Client(base_url=proxy.url, timeout=HANG_SECONDS, trust_env=False) as client:
+        with (
+            proxy.running() as url,
+            httpx.Client(base_url=url, timeout=HANG_SECONDS, trust_env=False) as client,
+        ):
             held = [Held(threads, server.client, *WHOLE[index % 2]) for index in range(PLACES // 2 - 1)]
             streams = [Held(threads, client, *STREAMS[index % 2]) for index in range(PLACES // 2 - 1)]
             cut = Held(threads, client, *WHOLE[0])
@@ -180,7 +184,7 @@ def test_hold_answers_all_once_the_model_is_loaded_and_rejects_more(
         assert server.client.get("/v2/health/ready").status_code == 200
         [text] = texts
         assert text == generated(server.client.post("/v1/completions", json=BODY).text)
-        assert json.loads(record.read_text())["seconds"] < 1000
+        assert json.loads(saved.read_text())["seconds"] < 1000
 
 
 def test_hold_that_ends_with_a_failed_load_answers_all_with_the_error(
@@ -218,6 +222,16 @@ def test_hold_ends_after_its_time_or_the_clients(monkeypatch: pytest.MonkeyPatch
         assert (timed_out.status_code, "timed out while the model was loading" in timed_out.text) == (504, True)
 
 
+def test_hold_comment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    with loading(monkeypatch, *HOLD) as server:
+        server.service.phase = Phase.WAITING
+        server.service._report_wait("for 30 s\n\ndata: forged")
+        path, body = STREAMS[0]
+        with server.client.stream("POST", path, json=body) as response:
+            lines = response.iter_lines()
+            assert next(lines) == ": waiting for the snapshot, for 30 s data: forged"
+
+
 @pytest.mark.parametrize(("flags", "status"), [(HOLD, 503), ((*HOLD, "--ready_while_loading"), 200)])
 def test_readiness_while_loading_is_opt_in(
     monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...], status: int
@@ -226,7 +240,7 @@ def test_readiness_while_loading_is_opt_in(
         for path in ("/v2/health/ready", "/v2/models/held/ready", "/v1/models/held"):
             assert server.client.get(path).status_code == status, path
         assert server.metric("ready") == 0, "the metric is that of the model"
-        server.service.phase = type(server.service.phase)("waiting for the snapshot")
+        server.service.phase = Phase.WAITING
         assert server.client.get("/v2/health/ready").status_code == 503, "a download may take long"
 
 

@@ -145,11 +145,11 @@ def test_http_server_curl_with_http2_gets_the_body(url: str) -> None:
 
 def test_http_server_close_idle_connections_finishes_the_running_response() -> None:
     async def check() -> None:
-        asked, answer = asyncio.Event(), asyncio.Event()
+        requested, answer = asyncio.Event(), asyncio.Event()
 
         async def endpoint(request: Request) -> JSONResponse:
             if request.url.path == "/slow":
-                asked.set()
+                requested.set()
                 await answer.wait()
             return JSONResponse("done")
 
@@ -161,7 +161,7 @@ def test_http_server_close_idle_connections_finishes_the_running_response() -> N
             used[1].write(b"GET / HTTP/1.1\r\nHost: server\r\n\r\n")
             assert (await used[0].readuntil(b'"done"')).startswith(b"HTTP/1.1 200 ")
             running[1].write(b"GET /slow HTTP/1.1\r\nHost: server\r\n\r\n")
-            await asked.wait()
+            await requested.wait()
             server.close_idle_connections()
             assert await fresh[0].read() == await used[0].read() == b""
             answer.set()

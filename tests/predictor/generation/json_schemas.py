@@ -63,9 +63,7 @@ def _containers(inner: Schemas) -> Schemas:
         {"additionalProperties": st.just(False) | st.booleans() | inner},
         optional={"minProperties": st.integers(0, 2), "maxProperties": st.integers(2, 3)},
     )
-    more_items = st.fixed_dictionaries(
-        {}, optional={"prefixItems": st.lists(inner, min_size=1, max_size=2), "uniqueItems": st.just(False)}
-    )
+    more_items = st.fixed_dictionaries({}, optional={"prefixItems": st.lists(inner, min_size=1, max_size=2)})
     properties = st.dictionaries(st.text(max_size=5), inner, max_size=3)
     objects = st.builds(_object, properties, st.integers(0, 3), more_properties)
     return st.one_of(

@@ -238,7 +238,7 @@ def parse(tokenizer: PreTrainedTokenizerBase, parser: OutputParser, turn: str) -
     return reasoning, "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)), calls
 
 
-def test_reasoning_beside_text_and_calls_is_left_out_if_the_template_rejects_it(gpt_oss: Family) -> None:
+def test_reasoning_next_to_text_and_calls_is_left_out_if_the_template_rejects_it(gpt_oss: Family) -> None:
     template = ChatTemplate(tokenizer_of(gpt_oss))
     messages = conversation(gpt_oss, native=False)[:3]
     messages[1]["content"] = "Wait."

@@ -35,7 +35,7 @@ def percent(progress: LoadProgress) -> int | None:
     return progress.weights_percent
 
 
-def test_progress_without_record_extrapolates_from_the_weights(clock: Clock) -> None:
+def test_progress_without_time_file_extrapolates_from_the_weights(clock: Clock) -> None:
     progress = LoadProgress()
     assert (left(progress), percent(progress)) == (None, None)
     progress.start(SNAPSHOT)
@@ -52,13 +52,13 @@ def test_progress_without_record_extrapolates_from_the_weights(clock: Clock) -> 
     progress.finish()
 
 
-def test_progress_with_record_of_the_snapshot_counts_down(clock: Clock, tmp_path: Path) -> None:
-    first = LoadProgress(tmp_path / "record")
+def test_progress_with_time_of_the_snapshot_counts_down(clock: Clock, tmp_path: Path) -> None:
+    first = LoadProgress(tmp_path / "time")
     first.start(SNAPSHOT)
     clock.now += 40
     first.finish()
-    assert json.loads((tmp_path / "record").read_text()) == {"snapshot": str(SNAPSHOT), "seconds": 40}
-    second, other = LoadProgress(tmp_path / "record"), LoadProgress(tmp_path / "record")
+    assert json.loads((tmp_path / "time").read_text()) == {"snapshot": str(SNAPSHOT), "seconds": 40}
+    second, other = LoadProgress(tmp_path / "time"), LoadProgress(tmp_path / "time")
     assert left(second) is None, "the snapshot may still be downloaded"
     second.start(SNAPSHOT)
     other.start(SNAPSHOT.with_name("other"))
@@ -73,17 +73,19 @@ def test_progress_with_record_of_the_snapshot_counts_down(clock: Clock, tmp_path
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"snapshot": "/mnt/models/demo", "seconds": null}'])
-def test_progress_with_unreadable_record_warns(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "record").write_text(content)
-    progress = LoadProgress(tmp_path / "record")
+def test_progress_with_unreadable_time_file_warns(
+    tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "time").write_text(content)
+    progress = LoadProgress(tmp_path / "time")
     progress.start(SNAPSHOT)
     assert left(progress) is None
     assert "the duration of the last load cannot be read" in caplog.text
 
 
-def test_progress_with_record_that_cannot_be_written_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_with_time_file_that_cannot_be_written_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    progress = LoadProgress(tmp_path / "missing" / "record")
+    progress = LoadProgress(tmp_path / "missing" / "time")
     progress.start(SNAPSHOT)
     progress.finish()
-    assert "the duration of the load is not recorded" in caplog.text
+    assert "the duration of the load is not saved" in caplog.text

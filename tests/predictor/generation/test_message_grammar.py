@@ -18,6 +18,7 @@ from predictor.generation.output_notations import TOOL_CALLS
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import Chat, GrammarKind, OutputDelta, ReasoningDelta, StructuredOutput, TextDelta, ToolCallDelta
+from tests.predictor.generation import envelopes
 from tests.predictor.generation.random_text import EOS, random_text
 
 Json = dict[str, Any]
@@ -256,7 +257,7 @@ def test_grammar_of_every_format_gives_calls_that_it_parses(messages_of: Any, na
 def test_grammar_of_every_format_holds_strict_calls_to_their_schema(messages_of: Any, name: str, special: bool) -> None:
     messages, envelope = messages_of(name, special)
     chat = replace(CHAT, tools=PLAIN_TOOLS, strict_tools=frozenset(PLAIN_SCHEMAS))
-    begin = envelope.write([("weather", '{"town": 1}')])
+    begin = envelopes.write(envelope, [("weather", '{"town": 1}')])
     for deltas in messages(chat, begin=begin, seeds=range(5), at_least=1):
         (tool, arguments), *_ = _calls(deltas)
         assert tool == "weather"
@@ -277,7 +278,9 @@ def test_grammar_of_every_format_gives_a_call_or_an_answer(messages_of: Any, nam
     for deltas in messages(chat, ANSWER, begin=start + '{"city": "', seeds=range(5), at_least=1):
         assert not _calls(deltas)
         jsonschema.validate(json.loads(_text(deltas)), CITY)
-    for deltas in messages(chat, ANSWER, begin=envelope.write([("total", '{"x": 1}')]), seeds=range(5), at_least=1):
+    for deltas in messages(
+        chat, ANSWER, begin=envelopes.write(envelope, [("total", '{"x": 1}')]), seeds=range(5), at_least=1
+    ):
         assert not _text(deltas).strip()
         assert _calls(deltas)[0] == ("total", {"x": 1})
 
@@ -306,6 +309,13 @@ def test_calls_that_no_grammar_can_restrict_are_refused_by_name(
     with pytest.raises(InvalidRequest, match=reason) as raised:
         message_grammar.for_chat(chat, PROMPT, known_format, None)
     assert raised.value.field == field
+
+
+@pytest.mark.parametrize("types", ["string", ["array", "null"]])
+def test_arguments_that_are_no_object_are_refused(hermes: OutputFormat, types: Any) -> None:
+    chat = replace(REQUIRED, tools=(_tool("odd", {"type": types}),))
+    with pytest.raises(InvalidRequest, match="the parameters of 'odd' are no object"):
+        message_grammar.for_chat(chat, PROMPT, hermes, None)
 
 
 def test_compile_unsupported_schema_of_a_tool_is_refused_with_its_name(

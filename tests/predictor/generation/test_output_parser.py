@@ -15,6 +15,7 @@ from predictor.generation import output_notations
 from predictor.generation.output_notations import REASONING, TOOL_CALLS
 from predictor.generation.output_parser import OutputParser
 from predictor.types import OutputDelta, ReasoningDelta, TextDelta, ToolCallDelta
+from tests.predictor.generation import envelopes
 
 Parts = list[tuple[str, ...]]
 
@@ -116,6 +117,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         f'<tool_call>\n{{"name": "add", "arguments": {ARGUMENTS}}}}}\n</tool_call>\n{HERMES % NOW}',
         CALLS,
     ),
+    "hermes, arguments twice": (
+        "hermes",
+        "none",
+        '<tool_call>{"name": "add", "arguments": {"a": 1}, "parameters": {"a": 2}}</tool_call>',
+        [call("add", '{"a": 1}')],
+    ),
     "hermes, unknown tool": ("hermes", "none", HERMES % ("sub", '{"a": 1}'), [call("sub", '{"a": 1}')]),
     "hermes, cut off in arguments": (
         "hermes",
@@ -136,6 +143,30 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         "none",
         QWEN.removeprefix("<tool_call>\n").removesuffix("\n</tool_call>"),
         [call(*XML)],
+    ),
+    "qwen3_coder, tags in a value": (
+        "qwen3_coder",
+        "none",
+        f"{QWEN.replace('if x:', '</tool_call></function>')}\n{QWEN}",
+        [call("add", XML[1].replace("if x:", "</tool_call></function>")), call(*XML)],
+    ),
+    "qwen3_coder, last tags missing": (
+        "qwen3_coder",
+        "none",
+        f"{QWEN.removesuffix('</tool_call>')}{QWEN.removesuffix('</tool_call>')}",
+        [call(*XML), call(*XML)],
+    ),
+    "glm45, tags in a value": (
+        "glm45",
+        "none",
+        f"{GLM.replace('if x:', '</tool_call>')} OK",
+        [call("add", XML[1].replace("if x:", "</tool_call>")), text("OK")],
+    ),
+    "glm45 without line feeds": (
+        "glm45",
+        "none",
+        f"{GLM.replace(chr(10) + '<', '<')}<tool_call>now</tool_call>",
+        [call(*XML), call("now")],
     ),
     "qwen3_coder, last tag missing": (
         "qwen3_coder",
@@ -269,6 +300,12 @@ CASES: dict[str, tuple[str, str, str, Parts]] = {
         f"<|message|>{ARGUMENTS}",
         [reasoning("Hm."), call(*ADD)],
     ),
+    "harmony, two texts": (
+        "harmony",
+        "harmony",
+        f"<|channel|>commentary<|message|>Wait.<|end|>{CHANNEL}final<|message|>So.",
+        [text("Wait.\nSo.")],
+    ),
     "harmony, final": (
         "harmony",
         "harmony",
@@ -401,8 +438,9 @@ def test_arguments_are_streamed_as_they_are_written(
     assert head[0] == ToolCallDelta(0, id=head[0].id, name="add")  # type: ignore[union-attr]
     assert head[1:] == [ToolCallDelta(0, ARGUMENTS[:6])]
     assert parser.feed(ARGUMENTS[6:9]) == [ToolCallDelta(0, ARGUMENTS[6:9])]
+    assert not parser.has_tool_calls
+    parser.feed(output[begin + 9 :])
     assert parser.has_tool_calls
-    assert not parser.stopped
 
 
 @pytest.mark.parametrize(
@@ -414,7 +452,7 @@ def test_ids_have_the_form_that_the_template_demands(
 ) -> None:
     envelope = TOOL_CALLS[name].envelope
     assert envelope is not None
-    deltas = run(make(model_tokenizer, name), [envelope.write([ADD, NOW])])
+    deltas = run(make(model_tokenizer, name), [envelopes.write(envelope, [ADD, NOW])])
     ids = [delta.id for delta in deltas if isinstance(delta, ToolCallDelta) and delta.id]
     assert len(set(ids)) == 2
     assert all(re.fullmatch(pattern, id_) for id_ in ids)
@@ -425,7 +463,7 @@ def test_envelope_of_each_notation_is_parsed(model_tokenizer: PreTrainedTokenize
     envelope = TOOL_CALLS[name].envelope
     assert envelope is not None
     calls = [ADD] if name == "harmony" else [ADD, NOW]
-    assert join(run(make(model_tokenizer, name), [envelope.write(calls)])) == [call(*item) for item in calls]
+    assert join(run(make(model_tokenizer, name), [envelopes.write(envelope, calls)])) == [call(*item) for item in calls]
 
 
 def test_id_that_the_model_wrote_is_kept(model_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -458,7 +496,7 @@ def test_any_arguments_in_any_envelope_are_streamed_unchanged(
     envelope = TOOL_CALLS[name].envelope
     assert envelope is not None
     texts = [json.dumps(value, ensure_ascii=ascii_only) for value in arguments]
-    output = envelope.write([("add", text) for text in (texts[:1] if name == "harmony" else texts)])
+    output = envelopes.write(envelope, [("add", text) for text in (texts[:1] if name == "harmony" else texts)])
     parts = join(run(make(model_tokenizer, name), cut(output, size)))
     assert parts == [call("add", text) for text in (texts[:1] if name == "harmony" else texts)]
 

@@ -8,7 +8,12 @@ from typing import Any, cast
 import pytest
 
 from predictor.errors import EngineStopped, InvalidRequest
-from predictor.generation.prompt_encoder import MAX_INLINE_CHARS, NUM_THREADS, PromptEncoder
+from predictor.generation.prompt_encoder import (
+    MAX_INLINE_CHARS,
+    NUM_THREADS,
+    NUM_THREADS_OF_A_CALLER,
+    PromptEncoder,
+)
 from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
@@ -56,6 +61,20 @@ async def started(encoder: PromptEncoder, held: HeldPrompts, requests: list[Gene
     tasks = [asyncio.create_task(encoder.encode([request])) for request in requests]
     await held.wait_until_started(min(NUM_THREADS, len(tasks)))
     return tasks
+
+
+def test_encode_long_prompts_of_one_caller_leave_a_thread_to_others(encoder: PromptEncoder, held: HeldPrompts) -> None:
+    async def encode() -> None:
+        tasks = [asyncio.create_task(encoder.encode([LONG], "greedy")) for _ in range(NUM_THREADS + 2)]
+        await held.wait_until_started(NUM_THREADS_OF_A_CALLER)
+        tasks.append(asyncio.create_task(encoder.encode([LONG], "modest")))
+        await held.wait_until_started()
+        assert len(held.threads) == NUM_THREADS_OF_A_CALLER + 1
+        held.opened.set()
+        await asyncio.gather(*tasks)
+        assert len(held.threads) == NUM_THREADS + 3
+
+    asyncio.run(encode())
 
 
 def test_encode_short_text_needs_no_thread(encoder: PromptEncoder, held: HeldPrompts) -> None:

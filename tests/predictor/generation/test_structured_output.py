@@ -3,15 +3,18 @@
 import json
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from predictor.engine.grammar import bias_on_device
 from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
 from predictor.types import GrammarKind, StructuredOutput
@@ -25,8 +28,8 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-FORMATS = jsonschema.FormatChecker(["time", "uuid", "email", "ipv4", "ipv6"])
-"""Of dates, a grammar cannot express leap years."""
+FORMATS = jsonschema.FormatChecker(["uuid", "email", "ipv4", "ipv6"])
+"""A grammar cannot express leap years, and jsonschema's check of times allows no offset."""
 
 
 def schema(value: object) -> StructuredOutput:
@@ -174,6 +177,22 @@ def test_compile_deep_schema_is_refused(compiler: GrammarCompiler) -> None:
         compiler.compile(schema(value))
 
 
+def _chain_of_rules(name: str) -> StructuredOutput:
+    rules = "\n".join(f"{name}{index}: {name}{index + 1}" for index in range(5000))
+    return StructuredOutput(GrammarKind.GRAMMAR, f'start: {name}0\n{rules}\n{name}5000: "a"')
+
+
+def test_compile_long_chains_of_rules_does_not_overflow_the_stack(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert follow(compiler, tokenizer, _chain_of_rules("r"), seed=1) == "a"
+    assert follow(compiler, tokenizer, _chain_of_rules("T"), seed=1) == "a"
+    names = [f"a{index}" for index in range(2000)]
+    chain = {name: {"items": {"$ref": f"#/$defs/{following}"}} for name, following in pairwise(names)}
+    value = {"type": "array", "items": {"$ref": "#/$defs/a0"}, "$defs": {**chain, names[-1]: {}}}
+    compiler.compile(schema(value))
+
+
 @pytest.mark.parametrize(
     "constraint",
     [StructuredOutput(GrammarKind.REGEX, r"[^\s\S]"), StructuredOutput(GrammarKind.GRAMMAR, "start: start")],
@@ -205,6 +224,14 @@ def test_processor_excluded_tokens_contradict_the_grammar_is_an_error(compiler: 
     process = compiler.compile(StructuredOutput(GrammarKind.REGEX, "a")).logits_processor()
     with pytest.raises(InvalidRequest, match="contradict"):
         process(torch.full((512,), -torch.inf), [], [])
+
+
+def test_bias_on_device_excludes_the_tokens_without_a_bit() -> None:
+    bias = bias_on_device(np.array([0b10000001, 0, 255], dtype=np.uint8), torch.device("cpu"))
+    allowed = torch.isfinite(bias).nonzero().flatten().tolist()
+    assert allowed == [0, 7, *range(16, 24)]
+    assert bias.shape == (24,)
+    assert bias[allowed].eq(0).all()
 
 
 def test_processor_of_one_grammar_sequences_are_independent(

@@ -22,7 +22,7 @@ LOAD_PHASES = {"imports", "snapshot", "tokenizer", "weights", "pack", "kv_cache"
 ALLOWED = {
     "protocol": {*metrics.PROTOCOLS, metrics.OTHER},
     "phase": LOAD_PHASES,
-    "finished_reason": {"eos_token", "length", "stop_sequence", "cancelled", "deadline", "failed"},
+    "finished_reason": {"eos_token", "length", "stop_sequence", "tool_calls", "cancelled", "deadline", "failed"},
     "status": {str(status) for status in (200, 499, *range(400, 430), 500, 503, 504)},
 }
 GAPS = ("inter_token_latency_seconds_count", "inter_token_latency_seconds_sum")

@@ -1,6 +1,8 @@
 """Several API keys with weights and limits on one server, over HTTP and gRPC."""
 
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 from kserve.protocol.grpc import grpc_predict_v2_pb2 as messages
 from kserve.protocol.grpc import grpc_predict_v2_pb2_grpc as service
 
+from devtools.paths import ROOT
 from tests.predictor import servers
 from tests.predictor.servers import GENERATE, INFER, OPENAI, Call, InProcessServer
 
@@ -101,6 +104,26 @@ def test_queue_filled_by_one_key_leaves_a_place_for_another(server: InProcessSer
     assert server.metric("key_request_rejected_total", key="greedy", limit="queue") == rejected + 1
 
 
+def test_waiting_requests_that_a_proxy_gives_up_free_their_places(server: InProcessServer) -> None:
+    """Although the engine makes no step meanwhile."""
+    server.hold.close()
+    call = Call(server, OPENAI, 400, more={"n": 9})
+
+    def give_up(_: int) -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{server.url}{call.path}", json=call.body, headers=bearer("greedy"), timeout=0.5, trust_env=False
+            )
+
+    with ThreadPoolExecutor(CAPACITY // 9) as threads:
+        list(threads.map(give_up, range(CAPACITY // 9)))
+    wait_for_sequences(server, "greedy", 0)
+    with ExitStack() as stack:
+        assert open_stream(stack, server, "modest", n=CAPACITY).status_code == 200
+        server.hold.open()
+    server.wait_until_idle()
+
+
 def test_requests_beyond_the_limit_of_a_minute_return_429_in_every_protocol(server: InProcessServer) -> None:
     for _ in range(3):
         assert Call(server, OPENAI, 1).post(headers=bearer("http")).status_code == 200
@@ -177,5 +200,8 @@ def test_changed_limit_holds_after_the_file_is_read_again(server: InProcessServe
 def test_metrics_and_log_have_names_of_keys_only(server: InProcessServer) -> None:
     assert Call(server, OPENAI, 1).post().status_code == 200
     text = server.client.get("/metrics").text
-    assert 'kserve_llm_key_queue_time_seconds_count{key="modest",model_name="limits"}' in text
+    samples = re.findall(r"^kserve_llm_(key_\w+){", text, re.MULTILINE)
+    names = {name.removesuffix("_count").removesuffix("_sum") for name in samples}
+    readme = (ROOT / "predictor" / "README.md").read_text().partition("| Metric by key |")[2].partition("\n\n")[0]
+    assert {name for name in names if not name.endswith("_created")} == set(re.findall("`(key_[a-z_]+)`", readme))
     assert not any(key(name) in text + server.log for name in LIMITS)

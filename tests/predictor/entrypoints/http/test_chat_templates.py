@@ -24,7 +24,8 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessServ
     flags = serve_template(tmp_path_factory.mktemp("thinking"), THINKING)
     variables = ["--chat_template_kwargs", '{"enable_thinking": true}']
     places = ["--max_num_seqs", "1", "--max_queued_requests", "1"]
-    with servers.in_process(*flags, *variables, *places, model_name="thinking") as server:
+    formats = ["--tool_call_format", "mistral", "--reasoning_format", "gemma4"]
+    with servers.in_process(*flags, *variables, *places, *formats, model_name="thinking") as server:
         yield server
 
 
@@ -50,6 +51,11 @@ def test_variables_of_the_server_and_of_the_request_reach_the_template(thinking:
     assert prompt_tokens(post(thinking.client, "thinking")) == plain + 3
     assert prompt_tokens(post(thinking.client, "thinking", reasoning_effort="none")) == plain
     assert prompt_tokens(post(thinking.client, "thinking", reasoning_effort="high")) == plain + 3
+
+
+def test_formats_that_are_set_are_properties_of_the_model(thinking: InProcessServer) -> None:
+    properties = thinking.client.get("/v2/models/thinking").json()["properties"]
+    assert (properties["tool_call_format"], properties["reasoning_format"]) == ("mistral", "gemma4")
 
 
 def test_variables_that_the_template_does_not_know_are_reported_as_ignored(client: httpx.Client) -> None:

@@ -1,11 +1,14 @@
 """Structured output over HTTP: the demo model writes what it never learned, since its tokens are restricted."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import pytest
+
+from tests.predictor import servers
 
 ANSWER = {
     "type": "object",
@@ -74,3 +77,31 @@ def test_structured_output_that_contradicts_min_tokens_is_400(client: httpx.Clie
     response = client.post("/v1/completions", json=body)
     assert response.status_code == 400
     assert "min_tokens" in response.json()["error"]["message"]
+
+
+THINKING = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|><think>"
+    "{% if enable_thinking is defined and not enable_thinking %}</think>{% endif %}"
+)
+
+
+def test_answer_of_a_reasoning_model_is_structured_after_the_reasoning(weights: Path) -> None:
+    template = weights / "chat_template.jinja"
+    template.unlink()
+    template.write_text(THINKING)
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    body = {"model": "thinking", "messages": messages, "max_tokens": 100, "temperature": 0}
+    body["response_format"] = {"type": "json_schema", "json_schema": {"name": "answer", "schema": ANSWER}}
+    with servers.in_process("--model_dir", str(weights), model_name="thinking") as server:
+        thought, answered = (
+            server.client.post("/v1/chat/completions", json={**body, "reasoning_effort": effort}).json()
+            for effort in ("high", "none")
+        )
+    # The model has not learned to end its reasoning.
+    [choice] = thought["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
+    assert choice["message"]["reasoning_content"] == choice["message"]["reasoning"]
+    assert thought["usage"]["completion_tokens_details"]["reasoning_tokens"] > 90
+    [choice] = answered["choices"]
+    assert "reasoning" not in choice["message"]
+    jsonschema.validate(json.loads(choice["message"]["content"]), ANSWER)

@@ -92,10 +92,10 @@ def test_required_call_without_a_reason_to_call_is_made(client: Client) -> None:
             check(call["function"])
 
 
-def test_named_call_is_of_this_tool(client: Client) -> None:
+def test_named_call_is_one_of_this_tool(client: Client) -> None:
     choice = {"type": "function", "function": {"name": "weather"}}
     for answer in ask(client, **HOT, tool_choice=choice, n=4):
-        assert {call["function"]["name"] for call in answer["message"]["tool_calls"]} == {"weather"}
+        assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["weather"]
 
 
 def test_required_call_without_parallel_calls_is_one(client: Client) -> None:
@@ -151,6 +151,15 @@ def test_calls_with_logprobs_and_stop_are_reported(client: Client, choice: str) 
     check(answer["message"]["tool_calls"][0]["function"])
     received = chunks(client, BODY | {"tool_choice": choice, "logprobs": True})
     assert received[-1]["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "tool_calls"}
+
+
+@pytest.mark.parametrize(("limit", "reason"), [({"stop": ["12"]}, "stop"), ({"max_tokens": 20}, "length")])
+def test_call_that_is_cut_off_is_not_reported_as_complete(client: Client, limit: dict[str, Any], reason: str) -> None:
+    for choice in ask(client, **limit, tool_choice="required", n=2):
+        assert choice["finish_reason"] == reason
+        [call] = choice["message"]["tool_calls"]
+        assert call["function"]["arguments"].startswith('{"expression": "')
+        assert not call["function"]["arguments"].endswith("}")
 
 
 def test_answer_with_a_schema_and_tools_is_a_call_or_the_json(client: Client) -> None:

@@ -143,6 +143,7 @@ def test_output_format_is_a_structured_output(field: str) -> None:
         ({"tool_choice": {"type": "any"}}, "tool_choice: there are no tools"),
         ({"mcp_servers": [{}]}, "mcp_servers: not supported"),
         ({"output_format": {"type": "json_schema", "schema": {}}, "structured_outputs": {"regex": "a"}}, "Only one"),
+        ({"best_of": 2}, "best_of: only one message is generated"),
     ],
 )
 def test_decode_unsupported_request_raises_naming_the_field(fields: Any, message: str) -> None:

@@ -196,6 +196,7 @@ def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
         ("null", {}),
         (None, {}),
         (7, {}),
+        ([None], {}),
         ('{"a": "\\ud800"}', {}),
         ("[" * 100_000, {}),
         ({"city": "Ulm", "days": None}, {"city": "Ulm", "days": None}),
@@ -204,7 +205,9 @@ def test_chat_tool_call_arguments_are_passed_as_objects() -> None:
 )
 def test_chat_tool_call_arguments_of_any_form_become_an_object(arguments: Any, expected: Json) -> None:
     call = {**CALL, "function": {"name": "weather", "arguments": arguments}}
-    [message] = template_messages({"role": "assistant", "tool_calls": [call]})
+    answer = {"role": "assistant", "tool_calls": [call]}
+    [message] = template_messages(answer)
+    jsonschema.validate({"model": "m", "messages": [answer]}, requests.CHAT_COMPLETION_SCHEMA)
     assert message["tool_calls"][0]["function"].get("arguments", {}) == expected
 
 

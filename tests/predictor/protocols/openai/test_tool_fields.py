@@ -80,6 +80,11 @@ def test_decode_strict_tools_are_named_and_not_shown_to_the_template() -> None:
 def test_decode_parallel_tool_calls_allows_one_or_several() -> None:
     assert decoded_chat(tools=[A]).parallel_tool_calls
     assert not decoded_chat(tools=[A], parallel_tool_calls=False).parallel_tool_calls
+    assert decoded_chat(tools=[A], tool_choice="required").parallel_tool_calls
+
+
+def test_decode_choice_of_a_tool_allows_one_call() -> None:
+    assert not decoded_chat(tools=[A, B], tool_choice=named("a"), parallel_tool_calls=True).parallel_tool_calls
 
 
 @pytest.mark.parametrize(

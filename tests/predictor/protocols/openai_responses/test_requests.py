@@ -142,10 +142,11 @@ def test_reasoning_after_an_answer_begins_the_next_message() -> None:
     assert [message.get("reasoning_content") for message in passed] == [None, "short"]
 
 
-@pytest.mark.parametrize("arguments", ["", '{"a"', "[1]"])
-def test_arguments_that_are_no_object_are_read_as_empty(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["", '{"a"', "[1]", [None]])
+def test_arguments_that_are_no_object_are_read_as_empty(arguments: object) -> None:
     [message] = messages(CALL | {"arguments": arguments})
     assert message["tool_calls"][0]["function"]["arguments"] == {}
+    jsonschema.validate({"model": "m", "input": [CALL | {"arguments": arguments}]}, requests.RESPONSE_SCHEMA)
 
 
 def test_output_of_a_call_may_have_parts() -> None:
