@@ -1,5 +1,7 @@
 """Paths on a volume.
 
+A predictor that waits for a snapshot also reads the directories that begin with a dot, to report the state of the wait.
+
     <root>/
         demo--arithmetic/                             one directory per model: the reference's slug
             4f0a…c1/                                  one directory per snapshot: the commit
