@@ -23,7 +23,7 @@ def copy_bytes_per_second(device: torch.device) -> float:
         target.copy_(source)
         _synchronize(device)
         durations.append(time.perf_counter() - began)
-    return 2 * source.nbytes / min(durations)
+    return float(2 * source.nbytes / min(durations))
 
 
 def _synchronize(device: torch.device) -> None:

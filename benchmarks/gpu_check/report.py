@@ -4,7 +4,7 @@ import datetime
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def _lines(content: Figures) -> Iterator[str]:
 
 
 def _load_table(modes: Mapping[str, Figures]) -> Iterator[str]:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for mode, figures in modes.items():
         if "error" in figures:
             rows.append((mode, figures["error"], "", "", ""))
@@ -86,8 +86,8 @@ def _load_table(modes: Mapping[str, Figures]) -> Iterator[str]:
                 (
                     mode,
                     f"{figures['correct']:.1%}",
-                    f"{figures['load_seconds']:.1f}",
-                    f"{figures['warm_up_seconds']:.1f}",
+                    f"{figures["load_seconds"]:.2f}",
+                    f"{figures["warm_up_seconds"]:.2f}",
                     "" if memory is None else f"{memory / 2**20:.1f}",
                 )
             )
@@ -138,7 +138,7 @@ def _ratio(level: Figures, sequential: list[Figures]) -> str:
     return f"{level['tokens_per_second'] / max(other['tokens_per_second'] for other in sequential):.1f}"
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     yield ""
     for cells in (header, ("---",) * len(header), *rows):
         yield f"| {' | '.join(cells)} |"
