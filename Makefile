@@ -57,10 +57,10 @@ test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
 GPU_WHEELS := build/gpu-wheels
 GPU_PYTHON ?= 3.12
 GPU_SKIP ?=
-GPU_PART_MIB ?= 60
+GPU_PART_MIB ?= 50
 GPU_ARGS ?=
 
-gpu-wheels: $(INSTALLED) ## wheels for gpu-check, for Python GPU_PYTHON=3.12, in parts of GPU_PART_MIB=60; GPU_SKIP="names" leaves some out
+gpu-wheels: $(INSTALLED) ## wheels for gpu-check, for Python GPU_PYTHON=3.12, in parts of GPU_PART_MIB=50; GPU_SKIP="names" leaves some out
 	@rm -rf $(GPU_WHEELS)
 	@$(BIN)/python -m devtools.gpu_wheels $(GPU_WHEELS) --python_version $(GPU_PYTHON) --part_mib $(GPU_PART_MIB) --skip $(GPU_SKIP)
 

@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="empty or new")
     parser.add_argument("--python_version", default="3.12", help="of the machine (default: %(default)s)")
     parser.add_argument("--skip", nargs="*", default=[], help="packages that the machine has")
-    parser.add_argument("--part_mib", type=int, default=60, help="largest size of a part (default: %(default)s)")
+    parser.add_argument("--part_mib", type=int, default=50, help="largest size of a part (default: %(default)s)")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     if folder.exists() and any(folder.iterdir()):

@@ -86,8 +86,8 @@ def _load_table(modes: Mapping[str, Figures]) -> Iterator[str]:
                 (
                     mode,
                     f"{figures['correct']:.1%}",
-                    f"{figures["load_seconds"]:.2f}",
-                    f"{figures["warm_up_seconds"]:.2f}",
+                    f"{figures['load_seconds']:.2f}",
+                    f"{figures['warm_up_seconds']:.2f}",
                     "" if memory is None else f"{memory / 2**20:.1f}",
                 )
             )

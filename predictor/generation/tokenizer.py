@@ -25,6 +25,14 @@ class PromptTokenizer(Tokenizer, Protocol):
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...  # noqa: D102
 
 
+class TextTokenizer(Protocol):
+    """Texts, and pairs of them, to tokens with all that the model takes."""
+
+    def __call__(  # noqa: D102
+        self, *texts: str, truncation: bool, max_length: int | None
+    ) -> Mapping[str, list[int]]: ...
+
+
 class ChatTokenizer(Protocol):
     """Chats to text."""
 
