@@ -1,6 +1,7 @@
 """Client libraries against a running predictor, in the virtual environment of `make clients`.
 
-Each module in `uses` has one library's tests. Its interpreter has none of this project's packages.
+Each module in `uses` has the tests of one library, or of one feature in all of them. Their interpreter has none of this
+project's packages.
 """
 
 import json
