@@ -59,7 +59,8 @@ class Predictor(kserve.Model):
         timeout = timeout_seconds(headers or {})
         if self._service.is_loading:
             # What a model does is known once it is loaded.
-            await self._service.wait_for_load(math.prod(payload.inputs[0].shape) if payload.inputs else 1, timeout)
+            num_texts = math.prod(payload.inputs[0].shape) if payload.inputs else 1
+            await self._service.wait_for_load(max(1, num_texts), timeout)
         if (task := self._pooling_task) is not None:
             pooled = await self._service.pool(open_inference_pooling.decode(payload, task), timeout)
             size = pooled.vectors.size
@@ -84,5 +85,5 @@ class Predictor(kserve.Model):
 
     @property
     def _pooling_task(self) -> Task | None:
-        """Whether the model embeds or classifies; None if it generates, or is not loaded."""
+        """EMBED or CLASSIFY; None if the model generates, or is not loaded."""
         return None if self._service.task in (None, Task.GENERATE) else self._service.task

@@ -252,6 +252,8 @@ class LLMService:
     ) -> tuple[_Pipeline | _PoolingPipeline, dict[str, str]]:
         """Return the parts that answer requests, and properties for the metadata."""
         assert loaded.pooling is not None  # noqa: S101, the engine is made from it
+        # The first call sets the state of the tokenizer, which threads share, to that of all later calls.
+        loaded.tokenizer("")
         inputs = PoolingInputs(
             loaded.tokenizer,
             loaded.pooling,
