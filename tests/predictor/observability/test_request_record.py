@@ -26,13 +26,13 @@ def test_current_outside_of_request_is_discarded() -> None:
 
 
 def test_bind_applies_to_tasks_and_threads_of_one_request_only() -> None:
-    async def append(key: str) -> None:
+    async def append(protocol: str) -> None:
         await asyncio.sleep(0)
-        request_record.current().key = (request_record.current().key or "") + key
+        request_record.current().protocol = (request_record.current().protocol or "") + protocol
 
-    async def handle(request_id: str, key: str) -> RequestRecord:
+    async def handle(request_id: str, protocol: str) -> RequestRecord:
         with request_record.bind(RequestRecord(request_id)) as record:
-            await asyncio.gather(append(key), append(key))
+            await asyncio.gather(append(protocol), append(protocol))
             assert await asyncio.to_thread(request_record.current) is record
         return record
 
