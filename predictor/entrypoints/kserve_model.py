@@ -59,14 +59,17 @@ class Predictor(kserve.Model):
         timeout = timeout_seconds(headers or {})
         if self._service.is_loading:
             # What a model does is known once it is loaded.
-            await self._service.wait_for_load(math.prod(payload.inputs[0].shape) if payload.inputs else 1, timeout)
+            num_texts = math.prod(payload.inputs[0].shape) if payload.inputs else 1
+            await self._service.wait_for_load(max(1, num_texts), timeout)
         if (task := self._pooling_task) is not None:
             pooled = await self._service.pool(open_inference_pooling.decode(payload, task), timeout)
-            return open_inference_pooling.encode(payload, task, pooled)
+            size = pooled.vectors.size
+            return await response_encoding.encode(size, lambda: open_inference_pooling.encode(payload, task, pooled))
         stream = await self._service.submit(open_inference.decode(payload), timeout)
         try:
             completions = await stream.complete()
-            return await response_encoding.encode(completions, lambda: open_inference.encode(payload, completions))
+            values = response_encoding.num_values(completions)
+            return await response_encoding.encode(values, lambda: open_inference.encode(payload, completions))
         finally:
             stream.close()
 
@@ -82,5 +85,5 @@ class Predictor(kserve.Model):
 
     @property
     def _pooling_task(self) -> Task | None:
-        """Whether the model embeds or classifies; None if it generates, or is not loaded."""
+        """EMBED or CLASSIFY; None if the model generates, or is not loaded."""
         return None if self._service.task in (None, Task.GENERATE) else self._service.task

@@ -28,21 +28,12 @@ from predictor.types import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ROUTES = {
+ROUTES = {
     Task.GENERATE: "generates text. POST /v1/completions or /v1/chat/completions",
     Task.EMBED: "computes embeddings. POST /v1/embeddings",
     Task.CLASSIFY: "scores texts. POST /v1/rerank or /v1/score",
 }
-
-
-def require_task(name: str, actual: Task, requested: Task) -> None:
-    """Check that a model does what a route needs.
-
-    Raises:
-        InvalidRequest: it does not; the message names the routes of what it does.
-    """
-    if actual is not requested:
-        raise InvalidRequest(f"Model {name} {_ROUTES[actual]}.")
+"""What a model does and how to request it, after its name."""
 
 
 def num_characters(request: PoolingRequest) -> int:
@@ -169,9 +160,12 @@ class PoolingInputs:
             token_ids = [int(token_id) for token_id in input_[:limit]]
         else:
             texts = (f"{prompt}{input_}",) if isinstance(input_, str) else input_
-            lowered = [text.lower() if self.pooling.lowercase else text for text in map(str, texts)]
-            encoded = self.tokenizer(*lowered, truncation=limit is not None, max_length=limit)
+            encoded = self.tokenizer(*(text.lower() if self.pooling.lowercase else text for text in map(str, texts)))
             token_ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+            if limit is not None and len(token_ids) > limit and encoded.is_fast:
+                kept = _kept_positions(encoded.sequence_ids(), limit)
+                token_ids = [token_ids[position] for position in kept]
+                types = types and [types[position] for position in kept]
         self._check(token_ids, index)
         return PoolingInput(token_ids, types)
 
@@ -190,6 +184,28 @@ class PoolingInputs:
             raise InvalidRequest(
                 f"Unknown token id in input {index}: {named}. This model's are 0 to {self.vocabulary_tokens - 1}."
             )
+
+
+def _kept_positions(sequence_ids: Sequence[int | None], limit: int) -> list[int]:
+    """Return the positions of a text or pair truncated to `limit` tokens: special tokens stay, the longer text is cut.
+
+    The tokenizer's own truncation would change its state, which threads share.
+
+    Args:
+        sequence_ids: 0 or 1, the text of each token; None for special tokens.
+        limit: maximum number of tokens.
+    """
+    first, second = sequence_ids.count(0), sequence_ids.count(1)
+    budget = max(0, limit - sequence_ids.count(None))
+    kept_second = min(second, max(budget - first, (budget + (second >= first)) // 2))
+    left = [min(first, budget - kept_second), kept_second]
+    positions = []
+    for position, text in enumerate(sequence_ids):
+        if text is not None:
+            left[text] -= 1
+        if text is None or left[text] >= 0:
+            positions.append(position)
+    return positions
 
 
 def _is_pair(input_: str | tuple[int, ...] | tuple[str, str]) -> bool:

@@ -160,6 +160,7 @@ def test_text_beyond_the_snapshots_length_is_refused_or_truncated(embedder: InPr
         ({"input": ["w1"] * 2049}, "up to 2048 and none of them empty"),
         ({"input": [205]}, "Unknown token id in input 0: 205. This model's are 0 to 204."),
         ({"input": "w1", "dimensions": 0}, "dimensions: input should be greater than or equal to 1"),
+        ({"input": "w1", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens: expected -1 or at least 1."),
         ({"input": "w1", "encoding_format": "int8"}, "encoding_format: input should be 'float' or 'base64'"),
         ({"input": "w1", "messages": [{}]}, "messages: chats are not supported. Send the text as input."),
     ],
@@ -343,6 +344,23 @@ def test_full_queue_returns_429_and_a_client_that_leaves_frees_its_place(tmp_pat
         assert server.metric("request_finished_total", finished_reason="computed") == 2
         assert server.metric("request_finished_total", finished_reason="cancelled") == 1
         assert server.metric("request_finished_total", finished_reason="deadline") == 1
+
+
+def test_api_keys_limits_and_metrics_count_requests_and_tokens(tmp_path: Path) -> None:
+    directory = tiny_poolers.make_bert(tmp_path)
+    keys = tmp_path / "keys"
+    keys.write_text("alice:long-secret-of-alice tokens_per_minute=10\n")
+    bearer = {"Authorization": "Bearer long-secret-of-alice"}
+    with servers.in_process("--model_dir", str(directory), model_name="keys", keys=keys) as server:
+        body = {"model": "keys", "input": TEXTS[:2]}
+        assert server.client.post("/v1/embeddings", json=body).status_code == 401
+        assert server.client.post("/v1/embeddings", json=body, headers=bearer).status_code == 200
+        limited = server.client.post("/v1/embeddings", json=body, headers=bearer)
+        assert "has used its 10 tokens per minute" in error_of(limited, 429)
+        assert server.metric("key_requests_total", key="alice") == 1
+        assert server.metric("key_request_rejected_total", key="alice", limit="tokens_per_minute") == 1
+        assert server.metric("key_prompt_tokens_total", key="alice") == 25
+        assert server.metric("key_num_sequences", key="alice") == 0
 
 
 def test_failed_forward_pass_returns_500_and_the_server_recovers(embedder: InProcessServer) -> None:
