@@ -146,7 +146,8 @@ def find(tokens: Sequence[Token], text: str, skip: int = 0) -> int | None:
     whole = "".join(token.text for token in tokens)
     offsets = accumulate((len(token.text) for token in tokens), initial=0)
     for position, offset in zip(range(len(tokens)), offsets, strict=False):
-        if offset >= skip and whole[offset : offset + len(text)] == text[: len(whole) - offset]:
+        is_part = len(whole) - offset < len(text)
+        if offset >= skip and (text.startswith(whole[offset:]) if is_part else whole.startswith(text, offset)):
             return position
     return None
 
