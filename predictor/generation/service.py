@@ -9,10 +9,9 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import psutil
 
@@ -27,17 +26,13 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_notations, output_processor, pooling, prompt_encoder
+from predictor.generation import output_processor, pipelines, pooling, prompt_encoder
 from predictor.generation.caller_usage import CallerUsage
-from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.hold import Hold, HoldFull
 from predictor.generation.load_progress import LoadProgress
 from predictor.generation.output_processor import CompletionStream
-from predictor.generation.pooling import PoolingInputs
-from predictor.generation.prompt_encoder import Encoder, PromptEncoder
+from predictor.generation.pipelines import GenerationPipeline, PoolingPipeline
 from predictor.generation.prompts import Prompts
-from predictor.generation.self_check import SelfCheck
-from predictor.generation.structured_output import GrammarCompiler
 from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
@@ -51,7 +46,6 @@ from predictor.types import (
     FinishedSequence,
     GenerationRequest,
     Pooled,
-    Pooling,
     PoolingRequest,
     Task,
     Tokenization,
@@ -80,34 +74,8 @@ class _LoadCancelled(Exception):
     """`drain` or `stop` was called during the load."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pipeline:
-    """The parts that answer requests once the model is loaded."""
-
-    prompts: Prompts
-    encoder: PromptEncoder
-    engine: Engine
-    self_check: SelfCheck
-    task: ClassVar = Task.GENERATE
-
-
-@dataclass(frozen=True, slots=True)
-class _PoolingPipeline:
-    """The same for a model that embeds or classifies."""
-
-    source: PoolingInputs
-    encoder: Encoder[PoolingInputs]
-    engine: PoolingEngine
-    self_check: SelfCheck
-
-    @property
-    def task(self) -> Task:
-        """EMBED or CLASSIFY."""
-        return self.source.pooling.task
-
-
-_AnyPipeline = TypeVar("_AnyPipeline", _Pipeline, _PoolingPipeline)
-_CreatePipeline = Callable[[], tuple[_Pipeline | _PoolingPipeline, dict[str, str]]]
+_AnyPipeline = TypeVar("_AnyPipeline", GenerationPipeline, PoolingPipeline)
+_CreatePipeline = Callable[[], tuple[GenerationPipeline | PoolingPipeline, dict[str, str]]]
 """Returns the parts that answer requests, and their properties for the model's metadata."""
 
 
@@ -122,7 +90,7 @@ class LLMService:
         self._settings = settings
         self._wait_state = ""
         """State of the wait for the snapshot; part of the readiness message."""
-        self._pipeline: _Pipeline | _PoolingPipeline | None = None
+        self._pipeline: GenerationPipeline | PoolingPipeline | None = None
         self._engine: Engine | PoolingEngine | None = None
         self._num_encoding: Counter[str | None] = Counter()
         """Sequences whose prompts are encoded or wait for it, by name of their caller."""
@@ -218,14 +186,14 @@ class LLMService:
     def _create_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
         if loaded.pooling is not None:
             pools = PoolingEngine.from_model(loaded.model, loaded.pooling, self._settings, loaded.context_tokens)
-            return pools, partial(self._pooling_pipeline, loaded, loaded.pooling, pools)
+            return pools, partial(pipelines.create_pooling, loaded, loaded.pooling, pools, self._settings)
         engine = Engine.from_model(
             loaded.model,
             self._settings,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
         )
-        return engine, partial(self._generation_pipeline, loaded, engine)
+        return engine, partial(pipelines.create_generation, loaded, engine, self._settings)
 
     def _warm_up(self, loaded: LoadedModel, engine: Engine | PoolingEngine) -> None:
         try:
@@ -265,52 +233,11 @@ class LLMService:
             self_check_age_seconds=lambda: pipeline.self_check.age_seconds,
             self_check_success=lambda: pipeline.self_check.succeeded,
         )
-
-    def _pooling_pipeline(
-        self, loaded: LoadedModel, configured: Pooling, engine: PoolingEngine
-    ) -> tuple[_PoolingPipeline, dict[str, str]]:
-        # The first call sets the state of the tokenizer, which threads share, to that of all later calls.
-        loaded.tokenizer("")
-        inputs = PoolingInputs(
-            loaded.tokenizer,
-            configured,
-            engine.num_outputs,
-            engine.context_tokens,
-            loaded.vocabulary_tokens,
-            loaded.unembedded_tokens,
-        )
-        self_check = SelfCheck(engine, self._settings.self_check_interval_seconds)
-        properties = {**configured.properties, "outputs": str(engine.num_outputs)}
-        return _PoolingPipeline(inputs, Encoder(inputs), engine, self_check), properties
-
-    def _generation_pipeline(self, loaded: LoadedModel, engine: Engine) -> tuple[_Pipeline, dict[str, str]]:
-        settings = self._settings
-        chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
-        output_format, format_names = output_notations.choose(
-            loaded.tokenizer, settings.tool_call_format, settings.reasoning_format
-        )
-        prompts = Prompts(
-            loaded.tokenizer,
-            chat_template,
-            GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids),
-            engine.context_tokens,
-            loaded.vocabulary_tokens,
-            loaded.defaults,
-            settings.default_max_tokens,
-            loaded.unembedded_tokens,
-            output_format,
-        )
-        self._metrics.register_callbacks(
-            kv_cache_usage_perc=lambda: engine.cache_usage,
-            kv_cache_capacity_tokens=lambda: engine.cache_tokens,
-        )
-        self_check = SelfCheck(engine, settings.self_check_interval_seconds)
-        properties = {
-            "kv_cache_tokens": str(engine.cache_tokens),
-            "chat_template": chat_template.status,
-            **format_names,
-        }
-        return _Pipeline(prompts, PromptEncoder(prompts), engine, self_check), properties
+        if isinstance(engine, Engine):
+            self._metrics.register_callbacks(
+                kv_cache_usage_perc=lambda: engine.cache_usage,
+                kv_cache_capacity_tokens=lambda: engine.cache_tokens,
+            )
 
     def terminate(self) -> None:
         """Stop being ready; requests are still accepted, until `drain`."""
@@ -478,7 +405,7 @@ class LLMService:
         deadline = self._deadline(timeout_seconds)
         with self._counting_rejections(record):
             await self._hold_while_loading(1, deadline)
-            pipeline = self._require(_PoolingPipeline, request.task, record)
+            pipeline = self._require(PoolingPipeline, request.task, record)
             if self._settings.log_prompts:
                 logger.info("inputs: %r", request.inputs)
             async with self._encoding(pipeline, 1, deadline):
@@ -556,9 +483,9 @@ class LLMService:
             "chat_template": tokenizer.chat_template,
         }
 
-    def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> _Pipeline:
+    def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> GenerationPipeline:
         """Return the parts that generate, unless the request is rejected whatever its prompts are."""
-        pipeline = self._require(_Pipeline, Task.GENERATE, record)
+        pipeline = self._require(GenerationPipeline, Task.GENERATE, record)
         for prompt in prompts:
             if isinstance(prompt, Chat):
                 record.add_ignored_fields(pipeline.prompts.chat_template.ignored_fields(prompt))
@@ -624,7 +551,7 @@ class LLMService:
 
     @asynccontextmanager
     async def _encoding(
-        self, pipeline: _Pipeline | _PoolingPipeline, num_sequences: int, deadline: float
+        self, pipeline: GenerationPipeline | PoolingPipeline, num_sequences: int, deadline: float
     ) -> AsyncIterator[None]:
         """Hold the places of sequences in the engine while their prompts are encoded, until the deadline."""
         record = request_record.current()
