@@ -10,10 +10,12 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import checkpoint, context_length, placement, rope, snapshot
+from predictor.models import adapter, checkpoint, context_length, placement, rope, snapshot
+from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
 from predictor.models.int8_quantizer import Int8Config
@@ -61,6 +63,8 @@ class LoadPlan:
     trust_remote_code: bool
     context_tokens: int | None
     """Maximum of prompt and completion together; None: the tokenizer's."""
+    adapter: Adapter | None
+    """Merged into the weights while they load."""
 
     @property
     def weights_dir(self) -> Path:
@@ -104,6 +108,7 @@ class LoadOptions(TypedDict, total=False):
     skip_modules: Sequence[str]
     fallback: bool
     max_model_len: int | None
+    adapter_dir: Path | None
 
 
 def load(
@@ -128,6 +133,7 @@ def make_plan(
     skip_modules: Sequence[str] = (),
     fallback: bool = False,
     max_model_len: int | None = None,
+    adapter_dir: Path | None = None,
 ) -> LoadPlan:
     """Decide how to load the model of `directory`.
 
@@ -140,9 +146,11 @@ def make_plan(
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
         max_model_len: maximum of prompt and completion together; None: the model's.
+        adapter_dir: holds a LoRA adapter to merge into the weights.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, or the engine cannot run the architecture.
+        UnsupportedModel: the weights cannot be read, the engine cannot run the architecture, or the adapter cannot be
+            merged.
         InvalidSettings: `max_model_len` is more than the model supports.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
@@ -156,8 +164,11 @@ def make_plan(
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
+    lora = None if adapter_dir is None else _read_adapter(adapter_dir, config)
     prequantized_dir = None
-    if isinstance(quantization_config, Int8Config):
+    if isinstance(quantization_config, Int8Config) and lora is not None:
+        logger.info("quantizing while loading: prequantized weights would not have the adapter")
+    elif isinstance(quantization_config, Int8Config):
         prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
         config, _ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code)
@@ -177,6 +188,7 @@ def make_plan(
         prequantized_dir=prequantized_dir,
         trust_remote_code=trust_remote_code,
         context_tokens=context_tokens,
+        adapter=lora,
     )
 
 
@@ -252,6 +264,25 @@ def _read_checkpoint(directory: Path, *, trust_remote_code: bool) -> tuple[Any, 
     return config, weights
 
 
+def _read_adapter(directory: Path, config: Any) -> Adapter:
+    """Read an adapter for a model with a config.
+
+    Raises:
+        UnsupportedModel: the adapter is not supported, or the model's weights cannot be changed.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"The adapter in {directory} cannot be merged into weights that are quantized. Use the original weights of "
+            "the base model with --quantization."
+        )
+    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        raise UnsupportedModel(
+            f"The adapter in {directory} cannot be merged into a model with its own code. Merge it with PEFT's "
+            "merge_and_unload, and serve the result."
+        )
+    return adapter.read(directory)
+
+
 def _load_tokenizer(plan: LoadPlan) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -262,10 +293,17 @@ def _load_tokenizer(plan: LoadPlan) -> Any:
 
 
 def _load_weights(plan: LoadPlan) -> Any:
+    model_class, source, merged = transformers.AutoModelForCausalLM, plan.weights_dir, None
+    if plan.adapter is not None:
+        # Auto classes need a directory, and `state_dict` excludes one.
+        model_class, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.config)], None
+        entry = getattr(plan.config, "transformers_weights", None)
+        merged = plan.adapter.merge(checkpoint.find_weights(plan.weights_dir, entry).files)
     try:
-        model, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
-            plan.weights_dir,
+        model, loading_info = model_class.from_pretrained(
+            source,
             config=plan.config,
+            state_dict=merged,
             generation_config=transformers.GenerationConfig(),  # read by `GenerationConfig` of this package
             dtype=plan.dtype,
             device_map=plan.placement.device_map,
