@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-all test-packaging clients lint lock format images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo serve test test-all test-packaging gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -45,14 +45,27 @@ serve: $(INSTALLED) ## the same, and keep serving; MODEL=hf://owner/name serves 
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 15 $(PYTEST_ARGS)
 
 test: $(INSTALLED) ## unit and component tests, and one process of each program; some minutes
-	@$(PYTEST) -m 'not slow and not serial and not packaging'
+	@$(PYTEST) -m 'not slow and not serial and not packaging and not gpu'
 
 test-all: test ## test, then the slow tests and those that need the machine for themselves
-	@$(PYTEST) -m 'slow and not serial and not packaging'
+	@$(PYTEST) -m 'slow and not serial and not packaging and not gpu'
 	@$(PYTEST) -m 'serial and not packaging' --numprocesses 0
 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
 	@$(BIN)/python -m pytest --durations 15 -m packaging $(PYTEST_ARGS)
+
+GPU_WHEELS := build/gpu-wheels
+GPU_PYTHON ?= 3.12
+GPU_SKIP ?=
+GPU_PART_MIB ?= 50
+GPU_ARGS ?=
+
+gpu-wheels: $(INSTALLED) ## wheels for gpu-check, for Python GPU_PYTHON=3.12, in parts of GPU_PART_MIB=50; GPU_SKIP="names" leaves some out
+	@rm -rf $(GPU_WHEELS)
+	@$(BIN)/python -m devtools.gpu_wheels $(GPU_WHEELS) --python_version $(GPU_PYTHON) --part_mib $(GPU_PART_MIB) --skip $(GPU_SKIP)
+
+gpu-check: ## prove and measure the predictor on a GPU, offline, with a bare python3 that has torch; GPU_ARGS="--stages load,tests"
+	@$(PYTHON) -m benchmarks.gpu_check --wheels $(GPU_WHEELS) $(GPU_ARGS)
 
 clients: $(CLIENTS)/.installed ## install the client libraries that `make test-all` tests, in an environment of their own; 1 GB
 

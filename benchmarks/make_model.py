@@ -41,22 +41,38 @@ class Shape:
 SHAPES = {
     # Qwen2-0.5B: 0.36 B parameters in the layers and 0.14 B in the tied embedding.
     "0.4b": Shape(896, 4864, 24, 14, 2, 151936),
+    # Llama-3.2-1B.
+    "1b": Shape(2048, 8192, 16, 32, 8, 128256, 4096),
     # Qwen2-1.5B.
     "1.5b": Shape(1536, 8960, 28, 12, 2, 151936),
+    # Mistral-7B, but for its tied embedding: 7.1 B parameters, all of which a step reads.
+    "7b": Shape(4096, 14336, 32, 32, 8, 32000, 4096),
     "tiny": Shape(64, 128, 2, 4, 2, WORDS + BYTES),
 }
 
 
-def make(directory: Path, shape: Shape, *, seed: int = 0) -> int:
-    """Write a Llama with tied embeddings to `directory`; return its number of parameters."""
+def make(directory: Path, shape: Shape, *, seed: int = 0, device: str = "cpu") -> int:
+    """Write a Llama with tied embeddings to `directory`; return its number of parameters.
+
+    The weights are drawn on `device`: a CPU takes minutes for billions. Devices draw different ones.
+    """
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(**asdict(shape), tie_word_embeddings=True, bos_token_id=None, eos_token_id=EOS_TOKEN_ID)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.generation_config = GenerationConfig(eos_token_id=EOS_TOKEN_ID, do_sample=False)
     model.save_pretrained(directory)
     make_tokenizer(shape).save_pretrained(directory)
     return int(sum(weights.numel() for weights in model.parameters()))
+
+
+def parameters(shape: Shape) -> int:
+    """Return the number of parameters that `make` gives a model."""
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    attention = 2 * shape.hidden_size * head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
+    return shape.vocab_size * shape.hidden_size + shape.num_hidden_layers * layer + shape.hidden_size
 
 
 def make_tokenizer(shape: Shape) -> PreTrainedTokenizerFast:
@@ -98,13 +114,15 @@ def main() -> None:
     for field in fields(Shape):
         parser.add_argument(f"--{field.name}", type=int, help="override of the shape")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="device that draws the weights (default: %(default)s)")
     arguments = parser.parse_args()
 
     overrides = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.shape], **{name: value for name, value in overrides.items() if value is not None})
     if shape.vocab_size < WORDS + BYTES:
         parser.error(f"--vocab_size is {shape.vocab_size}, but the prompts use {WORDS} words, next to {BYTES} bytes.")
-    print(f"{make(arguments.directory, shape, seed=arguments.seed):,} parameters in {arguments.directory}")
+    number = make(arguments.directory, shape, seed=arguments.seed, device=arguments.device)
+    print(f"{number:,} parameters in {arguments.directory}")
 
 
 if __name__ == "__main__":

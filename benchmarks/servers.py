@@ -63,16 +63,15 @@ def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Serv
 
 
 @contextmanager
-def sequential(model_dir: Path, dtype: str) -> Iterator[Server]:
+def sequential(model_dir: Path, dtype: str, device: str = "auto") -> Iterator[Server]:
     """Run the sequential baseline and yield it when it is ready.
 
     Raises:
         BenchmarkError: it exited, or was not ready in time.
     """
     port = processes.free_port()
-    process = processes.start(
-        ["benchmarks.sequential", "--model_dir", str(model_dir.resolve()), "--dtype", dtype, "--port", str(port)]
-    )
+    flags = ["--model_dir", str(model_dir.resolve()), "--device", device, "--dtype", dtype, "--port", str(port)]
+    process = processes.start(["benchmarks.sequential", *flags])
     try:
         _wait(process, port)
         yield find("sequential", f"http://127.0.0.1:{port}/v1")

@@ -19,17 +19,24 @@ from typing import Any
 import torch
 import transformers
 
+from devtools import tiny_poolers
 from devtools.paths import DEMO_MODEL, ROOT
+from devtools.tiny_poolers import CAUSAL
 from predictor.engine import warm_up
 from predictor.engine.engine import Engine
+from predictor.engine.pooling_model import PoolingInput, PoolingModel
 from predictor.errors import UnsupportedModel
 from predictor.models import architectures, loader
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
-from predictor.types import SamplingParams
+from predictor.types import SamplingParams, Task
 
 DOCUMENT = ROOT / "docs" / "architectures.md"
 MARK = "<!-- The rest of this page is written by `python -m devtools.architectures`. -->\n"
+POOLING_TITLE = """## Results of models that embed or classify
+
+Rows of one batch of five texts are those of transformers' forward passes of each text alone, within 1e-5.
+"""
 VOCABULARY = 512
 PROMPT_TOKENS = (1, 7, 20, 45, 90)
 """Prompts of one batch; a step computes 32 tokens, so that long ones are computed in chunks."""
@@ -267,6 +274,45 @@ CASES: dict[str, Case] = {
 }
 
 
+_DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
+_MODERNBERT: dict[str, Any] = {"global_attn_every_n_layers": 2, "local_attention": 8}
+_EMBEDDERS: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 16},
+    "bert": {},
+    "deberta-v2": _DEBERTA,
+    "distilbert": {"hidden_dim": 64, "n_layers": 2, "n_heads": 2, "dim": 32},
+    "electra": {"embedding_size": 16},
+    "eurobert": CAUSAL,
+    "gemma3_text": CAUSAL | {"use_bidirectional_attention": True, "sliding_window": 8},
+    "llama": CAUSAL,
+    "mistral": CAUSAL | {"sliding_window": None},
+    "modernbert": _MODERNBERT,
+    "mpnet": {},
+    "nomic_bert": {"head_dim": 16},
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen3": CAUSAL,
+    "roberta": {},
+    "xlm-roberta": {},
+}
+_CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "deberta-v2": _DEBERTA,
+    "modernbert": _MODERNBERT,
+    "qwen3": CAUSAL,
+    "xlm-roberta": {},
+}
+POOLING_CASES: dict[str, tuple[Task, str, dict[str, Any]]] = {
+    **{f"{name}, embeddings": (Task.EMBED, name, fields) for name, fields in _EMBEDDERS.items()},
+    **{
+        f"{name}, classifier": (Task.CLASSIFY, name, {"num_labels": 1, **fields})
+        for name, fields in _CLASSIFIERS.items()
+    },
+}
+"""Task, `model_type` and fields of config.json of models that embed or classify, by name of their row."""
+POOLING_TOLERANCE = 1e-5
+POOLING_LENGTHS = (1, 4, 9, 23, 40)
+
+
 def save_config(case: Case, directory: Path) -> None:
     """Save config.json and the demo model's tokenizer, without weights."""
     config = case.config()
@@ -366,6 +412,36 @@ def describe(name: str) -> str:
     return _row(name, case.model_type, "exact" if is_exact else "DIFFERS", "exact" if is_close else "DIFFERS", "")
 
 
+def describe_pooling(name: str) -> str:
+    """Compare rows of one batch with forward passes of each text alone, and return the case's row of the table."""
+    task, model_type, fields = POOLING_CASES[name]
+    model_class = getattr(transformers, architectures.AUTO_CLASSES[task])
+    with tempfile.TemporaryDirectory() as temporary:
+        directory = Path(temporary)
+        tiny_poolers.save_model(directory, model_class, model_type, **fields)
+        tiny_poolers.save_tokenizer(directory)
+        loaded = loader.load(directory, device="cpu", dtype="float32", task=task)
+        assert loaded.pooling is not None
+        model = model_class.from_pretrained(directory, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(3)
+    texts = [torch.randint(5, 200, (count,), generator=generator) for count in POOLING_LENGTHS]
+    rows = PoolingModel(loaded.model, loaded.pooling)([PoolingInput(text.tolist()) for text in texts])
+    differences = []
+    for row, text in zip(rows, texts, strict=True):
+        with torch.no_grad():
+            output = model(input_ids=text[None], attention_mask=torch.ones_like(text)[None])
+        expected = output.logits[0].sigmoid() if task is Task.CLASSIFY else _pool(output, loaded.pooling.modes)
+        differences.append(float((torch.tensor(row) - expected).abs().amax()))
+    result = "exact" if max(differences) <= POOLING_TOLERANCE else "DIFFERS"
+    return _row(name, model_type, task, "+".join(loaded.pooling.modes) or loaded.pooling.activation, result)
+
+
+def _pool(output: Any, modes: Sequence[str]) -> torch.Tensor:
+    states = output.last_hidden_state[0]
+    embedding: torch.Tensor = states.mean(0) if modes == ("mean",) else states[-1]
+    return embedding / embedding.norm()
+
+
 def rows_in_document() -> dict[str, str]:
     """Return the documented rows by the names of their cases."""
     lines = DOCUMENT.read_text().partition(MARK)[2].splitlines()
@@ -374,7 +450,7 @@ def rows_in_document() -> dict[str, str]:
 
 def _error_without_weights(directory: Path) -> str:
     try:
-        loader.make_plan(directory, device="cpu")
+        loader.make_plan(directory, device="cpu", task="generate")
     except UnsupportedModel as error:
         return str(error)
     raise AssertionError("a plan was made without weights")
@@ -394,7 +470,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _row("Model", "`model_type`", "float32", "8 bit", "Refused because"),
         _row("---", "---", "---", "---", "---"),
     ]
-    table = "\n".join([*head, *map(describe, CASES)]) + "\n"
+    pooling_head = [
+        _row("Model", "`model_type`", "Task", "By default", "float32"),
+        _row("---", "---", "---", "---", "---"),
+    ]
+    tables = [[*head, *map(describe, CASES)], [*pooling_head, *map(describe_pooling, POOLING_CASES)]]
+    table = f"\n{POOLING_TITLE}\n".join("\n".join(lines) + "\n" for lines in tables)
     prose, _, documented = DOCUMENT.read_text().partition(MARK)
     if options.check:
         return int(documented.strip() != table.strip())

@@ -60,6 +60,8 @@ class Settings(BaseSettings):
     """Be ready as soon as weights are loaded, not afterwards, so that requests arrive. Needs hold_while_loading."""
     load_time_file: Path | None = None
     """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
+    task: Literal["auto", "generate", "embed", "classify"] = "auto"
+    """What the model does: generate text, embed or classify texts. auto: what the snapshot's files show."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
     device: str = "auto"

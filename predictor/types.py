@@ -1,9 +1,13 @@
 """Data types shared by protocols, generation and engine."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy
+    from numpy.typing import NDArray
 
 Message = Mapping[str, Any]
 """One chat message as the chat template takes it: at least `role` and `content`."""
@@ -18,6 +22,14 @@ UNFINISHED_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 """Decoded in place of bytes that form a character only together with the next token."""
 
 
+class Task(StrEnum):
+    """What a model does; the last two give one vector for each input, without generating."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    CLASSIFY = "classify"
+
+
 class FinishReason(StrEnum):
     """Reason why a completion ended, in the words of the Open Inference Protocol's generate extension."""
 
@@ -29,6 +41,10 @@ class FinishReason(StrEnum):
 
 CANCELLED, DEADLINE, FAILED = "cancelled", "deadline", "failed"
 """Outcomes of a sequence without a finish reason: client disconnected, request timed out, engine failed."""
+
+
+COMPUTED = "computed"
+"""Outcome of a request whose inputs were embedded or classified."""
 
 
 class GrammarKind(StrEnum):
@@ -327,3 +343,64 @@ class Completion:
     """Those of `completion_tokens` that are reasoning."""
     stop: str | None = None
     """Stop string that ended the completion."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pooling:
+    """What is computed from the outputs of a model, and from the texts before."""
+
+    task: Task
+    """EMBED or CLASSIFY."""
+    modes: tuple[str, ...] = ()
+    """Of an embedding: names in `models.pooling.MODES`, whose results are concatenated."""
+    normalize: bool = False
+    """Whether embeddings have length 1."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Texts to put before others, by name."""
+    default_prompt_name: str | None = None
+    lowercase: bool = False
+    """Whether texts are converted to lower case."""
+    max_tokens: int | None = None
+    """Length that the snapshot sets for a text; None: the model's."""
+    activation: str = ""
+    """Of a classifier's logits: `sigmoid`, `softmax` or `none`."""
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Return the properties for the model's metadata."""
+        if self.task is Task.CLASSIFY:
+            return {"activation": self.activation}
+        prompts = {"prompts": ", ".join(sorted(self.prompts))} if self.prompts else {}
+        return {
+            "pooling": "+".join(self.modes),
+            "normalized": str(self.normalize).lower(),
+            **prompts,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolingRequest:
+    """Texts, token ids or pairs of texts, each of which gets an embedding or scores."""
+
+    task: Task
+    """EMBED or CLASSIFY."""
+    inputs: Sequence[str | tuple[int, ...] | tuple[str, str]]
+    """At least one; pairs are for classifiers only."""
+    single_score: bool = False
+    """Whether the classifier needs to have exactly one label, as rerankers have."""
+    dimensions: int | None = None
+    """Number of leading dimensions of embeddings to keep; None: all."""
+    prompt_name: str | None = None
+    """Name of the model's prompt to put before each text; None: its default."""
+    truncate_prompt_tokens: int | None = None
+    """Number of tokens of an input to keep; None: an input that is too long is an error."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pooled:
+    """Embeddings or scores."""
+
+    vectors: "NDArray[numpy.float32]"
+    """One row for each input: of the embedding, or the score of each label."""
+    prompt_tokens: int
+    """Of all inputs."""

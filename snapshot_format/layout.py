@@ -1,17 +1,19 @@
 """Paths on a volume.
 
-<root>/
-demo--arithmetic/                             one directory per model: the reference's slug
-4f0a…c1/                                  one directory per snapshot: the commit
-config.json  model.safetensors  …     as on the Hub
-.snapshot.json                        the record, see `record.py`
-4f0a…c1-int8-cpu/                         a derived variant with its own record
-refs/
-main                                  the commit and a line feed
-refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
-.staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot that is being fetched; the suffix is the lease's token
-.locks/demo--arithmetic@4f0a…c1.lease         see `lease.py`
-.status/demo--arithmetic/main                 the last error of a publication, see `failure.py`
+A predictor that waits for a snapshot also reads the directories that begin with a dot, to report the state of the wait.
+
+    <root>/
+        demo--arithmetic/                             one directory per model: the reference's slug
+            4f0a…c1/                                  one directory per snapshot: the commit
+                config.json  model.safetensors  …     as on the Hub
+                .snapshot.json                        the record, see `record.py`
+            4f0a…c1-int8-cpu/                         a derived variant with its own record
+            refs/
+                main                                  the commit and a line feed
+                refs%2Fpr%2F4                         a revision is percent-encoded, see `reference.py`
+        .staging/demo--arithmetic@4f0a…c1.9d3e…/      a snapshot that is being fetched; the suffix is the lease's token
+        .locks/demo--arithmetic@4f0a…c1.lease         see `lease.py`
+        .status/demo--arithmetic/main                 the last error of a publication, see `failure.py`
 """
 
 from dataclasses import dataclass

@@ -52,3 +52,17 @@ def shortfall(logits: torch.Tensor, completion: Sequence[int]) -> float:
     largest = rows.amax(1)
     spread = (largest - rows.median(1).values).clamp_min(torch.finfo(torch.float32).tiny)
     return float(((largest - chosen) / spread).amax())
+
+
+def check_rows(alone: torch.Tensor, together: torch.Tensor) -> None:
+    """Check that rows computed alone and in one batch are the same, up to rounding.
+
+    Raises:
+        GenerationFailed: they are not.
+    """
+    scale = alone.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+    difference = float((alone - together).abs().amax() / scale)
+    if not difference <= _COARSEST_TOLERANCE:
+        raise GenerationFailed(
+            f"a result depends on the rest of its batch, so every answer could be wrong (difference {difference:.0%})"
+        )

@@ -1,9 +1,6 @@
 """Limits and metrics of the callers of one model, from the acceptance of a request to the end of its sequences."""
 
-from collections.abc import Sequence
-
 from predictor.errors import Overloaded
-from predictor.generation.prompts import EncodedRequest
 from predictor.generation.rate_limits import RateLimits
 from predictor.observability.key_metrics import KeyMetrics
 from predictor.types import Caller, FinishedSequence
@@ -25,11 +22,11 @@ class CallerUsage:
         if caller is not None:
             self._limits.take_request(caller)
 
-    def count_accepted(self, caller: Caller | None, requests: Sequence[EncodedRequest]) -> None:
-        """Count the sequences of a submitted request and the tokens of their prompts."""
+    def count_accepted(self, caller: Caller | None, sequences: int, prompt_tokens: int) -> None:
+        """Count the sequences of a submitted request and the tokens of all their prompts."""
         if caller is not None:
-            self._limits.take_tokens(caller, sum(len(request.token_ids) * request.n for request in requests))
-            self._metrics.count_accepted(caller.name, sum(request.n for request in requests))
+            self._limits.take_tokens(caller, prompt_tokens)
+            self._metrics.count_accepted(caller.name, sequences)
 
     def count_rejected(self, caller: Caller | None, error: Overloaded) -> None:
         """Count a request rejected with 429."""

@@ -231,7 +231,7 @@ def _arguments(tool: Mapping[str, Any]) -> Mapping[str, Any]:
     types = parameters.get("type", "object")
     if "object" not in ([types] if isinstance(types, str) else types):
         raise InvalidRequest(
-            f"tools: the parameters of {_name(tool)!r} are no object. Set their type to object.", "tools"
+            f"tools: the type of the parameters of {_name(tool)!r} is not object. Set it to object.", "tools"
         )
     return {**parameters, "type": "object"}
 

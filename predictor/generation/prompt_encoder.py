@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from predictor.errors import EngineStopped
 from predictor.generation.prompts import EncodedRequest, Prompts
@@ -22,40 +22,33 @@ MAX_INLINE_CHARS = 4096
 LONG = MAX_INLINE_CHARS + 1
 
 T = TypeVar("T")
+Source = TypeVar("Source")
 
 
-class PromptEncoder:
-    """Encodes requests in the order of their arrival, a few of one caller at a time.
+class Encoder(Generic[Source]):
+    """Runs work of requests in the order of their arrival, a few of one caller at a time.
 
     Args:
-        prompts: of the model.
+        source: what the work encodes with.
     """
 
-    def __init__(self, prompts: Prompts) -> None:
-        self._prompts = prompts
+    def __init__(self, source: Source) -> None:
+        self._source = source
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="encode")
         self._closed = False
         self._turns: defaultdict[str, asyncio.Semaphore] = defaultdict(
             lambda: asyncio.Semaphore(NUM_THREADS_OF_A_CALLER)
         )
 
-    async def encode(self, requests: Sequence[GenerationRequest], caller: str | None = None) -> list[EncodedRequest]:
-        """Encode the requests of one client; it can be cancelled until a thread begins.
+    async def run(self, work: Callable[[Source], T], size: int, caller: str | None = None) -> T:
+        """Return the result of `work`, in a thread if `size`, in characters or token ids, is more than a few KB.
+
+        It can be cancelled until a thread begins.
 
         Args:
-            requests: at least one.
+            work: of one request.
+            size: of its texts.
             caller: name of the API key; None without keys.
-
-        Raises:
-            RequestError: a request is invalid.
-            EngineStopped: `close` was called.
-        """
-        return await self.run(
-            lambda prompts: [prompts.encode(request) for request in requests], sum(map(_inline_size, requests)), caller
-        )
-
-    async def run(self, work: Callable[[Prompts], T], size: int, caller: str | None = None) -> T:
-        """Return the result of `work`, in a thread if `size`, in characters or token ids, is more than a few KB.
 
         Raises:
             RequestError: as `work` does.
@@ -75,18 +68,40 @@ class PromptEncoder:
         self._closed = True
         self._threads.shutdown(wait=False)
 
-    def _run(self, work: Callable[[Prompts], T]) -> T:
+    def _run(self, work: Callable[[Source], T]) -> T:
         if self._closed:
             raise self._stopped()
-        return work(self._prompts)
+        return work(self._source)
 
     def _stopped(self) -> EngineStopped:
         return EngineStopped("The server stopped before the prompt was encoded. Retry later.")
 
 
+class PromptEncoder(Encoder[Prompts]):
+    """Encodes the prompts of generation requests."""
+
+    async def encode(self, requests: Sequence[GenerationRequest], caller: str | None = None) -> list[EncodedRequest]:
+        """Encode the requests of one client.
+
+        Args:
+            requests: at least one.
+            caller: name of the API key; None without keys.
+
+        Raises:
+            RequestError: a request is invalid.
+            EngineStopped: `close` was called.
+        """
+        return await self.run(
+            lambda prompts: [prompts.encode(request) for request in requests], sum(map(_inline_size, requests)), caller
+        )
+
+
 def _inline_size(request: GenerationRequest) -> int:
-    """Return the size of a request; grammars may take long."""
-    return LONG if request.sampling.structured_output is not None else prompt_size(request.prompt)
+    """Return the size of a request: of its prompt and of the words to encode; grammars may take long."""
+    sampling = request.sampling
+    if sampling.structured_output is not None:
+        return LONG
+    return prompt_size(request.prompt) + sum(map(len, sampling.bad_words))
 
 
 def prompt_size(prompt: str | tuple[int, ...] | Chat) -> int:

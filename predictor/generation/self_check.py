@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
+from typing import Protocol
 
-from predictor.engine.engine import Engine
 from predictor.errors import GenerationFailed, RequestError
 
 logger = logging.getLogger(__name__)
@@ -15,10 +15,22 @@ BROKEN_AFTER_FAILURES = 3
 """Number of failed generations in succession after which the model `is_broken`."""
 
 
+class _Engine(Protocol):
+    """What is checked."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+    async def check(self, timeout_seconds: float) -> None: ...
+
+
 class SelfCheck:
     """Checks every `period_seconds` that the engine generates; 0 turns it off."""
 
-    def __init__(self, engine: Engine, period_seconds: float) -> None:
+    def __init__(self, engine: _Engine, period_seconds: float) -> None:
         self._engine = engine
         self._period_seconds = period_seconds
         self._last_steps = engine.steps

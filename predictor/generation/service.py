@@ -7,15 +7,17 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 import psutil
 
 from predictor.engine.engine import Engine
+from predictor.engine.pooling_engine import PoolingEngine
 from predictor.errors import (
     DeadlineExceeded,
     Draining,
@@ -25,13 +27,14 @@ from predictor.errors import (
     RequestError,
     StartupError,
 )
-from predictor.generation import output_notations, output_processor, prompt_encoder
+from predictor.generation import output_notations, output_processor, pooling, prompt_encoder
 from predictor.generation.caller_usage import CallerUsage
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.hold import Hold, HoldFull
 from predictor.generation.load_progress import LoadProgress
 from predictor.generation.output_processor import CompletionStream
-from predictor.generation.prompt_encoder import PromptEncoder
+from predictor.generation.pooling import PoolingInputs
+from predictor.generation.prompt_encoder import Encoder, PromptEncoder
 from predictor.generation.prompts import Prompts
 from predictor.generation.self_check import SelfCheck
 from predictor.generation.structured_output import GrammarCompiler
@@ -43,7 +46,16 @@ from predictor.observability.request_record import RequestRecord
 from predictor.resources import threads
 from predictor.served_models import ServedModels
 from predictor.settings import Settings
-from predictor.types import Chat, FinishedSequence, GenerationRequest, Tokenization
+from predictor.types import (
+    Chat,
+    FinishedSequence,
+    GenerationRequest,
+    Pooled,
+    Pooling,
+    PoolingRequest,
+    Task,
+    Tokenization,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -76,10 +88,31 @@ class _Pipeline:
     encoder: PromptEncoder
     engine: Engine
     self_check: SelfCheck
+    task: ClassVar = Task.GENERATE
+
+
+@dataclass(frozen=True, slots=True)
+class _PoolingPipeline:
+    """The same for a model that embeds or classifies."""
+
+    source: PoolingInputs
+    encoder: Encoder[PoolingInputs]
+    engine: PoolingEngine
+    self_check: SelfCheck
+
+    @property
+    def task(self) -> Task:
+        """EMBED or CLASSIFY."""
+        return self.source.pooling.task
+
+
+_AnyPipeline = TypeVar("_AnyPipeline", _Pipeline, _PoolingPipeline)
+_CreatePipeline = Callable[[], tuple[_Pipeline | _PoolingPipeline, dict[str, str]]]
+"""Returns the parts that answer requests, and their properties for the model's metadata."""
 
 
 class LLMService:
-    """One language model: call `load` once, then `submit` any number of requests concurrently."""
+    """One language model: call `load` once, then `submit` or `pool` any number of requests concurrently."""
 
     def __init__(self, settings: Settings) -> None:
         self.models = ServedModels((settings.served_model_name,))
@@ -89,8 +122,8 @@ class LLMService:
         self._settings = settings
         self._wait_state = ""
         """State of the wait for the snapshot; part of the readiness message."""
-        self._pipeline: _Pipeline | None = None
-        self._engine: Engine | None = None
+        self._pipeline: _Pipeline | _PoolingPipeline | None = None
+        self._engine: Engine | PoolingEngine | None = None
         self._num_encoding: Counter[str | None] = Counter()
         """Sequences whose prompts are encoded or wait for it, by name of their caller."""
         # `stop` may be called during `load`. The lock keeps the load from starting the engine after that:
@@ -123,9 +156,9 @@ class LLMService:
         try:
             model_snapshot, adapter = self._find_snapshots()
             loaded = self._load_weights(model_snapshot, adapter)
-            engine = self._start_engine(loaded)
+            engine, create_pipeline = self._start_engine(loaded)
             self._warm_up(loaded, engine)
-            self._accept_requests(model_snapshot, adapter, loaded, engine)
+            self._accept_requests(model_snapshot, adapter, loaded, engine, create_pipeline)
         except _LoadCancelled:
             return False
         except Exception as error:
@@ -181,37 +214,91 @@ class LLMService:
             fallback=settings.quantization_fallback,
             max_model_len=settings.max_model_len,
             adapter_dir=adapter.directory if adapter else None,
+            task=settings.task,
             time_phase=self._metrics.time_load_phase,
             report_weights=self._progress.report_weights,
         )
 
-    def _start_engine(self, loaded: LoadedModel) -> Engine:
+    def _start_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
+        engine, create_pipeline = self._create_engine(loaded)
+        with self._state_lock:
+            self._enter(Phase.WARMING_UP)
+            self._engine = engine
+            with self._metrics.time_load_phase("kv_cache"):
+                engine.start()
+        return engine, create_pipeline
+
+    def _create_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
+        if loaded.pooling is not None:
+            pools = PoolingEngine.from_model(loaded.model, loaded.pooling, self._settings, loaded.context_tokens)
+            return pools, partial(self._pooling_pipeline, loaded, loaded.pooling, pools)
         engine = Engine.from_model(
             loaded.model,
             self._settings,
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
         )
-        with self._state_lock:
-            self._enter(Phase.WARMING_UP)
-            self._engine = engine
-            with self._metrics.time_load_phase("kv_cache"):
-                engine.start()
-        return engine
+        return engine, partial(self._generation_pipeline, loaded, engine)
 
-    def _warm_up(self, loaded: LoadedModel, engine: Engine) -> None:
+    def _warm_up(self, loaded: LoadedModel, engine: Engine | PoolingEngine) -> None:
         try:
             with self._metrics.time_load_phase("warm_up"):
                 asyncio.run(engine.warm_up(loaded.vocabulary_tokens, WARM_UP_SECONDS))
         except RequestError as error:
+            first = "generation" if loaded.pooling is None else "forward pass"
             raise StartupError(
-                f"The first generation of this {type(loaded.model).__name__} failed: {error}. The log has more. "
+                f"The first {first} of this {type(loaded.model).__name__} failed: {error}. The log has more. "
                 "If memory and device are sound, serve an architecture of docs/architectures.md."
             ) from error
 
     def _accept_requests(
-        self, model_snapshot: Snapshot, adapter: Snapshot | None, loaded: LoadedModel, engine: Engine
+        self,
+        model_snapshot: Snapshot,
+        adapter: Snapshot | None,
+        loaded: LoadedModel,
+        engine: Engine | PoolingEngine,
+        create_pipeline: _CreatePipeline,
     ) -> None:
+        pipeline, properties = create_pipeline()
+        with self._state_lock:
+            self._enter(Phase.READY)
+            self.metadata = {
+                "task": pipeline.task,
+                **_metadata(model_snapshot, loaded, engine.context_tokens),
+                **_adapter_metadata(self._settings.adapter_reference, adapter),
+                **properties,
+            }
+            self._pipeline = pipeline
+        self._metrics.set_model_info(
+            **{name: self.metadata.get(name, "") for name in ("commit", "adapter", "device", "dtype", "quantization")}
+        )
+        self._metrics.register_callbacks(
+            num_requests_running=lambda: engine.running,
+            num_requests_waiting=lambda: self._num_encoding.total() + engine.waiting,
+            engine_steps=lambda: engine.steps,
+            engine_failed_steps=lambda: engine.failed_steps,
+            self_check_age_seconds=lambda: pipeline.self_check.age_seconds,
+            self_check_success=lambda: pipeline.self_check.succeeded,
+        )
+
+    def _pooling_pipeline(
+        self, loaded: LoadedModel, configured: Pooling, engine: PoolingEngine
+    ) -> tuple[_PoolingPipeline, dict[str, str]]:
+        # The first call sets the state of the tokenizer, which threads share, to that of all later calls.
+        loaded.tokenizer("")
+        inputs = PoolingInputs(
+            loaded.tokenizer,
+            configured,
+            engine.num_outputs,
+            engine.context_tokens,
+            loaded.vocabulary_tokens,
+            loaded.unembedded_tokens,
+        )
+        self_check = SelfCheck(engine, self._settings.self_check_interval_seconds)
+        properties = {**configured.properties, "outputs": str(engine.num_outputs)}
+        return _PoolingPipeline(inputs, Encoder(inputs), engine, self_check), properties
+
+    def _generation_pipeline(self, loaded: LoadedModel, engine: Engine) -> tuple[_Pipeline, dict[str, str]]:
         settings = self._settings
         chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
         output_format, format_names = output_notations.choose(
@@ -228,29 +315,17 @@ class LLMService:
             loaded.unembedded_tokens,
             output_format,
         )
-        self_check = SelfCheck(engine, settings.self_check_interval_seconds)
-        with self._state_lock:
-            self._enter(Phase.READY)
-            self.metadata = {
-                **_metadata(model_snapshot, loaded, engine),
-                **_adapter_metadata(settings.adapter_reference, adapter),
-                "chat_template": chat_template.status,
-                **format_names,
-            }
-            self._pipeline = _Pipeline(prompts, PromptEncoder(prompts), engine, self_check)
-        self._metrics.set_model_info(
-            **{name: self.metadata.get(name, "") for name in ("commit", "adapter", "device", "dtype", "quantization")}
-        )
         self._metrics.register_callbacks(
-            num_requests_running=lambda: engine.running,
-            num_requests_waiting=lambda: self._num_encoding.total() + engine.waiting,
             kv_cache_usage_perc=lambda: engine.cache_usage,
             kv_cache_capacity_tokens=lambda: engine.cache_tokens,
-            engine_steps=lambda: engine.steps,
-            engine_failed_steps=lambda: engine.failed_steps,
-            self_check_age_seconds=lambda: self_check.age_seconds,
-            self_check_success=lambda: self_check.succeeded,
         )
+        self_check = SelfCheck(engine, settings.self_check_interval_seconds)
+        properties = {
+            "kv_cache_tokens": str(engine.cache_tokens),
+            "chat_template": chat_template.status,
+            **format_names,
+        }
+        return _Pipeline(prompts, PromptEncoder(prompts), engine, self_check), properties
 
     def terminate(self) -> None:
         """Stop being ready; requests are still accepted, until `drain`."""
@@ -341,6 +416,11 @@ class LLMService:
         return self._engine is None or self._engine.has_ended
 
     @property
+    def task(self) -> Task | None:
+        """What the model does; None before the load."""
+        return self._pipeline.task if self._pipeline else None
+
+    @property
     def context_tokens(self) -> int | None:
         """Maximum tokens of prompt and completion together; None before the load."""
         return self._pipeline.engine.context_tokens if self._pipeline else None
@@ -377,19 +457,13 @@ class LLMService:
         record.operation = "chat" if has_chat else "text_completion"
         deadline = self._deadline(timeout_seconds)
 
-        def on_finished(sequence: FinishedSequence) -> None:
-            self._metrics.count_finished(sequence)
-            self._usage.count_finished(record.caller, sequence)
-            record.finished.append(sequence)
-
         def on_tokens(tokens: int, gap_seconds: float | None) -> None:
             self._metrics.count_tokens(tokens, gap_seconds)
             self._usage.count_tokens(record.caller, tokens)
 
         num_sequences = sum(request.n for request in requests)
-        try:
-            if self.is_loading and self._settings.hold_while_loading:
-                await self._wait_for_load(num_sequences, deadline)
+        with self._counting_rejections(record):
+            await self._hold_while_loading(num_sequences, deadline)
             pipeline = self._admit(record, [request.prompt for request in requests])
             if self._settings.log_prompts:
                 for request in requests:
@@ -402,16 +476,56 @@ class LLMService:
                 tokenizer=pipeline.prompts.tokenizer,
                 engine=pipeline.engine,
                 deadline=deadline,
-                on_finished=on_finished,
+                on_finished=partial(self._count_finished, record),
                 on_tokens=on_tokens,
                 caller=record.caller,
             )
-        except Overloaded as error:
-            self._metrics.count_rejected()
-            self._usage.count_rejected(record.caller, error)
-            raise
-        self._usage.count_accepted(record.caller, encoded)
+        prompt_tokens = sum(len(request.token_ids) * request.n for request in encoded)
+        self._usage.count_accepted(record.caller, num_sequences, prompt_tokens)
         return stream
+
+    async def pool(self, request: PoolingRequest, timeout_seconds: float | None = None) -> Pooled:
+        """Return the embedding or scores of each input; a request counts as one sequence.
+
+        Args:
+            request: all of its inputs are computed, or it fails.
+            timeout_seconds: the client's limit; the server's own limit holds too.
+
+        Raises:
+            RequestError: the request is invalid, or the model takes no requests now.
+        """
+        record = request_record.current()
+        record.operation = "embeddings"
+        deadline = self._deadline(timeout_seconds)
+        with self._counting_rejections(record):
+            await self._hold_while_loading(1, deadline)
+            pipeline = self._require(_PoolingPipeline, request.task, record)
+            if self._settings.log_prompts:
+                logger.info("inputs: %r", request.inputs)
+            async with self._encoding(pipeline, 1, deadline):
+                self._usage.take_request(record.caller)
+                inputs = await pipeline.encoder.run(
+                    lambda source: source.encode(request), pooling.num_characters(request), record.key
+                )
+            pipeline.engine.require_capacity(1, caller=record.caller)
+        prompt_tokens = sum(len(each.token_ids) for each in inputs)
+        self._usage.count_accepted(record.caller, 1, prompt_tokens)
+        rows = await pooling.compute(
+            pipeline.engine,
+            inputs,
+            deadline=deadline,
+            caller=record.caller,
+            on_finished=partial(self._count_finished, record),
+        )
+        return Pooled(pipeline.source.finish(rows, request), prompt_tokens)
+
+    async def wait_for_load(self, num_sequences: int, timeout_seconds: float | None = None) -> None:
+        """Hold a request until the model is loaded, if requests are held.
+
+        Raises:
+            RequestError: too many are held already, the time is over, or the load has failed.
+        """
+        await self._hold_while_loading(num_sequences, self._deadline(timeout_seconds))
 
     async def tokenize(
         self, prompt: str | Chat, timeout_seconds: float | None = None, *, add_special_tokens: bool, with_texts: bool
@@ -464,17 +578,47 @@ class LLMService:
         }
 
     def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> _Pipeline:
-        """Return the parts that answer a request, unless it is rejected whatever its prompts are."""
-        if self.is_shutting_down:
-            raise Draining(_SHUTTING_DOWN)
-        if self._pipeline is None:
-            raise self._not_ready("")
-        if record.ignored_fields and self._settings.unknown_fields == "refuse":
-            raise _unknown_fields(record.ignored_fields)
+        """Return the parts that generate, unless the request is rejected whatever its prompts are."""
+        pipeline = self._require(_Pipeline, Task.GENERATE, record)
         for prompt in prompts:
             if isinstance(prompt, Chat):
-                record.add_ignored_fields(self._pipeline.prompts.chat_template.ignored_fields(prompt))
-        return self._pipeline
+                record.add_ignored_fields(pipeline.prompts.chat_template.ignored_fields(prompt))
+        return pipeline
+
+    def _require(self, kind: type[_AnyPipeline], task: Task, record: RequestRecord) -> _AnyPipeline:
+        """Return the pipeline of a loaded model that does what a request needs.
+
+        Raises:
+            RequestError: there is none, or an unknown field is to be refused.
+        """
+        if self.is_shutting_down:
+            raise Draining(_SHUTTING_DOWN)
+        pipeline = self._pipeline
+        if pipeline is None:
+            raise self._not_ready("")
+        if not isinstance(pipeline, kind) or pipeline.task is not task:
+            raise InvalidRequest(f"Model {self.models.default} {pooling.ROUTES[pipeline.task]}.")
+        if record.ignored_fields and self._settings.unknown_fields == "refuse":
+            raise _unknown_fields(record.ignored_fields)
+        return pipeline
+
+    def _count_finished(self, record: RequestRecord, sequence: FinishedSequence) -> None:
+        self._metrics.count_finished(sequence)
+        self._usage.count_finished(record.caller, sequence)
+        record.finished.append(sequence)
+
+    @contextmanager
+    def _counting_rejections(self, record: RequestRecord) -> Iterator[None]:
+        try:
+            yield
+        except Overloaded as error:
+            self._metrics.count_rejected()
+            self._usage.count_rejected(record.caller, error)
+            raise
+
+    async def _hold_while_loading(self, num_sequences: int, deadline: float) -> None:
+        if self.is_loading and self._settings.hold_while_loading:
+            await self._wait_for_load(num_sequences, deadline)
 
     async def _wait_for_load(self, num_sequences: int, deadline: float) -> None:
         """Hold a request until the model is loaded."""
@@ -500,7 +644,9 @@ class LLMService:
         return time.monotonic() + min(limit, timeout_seconds or limit)
 
     @asynccontextmanager
-    async def _encoding(self, pipeline: _Pipeline, num_sequences: int, deadline: float) -> AsyncIterator[None]:
+    async def _encoding(
+        self, pipeline: _Pipeline | _PoolingPipeline, num_sequences: int, deadline: float
+    ) -> AsyncIterator[None]:
         """Hold the places of sequences in the engine while their prompts are encoded, until the deadline."""
         record = request_record.current()
         pipeline.engine.require_capacity(num_sequences, self._num_encoding, record.caller)
@@ -521,7 +667,7 @@ def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:
     return InvalidRequest(f"{', '.join(paths)}: unknown field. Omit it. The schema is at /openapi.json.", field)
 
 
-def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> dict[str, str]:
+def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, context_tokens: int) -> dict[str, str]:
     return {
         "commit": model_snapshot.commit or "",
         "device": str(loaded.model.device),
@@ -531,8 +677,7 @@ def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine) -> 
         "prepared": str(loaded.prequantized).lower(),
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
         **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
-        "context_tokens": str(engine.context_tokens),
-        "kv_cache_tokens": str(engine.cache_tokens),
+        "context_tokens": str(context_tokens),
     }
 
 

@@ -25,6 +25,22 @@ class PromptTokenizer(Tokenizer, Protocol):
     def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...  # noqa: D102
 
 
+class TextEncoding(Protocol):
+    """Tokens of a text or pair."""
+
+    is_fast: bool
+
+    def __getitem__(self, name: str) -> list[int]: ...
+    def get(self, name: str) -> list[int] | None: ...  # noqa: D102
+    def sequence_ids(self) -> list[int | None]: ...  # noqa: D102
+
+
+class TextTokenizer(Protocol):
+    """Texts, and pairs of them, to tokens with all that the model takes."""
+
+    def __call__(self, *texts: str) -> TextEncoding: ...  # noqa: D102
+
+
 class ChatTokenizer(Protocol):
     """Chats to text."""
 

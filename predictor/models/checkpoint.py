@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING
 
 from predictor.errors import UnsupportedModel
 from predictor.models import architectures
+from predictor.types import Task
 from snapshot_format import model_files
 
 logger = logging.getLogger(__name__)
@@ -34,11 +35,11 @@ class Weights:
         return sum(path.stat().st_size for path in self.files)
 
 
-def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
-    """Read the transformers config of a causal language model.
+def read_config(directory: Path, *, trust_remote_code: bool, task: str = "auto") -> tuple[Any, Task]:
+    """Read the transformers config of a model, and choose its task unless `task` names it.
 
     Raises:
-        UnsupportedModel: config.json is damaged, or the engine cannot run the architecture.
+        UnsupportedModel: config.json is damaged, or the architecture cannot be served for the task.
     """
     try:
         config = transformers.AutoConfig.from_pretrained(
@@ -54,9 +55,10 @@ def read_config(directory: Path, *, trust_remote_code: bool) -> Any:
             f"{transformers.__version__} cannot serve without remote code. Use a supported model, a newer "
             "transformers, or --trust_remote_code after reading the model's code."
         ) from error
-    has_remote_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    architectures.check(config, directory, has_remote_code=has_remote_code)
-    return config
+    chosen = architectures.choose_task(config, directory) if task == "auto" else Task(task)
+    has_remote_code = trust_remote_code and architectures.AUTO_CLASSES[chosen] in getattr(config, "auto_map", {})
+    architectures.check(config, directory, chosen, has_remote_code=has_remote_code)
+    return config, chosen
 
 
 def check_auxiliary_files(directory: Path) -> None:
@@ -189,10 +191,26 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UnsupportedModel: the file cannot be read, or is not a JSON object.
     """
-    try:
-        content = json.loads(path.read_bytes())  # of bytes, which may begin with a byte-order mark
-    except (OSError, ValueError) as error:
-        raise UnsupportedModel(f"{path} cannot be read ({error}). Correct it, or download the model again.") from error
+    content = _read_json(path)
     if not isinstance(content, dict):
         raise UnsupportedModel(f"{path} is not a JSON object. Correct it, or download the model again.")
     return content
+
+
+def read_json_list(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON objects of the list in a file.
+
+    Raises:
+        UnsupportedModel: the file cannot be read, or is not a JSON list of objects.
+    """
+    content = _read_json(path)
+    if not isinstance(content, list) or not all(isinstance(item, dict) for item in content):
+        raise UnsupportedModel(f"{path} is not a JSON list of objects. Correct it, or download the model again.")
+    return content
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())  # of bytes, which may begin with a byte-order mark
+    except (OSError, ValueError) as error:
+        raise UnsupportedModel(f"{path} cannot be read ({error}). Correct it, or download the model again.") from error

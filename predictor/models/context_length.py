@@ -99,6 +99,24 @@ def from_tokenizer(tokenizer: Any, directory: Path) -> int:
     return int(tokenizer.model_max_length)
 
 
+def of_texts(model: Any, tokenizer: Any, context_tokens: int, max_tokens: int | None) -> int:
+    """Return the maximum of tokens of a text to embed or classify.
+
+    Args:
+        model: of transformers.
+        tokenizer: the model's.
+        context_tokens: by the config, or set by the user.
+        max_tokens: of the snapshot's own configuration; None: no limit.
+    """
+    limits = [context_tokens, int(tokenizer.model_max_length), *([max_tokens] if max_tokens else [])]
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        # Positions of RoBERTa and its like begin after that of padding tokens.
+        if name.endswith("position_embeddings") and padding is not None:
+            limits.append(int(module.weight.shape[0]) - padding - 1)
+    return min(limits)
+
+
 def rope_parameters(text_config: Any) -> list[dict[str, Any]]:
     """Return the parameters of rope, one set or one per layer type; empty without rope."""
     parameters = getattr(text_config, "rope_parameters", None) or {}

@@ -12,9 +12,9 @@ import torch
 import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from predictor.errors import UnsupportedModel
+from predictor.errors import InvalidSettings, UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import adapter, checkpoint, context_length, placement, rope, snapshot
+from predictor.models import adapter, architectures, checkpoint, context_length, placement, pooling, rope, snapshot
 from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
@@ -22,7 +22,7 @@ from predictor.models.int8_quantizer import Int8Config
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
-from predictor.types import SamplingParams
+from predictor.types import Pooling, SamplingParams, Task
 from snapshot_format import model_files
 from snapshot_format.recipe import INT8_METHOD
 
@@ -63,6 +63,8 @@ class LoadPlan:
     trust_remote_code: bool
     context_tokens: int | None
     """Maximum of prompt and completion together; None: the tokenizer's."""
+    pooling: Pooling | None
+    """How texts are embedded or classified; None: the model generates."""
     adapter: Adapter | None
     """Merged into the weights while they load."""
 
@@ -96,6 +98,8 @@ class LoadedModel:
     """Device of each part of the model if there are several; else empty."""
     prequantized: bool
     """Whether the storage initializer quantized the weights."""
+    pooling: Pooling | None = None
+    """How texts are embedded or classified; None: the model generates."""
 
 
 class LoadOptions(TypedDict, total=False):
@@ -108,6 +112,7 @@ class LoadOptions(TypedDict, total=False):
     skip_modules: Sequence[str]
     fallback: bool
     max_model_len: int | None
+    task: str
     adapter_dir: Path | None
 
 
@@ -133,6 +138,7 @@ def make_plan(
     skip_modules: Sequence[str] = (),
     fallback: bool = False,
     max_model_len: int | None = None,
+    task: str = "auto",
     adapter_dir: Path | None = None,
 ) -> LoadPlan:
     """Decide how to load the model of `directory`.
@@ -146,16 +152,19 @@ def make_plan(
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
         max_model_len: maximum of prompt and completion together; None: the model's.
+        task: "auto", "generate", "embed" or "classify".
         adapter_dir: holds a LoRA adapter to merge into the weights.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, the engine cannot run the architecture, or the adapter cannot be
-            merged.
-        InvalidSettings: `max_model_len` is more than the model supports.
+        UnsupportedModel: the weights cannot be read, the architecture cannot be served, or the adapter cannot be merged.
+        InvalidSettings: `max_model_len` is more than the model supports, or the task excludes quantization.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
     checkpoint.check_auxiliary_files(directory)
-    config, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code)
+    config, chosen_task, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code, task=task)
+    is_pooling = chosen_task is not Task.GENERATE
+    if is_pooling:
+        quantization = _without_quantization(quantization, fallback=fallback)
     context_tokens = context_length.resolve(config, directory, max_model_len)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
@@ -164,14 +173,14 @@ def make_plan(
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
-    lora = None if adapter_dir is None else _read_adapter(adapter_dir, config)
+    lora = None if adapter_dir is None else _read_adapter(adapter_dir, config, chosen_task)
     prequantized_dir = None
     if isinstance(quantization_config, Int8Config) and lora is not None:
         logger.info("quantizing while loading: prequantized weights would not have the adapter")
     elif isinstance(quantization_config, Int8Config):
         prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
-        config, _ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code)
+        config, *_ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code, task=task)
         quantization_config = None
     return LoadPlan(
         directory=directory,
@@ -188,6 +197,9 @@ def make_plan(
         prequantized_dir=prequantized_dir,
         trust_remote_code=trust_remote_code,
         context_tokens=context_tokens,
+        pooling=pooling.read(directory, config, chosen_task, is_causal=architectures.is_causal(config))
+        if is_pooling
+        else None,
         adapter=lora,
     )
 
@@ -213,6 +225,8 @@ def execute(
         model = _load_weights(plan)
     if context_length.needs_fixed_rope(plan.config, context_tokens):
         rope.fix_length(model, context_tokens)
+    if plan.pooling is not None:
+        return _pooling_model(plan, plan.pooling, model, tokenizer, context_tokens)
     quantization = _resolved_method(model, plan.quantization)
     int8_kernels = ""
     if plan.device.type == "cpu":
@@ -241,6 +255,42 @@ def execute(
     )
 
 
+def _pooling_model(plan: LoadPlan, pooling: Pooling, model: Any, tokenizer: Any, context_tokens: int) -> LoadedModel:
+    """Return a model whose forward passes are transformers' own."""
+    model.config.use_cache = False
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None:
+        # Classifiers on decoders find the last token of each row by it.
+        text_config.pad_token_id = getattr(tokenizer, "pad_token_id", None) or 0
+    if pooling.task is Task.EMBED and getattr(model, "pooler", None) is not None:
+        model.pooler = None
+    vocabulary_tokens = int(model.get_input_embeddings().weight.shape[0])
+    return LoadedModel(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        context_tokens=context_length.of_texts(model, tokenizer, context_tokens, pooling.max_tokens),
+        vocabulary_tokens=vocabulary_tokens,
+        unembedded_tokens=_unembedded_tokens(tokenizer, vocabulary_tokens),
+        eos_token_ids=frozenset(),
+        quantization=_resolved_method(model, plan.quantization),
+        int8_kernels="",
+        defaults=SamplingParams(),
+        device_map=placement.device_map(model),
+        prequantized=False,
+        pooling=pooling,
+    )
+
+
+def _without_quantization(quantization: str, *, fallback: bool) -> str:
+    """Return the mode for models that embed or classify."""
+    if quantization in ("8bit", "4bit") and not fallback:
+        raise InvalidSettings(
+            f"--quantization is {quantization}, but a model that embeds or classifies is served unquantized. "
+            "Set --quantization none."
+        )
+    return "none"
+
+
 def choose_dtype(dtype: str, checkpoint_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """Resolve a dtype; "auto" keeps the checkpoint's where the device computes efficiently in it."""
     if dtype != "auto":
@@ -253,23 +303,28 @@ def choose_dtype(dtype: str, checkpoint_dtype: torch.dtype | None, device: torch
     return chosen
 
 
-def _read_checkpoint(directory: Path, *, trust_remote_code: bool) -> tuple[Any, Weights]:
-    """Return the config, which names the weights if transformers would not find them, and the weights."""
+def _read_checkpoint(directory: Path, *, trust_remote_code: bool, task: str) -> tuple[Any, Task, Weights]:
+    """Return the config, which names the weights if transformers would not find them, the task and the weights."""
     if trust_remote_code:
         checkpoint.check_code(directory)
-    config = checkpoint.read_config(directory, trust_remote_code=trust_remote_code)
+    config, chosen_task = checkpoint.read_config(directory, trust_remote_code=trust_remote_code, task=task)
     weights = checkpoint.find_weights(directory, getattr(config, "transformers_weights", None))
     if weights.entry not in (model_files.SINGLE, model_files.INDEX):
         config.transformers_weights = weights.entry
-    return config, weights
+    return config, chosen_task, weights
 
 
-def _read_adapter(directory: Path, config: Any) -> Adapter:
+def _read_adapter(directory: Path, config: Any, task: Task) -> Adapter:
     """Read an adapter for a model with a config.
 
     Raises:
         UnsupportedModel: the adapter is not supported, or the model's weights cannot be changed.
     """
+    if task is not Task.GENERATE:
+        raise UnsupportedModel(
+            f"The adapter in {directory} cannot be merged into a model whose task is {task}. Merge it with PEFT's "
+            "merge_and_unload, and serve the result."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
             f"The adapter in {directory} cannot be merged into weights that are quantized. Use the original weights of "
@@ -293,7 +348,11 @@ def _load_tokenizer(plan: LoadPlan) -> Any:
 
 
 def _load_weights(plan: LoadPlan) -> Any:
-    model_class, source, merged = transformers.AutoModelForCausalLM, plan.weights_dir, None
+    task = Task.GENERATE if plan.pooling is None else plan.pooling.task
+    model_class = getattr(transformers, architectures.AUTO_CLASSES[task])
+    # Read by `GenerationConfig` of this package.
+    options = {"generation_config": transformers.GenerationConfig()} if task is Task.GENERATE else {}
+    source, merged = plan.weights_dir, None
     if plan.adapter is not None:
         # Auto classes need a directory, and `state_dict` excludes one.
         model_class, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.config)], None
@@ -304,7 +363,7 @@ def _load_weights(plan: LoadPlan) -> Any:
             source,
             config=plan.config,
             state_dict=merged,
-            generation_config=transformers.GenerationConfig(),  # read by `GenerationConfig` of this package
+            **options,
             dtype=plan.dtype,
             device_map=plan.placement.device_map,
             max_memory=plan.placement.max_memory,
@@ -322,6 +381,10 @@ def _load_weights(plan: LoadPlan) -> Any:
         ) from error
     except Exception as error:
         raise _load_error("weights", plan.weights_dir, error) from error
+    if task is Task.EMBED:
+        # Embeddings are made of the last hidden states; masked language models are saved without BERT's pooler.
+        missing = (name for name in loading_info["missing_keys"] if not name.startswith("pooler."))
+        loading_info = {**loading_info, "missing_keys": list(missing)}
     checkpoint.check_complete(plan.weights_dir, loading_info)
     return model
 

@@ -21,7 +21,9 @@ SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 1
 GAP_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Buckets for the time between two tokens."""
 
-PROTOCOLS = frozenset({"v1", "v2", "generate", "generate_stream", "openai", "anthropic", "tokenize", "grpc"})
+PROTOCOLS = frozenset(
+    {"v1", "v2", "generate", "generate_stream", "openai", "anthropic", "rerank", "score", "tokenize", "grpc"}
+)
 OTHER = "other"
 """Protocol of a request that was rejected before its route, or has none."""
 

@@ -171,6 +171,31 @@ REFUSED_STRUCTURED_OUTPUTS: Refusals = {
 }
 """In vLLM's `structured_outputs`."""
 
+_NO_CHAT = _refuse("chats are not supported. Send the text as input")
+
+REFUSED_EMBEDDING: Refusals = {
+    "add_special_tokens": _refuse("special tokens of the tokenizer are always added to texts", True),
+    "chat_template": _NO_CHAT,
+    "embedding_type": _refuse("not supported. Use encoding_format", "float"),
+    "embedding_types": _refuse("not supported. Use encoding_format", ["float"]),
+    "input_type": _refuse("not supported. Use prompt_name"),
+    "messages": _NO_CHAT,
+    "normalize": _refuse("embeddings are normalized as the model is configured"),
+    "task": _refuse("not supported. Use prompt_name"),
+    "truncate": _refuse("not supported. Use truncate_prompt_tokens", False),
+}
+"""In OpenAI's embeddings."""
+
+REFUSED_RERANK: Refusals = {
+    "instruction": _refuse("not supported. Put it into the query"),
+    "max_chunks_per_doc": _refuse("not supported. Use truncate_prompt_tokens"),
+    "max_tokens_per_doc": _refuse("not supported. Use truncate_prompt_tokens"),
+    "rank_fields": _refuse("documents are texts. Put the fields into the text", ["text"]),
+    "raw_scores": _refuse("not supported. Omit it", False),
+    "truncate": _refuse("not supported. Use truncate_prompt_tokens", False),
+}
+"""In rerank and score."""
+
 REFUSED_COMPLETION: Refusals = {
     "add_special_tokens": _refuse("special tokens of the tokenizer are always added", True),
     "suffix": _refuse("insertion is not supported"),

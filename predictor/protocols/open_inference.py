@@ -10,7 +10,6 @@ Specification: kserve/open-inference-protocol, specification/protocol/inference_
 """
 
 import contextlib
-import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -160,7 +159,7 @@ def decode(request: InferRequest) -> list[GenerationRequest]:
     decode_prompt = _decode_chat if tensor.name == MESSAGES else _check_prompt
     return [
         GenerationRequest(decode_prompt(text, f"inputs.0.data.{index}"), sampling, candidates)
-        for index, text in enumerate(_decode_texts(tensor))
+        for index, text in enumerate(decode_texts(tensor, "inputs.0"))
     ]
 
 
@@ -204,8 +203,15 @@ def serialize(request: InferRequest, response: InferResponse, version: str | Non
     content: dict[str, Any] = {"model_name": response.model_name}
     if version is not None:
         content["model_version"] = version
-    head = json.dumps(content | {"id": response.id, "outputs": outputs}, ensure_ascii=False).encode()
+    head = "".join(dump(content | {"id": response.id, "outputs": outputs})).encode()
     return (head + tail, len(head)) if tail else (head, None)
+
+
+def num_values(response: InferResponse) -> int:
+    """Return the number of values in a response, of which each character of a text is one."""
+    return sum(
+        sum(map(len, output.data)) if output.datatype == "BYTES" else len(output.data) for output in response.outputs
+    )
 
 
 def from_grpc(message: Any) -> InferRequest:
@@ -291,17 +297,25 @@ def _decode_parameters(parameters: Any) -> dict[str, Any]:
     return values
 
 
-def _decode_texts(tensor: InferInput) -> list[str]:
-    """Return the elements of a [n] or [n, 1] tensor with nested or flat data."""
+def decode_texts(tensor: InferInput, field: str) -> list[str]:
+    """Return the elements of a [n] or [n, 1] tensor with nested or flat data.
+
+    Args:
+        tensor: of datatype BYTES.
+        field: path of the tensor, for errors.
+
+    Raises:
+        InvalidRequest: shape and data do not match, there is no element, or one is not text.
+    """
     shape = list(tensor.shape)
     if len(shape) > 2 or (len(shape) == 2 and shape[1] != 1):
-        raise InvalidRequest(f"inputs.0.shape is {shape}: expected [n] or [n, 1].")
+        raise InvalidRequest(f"{field}.shape is {shape}: expected [n] or [n, 1].")
     elements = [element for row in tensor.data for element in (row if isinstance(row, list) else [row])]
     if len(elements) != math.prod(shape):
-        raise InvalidRequest(f"inputs.0.shape is {shape}, but data has {len(elements)} elements.")
+        raise InvalidRequest(f"{field}.shape is {shape}, but data has {len(elements)} elements.")
     if not elements:
-        raise InvalidRequest("inputs.0.data is empty. Send at least one prompt.")
-    return [_decode_text(element, f"inputs.0.data.{index}") for index, element in enumerate(elements)]
+        raise InvalidRequest(f"{field}.data is empty. Send at least one text.")
+    return [_decode_text(element, f"{field}.data.{index}") for index, element in enumerate(elements)]
 
 
 def _decode_text(element: object, field: str) -> str:

@@ -97,8 +97,8 @@ def decode_elements(encoded: bytes, field: str) -> list[bytes]:
 
 
 def encode_output(output: InferOutput) -> bytes:
-    """Return the data of an output, BYTES or INT64, as raw bytes."""
+    """Return the data of an output, BYTES, INT64 or FP32, as raw bytes."""
     if output.datatype == "BYTES":
         elements = [element.encode() if isinstance(element, str) else element for element in output.data]
         return open_inference_types.encode_bytes_tensor(elements)
-    return numpy.array(output.data, dtype="<i8").tobytes()
+    return numpy.array(output.data, dtype="<i8" if output.datatype == "INT64" else "<f4").tobytes()

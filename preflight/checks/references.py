@@ -80,6 +80,7 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     yield from _backends(deployment, {old for _, old, _ in stale})
     yield from _queries(deployment)
     yield from _selectors(deployment)
+    yield from _pools(deployment)
     yield from _services(deployment)
     yield from _roles(deployment)
     yield from _namespaces(deployment)
@@ -235,8 +236,9 @@ def _queries(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _selectors(deployment: Deployment) -> Iterator[Finding]:
-    """Check the policies and monitors that select the predictor's pods by the InferenceService's name."""
-    for manifest in [*deployment.all("NetworkPolicy"), *deployment.all("PodMonitor")]:
+    """Check the policies, monitors and pools that select the predictor's pods by the InferenceService's name."""
+    kinds = ("NetworkPolicy", "PodMonitor", "InferencePool")
+    for manifest in [manifest for kind in kinds for manifest in deployment.all(kind)]:
         spec = manifest["spec"]
         selected = (spec.get("podSelector") or spec.get("selector") or {}).get("matchLabels", {}).get(PODS_OF)
         if selected not in (None, deployment.name):
@@ -255,6 +257,30 @@ def _selectors(deployment: Deployment) -> Iterator[Finding]:
                     "use the containerPort of the ServingRuntime",
                     "kserve-llm",
                 )
+
+
+def _pools(deployment: Deployment) -> Iterator[Finding]:
+    """Check the pools of the Gateway API Inference Extension: mode, port and the endpoint picker's Service."""
+    for pool in deployment.all("InferencePool"):
+        where, spec = name_of(pool), pool["spec"]
+        if deployment.is_knative:
+            yield Finding(
+                where,
+                "it bypasses Knative's activator, so a service at zero replicas does not start",
+                "add component standard-mode",
+                "kserve-llm",
+            )
+        for port in [target["number"] for target in spec["targetPorts"]]:
+            if port not in ports(deployment.server):
+                yield Finding(
+                    where,
+                    f"it sends requests to port {port}, which container {KSERVE_CONTAINER} does not open",
+                    "use the containerPort of the ServingRuntime",
+                    "kserve-llm",
+                )
+        picker = spec["endpointPickerRef"]["name"]
+        if not deployment.find("Service", picker):
+            yield _missing(where, "Service", picker)
 
 
 def _services(deployment: Deployment) -> Iterator[Finding]:

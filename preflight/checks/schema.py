@@ -17,7 +17,7 @@ KUBERNETES_VERSION = "1.32"
 _CORE = re.compile(r"v1|(apps|batch|autoscaling|policy)/v\d+|[a-z.]+\.k8s\.io/v\d+\w*")
 _STRINGS = {"type": "object", "additionalProperties": {"type": "string"}}
 _METADATA = {"type": "object", "properties": {"labels": _STRINGS, "annotations": _STRINGS}}
-_NO_CORE = ("gateway.networking.k8s.io/",)
+_NO_CORE = ("gateway.networking.k8s.io/", "inference.networking.k8s.io/")
 """Groups below k8s.io that are CustomResourceDefinitions."""
 
 

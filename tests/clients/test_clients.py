@@ -1,6 +1,7 @@
 """Client libraries against a running predictor, in the virtual environment of `make clients`.
 
-Each module in `uses` has one library's tests. Its interpreter has none of this project's packages.
+Each module in `uses` has the tests of one library, or of one feature in all of them. Their interpreter has none of this
+project's packages.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from devtools import tiny_poolers
 from devtools.paths import DEMO_MODEL, ROOT
 from tests.predictor import servers
 
@@ -20,6 +22,12 @@ FOLDER = ROOT / "tests" / "clients"
 USES = FOLDER / "uses"
 CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
 MODULES = sorted(path.name for path in USES.glob("use_*.py"))
+SERVERS = {
+    "use_embeddings.py": "embedder_url",
+    "use_reasoning.py": "reasoning_url",
+    "use_rerank.py": "reranker_url",
+}
+"""Fixtures of the modules whose server does not have the demo model as it is."""
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
@@ -52,6 +60,20 @@ def reasoning_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield server.url
 
 
+@pytest.fixture
+def embedder_url(tmp_path: Path) -> Iterator[str]:
+    directory = tiny_poolers.make_bert(tmp_path)
+    with servers.in_process("--model_dir", str(directory), model_name="embedder") as server:
+        yield server.url
+
+
+@pytest.fixture
+def reranker_url(tmp_path: Path) -> Iterator[str]:
+    directory = tiny_poolers.make_classifier(tmp_path)
+    with servers.in_process("--model_dir", str(directory), model_name="reranker") as server:
+        yield server.url
+
+
 def run_uses(interpreter: Path, module: str, predictor_url: str) -> None:
     """Run the tests of a module with another interpreter."""
     command: list[str | Path] = [
@@ -74,8 +96,7 @@ def run_uses(interpreter: Path, module: str, predictor_url: str) -> None:
 def test_library_uses_the_predictor(request: pytest.FixtureRequest, module: str) -> None:
     if not CLIENTS.exists():
         pytest.skip("the clients are not installed; `make clients` installs them into a separate environment")
-    url = request.getfixturevalue("reasoning_url" if module == "use_reasoning.py" else "predictor_url")
-    run_uses(CLIENTS, module, url)
+    run_uses(CLIENTS, module, request.getfixturevalue(SERVERS.get(module, "predictor_url")))
 
 
 @pytest.mark.slow

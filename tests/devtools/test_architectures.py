@@ -7,6 +7,8 @@ from devtools import architectures
 REPRESENTATIVE = {"falcon, new decoder", "nemotron", "qwen2, sliding window"}
 """Served by different code, each in about a second. Refusals take no time."""
 
+POOLING = {"deberta-v2, embeddings", "qwen3, classifier"}
+
 
 def is_slow(name: str) -> bool:
     return name not in REPRESENTATIVE and "refused" not in architectures.rows_in_document()[name]
@@ -22,6 +24,16 @@ def test_architecture_gives_the_documented_row(name: str) -> None:
     assert "DIFFERS" not in row
 
 
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in POOLING else pytest.mark.slow) for name in architectures.POOLING_CASES],
+)
+def test_model_that_embeds_or_classifies_gives_the_documented_row(name: str) -> None:
+    assert architectures.describe_pooling(name) == architectures.rows_in_document()[name]
+
+
 def test_document_has_every_case_and_no_other() -> None:
+    rows = architectures.rows_in_document()
     head = {"Model", "---"}
-    assert set(architectures.rows_in_document()) - head == set(architectures.CASES)
+    assert set(rows) - head == {*architectures.CASES, *architectures.POOLING_CASES}
+    assert "DIFFERS" not in "".join(rows.values())

@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from devtools import processes, tiny_llama
+from devtools import processes, tiny_llama, tiny_poolers
 from devtools.paths import DEMO_MODEL, ROOT
 from predictor.errors import SnapshotMissing
 from predictor.models import int8_quantizer, loader, quantization, snapshot
@@ -62,6 +62,18 @@ def test_predictor_repeats_the_error_of_the_initializer(tmp_path: Path) -> None:
     with pytest.raises(SnapshotMissing) as raised:
         snapshot.wait(tmp_path, "file:///does/not/exist", 0)
     assert str(raised.value).endswith(failed.stderr.splitlines()[-1])
+
+
+def test_predictor_finds_the_pooling_of_a_published_sentence_transformer(tmp_path: Path) -> None:
+    source = tiny_poolers.make_bert(tmp_path / "embedder")
+    with processes.local_hub({"demo/embedder": source}) as hub_url:
+        processes.initialize("hf://demo/embedder", tmp_path / "volume", hub_url)
+    published = snapshot.find(tmp_path / "volume", "hf://demo/embedder").directory
+    pooling = loader.make_plan(published, device="cpu").pooling
+    assert pooling == loader.make_plan(source, device="cpu").pooling
+    assert pooling is not None
+    assert (pooling.modes, pooling.normalize, pooling.max_tokens) == (("mean",), True, 24)
+    assert pooling.prompts == tiny_poolers.PROMPTS
 
 
 # What is prepared

@@ -13,7 +13,9 @@ import pytest
 import yaml
 
 from devtools.paths import ROOT
+from predictor.observability import metrics
 from preflight.checks import knative
+from preflight.checks.references import PODS_OF
 from tests.kustomize.conftest import (
     BASE,
     COMPONENTS,
@@ -172,7 +174,7 @@ def test_always_on_keeps_one_replica(added: Added) -> None:
     assert "autoscaling.knative.dev/scale-to-zero-pod-retention-period" not in always_on.annotations
 
 
-@pytest.mark.parametrize("name", ["standard-mode", "autoscaling-hpa", "autoscaling-keda", "ingress"])
+@pytest.mark.parametrize("name", ["standard-mode", "autoscaling-hpa", "autoscaling-keda", "ingress", "inference-pool"])
 def test_standard_mode_component_includes_standard_mode(added: Added, name: str) -> None:
     standard = added(name)
     assert not standard.is_knative
@@ -354,6 +356,41 @@ def test_prometheus_scrapes_the_predictor_and_may_only_list_pods(added: Added) -
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
     assert re.fullmatch(r"docker\.io/prom/prometheus:v\d+\.\d+\.\d+", container["image"])
+
+
+def test_inference_pool_selects_the_replicas_and_its_endpoint_picker(added: Added) -> None:
+    inference_pool = added("inference-pool")
+    pool = inference_pool.one("InferencePool")
+    [port] = [port["containerPort"] for port in inference_pool.server["ports"]]
+    assert pool["spec"]["targetPorts"] == [{"number": port}]
+    assert pool["spec"]["selector"] == {"matchLabels": {PODS_OF: inference_pool.name}}
+    service = inference_pool.find("Service", pool["spec"]["endpointPickerRef"]["name"])
+    assert service
+    assert pool["spec"]["endpointPickerRef"]["port"]["number"] in [item["port"] for item in service["spec"]["ports"]]
+
+
+def test_inference_pool_endpoint_picker_reads_metrics_that_the_predictor_has(added: Added) -> None:
+    flags = endpoint_picker_flags(added("inference-pool"))
+    names = [flags["--total-queued-requests-metric"], flags["--kv-cache-usage-percentage-metric"]]
+    assert set(names) <= {metrics.PREFIX + name for name in metrics.CallbackCollector.texts}
+    # Empty: no metric of adapters is read.
+    assert flags["--lora-info-metric"] == ""
+
+
+def test_inference_pool_endpoint_picker_uses_plugins_that_are_configured(added: Added) -> None:
+    inference_pool = added("inference-pool")
+    [config] = [item for item in inference_pool.all("ConfigMap") if "config.yml" in item.get("data", {})]
+    scheduling = yaml.safe_load(config["data"]["config.yml"])
+    [profile] = scheduling["schedulingProfiles"]
+    used = [plugin["pluginRef"] for plugin in profile["plugins"]]
+    assert used == [plugin["type"] for plugin in scheduling["plugins"]]
+    assert endpoint_picker_flags(inference_pool)["--config-file"].endswith("/config.yml")
+
+
+def endpoint_picker_flags(rendered: Rendered) -> dict[str, str]:
+    """Flags of the endpoint picker that are followed by a value."""
+    [container] = rendered.one("Deployment")["spec"]["template"]["spec"]["containers"]
+    return dict(itertools.pairwise(container["args"]))
 
 
 def test_prometheus_configuration_passes_promtool(tmp_path: Path) -> None:

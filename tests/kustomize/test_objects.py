@@ -10,10 +10,8 @@ import pytest
 from preflight.checks import containers, knative, kserve, references
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
-from tests.kustomize.conftest import DEV, OVERLAYS, Preflight, Render, Rendered, component_folder
+from tests.kustomize.conftest import DEV, OVERLAYS, UNCHECKED, Preflight, Render, Rendered, component_folder
 
-UNCHECKED = {"KnativeServing"}
-"""Kinds without a CRD in CRD_DIR."""
 LABELS = {"app.kubernetes.io/name", "app.kubernetes.io/component", "app.kubernetes.io/part-of"}
 NOT_OURS = {"ConfigMap/config-features", "ConfigMap/config-defaults", "KnativeServing/knative-serving"}
 """Patches of Knative's own objects, whose labels Knative sets."""
@@ -107,6 +105,34 @@ def test_references_missing_target_of_another_pod_is_a_finding(
     assert sentence in str(finding)
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        (("selector", "matchLabels", references.PODS_OF), "x", "selects the pods of InferenceService 'x'"),
+        (("targetPorts", 0, "number"), 80, "sends requests to port 80"),
+        (("endpointPickerRef", "name"), "x", "Service 'x'"),
+    ],
+)
+def test_references_wrong_inference_pool_is_a_finding(
+    render: Render, path: tuple[str | int, ...], value: str | int, sentence: str
+) -> None:
+    objects = copy.deepcopy(render(component_folder("inference-pool")).objects)
+    inner: Any = next(manifest for manifest in objects if manifest["kind"] == "InferencePool")["spec"]
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    [finding] = references.check(Deployment(objects))
+    assert sentence in str(finding)
+
+
+def test_references_inference_pool_in_knative_mode_is_a_finding(render: Render) -> None:
+    objects = copy.deepcopy(render(component_folder("inference-pool")).objects)
+    deployment = Deployment(objects)
+    deployment.annotations["serving.kserve.io/deploymentMode"] = "Knative"
+    [finding] = references.check(deployment)
+    assert "bypasses Knative's activator" in str(finding)
+
+
 def test_every_object_has_the_common_labels(rendered: Rendered) -> None:
     labels = {
         f"{manifest['kind']}/{manifest['metadata']['name']}": set(manifest["metadata"].get("labels", {}))
@@ -158,7 +184,8 @@ def test_policy_and_monitor_selectors_match_a_pod(deployment: Rendered) -> None:
     # KServe labels the predictor's pods; a Deployment or Job labels its own.
     labels = [{"serving.kserve.io/inferenceservice": deployment.name}]
     labels += [job["spec"]["template"]["metadata"]["labels"] for job in deployment.all("Job")]
-    for manifest in [*deployment.all("NetworkPolicy"), *deployment.all("PodMonitor")]:
+    kinds = ("NetworkPolicy", "PodMonitor", "InferencePool")
+    for manifest in [manifest for kind in kinds for manifest in deployment.all(kind)]:
         selector = manifest["spec"].get("podSelector", manifest["spec"].get("selector")).get("matchLabels", {})
         assert any(selector.items() <= pod_labels.items() for pod_labels in labels), manifest["metadata"]["name"]
 

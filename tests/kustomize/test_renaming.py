@@ -13,6 +13,7 @@ from tests.kustomize.conftest import COMPONENTS, IMAGES, PINNED, RENAMING, Prefl
 
 STANDARD = Path("kustomize/overlays/prod-standard")
 KEDA = Path("kustomize/components/autoscaling-keda")
+INFERENCE_POOL = Path("kustomize/components/inference-pool")
 
 Rename = Callable[..., Rendered]
 
@@ -81,6 +82,16 @@ def test_renamed_without_the_transformer_is_one_finding(
         "add `transformers: [../../renaming]`, which is kustomize/renaming, to the kustomization that renames. "
         "[kserve-llm]"
     )
+
+
+def test_renamed_inference_pool_keeps_its_references(rename: Rename, preflight_findings: Preflight) -> None:
+    renamed = rename(Path("kustomize/base"), INFERENCE_POOL, IMAGES, transform=True)
+    assert preflight_findings(renamed) == []
+    pool = renamed.one("InferencePool")
+    assert pool["metadata"]["name"] == "team-llm-b"
+    assert pool["spec"]["endpointPickerRef"]["name"] == "team-endpoint-picker-b"
+    [picker] = renamed.one("Deployment")["spec"]["template"]["spec"]["containers"]
+    assert picker["args"][:2] == ["--pool-name", "team-llm-b"]
 
 
 def test_renamed_keda_query_is_one_finding(rename: Rename, preflight_findings: Preflight) -> None:

@@ -17,6 +17,7 @@ from predictor.entrypoints.http.routes import (
     open_inference,
     openai,
     openai_responses,
+    pooling,
     tokenization,
 )
 from predictor.entrypoints.kserve_model import Predictor
@@ -76,6 +77,7 @@ def create_app(
         openai.create_router(service),
         openai_responses.create_router(service),
         anthropic.create_router(service),
+        pooling.create_router(service),
         tokenization.create_router(service),
         admin.create_router(predictor) if settings.enable_admin_routes else admin.create_disabled_router(),
     )

@@ -24,8 +24,8 @@ from predictor.protocols.anthropic import responses as anthropic
 from predictor.protocols.openai import responses as openai
 from predictor.protocols.server_sent_events import encode_event
 
-_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)|/((de)?tokenize|tokenizer_info)$")
-"""All of /v1 except its models, which KServe v1 shares, and vLLM's tokenization."""
+_OPENAI = re.compile(r"/openai(/|$)|/v1(/(?!models(/|$))|$)|/((de)?tokenize|tokenizer_info|rerank|score)$")
+"""All of /v1 except its models, which KServe v1 shares, and vLLM's tokenization, rerank and score."""
 _ANTHROPIC = re.compile(r"/v1/messages(/|$)")
 _GENERATE = re.compile(r"/v2/models/.*/generate(_stream)?")
 
@@ -82,7 +82,8 @@ async def _handle_http_exception(request: Request, error: HTTPException) -> Resp
         return respond(
             NotFound(
                 f"Route not found: {operation}. Use /v2/models/NAME/infer, /v2/models/NAME/generate, "
-                "/v1/chat/completions, /v1/responses, /v1/completions, /v1/messages or /v1/models/NAME:predict."
+                "/v1/chat/completions, /v1/responses, /v1/completions, /v1/messages, /v1/embeddings, /v1/rerank, "
+                "/v1/score or /v1/models/NAME:predict."
             ),
             path,
         )

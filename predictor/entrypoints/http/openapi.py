@@ -198,6 +198,35 @@ TOKENIZER = _object(
     | {"chat_template": {}}
 )
 
+_PROMPT_USAGE = _object(dict.fromkeys(("prompt_tokens", "total_tokens"), _INTEGER))
+_EMBEDDING = {"anyOf": [_list(_NUMBER), _STRING]}
+EMBEDDINGS = _object(
+    {
+        "object": {"const": "list"},
+        "data": _list(_object({"object": {"const": "embedding"}, "index": _INTEGER, "embedding": _EMBEDDING})),
+        "model": _STRING,
+        "usage": _PROMPT_USAGE,
+    }
+)
+RERANKED = _object(
+    {
+        "id": _STRING,
+        "model": _STRING,
+        "usage": _PROMPT_USAGE,
+        "results": _list(_object({"index": _INTEGER, "relevance_score": _NUMBER}, document=_object({"text": _STRING}))),
+    }
+)
+SCORES = _object(
+    {
+        "id": _STRING,
+        "object": {"const": "list"},
+        "created": _INTEGER,
+        "model": _STRING,
+        "data": _list(_object({"index": _INTEGER, "object": {"const": "score"}, "score": _NUMBER})),
+        "usage": _PROMPT_USAGE,
+    }
+)
+
 PREDICTIONS = _object({"predictions": _STRINGS})
 
 

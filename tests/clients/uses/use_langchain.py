@@ -16,13 +16,10 @@ from lessons import calculator as evaluate
 calculator = tool("calculator")(evaluate)
 
 
-def chat_model(base_url: str, **options: Any) -> ChatOpenAI:
-    return ChatOpenAI(model=MODEL, base_url=base_url, api_key="none", temperature=0, max_retries=0, **options)
-
-
 @pytest.fixture(params=[False, True], ids=["chat-completions", "responses"])
 def llm(base_url: str, request: pytest.FixtureRequest) -> ChatOpenAI:
-    return chat_model(base_url, use_responses_api=request.param)
+    options: Any = {"temperature": 0, "max_retries": 0, "use_responses_api": request.param}
+    return ChatOpenAI(model=MODEL, base_url=base_url, api_key="none", **options)
 
 
 def test_invoke(llm: ChatOpenAI) -> None:

@@ -227,6 +227,8 @@ def test_drain_sends_goaway_and_finishes_running_calls(server: InProcessServer) 
                 await asyncio.to_thread(server.wait_for_metrics, num_requests_running=1)
                 running.drain(servers.HANG_SECONDS)
                 await idle()
+                # The channel's own GOAWAY, before which a call could still reach the connection that is being closed.
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await infer(request(b"1+1="))
                 assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

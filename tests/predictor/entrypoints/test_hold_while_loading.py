@@ -14,6 +14,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from devtools import tiny_poolers
 from devtools.paths import DEMO_MODEL
 from predictor.entrypoints.http import streaming
 from predictor.errors import StartupError
@@ -241,3 +242,17 @@ def test_readiness_while_loading_is_opt_in(
         assert server.metric("ready") == 0, "the metric is that of the model"
         server.service.phase = Phase.WAITING
         assert server.client.get("/v2/health/ready").status_code == 503, "a download may take long"
+
+
+def test_held_v2_request_of_a_model_that_embeds_is_answered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the model does is not known yet when the request arrives."""
+    flags = ("--model_dir", str(tiny_poolers.make_bert(tmp_path)), *HOLD)
+    tensor = {"name": "text_input", "datatype": "BYTES", "shape": [2], "data": ["w1", "w2"]}
+    with loading(monkeypatch, *flags) as server, ThreadPoolExecutor() as threads:
+        held = Held(threads, server.client, "/v2/models/held/infer", {"inputs": [tensor]})
+        embeddings = Held(threads, server.client, "/v1/embeddings", {"model": "held", "input": "w1"})
+        server.wait_for_held(3)
+        server.go_on()
+        [output] = json.loads(held.text.result(HANG_SECONDS))["outputs"]
+        assert (output["name"], output["shape"]) == ("embedding", [2, 32])
+        assert len(json.loads(embeddings.text.result(HANG_SECONDS))["data"]) == 1

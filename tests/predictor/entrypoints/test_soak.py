@@ -169,7 +169,7 @@ class Clients:
                 (CHAT, {**self._about("1+1"), "temperature": -1}, 400),
                 (CHAT, {**self._about("1+1"), "model": "other"}, 404),
                 (COMPLETIONS, {"model": "demo", "prompt": "1" * 9000}, 400),
-                (COMPLETIONS, {"model": "demo", "prompt": "1", "logit_bias": {"5": 100}}, 400),
+                (COMPLETIONS, {"model": "demo", "prompt": "1", "repeat_penalty": 2}, 400),
                 (COMPLETIONS, {"model": "demo", "prompt": [10**6]}, 400),
                 (GENERATE, {"text_input": "1", "parameters": {"max_new_tokens": 5}}, 422),
                 (GENERATE, [], 422),

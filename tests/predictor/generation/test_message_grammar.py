@@ -314,7 +314,7 @@ def test_calls_that_no_grammar_can_restrict_are_refused_by_name(
 @pytest.mark.parametrize("types", ["string", ["array", "null"]])
 def test_arguments_that_are_no_object_are_refused(hermes: OutputFormat, types: Any) -> None:
     chat = replace(REQUIRED, tools=(_tool("odd", {"type": types}),))
-    with pytest.raises(InvalidRequest, match="the parameters of 'odd' are no object"):
+    with pytest.raises(InvalidRequest, match="the type of the parameters of 'odd' is not object"):
         message_grammar.for_chat(chat, PROMPT, hermes, None)
 
 

@@ -183,3 +183,8 @@ def test_plan_quantized_base_model_is_refused(small_adapter: Path, weights: Path
     rewrite("config.json", quantization_config={"quant_method": "kserve_llm_int8"})
     with pytest.raises(UnsupportedModel, match=r"cannot be merged into weights that are quantized"):
         loader.make_plan(weights, device="cpu", adapter_dir=small_adapter)
+
+
+def test_plan_adapter_of_an_embedding_model_is_refused(small_adapter: Path) -> None:
+    with pytest.raises(UnsupportedModel, match=r"cannot be merged into a model whose task is embed\. Merge it"):
+        loader.make_plan(DEMO_MODEL, device="cpu", task="embed", adapter_dir=small_adapter)

@@ -26,7 +26,7 @@ from predictor.models import architectures, loader
 def test_plan_refuses_an_architecture_by_name_with_a_remedy(tmp_path: Path, name: str, expected: str) -> None:
     save_config(CASES[name], tmp_path)
     with pytest.raises(UnsupportedModel, match=expected):
-        loader.make_plan(tmp_path, device="cpu")
+        loader.make_plan(tmp_path, device="cpu", task="generate")
 
 
 def test_plan_refuses_encoder_decoder_also_with_remote_code(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Chats with the templates of several models, over HTTP."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,9 @@ def test_metadata_reports_a_chat_template_that_works(client: httpx.Client) -> No
 def held(thinking: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Rendering of chats waits until this is set."""
     opened = threading.Event()
-    assert thinking.service._pipeline
-    template = thinking.service._pipeline.prompts.chat_template
-    render = template.render
+    pipeline: Any = thinking.service._pipeline
+    template = pipeline.prompts.chat_template
+    render: Callable[[Chat], str] = template.render
 
     def render_when_opened(chat: Chat) -> str:
         assert opened.wait(servers.HANG_SECONDS)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from devtools import tiny_poolers
+from tests.predictor import servers
 from tests.predictor.servers import Server
 
 SPECIFICATIONS = os.environ.get("OPEN_INFERENCE_DIR")
@@ -48,34 +51,45 @@ VALID_BODIES: dict[str, dict[str, Any]] = {
     "/messages": {"model": "demo", "messages": [MESSAGE], "max_tokens": 4},
     "/tokenize": {"messages": [MESSAGE], "return_token_strs": True},
     "/detokenize": {"tokens": [1, 60]},
+    "/embeddings": {"model": "demo", "input": ["w1", "w2 w3"], "encoding_format": "base64"},
+    "/rerank": {"query": "w1", "documents": ["w2", {"text": "w3"}], "top_n": 1},
+    "/score": {"text_1": "w1", "text_2": ["w2", "w3"]},
     ":predict": {"instances": ["17+25=", [MESSAGE]]},
 }
 """Valid bodies, by the end of the path."""
+POOLING = ("/embeddings", "/rerank", "/score")
+"""Ends of the paths that a model which generates refuses."""
 TOKEN_LIMITS = {"/completions": "max_tokens", "/messages": "max_tokens", "/responses": "max_output_tokens"}
 """Ends of the paths whose bodies have sampling parameters next to the prompt: the field that limits tokens."""
 
 Call = Callable[[Case[Any]], requests.Response]
 
 
-@pytest.fixture
-def call(server: Server) -> Iterator[Call]:
+@contextmanager
+def caller(server: Server) -> Iterator[Call]:
     with requests.Session() as session:
         session.trust_env = False
 
         def send(case: Case[Any]) -> Any:
             case.path_parameters = {name: PATH_PARAMETERS[name] for name in case.path_parameters or {}}
-            case.body = shorten(case.body, case.path)
+            case.body = shorten(case.body, case.path, server.model_name)
             return case.call(base_url=server.url, session=session, timeout=HANG_SECONDS)
 
         yield send
 
 
-def shorten(body: Any, path: str) -> Any:
+@pytest.fixture
+def call(server: Server) -> Iterator[Call]:
+    with caller(server) as send:
+        yield send
+
+
+def shorten(body: Any, path: str, model_name: str) -> Any:
     """Set the served model and a small token limit; invalid values are kept."""
     if not isinstance(body, dict):
         return body
     if isinstance(body.get("model"), str):
-        body = body | {"model": "demo"}
+        body = body | {"model": model_name}
     limits = [limit for end, limit in TOKEN_LIMITS.items() if path.endswith(end)]
     if limits:
         return limit_tokens(body, limits[0])
@@ -145,8 +159,32 @@ def test_operation_with_a_valid_request_conforms_to_openapi_document(client: htt
     for operation in operations:
         case = valid_case(operation)
         response = call(case)
-        assert response.status_code == 200, (operation.label, response.text)
+        expected = 400 if operation.path.endswith(POOLING) else 200
+        assert response.status_code == expected, (operation.label, response.text)
         case.validate_response(response, checks=CHECKS)
+
+
+@pytest.mark.parametrize("task", ["embed", "classify"])
+@pytest.mark.parametrize("any_request", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_operation_of_a_pooling_model_conforms_to_openapi_document(
+    tmp_path: Path, task: str, any_request: bool
+) -> None:
+    make, ends = {
+        "embed": (tiny_poolers.make_bert, ("/embeddings",)),
+        "classify": (tiny_poolers.make_classifier, ("/rerank", "/score")),
+    }[task]
+    with (
+        servers.in_process("--model_dir", str(make(tmp_path)), model_name=task) as server,
+        caller(server) as call,
+    ):
+        for operation in operations_of(server.client.get("/openapi.json").json()):
+            if operation.path.endswith(ends):
+                case = valid_case(operation)
+                response = call(case)
+                assert response.status_code == 200, (operation.label, response.text)
+                case.validate_response(response, checks=CHECKS)
+                for mode in modes(operation) if any_request else ():
+                    check_conformance(operation, call, mode)
 
 
 @pytest.mark.slow

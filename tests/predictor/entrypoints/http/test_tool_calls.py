@@ -103,6 +103,20 @@ def test_required_call_without_parallel_calls_is_one(client: Client) -> None:
     assert [len(answer["message"]["tool_calls"]) for answer in answers] == [1] * 8
 
 
+def test_call_without_parallel_calls_ends_the_completion(client: Client) -> None:
+    body = BODY | {"min_tokens": 80, "max_tokens": 80}
+    whole, one = (
+        client.post("/v1/chat/completions", json=body | {"parallel_tool_calls": parallel}).json()
+        for parallel in (True, False)
+    )
+    assert whole["usage"]["completion_tokens"] == 80
+    assert one["usage"]["completion_tokens"] < 40
+    [choice] = one["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    [call] = choice["message"]["tool_calls"]
+    check(call["function"])
+
+
 def test_stream_of_required_calls_equals_the_response(client: Client) -> None:
     body = BODY | GREETING | HOT | {"tool_choice": "required"}
     [whole] = ask(client, **body)

@@ -50,7 +50,7 @@ def test_predict_by_another_method_returns_405(client: httpx.Client, method: str
     assert response.json() == {"error": f"Method not allowed: {method} {PREDICT}. Use POST."}
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1", "/v1/chat", "/openai", "/openai/v1/models/other"])
+@pytest.mark.parametrize("path", ["/v1/moderations", "/v1", "/v1/chat", "/openai", "/openai/v1/models/other"])
 def test_unknown_openai_route_returns_openais_error(client: httpx.Client, path: str) -> None:
     response = client.get(path)
     assert response.status_code == 404
