@@ -156,7 +156,7 @@ def make_plan(
         adapter_dir: holds a LoRA adapter to merge into the weights.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, the architecture cannot be served, or the adapter cannot be merged.
+        UnsupportedModel: the weights or the adapter cannot be used, or the architecture cannot be served.
         InvalidSettings: `max_model_len` is more than the model supports, or the task excludes quantization.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
