@@ -6,7 +6,7 @@ installs the wheels of `make gpu-wheels` into a directory of its own and runs st
     device   name, versions, memory bandwidth
     load     the demo model in every mode: load time, memory, share of correct sums
     tests    the tests marked `gpu`
-    bench    a model of each of `--shapes` with random weights: ready time, tokens/s beside sequential `generate`, TTFT
+    bench    a model of each of `--shapes` with random weights: ready time, tokens/s next to sequential `generate`, TTFT
 
 A stage that fails or runs out of time is reported with what it had measured, and the next one runs. The results are
 written as JSON and Markdown; those of another call on the same device and day are kept, so that stages can be split

@@ -29,6 +29,7 @@ from tests.api_server import ApiServer
 from tests.e2e.cluster import __main__ as cluster
 from tests.e2e.cluster import client, kubectl, objects
 from tests.e2e.cluster.objects import HUB_PORT, NAMESPACE, REPOSITORIES, TOOLS, URL, Images
+from tests.e2e.cluster.report import Phase, Report
 from tests.predictor.servers import HANG_SECONDS, InProcessServer, in_process
 
 WORKFLOW = ROOT / ".github/workflows/e2e.yaml"
@@ -225,7 +226,7 @@ def test_cluster_knative_runs_all_phases_and_leaves_nothing(
     assert set(client.protocols("llm")) < set(phases)
     expected = ["to zero", "answer from zero", "rollout", "deleted pod", "changed reference", "load", "delete"]
     assert list(phases)[-len(expected) :] == expected
-    assert "0 of 40 requests lost" in output.out
+    assert "40 requests, 20 of them streams: 0 lost" in output.out
     assert [objects.reference(name) for name in REPOSITORIES] == simulated.references
     assert server.objects == {}
 
@@ -286,6 +287,16 @@ def test_cluster_script_starts_the_program() -> None:
     )
     assert done.returncode == 2
     assert "invalid choice: 'serverless'" in done.stderr
+
+
+def test_report_with_an_error_or_without_phases_has_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    report = Report()
+    failed = [report.failed]
+    for errors in ([], ["stream at 2.0 s: the stream ended early"]):
+        report.add(Phase("standard", "load", errors=errors))
+        failed.append(report.failed)
+    assert failed == [True, False, True]
+    assert "stream at 2.0 s: the stream ended early" in capsys.readouterr().out
 
 
 class Losing(BaseHTTPRequestHandler):

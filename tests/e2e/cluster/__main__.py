@@ -120,7 +120,7 @@ class ModeTest:
         with self._report.phase(self._mode, "load") as phase:
             [result] = self._results(name)
             phase.note = (
-                f"{result['lost']} of {result['sent']} requests lost, {result['streams']} of them streams; "
+                f"{result['sent']} requests, {result['streams']} of them streams: {result['lost']} lost; "
                 f"the longest took {result['longest_seconds']:.1f} s"
             )
             phase.errors += result["errors"]

@@ -164,7 +164,7 @@ def test_malformed_request_is_an_invalid_argument(stub: Any, message: Any) -> No
 
 
 def long_request(max_tokens: int = 1000) -> Any:
-    """A request of exactly so many tokens, by default almost the demo model's context."""
+    """A request of exactly this number of tokens, by default almost the demo model's context."""
     parameters = {
         "max_tokens": messages.InferParameter(int64_param=max_tokens),
         "ignore_eos": messages.InferParameter(bool_param=True),
