@@ -123,6 +123,11 @@ def other_reference_in_the_job(draft: Draft) -> None:
 ADAPTER = f"hf://owner/adapter:{'c' * 40}"
 
 
+def adapter_beside_prepared_weights(draft: Draft) -> None:
+    draft.add_adapter(ADAPTER)
+    draft.download["STORAGE_INITIALIZER_PREPARE"] = "int8-cpu"
+
+
 def two_secrets_at_one_path(draft: Draft) -> None:
     for name in ("a", "b"):
         draft["ServingRuntime"]["spec"]["volumes"].append({"name": name, "secret": {"secretName": name}})
@@ -447,7 +452,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         f"the predictor merges adapter none and the Job downloads {ADAPTER}",
     ),
     "adapter_beside_prepared_weights": (
-        lambda d: (d.add_adapter(ADAPTER), d.download.update(STORAGE_INITIALIZER_PREPARE="int8-cpu")),
+        adapter_beside_prepared_weights,
         "prepares 8-bit weights without the adapter",
     ),
     "claim_sub_path": (lambda d: d.model.update(storageUri="pvc://models/7b"), "mounts a sub-path"),
