@@ -1,7 +1,7 @@
 """Download the wheels that `benchmarks.gpu_check` installs on a bare machine with python3, torch and CUDA.
 
 `python -m devtools.gpu_wheels FOLDER` takes what the predictor's lock pins for linux on x86_64, without torch and the
-packages beside it, and what the tests need. The wheels are in `part1`, `part2` and so on of FOLDER, each of at most
+packages next to it, and what the tests need. The wheels are in `part1`, `part2` and so on of FOLDER, each of at most
 `--part_mib`; bitsandbytes, the largest, is in the last part.
 """
 

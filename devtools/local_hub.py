@@ -117,6 +117,7 @@ class LocalHub:
         self,
         repositories: Mapping[str, Path] | None = None,
         *,
+        host: str = "127.0.0.1",
         port: int = 0,
         token: str = "hf_local",  # noqa: S107 - opens nothing but this hub
         bytes_per_second: float | None = None,
@@ -130,7 +131,7 @@ class LocalHub:
         self._repositories: dict[str, Repository] = {}
         for name, directory in (repositories or {}).items():
             self.add(name, directory)
-        self._server = _Server(("127.0.0.1", port), self)
+        self._server = _Server((host, port), self)
         self._scheme = "http"
         if certificate:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -157,11 +158,7 @@ class LocalHub:
         self, name: str, directory: Path, *, revision: str = "main", gated: bool = False, private: bool = False
     ) -> str:
         """Commit the present content of a directory, and let a revision name it; returns the commit."""
-        files = {
-            path.relative_to(directory).as_posix(): _blob(path)
-            for path in sorted(directory.rglob("*"))
-            if path.is_file() and path.relative_to(directory).parts[0] != ".git"
-        }
+        files = _files(directory)
         commit = _commit(files)
         repository = self._repositories.setdefault(name, Repository())
         repository.commits[commit] = files
@@ -253,6 +250,19 @@ class LocalHub:
                 "siblings": [{"rfilename": path} for path in files],
             }
         )
+
+
+def commit_of(directory: Path) -> str:
+    """Return the commit that `LocalHub.add` makes of the present content of a directory."""
+    return _commit(_files(directory))
+
+
+def _files(directory: Path) -> dict[str, Blob]:
+    return {
+        path.relative_to(directory).as_posix(): _blob(path)
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.relative_to(directory).parts[0] != ".git"
+    }
 
 
 def _blob(path: Path) -> Blob:
@@ -419,6 +429,7 @@ class _Exchange(BaseHTTPRequestHandler):
 def main(words: Sequence[str] | None = None) -> int:
     """Serve directories until SIGTERM or Ctrl-C; the first line on stdout is the URL."""
     parser = argparse.ArgumentParser(prog="python -m devtools.local_hub", description=__doc__.splitlines()[0])
+    parser.add_argument("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 in a pod")
     parser.add_argument("--port", type=int, default=0, help="0: any free port")
     parser.add_argument("--bytes-per-second", type=float, help="throttle every download to this rate")
     parser.add_argument("repositories", nargs="+", metavar="OWNER/NAME=DIR")
@@ -432,7 +443,9 @@ def main(words: Sequence[str] | None = None) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    with LocalHub(repositories, port=arguments.port, bytes_per_second=arguments.bytes_per_second) as hub:
+    with LocalHub(
+        repositories, host=arguments.host, port=arguments.port, bytes_per_second=arguments.bytes_per_second
+    ) as hub:
         sys.stdout.write(hub.url + "\n")
         sys.stdout.flush()
         ended.wait()

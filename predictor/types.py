@@ -369,10 +369,9 @@ class Pooling:
     def properties(self) -> dict[str, str]:
         """Return the properties for the model's metadata."""
         if self.task is Task.CLASSIFY:
-            return {"task": self.task, "activation": self.activation}
+            return {"activation": self.activation}
         prompts = {"prompts": ", ".join(sorted(self.prompts))} if self.prompts else {}
         return {
-            "task": self.task,
             "pooling": "+".join(self.modes),
             "normalized": str(self.normalize).lower(),
             **prompts,

@@ -171,7 +171,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--site", type=Path, default=build / "gpu-site", help="directory to install into (default: %(default)s)"
     )
     parser.add_argument(
-        "--stages", type=_stages, default=list(STAGES), help=f"comma-separated (default: {','.join(STAGES)})"
+        "--stages",
+        type=_stages,
+        default=list(STAGES),
+        help=f"comma-separated (default: {','.join(STAGES)}, in this order)",
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a trial (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for all (default: %(default)s)")
@@ -205,7 +208,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _stages(text: str) -> list[str]:
-    names = text.split(",")
+    names = sorted(text.split(","), key=lambda name: STAGES.index(name) if name in STAGES else 0)
     if unknown := sorted(set(names) - set(STAGES)):
         raise argparse.ArgumentTypeError(f"unknown stage {unknown[0]}; choose from {', '.join(STAGES)}")
     return names

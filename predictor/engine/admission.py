@@ -1,7 +1,8 @@
 """Whether further sequences have a place among those that run or wait.
 
-Callers share the places. Every caller can always have its share of them by weight, even if another one fills the queue;
-places that are free belong to everyone. So twice the capacity is in use at most.
+Callers share the places. Every caller can always have its share of them by weight, and at least one, even if another
+one fills the queue; places that are free belong to everyone. So at most twice the capacity is in use; with more callers
+than places, the capacity and one for each.
 """
 
 from collections import Counter

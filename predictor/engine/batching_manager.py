@@ -1,12 +1,11 @@
-"""Fence around transformers' continuous batching, the only module that uses it.
+"""Fence around transformers' continuous batching, which only this module and `fair_scheduler` use.
 
 The manager schedules sequences, pages the KV cache, shares prefixes and takes the largest logit of each row. Its
-internals are not a public API: `tests/contracts/test_upstream.py` tests every assumption that this module makes.
+internals are not a public API: `tests/contracts/test_upstream.py` tests every assumption that the two make.
 """
 
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -16,10 +15,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor,
     ContinuousBatchingLogitsProcessorList,
 )
-from transformers.generation.continuous_batching.requests import RequestStatus
-from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 from transformers.generation.logits_process import LogitsProcessorList
 
+from predictor.engine import fair_scheduler
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_queue import FairQueue
@@ -32,8 +30,6 @@ from predictor.settings import Settings
 from predictor.types import Caller
 
 logger = logging.getLogger(__name__)
-
-_SCHEDULER = "kserve_llm"
 
 
 class _Timed(Protocol):
@@ -91,7 +87,7 @@ class BatchingManager:
                 max_memory_percent=settings.kv_cache_memory_fraction,
                 max_batch_tokens=settings.max_num_batched_tokens,
                 max_requests_per_batch=settings.max_num_seqs,
-                scheduler_type=_SCHEDULER,
+                scheduler_type=fair_scheduler.NAME,
                 # Sampling runs on the host after each step. A CUDA graph would not replay it, and asynchronous
                 # batching would prepare a step before the last one is sampled.
                 use_cuda_graph=False,
@@ -364,128 +360,3 @@ class _RowSampler(ContinuousBatchingLogitsProcessor):
             for sequence in sequences:
                 if sampler := self.scorer.samplers.pop(sequence.state.request_id, None):
                     sampler.failure = error
-
-
-class _Scheduler(FIFOScheduler):
-    """First in, first out for one caller, and `FairQueue`'s order between callers.
-
-    Admits waiting sequences again after a cancellation or failure. After a sequence had to leave a full cache, the
-    manager's scheduler admits no other until a running one finishes. If all running sequences are cancelled instead, it
-    would never admit one.
-    """
-
-    scheduled: Sequence[Any] = ()
-    """Sequences of the step; none before they are all scheduled."""
-    unscored: Collection[str] = ()
-    """Request ids of the sequences that need every row of their prompt, so that no cached prefix replaces any."""
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        self.fair_queue = FairQueue()
-        super().__init__(*arguments, **options)
-
-    def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
-        self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
-        if self.waiting_requests:
-            self._make_room(token_budget)
-        batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
-        self.scheduled = [request.state for request in batch[0] or ()]
-        for request in batch[0] or ():
-            self.fair_queue.charge(request.state.request_id, request.query_length)
-        return batch
-
-    def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
-        """Schedule the candidates: decoding sequences first, then prompts in fair order."""
-        decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
-        prompts = {state.request_id: state for state in candidates if state.status != RequestStatus.DECODING}
-        if prompts:
-            lengths = [(request_id, len(state.remaining_prefill_tokens)) for request_id, state in prompts.items()]
-            order = self.fair_queue.order(
-                [item for item in lengths if item[0] in self.active_requests],
-                [item for item in lengths if item[0] not in self.active_requests],
-            )
-            candidates = [*decoding, *(prompts[request_id] for request_id in order)]
-        return super()._process_candidates(candidates, *arguments)
-
-    def _make_room(self, token_budget: int) -> None:
-        """Move sequences out of a full batch or cache, so that every caller can have one in it."""
-        entering = self.fair_queue.entitled(self.waiting_requests)
-        while entering and not self._has_room(entering, token_budget):
-            request_id = self.fair_queue.victim(list(self.active_requests), entering)
-            if request_id is None:
-                # If only the cache is short, a sequence that has left would start again, and leave in the next step.
-                if self.max_requests_per_batch - len(self.active_requests) >= len(entering):
-                    self.block_new_requests = True
-                return
-            self._preempt(request_id)
-        if entering:
-            self.block_new_requests = False
-
-    def _has_room(self, request_ids: Sequence[str], token_budget: int) -> bool:
-        if self.max_requests_per_batch - len(self.active_requests) < len(request_ids):
-            return False
-        if not self._try_to_meet_safety_margin():
-            return False
-        if self._has_cache(request_ids, token_budget):
-            return True
-        if not self.cache.evict_cached_blocks():
-            return False
-        self.cache.pool.try_to_free_sectors()
-        return self._has_cache(request_ids, token_budget)
-
-    def _has_cache(self, request_ids: Sequence[str], token_budget: int) -> bool:
-        """Return whether a step's tokens fit into the cache: those of waiting sequences, after all decoding ones."""
-        growth = [(state, 1) for state in self.active_requests.values() if state.status == RequestStatus.DECODING]
-        for request_id in request_ids:
-            state = self.waiting_requests[request_id]
-            growth.append((state, min(len(state.remaining_prefill_tokens), token_budget)))
-        sectors = 0
-        for allocator in self.cache.cache_allocators.values():
-            blocks = sum(
-                allocator.needs_new_blocks(state.request_id, state.current_len(), tokens) for state, tokens in growth
-            )
-            missing = blocks - self.cache.pool.count_free_blocks(allocator.index)
-            sectors += math.ceil(max(0, missing) / allocator.blocks_per_sector)
-        return bool(self.cache.pool.num_free_sectors >= sectors)
-
-    def _preempt(self, request_id: str) -> None:
-        """Return a running sequence to the queue, with its tokens; its cache stays available for prefix sharing."""
-        state = self.active_requests[request_id]
-        restarted = state.create_equivalent_initial_request()
-        restarted.created_time = state.created_time
-        self.finish_request(request_id)
-        self.add_waiting_request(restarted)
-
-    def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
-        if state.status == RequestStatus.PENDING and state.request_id in self.unscored:
-            remaining: list[int] = state.remaining_prefill_tokens
-            return remaining
-        tokens: list[int] = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
-        return tokens
-
-    def remove_failed(self) -> list[Any]:
-        """Remove and return the sequences of a failed step, with their cache.
-
-        If it failed before they were scheduled, these are all that run, or else all that wait: each failure removes
-        some, so that an error that occurs every time does not keep the loop busy for ever.
-        """
-        waiting = self.waiting_requests
-        failed = list(self.scheduled or self.active_requests.values() or waiting.values())
-        # Waiting sequences have cache only if scheduling them failed midway.
-        for request_id in {*waiting, *(state.request_id for state in failed)}:
-            # Not kept for prefix sharing: nothing is known about what the step has written.
-            self.cache.free_blocks(request_id, no_cache=True)
-        for state in failed:
-            self.active_requests.pop(state.request_id, None)
-            waiting.pop(state.request_id, None)
-        self.waiting_requests_order: deque[str] = deque(filter(waiting.__contains__, self.waiting_requests_order))
-        self.block_new_requests = False
-        return failed
-
-    def clear_cancelled_requests(self) -> list[Any]:
-        cancelled: list[Any] = super().clear_cancelled_requests()
-        if cancelled:
-            self.block_new_requests = False
-        return cancelled
-
-
-SCHEDULER_MAPPING[_SCHEDULER] = _Scheduler

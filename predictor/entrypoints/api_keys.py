@@ -126,17 +126,19 @@ def parse(text: str, source: str) -> dict[bytes, Caller]:
         InvalidSettings: a line is malformed, or there is no key.
     """
     keys: dict[bytes, Caller] = {}
+    names: set[str] = set()
     for number, line in enumerate(text.split("\n"), start=1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         try:
             key, caller = _parse_line(line)
-            if key in keys or caller.name in (other.name for other in keys.values()):
+            if key in keys or caller.name in names:
                 raise ValueError("duplicate name or key. Give every name its own key")
         except ValueError as problem:
             raise InvalidSettings(f"{source}, line {number}: {problem}.") from None
         keys[key] = caller
+        names.add(caller.name)
     if not keys:
         raise InvalidSettings(f"{source} is empty. Write one name:key per line.")
     total = sum(caller.weight for caller in keys.values())

@@ -166,7 +166,7 @@ class _Servicer(protobuf_service.GRPCInferenceServiceServicer):
         with request_record.bind(record):
             try:
                 if not is_probe and self._api_keys is not None:
-                    record.set_caller(self._api_keys.authenticate(_values(metadata, "authorization")))
+                    record.caller = self._api_keys.authenticate(_values(metadata, "authorization"))
                 yield
                 _set_trailing_metadata(context, record)
                 status, http_status = "OK", 200

@@ -63,11 +63,13 @@ class Predictor(kserve.Model):
             await self._service.wait_for_load(max(1, num_texts), timeout)
         if (task := self._pooling_task) is not None:
             pooled = await self._service.pool(open_inference_pooling.decode(payload, task), timeout)
-            return open_inference_pooling.encode(payload, task, pooled)
+            size = pooled.vectors.size
+            return await response_encoding.encode(size, lambda: open_inference_pooling.encode(payload, task, pooled))
         stream = await self._service.submit(open_inference.decode(payload), timeout)
         try:
             completions = await stream.complete()
-            return await response_encoding.encode(completions, lambda: open_inference.encode(payload, completions))
+            values = response_encoding.num_values(completions)
+            return await response_encoding.encode(values, lambda: open_inference.encode(payload, completions))
         finally:
             stream.close()
 

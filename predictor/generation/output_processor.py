@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
@@ -280,18 +281,19 @@ def _text(deltas: Sequence[CompletionDelta]) -> str:
 
 def _joined(deltas: Iterable[OutputDelta]) -> list[OutputDelta]:
     """Return the deltas, consecutive ones of the same text, reasoning or arguments as one."""
-    joined: list[OutputDelta] = []
-    for delta in deltas:
-        match joined, delta:
-            case [*_, TextDelta(text)], TextDelta(added):
-                joined[-1] = TextDelta(text + added)
-            case [*_, ReasoningDelta(text)], ReasoningDelta(added):
-                joined[-1] = ReasoningDelta(text + added)
-            case [*_, ToolCallDelta(index, arguments, None)], ToolCallDelta(_, added, None):
-                joined[-1] = ToolCallDelta(index, arguments + added)
-            case _:
-                joined.append(delta)
-    return joined
+    return [_join(list(run)) for _, run in groupby(deltas, _continuity)]
+
+
+def _continuity(delta: OutputDelta) -> object:
+    """Return a key that consecutive deltas share if they are one text, one reasoning or fragments of one call."""
+    return (delta.index, delta.id) if isinstance(delta, ToolCallDelta) else type(delta)
+
+
+def _join(run: Sequence[OutputDelta]) -> OutputDelta:
+    first = run[0]
+    if isinstance(first, ToolCallDelta):
+        return replace(first, arguments="".join(delta.arguments for delta in run if isinstance(delta, ToolCallDelta)))
+    return replace(first, text="".join(delta.text for delta in run if not isinstance(delta, ToolCallDelta)))
 
 
 def _completion(received: Sequence[CompletionDelta]) -> Completion:

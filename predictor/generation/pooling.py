@@ -28,21 +28,12 @@ from predictor.types import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_ROUTES = {
+ROUTES = {
     Task.GENERATE: "generates text. POST /v1/completions or /v1/chat/completions",
     Task.EMBED: "computes embeddings. POST /v1/embeddings",
     Task.CLASSIFY: "scores texts. POST /v1/rerank or /v1/score",
 }
-
-
-def require_task(name: str, actual: Task, requested: Task) -> None:
-    """Check that a model does what a route needs.
-
-    Raises:
-        InvalidRequest: it does not; the message names the routes of what it does.
-    """
-    if actual is not requested:
-        raise InvalidRequest(f"Model {name} {_ROUTES[actual]}.")
+"""What a model does and how to request it, after its name."""
 
 
 def num_characters(request: PoolingRequest) -> int:

@@ -97,8 +97,11 @@ class PromptEncoder(Encoder[Prompts]):
 
 
 def _inline_size(request: GenerationRequest) -> int:
-    """Return the size of a request; grammars may take long."""
-    return LONG if request.sampling.structured_output is not None else prompt_size(request.prompt)
+    """Return the size of a request: of its prompt and of the words to encode; grammars may take long."""
+    sampling = request.sampling
+    if sampling.structured_output is not None:
+        return LONG
+    return prompt_size(request.prompt) + sum(map(len, sampling.bad_words))
 
 
 def prompt_size(prompt: str | tuple[int, ...] | Chat) -> int:

@@ -7,12 +7,12 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import psutil
 
@@ -51,6 +51,7 @@ from predictor.types import (
     FinishedSequence,
     GenerationRequest,
     Pooled,
+    Pooling,
     PoolingRequest,
     Task,
     Tokenization,
@@ -87,6 +88,7 @@ class _Pipeline:
     encoder: PromptEncoder
     engine: Engine
     self_check: SelfCheck
+    task: ClassVar = Task.GENERATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,16 @@ class _PoolingPipeline:
     encoder: Encoder[PoolingInputs]
     engine: PoolingEngine
     self_check: SelfCheck
+
+    @property
+    def task(self) -> Task:
+        """EMBED or CLASSIFY."""
+        return self.source.pooling.task
+
+
+_AnyPipeline = TypeVar("_AnyPipeline", _Pipeline, _PoolingPipeline)
+_CreatePipeline = Callable[[], tuple[_Pipeline | _PoolingPipeline, dict[str, str]]]
+"""Returns the parts that answer requests, and their properties for the model's metadata."""
 
 
 class LLMService:
@@ -110,8 +122,6 @@ class LLMService:
         self._settings = settings
         self._wait_state = ""
         """State of the wait for the snapshot; part of the readiness message."""
-        self.task: Task | None = None
-        """What the model does; None before the load."""
         self._pipeline: _Pipeline | _PoolingPipeline | None = None
         self._engine: Engine | PoolingEngine | None = None
         self._num_encoding: Counter[str | None] = Counter()
@@ -146,9 +156,9 @@ class LLMService:
         try:
             model_snapshot = self._find_snapshot()
             loaded = self._load_weights(model_snapshot)
-            engine = self._start_engine(loaded)
+            engine, create_pipeline = self._start_engine(loaded)
             self._warm_up(loaded, engine)
-            self._accept_requests(model_snapshot, loaded, engine)
+            self._accept_requests(model_snapshot, loaded, engine, create_pipeline)
         except _LoadCancelled:
             return False
         except Exception as error:
@@ -196,23 +206,26 @@ class LLMService:
             report_weights=self._progress.report_weights,
         )
 
-    def _start_engine(self, loaded: LoadedModel) -> Engine | PoolingEngine:
-        engine: Engine | PoolingEngine
-        if loaded.pooling is None:
-            engine = Engine.from_model(
-                loaded.model,
-                self._settings,
-                eos_token_ids=loaded.eos_token_ids,
-                context_tokens=loaded.context_tokens,
-            )
-        else:
-            engine = PoolingEngine.from_model(loaded.model, loaded.pooling, self._settings, loaded.context_tokens)
+    def _start_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
+        engine, create_pipeline = self._create_engine(loaded)
         with self._state_lock:
             self._enter(Phase.WARMING_UP)
             self._engine = engine
             with self._metrics.time_load_phase("kv_cache"):
                 engine.start()
-        return engine
+        return engine, create_pipeline
+
+    def _create_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
+        if loaded.pooling is not None:
+            pools = PoolingEngine.from_model(loaded.model, loaded.pooling, self._settings, loaded.context_tokens)
+            return pools, partial(self._pooling_pipeline, loaded, loaded.pooling, pools)
+        engine = Engine.from_model(
+            loaded.model,
+            self._settings,
+            eos_token_ids=loaded.eos_token_ids,
+            context_tokens=loaded.context_tokens,
+        )
+        return engine, partial(self._generation_pipeline, loaded, engine)
 
     def _warm_up(self, loaded: LoadedModel, engine: Engine | PoolingEngine) -> None:
         try:
@@ -225,15 +238,21 @@ class LLMService:
                 "If memory and device are sound, serve an architecture of docs/architectures.md."
             ) from error
 
-    def _accept_requests(self, model_snapshot: Snapshot, loaded: LoadedModel, engine: Engine | PoolingEngine) -> None:
-        if isinstance(engine, PoolingEngine):
-            pipeline, properties = self._pooling_pipeline(loaded, engine)
-        else:
-            pipeline, properties = self._generation_pipeline(loaded, engine)
+    def _accept_requests(
+        self,
+        model_snapshot: Snapshot,
+        loaded: LoadedModel,
+        engine: Engine | PoolingEngine,
+        create_pipeline: _CreatePipeline,
+    ) -> None:
+        pipeline, properties = create_pipeline()
         with self._state_lock:
             self._enter(Phase.READY)
-            self.metadata = {**_metadata(model_snapshot, loaded, engine.context_tokens), **properties}
-            self.task = Task.GENERATE if loaded.pooling is None else loaded.pooling.task
+            self.metadata = {
+                "task": pipeline.task,
+                **_metadata(model_snapshot, loaded, engine.context_tokens),
+                **properties,
+            }
             self._pipeline = pipeline
         self._metrics.set_model_info(
             **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
@@ -248,27 +267,23 @@ class LLMService:
         )
 
     def _pooling_pipeline(
-        self, loaded: LoadedModel, engine: PoolingEngine
-    ) -> tuple[_Pipeline | _PoolingPipeline, dict[str, str]]:
-        """Return the parts that answer requests, and properties for the metadata."""
-        assert loaded.pooling is not None  # noqa: S101, the engine is made from it
+        self, loaded: LoadedModel, configured: Pooling, engine: PoolingEngine
+    ) -> tuple[_PoolingPipeline, dict[str, str]]:
         # The first call sets the state of the tokenizer, which threads share, to that of all later calls.
         loaded.tokenizer("")
         inputs = PoolingInputs(
             loaded.tokenizer,
-            loaded.pooling,
+            configured,
             engine.num_outputs,
             engine.context_tokens,
             loaded.vocabulary_tokens,
             loaded.unembedded_tokens,
         )
         self_check = SelfCheck(engine, self._settings.self_check_interval_seconds)
-        properties = {**loaded.pooling.properties, "outputs": str(engine.num_outputs)}
+        properties = {**configured.properties, "outputs": str(engine.num_outputs)}
         return _PoolingPipeline(inputs, Encoder(inputs), engine, self_check), properties
 
-    def _generation_pipeline(
-        self, loaded: LoadedModel, engine: Engine
-    ) -> tuple[_Pipeline | _PoolingPipeline, dict[str, str]]:
+    def _generation_pipeline(self, loaded: LoadedModel, engine: Engine) -> tuple[_Pipeline, dict[str, str]]:
         settings = self._settings
         chat_template = ChatTemplate(loaded.tokenizer, settings.template_variables)
         output_format, format_names = output_notations.choose(
@@ -291,7 +306,6 @@ class LLMService:
         )
         self_check = SelfCheck(engine, settings.self_check_interval_seconds)
         properties = {
-            "task": Task.GENERATE,
             "kv_cache_tokens": str(engine.cache_tokens),
             "chat_template": chat_template.status,
             **format_names,
@@ -387,6 +401,11 @@ class LLMService:
         return self._engine is None or self._engine.has_ended
 
     @property
+    def task(self) -> Task | None:
+        """What the model does; None before the load."""
+        return self._pipeline.task if self._pipeline else None
+
+    @property
     def context_tokens(self) -> int | None:
         """Maximum tokens of prompt and completion together; None before the load."""
         return self._pipeline.engine.context_tokens if self._pipeline else None
@@ -459,8 +478,7 @@ class LLMService:
         deadline = self._deadline(timeout_seconds)
         with self._counting_rejections(record):
             await self._hold_while_loading(1, deadline)
-            pipeline = self._require_task(record, request.task)
-            assert isinstance(pipeline, _PoolingPipeline)  # noqa: S101, the task's
+            pipeline = self._require(_PoolingPipeline, request.task, record)
             if self._settings.log_prompts:
                 logger.info("inputs: %r", request.inputs)
             async with self._encoding(pipeline, 1, deadline):
@@ -540,14 +558,13 @@ class LLMService:
 
     def _admit(self, record: RequestRecord, prompts: Sequence[str | tuple[int, ...] | Chat]) -> _Pipeline:
         """Return the parts that generate, unless the request is rejected whatever its prompts are."""
-        pipeline = self._require_task(record, Task.GENERATE)
-        assert isinstance(pipeline, _Pipeline)  # noqa: S101, the task's
+        pipeline = self._require(_Pipeline, Task.GENERATE, record)
         for prompt in prompts:
             if isinstance(prompt, Chat):
                 record.add_ignored_fields(pipeline.prompts.chat_template.ignored_fields(prompt))
         return pipeline
 
-    def _require_task(self, record: RequestRecord, task: Task) -> _Pipeline | _PoolingPipeline:
+    def _require(self, kind: type[_AnyPipeline], task: Task, record: RequestRecord) -> _AnyPipeline:
         """Return the pipeline of a loaded model that does what a request needs.
 
         Raises:
@@ -555,12 +572,14 @@ class LLMService:
         """
         if self.is_shutting_down:
             raise Draining(_SHUTTING_DOWN)
-        if self._pipeline is None or self.task is None:
+        pipeline = self._pipeline
+        if pipeline is None:
             raise self._not_ready("")
-        pooling.require_task(self.models.default, self.task, task)
+        if not isinstance(pipeline, kind) or pipeline.task is not task:
+            raise InvalidRequest(f"Model {self.models.default} {pooling.ROUTES[pipeline.task]}.")
         if record.ignored_fields and self._settings.unknown_fields == "refuse":
             raise _unknown_fields(record.ignored_fields)
-        return self._pipeline
+        return pipeline
 
     def _count_finished(self, record: RequestRecord, sequence: FinishedSequence) -> None:
         self._metrics.count_finished(sequence)

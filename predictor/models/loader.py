@@ -212,10 +212,10 @@ def execute(
         context_tokens = plan.context_tokens or context_length.from_tokenizer(tokenizer, plan.directory)
     with time_phase("weights"), _progress_bars_report(report_weights):
         model = _load_weights(plan)
-    if plan.pooling is not None:
-        return _pooling_model(plan, plan.pooling, model, tokenizer, context_tokens)
     if context_length.needs_fixed_rope(plan.config, context_tokens):
         rope.fix_length(model, context_tokens)
+    if plan.pooling is not None:
+        return _pooling_model(plan, plan.pooling, model, tokenizer, context_tokens)
     quantization = _resolved_method(model, plan.quantization)
     int8_kernels = ""
     if plan.device.type == "cpu":

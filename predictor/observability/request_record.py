@@ -31,8 +31,6 @@ class RequestRecord:
     """Properties of a request in addition to method, path, status and duration; never the prompt or completion."""
 
     request_id: str = ""
-    key: str | None = None
-    """Name of the API key."""
     protocol: str | None = None
     operation: str | None = None
     """OpenTelemetry's `chat` or `text_completion`; not logged."""
@@ -45,11 +43,12 @@ class RequestRecord:
     ignored_fields: list[str] = field(default_factory=list)
     """Paths of unknown fields, safe for headers; "..." at the end stands for further ones."""
     caller: Caller | None = None
-    """Weight and limits of the API key."""
+    """Owner of the API key; the log has the name only."""
 
-    def set_caller(self, caller: Caller) -> None:
-        """Record the owner of the API key; the log has the name only."""
-        self.key, self.caller = caller.name, caller
+    @property
+    def key(self) -> str | None:
+        """Name of the API key."""
+        return self.caller.name if self.caller else None
 
     def add_ignored_fields(self, paths: Iterable[str]) -> None:
         """Record unknown fields of the request, up to MAX_IGNORED_FIELDS."""

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ValidationError
 
 from predictor.errors import InvalidRequest
 
-_SHORT_LIST = 128
-"""Lists up to this length may hold large elements, such as the choices of a response."""
+_SLICE = 128
+"""Elements of a longer list are encoded by slices. Shorter ones may hold large elements, such as choices."""
 
 
 def to_utf8(body: bytes) -> bytes:
@@ -62,11 +62,14 @@ def dump(value: Any) -> Iterator[str]:
             yield f"{',' if index else '{'}{_dumps(name)}:"
             yield from dump(item)
         yield "}" if value else "{}"
+    elif isinstance(value, list) and len(value) > _SLICE:
+        for begin in range(0, len(value), _SLICE):
+            yield f"{',' if begin else '['}{_dumps(value[begin : begin + _SLICE])[1:-1]}"
+        yield "]"
     elif isinstance(value, list) and value:
-        is_long = len(value) > _SHORT_LIST
         for index, item in enumerate(value):
             yield "," if index else "["
-            yield from (_dumps(item),) if is_long else dump(item)
+            yield from dump(item)
         yield "]"
     else:
         yield _dumps(value)

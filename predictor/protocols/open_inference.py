@@ -10,7 +10,6 @@ Specification: kserve/open-inference-protocol, specification/protocol/inference_
 """
 
 import contextlib
-import json
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -204,8 +203,15 @@ def serialize(request: InferRequest, response: InferResponse, version: str | Non
     content: dict[str, Any] = {"model_name": response.model_name}
     if version is not None:
         content["model_version"] = version
-    head = json.dumps(content | {"id": response.id, "outputs": outputs}, ensure_ascii=False).encode()
+    head = "".join(dump(content | {"id": response.id, "outputs": outputs})).encode()
     return (head + tail, len(head)) if tail else (head, None)
+
+
+def num_values(response: InferResponse) -> int:
+    """Return the number of values in a response, of which each character of a text is one."""
+    return sum(
+        sum(map(len, output.data)) if output.datatype == "BYTES" else len(output.data) for output in response.outputs
+    )
 
 
 def from_grpc(message: Any) -> InferRequest:

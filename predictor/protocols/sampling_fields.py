@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_PARAMETERS
+from predictor.protocols.field_validators import wrap_string
 from predictor.protocols.structured_output_fields import StructuredOutputFields, parse_json
 from predictor.types import WHOLE_CONTEXT, SamplingParams
 
@@ -24,11 +25,6 @@ MAX_LOGPROBS = 20
 """OpenAI's maximum of top_logprobs."""
 MAX_COMPLETIONS = 128
 """OpenAI's maximum of n."""
-
-
-def _wrap_string(value: object) -> object:
-    """Return a string as a list of one string, and other values unchanged."""
-    return [value] if isinstance(value, str) else value
 
 
 def _parse_list(value: object) -> object:
@@ -57,7 +53,7 @@ _Strings = Annotated[list[str | None], Field(max_length=MAX_STOP)]
 Stop = Annotated[
     list[str | None],
     Field(max_length=MAX_STOP),
-    BeforeValidator(_wrap_string, str | _Strings),
+    BeforeValidator(wrap_string, str | _Strings),
     AfterValidator(_drop_empty),
 ]
 """A stop string, or a list of them; empty ones are dropped."""
@@ -70,6 +66,8 @@ def _check_truncation(tokens: int) -> int:
         raise PydanticCustomError("truncation", "expected -1 or at least 1")
     return tokens
 
+
+TruncatePromptTokens = Annotated[int, Field(ge=WHOLE_CONTEXT), AfterValidator(_check_truncation)]
 
 _TokenId = Annotated[int, Field(ge=0)]
 _LogitBias = Annotated[
@@ -117,7 +115,7 @@ class SamplingFields(StructuredOutputFields):
     allowed_token_ids: (
         Annotated[list[_TokenId], Field(min_length=1), BeforeValidator(_parse_list, list[_TokenId] | str)] | None
     ) = Field(default=None, description="The only tokens that are sampled.")
-    truncate_prompt_tokens: Annotated[int, Field(ge=WHOLE_CONTEXT), AfterValidator(_check_truncation)] | None = Field(
+    truncate_prompt_tokens: TruncatePromptTokens | None = Field(
         default=None,
         description="Use this number of the prompt's last tokens; -1: all that the context has left after max_tokens.",
     )

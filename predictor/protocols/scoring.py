@@ -9,10 +9,10 @@ from pydantic import BeforeValidator, Field
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_RERANK
+from predictor.protocols.field_validators import wrap_string
 from predictor.protocols.json_body import json_schema
-from predictor.protocols.json_object import JSONObject
-from predictor.protocols.openai.embeddings import MAX_INPUTS, TruncateTokens
-from predictor.protocols.openai.requests import validate_body
+from predictor.protocols.json_object import JSONObject, validate_body
+from predictor.protocols.openai.embeddings import MAX_INPUTS, TruncateTokens, usage
 from predictor.types import Pooled, PoolingRequest, Task
 
 
@@ -44,14 +44,10 @@ class _RerankRequest(_PairRequest):
     return_documents: bool = True
 
 
-def _to_list(texts: object) -> object:
-    return [texts] if isinstance(texts, str) else texts
-
-
 _Texts = Annotated[
     list[str],
     Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True),
-    BeforeValidator(_to_list, str | list[str]),
+    BeforeValidator(wrap_string, str | list[str]),
 ]
 
 
@@ -96,7 +92,7 @@ def encode_rerank(decoded: DecodedRerank, pooled: Pooled, model: str) -> dict[st
     if decoded.documents is not None:
         for result in results:
             result["document"] = {"text": decoded.documents[result["index"]]}
-    return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "usage": _usage(pooled), "results": results}
+    return {"id": f"rerank-{uuid.uuid4().hex}", "model": model, "usage": usage(pooled), "results": results}
 
 
 def decode_score(body: bytes) -> tuple[PoolingRequest, str | None]:
@@ -125,7 +121,7 @@ def encode_score(pooled: Pooled, model: str) -> dict[str, Any]:
         "created": int(time.time()),
         "model": model,
         "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
-        "usage": _usage(pooled),
+        "usage": usage(pooled),
     }
 
 

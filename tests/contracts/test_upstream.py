@@ -56,6 +56,7 @@ from devtools.paths import DEMO_MODEL
 from predictor.engine import batching_manager
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.executor import EngineOutput
+from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.entrypoints import kserve_server
@@ -79,7 +80,7 @@ pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
 HANG_SECONDS = 120
 
 
-# transformers' continuous batching: predictor/engine/batching_manager.py
+# transformers' continuous batching: predictor/engine/batching_manager.py, fair_scheduler.py
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +222,7 @@ def test_batching_config_has_fields() -> None:
 
 def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingManager) -> None:
     processor = executor._manager.batch_processor
-    assert isinstance(processor.scheduler, batching_manager._Scheduler)
+    assert isinstance(processor.scheduler, FairScheduler)
     assert processor.scheduler.block_new_requests is False
     assert processor.logit_processor.logits_processor == [executor._row_sampler]
     assert processor.logit_processor.do_processing

@@ -16,6 +16,7 @@ from devtools.paths import ROOT
 from predictor.observability import metrics
 from preflight.checks import knative
 from preflight.checks.references import PODS_OF
+from preflight.checks.schema import Schemas
 from tests.kustomize.conftest import (
     BASE,
     COMPONENTS,
@@ -367,6 +368,18 @@ def test_inference_pool_selects_the_replicas_and_its_endpoint_picker(added: Adde
     service = inference_pool.find("Service", pool["spec"]["endpointPickerRef"]["name"])
     assert service
     assert pool["spec"]["endpointPickerRef"]["port"]["number"] in [item["port"] for item in service["spec"]["ports"]]
+
+
+def test_inference_pool_readme_has_a_valid_route_to_the_pool(added: Added, schemas: Schemas) -> None:
+    inference_pool = added("inference-pool")
+    [text] = re.findall(r"```yaml\n(apiVersion.*?)```", inference_pool.readme, re.DOTALL)
+    route = yaml.safe_load(text)
+    assert schemas.problems(route) == []
+    pool = inference_pool.one("InferencePool")
+    group = pool["apiVersion"].partition("/")[0]
+    [rule] = route["spec"]["rules"]
+    assert rule["backendRefs"] == [{"group": group, "kind": pool["kind"], "name": pool["metadata"]["name"]}]
+    assert rule["timeouts"]["request"] == f"{inference_pool.predictor['timeout']}s"
 
 
 def test_inference_pool_endpoint_picker_reads_metrics_that_the_predictor_has(added: Added) -> None:

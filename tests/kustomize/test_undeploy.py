@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from devtools.paths import ROOT
-from tests.kustomize.api_server import ApiServer
+from tests.api_server import ApiServer
 from tests.kustomize.conftest import DEV, Render, Rendered
 
 NAMESPACE = "kserve-llm-dev"

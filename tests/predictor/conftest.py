@@ -1,4 +1,4 @@
-"""One in-process predictor with the demo model for the whole run, and copies of the model's directory."""
+"""One in-process predictor and tokenizer of the demo model for the whole run, and copies of the model's directory."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,8 @@ import pytest
 from devtools.paths import DEMO_MODEL
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from tests.predictor.servers import InProcessServer
 
 
@@ -26,6 +28,15 @@ def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if not gemm.has_int8():
         pytest.skip("fbgemm: not supported by torch on this CPU")
     return name
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> "PreTrainedTokenizerBase":
+    """The demo model's tokenizer; a test that changes one loads its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

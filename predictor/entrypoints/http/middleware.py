@@ -273,7 +273,7 @@ class ApiKeyMiddleware(_Middleware):
             authorization = headers.getlist("authorization") or [
                 f"Bearer {key}" for key in headers.getlist("x-api-key")
             ]
-            request_record.current().set_caller(self._keys.authenticate(authorization))
+            request_record.current().caller = self._keys.authenticate(authorization)
         await self._app(scope, receive, send)
 
 

@@ -140,7 +140,13 @@ _MESSAGE = _object(
 )
 CHAT_COMPLETION = _openai_response("chat.completion", {"message": _MESSAGE})
 
-_PARTS = _list(_object({"type": {"enum": ["output_text", "reasoning_text"]}, "text": _STRING}))
+_PARTS = _list(
+    _object(
+        {"type": {"enum": ["output_text", "reasoning_text"]}, "text": _STRING},
+        annotations=_list({}),
+        logprobs=_list({"type": "object"}),
+    )
+)
 _OUTPUT_ITEM = _object(
     {
         "type": {"enum": ["reasoning", "message", "function_call"]},
@@ -170,16 +176,55 @@ RESPONSE = _object(
             output_tokens_details=_object({"reasoning_tokens": _INTEGER}),
         ),
         "store": {"const": False},
-    }
+    },
+    background={"const": False},
+    instructions=_or_null(_STRING),
+    max_output_tokens=_or_null(_INTEGER),
+    max_tool_calls=_or_null(_INTEGER),
+    metadata={"type": "object", "additionalProperties": _STRING},
+    parallel_tool_calls=_BOOLEAN,
+    previous_response_id={"type": "null"},
+    prompt_cache_key=_or_null(_STRING),
+    reasoning=_object({"effort": _or_null(_STRING), "summary": {"type": "null"}}),
+    safety_identifier=_or_null(_STRING),
+    service_tier={"const": "default"},
+    temperature=_or_null(_NUMBER),
+    text=_object({"format": {"type": "object"}, "verbosity": _STRING}),
+    tool_choice={"anyOf": [_STRING, {"type": "object"}]},
+    tools=_list({"type": "object"}),
+    top_logprobs=_INTEGER,
+    top_p=_or_null(_NUMBER),
+    truncation={"const": "disabled"},
+    user=_or_null(_STRING),
 )
 RESPONSE_INPUT_TOKENS = _object({"object": {"const": "response.input_tokens"}, "input_tokens": _INTEGER})
 INPUT_TOKENS = _object({"input_tokens": _INTEGER})
-_COUNTS = {"input_tokens": _INTEGER, "output_tokens": _INTEGER}
+_BLOCK = _object(
+    {"type": {"type": "string", "enum": ["text", "thinking", "tool_use"]}},
+    text=_STRING,
+    citations={"type": "null"},
+    thinking=_STRING,
+    signature=_STRING,
+    id=_STRING,
+    name=_STRING,
+    input={"type": "object"},
+)
 MESSAGE = _object(
-    {"id": _STRING, "type": {"const": "message"}, "role": {"const": "assistant"}, "model": _STRING}
-    | {"content": _list(_object({"type": {"type": "string", "enum": ["text", "thinking", "tool_use"]}}))}
-    | {"stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]}}
-    | {"stop_sequence": _or_null(_STRING), "usage": _object(_COUNTS)}
+    {
+        "id": _STRING,
+        "type": {"const": "message"},
+        "role": {"const": "assistant"},
+        "model": _STRING,
+        "content": _list(_BLOCK),
+        "stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
+        "stop_sequence": _or_null(_STRING),
+        "usage": _object(
+            dict.fromkeys(
+                ("input_tokens", "output_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"), _INTEGER
+            ),
+            output_tokens_details=_object({"thinking_tokens": _INTEGER}),
+        ),
+    }
 )
 
 TOKENS = _object(

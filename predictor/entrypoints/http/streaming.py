@@ -18,7 +18,7 @@ from predictor.generation.service import LLMService
 from predictor.observability import request_record
 from predictor.protocols import json_body
 from predictor.protocols.sampling_fields import timeout_seconds
-from predictor.types import Completion, CompletionDelta, GenerationRequest
+from predictor.types import Chat, Completion, CompletionDelta, GenerationRequest
 
 T = TypeVar("T")
 
@@ -60,10 +60,21 @@ async def _complete(request: Request, service: LLMService, requests: Sequence[Ge
         stream.close()
 
 
-async def encode_json(completions: Sequence[Completion], encode: Callable[[], dict[str, Any]]) -> Response:
-    """Return the response with what `encode` makes of the completions."""
-    body = await response_encoding.encode(completions, lambda: "".join(json_body.dump(encode())))
+async def count_tokens(request: Request, service: LLMService, chat: Chat) -> int:
+    """Return the number of tokens of a chat; cancelled when the client disconnects."""
+    work = service.tokenize(chat, timeout_seconds(request.headers), add_special_tokens=False, with_texts=False)
+    return len((await cancel_on_disconnect(request.receive, work)).token_ids)
+
+
+async def encode_json(values: int, encode: Callable[[], dict[str, Any]]) -> Response:
+    """Return the response with what `encode` returns, which has this number of values."""
+    body = await response_encoding.encode(values, lambda: "".join(json_body.dump(encode())))
     return Response(body, media_type="application/json")
+
+
+async def encode_completions(completions: Sequence[Completion], encode: Callable[[], dict[str, Any]]) -> Response:
+    """Return the response with what `encode` makes of the completions."""
+    return await encode_json(response_encoding.num_values(completions), encode)
 
 
 class EventStream(StreamingResponse):
@@ -120,7 +131,8 @@ async def _encode(
             yield event
         async with aclosing(stream.deltas()) as deltas:
             async for delta in deltas:
-                for event in await response_encoding.encode([delta], partial(encoder.delta, delta)):
+                values = response_encoding.num_values([delta])
+                for event in await response_encoding.encode(values, partial(encoder.delta, delta)):
                     yield event
         for event in encoder.end():
             yield event

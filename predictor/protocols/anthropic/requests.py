@@ -15,8 +15,9 @@ from predictor.protocols.anthropic.schemas import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from predictor.protocols.json_body import json_schema, loads
-from predictor.protocols.json_object import validate
+from predictor.protocols.field_validators import reasoning_fields
+from predictor.protocols.json_body import json_schema
+from predictor.protocols.json_object import validate_body
 from predictor.protocols.structured_output_fields import json_schema_output
 from predictor.types import Chat, GenerationRequest, Message
 
@@ -42,7 +43,7 @@ def decode_messages(body: bytes) -> DecodedRequest:
     Raises:
         InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
     """
-    content = validate(MessagesRequest, loads(body))
+    content = validate_body(MessagesRequest, body)
     if content.num_candidates() > 1:
         raise InvalidRequest("best_of: only one message is generated. Use /v1/chat/completions.", "best_of")
     sampling = content.to_sampling_params()
@@ -67,7 +68,7 @@ def decode_count_tokens(body: bytes) -> tuple[str, Chat]:
     Raises:
         InvalidRequest: as `decode_messages`.
     """
-    content = validate(CountTokensRequest, loads(body))
+    content = validate_body(CountTokensRequest, body)
     return content.model, _chat(content)
 
 
@@ -149,7 +150,7 @@ def _assistant(message: InputMessage) -> Message:
     return {
         "role": "assistant",
         "content": _text([block for block in blocks if isinstance(block, TextBlock)]),
-        **({"reasoning_content": reasoning} if reasoning else {}),
+        **(reasoning_fields(reasoning) if reasoning else {}),
         **({"tool_calls": calls} if calls else {}),
     }
 

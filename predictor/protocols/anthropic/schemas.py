@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from predictor.protocols.field_tables import REFUSED_BLOCK, REFUSED_MESSAGES, REFUSED_PARAMETERS
-from predictor.protocols.json_object import JSONObject, reject
+from predictor.protocols.field_tables import HARMLESS, REFUSED_BLOCK, REFUSED_MESSAGES, REFUSED_PARAMETERS
+from predictor.protocols.field_validators import ReasoningEffort, reject, wrap_text
+from predictor.protocols.json_object import JSONObject
 from predictor.protocols.sampling_fields import MAX_TOKENS, MaxTokens, SamplingFields, Stop
 
 
@@ -22,11 +23,12 @@ class TextBlock(JSONObject):
 
 
 class ThinkingBlock(JSONObject):
-    """Reasoning of the assistant; its signature has no effect."""
+    """Reasoning of the assistant."""
+
+    harmless = HARMLESS | {"signature"}
 
     type: Literal["thinking"]
     thinking: str
-    signature: str = ""
 
 
 class ToolUseBlock(JSONObject):
@@ -38,20 +40,17 @@ class ToolUseBlock(JSONObject):
     input: dict[str, Any] = {}
 
 
-def _wrap_text(content: object) -> object:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
-
-
-_Texts = Annotated[list[TextBlock], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[TextBlock])]
+_Texts = Annotated[list[TextBlock], Field(fail_fast=True), BeforeValidator(wrap_text, str | list[TextBlock])]
 
 
 class ToolResultBlock(JSONObject):
-    """Result of a tool call."""
+    """Result of a tool call; chat templates have no place for whether it is an error."""
+
+    harmless = HARMLESS | {"is_error"}
 
     type: Literal["tool_result"]
     tool_use_id: str
     content: _Texts = []
-    is_error: bool = False
 
 
 def _block_type(block: object) -> object:
@@ -75,7 +74,7 @@ class InputMessage(JSONObject):
     """One turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[_Block], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[_Block])]
+    content: Annotated[list[_Block], Field(fail_fast=True), BeforeValidator(wrap_text, str | list[_Block])]
 
 
 _SERVER_TOOL = "only tools with an input_schema are supported, none that a server runs"
@@ -109,7 +108,7 @@ class _OutputFormat(JSONObject):
 
 
 class _OutputConfig(JSONObject):
-    effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""
+    effort: ReasoningEffort = ""
     format: _OutputFormat | None = None
 
 

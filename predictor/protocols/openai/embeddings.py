@@ -4,35 +4,21 @@ import base64
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Field
 
 from predictor.protocols.field_tables import HARMLESS_PARAMETERS, REFUSED_EMBEDDING
+from predictor.protocols.field_validators import Prompt, one_issue, wrap_prompt
 from predictor.protocols.json_body import json_schema
-from predictor.protocols.json_object import JSONObject
-from predictor.protocols.openai.requests import validate_body
+from predictor.protocols.json_object import JSONObject, validate_body
+from predictor.protocols.sampling_fields import TruncatePromptTokens
 from predictor.types import Pooled, PoolingRequest, Task
 
 MAX_INPUTS = 2048
 """Maximum number of inputs of a request, as in OpenAI's API."""
 
-_Input = Annotated[str, Field(min_length=1)] | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-
-
-def _validate_inputs(value: object, validate: Any) -> Any:
-    """Wrap a single input in a list, and report one issue instead of one for each type that an input may have."""
-    single = isinstance(value, str) or (isinstance(value, list) and isinstance(next(iter(value), None), int))
-    try:
-        return validate([value] if single else value)
-    except ValidationError:
-        message = (
-            f"expected a string, a list of strings, of token ids or of lists of token ids, up to {MAX_INPUTS} and "
-            "none of them empty"
-        )
-        raise PydanticCustomError("input", message) from None
-
-
-TruncateTokens = Annotated[int, Field(ge=-1, description="Tokens of an input to keep; -1: all that the model takes.")]
+TruncateTokens = Annotated[
+    TruncatePromptTokens, Field(description="Tokens of an input to keep; -1: all that the model takes.")
+]
 
 
 class _EmbeddingRequest(JSONObject):
@@ -43,9 +29,14 @@ class _EmbeddingRequest(JSONObject):
 
     model: str
     input: Annotated[
-        list[_Input],
+        list[Prompt],
         Field(min_length=1, max_length=MAX_INPUTS, fail_fast=True),
-        WrapValidator(_validate_inputs, _Input | list[_Input]),
+        one_issue(
+            f"expected a string, a list of strings, of token ids or of lists of token ids, up to {MAX_INPUTS} and "
+            "none of them empty",
+            list[Prompt],
+        ),
+        BeforeValidator(wrap_prompt, Prompt | list[Prompt]),
     ]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1, description="Leading dimensions to keep, for Matryoshka models.")
@@ -94,5 +85,9 @@ def encode(decoded: DecodedEmbedding, pooled: Pooled) -> dict[str, Any]:
         }
         for index, vector in enumerate(vectors)
     ]
-    usage = {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}
-    return {"object": "list", "data": data, "model": decoded.model, "usage": usage}
+    return {"object": "list", "data": data, "model": decoded.model, "usage": usage(pooled)}
+
+
+def usage(pooled: Pooled) -> dict[str, int]:
+    """Return the token counts."""
+    return {"prompt_tokens": pooled.prompt_tokens, "total_tokens": pooled.prompt_tokens}

@@ -4,20 +4,16 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_body import format_validation_error, json_schema, to_utf8
-from predictor.protocols.json_object import JSONObject, remove_extra_fields
+from predictor.protocols.json_body import json_schema
+from predictor.protocols.json_object import validate_body
 from predictor.protocols.openai.schemas import BaseRequest, ChatCompletionRequest, CompletionRequest, Message
 from predictor.types import Chat, GenerationRequest, SamplingParams
 
 COMPLETION_SCHEMA = json_schema(CompletionRequest)
 CHAT_COMPLETION_SCHEMA = json_schema(ChatCompletionRequest)
-
-RequestT = TypeVar("RequestT", bound=JSONObject)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,22 +120,6 @@ def _template_messages(messages: Sequence[Message]) -> Iterator[dict[str, Any]]:
         elif message.role == "function":
             fields |= {"role": "tool", "tool_call_id": call_id}
         yield fields
-
-
-def validate_body(model: type[RequestT], body: bytes) -> RequestT:
-    """Return a JSON body as an object of `model`, without the fields that it does not declare.
-
-    Raises:
-        InvalidRequest: not JSON, or a field is missing, wrong or not supported; the message names it.
-    """
-    try:
-        content = model.model_validate_json(to_utf8(body))
-    except ValidationError as error:
-        fields = [".".join(map(str, issue["loc"])) for issue in error.errors(include_input=False)]
-        field = fields[0] if len(fields) == 1 and fields[0] else None
-        raise InvalidRequest(format_validation_error(error), field) from None
-    remove_extra_fields(content)
-    return content
 
 
 def _invalid(field: str, reason: str) -> InvalidRequest:

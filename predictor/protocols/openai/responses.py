@@ -6,6 +6,7 @@ from typing import Any
 from predictor import errors
 from predictor.errors import InvalidRequest, RequestError
 from predictor.protocols.best_of import best
+from predictor.protocols.field_validators import reasoning_fields
 from predictor.protocols.openai.requests import DecodedRequest
 from predictor.types import UNFINISHED_CHARACTER, Completion, CompletionDelta, FinishReason, Token
 
@@ -73,11 +74,6 @@ def _message(decoded: DecodedRequest, completion: Completion) -> dict[str, Any]:
             for call, function in zip(completion.tool_calls, calls, strict=True)
         ]
     return message
-
-
-def reasoning_fields(text: str) -> dict[str, str]:
-    """Return the fields with the reasoning, which is not in OpenAI's API: some clients read one, some the other."""
-    return {"reasoning_content": text, "reasoning": text}
 
 
 def encode_error(error: RequestError) -> dict[str, Any]:

@@ -3,23 +3,25 @@
 `field_tables` has the fields that have no effect or are refused. vLLM's extra sampling fields are supported.
 """
 
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from predictor.errors import InvalidRequest
 from predictor.protocols.field_tables import REFUSED_CHAT, REFUSED_COMPLETION, REFUSED_MESSAGE
+from predictor.protocols.field_validators import (
+    Prompt,
+    ReasoningEffort,
+    one_issue,
+    reasoning_fields,
+    reject,
+    wrap_prompt,
+    wrap_text,
+)
 from predictor.protocols.json_body import loads
-from predictor.protocols.json_object import JSONObject, reject
+from predictor.protocols.json_object import JSONObject
 from predictor.protocols.openai.tool_fields import ToolFields
 from predictor.protocols.sampling_fields import (
     MAX_COMPLETIONS,
@@ -48,10 +50,6 @@ def _refusal_to_text(part: object) -> object:
 
 
 _Part = Annotated[_TextPart, BeforeValidator(_refusal_to_text, _TextPart)]
-
-
-def _wrap_text(content: object) -> object:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _parse_arguments(arguments: object) -> object:
@@ -90,7 +88,7 @@ class Message(JSONObject):
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     """`function` is deprecated: `tool`."""
-    content: Annotated[list[_Part], Field(fail_fast=True), BeforeValidator(_wrap_text, str | list[_TextPart])] = []
+    content: Annotated[list[_Part], Field(fail_fast=True), BeforeValidator(wrap_text, str | list[_TextPart])] = []
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] = []
@@ -122,28 +120,13 @@ class Message(JSONObject):
         """Return the message for the chat template, its text parts concatenated."""
         fields = self.model_dump(exclude_unset=True, exclude={"prefix", "function_call", "reasoning"})
         fields["content"] = "".join(part.text for part in self.content)
-        # Chat templates read the one or the other.
         if reasoning := self.reasoning_content or self.reasoning:
-            fields |= {"reasoning_content": reasoning, "reasoning": reasoning}
+            fields |= reasoning_fields(reasoning)
         return fields
 
 
 class _StreamOptions(JSONObject):
     include_usage: bool = False
-
-
-_Text = Annotated[str, Field(min_length=1)]
-_Prompt = _Text | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
-
-
-def _validate_prompts(prompt: object, validate: Callable[[object], Any]) -> Any:
-    """Wrap a single prompt in a list, and report one issue instead of one per type that a prompt may have."""
-    single = isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(next(iter(prompt), None), int))
-    try:
-        return validate([prompt] if single else prompt)
-    except ValidationError:
-        message = "expected a string, a list of strings, of token ids or of lists of token ids, none of them empty"
-        raise PydanticCustomError("prompt", message) from None
 
 
 class BaseRequest(SamplingFields):
@@ -164,7 +147,13 @@ class CompletionRequest(BaseRequest):
     refused = {**BaseRequest.refused, **REFUSED_COMPLETION}
 
     prompt: Annotated[
-        list[_Prompt], Field(min_length=1, fail_fast=True), WrapValidator(_validate_prompts, _Prompt | list[_Prompt])
+        list[Prompt],
+        Field(min_length=1, fail_fast=True),
+        one_issue(
+            "expected a string, a list of strings, of token ids or of lists of token ids, none of them empty",
+            list[Prompt],
+        ),
+        BeforeValidator(wrap_prompt, Prompt | list[Prompt]),
     ]
     max_tokens: MaxTokens | None = Field(default=DEFAULT_MAX_TOKENS, description=MAX_TOKENS)
     echo: bool = False
@@ -182,7 +171,7 @@ class ChatCompletionRequest(BaseRequest, ToolFields):
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     chat_template_kwargs: dict[str, Any] = {}
     """Variables of the model's chat template, such as `enable_thinking`."""
-    reasoning_effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""
+    reasoning_effort: ReasoningEffort = ""
     """For chat templates with such a variable. `none` turns the reasoning off."""
     continue_final_message: bool = False
     """Continue the last message, which is the assistant's, instead of beginning a new one."""

@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 from predictor.errors import RequestError
+from predictor.protocols.field_validators import reasoning_fields
 from predictor.protocols.openai.requests import DecodedRequest
 from predictor.protocols.openai.responses import (
     choice,
     encode_error,
     finish_reason,
-    reasoning_fields,
     reported_tokens,
     response_head,
     text_offsets,

@@ -1,13 +1,13 @@
 """Request fields of OpenAI's chats that offer tools: `tools`, `tool_choice`, and the deprecated `functions`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, WrapValidator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from predictor.errors import InvalidRequest
-from predictor.protocols.json_object import JSONObject, reject
+from predictor.protocols.field_validators import one_issue, reject
+from predictor.protocols.json_object import JSONObject
 
 
 class FunctionDefinition(JSONObject):
@@ -51,25 +51,13 @@ _ToolChoice = Literal["none", "auto", "required"] | _NamedTool | _AllowedToolCho
 _FunctionChoice = Literal["none", "auto"] | FunctionName
 
 
-def _one_issue(expected: str, type_: Any) -> WrapValidator:
-    """Return a validator that reports one issue instead of one per type that the value may have."""
-
-    def check(value: object, validate: Callable[[object], Any]) -> Any:
-        try:
-            return validate(value)
-        except ValidationError:
-            raise PydanticCustomError("choice", expected) from None
-
-    return WrapValidator(check, type_)
-
-
 class ToolFields(JSONObject):
     """The tools of a chat, and whether the model may or has to call them."""
 
     tools: Annotated[list[Tool], Field(fail_fast=True)] = []
     tool_choice: Annotated[
         _ToolChoice,
-        _one_issue(
+        one_issue(
             'expected "none", "auto", "required", {"type": "function", "function": {"name": ...}} or '
             '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}',
             _ToolChoice,
@@ -78,7 +66,7 @@ class ToolFields(JSONObject):
     parallel_tool_calls: bool = True
     functions: Annotated[list[FunctionDefinition], Field(fail_fast=True, description="Deprecated: tools.")] = []
     function_call: Annotated[
-        _FunctionChoice | None, _one_issue('expected "none", "auto" or {"name": ...}', _FunctionChoice)
+        _FunctionChoice | None, one_issue('expected "none", "auto" or {"name": ...}', _FunctionChoice)
     ] = Field(default=None, description="Deprecated: tool_choice.")
 
     def chat_fields(self) -> dict[str, Any]:

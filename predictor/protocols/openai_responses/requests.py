@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from predictor.errors import InvalidRequest
+from predictor.protocols.field_validators import reasoning_fields
 from predictor.protocols.json_body import json_schema
-from predictor.protocols.openai.requests import validate_body
+from predictor.protocols.json_object import validate_body
 from predictor.protocols.openai_responses.schemas import (
     FunctionCallItem,
     FunctionCallOutputItem,
@@ -120,8 +121,7 @@ def _add_reasoning(messages: list[dict[str, Any]], text: str) -> None:
     if text:
         message = _assistant(messages, "content", "tool_calls")
         text = message.get("reasoning_content", "") + text
-        # Chat templates read the one or the other.
-        message |= {"reasoning_content": text, "reasoning": text}
+        message |= reasoning_fields(text)
 
 
 def _add_text(messages: list[dict[str, Any]], text: str) -> None:

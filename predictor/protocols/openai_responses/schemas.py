@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from predictor.protocols.field_tables import HARMLESS_ITEM, HARMLESS_RESPONSE, REFUSED_RESPONSE
+from predictor.protocols.field_validators import ReasoningEffort, wrap_text
 from predictor.protocols.json_object import JSONObject
 from predictor.protocols.openai.schemas import CallArguments
 from predictor.protocols.openai.tool_fields import ToolFields
@@ -30,10 +31,6 @@ def _to_text_part(part: object) -> object:
     return part
 
 
-def _wrap_text(content: object) -> object:
-    return [{"type": "input_text", "text": content}] if isinstance(content, str) else content
-
-
 class _TextPart(JSONObject):
     harmless = HARMLESS_ITEM
 
@@ -42,7 +39,7 @@ class _TextPart(JSONObject):
 
 
 _Texts = Annotated[list[Annotated[_TextPart, BeforeValidator(_to_text_part, _TextPart)]], Field(fail_fast=True)]
-_Content = Annotated[_Texts, BeforeValidator(_wrap_text, str | list[_TextPart])]
+_Content = Annotated[_Texts, BeforeValidator(wrap_text, str | list[_TextPart])]
 
 
 class _Item(JSONObject):
@@ -236,7 +233,7 @@ class _Text(JSONObject):
 class _Reasoning(JSONObject):
     harmless = frozenset({"context", "generate_summary", "mode", "summary"})
 
-    effort: Annotated[str, Field(pattern="^[a-z]{0,32}$")] = ""
+    effort: ReasoningEffort = ""
     """For chat templates with such a variable. `none` turns the reasoning off."""
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from predictor.engine import batching_manager
 from predictor.engine.engine import Engine
+from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.stream import Stream
 from predictor.errors import Overloaded, RateLimited
 from predictor.models.loader import LoadedModel
@@ -126,14 +126,14 @@ def test_fairness_sequence_that_left_for_nothing_does_not_start_and_leave_again(
     loaded: LoadedModel, hold: Hold, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The newcomer's prompt does not fit next to the other's last sequence."""
-    preempt, preempted = batching_manager._Scheduler._preempt, []
+    preempt, preempted = FairScheduler._preempt, []
 
     def count(scheduler: Any, request_id: str) -> None:
         preempted.append(request_id)
         preempt(scheduler, request_id)
 
     async def run(engine: Engine) -> None:
-        monkeypatch.setattr(batching_manager._Scheduler, "_preempt", count)
+        monkeypatch.setattr(FairScheduler, "_preempt", count)
         hold.close()
         long, short = replace(TEN, max_tokens=40), replace(TEN, max_tokens=60)
         first = engine.submit([(random_ids(loaded, 700, 1), long), (random_ids(loaded, 9, 2), short)], caller=ALICE)

@@ -209,6 +209,22 @@ def test_engine_that_hangs_in_a_batch_is_not_alive(model: FirstTokens, start: Ca
     asyncio.run(run())
 
 
+def test_self_check_and_warm_up_compute_and_report_failures(
+    model: FirstTokens, start: Callable[..., PoolingEngine]
+) -> None:
+    engine = start()
+    asyncio.run(engine.check(HANG_SECONDS))
+    assert model.batches == [[0]]
+    asyncio.run(engine.warm_up(200, HANG_SECONDS))
+    assert engine.num_outputs == 1
+    model.opened.clear()
+    with pytest.raises(DeadlineExceeded):
+        asyncio.run(engine.check(0.01))
+    model.opened.set()
+    with pytest.raises(GenerationFailed, match="no thirteen"):
+        asyncio.run(engine.warm_up(52, HANG_SECONDS))
+
+
 def test_rows_that_depend_on_their_batch_fail_the_warm_up() -> None:
     alone = torch.tensor([[1.0, 0.5], [0.2, 0.1]])
     warm_up.check_rows(alone, alone + 1e-3)

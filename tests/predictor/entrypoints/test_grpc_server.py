@@ -163,10 +163,10 @@ def test_malformed_request_is_an_invalid_argument(stub: Any, message: Any) -> No
     assert code(stub.ModelInfer, message) is grpc.StatusCode.INVALID_ARGUMENT
 
 
-def long_request() -> Any:
-    """A request of almost the demo model's context."""
+def long_request(max_tokens: int = 1000) -> Any:
+    """A request of exactly this number of tokens, by default almost the demo model's context."""
     parameters = {
-        "max_tokens": messages.InferParameter(int64_param=1000),
+        "max_tokens": messages.InferParameter(int64_param=max_tokens),
         "ignore_eos": messages.InferParameter(bool_param=True),
     }
     return request(b"17+25=", parameters=parameters)
@@ -223,10 +223,12 @@ def test_drain_sends_goaway_and_finishes_running_calls(server: InProcessServer) 
             async with grpc.aio.insecure_channel(f"127.0.0.1:{running.port}") as channel:
                 infer = service.GRPCInferenceServiceStub(channel).ModelInfer
                 server.hold.close(after=3)
-                call = asyncio.ensure_future(infer(long_request()))
+                call = asyncio.ensure_future(infer(long_request(40)))
                 await asyncio.to_thread(server.wait_for_metrics, num_requests_running=1)
                 running.drain(servers.HANG_SECONDS)
                 await idle()
+                # The channel's own GOAWAY, before which a call could still reach the connection that is being closed.
+                await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await infer(request(b"1+1="))
                 assert refused.value.code() is grpc.StatusCode.UNAVAILABLE

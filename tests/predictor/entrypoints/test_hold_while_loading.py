@@ -3,7 +3,6 @@
 import json
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from devtools import tiny_poolers
 from devtools.paths import DEMO_MODEL
@@ -21,7 +19,7 @@ from predictor.errors import StartupError
 from predictor.generation.service import Phase
 from predictor.models import loader
 from tests.predictor.proxies import IdleTimeoutProxy
-from tests.predictor.servers import DEMO_FLAGS, HANG_SECONDS, ThreadServer
+from tests.predictor.servers import DEMO_FLAGS, HANG_SECONDS, Server, ThreadServer
 
 pytestmark = pytest.mark.xdist_group("process")
 
@@ -44,9 +42,10 @@ class Loading(ThreadServer):
         super().__init__(*DEMO_FLAGS, "--served_model_name", "held", *flags)
         self._orders: queue.SimpleQueue[float | Exception | None] = queue.SimpleQueue()
         self.client = httpx.Client(base_url=self.url, timeout=HANG_SECONDS, trust_env=False)
+        self.http = Server(self.url, "held", self.client, read_log=str)
 
     def load(self, original: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Stand before the loader."""
+        """Run in place of the loader: wait for the test's orders, then load."""
         while (order := self._orders.get(timeout=HANG_SECONDS)) is not None:
             if isinstance(order, Exception):
                 raise order
@@ -61,27 +60,9 @@ class Loading(ThreadServer):
         """Let the load run, or fail."""
         self._orders.put(error)
 
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + HANG_SECONDS
-        while not condition():
-            assert time.monotonic() < deadline, "the condition never became true"
-            time.sleep(0.01)
-
     def wait_for_held(self, number: int) -> None:
         """Wait until this many sequences are held."""
-        self.wait_for(lambda: self.metric("num_requests_waiting") == number)
-
-    def metric(self, name: str) -> float:
-        """The value of one of our metrics, -1 without a sample."""
-        try:
-            text = self.client.get("/metrics").text
-        except httpx.TransportError:
-            return -1
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                if sample.name == f"kserve_llm_{name}" and sample.labels.get("model_name") == "held":
-                    return float(sample.value)
-        return -1
+        self.http.wait_for_metrics(num_requests_waiting=number)
 
 
 @contextmanager
@@ -91,7 +72,8 @@ def loading(monkeypatch: pytest.MonkeyPatch, *flags: str) -> Iterator[Loading]:
     monkeypatch.setattr(loader, "load", lambda *args, **options: server.load(original, *args, **options))
     with server.running():
         try:
-            server.wait_for(lambda: server.metric("live") == 1 and server.service.phase is Phase.LOADING)
+            server.http.wait_for_status(200, "/v2/health/live")
+            server.http.wait_for(lambda: server.service.phase is Phase.LOADING)
             yield server
         finally:
             server.go_on(StartupError("The test is over."))
@@ -177,7 +159,7 @@ def test_hold_answers_all_once_the_model_is_loaded_and_rejects_more(
                 cut.text.result(HANG_SECONDS)
             server.wait_for_held(PLACES - 2)
             server.report(0.401)
-            server.wait_for(lambda: all(stream.comments[-1] == "loading weights, 40 %" for stream in streams))
+            server.http.wait_for(lambda: all(stream.comments[-1] == "loading weights, 40 %" for stream in streams))
             server.go_on()
             texts = {generated(request.text.result(HANG_SECONDS)) for request in (*held, *streams)}
             assert {request.status for request in (*held, *streams)} == {200}
@@ -239,7 +221,7 @@ def test_readiness_while_loading_is_opt_in(
     with loading(monkeypatch, *flags) as server:
         for path in ("/v2/health/ready", "/v2/models/held/ready", "/v1/models/held"):
             assert server.client.get(path).status_code == status, path
-        assert server.metric("ready") == 0, "the metric is that of the model"
+        assert server.http.metric("ready") == 0, "the metric is that of the model"
         server.service.phase = Phase.WAITING
         assert server.client.get("/v2/health/ready").status_code == 503, "a download may take long"
 

@@ -1,20 +1,13 @@
-"""The demo model's tokenizer and prompts."""
+"""Tokenizers of other kinds, and the demo model's prompts."""
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from devtools.paths import DEMO_MODEL
 from predictor.generation.chat_template import ChatTemplate
 from predictor.generation.prompts import Prompts
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.types import SamplingParams
 from tests.predictor import sentencepiece
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    return tokenizer
 
 
 @pytest.fixture(scope="session", params=[sentencepiece.llama, sentencepiece.metaspace], ids=["llama", "metaspace"])

@@ -1,12 +1,13 @@
 """Choice of the notation by settings, by the tokenizer and by the chat template."""
 
 import logging
+import re
 from typing import Any, get_args
 
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from devtools.paths import DEMO_MODEL
+from devtools.paths import DEMO_MODEL, ROOT
 from predictor.generation import output_notations
 from predictor.generation.output_notations import REASONING, TOOL_CALLS
 from predictor.generation.output_parser import OutputParser
@@ -73,6 +74,18 @@ def test_settings_choose_the_notations_by_name(caplog: pytest.LogCaptureFixture)
     assert "format of reasoning: none, of tool calls: mistral" in caplog.text
     assert names("<tool_call></think>", "none") == ("none", "deepseek_r1")
     assert names("<tool_call>", "none", "think", response_template=OWN) == ("none", "think")
+
+
+@pytest.mark.parametrize(("setting", "table"), [("tool_call_format", TOOL_CALLS), ("reasoning_format", REASONING)])
+def test_documentation_has_every_notation_and_what_its_template_contains(setting: str, table: dict[str, Any]) -> None:
+    _, _, section = (ROOT / "docs/output-formats.md").read_text().partition(f"| `--{setting}` |")
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", section.partition("\n\n")[0], re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(table)
+    for name, contains in rows:
+        present, *_ = contains.partition(" without ")
+        template = " ".join(re.findall(r"`([^`]+)`", present)).replace("\\|", "|")
+        template = template.replace("tool_code", "```tool_code") + ("```json" if "block of JSON" in present else "")
+        assert name in names(template), contains
 
 
 @pytest.mark.parametrize(("setting", "table"), [("tool_call_format", TOOL_CALLS), ("reasoning_format", REASONING)])

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from devtools.paths import DEMO_MODEL
 from predictor.generation import output_notations
 from predictor.generation.output_notations import REASONING, TOOL_CALLS
 from predictor.generation.output_parser import OutputParser
@@ -354,12 +353,6 @@ MALFORMED = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    return tokenizer
-
-
 def make(
     tokenizer: PreTrainedTokenizerBase,
     tool_calls: str = "hermes",
@@ -399,10 +392,10 @@ def join(deltas: Iterable[OutputDelta]) -> Parts:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_in_pieces_of_every_size_gives_its_parts(model_tokenizer: PreTrainedTokenizerBase, case: str) -> None:
+def test_output_in_pieces_of_every_size_gives_its_parts(tokenizer: PreTrainedTokenizerBase, case: str) -> None:
     tool_calls, reasoning_format, output, parts = CASES[case]
     for size in [*range(1, 40), len(output)]:
-        parser = make(model_tokenizer, tool_calls, reasoning_format)
+        parser = make(tokenizer, tool_calls, reasoning_format)
         assert join(run(parser, cut(output, size))) == parts
 
 
@@ -412,10 +405,10 @@ def test_cases_cover_every_notation() -> None:
 
 
 @pytest.mark.parametrize("case", MALFORMED)
-def test_output_that_is_no_call_is_text(model_tokenizer: PreTrainedTokenizerBase, case: str) -> None:
+def test_output_that_is_no_call_is_text(tokenizer: PreTrainedTokenizerBase, case: str) -> None:
     tool_calls, output = MALFORMED[case]
     for pieces in ([output], cut(output, 1), cut(output, 7)):
-        assert join(run(make(model_tokenizer, tool_calls), pieces)) == [text(output)]
+        assert join(run(make(tokenizer, tool_calls), pieces)) == [text(output)]
 
 
 @pytest.mark.parametrize(
@@ -429,10 +422,8 @@ def test_output_that_is_no_call_is_text(model_tokenizer: PreTrainedTokenizerBase
         ("harmony", f"<|channel|>commentary to=functions.add json<|message|>{ARGUMENTS}"),
     ],
 )
-def test_arguments_are_streamed_as_they_are_written(
-    model_tokenizer: PreTrainedTokenizerBase, name: str, output: str
-) -> None:
-    parser = make(model_tokenizer, name)
+def test_arguments_are_streamed_as_they_are_written(tokenizer: PreTrainedTokenizerBase, name: str, output: str) -> None:
+    parser = make(tokenizer, name)
     begin = output.index(ARGUMENTS)
     head = parser.feed(output[: begin + 6])
     assert head[0] == ToolCallDelta(0, id=head[0].id, name="add")  # type: ignore[union-attr]
@@ -448,28 +439,28 @@ def test_arguments_are_streamed_as_they_are_written(
     [("hermes", r"call_[0-9a-f]{24}"), ("mistral", r"[A-Za-z0-9]{9}"), ("kimi_k2", r"functions\.(add|now):\d")],
 )
 def test_ids_have_the_form_that_the_template_demands(
-    model_tokenizer: PreTrainedTokenizerBase, name: str, pattern: str
+    tokenizer: PreTrainedTokenizerBase, name: str, pattern: str
 ) -> None:
     envelope = TOOL_CALLS[name].envelope
     assert envelope is not None
-    deltas = run(make(model_tokenizer, name), [envelopes.write(envelope, [ADD, NOW])])
+    deltas = run(make(tokenizer, name), [envelopes.write(envelope, [ADD, NOW])])
     ids = [delta.id for delta in deltas if isinstance(delta, ToolCallDelta) and delta.id]
     assert len(set(ids)) == 2
     assert all(re.fullmatch(pattern, id_) for id_ in ids)
 
 
 @pytest.mark.parametrize("name", [name for name, notation in TOOL_CALLS.items() if notation.envelope])
-def test_envelope_of_each_notation_is_parsed(model_tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def test_envelope_of_each_notation_is_parsed(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     envelope = TOOL_CALLS[name].envelope
     assert envelope is not None
     calls = [ADD] if name == "harmony" else [ADD, NOW]
-    assert join(run(make(model_tokenizer, name), [envelopes.write(envelope, calls)])) == [call(*item) for item in calls]
+    assert join(run(make(tokenizer, name), [envelopes.write(envelope, calls)])) == [call(*item) for item in calls]
 
 
-def test_id_that_the_model_wrote_is_kept(model_tokenizer: PreTrainedTokenizerBase) -> None:
-    [head, *_] = run(make(model_tokenizer, "kimi_k2"), [KIMI_CALL % ("add", 7, "{}")])
+def test_id_that_the_model_wrote_is_kept(tokenizer: PreTrainedTokenizerBase) -> None:
+    [head, *_] = run(make(tokenizer, "kimi_k2"), [KIMI_CALL % ("add", 7, "{}")])
     assert head == ToolCallDelta(0, id="functions.add:7", name="add")
-    [head, *_] = run(make(model_tokenizer, "mistral"), ["[TOOL_CALLS]now[CALL_ID]Abcdef123[ARGS]{}"])
+    [head, *_] = run(make(tokenizer, "mistral"), ["[TOOL_CALLS]now[CALL_ID]Abcdef123[ARGS]{}"])
     assert head == ToolCallDelta(0, id="Abcdef123", name="now")
 
 
@@ -486,7 +477,7 @@ JSON_ARGUMENTS = st.dictionaries(
 
 @given(st.lists(JSON_ARGUMENTS, min_size=1, max_size=3), st.integers(1, 12), st.booleans(), st.data())
 def test_any_arguments_in_any_envelope_are_streamed_unchanged(
-    model_tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase,
     arguments: list[dict[str, Any]],
     size: int,
     ascii_only: bool,
@@ -497,26 +488,24 @@ def test_any_arguments_in_any_envelope_are_streamed_unchanged(
     assert envelope is not None
     texts = [json.dumps(value, ensure_ascii=ascii_only) for value in arguments]
     output = envelopes.write(envelope, [("add", text) for text in (texts[:1] if name == "harmony" else texts)])
-    parts = join(run(make(model_tokenizer, name), cut(output, size)))
+    parts = join(run(make(tokenizer, name), cut(output, size)))
     assert parts == [call("add", text) for text in (texts[:1] if name == "harmony" else texts)]
 
 
 @pytest.mark.parametrize(
     "output", [f"{HERMES % ADD}\n{HERMES % NOW}", '<tool_call>[{"name": "now"}, {"name": "add"}]</tool_call> Hi']
 )
-def test_parser_without_parallel_calls_stops_after_the_first(
-    model_tokenizer: PreTrainedTokenizerBase, output: str
-) -> None:
+def test_parser_without_parallel_calls_stops_after_the_first(tokenizer: PreTrainedTokenizerBase, output: str) -> None:
     for size in (1, 5, len(output)):
-        parser = make(model_tokenizer, parallel_tool_calls=False)
+        parser = make(tokenizer, parallel_tool_calls=False)
         [part] = join(run(parser, cut(output, size)))
         assert part[0] == "call"
         assert parser.stopped
 
 
-def test_calls_without_tools_are_text(model_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_calls_without_tools_are_text(tokenizer: PreTrainedTokenizerBase) -> None:
     output = f"<think>Hm.</think>{HERMES % ADD}"
-    assert join(run(make(model_tokenizer, tools=()), [output])) == [reasoning("Hm."), text(HERMES % ADD)]
+    assert join(run(make(tokenizer, tools=()), [output])) == [reasoning("Hm."), text(HERMES % ADD)]
 
 
 @pytest.mark.parametrize(
@@ -539,10 +528,10 @@ def test_calls_without_tools_are_text(model_tokenizer: PreTrainedTokenizerBase) 
     ],
 )
 def test_prompt_that_begins_the_reasoning_is_continued(
-    model_tokenizer: PreTrainedTokenizerBase, reasoning_format: str, prompt: str, output: str, parts: Parts
+    tokenizer: PreTrainedTokenizerBase, reasoning_format: str, prompt: str, output: str, parts: Parts
 ) -> None:
     for size in (1, 3, len(output)):
-        parser = make(model_tokenizer, "none", reasoning_format, prompt=prompt)
+        parser = make(tokenizer, "none", reasoning_format, prompt=prompt)
         assert parser.in_reasoning is (parts[0][0] == "reasoning" and reasoning_format != "none")
         assert join(run(parser, cut(output, size))) == parts
 
@@ -556,9 +545,9 @@ def test_prompt_that_begins_the_reasoning_is_continued(
     ],
 )
 def test_message_that_is_continued_keeps_its_space(
-    model_tokenizer: PreTrainedTokenizerBase, continued: str, output: str, parts: Parts
+    tokenizer: PreTrainedTokenizerBase, continued: str, output: str, parts: Parts
 ) -> None:
-    parser = make(model_tokenizer, prompt=f"<|assistant|>{continued}", continued=continued)
+    parser = make(tokenizer, prompt=f"<|assistant|>{continued}", continued=continued)
     assert join(run(parser, cut(output, 1))) == parts
 
 
@@ -575,9 +564,9 @@ def test_message_that_is_continued_keeps_its_space(
     ids=["special", "split", "characters", "prompt", "cut-off", "none"],
 )
 def test_reasoning_tokens_are_those_with_text_of_the_reasoning(
-    model_tokenizer: PreTrainedTokenizerBase, tokens: list[str], prompt: str, count: int
+    tokenizer: PreTrainedTokenizerBase, tokens: list[str], prompt: str, count: int
 ) -> None:
-    parser = make(model_tokenizer, prompt=prompt)
+    parser = make(tokenizer, prompt=prompt)
     run(parser, tokens)
     assert parser.reasoning_tokens == count
 
@@ -597,9 +586,9 @@ def test_reasoning_tokens_are_those_with_text_of_the_reasoning(
     ids=["text", "spaces", "markers", "reasoning", "arguments", "name", "header", "xml"],
 )
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "mistral", "llama3_json"])
-def test_text_held_back_is_bounded(model_tokenizer: PreTrainedTokenizerBase, name: str, output: str) -> None:
+def test_text_held_back_is_bounded(tokenizer: PreTrainedTokenizerBase, name: str, output: str) -> None:
     """Each search sees what is held back and the new text only, so that the whole takes linear time."""
-    parser = make(model_tokenizer, name)
+    parser = make(tokenizer, name)
     longest = 0
     for character in output:
         parser.feed(character)
@@ -641,7 +630,7 @@ MARKERS = st.sampled_from(
 
 @given(st.lists(MARKERS | WORDS, max_size=25), st.lists(st.integers(1, 9), min_size=1, max_size=5), st.data())
 def test_any_output_in_any_pieces_gives_the_same_and_keeps_all_words(
-    model_tokenizer: PreTrainedTokenizerBase, tokens: list[str], sizes: list[int], data: st.DataObject
+    tokenizer: PreTrainedTokenizerBase, tokens: list[str], sizes: list[int], data: st.DataObject
 ) -> None:
     tool_calls = data.draw(st.sampled_from(["none", *TOOL_CALLS]))
     reasoning_format = data.draw(st.sampled_from(["none", *REASONING]))
@@ -652,8 +641,8 @@ def test_any_output_in_any_pieces_gives_the_same_and_keeps_all_words(
         size = sizes[len(pieces) % len(sizes)]
         pieces.append(output[position : position + size])
         position += size
-    whole = join(run(make(model_tokenizer, tool_calls, reasoning_format), [output]))
-    assert join(run(make(model_tokenizer, tool_calls, reasoning_format), pieces)) == whole
+    whole = join(run(make(tokenizer, tool_calls, reasoning_format), [output]))
+    assert join(run(make(tokenizer, tool_calls, reasoning_format), pieces)) == whole
     if not {"qwen3_coder", "glm45", "gemma3", "gemma4", "pythonic"} & {tool_calls}:
         kept = json.dumps(whole, ensure_ascii=False)
         assert all(token in kept for token in tokens if token.startswith("w"))

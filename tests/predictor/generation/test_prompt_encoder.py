@@ -19,6 +19,7 @@ from predictor.types import Chat, GenerationRequest, SamplingParams
 
 SHORT, LONG = GenerationRequest("a"), GenerationRequest("a" * (MAX_INLINE_CHARS + 1))
 CHAT = GenerationRequest(Chat(({"role": "user", "content": "a"},)))
+LONG_WORDS = GenerationRequest("a", SamplingParams(bad_words=("a" * MAX_INLINE_CHARS, "b")))
 
 
 class HeldPrompts:
@@ -84,8 +85,8 @@ def test_encode_short_text_needs_no_thread(encoder: PromptEncoder, held: HeldPro
 
 @pytest.mark.parametrize(
     "requests",
-    [[LONG], [CHAT], [SHORT, CHAT], [GenerationRequest((1,) * 3000)] * 2],
-    ids=["long", "chat", "chat-and-text", "several"],
+    [[LONG], [CHAT], [SHORT, CHAT], [GenerationRequest((1,) * 3000)] * 2, [LONG_WORDS]],
+    ids=["long", "chat", "chat-and-text", "several", "words"],
 )
 def test_encode_long_text_or_chat_leaves_the_event_loop_free(
     encoder: PromptEncoder, held: HeldPrompts, requests: list[GenerationRequest]

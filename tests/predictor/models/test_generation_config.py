@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
 from predictor.models.generation_config import GenerationConfig
 from predictor.types import SamplingParams
@@ -15,12 +14,6 @@ from predictor.types import SamplingParams
 VOCABULARY = 512
 END = 2
 GREEDY = SamplingParams(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    return tokenizer
 
 
 def write(directory: Path, config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> Path:

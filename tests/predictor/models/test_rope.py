@@ -8,6 +8,7 @@ import transformers
 
 from devtools import architectures
 from devtools.architectures import CASES, Case, generate_with_engine, make_prompts, save_model
+from predictor.engine.pooling_model import PoolingInput, PoolingModel
 from predictor.errors import UnsupportedModel
 from predictor.models import loader, rope
 
@@ -53,6 +54,16 @@ def test_rope_with_max_model_len_has_the_frequencies_of_that_length(tmp_path: Pa
     for length in (16, 128):  # transformers would change the frequencies between the two
         for part, of_whole in zip(fixed.model.rotary_emb(x, positions[:, :length]), expected, strict=True):
             torch.testing.assert_close(part, of_whole[:, :length])
+
+
+def test_embedding_beyond_the_original_length_does_not_depend_on_neighbors(tmp_path: Path) -> None:
+    save_model(crossing("llama, dynamic rope"), tmp_path)
+    loaded = loader.load(tmp_path, device="cpu", dtype="float32", max_model_len=128, task="embed")
+    assert loaded.pooling is not None
+    model = PoolingModel(loaded.model, loaded.pooling)
+    short, long = (PoolingInput(prompt) for prompt in make_prompts()[-2:])
+    [alone], [together, _] = model([short]), model([short, long])
+    torch.testing.assert_close(torch.tensor(together), torch.tensor(alone), atol=1e-5, rtol=0)
 
 
 def test_rope_in_code_of_the_models_own_is_refused() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from predictor.observability import request_record
 from predictor.observability.request_record import RequestRecord
-from predictor.types import FinishedSequence
+from predictor.types import Caller, FinishedSequence
 
 FINISHED = FinishedSequence(
     index=0,
@@ -26,13 +26,13 @@ def test_current_outside_of_request_is_discarded() -> None:
 
 
 def test_bind_applies_to_tasks_and_threads_of_one_request_only() -> None:
-    async def append(key: str) -> None:
+    async def append(protocol: str) -> None:
         await asyncio.sleep(0)
-        request_record.current().key = (request_record.current().key or "") + key
+        request_record.current().protocol = (request_record.current().protocol or "") + protocol
 
-    async def handle(request_id: str, key: str) -> RequestRecord:
+    async def handle(request_id: str, protocol: str) -> RequestRecord:
         with request_record.bind(RequestRecord(request_id)) as record:
-            await asyncio.gather(append(key), append(key))
+            await asyncio.gather(append(protocol), append(protocol))
             assert await asyncio.to_thread(request_record.current) is record
         return record
 
@@ -51,7 +51,7 @@ def test_bind_after_exception_restores_previous_record() -> None:
 
 def test_as_fields_omits_unset_values_and_operation() -> None:
     assert RequestRecord("a").as_fields() == {}
-    assert RequestRecord("a", "alice", operation="chat", error="Overloaded").as_fields() == {
+    assert RequestRecord("a", caller=Caller("alice"), operation="chat", error="Overloaded").as_fields() == {
         "key": "alice",
         "error": "Overloaded",
     }
@@ -96,7 +96,7 @@ def test_ignored_fields_are_bounded_and_safe_for_headers() -> None:
 
 def test_log_request_writes_text_and_fields(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "predictor.request")
-    record = RequestRecord("a", "alice", "grpc", finished=[FINISHED])
+    record = RequestRecord("a", "grpc", finished=[FINISHED], caller=Caller("alice"))
     request_record.log_request("gRPC OK", record, {"status": "OK"}, duration_ms=1.5)
     [line] = caplog.records
     assert line.getMessage().startswith("gRPC OK duration_ms=1.5 key=alice protocol=grpc prompt_tokens=3")

@@ -56,5 +56,5 @@ def test_dump_in_pieces_is_the_same_json(value: Any) -> None:
     assert "".join(json_body.dump(value)) == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def test_dump_has_the_elements_of_a_long_list_one_by_one() -> None:
-    assert max(map(len, json_body.dump({"choices": [{"prompt_logprobs": [{"1": -1.5}] * 10_000}]}))) < 30
+def test_dump_has_the_elements_of_a_long_list_by_slices() -> None:
+    assert max(map(len, json_body.dump({"choices": [{"prompt_logprobs": [{"1": -1.5}] * 10_000}]}))) < 1500

@@ -11,11 +11,16 @@ from predictor.entrypoints.http.openapi import (
     json_responses,
     request_schema,
 )
-from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, decode_body
+from predictor.entrypoints.http.streaming import (
+    EventStream,
+    complete,
+    count_tokens,
+    decode_body,
+    encode_completions,
+)
 from predictor.generation.service import LLMService
 from predictor.protocols.anthropic import requests, responses
 from predictor.protocols.anthropic.streaming import EventEncoder
-from predictor.protocols.sampling_fields import timeout_seconds
 
 
 def create_router(service: LLMService) -> APIRouter:
@@ -32,19 +37,17 @@ def create_router(service: LLMService) -> APIRouter:
         service.models.require(decoded.model)
         if decoded.stream:
             return await EventStream.start(request, service, [decoded.request], EventEncoder(decoded))
-        [completion] = await complete(request, service, [decoded.request])
-        return JSONResponse(responses.encode(decoded, completion))
+        completions = await complete(request, service, [decoded.request])
+        return await encode_completions(completions, lambda: responses.encode(decoded, completions[0]))
 
     @router.post(
         "/v1/messages/count_tokens",
         **request_schema(requests.COUNT_TOKENS_SCHEMA),
         **json_responses(openapi.INPUT_TOKENS, 400, *GENERATION_ERRORS, error=ANTHROPIC_ERROR),
     )
-    async def count_tokens(request: Request) -> JSONResponse:
+    async def count_input_tokens(request: Request) -> JSONResponse:
         model, chat = await decode_body(request, "anthropic", requests.decode_count_tokens)
         service.models.require(model)
-        work = service.tokenize(chat, timeout_seconds(request.headers), add_special_tokens=False, with_texts=False)
-        tokens = await cancel_on_disconnect(request.receive, work)
-        return JSONResponse({"input_tokens": len(tokens.token_ids)})
+        return JSONResponse({"input_tokens": await count_tokens(request, service, chat)})
 
     return router

@@ -1,12 +1,12 @@
 """KServe's v1 protocol: predict."""
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, json_responses, request_schema
-from predictor.entrypoints.http.streaming import complete, decode_body
+from predictor.entrypoints.http.streaming import complete, decode_body, encode_completions
 from predictor.errors import NotFound
 from predictor.generation.service import LLMService
 from predictor.protocols import kserve_v1
@@ -21,10 +21,11 @@ def create_router(service: LLMService) -> APIRouter:
         **request_schema(kserve_v1.REQUEST_SCHEMA),
         **json_responses(openapi.PREDICTIONS, 400, *GENERATION_ERRORS),
     )
-    async def predict(request: Request) -> JSONResponse:
+    async def predict(request: Request) -> Response:
         service.models.require(request.path_params["model_name"])
         requests = await decode_body(request, "v1", kserve_v1.decode)
-        return JSONResponse(kserve_v1.encode(requests, await complete(request, service, requests)))
+        completions = await complete(request, service, requests)
+        return await encode_completions(completions, lambda: kserve_v1.encode(requests, completions))
 
     @router.get("/models/{model_name}:predict", include_in_schema=False)
     async def predict_by_get() -> None:

@@ -8,11 +8,17 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from predictor import served_models
-from predictor.entrypoints import kserve_server
+from predictor.entrypoints import kserve_server, response_encoding
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, OCTETS, json_responses, request_schema, sse_responses
 from predictor.entrypoints.http.routes.health import require_ready
-from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, decode_body, encode_json
+from predictor.entrypoints.http.streaming import (
+    EventStream,
+    cancel_on_disconnect,
+    complete,
+    decode_body,
+    encode_completions,
+)
 from predictor.entrypoints.kserve_model import Predictor
 from predictor.generation.service import LLMService
 from predictor.protocols import open_inference, open_inference_generate
@@ -56,7 +62,9 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
         payload = await decode_body(request, "v2", parse)
         inference = kserve_server.infer(predictor, payload, dict(request.headers))
         response = await cancel_on_disconnect(request.receive, inference)
-        content, header_length = open_inference.serialize(payload, response, version)
+        content, header_length = await response_encoding.encode(
+            open_inference.num_values(response), partial(open_inference.serialize, payload, response, version)
+        )
         if header_length is None:
             return Response(content, media_type="application/json")
         headers = {HEADER_LENGTH: str(header_length)}
@@ -67,7 +75,7 @@ def create_router(service: LLMService, predictor: Predictor) -> APIRouter:
         decode = partial(open_inference_generate.decode, model_name=name, version=version)
         decoded = await decode_body(request, "generate", decode)
         completions = await complete(request, service, [decoded.request])
-        return await encode_json(completions, lambda: open_inference_generate.encode(decoded, completions))
+        return await encode_completions(completions, lambda: open_inference_generate.encode(decoded, completions))
 
     async def generate_stream(request: Request) -> Response:
         name, version = _require_model(request, service)

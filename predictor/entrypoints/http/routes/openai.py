@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import EVENTS, GENERATION_ERRORS, OPENAI_ERROR, json_responses, request_schema
 from predictor.entrypoints.http.routes.health import require_ready
-from predictor.entrypoints.http.streaming import EventStream, complete, decode_body, encode_json
+from predictor.entrypoints.http.streaming import EventStream, complete, decode_body, encode_completions
 from predictor.generation.service import LLMService
 from predictor.protocols.openai import requests, responses
 from predictor.protocols.openai.models import model_card, model_list
@@ -49,7 +49,7 @@ def create_router(service: LLMService) -> APIRouter:
         if decoded.stream:
             return await EventStream.start(request, service, decoded.requests, EventEncoder(decoded))
         completions = await complete(request, service, decoded.requests)
-        return await encode_json(completions, lambda: responses.encode(decoded, completions))
+        return await encode_completions(completions, lambda: responses.encode(decoded, completions))
 
     async def completions(request: Request) -> Response:
         return await respond(request, await decode_body(request, "openai", requests.decode_completion))

@@ -3,16 +3,21 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import EVENTS, GENERATION_ERRORS, OPENAI_ERROR, json_responses, request_schema
-from predictor.entrypoints.http.streaming import EventStream, cancel_on_disconnect, complete, decode_body
+from predictor.entrypoints.http.streaming import (
+    EventStream,
+    complete,
+    count_tokens,
+    decode_body,
+    encode_completions,
+)
 from predictor.errors import NotFound
 from predictor.generation.service import LLMService
 from predictor.protocols.openai_responses import requests, responses
 from predictor.protocols.openai_responses.streaming import EventEncoder
-from predictor.protocols.sampling_fields import timeout_seconds
 
 
 def create_router(service: LLMService) -> APIRouter:
@@ -24,14 +29,14 @@ def create_router(service: LLMService) -> APIRouter:
         service.models.require(decoded.model)
         if decoded.stream:
             return await EventStream.start(request, service, [decoded.request], EventEncoder(decoded))
-        return JSONResponse(responses.encode(decoded, await complete(request, service, [decoded.request])))
+        completions = await complete(request, service, [decoded.request])
+        return await encode_completions(completions, lambda: responses.encode(decoded, completions))
 
-    async def count_tokens(request: Request) -> dict[str, Any]:
+    async def count_input_tokens(request: Request) -> dict[str, Any]:
         model, chat = await decode_body(request, "openai", requests.decode_input)
         service.models.require(model)
-        work = service.tokenize(chat, timeout_seconds(request.headers), add_special_tokens=False, with_texts=False)
-        tokens = await cancel_on_disconnect(request.receive, work)
-        return {"object": "response.input_tokens", "input_tokens": len(tokens.token_ids)}
+        input_tokens = await count_tokens(request, service, chat)
+        return {"object": "response.input_tokens", "input_tokens": input_tokens}
 
     async def reject(response_id: str) -> dict[str, Any]:
         raise NotFound(f"Response {response_id} not found: responses are not stored. Keep them in the client.")
@@ -46,7 +51,7 @@ def create_router(service: LLMService) -> APIRouter:
         )
         router.add_api_route(
             f"{prefix}/responses/input_tokens",
-            count_tokens,
+            count_input_tokens,
             methods=["POST"],
             **request_schema(requests.RESPONSE_SCHEMA),
             **json_responses(openapi.RESPONSE_INPUT_TOKENS, 400, *GENERATION_ERRORS, error=OPENAI_ERROR),

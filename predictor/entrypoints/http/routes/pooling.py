@@ -1,6 +1,5 @@
 """Embeddings in OpenAI's form, rerank in Jina's and Cohere's, score in vLLM's."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +8,12 @@ from fastapi.responses import Response
 
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, OPENAI_ERROR, json_responses, request_schema
-from predictor.entrypoints.http.streaming import cancel_on_disconnect, decode_body
+from predictor.entrypoints.http.streaming import cancel_on_disconnect, decode_body, encode_json
 from predictor.generation.service import LLMService
-from predictor.protocols import json_body, scoring
+from predictor.protocols import scoring
 from predictor.protocols.openai import embeddings
 from predictor.protocols.sampling_fields import timeout_seconds
 from predictor.types import Pooled, PoolingRequest
-
-MAX_INLINE_VALUES = 4096
-"""Responses with up to this number of values are encoded on the event loop."""
 
 
 def create_router(service: LLMService) -> APIRouter:
@@ -27,12 +23,7 @@ def create_router(service: LLMService) -> APIRouter:
 
     async def respond(request: Request, work: PoolingRequest, encode: Callable[[Pooled], dict[str, Any]]) -> Response:
         pooled = await cancel_on_disconnect(request.receive, service.pool(work, timeout_seconds(request.headers)))
-
-        def dump() -> str:
-            return "".join(json_body.dump(encode(pooled)))
-
-        body = dump() if pooled.vectors.size <= MAX_INLINE_VALUES else await asyncio.to_thread(dump)
-        return Response(body, media_type="application/json")
+        return await encode_json(pooled.vectors.size, lambda: encode(pooled))
 
     async def create_embeddings(request: Request) -> Response:
         decoded = await decode_body(request, "openai", embeddings.decode)

@@ -3,11 +3,11 @@
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import GENERATION_ERRORS, OPENAI_ERROR, json_responses, request_schema
-from predictor.entrypoints.http.streaming import cancel_on_disconnect, decode_body
+from predictor.entrypoints.http.streaming import cancel_on_disconnect, decode_body, encode_json
 from predictor.generation.service import LLMService
 from predictor.protocols import tokenization
 from predictor.protocols.sampling_fields import timeout_seconds
@@ -22,7 +22,7 @@ def create_router(service: LLMService) -> APIRouter:
         **request_schema(tokenization.TOKENIZE_SCHEMA),
         **json_responses(openapi.TOKENS, 400, *GENERATION_ERRORS, error=OPENAI_ERROR),
     )
-    async def tokenize(request: Request) -> JSONResponse:
+    async def tokenize(request: Request) -> Response:
         decoded = await decode_body(request, "tokenize", tokenization.decode_tokenize)
         service.models.require(decoded.model or service.models.default)
         work = service.tokenize(
@@ -32,7 +32,9 @@ def create_router(service: LLMService) -> APIRouter:
             with_texts=decoded.with_texts,
         )
         tokens = await cancel_on_disconnect(request.receive, work)
-        return JSONResponse(tokenization.encode_tokenize(tokens, service.context_tokens))
+        return await encode_json(
+            len(tokens.token_ids), lambda: tokenization.encode_tokenize(tokens, service.context_tokens)
+        )
 
     @router.post(
         "/detokenize",

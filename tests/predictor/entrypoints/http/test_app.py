@@ -150,6 +150,37 @@ def test_request_without_an_api_key_returns_401_except_for_probes(limited: InPro
         assert anonymous.get("/v1/models").status_code == 401
 
 
+def documented_routes(server: InProcessServer) -> list[tuple[str, str]]:
+    """Method and path of every route in the OpenAPI document."""
+    paths = server.client.get("/openapi.json").json()["paths"]
+    return [
+        (method, path.format(model_name=server.model_name, model_version="1"))
+        for path, operations in paths.items()
+        for method in operations
+        if method in ("get", "post")
+    ]
+
+
+def test_every_documented_route_but_the_public_ones_needs_an_api_key(limited: InProcessServer) -> None:
+    with httpx.Client(base_url=limited.url, timeout=60, trust_env=False) as anonymous:
+        public = {
+            path for method, path in documented_routes(limited) if anonymous.request(method, path).status_code != 401
+        }
+    ready = {f"/v2/models/limited/{version}ready" for version in ("", "versions/1/")}
+    assert public == {"/v2/health/live", "/v2/health/ready", *ready}
+
+
+def test_every_documented_route_with_a_body_limits_it_in_the_form_of_its_protocol(limited: InProcessServer) -> None:
+    posts = [path for method, path in documented_routes(limited) if method == "post"]
+    assert len(posts) > 20
+    for path in posts:
+        response = limited.client.post(path, content=b" " * 5001)
+        assert response.status_code == 413, path
+        error = json.loads(response.text.removeprefix("data: "))["error"]
+        assert isinstance(error, str) is (path.startswith("/v2/") or path.endswith(":predict")), path
+        assert "--max_request_bytes" in str(error), path
+
+
 def test_request_with_an_api_key_is_logged_with_its_name_only(limited: InProcessServer) -> None:
     assert Call(limited, OPENAI, 1).post(headers={"x-request-id": "by-alice"}).status_code == 200
     [line] = log_lines(limited, "by-alice")

@@ -15,12 +15,6 @@ QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What 
 ANSWER = "7+5=12 1+2+1=4 42"
 
 
-@pytest.fixture(params=["/v1", "/openai/v1"])
-def openai_client(server: Server, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + request.param, api_key="none", max_retries=0, timeout=300) as client:
-        yield client
-
-
 @pytest.fixture
 def triton_client(server: Server) -> Iterator[triton.InferenceServerClient]:
     client = triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=300)

@@ -13,7 +13,7 @@ from openai.types.responses import Response
 from devtools.paths import DEMO_MODEL
 from tests.predictor import servers
 from tests.predictor.protocols.openai_responses.helpers import check
-from tests.predictor.servers import InProcessServer, Server
+from tests.predictor.servers import InProcessServer
 
 QUESTION = "What is 17 + 25?"
 ANSWER = "7+5=12 1+2+1=4 42"
@@ -30,12 +30,6 @@ CALCULATOR: Any = {
 class Sum(pydantic.BaseModel):
     working: str
     result: int
-
-
-@pytest.fixture(params=["/v1", "/openai/v1"])
-def openai_client(server: Server, request: pytest.FixtureRequest) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=server.url + request.param, api_key="none", max_retries=0, timeout=300) as client:
-        yield client
 
 
 def create(client: httpx.Client, **fields: Any) -> httpx.Response:

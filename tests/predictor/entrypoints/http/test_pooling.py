@@ -160,6 +160,7 @@ def test_text_beyond_the_snapshots_length_is_refused_or_truncated(embedder: InPr
         ({"input": ["w1"] * 2049}, "up to 2048 and none of them empty"),
         ({"input": [205]}, "Unknown token id in input 0: 205. This model's are 0 to 204."),
         ({"input": "w1", "dimensions": 0}, "dimensions: input should be greater than or equal to 1"),
+        ({"input": "w1", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens: expected -1 or at least 1."),
         ({"input": "w1", "encoding_format": "int8"}, "encoding_format: input should be 'float' or 'base64'"),
         ({"input": "w1", "messages": [{}]}, "messages: chats are not supported. Send the text as input."),
     ],

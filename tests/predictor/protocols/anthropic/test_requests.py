@@ -65,7 +65,13 @@ def test_conversation_with_tools_becomes_template_messages() -> None:
     second = {"id": "t2", "type": "function", "function": {"name": "add", "arguments": {}}}
     assert messages_of(USER, {"role": "assistant", "content": called}, {"role": "user", "content": results}) == [
         USER,
-        {"role": "assistant", "content": "I add.", "reasoning_content": "Hm.", "tool_calls": [first, second]},
+        {
+            "role": "assistant",
+            "content": "I add.",
+            "reasoning_content": "Hm.",
+            "reasoning": "Hm.",
+            "tool_calls": [first, second],
+        },
         {"role": "tool", "tool_call_id": "t1", "content": "3"},
         {"role": "tool", "tool_call_id": "t2", "content": "4"},
         {"role": "user", "content": "And now?"},

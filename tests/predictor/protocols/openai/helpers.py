@@ -41,10 +41,14 @@ def rejected(decode_fields: Callable[..., DecodedRequest], **fields: Any) -> Inv
     return raised.value
 
 
-def template_messages(*messages: Json) -> list[Any]:
-    prompt = chat(messages=messages).requests[0].prompt
+def decoded_chat(**fields: Any) -> Chat:
+    prompt = chat(**fields).requests[0].prompt
     assert isinstance(prompt, Chat)
-    return list(prompt.messages)
+    return prompt
+
+
+def template_messages(*messages: Json) -> list[Any]:
+    return list(decoded_chat(messages=messages).messages)
 
 
 def assert_conforms(model: type[pydantic.BaseModel], content: Json) -> None:

@@ -29,6 +29,7 @@ from tests.predictor.protocols.openai.helpers import (
     both_apis,
     chat,
     completions,
+    decoded_chat,
     rejected,
     template_messages,
 )
@@ -211,28 +212,22 @@ def test_chat_tool_call_arguments_of_any_form_become_an_object(arguments: Any, e
     assert message["tool_calls"][0]["function"].get("arguments", {}) == expected
 
 
-def chat_of(**fields: Any) -> Chat:
-    prompt = chat(**fields).requests[0].prompt
-    assert isinstance(prompt, Chat)
-    return prompt
-
-
 def test_chat_template_variables_are_passed() -> None:
-    prompt = chat_of(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
+    prompt = decoded_chat(chat_template_kwargs={"enable_thinking": False}, reasoning_effort="low")
     assert (prompt.variables, prompt.reasoning_effort) == ({"enable_thinking": False}, "low")
-    assert chat_of(reasoning_effort="").reasoning_effort is None
-    assert chat_of(reasoning_effort=None, chat_template_kwargs=None) == chat_of()
+    assert decoded_chat(reasoning_effort="").reasoning_effort is None
+    assert decoded_chat(reasoning_effort=None, chat_template_kwargs=None) == decoded_chat()
 
 
 def test_chat_prefix_of_the_last_message_continues_it() -> None:
     assistant = {"role": "assistant", "content": "So"}
     for fields in ({"continue_final_message": True, "add_generation_prompt": False}, {"continue_final_message": True}):
-        assert chat_of(messages=[*MESSAGES, assistant], **fields).continue_final_message
-    prefixed = chat_of(messages=[*MESSAGES, {**assistant, "prefix": True}])
+        assert decoded_chat(messages=[*MESSAGES, assistant], **fields).continue_final_message
+    prefixed = decoded_chat(messages=[*MESSAGES, {**assistant, "prefix": True}])
     assert prefixed.continue_final_message
     assert prefixed.messages[-1] == assistant
-    assert not chat_of(messages=[*MESSAGES, {**assistant, "prefix": True}, *MESSAGES]).continue_final_message
-    assert not chat_of(add_generation_prompt=False).add_generation_prompt
+    assert not decoded_chat(messages=[*MESSAGES, {**assistant, "prefix": True}, *MESSAGES]).continue_final_message
+    assert not decoded_chat(add_generation_prompt=False).add_generation_prompt
 
 
 def test_decode_fields_without_effect_are_ignored() -> None:
@@ -310,8 +305,7 @@ def test_decode_labels_of_messages_and_tools_are_not_passed_to_the_template() ->
 
 @pytest.mark.parametrize("name", ["mcp.read_file", "server/tool", "a" * 100])
 def test_decode_tool_name_of_any_form_is_passed(name: str) -> None:
-    prompt = chat(tools=[{"type": "function", "function": {"name": name}}]).requests[0].prompt
-    assert isinstance(prompt, Chat)
+    prompt = decoded_chat(tools=[{"type": "function", "function": {"name": name}}])
     assert prompt.tools[0]["function"]["name"] == name
 
 

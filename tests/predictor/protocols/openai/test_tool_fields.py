@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 
-from predictor.types import Chat
-from tests.predictor.protocols.openai.helpers import Json, chat, rejected, template_messages
+from tests.predictor.protocols.openai.helpers import Json, chat, decoded_chat, rejected, template_messages
 
 
 def tool(name: str, **function: Any) -> Json:
@@ -18,12 +17,6 @@ def named(name: str) -> Json:
 
 def allowed(mode: str, *names: str) -> Json:
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(map(named, names))}}
-
-
-def decoded_chat(**fields: Any) -> Chat:
-    prompt = chat(**fields).requests[0].prompt
-    assert isinstance(prompt, Chat)
-    return prompt
 
 
 A, B = tool("a", parameters={"type": "object"}), tool("b")
@@ -94,10 +87,9 @@ def test_decode_choice_of_a_tool_allows_one_call() -> None:
 def test_decode_deprecated_functions_are_tools_of_which_one_is_called(
     choice: Any, offered: tuple[Json, ...], required: bool
 ) -> None:
-    decoded = chat(functions=[A["function"], B["function"]], function_call=choice)
-    assert decoded.uses_functions
-    prompt = decoded.requests[0].prompt
-    assert isinstance(prompt, Chat)
+    fields = {"functions": [A["function"], B["function"]], "function_call": choice}
+    assert chat(**fields).uses_functions
+    prompt = decoded_chat(**fields)
     assert (prompt.tools, prompt.requires_tool_call, prompt.parallel_tool_calls) == (offered, required, False)
 
 

@@ -1,23 +1,13 @@
 """vLLM's routes for token ids of texts and chats, and back."""
 
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-from devtools.paths import DEMO_MODEL
-from tests.predictor import servers
+from transformers import PreTrainedTokenizerBase
 
 MESSAGES = [{"role": "user", "content": "What is 17 + 25?"}]
 TOOL = {"type": "function", "function": {"name": "calculate", "parameters": {"type": "object"}}}
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    return tokenizer
 
 
 def tokenize(client: httpx.Client, **fields: Any) -> dict[str, Any]:
@@ -99,16 +89,3 @@ def test_unknown_fields_are_named(client: httpx.Client) -> None:
     for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [60]})):
         response = client.post(path, json=body | {"mood": 1, "user": "u"})
         assert (response.status_code, response.headers["x-ignored-fields"]) == (200, "mood")
-
-
-def test_keys_and_body_limit_are_those_of_other_routes(tmp_path: Path) -> None:
-    keys = tmp_path / "keys"
-    keys.write_text("alice:Zm9yIGFsaWNlIG9ubHk\n")
-    with servers.in_process("--max_request_bytes", "1024", model_name="tokenized", keys=keys) as server:
-        for method, path in (("POST", "/tokenize"), ("POST", "/detokenize"), ("GET", "/tokenizer_info")):
-            response = server.client.request(method, path, json={"prompt": "a", "tokens": [60]})
-            assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key")
-        headers = {"Authorization": "Bearer Zm9yIGFsaWNlIG9ubHk"}
-        assert server.client.post("/tokenize", json={"prompt": "a"}, headers=headers).status_code == 200
-        large = server.client.post("/tokenize", json={"prompt": "a" * 2000}, headers=headers)
-        assert (large.status_code, large.json()["error"]["type"]) == (413, "invalid_request_error")

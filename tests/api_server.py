@@ -1,4 +1,4 @@
-"""A small API server on loopback, for kubectl: stores objects, answers lists and watches, deletes on request."""
+"""A small API server on loopback, for kubectl: stores, lists and deletes objects, reports removals, has pods' logs."""
 
 import json
 import threading
@@ -20,7 +20,9 @@ KINDS = {
         ("ConfigMap", "configmaps", True),
         ("PersistentVolumeClaim", "persistentvolumeclaims", True),
         ("Pod", "pods", True),
+        ("Service", "services", True),
     ],
+    "autoscaling/v2": [("HorizontalPodAutoscaler", "horizontalpodautoscalers", True)],
     "batch/v1": [("Job", "jobs", True)],
     "serving.kserve.io/v1alpha1": [("ServingRuntime", "servingruntimes", True)],
     "serving.kserve.io/v1beta1": [("InferenceService", "inferenceservices", True)],
@@ -28,7 +30,7 @@ KINDS = {
 """Kinds by API version: kind, name in paths, whether it is in a namespace."""
 
 
-VERBS = ["get", "list", "watch", "patch", "delete"]
+VERBS = ["get", "list", "watch", "create", "patch", "delete"]
 WATCH_SECONDS = 30
 
 
@@ -47,6 +49,8 @@ class ApiServer(ThreadingHTTPServer):
         self.objects = {_path(manifest): manifest for manifest in objects}
         self.on_change = on_change
         self.removed: list[tuple[str, Manifest]] = []
+        self.logs: dict[str, str] = {}
+        """Of pods, by path."""
         self.changed = threading.Condition()
 
     def write_kubeconfig(self, path: Path) -> None:
@@ -64,6 +68,12 @@ class ApiServer(ThreadingHTTPServer):
         """The resource version, which grows with every removal."""
         return len(self.removed) + 1
 
+    def put(self, manifest: Manifest) -> str:
+        """Store an object, as a controller does; return its path."""
+        path = _path(manifest)
+        self.objects[path] = manifest
+        return path
+
     def remove(self, path: str) -> None:
         """Remove an object; watches report it."""
         with self.changed:
@@ -80,10 +90,15 @@ class _Handler(BaseHTTPRequestHandler):
         query = parse_qs(url.query)
         if content := _discovery(url.path):
             self._send(content)
+        elif url.path == "/openapi/v2":
+            # An empty document in the protocol buffers that kubectl accepts: it validates nothing.
+            self._send_text("", "application/octet-stream")
         elif "watch" in query:
             self._watch(url.path, query)
         elif url.path in self.server.objects:
             self._send(self.server.objects[url.path])
+        elif url.path.endswith("/log") and url.path.removesuffix("/log") in self.server.logs:
+            self._send_text(self.server.logs[url.path.removesuffix("/log")], "text/plain")
         elif url.path.rpartition("/")[2] in {plural for kinds in KINDS.values() for _, plural, _ in kinds}:
             # The version first: a watch from it must report what is removed after the list.
             version = {"resourceVersion": str(self.server.version)}
@@ -92,16 +107,18 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._not_found()
 
+    def do_POST(self) -> None:
+        manifest = json.loads(self._body())
+        path = self.server.put(manifest)
+        self._change("POST", path, manifest)
+
     def do_PATCH(self) -> None:
         patch = json.loads(self._body())
         path = urlsplit(self.path).path
         if path not in self.server.objects:
             self._not_found()
             return
-        metadata = self.server.objects[path]["metadata"]
-        for kind in ("labels", "annotations"):
-            given = (metadata.get(kind) or {}) | (patch["metadata"].get(kind) or {})
-            metadata[kind] = {key: value for key, value in given.items() if value is not None}
+        self.server.objects[path] = _merge(self.server.objects[path], patch)
         self._change("PATCH", path, self.server.objects[path])
 
     def do_DELETE(self) -> None:
@@ -143,15 +160,27 @@ class _Handler(BaseHTTPRequestHandler):
         self._send({**status, "message": f"{name} not found"}, 404)
 
     def _send(self, content: Any, status: int = 200) -> None:
-        text = json.dumps(content).encode()
+        self._send_text(json.dumps(content), "application/json", status)
+
+    def _send_text(self, text: str, content_type: str, status: int = 200) -> None:
+        body = text.encode()
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(text)))
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(text)
+        self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
         """Log nothing."""
+
+
+def _merge(value: Any, patch: Any) -> Any:
+    """Return what a JSON merge patch makes of a value."""
+    if not isinstance(patch, dict):
+        return patch
+    below = value if isinstance(value, dict) else {}
+    merged = below | {key: _merge(below.get(key), inner) for key, inner in patch.items()}
+    return {key: inner for key, inner in merged.items() if inner is not None}
 
 
 def _path(manifest: Manifest) -> str:
