@@ -156,6 +156,7 @@ class PoolingEngine:
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join(STOP_TIMEOUT_SECONDS)
+        self._fail_all()
 
     def require_capacity(
         self, requests: int, reserved: Mapping[str | None, int] | None = None, caller: Caller | None = None
@@ -226,9 +227,19 @@ class PoolingEngine:
         await self.compute([PoolingInput([0])], time.monotonic() + timeout_seconds)
 
     def _run(self) -> None:
-        while self._next_batch():
-            self._compute_batch()
-        for job in list(self._jobs):
+        try:
+            while self._next_batch():
+                self._compute_batch()
+        finally:
+            # A panic of a Rust extension is not an Exception, and ends the thread.
+            self._fail_all()
+
+    def _fail_all(self) -> None:
+        """Reject further requests, and fail those that wait."""
+        with self._changed:
+            self._stopping = True
+            jobs = list(self._jobs)
+        for job in jobs:
             job.fail(_stopped())
 
     def _next_batch(self) -> bool:
@@ -263,11 +274,11 @@ class PoolingEngine:
     def _compute_batch(self) -> None:
         try:
             rows = self._model([job.inputs[index] for job, index in self._batch])
-        except Exception as error:
+        except Exception:
             logger.exception("a batch failed")
             self.failed_steps += 1
             for job, _ in self._batch:
-                job.fail(GenerationFailed(f"The forward pass failed: {error}"))
+                job.fail(GenerationFailed("The forward pass failed. See the server log."))
         else:
             self.steps += 1
             for (job, index), row in zip(self._batch, rows, strict=True):

@@ -19,6 +19,10 @@ from predictor.types import Caller
 HANG_SECONDS = 60
 
 
+class Panic(BaseException):
+    """As of a Rust extension."""
+
+
 class FirstTokens:
     """Rows of one value, and the batches in which they were computed."""
 
@@ -36,6 +40,8 @@ class FirstTokens:
         self.batches.append(firsts)
         if 13 in firsts:
             raise RuntimeError("no thirteen")
+        if 17 in firsts:
+            raise Panic
         return numpy.array([[numpy.nan if first == 99 else first] for first in firsts], numpy.float32)
 
 
@@ -112,7 +118,7 @@ def test_requests_take_turns(model: FirstTokens, start: Callable[..., PoolingEng
 
 def test_failed_batch_fails_its_requests_only(start: Callable[..., PoolingEngine]) -> None:
     engine = start()
-    with pytest.raises(GenerationFailed, match="The forward pass failed: no thirteen"):
+    with pytest.raises(GenerationFailed, match=r"The forward pass failed\. See the server log\."):
         asyncio.run(compute(engine, inputs(13)))
     assert asyncio.run(compute(engine, inputs(14))) == [14]
     assert (engine.steps, engine.failed_steps) == (1, 1)
@@ -196,6 +202,25 @@ def test_stop_fails_waiting_requests_and_later_ones(model: FirstTokens, start: C
     asyncio.run(run())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_panic_ends_the_engine_and_fails_all_requests(model: FirstTokens, start: Callable[..., PoolingEngine]) -> None:
+    async def run() -> None:
+        engine = start(max_batch_inputs=1)
+        blocked = await block(engine, model)
+        tasks = [asyncio.create_task(compute(engine, inputs(first))) for first in (17, 1)]
+        await asyncio.sleep(0)
+        model.opened.set()
+        assert await blocked == [1]
+        async with asyncio.timeout(HANG_SECONDS):
+            outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert list(map(type, outcomes)) == [EngineStopped, EngineStopped]
+        assert not engine.is_alive
+        with pytest.raises(EngineStopped):
+            await compute(engine, inputs(1))
+
+    asyncio.run(run())
+
+
 def test_engine_that_hangs_in_a_batch_is_not_alive(model: FirstTokens, start: Callable[..., PoolingEngine]) -> None:
     async def run() -> None:
         engine = start(step_timeout_seconds=0.05)
@@ -221,7 +246,7 @@ def test_self_check_and_warm_up_compute_and_report_failures(
     with pytest.raises(DeadlineExceeded):
         asyncio.run(engine.check(0.01))
     model.opened.set()
-    with pytest.raises(GenerationFailed, match="no thirteen"):
+    with pytest.raises(GenerationFailed, match="forward pass failed"):
         asyncio.run(engine.warm_up(52, HANG_SECONDS))
 
 

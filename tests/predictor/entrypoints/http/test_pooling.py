@@ -369,7 +369,7 @@ def test_failed_forward_pass_returns_500_and_the_server_recovers(embedder: InPro
         response = embedder.client.post("/v1/embeddings", json={"model": "bert", "input": "w1"})
     finally:
         embedder.hold.open()
-    assert error_of(response, 500) == "The forward pass failed: out of memory"
+    assert error_of(response, 500) == "The forward pass failed. See the server log."
     assert embedder.metric("engine_failed_steps_total") == 1
     assert_close(embed(embedder, "w1"), [mean_of(embedder, "w1")])
 
