@@ -47,6 +47,11 @@ class Settings(BaseSettings):
         default=None, validation_alias=AliasChoices("model_reference", "PREDICTOR_MODEL_REFERENCE", "MODEL_REFERENCE")
     )
     """Reference of the snapshot below model_dir, hf://owner/model[:revision], as for the storage initializer."""
+    adapter_reference: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("adapter_reference", "PREDICTOR_ADAPTER_REFERENCE", "ADAPTER_REFERENCE"),
+    )
+    """Reference of a LoRA adapter on the same volume, merged into the model while it loads. Needs model_reference."""
     snapshot_wait_seconds: float = Field(default=0, ge=0)
     """Maximum time to wait until the snapshot is published, in seconds."""
     hold_while_loading: float = Field(default=0, ge=0, allow_inf_nan=False)
@@ -170,7 +175,7 @@ class Settings(BaseSettings):
             raise PydanticCustomError("json", 'Input should be a JSON object, as in {"enable_thinking": false}')
         return value
 
-    @field_validator("model_reference", mode="after")
+    @field_validator("model_reference", "adapter_reference", mode="after")
     @classmethod
     def _empty_is_none(cls, value: str | None) -> str | None:
         return value or None
@@ -210,6 +215,10 @@ def read(argv: Sequence[str]) -> Settings:
     if settings.ready_while_loading and not settings.hold_while_loading:
         raise InvalidSettings(
             "--ready_while_loading: requests that arrive would get 503. Set --hold_while_loading too."
+        )
+    if settings.adapter_reference and not settings.model_reference:
+        raise InvalidSettings(
+            "--adapter_reference: adapters are on the volume of a published model. Set --model_reference too."
         )
     return settings
 

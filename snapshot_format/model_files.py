@@ -16,6 +16,9 @@ SAFETENSORS = ".safetensors"
 SINGLE = f"model{SAFETENSORS}"
 INDEX_SUFFIX = ".index.json"
 INDEX = f"{SINGLE}{INDEX_SUFFIX}"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", f"adapter_model{SAFETENSORS}"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+"""Files of a PEFT adapter, which has no other that is loaded."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 """Weights that can run code when opened."""
 FOREIGN_WEIGHTS = (".gguf", ".h5", ".msgpack", ".nemo", ".onnx", ".onnx_data", ".ot", ".pb", ".pte", ".tflite")
@@ -87,8 +90,8 @@ def describe_missing_weights(paths: Iterable[str]) -> str:
     paths = sorted(paths)
     if adapters := [path for path in paths if is_adapter(path)]:
         return (
-            f"is an adapter ({adapters[-1]}) without the weights of its base model. Use the base model, or merge the "
-            "adapter into it with PEFT's merge_and_unload"
+            f"is an adapter ({adapters[-1]}) without the weights of its base model. Use the base model, and set "
+            "ADAPTER_REFERENCE to the adapter"
         )
     if safetensors := [path for path in paths if path.endswith(SAFETENSORS) and "/" not in path]:
         return (

@@ -119,6 +119,9 @@ class Settings(BaseSettings):
     offline: bool = Field(default=False, validation_alias=AliasChoices(f"{PREFIX}OFFLINE", "HF_HUB_OFFLINE"))
     """Send no requests to the Hub: a branch or tag resolves to its last known commit."""
 
+    adapter_reference: str | None = Field(default=None, validation_alias="ADAPTER_REFERENCE")
+    """Reference of a PEFT adapter to publish on the same volumes, as for a model."""
+
     prepare: Variant | None = None
     """Variant to derive from each snapshot: `int8-cpu`, linear layers quantized to int8. Needs torch."""
 

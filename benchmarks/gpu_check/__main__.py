@@ -20,6 +20,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,11 +45,11 @@ def main() -> int:
     arguments = parse(sys.argv[1:])
     deadline = time.monotonic() + arguments.budget
     environment = dict(os.environ)
-    versions: dict[str, Any] = {}
     if arguments.wheels:
         began = time.monotonic()
         try:
             install.install(arguments.wheels, arguments.site)
+            install.declare_project(ROOT / "pyproject.toml", arguments.site)
         except install.InstallError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
@@ -59,19 +60,23 @@ def main() -> int:
     print(install.describe(versions), flush=True)
 
     arguments.logs.mkdir(parents=True, exist_ok=True)
-    results: dict[str, dict[str, Any]] = {}
-    for name, command in commands(arguments).items():
-        limit = min(arguments.limit or LIMIT_SECONDS[name.partition("-")[0]], deadline - time.monotonic())
-        results[name] = run(name, command, environment, limit, arguments.logs)
-        print(f"{name}: {results[name]['status']}, {results[name]['seconds']:.0f} s", flush=True)
     today = datetime.datetime.now(datetime.UTC).date()
-    written = report.write(arguments.results, arguments.device, today, versions, results)
+    failed = False
+    # Here, since a stage that is killed leaves its files.
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+        for name, command in commands(arguments, scratch).items():
+            limit = min(arguments.limit or LIMIT_SECONDS[name.partition("-")[0]], deadline - time.monotonic())
+            result = run(name, command, environment, limit, arguments.logs)
+            failed |= result["status"] != "passed"
+            print(f"{name}: {result['status']}, {result['seconds']:.0f} s", flush=True)
+            # After every stage, since this program may be killed too.
+            written = report.write(arguments.results, arguments.device, today, versions, {name: result})
     print(written.read_text())
     print(f"results: {written} and {written.with_suffix('.json').name}")
-    return int(any(result["status"] != "passed" for result in results.values()))
+    return int(failed)
 
 
-def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
+def commands(arguments: argparse.Namespace, scratch: str) -> dict[str, list[str]]:
     """Return the command of each selected stage, by its name; `bench` is one stage per shape."""
     stages: dict[str, list[str]] = {}
     for stage in arguments.stages:
@@ -83,7 +88,7 @@ def commands(arguments: argparse.Namespace) -> dict[str, list[str]]:
             stages[stage] = [sys.executable, "-m", "pytest", *flags, *selection, *arguments.tests]
         elif stage == "bench":
             for shape in arguments.shapes:
-                levels = ["--levels", ",".join(map(str, arguments.levels)), "--scratch", str(arguments.scratch)]
+                levels = ["--levels", ",".join(map(str, arguments.levels)), "--scratch", scratch]
                 tokens = ["--output_tokens", str(arguments.output_tokens)]
                 stages[f"{stage}-{shape}"] = [*module, "--shape", shape, *levels, *tokens]
         elif stage == "load":
@@ -166,7 +171,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--site", type=Path, default=build / "gpu-site", help="directory to install into (default: %(default)s)"
     )
     parser.add_argument(
-        "--stages", type=_stages, default=list(STAGES), help=f"comma-separated (default: {','.join(STAGES)})"
+        "--stages",
+        type=_stages,
+        default=list(STAGES),
+        help=f"comma-separated (default: {','.join(STAGES)}, in this order)",
     )
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a trial (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for all (default: %(default)s)")
@@ -200,7 +208,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _stages(text: str) -> list[str]:
-    names = text.split(",")
+    names = sorted(text.split(","), key=lambda name: STAGES.index(name) if name in STAGES else 0)
     if unknown := sorted(set(names) - set(STAGES)):
         raise argparse.ArgumentTypeError(f"unknown stage {unknown[0]}; choose from {', '.join(STAGES)}")
     return names

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,15 @@ def install(wheels: Path, site: Path) -> None:
     command = [sys.executable, "-m", "pip", "install", *flags, "--upgrade", "--target", str(site), *files]
     if subprocess.run(command).returncode:
         raise InstallError("pip could not install the wheels; its output has the reason.")
+
+
+def declare_project(pyproject: Path, site: Path) -> None:
+    """Write the project's own package metadata into `site`: it runs from its sources, and reads its version there."""
+    project = tomllib.loads(pyproject.read_text())["project"]
+    name, version = project["name"], project["version"]
+    directory = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
 
 def compare_versions(environment: Mapping[str, str], constraints: Path) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def write(folder: Path, device: str, date: datetime.date, versions: Figures, res
     content = read(file)
     content |= {"date": str(date), "name": name, "versions": versions}
     content["stages"] = content.get("stages", {}) | results
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(content, indent=2) + "\n")
     markdown = file.with_suffix(".md")
     markdown.write_text("\n".join(_lines(content)) + "\n")
     return markdown

@@ -122,11 +122,11 @@ class LLMService:
         started = time.monotonic()
         self._metrics.observe_load_phase("imports", _process_age_seconds())
         try:
-            model_snapshot = self._find_snapshot()
-            loaded = self._load_weights(model_snapshot)
+            model_snapshot, adapter = self._find_snapshots()
+            loaded = self._load_weights(model_snapshot, adapter)
             engine, create_pipeline = self._start_engine(loaded)
             self._warm_up(loaded, engine)
-            self._accept_requests(model_snapshot, loaded, engine, create_pipeline)
+            self._accept_requests(model_snapshot, adapter, loaded, engine, create_pipeline)
         except _LoadCancelled:
             return False
         except Exception as error:
@@ -144,18 +144,30 @@ class LLMService:
                 raise _LoadCancelled
             self.phase = phase
 
-    def _find_snapshot(self) -> Snapshot:
+    def _find_snapshots(self) -> tuple[Snapshot, Snapshot | None]:
+        """Return the model and, if there is one, its adapter; both are waited for within one limit."""
         settings = self._settings
         self._enter(Phase.WAITING)
+        started = time.monotonic()
         with self._metrics.time_load_phase("snapshot"):
-            return snapshot.wait(
-                settings.model_dir, settings.model_reference, settings.snapshot_wait_seconds, self._report_wait
-            )
+            adapter = None
+            if settings.adapter_reference is not None:
+                # First, as in the storage initializer, whose error would otherwise not be seen.
+                adapter = snapshot.wait(
+                    settings.model_dir,
+                    settings.adapter_reference,
+                    settings.snapshot_wait_seconds,
+                    self._report_wait,
+                    setting=snapshot.ADAPTER,
+                )
+            remaining = max(0.0, settings.snapshot_wait_seconds - (time.monotonic() - started))
+            model_snapshot = snapshot.wait(settings.model_dir, settings.model_reference, remaining, self._report_wait)
+        return model_snapshot, adapter
 
     def _report_wait(self, state: str) -> None:
         self._wait_state = state
 
-    def _load_weights(self, model_snapshot: Snapshot) -> LoadedModel:
+    def _load_weights(self, model_snapshot: Snapshot, adapter: Snapshot | None) -> LoadedModel:
         settings = self._settings
         self._progress.start(model_snapshot.directory)
         self._enter(Phase.LOADING)
@@ -169,6 +181,7 @@ class LLMService:
             skip_modules=settings.skip_modules,
             fallback=settings.quantization_fallback,
             max_model_len=settings.max_model_len,
+            adapter_dir=adapter.directory if adapter else None,
             task=settings.task,
             time_phase=self._metrics.time_load_phase,
             report_weights=self._progress.report_weights,
@@ -209,6 +222,7 @@ class LLMService:
     def _accept_requests(
         self,
         model_snapshot: Snapshot,
+        adapter: Snapshot | None,
         loaded: LoadedModel,
         engine: Engine | PoolingEngine,
         create_pipeline: _CreatePipeline,
@@ -219,11 +233,12 @@ class LLMService:
             self.metadata = {
                 "task": pipeline.task,
                 **_metadata(model_snapshot, loaded, engine.context_tokens),
+                **_adapter_metadata(self._settings.adapter_reference, adapter),
                 **properties,
             }
             self._pipeline = pipeline
         self._metrics.set_model_info(
-            **{name: self.metadata[name] for name in ("commit", "device", "dtype", "quantization")}
+            **{name: self.metadata.get(name, "") for name in ("commit", "adapter", "device", "dtype", "quantization")}
         )
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
@@ -336,6 +351,12 @@ class LLMService:
     def context_tokens(self) -> int | None:
         """Maximum tokens of prompt and completion together; None before the load."""
         return self._pipeline.engine.context_tokens if self._pipeline else None
+
+    @property
+    def lineage(self) -> dict[str, str]:
+        """The adapter and its base model, as vLLM's `root` and `parent`; empty without an adapter."""
+        adapter, model = self._settings.adapter_reference, self._settings.model_reference
+        return {"root": adapter, "parent": model} if adapter and model else {}
 
     async def run_self_checks(self) -> None:
         """Check the model periodically until cancelled; call after `load`."""
@@ -585,6 +606,10 @@ def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, context_tokens: int
         **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(context_tokens),
     }
+
+
+def _adapter_metadata(reference: str | None, adapter: Snapshot | None) -> dict[str, str]:
+    return {"adapter": reference, "adapter_commit": adapter.commit or ""} if reference and adapter else {}
 
 
 def _process_age_seconds() -> float:

@@ -69,7 +69,7 @@ def check_auxiliary_files(directory: Path) -> None:
     """
     for path in sorted(directory.iterdir()):
         if path.is_file() and model_files.is_auxiliary(path.name):
-            _check_file(path)
+            check_file(path)
 
 
 @contextmanager
@@ -140,7 +140,7 @@ def find_weights(directory: Path, explicit: str | None = None) -> Weights:
     if missing := [str(path.relative_to(directory)) for path in files if not path.is_file()]:
         raise UnsupportedModel(f"{directory} has no {', '.join(missing)}, named in {entry}. Download the model again.")
     for path in files:
-        _check_file(path)
+        check_file(path)
     return Weights(entry, files)
 
 
@@ -151,7 +151,12 @@ def _read_index(path: Path) -> tuple[str, ...]:
         raise UnsupportedModel(f"{path} is not a readable index ({error}). Download the model again.") from error
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Check that a file is no Git LFS pointer and, if it has weights, that they are complete.
+
+    Raises:
+        UnsupportedModel: it cannot be loaded.
+    """
     if problem := model_files.find_problem(path, "Download the model again"):
         raise UnsupportedModel(f"{path} {problem}.")
 

@@ -10,10 +10,12 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import InvalidSettings, UnsupportedModel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import architectures, checkpoint, context_length, placement, pooling, rope, snapshot
+from predictor.models import adapter, architectures, checkpoint, context_length, placement, pooling, rope, snapshot
+from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
 from predictor.models.int8_quantizer import Int8Config
@@ -63,6 +65,8 @@ class LoadPlan:
     """Maximum of prompt and completion together; None: the tokenizer's."""
     pooling: Pooling | None
     """How texts are embedded or classified; None: the model generates."""
+    adapter: Adapter | None
+    """Merged into the weights while they load."""
 
     @property
     def weights_dir(self) -> Path:
@@ -109,6 +113,7 @@ class LoadOptions(TypedDict, total=False):
     fallback: bool
     max_model_len: int | None
     task: str
+    adapter_dir: Path | None
 
 
 def load(
@@ -134,6 +139,7 @@ def make_plan(
     fallback: bool = False,
     max_model_len: int | None = None,
     task: str = "auto",
+    adapter_dir: Path | None = None,
 ) -> LoadPlan:
     """Decide how to load the model of `directory`.
 
@@ -147,9 +153,10 @@ def make_plan(
         fallback: load without quantization if the device does not support it.
         max_model_len: maximum of prompt and completion together; None: the model's.
         task: "auto", "generate", "embed" or "classify".
+        adapter_dir: holds a LoRA adapter to merge into the weights.
 
     Raises:
-        UnsupportedModel: the weights cannot be read, or the architecture cannot be served.
+        UnsupportedModel: the weights or the adapter cannot be used, or the architecture cannot be served.
         InvalidSettings: `max_model_len` is more than the model supports, or the task excludes quantization.
         StartupError: the device is missing, too small, or does not support the quantization.
     """
@@ -166,8 +173,11 @@ def make_plan(
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
+    lora = None if adapter_dir is None else _read_adapter(adapter_dir, config, chosen_task)
     prequantized_dir = None
-    if isinstance(quantization_config, Int8Config):
+    if isinstance(quantization_config, Int8Config) and lora is not None:
+        logger.info("quantizing while loading: prequantized weights would not have the adapter")
+    elif isinstance(quantization_config, Int8Config):
         prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
         config, *_ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code, task=task)
@@ -190,6 +200,7 @@ def make_plan(
         pooling=pooling.read(directory, config, chosen_task, is_causal=architectures.is_causal(config))
         if is_pooling
         else None,
+        adapter=lora,
     )
 
 
@@ -303,6 +314,30 @@ def _read_checkpoint(directory: Path, *, trust_remote_code: bool, task: str) -> 
     return config, chosen_task, weights
 
 
+def _read_adapter(directory: Path, config: Any, task: Task) -> Adapter:
+    """Read an adapter for a model with a config.
+
+    Raises:
+        UnsupportedModel: the adapter is not supported, or the model's weights cannot be changed.
+    """
+    if task is not Task.GENERATE:
+        raise UnsupportedModel(
+            f"The adapter in {directory} cannot be merged into a model whose task is {task}. Merge it with PEFT's "
+            "merge_and_unload, and serve the result."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"The adapter in {directory} cannot be merged into weights that are quantized. Use the original weights of "
+            "the base model with --quantization."
+        )
+    if "AutoModelForCausalLM" in getattr(config, "auto_map", {}):
+        raise UnsupportedModel(
+            f"The adapter in {directory} cannot be merged into a model with its own code. Merge it with PEFT's "
+            "merge_and_unload, and serve the result."
+        )
+    return adapter.read(directory)
+
+
 def _load_tokenizer(plan: LoadPlan) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(
@@ -317,10 +352,18 @@ def _load_weights(plan: LoadPlan) -> Any:
     model_class = getattr(transformers, architectures.AUTO_CLASSES[task])
     # Read by `GenerationConfig` of this package.
     options = {"generation_config": transformers.GenerationConfig()} if task is Task.GENERATE else {}
+    source: Path | None = plan.weights_dir
+    merged: dict[str, torch.Tensor] | None = None
+    if plan.adapter is not None:
+        # Auto classes need a directory, and `state_dict` excludes one.
+        model_class, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.config)], None
+        entry = getattr(plan.config, "transformers_weights", None)
+        merged = plan.adapter.merge(checkpoint.find_weights(plan.weights_dir, entry).files)
     try:
         model, loading_info = model_class.from_pretrained(
-            plan.weights_dir,
+            source,
             config=plan.config,
+            state_dict=merged,
             **options,
             dtype=plan.dtype,
             device_map=plan.placement.device_map,

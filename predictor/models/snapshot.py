@@ -19,6 +19,13 @@ from snapshot_format.record import FORMAT_VERSION, RECORD, InvalidRecord, Quanti
 from snapshot_format.reference import MalformedReference, ModelReference, parse
 
 POLL_SECONDS = 1.0
+MODEL, ADAPTER = "model_reference", "adapter_reference"
+"""Settings that have references."""
+_COMMANDS = {
+    MODEL: "python -m storage_initializer {}",
+    ADAPTER: "ADAPTER_REFERENCE={} python -m storage_initializer MODEL",
+}
+"""Commands that publish a reference, without the volume."""
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +38,10 @@ class Snapshot:
     commit: str | None = None
 
 
-def find(model_dir: Path, reference: str | None) -> Snapshot:
+def find(model_dir: Path, reference: str | None, setting: str = MODEL) -> Snapshot:
     """Return the snapshot in `model_dir`: the directory itself, or the one of `reference` on that volume.
+
+    Errors name the setting that has the reference.
 
     Raises:
         InvalidSettings: the reference is malformed.
@@ -47,13 +56,13 @@ def find(model_dir: Path, reference: str | None) -> Snapshot:
                 "or set --model_reference if it is a volume's root."
             )
         return _checked(Snapshot(model_dir))
-    parsed = _parse(reference)
+    parsed = _parse(reference, setting)
     try:
         commit = parsed.revision if parsed.is_commit else layout.read_ref(model_dir, parsed.slug, parsed.revision)
     except FileNotFoundError:
         raise SnapshotMissing(
-            f"{reference} is not published in {model_dir}. Run `python -m storage_initializer {reference} "
-            f"{model_dir}` first, or wait for it with --snapshot_wait_seconds."
+            f"{reference} is not published in {model_dir}. Run `{_COMMANDS[setting].format(reference)} {model_dir}` "
+            "first, or wait for it with --snapshot_wait_seconds."
         ) from None
     return _checked(Snapshot(layout.SnapshotLocation(model_dir, parsed.slug, commit).directory, commit))
 
@@ -64,6 +73,7 @@ def wait(
     timeout_seconds: float,
     report: Callable[[str], None] = lambda _: None,
     sleep: Callable[[float], None] = time.sleep,
+    setting: str = MODEL,
 ) -> Snapshot:
     """Poll `find` until the snapshot exists, and log what the wait is for.
 
@@ -73,16 +83,17 @@ def wait(
         timeout_seconds: maximum time to wait.
         report: called with the state of the wait whenever it is logged.
         sleep: called between two polls.
+        setting: as for `find`.
 
     Raises:
         InvalidSettings: the reference is malformed.
         SnapshotMissing: the time is over; the message has the last error of the storage initializer.
     """
     started = time.monotonic()
-    log = WaitLog(model_dir, _parse(reference) if reference else None, timeout_seconds, report)
+    log = WaitLog(model_dir, _parse(reference, setting) if reference else None, timeout_seconds, report)
     while True:
         try:
-            return find(model_dir, reference)
+            return find(model_dir, reference, setting)
         except SnapshotMissing as error:
             waited = time.monotonic() - started
             if waited >= timeout_seconds:
@@ -93,11 +104,11 @@ def wait(
         sleep(POLL_SECONDS)
 
 
-def _parse(reference: str) -> ModelReference:
+def _parse(reference: str, setting: str) -> ModelReference:
     try:
         return parse(reference)
     except MalformedReference as error:
-        raise InvalidSettings(f"--model_reference: {error}") from error
+        raise InvalidSettings(f"--{setting}: {error}") from error
 
 
 def prequantized(directory: Path, dtype: str, skip_modules: Sequence[str]) -> Path | None:

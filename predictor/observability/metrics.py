@@ -38,7 +38,7 @@ _REQUESTS = Counter(
 _INFO = Gauge(
     PREFIX + "model_info",
     "Properties of the served model as labels; the value is 1.",
-    ["model_name", "commit", "device", "dtype", "quantization"],
+    ["model_name", "commit", "adapter", "device", "dtype", "quantization"],
 )
 _PHASES = Gauge(PREFIX + "load_phase_seconds", "Duration of a finished phase of startup.", ["model_name", "phase"])
 _COUNTERS = {
@@ -109,9 +109,9 @@ class ModelMetrics:
         for name, callback in callbacks.items():
             _CALLBACKS.callbacks[name][self._model_name] = callback
 
-    def set_model_info(self, *, commit: str, device: str, dtype: str, quantization: str) -> None:
+    def set_model_info(self, *, commit: str, adapter: str, device: str, dtype: str, quantization: str) -> None:
         """Set the labels of `model_info`."""
-        _INFO.labels(self._model_name, commit, device, dtype, quantization).set(1)
+        _INFO.labels(self._model_name, commit, adapter, device, dtype, quantization).set(1)
 
     def observe_load_phase(self, phase: str, seconds: float) -> None:
         """Record the duration of a phase of startup."""

@@ -12,7 +12,7 @@ from preflight.checks.volumes import MODELS
 from preflight.deployment import Deployment, Manifest, Pod
 from preflight.findings import Finding
 from preflight.programs import PREDICTOR, STORAGE_INITIALIZER, Program
-from snapshot_format.reference import HubReference, MalformedReference, parse
+from snapshot_format.reference import HubReference, MalformedReference, ModelReference, parse
 
 _PATTERN = re.compile(r"[^\s,\[\]\"]+")
 """One entry of a comma-separated or JSON list."""
@@ -39,6 +39,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
             "kserve-llm",
         )
     yield from _reference(deployment)
+    yield from _adapter(deployment)
     yield from _device(deployment)
     yield from _hold(deployment)
     for problem, remedy in _tokens(deployment.settings, model):
@@ -88,16 +89,7 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
         yield Finding(
             deployment.where, f"MODEL_REFERENCE is {reference!r}", "use hf://owner/model:<commit>", "kserve-llm"
         )
-    if isinstance(parsed, HubReference) and not parsed.is_commit:
-        several = deployment.predictor.get("maxReplicas", 0) != 1
-        effect = "two replicas may serve different weights" if several else "a restart may serve different weights"
-        yield Finding(
-            deployment.where,
-            f"MODEL_REFERENCE {reference} is not pinned, so {effect}",
-            "pin a commit, hf://owner/model:<40 hex digits>",
-            "kserve-llm",
-            "error" if several else "warning",
-        )
+    yield from _unpinned(deployment, "MODEL_REFERENCE", parsed)
     downloaded = {deployment.environment(container).get("MODEL_REFERENCE") for _, container in deployment.downloads}
     if downloaded != {reference}:
         others = ", ".join(sorted(str(other) for other in downloaded - {reference})) or "nothing"
@@ -106,6 +98,48 @@ def _reference(deployment: Deployment) -> Iterator[Finding]:
             f"the predictor serves {reference} and the Job downloads {others}",
             "set MODEL_REFERENCE once, in the ConfigMap model-download",
             "kserve-llm",
+        )
+
+
+def _adapter(deployment: Deployment) -> Iterator[Finding]:
+    reference = deployment.settings.get("ADAPTER_REFERENCE") or None
+    downloads = [deployment.environment(container) for _, container in deployment.downloads]
+    if reference:
+        try:
+            yield from _unpinned(deployment, "ADAPTER_REFERENCE", parse(reference))
+        except MalformedReference:
+            problem = f"ADAPTER_REFERENCE is {reference!r}"
+            yield Finding(deployment.where, problem, "use hf://owner/adapter:<commit>", "kserve-llm")
+        if any(environment.get("STORAGE_INITIALIZER_PREPARE") for environment in downloads):
+            yield Finding(
+                deployment.where,
+                "the Job prepares 8-bit weights without the adapter, so they are not used",
+                "replace component prepared-8bit by quantization-8bit",
+                "kserve-llm",
+                "warning",
+            )
+    downloaded = {environment.get("ADAPTER_REFERENCE") or None for environment in downloads}
+    if downloaded - {reference}:
+        others = ", ".join(sorted(str(other or "none") for other in downloaded - {reference}))
+        yield Finding(
+            deployment.where,
+            f"the predictor merges adapter {reference or 'none'} and the Job downloads {others}",
+            "set ADAPTER_REFERENCE with component adapter, which gives it to both",
+            "kserve-llm",
+        )
+
+
+def _unpinned(deployment: Deployment, variable: str, reference: ModelReference | None) -> Iterator[Finding]:
+    """Check that a reference cannot resolve to other weights at the next start."""
+    if isinstance(reference, HubReference) and not reference.is_commit:
+        several = deployment.predictor.get("maxReplicas", 0) != 1
+        effect = "two replicas may serve different weights" if several else "a restart may serve different weights"
+        yield Finding(
+            deployment.where,
+            f"{variable} {deployment.settings[variable]} is not pinned, so {effect}",
+            "pin a commit, hf://owner/model:<40 hex digits>",
+            "kserve-llm",
+            "error" if several else "warning",
         )
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn, get_args
 
+from snapshot_format import reference as references
 from snapshot_format.recipe import Variant
 from snapshot_format.reference import MalformedReference, ModelReference
-from snapshot_format.reference import parse as parse_reference
 from storage_initializer.errors import InvalidReference, InvalidUsage
 from storage_initializer.volume.garbage_collection import Policy
 
@@ -27,7 +27,8 @@ other commands, each with --help:
   list DEST     list the snapshots on a volume
   gc DEST       remove old snapshots and stale files
 
-environment: HF_ENDPOINT, HF_TOKEN, LOG_LEVEL and STORAGE_INITIALIZER_*, see storage_initializer/README.md
+environment: HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, ADAPTER_REFERENCE (a PEFT adapter to publish too) and
+STORAGE_INITIALIZER_*, see storage_initializer/README.md
 exit codes: 0 done, 1 worth a retry, 2 pointless to retry; the last line on stderr is the reason
 """
 
@@ -143,7 +144,8 @@ def _publish(words: Sequence[str]) -> Publish:
         parser.error("an argument is empty")
     return Publish(
         tuple(
-            (_reference(source), Path(root).absolute()) for source, root in zip(pairs[::2], pairs[1::2], strict=True)
+            (parse_reference(source), Path(root).absolute())
+            for source, root in zip(pairs[::2], pairs[1::2], strict=True)
         ),
         {
             name: tuple(value) if isinstance(value, list) else value
@@ -182,13 +184,18 @@ def _collect(words: Sequence[str]) -> Collect:
     parser.add_argument("--dry-run", action="store_true", help="list without removing")
     parser.add_argument("--force", action="store_true", help="also snapshots with refs, and these refs")
     values = parser.parse_args(words)
-    reference = None if values.reference is None else _reference(values.reference)
+    reference = None if values.reference is None else parse_reference(values.reference)
     return Collect(values.root.absolute(), Policy(values.keep, reference, values.force), values.dry_run)
 
 
-def _reference(text: str) -> ModelReference:
+def parse_reference(text: str) -> ModelReference:
+    """Parse a reference of a model or an adapter.
+
+    Raises:
+        InvalidReference: it is malformed.
+    """
     try:
-        return parse_reference(text)
+        return references.parse(text)
     except MalformedReference as error:
         raise InvalidReference(str(error)) from error
 

@@ -6,7 +6,11 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+from snapshot_format.model_files import ADAPTER_FILES
+from snapshot_format.reference import ModelReference
+from storage_initializer.cli import arguments
 from storage_initializer.cli.arguments import Collect, Command, List, Publish, Verify
 from storage_initializer.cli.output import Progress, write_result
 from storage_initializer.errors import DamagedSnapshot, NotFound
@@ -37,13 +41,23 @@ def run(command: Command, settings: Settings) -> None:
 
 def _publish(command: Publish, settings: Settings) -> None:
     pipeline.require(settings)
+    adapter = arguments.parse_reference(settings.adapter_reference) if settings.adapter_reference else None
+    if adapter:
+        # First, because it is small: a missing one fails before the model is downloaded.
+        selection = {"allow_patterns": ADAPTER_FILES, "ignore_patterns": (), "allow_pickle": False, "prepare": None}
+        for root in dict.fromkeys(root for _, root in command.pairs):
+            _publish_one(adapter, root, settings.model_copy(update=selection))
     for reference, root in command.pairs:
-        with status.kept(reference, root, settings):
-            publish = functools.partial(initialize, reference, root, settings, Progress(settings))
-            outcome = _reported(settings, "published", publish)
-            if settings.prepare:
-                progress = Progress(settings, "prepared")
-                _reported(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
+        _publish_one(reference, root, settings)
+
+
+def _publish_one(reference: ModelReference, root: Path, settings: Settings) -> None:
+    with status.kept(reference, root, settings):
+        publish = functools.partial(initialize, reference, root, settings, Progress(settings))
+        outcome = _reported(settings, "published", publish)
+        if settings.prepare:
+            progress = Progress(settings, "prepared")
+            _reported(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
 
 
 def _reported(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome:

@@ -51,7 +51,7 @@ def make_plan(listing: Iterable[File], name: str, selection: FileSelection, read
     """Select the files to publish.
 
     Without `allow` patterns these are the weights, the configuration, the tokenizer and the model card. With them,
-    every file that matches, except weights that would not be loaded.
+    every file that matches, except weights that would not be loaded. `ADAPTER_FILES` as patterns select an adapter.
 
     Args:
         listing: all files of the source.
@@ -69,6 +69,8 @@ def make_plan(listing: Iterable[File], name: str, selection: FileSelection, read
         if not _is_hidden(file.path):
             visible[file.path] = file
     accepted = {path: file for path, file in visible.items() if selection.accepts(path)}
+    if selection.allow == model_files.ADAPTER_FILES:
+        return _adapter_plan(visible, accepted, name)
     entry = _find_entry(visible, accepted, name, selection)
     if CONFIG not in visible:
         raise RefusedSnapshot(f"{name} has no {CONFIG} at its top. Use a repository in the transformers format.")
@@ -78,6 +80,21 @@ def make_plan(listing: Iterable[File], name: str, selection: FileSelection, read
     if not selected:
         raise RefusedSnapshot(f"{name} has no file that matches the patterns. Check --allow and --ignore.")
     return Plan(selected, tuple(file.path for file in visible.values() if file not in selected))
+
+
+def _adapter_plan(visible: Mapping[str, File], accepted: Mapping[str, File], name: str) -> Plan:
+    """Select the files of a PEFT adapter.
+
+    Raises:
+        RefusedSnapshot: a file is missing.
+    """
+    missing = [path for path in model_files.ADAPTER_FILES if path not in accepted]
+    if missing:
+        fix = "Use a PEFT adapter that was saved with save_pretrained"
+        if any(model_files.is_adapter(path) and path.endswith(PICKLES) for path in visible):
+            fix = "Its weights are pickled, which can run code: load it with PEFT and save it again as safetensors"
+        raise RefusedSnapshot(f"{name} is not a usable adapter: it has no {' and no '.join(missing)}. {fix}.")
+    return Plan(tuple(accepted.values()), tuple(path for path in visible if path not in accepted))
 
 
 def effective_selection(selection: FileSelection, plan: Plan) -> FileSelection:

@@ -4,6 +4,7 @@ import ast
 import base64
 import datetime
 import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -125,7 +126,7 @@ def test_gpu_check_counts_tests_also_of_a_run_that_was_killed() -> None:
 
 
 def test_gpu_check_selects_the_marked_tests_on_a_gpu() -> None:
-    stages = gpu_check.commands(gpu_check.parse(["--shapes", "1b,7b", "--stages", "tests,bench"]))
+    stages = gpu_check.commands(gpu_check.parse(["--shapes", "1b,7b", "--stages", "tests,bench"]), "scratch")
     assert list(stages) == ["tests", "bench-1b", "bench-7b"]
     assert stages["tests"][-3:] == ["-m", "gpu", gpu_check.DEVICE_TESTS]
 
@@ -173,6 +174,12 @@ def test_gpu_check_installs_wheels_over_what_the_machine_has(tmp_path: Path) -> 
     assert "uvicorn is 0.1, constraints.txt has" in install.describe(versions)
     command = [sys.executable, "-c", "import uvicorn; print(uvicorn.VERSION)"]
     assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "0.1\n"
+
+
+def test_gpu_check_declares_the_project_whose_sources_run(tmp_path: Path) -> None:
+    install.declare_project(ROOT / "pyproject.toml", tmp_path)
+    [found] = importlib.metadata.distributions(name="kserve-llm", path=[str(tmp_path)])
+    assert found.version == importlib.metadata.version("kserve-llm")
 
 
 def test_bench_disturbance_separates_gaps_before_and_during_a_prompt() -> None:

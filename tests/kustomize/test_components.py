@@ -419,3 +419,11 @@ def test_prometheus_configuration_passes_promtool(tmp_path: Path) -> None:
     command = [promtool, "check", "config", str(tmp_path / "prometheus.yml")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_adapter_gives_its_reference_to_the_job_and_the_predictor(added: Added, base: Rendered) -> None:
+    adapter = added("adapter")
+    reference = adapter.environment(adapter.download)["ADAPTER_REFERENCE"]
+    assert adapter.settings["ADAPTER_REFERENCE"] == reference
+    assert adapter.settings["MODEL_REFERENCE"] == base.settings["MODEL_REFERENCE"]
+    assert adapter.one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]

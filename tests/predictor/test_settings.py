@@ -10,7 +10,7 @@ from predictor.errors import InvalidSettings
 def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in settings.Settings.model_fields:
         monkeypatch.delenv(f"PREDICTOR_{name.upper()}", raising=False)
-    for name in ("MODEL_REFERENCE", "LOG_LEVEL"):
+    for name in ("MODEL_REFERENCE", "ADAPTER_REFERENCE", "LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -149,3 +149,10 @@ def test_read_ready_while_loading_needs_hold() -> None:
     with pytest.raises(InvalidSettings, match=r"--ready_while_loading: .*Set --hold_while_loading too"):
         settings.read(["--ready_while_loading"])
     assert settings.read(["--hold_while_loading", "60", "--ready_while_loading"]).ready_while_loading
+
+
+def test_read_adapter_reference_needs_a_model_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ADAPTER_REFERENCE", "hf://owner/adapter")
+    with pytest.raises(InvalidSettings, match=r"^--adapter_reference: .* Set --model_reference too\.$"):
+        settings.read([])
+    assert settings.read(["--model_reference", "hf://owner/model"]).adapter_reference == "hf://owner/adapter"

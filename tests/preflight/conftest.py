@@ -53,6 +53,12 @@ class Draft:
         objects = (manifest for manifest in self.objects if manifest["kind"] == kind)
         return next(manifest for manifest in objects if manifest["metadata"]["name"].startswith(start))
 
+    def add_adapter(self, reference: str) -> None:
+        """Set the reference of an adapter as component `adapter` does."""
+        self.download["ADAPTER_REFERENCE"] = reference
+        source = {"name": self["ConfigMap/model-download-"]["metadata"]["name"], "key": "ADAPTER_REFERENCE"}
+        self.model["env"].append({"name": "ADAPTER_REFERENCE", "valueFrom": {"configMapKeyRef": source}})
+
     @property
     def annotations(self) -> dict[str, str]:
         annotations: dict[str, str] = self["InferenceService"]["metadata"]["annotations"]

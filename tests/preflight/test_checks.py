@@ -120,6 +120,14 @@ def other_reference_in_the_job(draft: Draft) -> None:
     draft.job["containers"][0]["env"].append({"name": "MODEL_REFERENCE", "value": f"hf://owner/other:{'b' * 40}"})
 
 
+ADAPTER = f"hf://owner/adapter:{'c' * 40}"
+
+
+def adapter_beside_prepared_weights(draft: Draft) -> None:
+    draft.add_adapter(ADAPTER)
+    draft.download["STORAGE_INITIALIZER_PREPARE"] = "int8-cpu"
+
+
 def two_secrets_at_one_path(draft: Draft) -> None:
     for name in ("a", "b"):
         draft["ServingRuntime"]["spec"]["volumes"].append({"name": name, "secret": {"secretName": name}})
@@ -434,6 +442,19 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     # The model
     "unpinned_reference": (lambda d: d.download.update(MODEL_REFERENCE="hf://owner/model:main"), "is not pinned"),
     "invalid_reference": (lambda d: d.download.update(MODEL_REFERENCE="owner/model"), "use hf://owner/model"),
+    "unpinned_adapter": (
+        lambda d: d.add_adapter("hf://owner/adapter"),
+        "ADAPTER_REFERENCE hf://owner/adapter is not pinned",
+    ),
+    "invalid_adapter": (lambda d: d.add_adapter("owner/adapter"), "use hf://owner/adapter:<commit>"),
+    "adapter_of_the_job_only": (
+        lambda d: d.download.update(ADAPTER_REFERENCE=ADAPTER),
+        f"the predictor merges adapter none and the Job downloads {ADAPTER}",
+    ),
+    "adapter_beside_prepared_weights": (
+        adapter_beside_prepared_weights,
+        "prepares 8-bit weights without the adapter",
+    ),
     "claim_sub_path": (lambda d: d.model.update(storageUri="pvc://models/7b"), "mounts a sub-path"),
     "storage_uri_hf": (
         lambda d: d.model.update(storageUri="hf://owner/model"),

@@ -107,7 +107,7 @@ def volume(tmp_path: Path) -> Path:
 @pytest.fixture
 def environment(hub: LocalHub) -> dict[str, str]:
     """What the initializer sees: nothing of this machine's Hub settings or login."""
-    names = [name for name in os.environ if name.startswith(("HF_", "HUGGING", "STORAGE_", "LOG_LEVEL"))]
+    names = [name for name in os.environ if name.startswith(("HF_", "HUGGING", "STORAGE_", "ADAPTER_", "LOG_LEVEL"))]
     clean = {name: value for name, value in os.environ.items() if name not in names}
     return clean | {
         "HF_ENDPOINT": hub.url,

@@ -99,13 +99,14 @@ GENERATED_EVENT = _object(
 )
 
 _OPENAI_MODEL = {"id": _STRING, "object": {"const": "model"}, "created": _INTEGER, "owned_by": _STRING}
+_MODEL_DETAILS = {"max_model_len": _INTEGER, "root": _STRING, "parent": _STRING}
 _OPENAI_MODELS = {
     "object": {"const": "list"},
-    "data": _list(_object(_OPENAI_MODEL, max_model_len=_INTEGER)),
+    "data": _list(_object(_OPENAI_MODEL, **_MODEL_DETAILS)),
 }
-OPENAI_MODEL = _object(_OPENAI_MODEL, max_model_len=_INTEGER)
+OPENAI_MODEL = _object(_OPENAI_MODEL, **_MODEL_DETAILS)
 OPENAI_MODELS = _object(_OPENAI_MODELS)
-BOTH_MODEL = _object(_OPENAI_MODEL | {"name": _STRING, "ready": _BOOLEAN}, max_model_len=_INTEGER)
+BOTH_MODEL = _object(_OPENAI_MODEL | {"name": _STRING, "ready": _BOOLEAN}, **_MODEL_DETAILS)
 BOTH_MODELS = _object(_OPENAI_MODELS | {"models": _STRINGS})
 
 

@@ -153,7 +153,7 @@ def test_failed_step_fails_its_sequences_only(engine: Engine, loaded: LoadedMode
 
 
 def wait_for_sequences(server: InProcessServer, number: int) -> None:
-    """Wait until this number of sequences run or wait: a step that is held may have begun with one of them."""
+    """Wait until `number` sequences run or wait; a blocked step may have begun with one of them."""
     server.wait_for(lambda: server.metric("num_requests_running") + server.metric("num_requests_waiting") == number)
 
 

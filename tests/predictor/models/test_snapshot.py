@@ -181,3 +181,11 @@ def test_prequantized_different_variant_is_skipped_with_reason(
     [message] = caplog.messages
     assert message.startswith(f"not using prequantized weights in {variant}, quantizing while loading: ")
     assert re.search(reason, message)
+
+
+def test_find_absent_adapter_names_its_setting_and_command(tmp_path: Path) -> None:
+    command = f"`ADAPTER_REFERENCE=hf://owner/adapter python -m storage_initializer MODEL {tmp_path}`"
+    with pytest.raises(SnapshotMissing, match=re.escape(command)):
+        snapshot.find(tmp_path, "hf://owner/adapter", snapshot.ADAPTER)
+    with pytest.raises(InvalidSettings, match=r"^--adapter_reference: 'adapter' is not a reference"):
+        snapshot.find(tmp_path, "adapter", snapshot.ADAPTER)

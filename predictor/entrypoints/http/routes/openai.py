@@ -24,13 +24,13 @@ def create_router(service: LLMService) -> APIRouter:
 
     @router.get("/openai/v1/models", **json_responses(openapi.OPENAI_MODELS, 401, error=OPENAI_ERROR))
     async def list_models() -> dict[str, Any]:
-        return model_list(models.names, created=created, context_tokens=service.context_tokens)
+        return model_list(models.names, created=created, context_tokens=service.context_tokens, lineage=service.lineage)
 
     @router.get("/openai/v1/models/{model_name}", **json_responses(openapi.OPENAI_MODEL, 401, 404, error=OPENAI_ERROR))
     async def get_model(request: Request) -> dict[str, Any]:
         name = request.path_params["model_name"]
         models.require(name)
-        return model_card(name, created=created, context_tokens=service.context_tokens)
+        return model_card(name, created=created, context_tokens=service.context_tokens, lineage=service.lineage)
 
     @router.get("/v1/models", **json_responses(openapi.BOTH_MODELS, 401))
     async def list_models_for_both() -> dict[str, Any]:
