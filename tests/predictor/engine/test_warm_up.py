@@ -23,7 +23,8 @@ pytestmark = pytest.mark.xdist_group("engine")
 
 
 def served(directory: Path) -> LLMService:
-    return LLMService(Settings(model_dir=directory, device="cpu", max_num_seqs=4, kv_cache_tokens=1024))
+    settings = Settings(model_dir=directory, device="cpu", task="generate", max_num_seqs=4, kv_cache_tokens=1024)
+    return LLMService(settings)
 
 
 @pytest.mark.parametrize(("name", "model"), [("bloom", "BloomForCausalLM"), ("bert", "BertLMHeadModel")])

@@ -27,7 +27,9 @@ LATE_REQUESTS = 40
 FLAGS = ("--model_dir", str(DEMO_MODEL), "--dtype", "float32")
 # The test ends the delay by a second signal, once both proxies have learned of the removal. So no clock decides.
 DELAY = ("--shutdown_delay_seconds", str(HANG_SECONDS))
-COMPLETION = {"model": "demo", "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
+NAME = "drain"
+"""Not that of other servers of this process, whose metrics would be mixed up."""
+COMPLETION = {"model": NAME, "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def pod_process(folder: Path) -> Iterator[Pod]:
     with (
         (folder / "log").open("a") as log,
         processes.predictor(
-            [*FLAGS, *DELAY], model_name="demo", port=processes.free_port(), stderr=log, timeout_seconds=HANG_SECONDS
+            [*FLAGS, *DELAY], model_name=NAME, port=processes.free_port(), stderr=log, timeout_seconds=HANG_SECONDS
         ) as running,
     ):
         process = running.process
@@ -57,7 +59,7 @@ def pod_process(folder: Path) -> Iterator[Pod]:
 def pod_thread(folder: Path) -> Iterator[Pod]:
     """The same servers and lifecycle in a thread."""
     del folder
-    server = ThreadServer(*FLAGS, *DELAY, "--served_model_name", "demo")
+    server = ThreadServer(*FLAGS, *DELAY, "--served_model_name", NAME)
 
     def wait() -> int:
         server.join()
