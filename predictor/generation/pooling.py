@@ -11,6 +11,7 @@ import numpy
 from predictor.engine.pooling_engine import PoolingEngine
 from predictor.engine.pooling_model import PoolingInput
 from predictor.errors import DeadlineExceeded, InvalidRequest, PromptTooLong
+from predictor.generation.token_ids import check as check_token_ids
 from predictor.generation.tokenizer import TextTokenizer
 from predictor.types import (
     CANCELLED,
@@ -177,13 +178,7 @@ class PoolingInputs:
                 f"Input {index} is too long: {len(token_ids)} tokens. The model takes {self.context_tokens}; shorten "
                 "it, or set truncate_prompt_tokens to -1."
             )
-        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary_tokens), None)
-        if unknown is not None:
-            token = self.unembedded_tokens.get(unknown)
-            named = f"{unknown}" if token is None else f"{unknown}, {token!r}; remove it"
-            raise InvalidRequest(
-                f"Unknown token id in input {index}: {named}. This model's are 0 to {self.vocabulary_tokens - 1}."
-            )
+        check_token_ids(token_ids, f"input {index}", self.vocabulary_tokens, self.unembedded_tokens)
 
 
 def _kept_positions(sequence_ids: Sequence[int | None], limit: int) -> list[int]:

@@ -15,6 +15,7 @@ from predictor.generation.control_tokens import BREAK
 from predictor.generation.output_format import OutputFormat
 from predictor.generation.output_parser import OutputParser
 from predictor.generation.structured_output import GrammarCompiler
+from predictor.generation.token_ids import check as check_token_ids
 from predictor.generation.tokenizer import PromptTokenizer
 from predictor.types import WHOLE_CONTEXT, Chat, GenerationRequest, SamplingParams, Tokenization
 
@@ -190,14 +191,7 @@ class Prompts:
             raise PromptTooLong(f"The prompt is too long: more than {limit} tokens, {what}; shorten the prompt.")
 
     def _check_token_ids(self, token_ids: Sequence[int], where: str) -> None:
-        """Raise InvalidRequest if the model has no embedding for an id; text may have such tokens too."""
-        unknown = next((token_id for token_id in token_ids if not 0 <= token_id < self.vocabulary_tokens), None)
-        if unknown is not None:
-            token = self.unembedded_tokens.get(unknown)
-            named = f"{unknown}" if token is None else f"{unknown}, {token!r}; remove it"
-            raise InvalidRequest(
-                f"Unknown token id in {where}: {named}. This model's are 0 to {self.vocabulary_tokens - 1}."
-            )
+        check_token_ids(token_ids, where, self.vocabulary_tokens, self.unembedded_tokens)
 
     def _complete(self, sampling: SamplingParams, remaining: int) -> SamplingParams:
         self._check_token_ids(sampling.stop_token_ids, "stop_token_ids")

@@ -74,6 +74,7 @@ class _LoadCancelled(Exception):
     """`drain` or `stop` was called during the load."""
 
 
+_T = TypeVar("_T")
 _AnyPipeline = TypeVar("_AnyPipeline", GenerationPipeline, PoolingPipeline)
 _CreatePipeline = Callable[[], tuple[GenerationPipeline | PoolingPipeline, dict[str, str]]]
 """Returns the parts that answer requests, and their properties for the model's metadata."""
@@ -473,8 +474,7 @@ class LLMService:
         def work(prompts: Prompts) -> Tokenization:
             return prompts.tokenize(prompt, add_special_tokens=add_special_tokens, with_texts=with_texts)
 
-        async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
-            return await pipeline.encoder.run(work, prompt_encoder.prompt_size(prompt), request_record.current().key)
+        return await self._run_tokenizer(pipeline, work, prompt_encoder.prompt_size(prompt), timeout_seconds)
 
     async def detokenize(self, token_ids: Sequence[int], timeout_seconds: float | None = None) -> str:
         """Return the text of tokens, special tokens included.
@@ -483,10 +483,19 @@ class LLMService:
             RequestError: the model has no such token, or takes no requests now.
         """
         pipeline = self._admit(request_record.current(), [])
-        async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
-            return await pipeline.encoder.run(
-                lambda prompts: prompts.detokenize(token_ids), len(token_ids), request_record.current().key
-            )
+
+        def work(prompts: Prompts) -> str:
+            return prompts.detokenize(token_ids)
+
+        return await self._run_tokenizer(pipeline, work, len(token_ids), timeout_seconds)
+
+    async def _run_tokenizer(
+        self, pipeline: GenerationPipeline, work: Callable[[Prompts], _T], size: int, timeout_seconds: float | None
+    ) -> _T:
+        record = request_record.current()
+        with self._counting_rejections(record):
+            async with self._encoding(pipeline, 1, self._deadline(timeout_seconds)):
+                return await pipeline.encoder.run(work, size, record.key)
 
     def tokenizer_info(self) -> dict[str, Any]:
         """Return the tokenizer's class, special tokens and chat template; None for what it does not have.

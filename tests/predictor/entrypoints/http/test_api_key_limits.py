@@ -104,6 +104,25 @@ def test_queue_filled_by_one_key_leaves_a_place_for_another(server: InProcessSer
     assert server.metric("key_request_rejected_total", key="greedy", limit="queue") == rejected + 1
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/tokenize", {"prompt": "17"}), ("/detokenize", {"tokens": [5]})],
+    ids=["tokenize", "detokenize"],
+)
+def test_tokenization_beyond_a_limit_is_counted_as_rejected(
+    server: InProcessServer, path: str, body: dict[str, Any]
+) -> None:
+    labels = {"key": "single", "limit": "concurrent_sequences"}
+    rejected = server.metric("key_request_rejected_total", **labels)
+    server.hold.close()
+    with ExitStack() as stack:
+        assert open_stream(stack, server, "single").status_code == 200
+        assert server.client.post(path, json=body, headers=bearer("single")).status_code == 429
+        server.hold.open()
+    server.wait_until_idle()
+    assert server.metric("key_request_rejected_total", **labels) == rejected + 1
+
+
 def test_waiting_requests_that_a_proxy_gives_up_free_their_places(server: InProcessServer) -> None:
     """Although the engine makes no step meanwhile."""
     server.hold.close()
