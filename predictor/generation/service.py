@@ -1,7 +1,6 @@
 """LLMService: loads one language model and generates with it, independently of any protocol or server."""
 
 import asyncio
-import json
 import logging
 import math
 import threading
@@ -13,8 +12,6 @@ from enum import StrEnum
 from functools import partial
 from typing import Any, TypeVar
 
-import psutil
-
 from predictor.engine.engine import Engine
 from predictor.engine.pooling_engine import PoolingEngine
 from predictor.errors import (
@@ -23,17 +20,15 @@ from predictor.errors import (
     InvalidRequest,
     ModelNotReady,
     Overloaded,
-    RequestError,
-    StartupError,
 )
-from predictor.generation import output_processor, pipelines, pooling, prompt_encoder
+from predictor.generation import model_load, output_processor, pooling, prompt_encoder
 from predictor.generation.caller_usage import CallerUsage
 from predictor.generation.hold import Hold, HoldFull
 from predictor.generation.load_progress import LoadProgress
+from predictor.generation.model_load import CreatePipeline
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.pipelines import GenerationPipeline, PoolingPipeline
 from predictor.generation.prompts import Prompts
-from predictor.models import loader, snapshot
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
 from predictor.observability import metrics, request_record
@@ -53,7 +48,6 @@ from predictor.types import (
 
 logger = logging.getLogger(__name__)
 
-WARM_UP_SECONDS = 600.0
 _SHUTTING_DOWN = "The server is shutting down. Retry later."
 
 
@@ -76,8 +70,6 @@ class _LoadCancelled(Exception):
 
 _T = TypeVar("_T")
 _AnyPipeline = TypeVar("_AnyPipeline", GenerationPipeline, PoolingPipeline)
-_CreatePipeline = Callable[[], tuple[GenerationPipeline | PoolingPipeline, dict[str, str]]]
-"""Returns the parts that answer requests, and their properties for the model's metadata."""
 
 
 class LLMService:
@@ -121,12 +113,13 @@ class LLMService:
         if self.phase is not Phase.CREATED:
             return self.is_ready
         started = time.monotonic()
-        self._metrics.observe_load_phase("imports", _process_age_seconds())
+        self._metrics.observe_load_phase("imports", model_load.process_age_seconds())
         try:
             model_snapshot, adapter = self._find_snapshots()
             loaded = self._load_weights(model_snapshot, adapter)
             engine, create_pipeline = self._start_engine(loaded)
-            self._warm_up(loaded, engine)
+            with self._metrics.time_load_phase("warm_up"):
+                model_load.warm_up(loaded, engine)
             self._accept_requests(model_snapshot, adapter, loaded, engine, create_pipeline)
         except _LoadCancelled:
             return False
@@ -146,50 +139,27 @@ class LLMService:
             self.phase = phase
 
     def _find_snapshots(self) -> tuple[Snapshot, Snapshot | None]:
-        """Return the model and, if there is one, its adapter; both are waited for within one limit."""
-        settings = self._settings
         self._enter(Phase.WAITING)
-        started = time.monotonic()
         with self._metrics.time_load_phase("snapshot"):
-            adapter = None
-            if settings.adapter_reference is not None:
-                # First, as in the storage initializer, whose error would otherwise not be seen.
-                adapter = snapshot.wait(
-                    settings.model_dir,
-                    settings.adapter_reference,
-                    settings.snapshot_wait_seconds,
-                    self._report_wait,
-                    setting=snapshot.ADAPTER,
-                )
-            remaining = max(0.0, settings.snapshot_wait_seconds - (time.monotonic() - started))
-            model_snapshot = snapshot.wait(settings.model_dir, settings.model_reference, remaining, self._report_wait)
-        return model_snapshot, adapter
+            return model_load.find_snapshots(self._settings, self._report_wait)
 
     def _report_wait(self, state: str) -> None:
         self._wait_state = state
 
     def _load_weights(self, model_snapshot: Snapshot, adapter: Snapshot | None) -> LoadedModel:
-        settings = self._settings
         self._progress.start(model_snapshot.directory)
         self._enter(Phase.LOADING)
-        threads.configure_threads(settings.num_threads)
-        return loader.load(
-            model_snapshot.directory,
-            device=settings.device,
-            dtype=settings.dtype,
-            trust_remote_code=settings.trust_remote_code,
-            quantization=settings.quantization,
-            skip_modules=settings.skip_modules,
-            fallback=settings.quantization_fallback,
-            max_model_len=settings.max_model_len,
-            adapter_dir=adapter.directory if adapter else None,
-            task=settings.task,
+        threads.configure_threads(self._settings.num_threads)
+        return model_load.load_weights(
+            self._settings,
+            model_snapshot,
+            adapter,
             time_phase=self._metrics.time_load_phase,
             report_weights=self._progress.report_weights,
         )
 
-    def _start_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
-        engine, create_pipeline = self._create_engine(loaded)
+    def _start_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, CreatePipeline]:
+        engine, create_pipeline = model_load.create_engine(loaded, self._settings)
         with self._state_lock:
             self._enter(Phase.WARMING_UP)
             self._engine = engine
@@ -197,44 +167,21 @@ class LLMService:
                 engine.start()
         return engine, create_pipeline
 
-    def _create_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, _CreatePipeline]:
-        if loaded.pooling is not None:
-            pools = PoolingEngine.from_model(loaded.model, loaded.pooling, self._settings, loaded.context_tokens)
-            return pools, partial(pipelines.create_pooling, loaded, loaded.pooling, pools, self._settings)
-        engine = Engine.from_model(
-            loaded.model,
-            self._settings,
-            eos_token_ids=loaded.eos_token_ids,
-            context_tokens=loaded.context_tokens,
-        )
-        return engine, partial(pipelines.create_generation, loaded, engine, self._settings)
-
-    def _warm_up(self, loaded: LoadedModel, engine: Engine | PoolingEngine) -> None:
-        try:
-            with self._metrics.time_load_phase("warm_up"):
-                asyncio.run(engine.warm_up(loaded.vocabulary_tokens, WARM_UP_SECONDS))
-        except RequestError as error:
-            first = "generation" if loaded.pooling is None else "forward pass"
-            raise StartupError(
-                f"The first {first} of this {type(loaded.model).__name__} failed: {error}. The log has more. "
-                "If memory and device are sound, serve an architecture of docs/architectures.md."
-            ) from error
-
     def _accept_requests(
         self,
         model_snapshot: Snapshot,
         adapter: Snapshot | None,
         loaded: LoadedModel,
         engine: Engine | PoolingEngine,
-        create_pipeline: _CreatePipeline,
+        create_pipeline: CreatePipeline,
     ) -> None:
         pipeline, properties = create_pipeline()
         with self._state_lock:
             self._enter(Phase.READY)
             self.metadata = {
                 "task": pipeline.task,
-                **_metadata(model_snapshot, loaded, engine.context_tokens),
-                **_adapter_metadata(self._settings.adapter_reference, adapter),
+                **model_load.metadata(model_snapshot, loaded, engine.context_tokens),
+                **model_load.adapter_metadata(self._settings.adapter_reference, adapter),
                 **properties,
             }
             self._pipeline = pipeline
@@ -601,29 +548,3 @@ class LLMService:
 def _unknown_fields(paths: Sequence[str]) -> InvalidRequest:
     field = paths[0] if len(paths) == 1 else None
     return InvalidRequest(f"{', '.join(paths)}: unknown field. Omit it. The schema is at /openapi.json.", field)
-
-
-def _metadata(model_snapshot: Snapshot, loaded: LoadedModel, context_tokens: int) -> dict[str, str]:
-    return {
-        "commit": model_snapshot.commit or "",
-        "device": str(loaded.model.device),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "quantization": loaded.quantization,
-        **({"int8_kernels": loaded.int8_kernels} if loaded.int8_kernels else {}),
-        "prepared": str(loaded.prequantized).lower(),
-        **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
-        **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
-        "context_tokens": str(context_tokens),
-    }
-
-
-def _adapter_metadata(reference: str | None, adapter: Snapshot | None) -> dict[str, str]:
-    return {"adapter": reference, "adapter_commit": adapter.commit or ""} if reference and adapter else {}
-
-
-def _process_age_seconds() -> float:
-    began = psutil.Process().create_time()
-    if not hasattr(time, "CLOCK_BOOTTIME"):
-        return time.time() - began
-    # Linux reports a process's start in clock ticks after the boot, and the boot time in whole seconds.
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - (began - psutil.boot_time())
