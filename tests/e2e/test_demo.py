@@ -66,6 +66,7 @@ def test_demo_model_calls_the_calculator_and_answers_as_json() -> None:
     assert sum(answered) >= 7
 
 
+@pytest.mark.slow
 def test_serve_prints_working_commands_until_interrupted(tmp_path: Path) -> None:
     port = processes.free_port()
     process = processes.start(

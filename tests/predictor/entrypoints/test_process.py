@@ -106,8 +106,8 @@ def blocked_streams(server: ServerProcess, orders: Orders, tokens: int) -> Itera
 @pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_process_signalled_finishes_streams_and_rejects_new_requests(sent: signal.Signals, tmp_path: Path) -> None:
     with servers.own_process(tmp_path) as (server, orders):
-        whole = Call(server, OPENAI, 600).post().json()["choices"][0]["text"]
-        with blocked_streams(server, orders, 600) as streams:
+        whole = Call(server, OPENAI, 300).post().json()["choices"][0]["text"]
+        with blocked_streams(server, orders, 300) as streams:
             server.process.send_signal(sent)
             ready = server.wait_for_status(503, "/v2/models/demo/ready")
             assert ready.json() == {"error": "Model demo is not ready: shutting down."}

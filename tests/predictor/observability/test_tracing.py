@@ -594,8 +594,15 @@ def test_unavailable_collector_affects_neither_requests_nor_shutdown(
 
 @pytest.mark.parametrize(
     ("flags", "loaded"),
-    [([], []), (["--tracing"], ["predictor.observability.tracing", "opentelemetry.sdk", "opentelemetry.exporter"])],
-    ids=["off", "on"],
+    [
+        pytest.param([], [], id="off"),
+        pytest.param(
+            ["--tracing"],
+            ["predictor.observability.tracing", "opentelemetry.sdk", "opentelemetry.exporter"],
+            id="on",
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_opentelemetry_is_imported_only_if_enabled(flags: list[str], loaded: list[str]) -> None:
     program = ROOT / "tests" / "programs" / "tracing_modules.py"
