@@ -281,6 +281,8 @@ class PoolingEngine:
                 job.fail(GenerationFailed("The forward pass failed. See the server log."))
         else:
             self.steps += 1
+            # Before the rows are delivered: who has one sees an engine that does not hang.
+            self._batch_started = math.inf
             for (job, index), row in zip(self._batch, rows, strict=True):
                 if numpy.isfinite(row).all():
                     job.set_row(index, row)
