@@ -88,7 +88,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         url = urlsplit(self.path)
         query = parse_qs(url.query)
-        if content := _discovery(url.path):
+        if content := discovery(url.path):
             self._send(content)
         elif url.path == "/openapi/v2":
             # An empty document in the protocol buffers that kubectl accepts: it validates nothing.
@@ -208,10 +208,12 @@ def _matches(manifest: Manifest, fields: str, labels: str) -> bool:
     return (not fields or metadata["name"] == name) and (not labels or (metadata.get("labels") or {}).get(key) == value)
 
 
-def _discovery(path: str) -> Manifest | None:
+def discovery(path: str) -> Manifest | None:
     """Return a discovery document; None for other paths."""
     if path == "/api":
         return {"kind": "APIVersions", "versions": ["v1"]}
+    if path == "/version":
+        return {"major": "1", "minor": "33"}
     groups: dict[str, list[dict[str, str]]] = defaultdict(list)
     for version in KINDS:
         group, _, number = version.rpartition("/")

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,42 +15,12 @@ import pytest
 import yaml
 
 from devtools.paths import ROOT
+from tests.api_server import discovery
 
 DEV = ROOT / "kustomize/overlays/dev"
-KINDS = {
-    "v1": [
-        ("Namespace", "namespaces", False),
-        ("ServiceAccount", "serviceaccounts", True),
-        ("ConfigMap", "configmaps", True),
-        ("PersistentVolumeClaim", "persistentvolumeclaims", True),
-    ],
-    "batch/v1": [("Job", "jobs", True)],
-    "serving.kserve.io/v1alpha1": [("ServingRuntime", "servingruntimes", True)],
-    "serving.kserve.io/v1beta1": [("InferenceService", "inferenceservices", True)],
-}
 SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/kserve-llm-dev/inferenceservices"
 HOST = "llm.kserve-llm-dev.example.com"
 READY = {"observedGeneration": 1, "url": f"http://{HOST}", "conditions": [{"type": "Ready", "status": "True"}]}
-
-
-def discovery(path: str) -> dict[str, Any] | None:
-    """Return the discovery document of an API server."""
-    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
-    for version in KINDS:
-        group, _, number = version.rpartition("/")
-        groups[group].append({"groupVersion": version, "version": number})
-    if path == "/version":
-        return {"major": "1", "minor": "33"}
-    if path == "/apis":
-        named = [
-            {"name": group, "versions": versions, "preferredVersion": versions[0]} for group, versions in groups.items()
-        ]
-        return {"kind": "APIGroupList", "groups": [group for group in named if group["name"]]}
-    version = path.removeprefix("/apis/").removeprefix("/api/")
-    kinds = [
-        {"kind": k, "name": plural, "namespaced": n, "verbs": ["patch"]} for k, plural, n in KINDS.get(version, [])
-    ]
-    return {"kind": "APIResourceList", "groupVersion": version, "resources": kinds} if kinds else None
 
 
 class Loopback(ThreadingHTTPServer):
