@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, Field, ValidationError, field_validator
+from pydantic import AliasChoices, Field, PositiveInt, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
@@ -66,6 +66,8 @@ class Settings(BaseSettings):
     """TCP port of the HTTP server."""
     device: str = "auto"
     """Device of the model: auto, cuda, cuda:N, mps or cpu. auto: the first available of cuda, mps, cpu."""
+    tensor_parallel_size: PositiveInt | Literal["auto"] = 1
+    """Number of devices that share the model by tensor parallelism. auto: all visible GPUs. On a CPU: processes."""
     num_threads: int | None = Field(default=None, ge=1)
     """Number of torch CPU threads. Default: the container's CPU limit, else all cores."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
