@@ -1,30 +1,27 @@
-"""Fence around transformers' continuous batching, which only this module and `fair_scheduler` use.
+"""Fence around transformers' continuous batching, which only this module, `fair_scheduler` and `step_sampler` use.
 
 The manager schedules sequences, pages the KV cache, shares prefixes and takes the largest logit of each row. Its
-internals are not a public API: `tests/contracts/test_upstream.py` tests every assumption that the two make.
+internals are not a public API: `tests/contracts/test_upstream.py` tests every assumption that they make.
 """
 
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.logits_process import LogitsProcessorList
 
-from predictor.engine import fair_scheduler
+from predictor.engine import causal_lm, fair_scheduler
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_queue import FairQueue
 from predictor.engine.kv_cache import PAGE_TOKENS
-from predictor.engine.prompt_scorer import PromptScorer, ScheduledSequence
 from predictor.engine.sampler import SequenceSampler
-from predictor.errors import EngineStopped, RequestError, StartupError
+from predictor.engine.step_sampler import StepSampler
+from predictor.errors import EngineStopped, StartupError
 from predictor.kernels.cpu import transformers_attention
 from predictor.settings import Settings
 from predictor.types import Caller
@@ -42,12 +39,6 @@ class _Timed(Protocol):
 
 class _RequestState(_Timed, Protocol):
     request_id: str
-    initial_tokens: list[int]
-    generated_tokens: list[int]
-
-
-class _ScheduledRequest(Protocol):
-    state: _RequestState
 
 
 class _GenerationOutput(_Timed, Protocol):
@@ -72,7 +63,7 @@ class BatchingManager:
         uses_flash = flash and model.device.type == "cuda"
         self._model = model
         self._failed_step_count = 0
-        self._row_sampler = _RowSampler(
+        self._step_sampler = StepSampler(
             model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
         self._fair_queue = FairQueue()
@@ -97,7 +88,7 @@ class BatchingManager:
                 auto_switch_to_flash=uses_flash,
             ),
         )
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._row_sampler]))
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._step_sampler]))
         processors.tensors_required = 1  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
         self._manager.output_router.output_queue = _DiscardingQueue()
@@ -129,7 +120,7 @@ class BatchingManager:
 
     @property
     def step_count(self) -> int:
-        return self._row_sampler.step_count
+        return self._step_sampler.step_count
 
     @property
     def failed_step_count(self) -> int:
@@ -156,7 +147,7 @@ class BatchingManager:
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
         self._fair_queue = self._manager.batch_processor.scheduler.fair_queue
-        self._manager.batch_processor.scheduler.unscored = self._row_sampler.scorer.samplers
+        self._manager.batch_processor.scheduler.unscored = self._step_sampler.scorer.samplers
         self._manager.start()
         size_bytes = self._manager.batch_processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
@@ -179,13 +170,13 @@ class BatchingManager:
         def handle(output: _GenerationOutput) -> None:
             finished = output.is_finished()
             if finished:
-                self._row_sampler.remove(request_id)
+                self._step_sampler.remove(request_id)
                 self._fair_queue.discard(request_id)
             # The text of some errors is empty.
             error = None if output.error is None else output.error or "unknown error"
             on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
-        self._row_sampler.add(request_id, sampler)
+        self._step_sampler.add(request_id, sampler)
         self._fair_queue.add(request_id, caller, priority)
         # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
@@ -227,7 +218,7 @@ class BatchingManager:
             return bool(self._run_iteration(processor, bootstrapping))
         except BaseException as error:
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
-            if _is_device_lost(self._model):
+            if causal_lm.is_device_lost(self._model):
                 raise
             failed = processor.scheduler.remove_failed()
             if not failed:
@@ -251,25 +242,11 @@ class BatchingManager:
 
     def _forget(self, request_id: str) -> None:
         """Drop the handler of a sequence, which the manager keeps until a final output, and what we keep of it."""
-        self._row_sampler.remove(request_id)
+        self._step_sampler.remove(request_id)
         self._fair_queue.discard(request_id)
         router = self._manager.output_router
         with router._lock:
             router.result_handlers.pop(request_id, None)
-
-
-def _is_device_lost(model: CausalLM) -> bool:
-    """Return whether a CUDA device of the model refuses all work, as after a device-side assertion.
-
-    Only a new process can use it again. Other errors, such as a lack of memory, leave it usable.
-    """
-    try:
-        for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
-            torch.cuda.synchronize(device)
-    except RuntimeError:
-        logger.exception("the device is lost")
-        return True
-    return False
 
 
 def _queue_seconds(state: _Timed) -> float | None:
@@ -282,81 +259,3 @@ class _DiscardingQueue:
 
     def put(self, output: _GenerationOutput) -> None:
         """Discard an output."""
-
-
-class _RowSampler(ContinuousBatchingLogitsProcessor):
-    """Logits processor that gives each row to the sampler of its sequence.
-
-    The manager's own processors sort and sample every row, greedy rows included, which takes a CPU longer than the
-    model: 285 ms for 32 rows of 151 936 tokens on 2 cores. Here the manager takes the largest logit: greedy rows stay
-    unchanged, and a sampled row gets its only finite logit at the sampled token.
-    """
-
-    supported_kwargs: ClassVar[dict[str, type]] = {}
-    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
-
-    def __init__(self, model: CausalLM, step_sequences: Callable[[], Sequence[ScheduledSequence]]) -> None:
-        self._model = model
-        self._embedding_rows = int(model.get_input_embeddings().weight.shape[0])
-        self._step_sequences = step_sequences
-        self.scorer = PromptScorer(model, self._embedding_rows)
-        self.samplers: dict[str, SequenceSampler] = {}
-        """By request id, which a sequence keeps when it leaves a full cache and starts again."""
-        self.step_count = 0
-        # Of the next step's rows, in their order.
-        self._states: list[_RequestState] = []
-
-    def add(self, request_id: str, sampler: SequenceSampler) -> None:
-        self.samplers[request_id] = sampler
-        if sampler.num_prompt_logprobs is not None:
-            self.scorer.samplers[request_id] = sampler
-
-    def remove(self, request_id: str) -> None:
-        self.samplers.pop(request_id, None)
-        self.scorer.samplers.pop(request_id, None)
-
-    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
-        int32_tensor.zero_()  # not used
-
-    def prepare_tensor_args(self, requests_with_new_token: Sequence[_ScheduledRequest]) -> torch.Tensor:
-        self._states = [request.state for request in requests_with_new_token]
-        return torch.zeros(len(self._states), dtype=torch.int32)
-
-    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        """Sample from each row of `scores` (rows, vocabulary), in place."""
-        del tensor_arg
-        if self.scorer.samplers:
-            self._score_prompts()
-        # An LM head may have more rows than the embedding, which the next step would index with the token.
-        scores[:, self._embedding_rows :] = -torch.inf
-        # Not strict: rows of sequences in the middle of their prompt come last and are not used.
-        for row, state in zip(scores, self._states, strict=False):
-            # Sequences of the manager's warm-up and cancelled ones have no sampler: greedy.
-            sampler = self.samplers.get(state.request_id)
-            if sampler is None or sampler.failure:
-                continue
-            # A sequence that left a full cache has its first tokens in `initial_tokens`, after the prompt.
-            try:
-                sampler(row, state.initial_tokens + state.generated_tokens if sampler.logits_processors else ())
-            # An error raised here would fail every other sequence of the step.
-            except RequestError as error:
-                sampler.failure = error
-            except BaseException as error:
-                if _is_device_lost(self._model):
-                    raise
-                logger.exception("sampling failed for one sequence")
-                sampler.failure = error
-        self.step_count += 1
-        return scores
-
-    def _score_prompts(self) -> None:
-        sequences = self._step_sequences()
-        try:
-            self.scorer.score(sequences)
-        except BaseException as error:
-            if _is_device_lost(self._model):
-                raise
-            logger.exception("the prompts of a step cannot be scored")
-            for sequence in sequences:
-                if sampler := self.scorer.samplers.pop(sequence.state.request_id, None):
-                    sampler.failure = error

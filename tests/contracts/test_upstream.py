@@ -53,12 +53,13 @@ from uvicorn.server import ServerState
 from devtools import tiny_llama
 from devtools.architectures import CASES
 from devtools.paths import DEMO_MODEL
-from predictor.engine import batching_manager
+from predictor.engine import batching_manager, causal_lm
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.step_sampler import StepSampler
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.generation import output_notations
@@ -80,7 +81,7 @@ pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
 HANG_SECONDS = 120
 
 
-# transformers' continuous batching: predictor/engine/batching_manager.py, fair_scheduler.py
+# transformers' continuous batching: predictor/engine/batching_manager.py, fair_scheduler.py, step_sampler.py
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +225,7 @@ def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingMan
     processor = executor._manager.batch_processor
     assert isinstance(processor.scheduler, FairScheduler)
     assert processor.scheduler.block_new_requests is False
-    assert processor.logit_processor.logits_processor == [executor._row_sampler]
+    assert processor.logit_processor.logits_processor == [executor._step_sampler]
     assert processor.logit_processor.do_processing
 
 
@@ -276,16 +277,16 @@ def test_batching_rows_without_a_new_token_come_last(
 ) -> None:
     sampled: dict[str, list[int]] = {}
     unused_rows = 0
-    call = batching_manager._RowSampler.__call__
+    call = StepSampler.__call__
 
-    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+    def record(step_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         nonlocal unused_rows
-        unused_rows += len(scores) - len(row_sampler._states)
-        for state, row in zip(row_sampler._states, scores, strict=False):
+        unused_rows += len(scores) - len(step_sampler._states)
+        for state, row in zip(step_sampler._states, scores, strict=False):
             sampled.setdefault(state.request_id, []).append(int(row.argmax()))
-        return call(row_sampler, scores, tensor_arg)
+        return call(step_sampler, scores, tensor_arg)
 
-    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    monkeypatch.setattr(StepSampler, "__call__", record)
     _, outputs = asyncio.run(finish(executor, [(20, 30), (200, 3), (150, 5)]))
     assert unused_rows > 0, "a chunk of a prompt and a decode in one step"
     assert sampled == {str(index): each[-1].token_ids for index, each in enumerate(outputs)}
@@ -295,14 +296,14 @@ def test_batching_step_sequences_have_their_rows_in_order(
     executor: BatchingManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[list[tuple[str, int, int]]] = []
-    call = batching_manager._RowSampler.__call__
+    call = StepSampler.__call__
 
-    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+    def record(step_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         sequences = executor._manager.batch_processor.inputs_and_outputs.requests_in_batch
         steps.append([(one.state.request_id, one.state.position_offset, one.query_length) for one in sequences])
-        return call(row_sampler, scores, tensor_arg)
+        return call(step_sampler, scores, tensor_arg)
 
-    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    monkeypatch.setattr(StepSampler, "__call__", record)
     asyncio.run(finish(executor, [(100, 2), (60, 1)], prefix="rows "))
     # A step has 128 rows; the offset is that after the step.
     assert steps[0] == [("rows 0", 100, 100), ("rows 1", 28, 28)]
@@ -331,7 +332,7 @@ def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager
 
     assert asyncio.run(cancel()) == 0, "a cancelled sequence has no final output"
     asyncio.run(finish(executor, [(10, 1)]))
-    assert (handlers, executor._row_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
+    assert (handlers, executor._step_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
 
 
 def test_batching_outputs_without_a_handler_are_not_kept(executor: BatchingManager) -> None:
@@ -348,15 +349,15 @@ def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
 ) -> None:
     states: dict[str, dict[int, Any]] = {}
     tokens: dict[str, list[list[int]]] = {}
-    call = batching_manager._RowSampler.__call__
+    call = StepSampler.__call__
 
-    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        for state in row_sampler._states:
+    def record(step_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        for state in step_sampler._states:
             states.setdefault(state.request_id, {})[id(state)] = state
             tokens.setdefault(state.request_id, []).append(state.initial_tokens + state.generated_tokens)
-        return call(row_sampler, scores, tensor_arg)
+        return call(step_sampler, scores, tensor_arg)
 
-    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    monkeypatch.setattr(StepSampler, "__call__", record)
     with started(model, 2 * PAGE_TOKENS) as small:
         prompts, outputs = asyncio.run(finish(small, [(240, 40), (230, 40)]))
     assert max(len(copies) for copies in states.values()) > 1, "a sequence left the full cache and started again"
@@ -445,7 +446,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
     def fail(*_: Any) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
+    monkeypatch.setattr(causal_lm, "is_device_lost", lambda _: True)
 
     with started(model) as dying:
         handle = model.register_forward_pre_hook(fail)
@@ -458,7 +459,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         assert not dying.is_accepting
         with pytest.raises(EngineStopped):
             asyncio.run(finish(dying, [(10, 5)]))
-        assert (dying._row_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
+        assert (dying._step_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
 # transformers' quantizers: predictor/models/int8_quantizer.py

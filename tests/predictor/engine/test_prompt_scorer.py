@@ -150,7 +150,7 @@ def test_prompt_logprobs_of_a_cancelled_sequence_are_dropped(loaded: LoadedModel
             stream.close()
 
         asyncio.run(cancel())
-        scorer = engine._executor._row_sampler.scorer  # type: ignore[attr-defined]
+        scorer = engine._executor._step_sampler.scorer  # type: ignore[attr-defined]
         assert scorer.samplers == {}
         assert_scores(reference, [5, 6], generate(engine, [5, 6], SCORED))
 

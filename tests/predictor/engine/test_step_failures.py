@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from predictor.engine import batching_manager
+from predictor.engine import causal_lm
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, GenerationFailed
@@ -108,7 +108,7 @@ def assert_others_unchanged(
         assert isinstance(result, GenerationFailed) or result == correct
     assert (engine.is_alive, engine.running, engine.waiting, engine.cache_usage) == (True, 0, 0, 0.0)
     manager = engine._executor._manager  # type: ignore[attr-defined]
-    assert (manager.output_router.result_handlers, engine._executor._row_sampler.samplers) == ({}, {})  # type: ignore[attr-defined]
+    assert (manager.output_router.result_handlers, engine._executor._step_sampler.samplers) == ({}, {})  # type: ignore[attr-defined]
     assert generate_all(engine, requests) == expected
 
 
@@ -208,7 +208,7 @@ def test_step_failure_of_no_sequence_ends_the_loop(loaded: LoadedModel, monkeypa
 def test_step_failure_that_loses_the_device_ends_the_loop(
     loaded: LoadedModel, requests: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
+    monkeypatch.setattr(causal_lm, "is_device_lost", lambda _: True)
     with started(loaded) as ending:
         assertion = torch.AcceleratorError("CUDA error: device-side assert triggered")
         with spoiled_step(loaded, Failure(ending, 3, assertion), 3):
@@ -238,7 +238,7 @@ def test_device_is_lost_if_a_cuda_device_cannot_synchronize(
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert batching_manager._is_device_lost(Model()) is (raises and device == "cuda:1")  # type: ignore[arg-type]
+    assert causal_lm.is_device_lost(Model()) is (raises and device == "cuda:1")  # type: ignore[arg-type]
     assert synchronized == (["cuda:1"] if device == "cuda:1" else [])
 
 
