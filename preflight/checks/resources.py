@@ -263,7 +263,7 @@ def _gpu_memory(deployment: Deployment, weights: float, cache: float) -> Iterato
 
 
 def _host_memory(deployment: Deployment, stored: float, processes: float, memory: float) -> Iterator[Finding]:
-    """Check that the page cache can hold the checkpoint while it is loaded, beside what counts as memory too."""
+    """Check that the page cache can hold the checkpoint while it is loaded, next to what counts as memory too."""
     volumes = [volume.get("emptyDir") or {} for volume in deployment.predictor_pod.spec.get("volumes", [])]
     shared = sum(
         quantities.number(volume.get("sizeLimit", 0)) for volume in volumes if volume.get("medium") == "Memory"

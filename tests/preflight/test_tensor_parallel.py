@@ -16,16 +16,18 @@ LLAMA = resources.read(OVERLAYS / "prod-multi-gpu/model-config.json")
 SIZE = gpus.TENSOR_PARALLEL_SIZE
 
 
-def request(draft: Draft, count: str, resource: str = gpus.GPU) -> None:
+def request(draft: Draft, count: str, resource: str = gpus.GPU) -> Draft:
     for kind in ("requests", "limits"):
         del draft.model["resources"][kind][gpus.GPU]
         draft.model["resources"][kind][resource] = count
+    return draft
 
 
-def select(draft: Draft, **labels: str) -> None:
+def select(draft: Draft, **labels: str) -> Draft:
     """Replace the affinity by a node selector with labels of GPU feature discovery."""
     del draft.predictor["affinity"]["nodeAffinity"]
     draft.predictor["nodeSelector"] |= {f"nvidia.com/gpu.{name}": value for name, value in labels.items()}
+    return draft
 
 
 def on_a_cpu(draft: Draft) -> None:
