@@ -34,6 +34,7 @@ class FairScheduler(FIFOScheduler):
     would never admit one.
     """
 
+    max_requests_per_batch: int
     scheduled: Sequence[Any] = ()
     """Sequences of the step; none before they are all scheduled."""
     unscored: Collection[str] = ()
