@@ -135,8 +135,8 @@ class SamplingParams:
     """What the text follows."""
     priority: int = 0
     """Order among the caller's waiting sequences, as in vLLM: a lower one starts earlier."""
-    logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
-    """Factories of additional logits processors; each sequence gets its own, applied after all others."""
+    token_masks: tuple[Callable[[], Callable[..., Any]], ...] = ()
+    """Factories of further rules for the tokens that may follow; each sequence gets its own `TokenMask`."""
 
 
 @dataclass(frozen=True, slots=True)
