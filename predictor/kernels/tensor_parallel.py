@@ -6,7 +6,7 @@ Rank 0 is the server and its engine; the others are followers. Without a group t
 from datetime import timedelta
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 
 def join(rank: int, size: int, address: str, *, device: torch.device, timeout_seconds: float) -> None:
@@ -41,3 +41,22 @@ def all_reduce(partial: torch.Tensor) -> torch.Tensor:
     if size() > 1:
         distributed.all_reduce(partial)
     return partial
+
+
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Replace each element by the largest of all ranks, in place, and return the tensor."""
+    if size() > 1:
+        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values
+
+
+def all_gather(part: torch.Tensor, width: int) -> torch.Tensor:
+    """Join the ranks' parts of the last dimension, (..., part) to (..., `width`).
+
+    The parts are those of `torch.chunk`: the last ones may be shorter.
+    """
+    longest = -(-width // size())
+    padded = nn.functional.pad(part, (0, longest - part.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    distributed.all_gather(parts, padded)
+    return torch.cat(parts, -1)[..., :width]
