@@ -22,9 +22,10 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
-from predictor.errors import EngineStopped, StartupError
+from predictor.errors import EngineStopped, OutOfMemory, StartupError
 from predictor.kernels import tensor_parallel
 from predictor.kernels.cpu import transformers_attention
+from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller
 
@@ -32,6 +33,10 @@ logger = logging.getLogger(__name__)
 
 FOLLOW_POLL_SECONDS = 0.2
 """How often a follower checks that its step loop runs."""
+OUT_OF_MEMORY = (
+    "Out of memory: a step did not fit, and this request, the newest of it, was ended. Retry later. The server's "
+    "operator can lower --max_num_batched_tokens, --max_num_seqs or --kv_cache_memory_fraction, or add memory."
+)
 
 
 class _Timed(Protocol):
@@ -152,7 +157,9 @@ class BatchingManager:
     def start(self) -> None:
         try:
             self._manager.warmup()
-        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+        except (MemoryError, ValueError, RuntimeError) as error:
+            if not (isinstance(error, ValueError) or memory.is_out_of_memory(error)):
+                raise
             raise StartupError(
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
@@ -194,9 +201,7 @@ class BatchingManager:
             max_new_tokens=max_tokens,
             streaming=True,
             eos_token_id=list(end_token_ids),
-            submission=Submission(
-                caller, priority, len(prompt) if sampler.num_prompt_logprobs is not None else None
-            ),
+            submission=Submission(caller, priority, len(prompt) if sampler.num_prompt_logprobs is not None else None),
         )
         if added is None:
             self._forget(request_id)
@@ -234,8 +239,8 @@ class BatchingManager:
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
 
-        An error fails the sequences of the step, and the loop goes on. It ends with an error that makes the device
-        unusable, or that no sequence causes.
+        An error fails the sequences of the step, or the newest of them if memory is short, and the loop goes on. It
+        ends with an error that makes the device unusable, or that no sequence causes.
         """
         processor.scheduler.scheduled = []
         try:
@@ -246,17 +251,27 @@ class BatchingManager:
                 self._failed.set()
                 raise
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
-            if causal_lm.is_device_lost(self._model):
+            if causal_lm.is_device_lost(self._model) or not self._recover(processor.scheduler, error):
                 raise
-            failed = processor.scheduler.remove_failed()
-            if not failed:
-                raise
-            self._failed_step_count += 1
-            logger.exception("a step failed, and its sequences: %d", len(failed))
-            self._report_failure(failed, error)
         if self._model.device.type == "cuda":
             # The step may have failed for lack of memory; its tensors are unreferenced only here.
             torch.cuda.empty_cache()
+        return True
+
+    def _recover(self, scheduler: Any, error: BaseException) -> bool:
+        """Remove and fail sequences of a failed step; return whether there were any."""
+        is_out_of_memory = memory.is_out_of_memory(error)
+        failed = scheduler.remove_newest() if is_out_of_memory else scheduler.remove_failed()
+        if not failed:
+            return False
+        self._failed_step_count += 1
+        request_ids = ", ".join(state.request_id for state in failed)
+        logger.error("a step failed, and its sequences %s", request_ids, exc_info=error)
+        if is_out_of_memory:
+            self._step_sampler.rewind(scheduler.waiting_requests.values())
+            for state in failed:
+                self._step_sampler.fail(state.request_id, OutOfMemory(OUT_OF_MEMORY))
+        self._report_failure(failed, error)
         return True
 
     def _report_failure(self, failed: Sequence[_RequestState], error: BaseException) -> None:

@@ -231,7 +231,7 @@ def run(settings: Settings) -> bool:
 
 async def _serve(settings: Settings, api_keys: KeyFile | None, tracing: "Tracing | None") -> bool:
     with ranks.started(settings) as group:
-        service = LLMService(settings, group and group.rank)
+        service = LLMService(settings, group.rank if group else None)
         lifecycle = Lifecycle(service, settings.shutdown_grace_seconds, settings.shutdown_delay_seconds, group)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, lifecycle.handle_signal, number)

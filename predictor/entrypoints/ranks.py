@@ -60,15 +60,15 @@ class Ranks:
     async def reason(self, symptom: str) -> RankFailed:
         """Return why rank 0 has failed with a symptom: it may be because of a follower."""
         deadline = time.monotonic() + LAST_SECONDS
-        while not (reason := self._ended()) and time.monotonic() < deadline:
+        while not (reason := self._ended()) and time.monotonic() < deadline:  # noqa: ASYNC110, there is no event
             await asyncio.sleep(POLL_SECONDS)
         return RankFailed(reason or self._stopped() or symptom)
 
     def _ended(self) -> str | None:
         for number, process in enumerate(self._followers, start=1):
             if code := process.poll():
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-                return f"Rank {number} (process {process.pid}) {how}. Its log says why, unless it lacked memory."
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+                return f"Rank {number} (process {process.pid}) {how}. Its log has more, unless memory ran out."
         return None
 
     def _stopped(self) -> str | None:
@@ -119,7 +119,7 @@ def started(settings: Settings) -> Iterator[Ranks | None]:
 
 
 def _start(settings: Settings, rank: Rank) -> "subprocess.Popen[str]":
-    process = subprocess.Popen(  # noqa: S603
+    process = subprocess.Popen(
         [sys.executable, "-m", "predictor.entrypoints.follower"],
         stdin=subprocess.PIPE,
         text=True,

@@ -54,9 +54,9 @@ def resolve_size(size: int | Literal["auto"], device: str) -> int:
     kind, _, index = device.partition(":")
     uses_cuda = kind == "cuda" or (kind == "auto" and torch.cuda.is_available())
     if size == "auto":
-        size = max(1, torch.cuda.device_count()) if uses_cuda and not index else 1
+        return max(1, torch.cuda.device_count()) if uses_cuda and not index else 1
     if size == 1:
-        return 1
+        return size
     if kind == "mps":
         raise InvalidSettings(f"--tensor_parallel_size is {size}, but mps has one device. Use 1, or --device cpu.")
     if index:
@@ -91,7 +91,7 @@ def join(
         timeout_seconds: limit of every collective operation until `set_timeout`.
         listen_fd: as of `Rank`.
     """
-    global _load_group  # noqa: PLW0603, torch's group is the process's, too
+    global _load_group  # as torch's default group
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     # Some parts of transformers read these instead of the group.

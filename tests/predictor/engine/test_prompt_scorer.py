@@ -151,7 +151,7 @@ def test_prompt_logprobs_of_a_cancelled_sequence_are_dropped(loaded: LoadedModel
             stream.close()
             async with asyncio.timeout(HANG_SECONDS):
                 # The step loop adds and drops it.
-                while engine._executor.has_pending or scorer.samplers:
+                while engine._executor.has_pending or scorer.samplers:  # noqa: ASYNC110, there is no event for it
                     await asyncio.sleep(0.001)
 
         scorer = engine._executor._step_sampler.scorer  # type: ignore[attr-defined]
