@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -227,6 +227,19 @@ def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingMan
     assert processor.scheduler.block_new_requests is False
     assert processor.logit_processor.logits_processor == [executor._step_sampler]
     assert processor.logit_processor.do_processing
+
+
+@pytest.mark.parametrize(("fraction", "fits"), [(0.8, False), (batching_manager._NO_LIMIT, True)])
+def test_batching_cache_of_a_given_size_is_checked_by_the_fraction_only(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch, fraction: float, fits: bool
+) -> None:
+    config = dataclasses.replace(executor._manager.continuous_batching_config, max_memory_percent=fraction)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: (torch.device("cuda"), 2**20, 0, 0))
+    with nullcontext() if fits else pytest.raises(MemoryError):
+        made = cache.PagedAttentionCache(
+            executor._manager.model.config, config, "cpu", executor._manager.distributed_helper, torch.float32
+        )
+        assert made.num_blocks == 4
 
 
 def test_batching_cache_reports_the_configured_capacity(executor: BatchingManager) -> None:
