@@ -14,7 +14,6 @@ from preflight.checks import (
     schema,
     security,
     settings,
-    tensor_parallel,
     timeouts,
     volumes,
 )
@@ -56,7 +55,6 @@ def check(
         partial(settings.check, model=model),
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),
-        partial(tensor_parallel.check, model=model),
         partial(volumes.check, model=model),
     ):
         findings += _findings(check_, deployment)
