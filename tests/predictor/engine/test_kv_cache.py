@@ -89,18 +89,20 @@ MISTRAL = SimpleNamespace(
 
 
 def cuda_tokens(monkeypatch: pytest.MonkeyPatch, free_bytes: int, fraction: float = 0.8) -> int:
-    calls: list[torch.device] = []
+    calls: list[str] = []
 
-    def mem_get_info(device: torch.device) -> tuple[int, int]:
-        assert calls, "torch's free blocks are given back before"
+    def mem_get_info(_: torch.device) -> tuple[int, int]:
+        calls.append("mem_get_info")
         return free_bytes, 141 * 2**30
 
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append(torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty_cache"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     config = SimpleNamespace(get_text_config=lambda: MISTRAL)
     model: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, config=config)
     settings = Settings(max_num_seqs=64, max_num_batched_tokens=2048, kv_cache_memory_fraction=fraction)
-    return kv_cache.token_budget(model, settings, context_tokens=4096, dense_mask=False)
+    capacity = kv_cache.token_budget(model, settings, context_tokens=4096, dense_mask=False)
+    assert calls == ["empty_cache", "mem_get_info"], "torch's free blocks are given back before"
+    return capacity
 
 
 def test_token_budget_on_cuda_is_what_other_processes_and_steps_leave(monkeypatch: pytest.MonkeyPatch) -> None:
