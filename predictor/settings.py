@@ -91,7 +91,7 @@ class Settings(BaseSettings):
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Fraction of the memory left after loading the weights, within the container's limit, for the KV cache."""
+    """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     chat_template_kwargs: str = "{}"

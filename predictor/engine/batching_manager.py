@@ -39,6 +39,10 @@ OUT_OF_MEMORY = (
 )
 
 
+_NO_LIMIT = 1000.0
+"""Times the free memory that the manager's cache may take."""
+
+
 class _Timed(Protocol):
     """Times of a sequence by `time.perf_counter()`."""
 
@@ -65,11 +69,11 @@ class BatchingManager:
     Args:
         model: as of `Engine.from_model`, with its final attention implementation.
         settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
-        kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
+        kv_cache_tokens: capacity of the KV cache.
         flash: use flash attention kernels on CUDA, where they are installed.
     """
 
-    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None, *, flash: bool = True) -> None:
+    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int, *, flash: bool = True) -> None:
         uses_flash = flash and model.device.type == "cuda"
         self._model = model
         self._failed_step_count = 0
@@ -85,8 +89,9 @@ class BatchingManager:
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
-                num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
-                max_memory_percent=settings.kv_cache_memory_fraction,
+                num_blocks=math.ceil(kv_cache_tokens / PAGE_TOKENS),
+                # By its own sums, which count masks and copies of keys and values that CUDA's attention does not make.
+                max_memory_percent=_NO_LIMIT if model.device.type == "cuda" else settings.kv_cache_memory_fraction,
                 max_batch_tokens=settings.max_num_batched_tokens,
                 max_requests_per_batch=settings.max_num_seqs,
                 scheduler_type=fair_scheduler.NAME,

@@ -82,7 +82,7 @@ class Engine:
         uses_past = past_key_values.install(model)
         dense_mask = uses_past or not attention.install(model)
         kv_cache_tokens = settings.kv_cache_tokens
-        if kv_cache_tokens is None and model.device.type != "cuda":
+        if kv_cache_tokens is None:
             kv_cache_tokens = kv_cache.token_budget(
                 model, settings, context_tokens=context_tokens, dense_mask=dense_mask
             )

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -254,6 +254,19 @@ def test_batching_cancelled_requests_are_a_set_of_the_scheduler(executor: Batchi
 def test_torch_timeout_of_a_group_can_be_set() -> None:
     parameters = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout).parameters
     assert list(parameters) == ["timeout", "group"]
+
+
+@pytest.mark.parametrize(("fraction", "fits"), [(0.8, False), (batching_manager._NO_LIMIT, True)])
+def test_batching_cache_of_a_given_size_is_checked_by_the_fraction_only(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch, fraction: float, fits: bool
+) -> None:
+    config = dataclasses.replace(executor._manager.continuous_batching_config, max_memory_percent=fraction)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: (torch.device("cuda"), 2**20, 0, 0))
+    with nullcontext() if fits else pytest.raises(MemoryError):
+        made = cache.PagedAttentionCache(
+            executor._manager.model.config, config, "cpu", executor._manager.distributed_helper, torch.float32
+        )
+        assert made.num_blocks == 4
 
 
 def test_batching_cache_reports_the_configured_capacity(executor: BatchingManager) -> None:
