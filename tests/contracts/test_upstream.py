@@ -10,10 +10,11 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,12 +56,14 @@ from uvicorn.server import ServerState
 from devtools import tiny_llama
 from devtools.architectures import CASES
 from devtools.paths import DEMO_MODEL
-from predictor.engine import batching_manager
+from predictor.engine import batching_manager, causal_lm
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.step_sampler import StepSampler
+from predictor.engine.submission import Submission
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.generation import output_notations
@@ -73,7 +76,7 @@ from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
-from predictor.types import ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
+from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
 
@@ -82,7 +85,7 @@ pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
 HANG_SECONDS = 120
 
 
-# transformers' continuous batching: predictor/engine/batching_manager.py, fair_scheduler.py
+# transformers' continuous batching: predictor/engine/{batching_manager,fair_scheduler,step_sampler,rank_steps}.py
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +229,46 @@ def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingMan
     processor = executor._manager.batch_processor
     assert isinstance(processor.scheduler, FairScheduler)
     assert processor.scheduler.block_new_requests is False
-    assert processor.logit_processor.logits_processor == [executor._row_sampler]
+    assert processor.logit_processor.logits_processor == [executor._step_sampler]
     assert processor.logit_processor.do_processing
+
+
+def test_batching_request_state_keeps_its_submission_when_it_starts_again(executor: BatchingManager) -> None:
+    submission = Submission(Caller("alice"), 3, 10)
+    state = continuous_api.RequestState("a", [5, 6], logit_processor_kwargs={"submission": submission})
+    executor._manager.logit_processor.check_kwargs(state.logit_processor_kwargs)
+    assert state.create_equivalent_initial_request().logit_processor_kwargs == {"submission": submission}
+
+
+def test_batching_manager_waits_in_an_event_and_delivers_by_its_router(executor: BatchingManager) -> None:
+    manager = executor._manager
+    assert isinstance(manager._wake_up_loop, threading.Event)
+    assert set(inspect.signature(manager.output_router.deliver).parameters) == {"output"}
+    assert set(inspect.signature(manager.output_router.deliver_batch).parameters) == {"outputs"}
+    assert manager.distributed_helper.tp_group is None
+    assert manager.continuous_batching_config.cpu_group_timeout == 120
+
+
+def test_batching_cancelled_requests_are_a_set_of_the_scheduler(executor: BatchingManager) -> None:
+    assert executor._manager.batch_processor.scheduler._requests_to_cancel == set()
+
+
+def test_torch_timeout_of_a_group_can_be_set() -> None:
+    parameters = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout).parameters
+    assert list(parameters) == ["timeout", "group"]
+
+
+@pytest.mark.parametrize(("fraction", "fits"), [(0.8, False), (batching_manager._NO_LIMIT, True)])
+def test_batching_cache_of_a_given_size_is_checked_by_the_fraction_only(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch, fraction: float, fits: bool
+) -> None:
+    config = dataclasses.replace(executor._manager.continuous_batching_config, max_memory_percent=fraction)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: (torch.device("cuda"), 2**20, 0, 0))
+    with nullcontext() if fits else pytest.raises(MemoryError):
+        made = cache.PagedAttentionCache(
+            executor._manager.model.config, config, "cpu", executor._manager.distributed_helper, torch.float32
+        )
+        assert made.num_blocks == 4
 
 
 def test_batching_cache_reports_the_configured_capacity(executor: BatchingManager) -> None:
@@ -278,16 +319,16 @@ def test_batching_rows_without_a_new_token_come_last(
 ) -> None:
     sampled: dict[str, list[int]] = {}
     unused_rows = 0
-    call = batching_manager._RowSampler.__call__
+    call = StepSampler.__call__
 
-    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+    def record(step_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         nonlocal unused_rows
-        unused_rows += len(scores) - len(row_sampler._states)
-        for state, row in zip(row_sampler._states, scores, strict=False):
+        unused_rows += len(scores) - len(step_sampler._states)
+        for state, row in zip(step_sampler._states, scores, strict=False):
             sampled.setdefault(state.request_id, []).append(int(row.argmax()))
-        return call(row_sampler, scores, tensor_arg)
+        return call(step_sampler, scores, tensor_arg)
 
-    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    monkeypatch.setattr(StepSampler, "__call__", record)
     _, outputs = asyncio.run(finish(executor, [(20, 30), (200, 3), (150, 5)]))
     assert unused_rows > 0, "a chunk of a prompt and a decode in one step"
     assert sampled == {str(index): each[-1].token_ids for index, each in enumerate(outputs)}
@@ -297,14 +338,14 @@ def test_batching_step_sequences_have_their_rows_in_order(
     executor: BatchingManager, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[list[tuple[str, int, int]]] = []
-    call = batching_manager._RowSampler.__call__
+    call = StepSampler.__call__
 
-    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+    def record(step_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         sequences = executor._manager.batch_processor.inputs_and_outputs.requests_in_batch
         steps.append([(one.state.request_id, one.state.position_offset, one.query_length) for one in sequences])
-        return call(row_sampler, scores, tensor_arg)
+        return call(step_sampler, scores, tensor_arg)
 
-    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    monkeypatch.setattr(StepSampler, "__call__", record)
     asyncio.run(finish(executor, [(100, 2), (60, 1)], prefix="rows "))
     # A step has 128 rows; the offset is that after the step.
     assert steps[0] == [("rows 0", 100, 100), ("rows 1", 28, 28)]
@@ -333,7 +374,7 @@ def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager
 
     assert asyncio.run(cancel()) == 0, "a cancelled sequence has no final output"
     asyncio.run(finish(executor, [(10, 1)]))
-    assert (handlers, executor._row_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
+    assert (handlers, executor._step_sampler.samplers, executor.cache_usage) == ({}, {}, 0.0)
 
 
 def test_batching_outputs_without_a_handler_are_not_kept(executor: BatchingManager) -> None:
@@ -350,15 +391,15 @@ def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
 ) -> None:
     states: dict[str, dict[int, Any]] = {}
     tokens: dict[str, list[list[int]]] = {}
-    call = batching_manager._RowSampler.__call__
+    call = StepSampler.__call__
 
-    def record(row_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
-        for state in row_sampler._states:
+    def record(step_sampler: Any, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        for state in step_sampler._states:
             states.setdefault(state.request_id, {})[id(state)] = state
             tokens.setdefault(state.request_id, []).append(state.initial_tokens + state.generated_tokens)
-        return call(row_sampler, scores, tensor_arg)
+        return call(step_sampler, scores, tensor_arg)
 
-    monkeypatch.setattr(batching_manager._RowSampler, "__call__", record)
+    monkeypatch.setattr(StepSampler, "__call__", record)
     with started(model, 2 * PAGE_TOKENS) as small:
         prompts, outputs = asyncio.run(finish(small, [(240, 40), (230, 40)]))
     assert max(len(copies) for copies in states.values()) > 1, "a sequence left the full cache and started again"
@@ -447,7 +488,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
     def fail(*_: Any) -> None:
         raise RuntimeError("the device is gone")
 
-    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
+    monkeypatch.setattr(causal_lm, "is_device_lost", lambda _: True)
 
     with started(model) as dying:
         handle = model.register_forward_pre_hook(fail)
@@ -460,7 +501,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         assert not dying.is_accepting
         with pytest.raises(EngineStopped):
             asyncio.run(finish(dying, [(10, 5)]))
-        assert (dying._row_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
+        assert (dying._step_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
 # transformers' plans of tensor parallelism: predictor/kernels/shards.py, predictor/models/sharding.py

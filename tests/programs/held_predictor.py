@@ -15,13 +15,13 @@ from predictor.__main__ import main
 order = Path(sys.argv.pop())
 flags, sys.argv[1:] = sys.argv[1:], []
 
-from predictor.engine import batching_manager, engine  # noqa: E402, KServe parses sys.argv when it is imported
+from predictor.engine import causal_lm, engine  # noqa: E402, KServe parses sys.argv when it is imported
 from predictor.models import loader  # noqa: E402
 
 load = loader.load
 engine.STOP_TIMEOUT_SECONDS = 1.0
 # A model that fails on order is on a device that computes no more.
-batching_manager._is_device_lost = lambda model: True  # noqa: ARG005, the parameter of the original
+causal_lm.is_device_lost = lambda model: True  # noqa: ARG005, the parameter of the original
 
 
 def read_order() -> str:
