@@ -81,3 +81,18 @@ def has_part_of_rows(weight: torch.Tensor) -> bool:
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """Return this rank's part of a parameter; all of it if it is not divided."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def divides_heads(config: Any) -> bool:
+    """Whether ranks have some attention heads each, by a model's config, in projections that the KV cache knows."""
+    return _attention_styles(config, "k_proj", "v_proj") == {"colwise"}
+
+
+def gathers_heads(config: Any) -> bool:
+    """Whether ranks divide a fused projection, and have all attention heads."""
+    return _attention_styles(config, "qkv_proj") == {"colwise_gather_output"}
+
+
+def _attention_styles(config: Any, *projections: str) -> set[str | None]:
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    return {plan.get(f"layers.*.self_attn.{name}") for name in projections}

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 LOAD_SECONDS = 86400.0
 """Limit of operations during the load, in which ranks wait for the slowest. The end of a process ends them at once."""
+EXCHANGE_SECONDS = 600.0
+"""Limit of one exchange of numbers while weights load. A rank that failed waits for the others without taking part."""
 _VARIABLES = {
     # The ranks share a machine: the interface of the host's name need not exist, and other machines need no access.
     "GLOO_SOCKET_IFNAME": "lo",
@@ -134,9 +136,14 @@ def all_reduce(partial: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
-    """Replace each element by the largest of all ranks, in place, and return the tensor."""
+    """Replace each element by the largest of all ranks, in place, and return the tensor; during the load.
+
+    Raises:
+        RuntimeError: another rank has failed, and does not take part.
+    """
     if size() > 1:
-        distributed.all_reduce(values, distributed.ReduceOp.MAX)
+        work = distributed.all_reduce(values, distributed.ReduceOp.MAX, async_op=True)
+        work.wait(timedelta(seconds=EXCHANGE_SECONDS))
     return values
 
 

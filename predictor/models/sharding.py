@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from predictor.errors import InvalidSettings, UnsupportedModel
-from predictor.kernels import tensor_parallel
+from predictor.kernels import shards, tensor_parallel
 from predictor.types import Task
 
-_ATTENTION = "layers.*.self_attn."
 _SINGLE = "Set --tensor_parallel_size 1."
 
 
@@ -42,8 +41,9 @@ def check(config: Any, directory: Path, task: Task, *, has_remote_code: bool) ->
         raise UnsupportedModel(
             f"{directory} holds a {architecture}, which {ranks} ranks cannot share: {refused}. {_SINGLE}"
         )
-    heads, kv_heads = config.num_attention_heads, num_kv_heads(config)
-    if divides_heads(config) and (heads % ranks or kv_heads % ranks):
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if shards.divides_heads(config) and (heads % ranks or kv_heads % ranks):
         divisor = math.gcd(heads, kv_heads)
         largest = max(size for size in range(1, min(ranks, divisor) + 1) if divisor % size == 0)
         raise UnsupportedModel(
@@ -52,25 +52,11 @@ def check(config: Any, directory: Path, task: Task, *, has_remote_code: bool) ->
         )
 
 
-def num_kv_heads(config: Any) -> int:
-    """Return the number of KV heads of a layer."""
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def divides_heads(config: Any) -> bool:
-    """Whether each rank has some of the heads; else it has all."""
-    return _attention_styles(config, "k_proj", "v_proj") == {"colwise"}
-
-
 def refusal(config: Any) -> str:
     """Return why the layers of an architecture cannot be divided; empty if they can."""
     plan = getattr(config, "base_model_tp_plan", None)
     if not plan:
         return "transformers has no plan to divide its layers"
-    if divides_heads(config) or _attention_styles(config, "qkv_proj") == {"colwise_gather_output"}:
+    if shards.divides_heads(config) or shards.gathers_heads(config):
         return ""
     return "its plan in transformers does not divide attention as the KV cache needs it"
-
-
-def _attention_styles(config: Any, *projections: str) -> set[str | None]:
-    return {config.base_model_tp_plan.get(f"{_ATTENTION}{name}") for name in projections}

@@ -71,7 +71,7 @@ from predictor.generation.output_parser import OutputParser
 from predictor.kernels import past_key_values, shards
 from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
 from predictor.kernels.cpu.linear import Int8Linear
-from predictor.models import loader, sharding
+from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
@@ -504,7 +504,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         assert (dying._step_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
-# transformers' plans of tensor parallelism: predictor/kernels/shards.py, predictor/models/sharding.py
+# transformers' plans of tensor parallelism: predictor/kernels/shards.py
 
 
 def test_parallel_plans_have_the_styles_that_our_kernels_know() -> None:
@@ -519,7 +519,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     name: str, divides_heads: bool, in_cache: bool
 ) -> None:
     config = CASES[name].config()
-    assert sharding.divides_heads(config) is divides_heads
+    assert shards.divides_heads(config) is divides_heads
     plan = {f"model.{module}": style for module, style in config.base_model_tp_plan.items()}
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 

@@ -64,6 +64,10 @@ def load(directory: Path, dtype: str, mode: str) -> LoadedModel:
     return loader.load(directory, device="cpu", dtype=dtype, quantization=mode)
 
 
+def _load_adapted(directory: Path, adapter: Path) -> LoadedModel:
+    return loader.load(directory, device="cpu", dtype="float32", adapter_dir=adapter)
+
+
 def compute(model: Any) -> Computed:
     with torch.inference_mode():
         logits = model(torch.tensor([make_prompts()[3]]), use_cache=False).logits[0].float()
@@ -159,7 +163,7 @@ def run_default_tier(directories: Sequence[Path], quantized: Path, adapter: Path
         "int8": int8_parameters(directories[0], quantize=True),
         "prepared": int8_parameters(quantized, quantize=False),
         "prepared logits": compute(load(quantized, "bfloat16", "none").model),
-        "adapted": compute(loader.load(directories[0], device="cpu", dtype="float32", adapter_dir=adapter).model),
+        "adapted": compute(_load_adapted(directories[0], adapter).model),
         "read_bytes": read_bytes(directories[0]),
         "device_map": load(directories[0], "float32", "none").device_map,
         "gathered": tensor_parallel.all_gather(torch.arange(5).chunk(2)[tensor_parallel.rank()], 5).tolist(),
@@ -269,8 +273,7 @@ def test_prepared_int8_weights_have_the_logits_of_those_quantized_while_loading(
 def test_adapter_is_merged_into_the_parts_of_ranks(
     directories: dict[str, Path], divided: list[dict[str, Any]], adapter: Path
 ) -> None:
-    options: loader.LoadOptions = {"device": "cpu", "dtype": "float32"}
-    merged = compute(loader.load(directories[FUSED[0]], adapter_dir=adapter, **options).model).logits
+    merged = compute(_load_adapted(directories[FUSED[0]], adapter).model).logits
     assert relative_error(divided[0]["computed"][0][0].logits, merged) > 0.1
     assert relative_error(divided[0]["adapted"].logits, merged) < 1e-5
 
