@@ -6,6 +6,7 @@ internals are not a public API: `tests/contracts/test_upstream.py` tests every a
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -14,14 +15,15 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.logits_process import LogitsProcessorList
 
-from predictor.engine import causal_lm, fair_scheduler
+from predictor.engine import causal_lm, fair_scheduler, rank_steps
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
-from predictor.engine.fair_queue import FairQueue
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
+from predictor.engine.submission import Submission
 from predictor.errors import EngineStopped, OutOfMemory, StartupError
+from predictor.kernels import tensor_parallel
 from predictor.kernels.cpu import transformers_attention
 from predictor.resources import memory
 from predictor.settings import Settings
@@ -29,6 +31,8 @@ from predictor.types import Caller
 
 logger = logging.getLogger(__name__)
 
+FOLLOW_POLL_SECONDS = 0.2
+"""How often a follower checks that its step loop runs."""
 OUT_OF_MEMORY = (
     "Out of memory: a step did not fit, and this request, the newest of it, was ended. Retry later. The server's "
     "operator can lower --max_num_batched_tokens, --max_num_seqs or --kv_cache_memory_fraction, or add memory."
@@ -76,8 +80,9 @@ class BatchingManager:
         self._step_sampler = StepSampler(
             model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
-        self._fair_queue = FairQueue()
-        """The scheduler's, once started."""
+        self._step_timeout_seconds = settings.step_timeout_seconds
+        self._failed = threading.Event()
+        """The loop ends by an error; with tensor parallelism only."""
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
@@ -97,14 +102,18 @@ class BatchingManager:
                 # Block tables are for flash attention kernels, which read the paged cache themselves.
                 max_blocks_per_request=None if uses_flash else 0,
                 auto_switch_to_flash=uses_flash,
+                cpu_group_timeout=settings.step_timeout_seconds,
             ),
         )
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._step_sampler]))
-        processors.tensors_required = 1  # the list counts only processors that it has converted itself
+        steps = [self._step_sampler, *([rank_steps.TokenBroadcast()] if tensor_parallel.size() > 1 else [])]
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList(steps))
+        processors.tensors_required = len(steps)  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
         self._manager.output_router.output_queue = _DiscardingQueue()
         self._run_iteration = self._manager._generation_loop_body
         self._manager._generation_loop_body = self._run_guarded_iteration
+        if tensor_parallel.rank():
+            rank_steps.follow_driver(self._manager)
 
     @property
     def cache_tokens(self) -> int:
@@ -159,8 +168,8 @@ class BatchingManager:
             raise StartupError(
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
-        self._fair_queue = self._manager.batch_processor.scheduler.fair_queue
-        self._manager.batch_processor.scheduler.unscored = self._step_sampler.scorer.samplers
+        self._manager.batch_processor.scheduler.scorer = self._step_sampler.scorer
+        tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
         self._manager.start()
         size_bytes = self._manager.batch_processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
@@ -184,13 +193,11 @@ class BatchingManager:
             finished = output.is_finished()
             if finished:
                 self._step_sampler.remove(request_id)
-                self._fair_queue.discard(request_id)
             # The text of some errors is empty.
             error = None if output.error is None else output.error or "unknown error"
             on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
         self._step_sampler.add(request_id, sampler)
-        self._fair_queue.add(request_id, caller, priority)
         # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
         added = self._manager.add_request(
@@ -199,6 +206,7 @@ class BatchingManager:
             max_new_tokens=max_tokens,
             streaming=True,
             eos_token_id=list(end_token_ids),
+            submission=Submission(caller, priority, len(prompt) if sampler.num_prompt_logprobs is not None else None),
         )
         if added is None:
             self._forget(request_id)
@@ -214,11 +222,24 @@ class BatchingManager:
         return None if state is None else _queue_seconds(state)
 
     def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return self._run_plain_pass(tensor_parallel.share(token_ids)).cpu()
+
+    def _run_plain_pass(self, token_ids: Sequence[int]) -> torch.Tensor:
         model = self._model
         input_ids = torch.tensor([token_ids], device=model.device)
         with torch.no_grad(), transformers_attention.selected(model, self._plain_implementation):
             logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
-        return logits.cpu()
+        return logits
+
+    def end_plain_passes(self) -> None:
+        tensor_parallel.share(None)
+
+    def follow(self) -> bool:
+        while (token_ids := tensor_parallel.share()) is not None:
+            self._run_plain_pass(token_ids)
+        while self.is_running and not self._failed.wait(FOLLOW_POLL_SECONDS):
+            pass
+        return not self._failed.is_set()
 
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
@@ -230,6 +251,10 @@ class BatchingManager:
         try:
             return bool(self._run_iteration(processor, bootstrapping))
         except BaseException as error:
+            # The other ranks may be in the middle of the step, where no operation of this one would match theirs.
+            if tensor_parallel.size() > 1:
+                self._failed.set()
+                raise
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
             if causal_lm.is_device_lost(self._model) or not self._recover(processor.scheduler, error):
                 raise
@@ -266,7 +291,6 @@ class BatchingManager:
     def _forget(self, request_id: str) -> None:
         """Drop the handler of a sequence, which the manager keeps until a final output, and what we keep of it."""
         self._step_sampler.remove(request_id)
-        self._fair_queue.discard(request_id)
         router = self._manager.output_router
         with router._lock:
             router.result_handlers.pop(request_id, None)
