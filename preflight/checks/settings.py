@@ -161,7 +161,7 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
 def _quantization(deployment: Deployment) -> Iterator[Finding]:
     settings = deployment.settings
     falls_back = _is_true(settings.get("PREDICTOR_QUANTIZATION_FALLBACK"))
-    if settings.get("PREDICTOR_QUANTIZATION") == "fp8" and not resources.gpus(deployment) and not falls_back:
+    if settings.get("PREDICTOR_QUANTIZATION") == "fp8" and not gpus.counts(deployment) and not falls_back:
         yield Finding(
             deployment.where,
             "PREDICTOR_QUANTIZATION is fp8 and no GPU is requested, so the predictor does not start",
