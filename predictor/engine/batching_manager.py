@@ -22,7 +22,7 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
 from predictor.errors import EngineStopped, StartupError
-from predictor.kernels.cpu import transformers_attention
+from predictor.kernels import attention, transformers_attention
 from predictor.settings import Settings
 from predictor.types import Caller
 
@@ -56,11 +56,12 @@ class BatchingManager:
         model: as of `Engine.from_model`, with its final attention implementation.
         settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
         kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
-        flash: use flash attention kernels on CUDA, where they are installed.
+        context_tokens: longest sequence whose decodes get a block table of the manager, if the attention reads those.
     """
 
-    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None, *, flash: bool = True) -> None:
-        uses_flash = flash and model.device.type == "cuda"
+    def __init__(
+        self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None, *, context_tokens: int = 0
+    ) -> None:
         self._model = model
         self._failed_step_count = 0
         self._step_sampler = StepSampler(
@@ -83,11 +84,14 @@ class BatchingManager:
                 # batching would prepare a step before the last one is sampled.
                 use_cuda_graph=False,
                 use_async_batching=False,
-                # Block tables are for flash attention kernels, which read the paged cache themselves.
-                max_blocks_per_request=None if uses_flash else 0,
-                auto_switch_to_flash=uses_flash,
+                # The manager makes block tables, and looks on the Hub for kernels, for the package flash-attn only.
+                max_blocks_per_request=0,
+                auto_switch_to_flash=False,
             ),
         )
+        self._uses_block_tables = attention.uses_block_tables(model)
+        if self._uses_block_tables:
+            self._manager.continuous_batching_config.max_blocks_per_request = math.ceil(context_tokens / PAGE_TOKENS)
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._step_sampler]))
         processors.tensors_required = 1  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
@@ -141,6 +145,9 @@ class BatchingManager:
 
     def start(self) -> None:
         try:
+            self._manager.batch_processor = self._manager._create_batch_processor()
+            if self._uses_block_tables:
+                transformers_attention.read_pages(self._manager.batch_processor.cache)
             self._manager.warmup()
         except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
             raise StartupError(

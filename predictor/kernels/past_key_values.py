@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from predictor.kernels.cpu.transformers_attention import PagedKVCache
+from predictor.kernels.transformers_attention import PagedKVCache
 
 MODEL_TYPES = frozenset({"falcon", "nemotron", "stablelm"})
 """Models whose layers do not pass the batching manager's arguments on to the attention interface."""
