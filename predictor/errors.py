@@ -150,3 +150,9 @@ class ModelNotReady(NotNow):
 
 class EngineStopped(NotNow):
     """The step loop has ended, by shutdown or failure."""
+
+
+class OutOfMemory(GenerationFailed, NotNow):
+    """A step did not fit into memory, and this request's sequence was the newest of it."""
+
+    status = NotNow.status

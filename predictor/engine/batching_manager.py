@@ -21,12 +21,18 @@ from predictor.engine.fair_queue import FairQueue
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
-from predictor.errors import EngineStopped, StartupError
+from predictor.errors import EngineStopped, OutOfMemory, StartupError
 from predictor.kernels import attention, transformers_attention
+from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (
+    "Out of memory: a step did not fit, and this request, the newest of it, was ended. Retry later. The server's "
+    "operator can lower --max_num_batched_tokens, --max_num_seqs or --kv_cache_memory_fraction, or add memory."
+)
 
 
 class _Timed(Protocol):
@@ -149,7 +155,9 @@ class BatchingManager:
             if self._uses_block_tables:
                 transformers_attention.read_pages(self._manager.batch_processor.cache)
             self._manager.warmup()
-        except (MemoryError, ValueError, torch.OutOfMemoryError) as error:
+        except (MemoryError, ValueError, RuntimeError) as error:
+            if not (isinstance(error, ValueError) or memory.is_out_of_memory(error)):
+                raise
             raise StartupError(
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
@@ -217,25 +225,35 @@ class BatchingManager:
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
 
-        An error fails the sequences of the step, and the loop goes on. It ends with an error that makes the device
-        unusable, or that no sequence causes.
+        An error fails the sequences of the step, or the newest of them if memory is short, and the loop goes on. It
+        ends with an error that makes the device unusable, or that no sequence causes.
         """
         processor.scheduler.scheduled = []
         try:
             return bool(self._run_iteration(processor, bootstrapping))
         except BaseException as error:
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
-            if causal_lm.is_device_lost(self._model):
+            if causal_lm.is_device_lost(self._model) or not self._recover(processor.scheduler, error):
                 raise
-            failed = processor.scheduler.remove_failed()
-            if not failed:
-                raise
-            self._failed_step_count += 1
-            logger.exception("a step failed, and its sequences: %d", len(failed))
-            self._report_failure(failed, error)
         if self._model.device.type == "cuda":
             # The step may have failed for lack of memory; its tensors are unreferenced only here.
             torch.cuda.empty_cache()
+        return True
+
+    def _recover(self, scheduler: Any, error: BaseException) -> bool:
+        """Remove and fail sequences of a failed step; return whether there were any."""
+        is_out_of_memory = memory.is_out_of_memory(error)
+        failed = scheduler.remove_newest() if is_out_of_memory else scheduler.remove_failed()
+        if not failed:
+            return False
+        self._failed_step_count += 1
+        request_ids = ", ".join(state.request_id for state in failed)
+        logger.error("a step failed, and its sequences %s", request_ids, exc_info=error)
+        if is_out_of_memory:
+            self._step_sampler.rewind(scheduler.waiting_requests.values())
+            for state in failed:
+                self._step_sampler.fail(state.request_id, OutOfMemory(OUT_OF_MEMORY))
+        self._report_failure(failed, error)
         return True
 
     def _report_failure(self, failed: Sequence[_RequestState], error: BaseException) -> None:

@@ -120,7 +120,7 @@ class Engine:
 
     @property
     def failed_steps(self) -> int:
-        """Steps that failed, with their sequences, since the start."""
+        """Steps that failed since the start, with their sequences, or the newest one for lack of memory."""
         return self._executor.failed_step_count
 
     @property

@@ -46,7 +46,7 @@ class Executor(Protocol):
 
     @property
     def failed_step_count(self) -> int:
-        """Steps that failed, with their sequences, since the start."""
+        """Steps that failed since the start, with their sequences, or the newest one for lack of memory."""
 
     @property
     def is_running(self) -> bool:

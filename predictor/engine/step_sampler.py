@@ -1,7 +1,7 @@
 """Logits processor of the batching manager, which samples the tokens of a step."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -57,6 +57,17 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
     def remove(self, request_id: str) -> None:
         self.samplers.pop(request_id, None)
         self.scorer.samplers.pop(request_id, None)
+
+    def rewind(self, states: Iterable[_SequenceState]) -> None:
+        """Forget what a failed step has sampled of sequences that start again, with the tokens of the steps before."""
+        for state in states:
+            if sampler := self.samplers.get(state.request_id):
+                del sampler.logprobs[len(state.initial_tokens) + len(state.generated_tokens) - sampler.prompt_tokens :]
+
+    def fail(self, request_id: str, error: RequestError) -> None:
+        """End a sequence with an error of the request."""
+        if sampler := self.samplers.get(request_id):
+            sampler.failure = error
 
     def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
         int32_tensor.zero_()  # not used

@@ -375,12 +375,12 @@ def _load_weights(plan: LoadPlan) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise UnsupportedModel(
-            f"Not enough memory to load the weights in {plan.weights_dir} ({checkpoint.first_line(error)}). "
-            "Add memory or set --quantization."
-        ) from error
     except Exception as error:
+        if memory.is_out_of_memory(error):
+            raise UnsupportedModel(
+                f"Not enough memory to load the weights in {plan.weights_dir} ({checkpoint.first_line(error)}). "
+                "Add memory or set --quantization."
+            ) from error
         raise _load_error("weights", plan.weights_dir, error) from error
     if task is Task.EMBED:
         # Embeddings are made of the last hidden states; masked language models are saved without BERT's pooler.

@@ -1,4 +1,4 @@
-"""Free memory of a device."""
+"""Free memory of a device, and the lack of it."""
 
 from pathlib import Path
 
@@ -16,3 +16,11 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "mps":
         return int(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     return min(int(psutil.virtual_memory().available), cgroup.available_bytes(Path("/")))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is a lack of memory, of a device or of the host."""
+    # torch has no class of its own for the host.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

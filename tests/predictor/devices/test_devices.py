@@ -17,7 +17,7 @@ from demo import exam
 from devtools.architectures import CASES, save_model
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
-from predictor.errors import GenerationFailed, StartupError
+from predictor.errors import GenerationFailed, OutOfMemory, StartupError
 from predictor.generation.service import LLMService
 from predictor.kernels import past_key_values
 from predictor.models import loader
@@ -145,7 +145,8 @@ def test_failed_step_fails_its_sequences_only(engine: Engine, loaded: LoadedMode
     ids = chat_ids(loaded, "What is 17 + 25?")
     expected = generate(engine, ids, GREEDY)
     before = engine.failed_steps
-    with failing_once(loaded, raise_error if error == "failed" else allocate), pytest.raises(GenerationFailed):
+    fail, expected_error = (raise_error, GenerationFailed) if error == "failed" else (allocate, OutOfMemory)
+    with failing_once(loaded, fail), pytest.raises(expected_error):
         generate(engine, ids, GREEDY)
     assert engine.failed_steps == before + 1
     assert engine.is_alive
