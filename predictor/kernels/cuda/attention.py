@@ -8,6 +8,7 @@ Nothing here waits for the device, and all shapes follow from those of the argum
 captured in a CUDA graph.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,56 +72,58 @@ def attend(
     transformers_attention.check_scores(kwargs)
     layer = PagedLayer(cache, module.layer_idx)
     cu_seq_k, max_k = cu_seq_lens_k[layer.type], max_length_k[layer.type]
-    slots = write_index[layer.index]
+    reads, writes = read_index[layer.index], write_index[layer.index]
     query = query[0].transpose(0, 1)
-    if layer.window is None and (block_table is not None or read_index[layer.index].numel()):
-        key_pages, value_pages = layer.pages()
-        page_tokens = key_pages.shape[1]
-        if block_table is not None:
-            max_k = max(max_k, block_table.shape[-1] * page_tokens)
-        # Kept on the step's tensor, which all layers share. The first layer always makes it, so that a CUDA graph makes
-        # it from the arguments of each replay.
-        sequences: PagedSequences | None = getattr(cu_seq_lens_q, "paged_sequences", None)
-        if sequences is None or layer.is_first:
-            if block_table is not None:
-                sequences = _decodes(block_table[layer.index], cu_seq_k, page_tokens, layer.unused_slot)
-            else:
-                sequences = _any_sequences(read_index[layer.index], slots, cu_seq_k, max_k, page_tokens)
-            cu_seq_lens_q.paged_sequences = sequences  # type: ignore[attr-defined, unused-ignore]
-        layer.update(key, value, read_index[layer.index][:0], sequences.write_index)
-        output = _attend_to_pages(
-            query, key_pages, value_pages, cu_seq_lens_q, cu_seq_k, max_length_q, max_k, sequences, scaling
+    if layer.window is not None or (block_table is None and not reads.numel()):
+        keys, values = layer.update(key, value, reads, writes)
+        output = varlen_attn(
+            query,
+            keys,
+            values,
+            cu_seq_lens_q,
+            cu_seq_k,
+            max_length_q,
+            max_k,
+            scale=scaling,
+            window_size=_window_size(max_length_q, layer.window),
+            enable_gqa=True,
         )
-    else:
-        keys, values = layer.update(key, value, read_index[layer.index], slots)
-        lengths = cu_seq_lens_q, cu_seq_k, max_length_q, max_k
-        window_size = _window_size(max_length_q, layer.window)
-        output = varlen_attn(query, keys, values, *lengths, scale=scaling, window_size=window_size, enable_gqa=True)
-    return output[None], None
+        return output[None], None
+    key_pages, value_pages = layer.pages()
+    page_tokens = key_pages.shape[1]
+    if block_table is not None:
+        max_k = max(max_k, block_table.shape[-1] * page_tokens)
+    # Kept on the step's tensor, which all layers share. The first layer always makes it, so that a CUDA graph makes it
+    # from the arguments of each replay.
+    sequences: PagedSequences | None = getattr(cu_seq_lens_q, "paged_sequences", None)
+    if sequences is None or layer.is_first:
+        if block_table is not None:
+            sequences = _decodes(block_table[layer.index], cu_seq_k, page_tokens, layer.unused_slot)
+        else:
+            sequences = _any_sequences(reads, writes, cu_seq_k, max_k, page_tokens)
+        cu_seq_lens_q.paged_sequences = sequences  # type: ignore[attr-defined, unused-ignore]
+    layer.update(key, value, reads[:0], sequences.write_index)
+    lengths = cu_seq_lens_q, cu_seq_k, max_length_q, max_k
+    return _attend_to_pages(varlen_attn, query, key_pages, value_pages, lengths, sequences, scaling)[None], None
 
 
 def _attend_to_pages(
+    kernel: Callable[..., torch.Tensor],
     query: torch.Tensor,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
-    cu_seq_q: torch.Tensor,
-    cu_seq_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
+    lengths: tuple[torch.Tensor, torch.Tensor, int, int],
     sequences: PagedSequences,
     scale: float,
-    kernel: Any = None,
 ) -> torch.Tensor:
-    decodes_only = max_q == 1
-    shares_kv_heads = query.shape[1] > key_pages.shape[2]
-    output: torch.Tensor = (kernel or varlen_attn)(
+    """Call `varlen_attn` or its reference; `lengths` are cumulative query and key lengths, and the longest of each."""
+    max_q = lengths[2]
+    decodes_only, shares_kv_heads = max_q == 1, query.shape[1] > key_pages.shape[2]
+    return kernel(
         query,
         key_pages,
         value_pages,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
+        *lengths,
         scale=scale,
         window_size=_window_size(max_q, None),
         enable_gqa=True,
@@ -129,7 +132,6 @@ def _attend_to_pages(
         # Splits of the keys are for those decodes. Elsewhere torch 2.13 writes wrong results with them (issue 194167).
         num_splits=None if decodes_only and shares_kv_heads else 1,
     )
-    return output
 
 
 def _window_size(max_q: int, window: int | None) -> tuple[int, int]:
@@ -199,7 +201,7 @@ def _largest_difference(
 ) -> float:
     generator = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "generator": generator}
-    pages = torch.randn(2, 4, KERNEL_PAGE_TOKENS, num_kv_heads, head_dim, **options)
+    key_pages, value_pages = torch.randn(2, 4, KERNEL_PAGE_TOKENS, num_kv_heads, head_dim, **options)
     # Two pages, enough for several splits, and a few keys of one.
     lengths = torch.tensor([2 * KERNEL_PAGE_TOKENS - 3, 9], dtype=torch.int32, device=device)
     block_table = torch.tensor([[2, 1], [3, 0]], dtype=torch.int32, device=device)
@@ -209,8 +211,10 @@ def _largest_difference(
     for query_lengths in ((5, 1), (1, 1)):
         query = torch.randn(sum(query_lengths), num_heads, head_dim, **options)
         cu_seq_q = torch.tensor([0, query_lengths[0], len(query)], dtype=torch.int32, device=device)
-        longest = max(query_lengths), 2 * KERNEL_PAGE_TOKENS
-        arguments = query, *pages, cu_seq_q, cu_seq_k, *longest, sequences, head_dim**-0.5
-        outputs = _attend_to_pages(*arguments), _attend_to_pages(*arguments, kernel=reference.varlen_attn)
-        differences.append((outputs[0] - outputs[1]).abs().amax().nan_to_num(torch.inf))
+        batch = cu_seq_q, cu_seq_k, max(query_lengths), 2 * KERNEL_PAGE_TOKENS
+        actual, expected = (
+            _attend_to_pages(kernel, query, key_pages, value_pages, batch, sequences, head_dim**-0.5)
+            for kernel in (varlen_attn, reference.varlen_attn)
+        )
+        differences.append((actual - expected).abs().amax().nan_to_num(torch.inf))
     return float(torch.stack(differences).amax())

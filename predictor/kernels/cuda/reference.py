@@ -80,6 +80,6 @@ def _attend(
         visible.triu_(diagonal - left)
     if right >= 0:
         visible.tril_(diagonal + right)
-    states = (states.transpose(0, 1)[None] for states in (query, key, value))
-    output = scaled_dot_product_attention(*states, attn_mask=visible, scale=scale, enable_gqa=True)
+    query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+    output = scaled_dot_product_attention(query, key, value, attn_mask=visible, scale=scale, enable_gqa=True)
     return output[0].transpose(0, 1)

@@ -5,6 +5,7 @@ Tokens are those of engines that compute each sequence by itself, and of forward
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,15 +68,30 @@ def kernel() -> Iterator[Kernel]:
     with pytest.MonkeyPatch.context() as patch:
         kernel = Kernel()
         patch.setattr(cuda_attention, "varlen_attn", kernel)
-        patch.setattr(cuda_attention, "unavailable_reason", lambda _: None)
         yield kernel
 
 
 @pytest.fixture(scope="module", params=[256, 8])
-def page_tokens(request: pytest.FixtureRequest) -> Iterator[int]:
+def page_tokens(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@contextmanager
+def choosing_block_tables(page_tokens: int) -> Iterator[None]:
+    """Engines that start here use the kernel, and pages of this size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching_manager, "PAGE_TOKENS", request.param)
-        yield request.param
+        patch.setattr(cuda_attention, "unavailable_reason", lambda _: None)
+        patch.setattr(batching_manager, "PAGE_TOKENS", page_tokens)
+        yield
+
+
+@contextmanager
+def started_with_block_tables(loaded: LoadedModel, page_tokens: int, **changes: Any) -> Iterator[Engine]:
+    with ExitStack() as stack:
+        with choosing_block_tables(page_tokens):
+            running = stack.enter_context(started(loaded, max_num_batched_tokens=CHUNK, **changes))
+        assert attention.uses_block_tables(loaded.model)
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +102,12 @@ def paged_model(kernel: Kernel) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def paged(paged_model: LoadedModel, page_tokens: int) -> Iterator[Engine]:
-    del page_tokens
-    with started(paged_model, max_num_batched_tokens=CHUNK) as running:
-        assert attention.uses_block_tables(paged_model.model)
+    with started_with_block_tables(paged_model, page_tokens) as running:
         yield running
 
 
 def prompts_around(model: LoadedModel, lengths: Sequence[int]) -> list[list[int]]:
-    return [random_ids(model, length, seed=length) for length in lengths]
+    return [random_ids(model, length, seed=7000 + length) for length in lengths]
 
 
 def test_tokens_equal_forward_passes_at_page_boundaries_and_in_chunks(
@@ -119,7 +133,7 @@ def test_common_prefix_is_read_from_the_same_pages(
     paged: Engine, engine: Engine, kernel: Kernel, page_tokens: int, paged_model: LoadedModel
 ) -> None:
     sampling = replace(GREEDY, max_tokens=4, ignore_eos=True)
-    prefix = random_ids(paged_model, 300, seed=3)
+    prefix = random_ids(paged_model, 300, seed=7000)
     prompts = [[*prefix, first, 9] for first in (6, 7)]
     generate(paged, prefix, sampling)
     kernel.calls.clear()
@@ -154,10 +168,9 @@ def test_cancelled_neighbours_do_not_change_tokens(paged: Engine, engine: Engine
 def test_sequences_that_leave_a_full_cache_keep_their_tokens(
     paged_model: LoadedModel, engine: Engine, page_tokens: int
 ) -> None:
-    del page_tokens
     prompts = prompts_around(paged_model, [40, 200, 255, 256, 257, 400])
     sampling = replace(GREEDY, max_tokens=60, ignore_eos=True)
-    with started(paged_model, kv_cache_tokens=1024) as small:
+    with started_with_block_tables(paged_model, page_tokens, kv_cache_tokens=1024) as small:
         answers = generate_all(small, [(ids, sampling) for ids in prompts])
     assert answers == generate_all(engine, [(ids, sampling) for ids in prompts])
 
@@ -167,10 +180,11 @@ def test_sequences_that_leave_a_full_cache_keep_their_tokens(
 def test_layers_with_a_window_give_the_tokens_of_generate(
     name: str, kernel: Kernel, page_tokens: int, tmp_path: Path
 ) -> None:
-    del page_tokens
     kernel.calls.clear()
     architectures.save_model(architectures.CASES[name], tmp_path)
     loaded = loader.load(tmp_path, device="cpu", dtype="float32")
-    assert architectures.generate_with_engine(loaded) == architectures.generate_with_transformers(tmp_path)
+    with choosing_block_tables(page_tokens):
+        tokens = architectures.generate_with_engine(loaded)
+    assert tokens == architectures.generate_with_transformers(tmp_path)
     assert attention.uses_block_tables(loaded.model)
     assert any(call.pages for call in kernel.calls) is (name == "gemma3_text"), "gemma3 has layers of both types"

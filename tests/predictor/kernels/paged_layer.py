@@ -8,20 +8,19 @@ import torch
 from predictor.kernels.cuda import attention
 
 
-class Cache:
+class Allocator:
     """Pages of one layer with full attention; the first page belongs to no sequence."""
 
     index, layer_type, layer_indices, write_trash_index = 0, "full_attention", (0,), 0
 
     def __init__(self, key_pages: torch.Tensor, value_pages: torch.Tensor, num_heads: int) -> None:
         self.key_pages, self.value_pages, self.num_heads = key_pages, value_pages, num_heads
-        self.layer_to_allocator = {0: self}
-        self.cache_allocators = {self.layer_type: self}
 
     @classmethod
-    def random(cls, heads: tuple[int, int, int], *, page_tokens: int, pages: int, **options: Any) -> "Cache":
+    def random(cls, heads: tuple[int, int, int], *, page_tokens: int, pages: int, **options: Any) -> "Allocator":
         num_heads, num_kv_heads, head_dim = heads
-        return cls(*torch.randn(2, pages, page_tokens, num_kv_heads, head_dim, **options), num_heads)
+        key_pages, value_pages = torch.randn(2, pages, page_tokens, num_kv_heads, head_dim, **options)
+        return cls(key_pages, value_pages, num_heads)
 
     def get_cache_for_block_table(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         assert layer_idx == 0
@@ -42,22 +41,22 @@ class Cache:
 
 
 def attend_to(
-    cache: Cache, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor, block_table: torch.Tensor, tokens: int = 2
+    allocator: Allocator, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor, block_table: torch.Tensor, tokens: int = 2
 ) -> torch.Tensor:
     """Compute a step of decodes with the same query, key and value in all of its tokens."""
-    num_kv_heads, head_dim = cache.key_pages.shape[2:]
-    like = {"dtype": cache.key_pages.dtype, "device": cache.key_pages.device}
+    num_kv_heads, head_dim = allocator.key_pages.shape[2:]
+    like = {"dtype": allocator.key_pages.dtype, "device": allocator.key_pages.device}
     values = torch.linspace(-1, 1, tokens * head_dim, **like).view(1, 1, tokens, head_dim)
-    query, key = (values.expand(1, heads, tokens, head_dim) for heads in (cache.num_heads, num_kv_heads))
+    query, key = (values.expand(1, heads, tokens, head_dim) for heads in (allocator.num_heads, num_kv_heads))
     none = torch.zeros(0, dtype=torch.int64, device=key.device)
     output, _ = attention.attend(
-        SimpleNamespace(layer_idx=0),  # type: ignore[arg-type]
+        SimpleNamespace(layer_idx=0),
         query,
         key,
         -key,
         None,
         scaling=0.5,
-        cache=cache,  # type: ignore[arg-type]
+        cache=SimpleNamespace(layer_to_allocator={0: allocator}),
         cu_seq_lens_q=cu_seq_q,
         cu_seq_lens_k={"full_attention": cu_seq_k},
         max_length_q=1,

@@ -11,16 +11,17 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.kernels import attention, transformers_attention
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
-from tests.predictor.kernels.paged_layer import Cache, attend_to
+from tests.predictor.kernels.paged_layer import Allocator, attend_to
 
 HEADS = (4, 2, 8)
 
 
 def naive(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, left: int, right: int, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window_size: tuple[int, int], scale: float
 ) -> torch.Tensor:
     """Compute one sequence, score by score."""
     output = torch.zeros_like(query)
+    left, right = window_size
     group = query.shape[1] // key.shape[1]
     for row in range(len(query)):
         position = len(key) - len(query) + row
@@ -48,7 +49,8 @@ def test_reference_equals_scores_computed_one_by_one(window_size: tuple[int, int
     )
     parts = [states.split(k_lengths) for states in (key, value)]
     expected = [
-        naive(*sequence, *window_size, scale=0.5) for sequence in zip(query.split(q_lengths), *parts, strict=True)
+        naive(queries, keys, values, window_size, scale=0.5)
+        for queries, keys, values in zip(query.split(q_lengths), *parts, strict=True)
     ]
     options: dict[str, Any] = {"scale": 0.5, "window_size": window_size, "enable_gqa": True}
     states = key, value
@@ -98,25 +100,25 @@ def test_reference_refuses_what_the_kernel_would_compute_wrong(change: dict[str,
 def test_decodes_follow_arguments_that_change_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a CUDA graph, whose replays have the tensors of its capture."""
     monkeypatch.setattr(cuda_attention, "varlen_attn", reference.varlen_attn)
-    cache = Cache.random(HEADS, page_tokens=4, pages=6)
+    pages = Allocator.random(HEADS, page_tokens=4, pages=6)
     block_table = torch.tensor([[[5, 1], [2, -1]]], dtype=torch.int32)
     cu_seq_q, cu_seq_k = torch.tensor([[0, 1, 2], [0, 6, 9]], dtype=torch.int32)
-    attend_to(cache, cu_seq_q, cu_seq_k, block_table)
+    attend_to(pages, cu_seq_q, cu_seq_k, block_table)
     block_table.copy_(torch.tensor([[[3, 0], [4, 5]]]))
     cu_seq_k.copy_(torch.tensor([0, 8, 13]))
-    again = attend_to(cache, cu_seq_q, cu_seq_k, block_table)
-    fresh = attend_to(cache, cu_seq_q.clone(), cu_seq_k.clone(), block_table.clone())
+    again = attend_to(pages, cu_seq_q, cu_seq_k, block_table)
+    fresh = attend_to(pages, cu_seq_q.clone(), cu_seq_k.clone(), block_table.clone())
     assert torch.equal(again, fresh)
 
 
 def test_padding_of_decodes_writes_to_no_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_attention, "varlen_attn", reference.varlen_attn)
-    cache = Cache.random(HEADS, page_tokens=4, pages=6)
-    before = cache.key_pages.clone()
+    pages = Allocator.random(HEADS, page_tokens=4, pages=6)
+    before = pages.key_pages.clone()
     block_table = torch.tensor([[[5, 1], [-1, -1], [-1, -1]]], dtype=torch.int32)
     cu_seq_q, cu_seq_k = torch.tensor([[0, 1, 1, 1], [0, 6, 6, 6]], dtype=torch.int32)
-    output = attend_to(cache, cu_seq_q, cu_seq_k, block_table, tokens=3)
-    changed = (cache.key_pages != before).flatten(2).any(2).nonzero().tolist()
+    output = attend_to(pages, cu_seq_q, cu_seq_k, block_table, tokens=3)
+    changed = (pages.key_pages != before).flatten(2).any(2).nonzero().tolist()
     assert changed == [[0, 0], [1, 1]], "the unused slot, and the sixth of the sequence"
     assert output[0, 1:].eq(0).all()
 
