@@ -11,14 +11,19 @@ from predictor.settings import Settings
 PAGE_TOKENS = 256
 """Tokens in one block of the KV cache: the smallest allocation of a sequence, and the unit of prefix sharing."""
 SEQUENCE_TOKENS = 2048
-"""Cache per sequence of a full batch, if memory allows. More is rarely used off CUDA, where the whole cache is
-allocated and zeroed at the start, which takes time."""
+"""Cache per sequence of a full batch, if memory allows. More is rarely used, and a host takes long to zero it."""
+CUDA_WORKSPACE_BYTES = 2**29
+"""Memory of a CUDA device for what appears with the first steps: cuBLAS's workspaces (32 MiB for each stream on a
+Hopper GPU), kernels, which CUDA loads when they are first launched, and the buffers of captured steps."""
 _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
 def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
-    """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
+    """Return the capacity of the KV cache: what the free memory allows, and on a host no more than sequences use.
+
+    On CUDA the rest of the memory keeps prefixes of sequences that have ended. Other processes on the device keep
+    theirs.
 
     Args, in addition to those of `Engine.from_model`:
         dense_mask: whether one attention mask is made for the whole cache.
@@ -27,14 +32,18 @@ def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, de
         StartupError: not even one block fits.
     """
     free_bytes = memory.available_bytes(model.device)
-    budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction)
+    is_cuda = model.device.type == "cuda"
+    budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction) - (CUDA_WORKSPACE_BYTES if is_cuda else 0)
     tokens = tokens_within(model, settings, budget_bytes, None if dense_mask else context_tokens)
     blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
     if blocks < 1:
         raise StartupError(
-            f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free after loading the weights. "
-            "Add memory, or lower --max_num_batched_tokens and --max_num_seqs."
+            f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free on {model.device} after loading the "
+            f"weights, of which --kv_cache_memory_fraction allows {settings.kv_cache_memory_fraction:.0%}. Add memory, "
+            "end other processes, use --quantization, or lower --max_num_batched_tokens and --max_num_seqs."
         )
+    if is_cuda:
+        return blocks * PAGE_TOKENS
     useful_tokens = max(context_tokens, settings.max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
     return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
 

@@ -4,8 +4,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 
-from preflight import quantities
-from preflight.checks import resources
+from preflight import gpus, quantities
 from preflight.checks.resources import Model
 from preflight.checks.security import HUB_TOKENS
 from preflight.checks.volumes import MODELS
@@ -145,14 +144,14 @@ def _unpinned(deployment: Deployment, variable: str, reference: ModelReference |
 
 def _device(deployment: Deployment) -> Iterator[Finding]:
     device = deployment.settings.get("PREDICTOR_DEVICE", "auto")
-    if resources.gpus(deployment) and not device.startswith("cuda"):
+    if gpus.counts(deployment) and not device.startswith("cuda"):
         yield Finding(
             deployment.where,
             f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod without a usable GPU serves from its CPU",
             "set PREDICTOR_DEVICE=cuda",
             "kserve-llm",
         )
-    if device.startswith("cuda") and not resources.gpus(deployment):
+    if device.startswith("cuda") and not gpus.counts(deployment):
         yield Finding(
             deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
         )

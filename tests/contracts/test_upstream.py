@@ -10,10 +10,11 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +63,7 @@ from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
+from predictor.engine.submission import Submission
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.generation import output_notations
@@ -76,7 +78,7 @@ from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
-from predictor.types import ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
+from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
 
@@ -85,7 +87,7 @@ pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
 HANG_SECONDS = 120
 
 
-# transformers' continuous batching: predictor/engine/batching_manager.py, fair_scheduler.py, step_sampler.py
+# transformers' continuous batching: predictor/engine/{batching_manager,fair_scheduler,step_sampler,rank_steps}.py
 
 
 @pytest.fixture(scope="module")
@@ -232,6 +234,44 @@ def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingMan
     assert processor.scheduler.block_new_requests is False
     assert processor.logit_processor.logits_processor == [executor._step_sampler]
     assert processor.logit_processor.do_processing
+
+
+def test_batching_request_state_keeps_its_submission_when_it_starts_again(executor: BatchingManager) -> None:
+    submission = Submission(Caller("alice"), 3, 10)
+    state = continuous_api.RequestState("a", [5, 6], logit_processor_kwargs={"submission": submission})
+    executor._manager.logit_processor.check_kwargs(state.logit_processor_kwargs)
+    assert state.create_equivalent_initial_request().logit_processor_kwargs == {"submission": submission}
+
+
+def test_batching_manager_waits_in_an_event_and_delivers_by_its_router(executor: BatchingManager) -> None:
+    manager = executor._manager
+    assert isinstance(manager._wake_up_loop, threading.Event)
+    assert set(inspect.signature(manager.output_router.deliver).parameters) == {"output"}
+    assert set(inspect.signature(manager.output_router.deliver_batch).parameters) == {"outputs"}
+    assert manager.distributed_helper.tp_group is None
+    assert manager.continuous_batching_config.cpu_group_timeout == 120
+
+
+def test_batching_cancelled_requests_are_a_set_of_the_scheduler(executor: BatchingManager) -> None:
+    assert executor._manager.batch_processor.scheduler._requests_to_cancel == set()
+
+
+def test_torch_timeout_of_a_group_can_be_set() -> None:
+    parameters = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout).parameters
+    assert list(parameters) == ["timeout", "group"]
+
+
+@pytest.mark.parametrize(("fraction", "fits"), [(0.8, False), (batching_manager._NO_LIMIT, True)])
+def test_batching_cache_of_a_given_size_is_checked_by_the_fraction_only(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch, fraction: float, fits: bool
+) -> None:
+    config = dataclasses.replace(executor._manager.continuous_batching_config, max_memory_percent=fraction)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: (torch.device("cuda"), 2**20, 0, 0))
+    with nullcontext() if fits else pytest.raises(MemoryError):
+        made = cache.PagedAttentionCache(
+            executor._manager.model.config, config, "cpu", executor._manager.distributed_helper, torch.float32
+        )
+        assert made.num_blocks == 4
 
 
 def test_batching_cache_reports_the_configured_capacity(executor: BatchingManager) -> None:

@@ -1040,4 +1040,6 @@ def test_resources_model_larger_than_a_gpu_slice_is_a_finding(draft: Drafts) -> 
         del prod.model["resources"][kind]["nvidia.com/gpu"]
     model = resources.Model(3584, 18944, 28, 28, 4, 128, 152064, tied=False, dtype="bfloat16")
     [finding] = prod.check(model=model)
-    assert "the weights need 8.1 GiB, and the GPU slice has 4.7 GiB" in str(finding)
+    assert (
+        "each GPU needs 9.2 GiB (weights 8.1 GiB, KV cache of one sequence 0.1 GiB), and has 4.7 GiB" in finding.problem
+    )
