@@ -89,7 +89,7 @@ class LoadedModel:
     """Tokens of the tokenizer whose id has no row in the embedding, by id; prompts with them are refused."""
     eos_token_ids: frozenset[int]
     quantization: str
-    """`none`, `8bit` or `4bit`, or the method of a quantized checkpoint."""
+    """`none`, `8bit`, `4bit` or `fp8`, or the method of a quantized checkpoint."""
     int8_kernels: str
     """Backend of 8-bit layers on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
     defaults: SamplingParams
@@ -148,7 +148,7 @@ def make_plan(
         device: "auto", "cuda", "cuda:1" and so on, "mps" or "cpu".
         dtype: "auto", "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code of the directory.
-        quantization: "auto", "none", "8bit" or "4bit".
+        quantization: "auto", "none", "8bit", "4bit" or "fp8".
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
         max_model_len: maximum of prompt and completion together; None: the model's.
@@ -283,7 +283,7 @@ def _pooling_model(plan: LoadPlan, pooling: Pooling, model: Any, tokenizer: Any,
 
 def _without_quantization(quantization: str, *, fallback: bool) -> str:
     """Return the mode for models that embed or classify."""
-    if quantization in ("8bit", "4bit") and not fallback:
+    if quantization not in ("auto", "none") and not fallback:
         raise InvalidSettings(
             f"--quantization is {quantization}, but a model that embeds or classifies is served unquantized. "
             "Set --quantization none."

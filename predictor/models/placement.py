@@ -13,7 +13,7 @@ from predictor.errors import StartupError
 
 _GPU_WEIGHT_FRACTION, _HOST_WEIGHT_FRACTION = 0.85, 0.8
 """Fractions of free memory for weights; the rest is for the KV cache and activations."""
-_RELATIVE_SIZE = {"none": 1.0, "8bit": 0.6, "4bit": 0.4}
+_RELATIVE_SIZE = {"none": 1.0, "8bit": 0.6, "fp8": 0.6, "4bit": 0.4}
 """Size of weights relative to 16 bits: embeddings and norms are not quantized."""
 
 

@@ -1,9 +1,9 @@
-"""Resolve the quantization mode (`none`, `8bit`, `4bit`, `auto`) for a device.
+"""Resolve the quantization mode (`none`, `8bit`, `4bit`, `fp8`, `auto`) for a device.
 
-             8bit                        4bit                             auto
-    cuda     bitsandbytes LLM.int8       bitsandbytes NF4                 none if the weights fit, else 8bit
-    cpu      `int8_quantizer`            bitsandbytes NF4, small but slow 8bit
-    mps      not supported               not supported                    none
+            8bit                   4bit                              fp8              auto
+    cuda    bitsandbytes LLM.int8  bitsandbytes NF4                  `fp8_quantizer`  none if the weights fit, else 8bit
+    cpu     `int8_quantizer`       bitsandbytes NF4, small but slow  not supported    8bit
+    mps     not supported          not supported                     not supported    none
 
 Transformers quantizes the weights while they load. Quantized checkpoints load unchanged.
 """
@@ -17,7 +17,9 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from predictor.errors import StartupError
+from predictor.kernels import fp8
 from predictor.kernels.cpu.gemm import has_int8
+from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config, is_skipped
 from snapshot_format.recipe import INT8_METHOD
 
@@ -36,10 +38,10 @@ def resolve_mode(
     *,
     fallback: bool = False,
 ) -> str:
-    """Resolve a mode to `none`, `8bit` or `4bit`.
+    """Resolve a mode to `none`, `8bit`, `4bit` or `fp8`.
 
     Args:
-        mode: "auto", "none", "8bit" or "4bit".
+        mode: "auto", "none", "8bit", "4bit" or "fp8".
         device: of the model.
         checkpoint_config: the checkpoint's own quantization config, if it has one.
         weight_bytes: size of the checkpoint's weights.
@@ -68,13 +70,15 @@ def resolve_mode(
 
 def make_config(
     mode: str, device: torch.device, dtype: torch.dtype, skip_modules: Sequence[str] = ()
-) -> BitsAndBytesConfig | Int8Config | None:
+) -> BitsAndBytesConfig | Int8Config | Fp8Config | None:
     """Return the `quantization_config` of `from_pretrained` for a resolved mode; None without quantization.
 
     `dtype` is the compute dtype of 4-bit weights.
     """
     if mode == "none":
         return None
+    if mode == "fp8":
+        return Fp8Config(list(skip_modules) or None)
     if mode == "8bit" and device.type == "cpu":
         return Int8Config(list(skip_modules) or None)
     if device.type == "cpu":
@@ -110,4 +114,18 @@ def _unsupported_reason(mode: str, device: torch.device, checkpoint_config: Any 
         return f"--quantization {mode} is not supported on mps. Use none, or --device cpu."
     if mode == "8bit" and device.type == "cpu" and not has_int8():
         return "--quantization 8bit needs an x86 CPU. Use none."
-    return None
+    return _missing_fp8(device) if mode == "fp8" else None
+
+
+def _missing_fp8(device: torch.device) -> str | None:
+    needed = ".".join(map(str, fp8.LEAST_CAPABILITY))
+    if device.type != "cuda":
+        found = f"the device is {device.type}"
+    elif (capability := torch.cuda.get_device_capability(device)) < fp8.LEAST_CAPABILITY:
+        found = f"{device} has {capability[0]}.{capability[1]}"
+    else:
+        return None
+    return (
+        f"--quantization fp8 needs a GPU of compute capability {needed} or later, as L4, L40S, H100 and H200 have, but "
+        f"{found}. Use 8bit."
+    )

@@ -40,6 +40,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
     yield from _reference(deployment)
     yield from _adapter(deployment)
     yield from _device(deployment)
+    yield from _quantization(deployment)
     yield from _hold(deployment)
     for problem, remedy in _tokens(deployment.settings, model):
         yield Finding(deployment.where, problem, remedy, "kserve-llm")
@@ -154,6 +155,18 @@ def _device(deployment: Deployment) -> Iterator[Finding]:
     if device.startswith("cuda") and not gpus.counts(deployment):
         yield Finding(
             deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
+        )
+
+
+def _quantization(deployment: Deployment) -> Iterator[Finding]:
+    settings = deployment.settings
+    falls_back = _is_true(settings.get("PREDICTOR_QUANTIZATION_FALLBACK"))
+    if settings.get("PREDICTOR_QUANTIZATION") == "fp8" and not gpus.counts(deployment) and not falls_back:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_QUANTIZATION is fp8 and no GPU is requested, so the predictor does not start",
+            "set PREDICTOR_QUANTIZATION=8bit, or add component gpu",
+            "kserve-llm",
         )
 
 

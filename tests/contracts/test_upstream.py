@@ -73,8 +73,10 @@ from predictor.kernels.cpu import ops, torch_private
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
+from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
+from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
@@ -507,7 +509,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         assert (dying._step_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
-# transformers' quantizers: predictor/models/int8_quantizer.py
+# transformers' quantizers: predictor/models/{fp8,int8}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -562,6 +564,16 @@ def test_quantizer_converts_each_weight_while_it_loads() -> None:
     weight = original.model.layers[0].mlp.down_proj.weight
     assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
     assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.bfloat16, quantization_config=Fp8Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Fp8Linear)
+    assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert quantized.dtype == torch.bfloat16
 
 
 def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
