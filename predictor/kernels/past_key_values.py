@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from predictor.kernels import tensor_parallel
-from predictor.kernels.cpu.transformers_attention import PagedKVCache
+from predictor.kernels.transformers_attention import PagedKVCache
 
 MODEL_TYPES = frozenset({"falcon", "nemotron", "stablelm"})
 """Models whose layers do not pass the batching manager's arguments on to the attention interface."""

@@ -14,8 +14,8 @@ from torch import nn
 from predictor.kernels import shards
 from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.gemm import LinearKernel, RMSNorm
-from predictor.kernels.cpu.transformers_attention import DecoderLayerParts, attention_function, find_decoder_layers
 from predictor.kernels.shards import Division, Divisions
+from predictor.kernels.transformers_attention import DecoderLayerParts, attention_function, find_decoder_layers
 
 MLP_CHUNK_TOKENS = 256
 """Tokens per pass through the MLP, so that its intermediate activations stay in the CPU cache."""
