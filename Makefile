@@ -91,6 +91,8 @@ lint: $(INSTALLED) ## style, types, imports, dependencies, wording, YAML, C, Doc
 	@$(BIN)/hadolint images/*/Dockerfile
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yaml
+	@$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	@$(BIN)/zizmor --offline --quiet .github
 	@$(BIN)/python -m pytest --quiet tests/images/test_locks.py
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import AliasChoices, Field, PositiveInt, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
@@ -67,13 +67,13 @@ class Settings(BaseSettings):
     """TCP port of the HTTP server."""
     device: str = "auto"
     """Device of the model: auto, cuda, cuda:N, mps or cpu. auto: the first available of cuda, mps, cpu."""
-    tensor_parallel_size: PositiveInt | Literal["auto"] = 1
+    tensor_parallel_size: int | Literal["auto"] = 1
     """Number of devices that share the model by tensor parallelism. auto: all visible GPUs. On a CPU: processes."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Number of torch CPU threads. Default: the container's CPU limit, else all cores."""
+    """Number of torch CPU threads, of each process. Default: the container's CPU limit, else all cores, shared."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights. auto: the checkpoint's, if the device computes in it."""
-    quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
+    quantization: Literal["auto", "none", "8bit", "4bit", "fp8"] = "none"
     """Weight quantization of linear layers. none: off. auto: the fastest mode that fits in memory."""
     quantization_skip_modules: str = ""
     """Additional linear layers to leave unquantized: comma-separated parts of their names, as in lm_head,down_proj."""
@@ -92,7 +92,7 @@ class Settings(BaseSettings):
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Fraction of the memory left after loading the weights, within the container's limit, for the KV cache."""
+    """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     chat_template_kwargs: str = "{}"
@@ -189,6 +189,13 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
             expected = {"expected": "auto, cuda, cuda:N, mps or cpu"}
             raise PydanticCustomError("device", "Input should be {expected}", expected)
+        return value
+
+    @field_validator("tensor_parallel_size", mode="before")
+    @classmethod
+    def _is_size(cls, value: object) -> object:
+        if value != "auto" and not re.fullmatch("0*[1-9][0-9]*", str(value)):
+            raise PydanticCustomError("size", "Input should be auto or a positive integer")
         return value
 
     @field_validator("allowed_origins", mode="after")

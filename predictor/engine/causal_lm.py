@@ -1,9 +1,12 @@
 """The part of a transformers causal language model that the engine uses."""
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class TextConfig(Protocol):
@@ -46,3 +49,17 @@ class CausalLM(Protocol):
 
     def forward(self, *, input_ids: torch.Tensor, use_cache: bool) -> Any:
         """Return the same, without the model's hooks."""
+
+
+def is_device_lost(model: CausalLM) -> bool:
+    """Return whether a CUDA device of the model refuses all work, as after a device-side assertion.
+
+    Only a new process can use it again. Other errors, such as a lack of memory, leave it usable.
+    """
+    try:
+        for device in {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}:
+            torch.cuda.synchronize(device)
+    except RuntimeError:
+        logger.exception("the device is lost")
+        return True
+    return False

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from predictor.engine import batching_manager, engine
+from predictor.engine import causal_lm, engine
 from predictor.models import loader
 
 
@@ -13,7 +13,7 @@ def install(order: Path) -> None:
     load = loader.load
     engine.STOP_TIMEOUT_SECONDS = 1.0
     # A model that fails on order is on a device that computes no more.
-    batching_manager._is_device_lost = lambda model: True  # noqa: ARG005, the parameter of the original
+    causal_lm.is_device_lost = lambda model: True  # noqa: ARG005, the parameter of the original
 
     def obey(*_: Any) -> None:
         while command := _read(order):

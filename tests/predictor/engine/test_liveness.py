@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from devtools.paths import DEMO_MODEL
-from predictor.engine import batching_manager
+from predictor.engine import causal_lm
 from predictor.engine import engine as engine_module
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
@@ -180,7 +180,7 @@ def test_self_check_of_idle_engine_makes_steps_and_of_blocked_engine_fails(engin
 def test_engine_with_lost_device_fails_all_streams(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
+    monkeypatch.setattr(causal_lm, "is_device_lost", lambda _: True)
 
     async def scenario(engine: Engine, hold: Hold) -> None:
         streams = engine.submit([(PROMPT, LONG)] * engine.capacity)

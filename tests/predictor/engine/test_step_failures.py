@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from predictor.engine import batching_manager
+from predictor.engine import causal_lm
 from predictor.engine.engine import Engine
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, GenerationFailed
@@ -22,7 +22,6 @@ pytestmark = pytest.mark.xdist_group("engine")
 
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)
 PANIC = type("PanicException", (BaseException,), {})("a Rust extension failed")
-OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 Requests = list[tuple[list[int], SamplingParams]]
 
 
@@ -108,11 +107,11 @@ def assert_others_unchanged(
         assert isinstance(result, GenerationFailed) or result == correct
     assert (engine.is_alive, engine.running, engine.waiting, engine.cache_usage) == (True, 0, 0, 0.0)
     manager = engine._executor._manager  # type: ignore[attr-defined]
-    assert (manager.output_router.result_handlers, engine._executor._row_sampler.samplers) == ({}, {})  # type: ignore[attr-defined]
+    assert (manager.output_router.result_handlers, engine._executor._step_sampler.samplers) == ({}, {})  # type: ignore[attr-defined]
     assert generate_all(engine, requests) == expected
 
 
-@pytest.mark.parametrize("error", [PANIC, OUT_OF_MEMORY, ZeroDivisionError()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", [PANIC, ZeroDivisionError()], ids=lambda error: type(error).__name__)
 @pytest.mark.parametrize("at", [1, 2, 7, 15])
 def test_step_failure_in_forward_fails_its_sequences_only(
     engine: Engine, loaded: LoadedModel, requests: Requests, expected: list[Generated], at: int, error: Exception
@@ -133,7 +132,7 @@ def test_step_failure_of_a_prompt_chunk_is_not_shared_as_prefix(engine: Engine, 
     ids = random_ids(loaded, 300, seed=21)
     [correct] = generate_all(engine, [(ids, TEN)])
     internals(engine).cache.evict_cached_blocks()
-    with spoiled_step(loaded, Failure(engine, 2, OUT_OF_MEMORY), 2):
+    with spoiled_step(loaded, Failure(engine, 2, PANIC), 2):
         _, [first, second] = outcomes(engine, [(ids, TEN), (ids, TEN)])
     assert isinstance(first, GenerationFailed)
     assert second == correct
@@ -208,7 +207,7 @@ def test_step_failure_of_no_sequence_ends_the_loop(loaded: LoadedModel, monkeypa
 def test_step_failure_that_loses_the_device_ends_the_loop(
     loaded: LoadedModel, requests: Requests, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batching_manager, "_is_device_lost", lambda _: True)
+    monkeypatch.setattr(causal_lm, "is_device_lost", lambda _: True)
     with started(loaded) as ending:
         assertion = torch.AcceleratorError("CUDA error: device-side assert triggered")
         with spoiled_step(loaded, Failure(ending, 3, assertion), 3):
@@ -238,7 +237,7 @@ def test_device_is_lost_if_a_cuda_device_cannot_synchronize(
             raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-    assert batching_manager._is_device_lost(Model()) is (raises and device == "cuda:1")  # type: ignore[arg-type]
+    assert causal_lm.is_device_lost(Model()) is (raises and device == "cuda:1")  # type: ignore[arg-type]
     assert synchronized == (["cuda:1"] if device == "cuda:1" else [])
 
 

@@ -1,0 +1,116 @@
+"""Logits processor of the batching manager, which samples the tokens of a step."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
+
+from predictor.engine import causal_lm
+from predictor.engine.causal_lm import CausalLM
+from predictor.engine.prompt_scorer import PromptScorer, ScheduledSequence
+from predictor.engine.sampler import SequenceSampler
+from predictor.engine.submission import Submission
+from predictor.errors import RequestError
+from predictor.kernels import tensor_parallel
+
+logger = logging.getLogger(__name__)
+
+
+class _SequenceState(Protocol):
+    request_id: str
+    initial_tokens: list[int]
+    """The prompt, and after it the tokens that the sequence had generated when it left a full cache."""
+    generated_tokens: list[int]
+
+
+class _ScheduledRequest(Protocol):
+    state: _SequenceState
+
+
+class StepSampler(ContinuousBatchingLogitsProcessor):
+    """Logits processor that gives each row to the sampler of its sequence.
+
+    The manager's own processors sort and sample every row, greedy rows included, which takes a CPU longer than the
+    model: 285 ms for 32 rows of 151 936 tokens on 2 cores. Here the manager takes the largest logit: greedy rows stay
+    unchanged, and a sampled row gets its only finite logit at the sampled token.
+    """
+
+    supported_kwargs: ClassVar[dict[str, type]] = {"submission": Submission}
+    ignored_kwargs: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, model: CausalLM, step_sequences: Callable[[], Sequence[ScheduledSequence]]) -> None:
+        self._model = model
+        self._embedding_rows = int(model.get_input_embeddings().weight.shape[0])
+        self._step_sequences = step_sequences
+        self.scorer = PromptScorer(model, self._embedding_rows, lambda request_id: self.samplers.get(request_id))
+        self.samplers: dict[str, SequenceSampler] = {}
+        """By request id, which a sequence keeps when it leaves a full cache and starts again."""
+        self.step_count = 0
+        # Of the next step's rows, in their order.
+        self._states: list[_SequenceState] = []
+
+    def add(self, request_id: str, sampler: SequenceSampler) -> None:
+        self.samplers[request_id] = sampler
+
+    def remove(self, request_id: str) -> None:
+        self.samplers.pop(request_id, None)
+
+    def rewind(self, states: Iterable[_SequenceState]) -> None:
+        """Forget what a failed step has sampled of sequences that start again, with the tokens of the steps before."""
+        for state in states:
+            if sampler := self.samplers.get(state.request_id):
+                del sampler.logprobs[len(state.initial_tokens) + len(state.generated_tokens) - sampler.prompt_tokens :]
+
+    def fail(self, request_id: str, error: RequestError) -> None:
+        """End a sequence with an error of the request."""
+        if sampler := self.samplers.get(request_id):
+            sampler.failure = error
+
+    def fill_defaults(self, int32_tensor: torch.Tensor) -> None:
+        int32_tensor.zero_()  # not used
+
+    def prepare_tensor_args(self, requests_with_new_token: Sequence[_ScheduledRequest]) -> torch.Tensor:
+        self._states = [request.state for request in requests_with_new_token]
+        return torch.zeros(len(self._states), dtype=torch.int32)
+
+    def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
+        """Sample from each row of `scores` (rows, vocabulary), in place."""
+        del tensor_arg
+        if self.scorer.samplers:
+            self._score_prompts()
+        # An LM head may have more rows than the embedding, which the next step would index with the token.
+        scores[:, self._embedding_rows :] = -torch.inf
+        # Not strict: rows of sequences in the middle of their prompt come last and are not used.
+        for row, state in zip(scores, self._states, strict=False):
+            # Sequences of the manager's warm-up and cancelled ones have no sampler: greedy.
+            sampler = self.samplers.get(state.request_id)
+            if sampler is None or sampler.failure:
+                continue
+            # A sequence that left a full cache has its first tokens in `initial_tokens`, after the prompt.
+            try:
+                sampler(row, state.initial_tokens + state.generated_tokens if sampler.logits_processors else ())
+            # An error raised here would fail every other sequence of the step.
+            except RequestError as error:
+                sampler.failure = error
+            except BaseException as error:
+                if causal_lm.is_device_lost(self._model):
+                    raise
+                logger.exception("sampling failed for one sequence")
+                sampler.failure = error
+        self.step_count += 1
+        return scores
+
+    def _score_prompts(self) -> None:
+        sequences = self._step_sequences()
+        try:
+            self.scorer.score(sequences)
+        except BaseException as error:
+            # The other ranks have computed the logits, or wait for them.
+            if tensor_parallel.size() > 1 or causal_lm.is_device_lost(self._model):
+                raise
+            logger.exception("the prompts of a step cannot be scored")
+            for sequence in sequences:
+                if sampler := self.scorer.samplers.pop(sequence.state.request_id, None):
+                    sampler.failure = error
