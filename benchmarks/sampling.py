@@ -1,19 +1,18 @@
 """Measure what sampling costs a step: `python -m benchmarks.sampling`.
 
-Prints the median in milliseconds for each kind of sampling parameters, as a Markdown table. On a GPU the time is that of
-the pass on the device, its preparation on the host included.
+Prints the median in milliseconds for each kind of sampling parameters as a Markdown table, with the work of the host.
 """
 
 import argparse
 import random
-from collections.abc import Sequence
+import statistics
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.kernels import milliseconds
 from predictor.engine.batch_sampler import BatchSampler
 from predictor.engine.sampler import Row, SequenceSampler
 from predictor.types import SamplingParams
@@ -49,30 +48,52 @@ class _Sequence:
 
 
 def measure(parameters: dict[str, Any], rows: int, vocabulary: int, device: torch.device, repetitions: int) -> float:
-    """Return the median duration of a pass in milliseconds."""
+    """Return the median duration of sampling from all rows, without the largest logit that the manager takes."""
     rng = random.Random(1)
-    logits = LOGITS_DEVIATION * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1))
-    logits = logits.to(device)
-    step, sample = logits.clone(), BatchSampler()
-    sequences = []
-    for index in range(rows):
-        sampler = SequenceSampler(SamplingParams(seed=index, **parameters), PROMPT_TOKENS, ())
-        token_ids = rng.choices(range(vocabulary), k=PROMPT_TOKENS + OUTPUT_TOKENS)
-        sequences.append((sampler, _Sequence(str(index), token_ids)))
-    running = {state.request_id for _, state in sequences}
-
-    def run() -> None:
-        used = [Row(index, PROMPT_TOKENS + OUTPUT_TOKENS, state, sampler) for index, (sampler, state) in enumerate(sequences) if sampler.is_used]
-        if used:
+    logits = LOGITS_DEVIATION * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(1)).to(device)
+    position = PROMPT_TOKENS + OUTPUT_TOKENS
+    sequences = [
+        Row(
+            index,
+            position,
+            _Sequence(str(index), rng.choices(range(vocabulary), k=position)),
+            SequenceSampler(SamplingParams(seed=index, **parameters), PROMPT_TOKENS, ()),
+        )
+        for index in range(rows)
+    ]
+    running = {row.state.request_id for row in sequences}
+    sample, durations = BatchSampler(), []
+    for _ in range(repetitions + 1):
+        step = logits.clone()
+        _synchronize(device)
+        began = time.perf_counter()
+        if used := [row for row in sequences if row.sampler.is_used]:
             sample(step, used, vocabulary, running)
-        step.argmax(dim=-1).tolist()
+        _synchronize(device)
+        durations.append(1000 * (time.perf_counter() - began))
+    return statistics.median(durations[1:])
 
-    def copy() -> None:
-        step.copy_(logits)
-        step.argmax(dim=-1).tolist()
 
-    def both() -> None:
-        step.copy_(logits)
-        run()
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
-    return milliseconds(both, repetitions) - milliseconds(copy, repetitions)
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="of torch (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=151_936, help="(default: %(default)s)")
+    parser.add_argument("--repetitions", type=int, default=10, help="(default: %(default)s)")
+    arguments = parser.parse_args()
+    print(f"| {arguments.rows} rows of {arguments.vocabulary} tokens on {arguments.device} | ms |\n|---|---|")
+    with torch.inference_mode():
+        for name, parameters in kinds(arguments.vocabulary).items():
+            device = torch.device(arguments.device)
+            value = measure(parameters, arguments.rows, arguments.vocabulary, device, arguments.repetitions)
+            print(f"| {name} | {value:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
