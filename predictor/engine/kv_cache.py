@@ -5,7 +5,7 @@ import math
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.prompt_scorer import CHUNK_LOGITS
 from predictor.errors import StartupError
-from predictor.kernels import transformers_attention
+from predictor.kernels import tensor_parallel, transformers_attention
 from predictor.resources import memory
 from predictor.settings import Settings
 
@@ -35,8 +35,9 @@ def token_budget(
     Raises:
         StartupError: not even one block fits.
     """
-    free_bytes = memory.available_bytes(model.device)
     is_cuda = model.device.type == "cuda"
+    # The ranks of a model have a GPU each, and share a host.
+    free_bytes = memory.available_bytes(model.device) // (1 if is_cuda else tensor_parallel.size())
     budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction) - (CUDA_WORKSPACE_BYTES if is_cuda else 0)
     mask_tokens = None if dense_mask else context_tokens
     tokens = tokens_within(model, settings, budget_bytes, mask_tokens, in_place=in_place)

@@ -13,8 +13,19 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import InvalidSettings, UnsupportedModel
+from predictor.kernels import tensor_parallel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import adapter, architectures, checkpoint, context_length, placement, pooling, rope, snapshot
+from predictor.models import (
+    adapter,
+    architectures,
+    checkpoint,
+    context_length,
+    placement,
+    pooling,
+    rope,
+    sharding,
+    snapshot,
+)
 from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
@@ -162,13 +173,15 @@ def make_plan(
     """
     checkpoint.check_auxiliary_files(directory)
     config, chosen_task, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code, task=task)
+    has_remote_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    sharding.check(config, directory, chosen_task, has_remote_code=has_remote_code)
     is_pooling = chosen_task is not Task.GENERATE
     if is_pooling:
         quantization = _without_quantization(quantization, fallback=fallback)
     context_tokens = context_length.resolve(config, directory, max_model_len)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    weight_bytes = weights.size_bytes
+    weight_bytes = weights.size_bytes // tensor_parallel.size()
     free_bytes = memory.available_bytes(target)
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
@@ -366,8 +379,7 @@ def _load_weights(plan: LoadPlan) -> Any:
             state_dict=merged,
             **options,
             dtype=plan.dtype,
-            device_map=plan.placement.device_map,
-            max_memory=plan.placement.max_memory,
+            **plan.placement.arguments(),
             quantization_config=plan.quantization_config,
             local_files_only=True,
             trust_remote_code=plan.trust_remote_code,

@@ -5,7 +5,8 @@
     cpu     `int8_quantizer`       bitsandbytes NF4, small but slow  not supported    8bit
     mps     not supported          not supported                     not supported    none
 
-Transformers quantizes the weights while they load. Quantized checkpoints load unchanged.
+Transformers quantizes the weights while they load. Quantized checkpoints load unchanged. bitsandbytes cannot quantize
+the parts of weights that tensor-parallel ranks have, so with several ranks `auto` on CUDA is `none`.
 """
 
 import logging
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from predictor.errors import StartupError
-from predictor.kernels import fp8
+from predictor.kernels import fp8, tensor_parallel
 from predictor.kernels.cpu.gemm import has_int8
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config, is_skipped
@@ -25,6 +26,8 @@ from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
+_DIVISIBLE_METHODS = (INT8_METHOD, "fp8")
+"""Methods of quantized checkpoints whose weights and scales transformers divides among tensor-parallel ranks."""
 _AUTO_HEADROOM = 1.2
 """Ratio of free memory to weight bytes from which `auto` does not quantize on an accelerator."""
 
@@ -42,9 +45,9 @@ def resolve_mode(
 
     Args:
         mode: "auto", "none", "8bit", "4bit" or "fp8".
-        device: of the model.
+        device: of the model, or of this tensor-parallel rank.
         checkpoint_config: the checkpoint's own quantization config, if it has one.
-        weight_bytes: size of the checkpoint's weights.
+        weight_bytes: size of the checkpoint's weights, or of this rank's part.
         free_bytes: free memory of the device.
         fallback: resolve an unsupported mode to "none" with a warning.
 
@@ -56,6 +59,11 @@ def resolve_mode(
         raise StartupError(
             f"These weights are quantized for the int8 kernels of an x86 CPU, but the device is {device.type}. "
             "Use --device cpu on an x86 CPU, or the original weights."
+        )
+    if tensor_parallel.size() > 1 and method not in (None, *_DIVISIBLE_METHODS):
+        raise StartupError(
+            f"These weights are quantized by {method}, which is not divided among tensor-parallel ranks. Use the "
+            f"original weights, weights quantized by {' or '.join(_DIVISIBLE_METHODS)}, or --tensor_parallel_size 1."
         )
     if mode == "auto":
         return _resolve_auto(device, checkpoint_config, weight_bytes, free_bytes)
@@ -104,6 +112,8 @@ def _resolve_auto(device: torch.device, checkpoint_config: Any | None, weight_by
         return "none"
     if device.type == "cpu":
         return "8bit" if has_int8() else "none"
+    if tensor_parallel.size() > 1:
+        return "none"
     return "8bit" if weight_bytes * _AUTO_HEADROOM > free_bytes else "none"
 
 
@@ -114,7 +124,16 @@ def _unsupported_reason(mode: str, device: torch.device, checkpoint_config: Any 
         return f"--quantization {mode} is not supported on mps. Use none, or --device cpu."
     if mode == "8bit" and device.type == "cpu" and not has_int8():
         return "--quantization 8bit needs an x86 CPU. Use none."
-    return _missing_fp8(device) if mode == "fp8" else None
+    if mode == "fp8" and (missing := _missing_fp8(device)):
+        return missing
+    ranks = tensor_parallel.size()
+    if ranks > 1 and (device.type, mode) != ("cpu", "8bit"):
+        instead = "8bit or none" if device.type == "cpu" else "none and more ranks"
+        return (
+            f"--quantization {mode} on {device.type} does not divide weights among {ranks} tensor-parallel ranks. Use "
+            f"{instead}, or --tensor_parallel_size 1."
+        )
+    return None
 
 
 def _missing_fp8(device: torch.device) -> str | None:

@@ -41,8 +41,10 @@ from transformers.generation.continuous_batching import (
     cache_allocators,
     cb_logits_processors,
     continuous_api,
+    distributed,
     scheduler,
 )
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -68,7 +70,7 @@ from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
-from predictor.kernels import attention, past_key_values, sequence_attention, transformers_attention
+from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
 from predictor.kernels.cpu import ops, torch_private
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
@@ -509,6 +511,26 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         assert (dying._step_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
+# transformers' plans of tensor parallelism: predictor/kernels/shards.py
+
+
+def test_parallel_plans_have_the_styles_that_our_kernels_know() -> None:
+    assert set(shards._DIVISIONS) <= set(ALL_PARALLEL_STYLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "divides_heads", "in_cache"),
+    [("llama", True, True), ("qwen3", True, True), ("phi3", False, False), ("gpt_neox", False, False)],
+)
+def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
+    name: str, divides_heads: bool, in_cache: bool
+) -> None:
+    config = CASES[name].config()
+    assert shards.divides_heads(config) is divides_heads
+    plan = {f"model.{module}": style for module, style in config.base_model_tp_plan.items()}
+    assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
+
+
 # transformers' quantizers: predictor/models/{fp8,int8}_quantizer.py
 
 
@@ -520,6 +542,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         (HfQuantizer.get_modules_to_not_convert, "model skip_modules keep_in_fp32_modules add_default_skips"),
         (HfQuantizer.param_needs_quantization, "self model param_name kwargs"),
         (HfQuantizer._process_model_before_weight_loading, "self model kwargs"),
+        (HfQuantizer.update_parallel_plan, "self model plan"),
         (HfQuantizer.get_quantize_ops, "self"),
         (ConversionOps.convert, "self input_dict source_patterns target_patterns kwargs"),
     ],
@@ -551,6 +574,10 @@ def test_quantizer_skip_pattern_matches_prefix_regex_or_suffix(pattern: str, is_
 def test_quantizer_default_skips_are_the_output_layer(model: Any) -> None:
     assert "lm_head" in HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None, add_default_skips=True)
     assert HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None) == ["o_proj"]
+
+
+def test_quantizer_model_has_a_plan_before_its_layers_are_replaced(model: Any) -> None:
+    assert model.tp_plan["model.layers.*.mlp.down_proj"] == "rowwise"
 
 
 def test_quantizer_converts_each_weight_while_it_loads() -> None:
