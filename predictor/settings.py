@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     """Number of torch CPU threads, of each process. Default: the container's CPU limit, else all cores, shared."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights. auto: the checkpoint's, if the device computes in it."""
-    quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
+    quantization: Literal["auto", "none", "8bit", "4bit", "fp8"] = "none"
     """Weight quantization of linear layers. none: off. auto: the fastest mode that fits in memory."""
     quantization_skip_modules: str = ""
     """Additional linear layers to leave unquantized: comma-separated parts of their names, as in lm_head,down_proj."""

@@ -23,8 +23,7 @@ from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
 from predictor.errors import EngineStopped, OutOfMemory, StartupError
-from predictor.kernels import tensor_parallel
-from predictor.kernels.cpu import transformers_attention
+from predictor.kernels import attention, tensor_parallel, transformers_attention
 from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller
@@ -70,11 +69,10 @@ class BatchingManager:
         model: as of `Engine.from_model`, with its final attention implementation.
         settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
         kv_cache_tokens: capacity of the KV cache.
-        flash: use flash attention kernels on CUDA, where they are installed.
+        context_tokens: longest sequence whose decodes get a block table of the manager, if the attention reads those.
     """
 
-    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int, *, flash: bool = True) -> None:
-        uses_flash = flash and model.device.type == "cuda"
+    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int, *, context_tokens: int = 0) -> None:
         self._model = model
         self._failed_step_count = 0
         self._step_sampler = StepSampler(
@@ -99,12 +97,15 @@ class BatchingManager:
                 # batching would prepare a step before the last one is sampled.
                 use_cuda_graph=False,
                 use_async_batching=False,
-                # Block tables are for flash attention kernels, which read the paged cache themselves.
-                max_blocks_per_request=None if uses_flash else 0,
-                auto_switch_to_flash=uses_flash,
+                # The manager makes block tables, and looks on the Hub for kernels, for the package flash-attn only.
+                max_blocks_per_request=0,
+                auto_switch_to_flash=False,
                 cpu_group_timeout=settings.step_timeout_seconds,
             ),
         )
+        self._uses_block_tables = attention.uses_block_tables(model)
+        if self._uses_block_tables:
+            self._manager.continuous_batching_config.max_blocks_per_request = math.ceil(context_tokens / PAGE_TOKENS)
         steps = [self._step_sampler, *([rank_steps.TokenBroadcast()] if tensor_parallel.size() > 1 else [])]
         processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList(steps))
         processors.tensors_required = len(steps)  # the list counts only processors that it has converted itself
@@ -161,6 +162,9 @@ class BatchingManager:
 
     def start(self) -> None:
         try:
+            self._manager.batch_processor = self._manager._create_batch_processor()
+            if self._uses_block_tables:
+                transformers_attention.read_pages(self._manager.batch_processor.cache)
             self._manager.warmup()
         except (MemoryError, ValueError, RuntimeError) as error:
             if not (isinstance(error, ValueError) or memory.is_out_of_memory(error)):

@@ -19,8 +19,7 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped
-from predictor.kernels import past_key_values
-from predictor.kernels.cpu import attention
+from predictor.kernels import attention, past_key_values
 from predictor.settings import Settings
 from predictor.types import Caller, SamplingParams
 
@@ -87,7 +86,7 @@ class Engine:
                 model, settings, context_tokens=context_tokens, dense_mask=dense_mask
             )
         return cls(
-            BatchingManager(model, settings, kv_cache_tokens, flash=not uses_past),
+            BatchingManager(model, settings, kv_cache_tokens, context_tokens=context_tokens),
             eos_token_ids=eos_token_ids,
             context_tokens=context_tokens,
             capacity=settings.max_num_seqs + settings.max_queued_requests,

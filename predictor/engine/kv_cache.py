@@ -5,6 +5,7 @@ import math
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.prompt_scorer import CHUNK_LOGITS
 from predictor.errors import StartupError
+from predictor.kernels import shards, tensor_parallel
 from predictor.resources import memory
 from predictor.settings import Settings
 
@@ -31,8 +32,9 @@ def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, de
     Raises:
         StartupError: not even one block fits.
     """
-    free_bytes = memory.available_bytes(model.device)
     is_cuda = model.device.type == "cuda"
+    # The ranks of a model have a GPU each, and share a host.
+    free_bytes = memory.available_bytes(model.device) // (1 if is_cuda else tensor_parallel.size())
     budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction) - (CUDA_WORKSPACE_BYTES if is_cuda else 0)
     tokens = tokens_within(model, settings, budget_bytes, None if dense_mask else context_tokens)
     blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
@@ -66,6 +68,8 @@ def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, contex
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if shards.divides_heads(config):
+        heads, num_kv_heads = heads // tensor_parallel.size(), num_kv_heads // tensor_parallel.size()
     intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
     gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes

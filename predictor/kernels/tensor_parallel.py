@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 
 from predictor.errors import InvalidSettings, RankFailed, RankLost, StartupError
 
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 LOAD_SECONDS = 86400.0
 """Limit of operations during the load, in which ranks wait for the slowest. The end of a process ends them at once."""
+EXCHANGE_SECONDS = 600.0
+"""Limit of one exchange of numbers while weights load. A rank that failed waits for the others without taking part."""
 _VARIABLES = {
     # The ranks share a machine: the interface of the host's name need not exist, and other machines need no access.
     "GLOO_SOCKET_IFNAME": "lo",
@@ -131,6 +133,30 @@ def all_reduce(partial: torch.Tensor) -> torch.Tensor:
     if size() > 1:
         distributed.all_reduce(partial)
     return partial
+
+
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Replace each element by the largest of all ranks, in place, and return the tensor; during the load.
+
+    Raises:
+        RuntimeError: another rank has failed, and does not take part.
+    """
+    if size() > 1:
+        work = distributed.all_reduce(values, distributed.ReduceOp.MAX, async_op=True)
+        work.wait(timedelta(seconds=EXCHANGE_SECONDS))
+    return values
+
+
+def all_gather(part: torch.Tensor, width: int) -> torch.Tensor:
+    """Join the ranks' parts of the last dimension, (..., part) to (..., `width`).
+
+    The parts are those of `torch.chunk`: the last ones may be shorter.
+    """
+    longest = -(-width // size())
+    padded = nn.functional.pad(part, (0, longest - part.shape[-1])).contiguous()
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    distributed.all_gather(parts, padded)
+    return torch.cat(parts, -1)[..., :width]
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from devtools.paths import DEMO_MODEL, ROOT
 from predictor.engine import kv_cache
 from predictor.engine.kv_cache import PAGE_TOKENS, SEQUENCE_TOKENS
 from predictor.errors import StartupError
+from predictor.kernels import tensor_parallel
 from predictor.models.loader import LoadedModel
 from predictor.resources import memory
 from predictor.settings import Settings
@@ -75,6 +76,19 @@ def test_token_budget_is_limited_by_memory_then_by_use(loaded: LoadedModel, monk
 def test_token_budget_without_memory_fails(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartupError, match=r"Not enough memory for a KV cache: 0\.0 GiB"):
         budget(loaded, MIB, monkeypatch)
+
+
+def test_ranks_have_some_kv_heads_each_and_share_the_memory_of_a_host(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least, most = 64 * MIB, 192 * MIB
+    alone = tokens(loaded, most, context_tokens=1024) - tokens(loaded, least, context_tokens=1024)
+    padding = 2 * PAGE_TOKENS
+    within_half = budget(loaded, 16 * MIB, monkeypatch) + padding
+    monkeypatch.setattr(tensor_parallel, "size", lambda: 2)
+    shared = tokens(loaded, most, context_tokens=1024) - tokens(loaded, least, context_tokens=1024)
+    assert shared == pytest.approx(2 * alone, rel=0.02)  # index entries are not divided
+    assert budget(loaded, 32 * MIB, monkeypatch) + padding == pytest.approx(2 * within_half, abs=2 * PAGE_TOKENS)
 
 
 MISTRAL = SimpleNamespace(
