@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 
@@ -54,7 +53,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "several": {"prompt": ["1+1=", "9+9=", "3+4="], "n": 2, **SEEDED},
     "log probabilities": {"prompt": "17+25=", "logprobs": 3, "temperature": 0},
     "prompt log probabilities": {"prompt": "17+25=", "logprobs": 2, "echo": True, "temperature": 0},
-    "grammar": {"prompt": "17+25=", "structured_outputs": {"regex": "[0-9]{3}-[a-z]{2}"}, "temperature": 1.5, "seed": 7},
+    "grammar": {
+        "prompt": "17+25=",
+        "structured_outputs": {"regex": "[0-9]{3}-[a-z]{2}"},
+        "temperature": 1.5,
+        "seed": 7,
+    },
     "penalties": {"prompt": "17+25=", "repetition_penalty": 1.3, "presence_penalty": 0.5, "temperature": 0},
     "a shared prefix": {"prompt": LONG_PROMPT, "temperature": 0},
 }
@@ -169,23 +173,35 @@ def test_ranks_signalled_finish_their_streams(tmp_path: Path) -> None:
     assert "Traceback" not in server.log
 
 
-def test_ranks_more_than_kv_heads_are_refused(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "predictor",
-        "--model_dir",
-        str(DEMO_MODEL),
-        "--http_port",
-        str(processes.free_port()),
-    ]
+def test_ranks_end_when_one_is_killed_before_it_has_joined(tmp_path: Path) -> None:
+    flags = ["--model_dir", str(DEMO_MODEL), "--http_port", str(processes.free_port()), *FLAGS]
+    log = tmp_path / "log"
+    with log.open("w") as stderr:
+        process = processes.start(["predictor", *flags], stderr=stderr)
+    try:
+        while not (children := psutil.Process(process.pid).children()):
+            assert process.poll() is None
+        children[0].kill()
+        assert process.wait(HANG_SECONDS) == 1
+    finally:
+        processes.stop(process)
+    assert log.read_text().splitlines()[-1].startswith(f"error: Rank 1 (process {children[0].pid}) was killed")
+
+
+def test_ranks_more_than_kv_heads_are_refused() -> None:
+    command = [sys.executable, "-m", "predictor", "--model_dir", str(DEMO_MODEL), "--tensor_parallel_size", "3"]
     done = subprocess.run(
-        [*command, "--tensor_parallel_size", "3"], cwd=ROOT, capture_output=True, text=True, timeout=HANG_SECONDS
+        [*command, "--http_port", str(processes.free_port())],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "2 KV heads" in done.stderr.splitlines()[-1]
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "4 attention heads and 2 KV heads, which 3 ranks cannot share equally" in last
 
 
 def test_ranks_pass_the_tests_of_the_protocols() -> None:
