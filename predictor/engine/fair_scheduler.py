@@ -76,11 +76,11 @@ class FairScheduler(FIFOScheduler):
                 # If only the cache is short, a sequence that has left would start again, and leave in the next step.
                 if self.max_requests_per_batch - len(self.active_requests) >= len(entering):
                     self.block_new_requests = True
-                return None
+                return
             if self.settle():
                 # Sequences may have ended, and the others have to leave with all of their tokens.
-                self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
-                return self._make_room(token_budget)
+                self._make_room(token_budget)
+                return
             self._preempt(request_id)
         if entering:
             self.block_new_requests = False

@@ -202,6 +202,44 @@ def test_overlapped_sampler_is_called_once_per_token(overlapped: Engine, ids: li
     assert overlapped.steps - before == len(answer.token_ids) + 1 + 1, "one step after the end"
 
 
+def test_overlapped_sampler_is_not_called_after_the_end(overlapped: Engine, ids: list[int]) -> None:
+    """Though the event loop, which drops it, is busy."""
+    lengths: list[int] = []
+
+    def record(_: torch.Tensor, __: Sequence[int], output_ids: Sequence[int]) -> None:
+        lengths.append(len(output_ids))
+
+    async def run() -> Generated:
+        [stream] = overlapped.submit([(ids, replace(GREEDY, logits_processors=(lambda: record,)))])
+        await anext(stream)
+        while processor_of(overlapped).has_pending_requests() or processor_of(overlapped).inputs_and_outputs.is_pending:
+            time.sleep(0.001)  # noqa: ASYNC251, it is to block
+        return await read(stream)
+
+    rest = asyncio.run(asyncio.wait_for(run(), HANG_SECONDS))
+    assert lengths == list(range(1 + len(rest.token_ids)))
+
+
+def test_overlapped_sequence_cancelled_when_it_completes_a_page_fails_no_step(
+    overlapped: Engine, loaded: LoadedModel, hold: Hold
+) -> None:
+    """The step that runs completes a page of a sequence that has left."""
+    failed = overlapped.failed_steps
+
+    async def leave() -> None:
+        hold.close(after=1)
+        [stream] = overlapped.submit([(random_ids(loaded, PAGE_TOKENS, seed=60), LONG)])
+        await blocked(hold)
+        stream.close()
+        hold.open()
+        await until_idle(overlapped)
+
+    asyncio.run(leave())
+    generate(overlapped, random_ids(loaded, 9, seed=61), TEN)
+    assert overlapped.failed_steps == failed
+    assert_idle(overlapped)
+
+
 def test_overlapped_sequence_that_ends_by_length_has_no_further_step(overlapped: Engine, ids: list[int]) -> None:
     before = overlapped.steps
     generate_all(overlapped, [(ids, TEN), (ids, replace(TEN, max_tokens=9))])
