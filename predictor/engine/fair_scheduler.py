@@ -3,15 +3,29 @@
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from predictor.engine.fair_queue import FairQueue
+from predictor.engine.prompt_scorer import PromptScorer
+from predictor.engine.submission import Submission
 
 NAME = "kserve_llm"
 """For the manager's config."""
+LIMITED_STEPS = 1000
+"""Steps that stay smaller than one that ran out of memory, which may have been another process's fault."""
+
+
+@dataclass
+class _Limits:
+    """Size of the next `steps` steps."""
+
+    sequences: int
+    tokens: int
+    steps: int
 
 
 class FairScheduler(FIFOScheduler):
@@ -22,11 +36,11 @@ class FairScheduler(FIFOScheduler):
     would never admit one.
     """
 
+    max_requests_per_batch: int
     scheduled: Sequence[Any] = ()
     """Sequences of the step; none before they are all scheduled."""
-    unscored: Collection[str] = ()
-    """Request ids of the sequences that need every row of their prompt, so that no cached prefix replaces any."""
-
+    scorer: PromptScorer | None = None
+    """Its sequences need every row of their prompt, so that no cached prefix replaces any."""
     pending_ids: Collection[str] = ()
     """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
 
@@ -34,17 +48,42 @@ class FairScheduler(FIFOScheduler):
         self.fair_queue = FairQueue()
         self.settle: Callable[[], bool] = lambda: False
         """Takes over the tokens of a step that runs; returns whether there was one."""
+        self._limits: _Limits | None = None
+        self._step_tokens = 0
         super().__init__(*arguments, **options)
+        self._max_sequences = self.max_requests_per_batch
+
+    def add_waiting_request(self, state: Any) -> None:
+        submission: Submission | None = state.logit_processor_kwargs.get("submission")
+        # A sequence that left the batch starts again, with its place among those of its caller.
+        if submission and state.request_id not in self.fair_queue:
+            self.fair_queue.add(state.request_id, submission.caller, submission.priority)
+            if self.scorer and submission.scored_tokens is not None:
+                self.scorer.add(state.request_id, submission.scored_tokens)
+        super().add_waiting_request(state)
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
+        token_budget = self._apply_limits(token_budget)
         if self.waiting_requests:
             self._make_room(token_budget)
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
         self.scheduled = [request.state for request in batch[0] or ()]
+        self._step_tokens = sum(request.query_length for request in batch[0] or ())
         for request in batch[0] or ():
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
+
+    def _apply_limits(self, token_budget: int) -> int:
+        """Set the number of sequences of the next step, and return its tokens."""
+        limits = self._limits
+        self.max_requests_per_batch = self._max_sequences if limits is None else limits.sequences
+        if limits is None:
+            return token_budget
+        limits.steps -= 1
+        if not limits.steps:
+            self._limits = None
+        return min(token_budget, limits.tokens)
 
     def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
         """Schedule the candidates: decoding sequences first, then prompts in fair order."""
@@ -117,15 +156,37 @@ class FairScheduler(FIFOScheduler):
         state = self.active_requests[request_id]
         restarted = state.create_equivalent_initial_request()
         restarted.created_time = state.created_time
+        # No token of a step that still runs is added to it.
+        state.status = RequestStatus.FINISHED
         self.finish_request(request_id)
         self.add_waiting_request(restarted)
 
     def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
-        if state.status == RequestStatus.PENDING and state.request_id in self.unscored:
+        if state.status == RequestStatus.PENDING and self.scorer and state.request_id in self.scorer.samplers:
             remaining: list[int] = state.remaining_prefill_tokens
             return remaining
         tokens: list[int] = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
         return tokens
+
+    def remove_newest(self) -> list[Any]:
+        """Remove and return the newest sequence of a step that ran out of memory, and put the others back.
+
+        They wait in front of all others, with their tokens, and keep their complete pages of the cache: a step writes
+        behind them. As of `remove_failed`, if no other sequence is left. The following steps are smaller, since others
+        would otherwise take the free place, and fail for the same reason.
+        """
+        running = [state for state in self.scheduled if state.request_id in self.active_requests]
+        sequences = max(1, len(running) - 1)
+        self._limits = _Limits(sequences, max(sequences, self._step_tokens // 2), LIMITED_STEPS)
+        if len(running) < 2:
+            return self.remove_failed()
+        newest = max(running, key=lambda state: state.created_time).request_id
+        others = [state.request_id for state in running if state.request_id != newest]
+        for request_id in others:
+            self._preempt(request_id)
+        self.waiting_requests_order.rotate(len(others))
+        self.scheduled = [state for state in self.scheduled if state.request_id not in self.waiting_requests]
+        return self.remove_failed()
 
     def remove_failed(self) -> list[Any]:
         """Remove and return the sequences of a failed step, with their cache.
@@ -147,11 +208,17 @@ class FairScheduler(FIFOScheduler):
         return failed
 
     def clear_cancelled_requests(self) -> list[Any]:
+        # The order in which blocks are freed decides which ones are evicted first. That of a set of strings differs
+        # between processes, and with it would the prefixes that ranks share.
+        self._requests_to_cancel: Any = sorted(self._requests_to_cancel)
         cancelled: list[Any] = super().clear_cancelled_requests()
         for state in cancelled:
             self.block_new_requests = False
             # Their tokens of a step that runs are skipped.
             state.status = RequestStatus.FINISHED
+        self.fair_queue.retain(self.active_requests, self.waiting_requests)
+        if self.scorer:
+            self.scorer.retain(self.active_requests, self.waiting_requests)
         return cancelled
 
 

@@ -89,7 +89,7 @@ class Stream:
         Raises:
             DeadlineExceeded: the sequence timed out and has left the batch.
             EngineStopped: the step loop has ended.
-            GenerationFailed: the step loop failed on this sequence.
+            GenerationFailed: the step loop failed on this sequence; `OutOfMemory` if a step did not fit.
             RequestError: the request does not allow a next token.
         """
         if self._ended:

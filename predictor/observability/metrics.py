@@ -70,7 +70,7 @@ class CallbackCollector(Collector):
         "kv_cache_usage_perc": "Fraction of the KV cache used by running sequences, 0 to 1.",
         "kv_cache_capacity_tokens": "Capacity of the KV cache in tokens.",
         "engine_steps": "Steps of the engine since its start.",
-        "engine_failed_steps": "Steps that failed, with their sequences.",
+        "engine_failed_steps": "Steps that failed, with their sequences or the newest one.",
         "self_check_age_seconds": "Time since the self-check last succeeded.",
         "self_check_success": "Whether the last self-check succeeded, 1 or 0.",
         "ready": "Whether the model is ready, 1 or 0.",

@@ -66,6 +66,7 @@ def test_rules_pass_promtool_check() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_rules_pass_the_promtool_cases(tmp_path: Path) -> None:
     done = run_cases(tmp_path, rules())
     assert done.returncode == 0, done.stdout + done.stderr

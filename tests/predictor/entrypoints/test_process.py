@@ -125,6 +125,7 @@ def test_process_signalled_finishes_streams_and_rejects_new_requests(sent: signa
     assert "Traceback" not in server.log
 
 
+@pytest.mark.slow
 def test_process_signalled_twice_aborts_streams_with_an_error(tmp_path: Path) -> None:
     with servers.own_process(tmp_path) as (server, orders):
         with blocked_streams(server, orders, 1000) as streams:
@@ -165,6 +166,7 @@ def test_process_signalled_in_any_phase_of_the_start_exits_0(phase: str, tmp_pat
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.slow
 def test_process_with_a_dead_step_loop_is_not_live_and_returns_503(tmp_path: Path) -> None:
     with servers.own_process(tmp_path) as (server, orders):
         orders.give("fail")

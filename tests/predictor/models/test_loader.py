@@ -219,9 +219,12 @@ def test_load_only_weights_of_another_name_are_read(weights: Path, quantization:
     assert_demo_weights(loader.load(weights, device="cpu", quantization=quantization))
 
 
-def test_load_out_of_memory_names_the_setting(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+def test_load_out_of_memory_names_the_setting(
+    weights: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     def raise_out_of_memory(*_: object, **__: object) -> None:
-        raise torch.OutOfMemoryError("Tried to allocate 9 GiB.\nand so on")
+        raise error("Tried to allocate 9 GiB.\nand so on")
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", raise_out_of_memory)
     expected = r"^Not enough memory to load the weights in .* \(Tried to allocate 9 GiB\)\. .* --quantization\.$"

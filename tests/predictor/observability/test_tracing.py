@@ -538,6 +538,7 @@ def test_cancelled_grpc_call_is_not_an_error_span(served: Served, trace_id: str)
 # Shutdown and unavailable collectors
 
 
+@pytest.mark.slow
 def test_process_shutdown_exports_last_spans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with collecting() as collector, ThreadPoolExecutor() as threads:
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)

@@ -21,6 +21,15 @@ def test_available_bytes_on_cpu_is_limited() -> None:
     assert 0 < memory.available_bytes(torch.device("cpu")) < cgroup.UNLIMITED_BYTES
 
 
+def test_is_out_of_memory_on_the_host_and_on_a_device() -> None:
+    with pytest.raises(RuntimeError) as host:
+        torch.empty(2**60, dtype=torch.int8)
+    for error in (host.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
+        assert memory.is_out_of_memory(error)
+    for error in (RuntimeError("CUDA error: device-side assert triggered"), ValueError()):
+        assert not memory.is_out_of_memory(error)
+
+
 @pytest.fixture
 def limited_group() -> Iterator[Path]:
     """A memory cgroup of 1.2 GiB, version 2 or 1."""

@@ -134,6 +134,7 @@ def test_fifty_random_kills_are_recovered_by_next_run(start: Start, hub: LocalHu
         assert {(name, f"bytes={size}-") for name, size in cut_off.items()} <= ranges
 
 
+@pytest.mark.slow
 def test_crash_at_every_file_operation_is_recovered_by_next_run(
     run: Run, environment: dict[str, str], hub: LocalHub, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from tests.predictor.servers import HANG_SECONDS, OPENAI, PROTOCOLS, Call, InPro
 def test_failed_step_is_an_internal_error_and_the_server_stays_live(server: InProcessServer, protocol: str) -> None:
     call = Call(server, protocol, 8)
     before, failed = call.post().json(), server.metric("engine_failed_steps_total")
-    server.hold.error = torch.OutOfMemoryError("CUDA out of memory.")
+    server.hold.error = ZeroDivisionError()
     response = call.post()
     server.hold.open()
     # 424 is the status of the generate protocol's failures.
@@ -25,6 +25,18 @@ def test_failed_step_is_an_internal_error_and_the_server_stays_live(server: InPr
     assert server.client.get("/v2/health/live").status_code == 200
     assert server.client.get("/v2/health/ready").status_code == 200
     assert text(call.post().json()) == text(before)
+    server.wait_until_idle()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_step_out_of_memory_asks_for_a_later_retry(server: InProcessServer, protocol: str) -> None:
+    server.hold.error = torch.OutOfMemoryError("CUDA out of memory.")
+    response = Call(server, protocol, 8).post()
+    server.hold.open()
+    assert response.status_code == (424 if protocol == "generate" else 503)
+    assert int(response.headers["retry-after"]) > 0
+    assert "Out of memory: a step did not fit" in response.text
+    assert server.client.get("/v2/health/ready").status_code == 200
     server.wait_until_idle()
 
 
