@@ -150,7 +150,8 @@ class StepPipeline:
         if bootstrapping:
             return False
         try:
-            return self._run_step() or bool(self._run_iteration(processor, bootstrapping))
+            with torch.no_grad():
+                return self._run_step() or bool(self._run_iteration(processor, bootstrapping))
         except BaseException:
             was_scheduled = bool(self._scheduler.scheduled)
             self._settle_after_failure()
@@ -159,7 +160,6 @@ class StepPipeline:
                 return True
             raise
 
-    @torch.no_grad()
     def _run_step(self) -> bool:
         """Return whether there was something to compute."""
         processor = self._processor

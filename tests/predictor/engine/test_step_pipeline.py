@@ -402,4 +402,4 @@ def test_steps_overlap_on_one_gpu_only(
     monkeypatch: pytest.MonkeyPatch, device: str, ranks: int, expected: bool
 ) -> None:
     monkeypatch.setattr(tensor_parallel, "size", lambda: ranks)
-    assert batching_manager._overlaps(SimpleNamespace(device=torch.device(device))) is expected  # type: ignore[arg-type]
+    assert batching_manager._overlaps(SimpleNamespace(device=torch.device(device))) is expected
