@@ -9,9 +9,10 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -213,14 +214,38 @@ class Settings(BaseSettings):
         return value.upper() if isinstance(value, str) else value
 
 
+_AnySettings = TypeVar("_AnySettings", bound=Settings)
+
+
 def read(argv: Sequence[str]) -> Settings:
     """Return the settings from flags, without the program's name, and the environment; `--help` prints all and exits.
 
     Raises:
         InvalidSettings: naming the flag or variable, and the fix.
     """
-    _reject_unknown_variables(os.environ)
+    _reject_unknown_variables(os.environ, Settings)
     settings = parse(argv, Settings)
+    _require_consistent(settings)
+    return settings
+
+
+def from_arguments(arguments: Mapping[str, Any], model: type[_AnySettings]) -> _AnySettings:
+    """Return the settings from values or texts by name, and the environment; an argument wins.
+
+    Raises:
+        InvalidSettings: naming the argument or variable, and the fix.
+    """
+    _reject_unknown_variables(os.environ, model)
+    for name in arguments:
+        if name not in model.model_fields:
+            raise InvalidSettings(f"Unknown setting: {name}. {_suggestion(name, '', set(model.model_fields))}")
+    with _naming_values():
+        settings = model(**arguments)
+    _require_consistent(settings)
+    return settings
+
+
+def _require_consistent(settings: Settings) -> None:
     if settings.ready_while_loading and not settings.hold_while_loading:
         raise InvalidSettings(
             "--ready_while_loading: requests that arrive would get 503. Set --hold_while_loading too."
@@ -229,7 +254,6 @@ def read(argv: Sequence[str]) -> Settings:
         raise InvalidSettings(
             "--adapter_reference: adapters are on the volume of a published model. Set --model_reference too."
         )
-    return settings
 
 
 def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
@@ -240,20 +264,28 @@ def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
     """
     arguments = [_with_underscores(argument) for argument in argv]
     try:
-        return CliApp.run(model, cli_args=arguments)
+        with _naming_values():
+            return CliApp.run(model, cli_args=arguments)
+    except SettingsError as error:
+        _reject_unknown_flags(arguments)
+        raise InvalidSettings(f"Invalid command line: {error}. Run `python -m predictor --help`.") from None
+
+
+@contextmanager
+def _naming_values() -> Iterator[None]:
+    """Convert pydantic's errors to `InvalidSettings`."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).removeprefix(ENV_PREFIX).lower()
         raise InvalidSettings(
             f"Invalid value of --{name} ({ENV_PREFIX}{name.upper()}): {first['input']!r}. {first['msg']}."
         ) from None
-    except SettingsError as error:
-        _reject_unknown_flags(arguments)
-        raise InvalidSettings(f"Invalid command line: {error}. Run `python -m predictor --help`.") from None
 
 
-def _reject_unknown_variables(variables: Iterable[str]) -> None:
-    names = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+def _reject_unknown_variables(variables: Iterable[str], model: type[Settings]) -> None:
+    names = {ENV_PREFIX + name.upper() for name in model.model_fields}
     for variable in sorted(variables):
         name = variable.upper()  # pydantic-settings ignores case
         if name.startswith(ENV_PREFIX) and name not in names and not _SERVICE_LINK.fullmatch(name):
