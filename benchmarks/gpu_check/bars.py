@@ -51,14 +51,14 @@ def ratio(level: Figures, sequential: list[Figures]) -> float | None:
 
 def _bench(bench: Figures, device: Figures) -> Iterator[Bar]:
     crowd = _level(bench.get("levels", []), CALLERS)
-    disturbed = bench.get("disturbed")
+    disturbed = bench.get("disturbed") or {}
     yield _at_least(
         f"{SHAPE}, one caller: share of the memory bandwidth", LEAST_BANDWIDTH_SHARE, bandwidth_share(bench, device)
     )
     yield _at_least(
         f"{SHAPE}, {CALLERS} callers: tokens/s over those of sequential `generate`",
         LEAST_RATIO,
-        crowd and ratio(crowd, bench.get("sequential", [])),
+        None if crowd is None else ratio(crowd, bench.get("sequential", [])),
     )
     yield _at_most(
         f"{SHAPE}: first token of a prompt of {bench.get('long_prompt_tokens', 2000)} tokens on an idle server, ms",
@@ -68,7 +68,7 @@ def _bench(bench: Figures, device: Figures) -> Iterator[Bar]:
     yield _at_most(
         f"{SHAPE}: inter-token p99 of other streams during such a prompt, over that before",
         MOST_DISTURBANCE,
-        disturbed and disturbed["during_p99_ms"] / disturbed["before_p99_ms"],
+        disturbed["during_p99_ms"] / disturbed["before_p99_ms"] if disturbed else None,
     )
     yield _at_most(f"{SHAPE}: ready, s", MOST_READY_SECONDS, bench.get("ready_seconds"))
 

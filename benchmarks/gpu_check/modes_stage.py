@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import make_model
 from benchmarks.gpu_check import bench_stage, load_stage, report
 from predictor.engine.engine import Engine
 from predictor.models import loader
@@ -100,7 +101,7 @@ def main() -> int:
     """Run the stage, or measure one mode of it."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check.modes_stage", description=__doc__)
     parser.add_argument("--device", required=True)
-    parser.add_argument("--shape", choices=bench_stage.make_model.SHAPES, required=True)
+    parser.add_argument("--shape", choices=make_model.SHAPES, required=True)
     parser.add_argument("--output_tokens", type=int, required=True, help="per sequence")
     parser.add_argument("--scratch", type=Path, required=True, help="folder for the weights")
     parser.add_argument("--directory", type=Path, help="weights of the mode to measure")
