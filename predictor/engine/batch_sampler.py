@@ -77,9 +77,9 @@ class BatchSampler:
             token_ids = _sample_rows(logits, sampled, tensors)
             flat.index_fill_(0, tensors["sampled"] * width + token_ids, torch.inf)
         if penalized:
-            self._penalties.append(logits[tensors["penalized"]].argmax(dim=-1), tensors)
+            self._penalties.append(_largest(logits, penalized, tensors["penalized"]), tensors)
         if logprobs is not None:
-            token_ids = logits[tensors["reported"]].argmax(dim=-1)
+            token_ids = _largest(logits, reported, tensors["reported"])
             tops = [row.sampler.num_logprobs or 0 for row in reported]
             for row, logprob in zip(reported, token_logprobs(logprobs, token_ids.tolist(), tops), strict=True):
                 row.sampler.logprobs.append(logprob)
@@ -230,7 +230,7 @@ def sample(logits: torch.Tensor, integers: torch.Tensor, limits: torch.Tensor, n
     probabilities = (logits / temperature).softmax(dim=-1)
     if needs.candidates:
         least = _least_probability(probabilities, top_k, top_p, min_p, needs)
-        probabilities.masked_fill_(probabilities < least, 0.0)
+        _exclude_below(probabilities, least)
     # The race of exponentials: the largest of probability / noise is a sample. First between blocks of tokens, then
     # between the tokens of the block that has won.
     padding = -probabilities.shape[1] % BLOCK_TOKENS
@@ -245,6 +245,33 @@ def sample(logits: torch.Tensor, integers: torch.Tensor, limits: torch.Tensor, n
     return token_ids.gather(1, winner)[:, 0]
 
 
+def _largest(logits: torch.Tensor, rows: Sequence[Row], indices: torch.Tensor) -> torch.Tensor:
+    """Return the token with the largest logit of each of the rows, which have these indices."""
+    if _is_batched(logits.device):
+        return logits[indices].argmax(dim=-1)
+    # torch takes ten times as long.
+    return torch.tensor([np.argmax(logits[row.index].numpy()) for row in rows])
+
+
+def _sorted(probabilities: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the largest probabilities of each row, in descending order, (rows, count)."""
+    if probabilities.device.type != "cpu":
+        return probabilities.topk(count).values
+    # torch takes ten times as long here, too.
+    rest = probabilities.shape[1] - count
+    values = np.partition(probabilities.numpy(), rest, axis=1)[:, rest:]
+    return torch.from_numpy(-np.sort(-values, axis=1))
+
+
+def _exclude_below(probabilities: torch.Tensor, least: torch.Tensor) -> None:
+    """Set probabilities below the least of their row to 0, in place."""
+    if len(probabilities) == 1 and probabilities.device.type == "cpu":
+        # A fifth of the time.
+        functional.threshold(probabilities, np.nextafter(least.numpy(), np.float32(0)).item(), 0.0, inplace=True)
+    else:
+        probabilities.masked_fill_(probabilities < least, 0.0)
+
+
 def _least_probability(
     probabilities: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, needs: Truncation
 ) -> torch.Tensor:
@@ -252,7 +279,7 @@ def _least_probability(
     if needs.candidates == 1:
         values = probabilities.amax(dim=-1, keepdim=True)
     else:
-        values = probabilities.topk(needs.candidates).values
+        values = _sorted(probabilities, needs.candidates)
     has_top_k, has_top_p = top_k > 0, top_p < 1
     is_candidate = ~has_top_k | (torch.arange(needs.candidates, device=values.device) < top_k)
     cumulative = (values * is_candidate).cumsum(dim=-1)
