@@ -17,6 +17,8 @@ from predictor.engine.batch_sampler import BatchSampler
 from predictor.engine.sampler import Row, SequenceSampler
 from predictor.types import SamplingParams
 
+VOCABULARY = 151_936
+"""Of Qwen2."""
 PROMPT_TOKENS, OUTPUT_TOKENS = 500, 200
 LOGITS_DEVIATION = 3.0
 """Of the logits of a small model at a typical position."""
@@ -74,6 +76,15 @@ def measure(parameters: dict[str, Any], rows: int, vocabulary: int, device: torc
     return statistics.median(durations[1:])
 
 
+def measure_all(rows: int, device: torch.device, repetitions: int, vocabulary: int = VOCABULARY) -> dict[str, float]:
+    """Return what `measure` does, for each kind of parameters."""
+    with torch.inference_mode():
+        return {
+            name: measure(parameters, rows, vocabulary, device, repetitions)
+            for name, parameters in kinds(vocabulary).items()
+        }
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -84,15 +95,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="of torch (default: %(default)s)")
     parser.add_argument("--rows", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--vocabulary", type=int, default=151_936, help="(default: %(default)s)")
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY, help="(default: %(default)s)")
     parser.add_argument("--repetitions", type=int, default=10, help="(default: %(default)s)")
     arguments = parser.parse_args()
     print(f"| {arguments.rows} rows of {arguments.vocabulary} tokens on {arguments.device} | ms |\n|---|---|")
-    with torch.inference_mode():
-        for name, parameters in kinds(arguments.vocabulary).items():
-            device = torch.device(arguments.device)
-            value = measure(parameters, arguments.rows, arguments.vocabulary, device, arguments.repetitions)
-            print(f"| {name} | {value:.1f} |", flush=True)
+    device = torch.device(arguments.device)
+    for name, value in measure_all(arguments.rows, device, arguments.repetitions, arguments.vocabulary).items():
+        print(f"| {name} | {value:.1f} |")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ class SamplingParams:
     ignore_eos: bool = False
     """Continue after the model's end of sequence, up to `max_tokens`."""
     seed: int | None = None
-    """Makes a sampled completion repeatable on the same server, device and version; None: random."""
+    """Makes a sampled completion repeatable on the same version, alone or among others; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
     prompt_logprobs: int | None = None

@@ -173,6 +173,21 @@ def _bias_of_octet(device: torch.device) -> torch.Tensor:
     return torch.from_numpy(_BIAS_OF_OCTET).to(device)
 
 
+class Parameters(NamedTuple):
+    """Of each row, (rows, 1)."""
+
+    keys: torch.Tensor
+    """Of the noise."""
+    top_k: torch.Tensor
+    """Number of most probable tokens to sample from; 0 is all."""
+    temperature: torch.Tensor
+    """At least GREEDY_BELOW."""
+    top_p: torch.Tensor
+    """Of those tokens, the fewest that together have this probability, 0 < top_p <= 1."""
+    min_p: torch.Tensor
+    """Of those, the ones with at least this fraction of the largest probability, 0 <= min_p <= 1."""
+
+
 class Truncation(NamedTuple):
     """How many tokens of each row have to be sorted."""
 
@@ -194,15 +209,15 @@ def truncation(samplers: Iterable[SequenceSampler], vocabulary: int) -> Truncati
 
 def _sample_rows(logits: torch.Tensor, rows: Sequence[Row], tensors: Tensors) -> torch.Tensor:
     """Return a token id for each of the rows."""
-    integers, limits = tensors["integers"], tensors["limits"]
-    samplers = [row.sampler for row in rows]
+    seeds, positions, top_k = tensors["integers"].split(1, dim=1)
+    parameters = Parameters(noise.keys(seeds, positions), top_k, *tensors["limits"].split(1, dim=1))
     if _is_batched(logits.device):
-        return sample(logits[tensors["sampled"]], integers, limits, truncation(samplers, logits.shape[1]))
+        needs = truncation([row.sampler for row in rows], logits.shape[1])
+        return sample(logits[tensors["sampled"]], parameters, needs)
     token_ids = [
         sample(
             logits[row.index : row.index + 1],
-            integers[number : number + 1],
-            limits[number : number + 1],
+            Parameters(*(column[number : number + 1] for column in parameters)),
             truncation([row.sampler], logits.shape[1]),
         )
         for number, row in enumerate(rows)
@@ -210,7 +225,7 @@ def _sample_rows(logits: torch.Tensor, rows: Sequence[Row], tensors: Tensors) ->
     return torch.cat(token_ids)
 
 
-def sample(logits: torch.Tensor, integers: torch.Tensor, limits: torch.Tensor, needs: Truncation) -> torch.Tensor:
+def sample(logits: torch.Tensor, parameters: Parameters, needs: Truncation) -> torch.Tensor:
     """Return a token id for each row.
 
     Tokens with the same logit are kept or excluded together, so the result does not depend on the order in which a
@@ -218,31 +233,27 @@ def sample(logits: torch.Tensor, integers: torch.Tensor, limits: torch.Tensor, n
 
     Args:
         logits: float32, (rows, vocabulary).
-        integers: int64, (rows, 3): seed, number of tokens before, and top_k: the number of most probable tokens to
-            sample from; 0 is all.
-        limits: float32, (rows, 3): temperature, at least GREEDY_BELOW; top_p: of those tokens, the fewest that together
-            have this probability, 0 < top_p <= 1; min_p: of those, the ones with at least this fraction of the largest
-            probability, 0 <= min_p <= 1.
-        needs: as `truncation` returns it.
+        parameters: of each row.
+        needs: what `truncation` returns for these rows.
     """
-    seeds, positions, top_k = integers.split(1, dim=1)
-    temperature, top_p, min_p = limits.split(1, dim=1)
-    probabilities = (logits / temperature).softmax(dim=-1)
+    probabilities = (logits / parameters.temperature).softmax(dim=-1)
+    if padding := -probabilities.shape[1] % BLOCK_TOKENS:
+        probabilities = functional.pad(probabilities, (0, padding))
+    blocks = probabilities.unflatten(1, (-1, BLOCK_TOKENS))
     if needs.candidates:
-        least = _least_probability(probabilities, top_k, top_p, min_p, needs)
-        _exclude_below(probabilities, least)
-    # The race of exponentials: the largest of probability / noise is a sample. First between blocks of tokens, then
-    # between the tokens of the block that has won.
-    padding = -probabilities.shape[1] % BLOCK_TOKENS
-    blocks = functional.pad(probabilities, (0, padding)) if padding else probabilities
-    blocks = blocks.unflatten(1, (-1, BLOCK_TOKENS))
-    # Token ids are not negative.
+        _exclude_below(blocks, _least_probability(blocks, parameters, needs))
+    # A race of exponentials: the largest of probability / noise is a sample. First between blocks of tokens, then
+    # between the tokens of the first one's block. Token ids are not negative.
     numbers = -1 - torch.arange(blocks.shape[1], device=logits.device)
-    block = (blocks.sum(dim=-1) / noise.exponential(seeds, positions, numbers)).argmax(dim=-1, keepdim=True)
+    block = (blocks.sum(dim=-1) / noise.exponential(parameters.keys, numbers)).argmax(dim=-1, keepdim=True)
     token_ids = block * BLOCK_TOKENS + torch.arange(BLOCK_TOKENS, device=logits.device)
-    within = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK_TOKENS))[:, 0]
-    winner = (within / noise.exponential(seeds, positions, token_ids)).argmax(dim=-1, keepdim=True)
-    return token_ids.gather(1, winner)[:, 0]
+    first = (_chosen(blocks, block) / noise.exponential(parameters.keys, token_ids)).argmax(dim=-1, keepdim=True)
+    return token_ids.gather(1, first)[:, 0]
+
+
+def _chosen(blocks: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return the tokens of some blocks of each row, (rows, tokens); indices are (rows, blocks)."""
+    return blocks.gather(1, indices[..., None].expand(-1, -1, BLOCK_TOKENS)).flatten(1)
 
 
 def _largest(logits: torch.Tensor, rows: Sequence[Row], indices: torch.Tensor) -> torch.Tensor:
@@ -253,41 +264,41 @@ def _largest(logits: torch.Tensor, rows: Sequence[Row], indices: torch.Tensor) -
     return torch.tensor([np.argmax(logits[row.index].numpy()) for row in rows])
 
 
-def _sorted(probabilities: torch.Tensor, count: int) -> torch.Tensor:
+def _sorted(blocks: torch.Tensor, count: int) -> torch.Tensor:
     """Return the largest probabilities of each row, in descending order, (rows, count)."""
-    if probabilities.device.type != "cpu":
-        return probabilities.topk(count).values
+    # As many blocks as tokens have them all: those with the largest maxima.
+    is_few = 2 * count < blocks.shape[1]
+    values = _chosen(blocks, blocks.amax(dim=-1).topk(count).indices) if is_few else blocks.flatten(1)
+    if blocks.device.type != "cpu":
+        return values.topk(count).values
     # torch takes ten times as long here, too.
-    rest = probabilities.shape[1] - count
-    values = np.partition(probabilities.numpy(), rest, axis=1)[:, rest:]
-    return torch.from_numpy(-np.sort(-values, axis=1))
+    rest = values.shape[1] - count
+    largest = np.partition(values.numpy(), rest, axis=1)[:, rest:]
+    return torch.from_numpy(-np.sort(-largest, axis=1))
 
 
-def _exclude_below(probabilities: torch.Tensor, least: torch.Tensor) -> None:
+def _exclude_below(blocks: torch.Tensor, least: torch.Tensor) -> None:
     """Set probabilities below the least of their row to 0, in place."""
-    if len(probabilities) == 1 and probabilities.device.type == "cpu":
+    if len(blocks) == 1 and blocks.device.type == "cpu":
         # A fifth of the time.
-        functional.threshold(probabilities, np.nextafter(least.numpy(), np.float32(0)).item(), 0.0, inplace=True)
+        functional.threshold(blocks, np.nextafter(least.numpy(), np.float32(0)).item(), 0.0, inplace=True)
     else:
-        probabilities.masked_fill_(probabilities < least, 0.0)
+        blocks.masked_fill_(blocks < least[..., None], 0.0)
 
 
-def _least_probability(
-    probabilities: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor, needs: Truncation
-) -> torch.Tensor:
+def _least_probability(blocks: torch.Tensor, parameters: Parameters, needs: Truncation) -> torch.Tensor:
     """Return the smallest probability that each row keeps, (rows, 1)."""
+    top_k, top_p = parameters.top_k, parameters.top_p
     if needs.candidates == 1:
-        values = probabilities.amax(dim=-1, keepdim=True)
+        values = blocks.flatten(1).amax(dim=-1, keepdim=True)
     else:
-        values = _sorted(probabilities, needs.candidates)
+        values = _sorted(blocks, needs.candidates)
     has_top_k, has_top_p = top_k > 0, top_p < 1
     is_candidate = ~has_top_k | (torch.arange(needs.candidates, device=values.device) < top_k)
     cumulative = (values * is_candidate).cumsum(dim=-1)
     if needs.may_need_all and bool((~has_top_k & has_top_p & (cumulative[:, -1:] < top_p)).any()):
-        return _least_probability(
-            probabilities, top_k, top_p, min_p, Truncation(probabilities.shape[1], may_need_all=False)
-        )
+        return _least_probability(blocks, parameters, Truncation(blocks[0].numel(), may_need_all=False))
     total = torch.where(has_top_k, cumulative[:, -1:], 1.0)
     is_kept = is_candidate & (~has_top_p | (cumulative - values < top_p * total))
     least = values.masked_fill(~is_kept, torch.inf).amin(dim=-1, keepdim=True)
-    return torch.where(has_top_k | has_top_p, least, 0.0).maximum(min_p * values[:, :1])
+    return torch.where(has_top_k | has_top_p, least, 0.0).maximum(parameters.min_p * values[:, :1])

@@ -26,11 +26,15 @@ def _mix(values: torch.Tensor) -> torch.Tensor:
     return values ^ ((values >> 31) & (2**33 - 1))
 
 
-def exponential(seeds: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+def keys(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return what `exponential` takes for a position of a sequence; all are int64."""
+    return _mix(_mix(seeds) + positions * _INCREMENT)
+
+
+def exponential(keys: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """Return independent exponentially distributed numbers, finite and above 0, as float64.
 
     The arguments are int64, of shapes that broadcast.
     """
-    keys = _mix(_mix(seeds) + positions * _INCREMENT)
     bits = _mix(keys + indices * _INCREMENT) & (2**_BITS - 1)
     return -((bits.double() + 0.5) * 2.0**-_BITS).log()

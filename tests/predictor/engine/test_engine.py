@@ -407,7 +407,18 @@ def test_engine_full_cache_does_not_change_tokens_or_logprobs(
 
 
 def test_engine_full_cache_does_not_change_seeded_sequences(small: Engine, engine: Engine, loaded: LoadedModel) -> None:
-    requests = [(random_ids(loaded, 230 + seed, seed), replace(SAMPLED, seed=seed, max_tokens=60)) for seed in range(6)]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+        {"presence_penalty": 1.0, "top_p": 0.9, "logprobs": 1},
+        {"no_repeat_ngram_size": 2, "min_tokens": 50},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"top_k": 5},
+    ]
+    requests = [
+        (random_ids(loaded, 230 + seed, seed), replace(SAMPLED, seed=seed, max_tokens=60, **change))
+        for seed, change in enumerate(changes)
+    ]
     assert generate_all(small, requests) == generate_all(engine, requests)
 
 

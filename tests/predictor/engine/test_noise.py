@@ -15,9 +15,13 @@ COUNTERS = {
 """Neighbours in each of the arguments."""
 
 
+def exponential(seeds: torch.Tensor, positions: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    return noise.exponential(noise.keys(seeds, positions), indices)
+
+
 def uniform(name: str) -> torch.Tensor:
     """The distribution function of each number at itself, which is uniform in (0, 1)."""
-    return (-noise.exponential(*COUNTERS[name])).exp()
+    return (-exponential(*COUNTERS[name])).exp()
 
 
 @pytest.mark.parametrize("name", COUNTERS)
@@ -41,7 +45,7 @@ def test_noise_of_neighbours_is_independent(name: str, distance: int) -> None:
 def test_noise_is_finite_and_positive_for_any_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     extremes = torch.tensor([0, -1])
     monkeypatch.setattr(noise, "_mix", lambda values: extremes)  # noqa: ARG005, the parameter of the original
-    largest, smallest = noise.exponential(extremes, extremes, extremes).tolist()
+    largest, smallest = noise.exponential(extremes, extremes).tolist()
     assert 36 < largest < 37
     assert 0 < smallest < 1e-15
 

@@ -36,9 +36,10 @@ def samples(logits: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
     """Tokens that follow one another if the model's logits do not depend on the text."""
     sampler = SequenceSampler(SamplingParams(**{"seed": 3, "temperature": 1.0, **sampling}), 0, ())
     rows = [Row(index, index, Sequence("a"), sampler) for index in range(count)]
-    tensors = batch_sampler._copied_to(torch.device("cpu"), batch_sampler._plan_sampling(rows))
-    needs = batch_sampler.truncation([sampler], len(logits))
-    return batch_sampler.sample(logits.expand(count, -1), tensors["integers"], tensors["limits"], needs)
+    plan = {name: torch.from_numpy(array) for name, array in batch_sampler._plan_sampling(rows).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_sampler, "_is_batched", lambda _: True)
+        return batch_sampler._sample_rows(logits.expand(count, -1), rows, plan)
 
 
 def frequencies(count: int = 2000, **sampling: Any) -> list[float]:
