@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo serve test test-all test-packaging gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo demo-ray serve test test-all test-packaging gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -32,11 +32,14 @@ $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Choose one: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,preflight,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,ray,preflight,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## the main job, offline: hub, storage initializer, predictor, answers
 	@$(BIN)/python -m demo
+
+demo-ray: $(INSTALLED) ## the demo model on Ray Serve, on two local nodes: every protocol, and replicas that follow the load
+	@$(BIN)/python -m demo.ray_serve
 
 serve: $(INSTALLED) ## the same, and keep serving; MODEL=hf://owner/name serves from the Hub, PORT=8080
 	@$(BIN)/python -m demo --serve --port $(PORT) $(if $(MODEL),--model $(MODEL))
@@ -98,6 +101,7 @@ lock: $(INSTALLED) ## exact versions: of the images, with hashes, from pyproject
 	@$(LOCK) pyproject.toml --output-file images/storage_initializer/requirements.txt
 	@$(LOCK) pyproject.toml --extra prepare --group beside-torch --output-file images/storage_initializer/requirements-prepare.txt
 	@$(LOCK) pyproject.toml --extra predictor --extra tracing --group beside-torch --output-file images/predictor/requirements.txt
+	@$(LOCK) pyproject.toml --extra predictor --extra tracing --extra ray --group beside-torch --output-file images/predictor/requirements-ray.txt
 	@$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --no-emit-index-url --no-annotate --custom-compile-command 'make lock' \
 	  tests/clients/requirements.txt --output-file tests/clients/constraints.txt
 
@@ -106,15 +110,17 @@ format: $(INSTALLED) ## format Python and C
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/clang-format -i predictor/kernels/csrc/*
 
-images: ## build both images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
+images: ## build the images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
 	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is required"; exit 1; }
 	@$(BUILDER) build $(BUILD_ARGS) --file images/storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
 	@$(BUILDER) build $(BUILD_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
+	@$(BUILDER) build $(BUILD_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	  --target ray --tag $(IMAGE_PREFIX)kserve-llm-predictor-ray:$(IMAGE_TAG) .
 
 images-check: $(INSTALLED) ## build, run and inspect every image; as root, with buildah and debootstrap
 	@$(BIN)/hadolint images/*/Dockerfile
-	@BUILD_IMAGES=storage_initializer,prepare,predictor $(BIN)/python -m pytest tests/images
+	@BUILD_IMAGES=storage_initializer,prepare,predictor,ray $(BIN)/python -m pytest tests/images
 
 # `kustomize edit set image` would reformat the files and move their comments.
 IMAGE_NAMES := kustomize/components/images/kustomization.yaml manifests/cluster/storage-container/kustomization.yaml \

@@ -26,7 +26,7 @@ from predictor.engine import warm_up
 from predictor.engine.engine import Engine
 from predictor.engine.pooling_model import PoolingInput, PoolingModel
 from predictor.errors import UnsupportedModel
-from predictor.models import architectures, loader
+from predictor.models import architectures, loader, sharding
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
 from predictor.types import SamplingParams, Task
@@ -403,13 +403,20 @@ def describe(name: str) -> str:
         refused = architectures.refusal(case.config())
         if refused is not None:
             result = "refused" if refused.reason in _error_without_weights(directory) else "DIFFERS"
-            return _row(name, case.model_type, result, result, f"{refused.reason}; use {refused.remedy}")
+            return _row(name, case.model_type, result, result, "", f"{refused.reason}; use {refused.remedy}")
         save_model(case, directory)
         is_exact = generate_with_engine(loader.load(directory, device="cpu", dtype="float32")) == (
             generate_with_transformers(directory)
         )
         is_close = compare_8bit(directory) <= TOLERANCE_8BIT
-    return _row(name, case.model_type, "exact" if is_exact else "DIFFERS", "exact" if is_close else "DIFFERS", "")
+    return _row(
+        name,
+        case.model_type,
+        "exact" if is_exact else "DIFFERS",
+        "exact" if is_close else "DIFFERS",
+        "no" if sharding.refusal(case.config()) else "yes",
+        "",
+    )
 
 
 def describe_pooling(name: str) -> str:
@@ -467,8 +474,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     head = [
-        _row("Model", "`model_type`", "float32", "8 bit", "Refused because"),
-        _row("---", "---", "---", "---", "---"),
+        _row("Model", "`model_type`", "float32", "8 bit", "Ranks", "Refused because"),
+        _row("---", "---", "---", "---", "---", "---"),
     ]
     pooling_head = [
         _row("Model", "`model_type`", "Task", "By default", "float32"),

@@ -5,7 +5,7 @@ import os
 import sys
 
 from predictor import settings
-from predictor.errors import StartupError
+from predictor.errors import RankFailed, StartupError
 
 
 def main() -> int:
@@ -22,6 +22,11 @@ def main() -> int:
             # Python's own exit aborts the process while a thread runs inside torch.
             logging.shutdown()
             os._exit(0)
+    except RankFailed as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        logging.shutdown()
+        # As above: threads may wait for a rank that hangs.
+        os._exit(error.exit_code)
     except StartupError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,7 +13,7 @@ class PredictorError(Exception):
 class StartupError(PredictorError):
     """The process cannot serve and exits."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
 
 class InvalidSettings(StartupError):
@@ -32,6 +32,18 @@ class UnsupportedModel(StartupError):
 
 class PortInUse(StartupError):
     """Another process listens on the port."""
+
+
+class RankFailed(StartupError):
+    """A rank of a tensor-parallel model cannot load its part, ended or hangs."""
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class RankLost(RankFailed):
+    """A connection to another rank broke."""
 
 
 class RequestError(PredictorError):

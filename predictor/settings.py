@@ -9,11 +9,12 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import AliasChoices, Field, PositiveInt, ValidationError, field_validator
+from pydantic import AliasChoices, Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict, SettingsError
 
@@ -66,13 +67,13 @@ class Settings(BaseSettings):
     """TCP port of the HTTP server."""
     device: str = "auto"
     """Device of the model: auto, cuda, cuda:N, mps or cpu. auto: the first available of cuda, mps, cpu."""
-    tensor_parallel_size: PositiveInt | Literal["auto"] = 1
+    tensor_parallel_size: int | Literal["auto"] = 1
     """Number of devices that share the model by tensor parallelism. auto: all visible GPUs. On a CPU: processes."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Number of torch CPU threads. Default: the container's CPU limit, else all cores."""
+    """Number of torch CPU threads, of each process. Default: the container's CPU limit, else all cores, shared."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights. auto: the checkpoint's, if the device computes in it."""
-    quantization: Literal["auto", "none", "8bit", "4bit"] = "none"
+    quantization: Literal["auto", "none", "8bit", "4bit", "fp8"] = "none"
     """Weight quantization of linear layers. none: off. auto: the fastest mode that fits in memory."""
     quantization_skip_modules: str = ""
     """Additional linear layers to leave unquantized: comma-separated parts of their names, as in lm_head,down_proj."""
@@ -91,7 +92,7 @@ class Settings(BaseSettings):
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
-    """Fraction of the memory left after loading the weights, within the container's limit, for the KV cache."""
+    """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     chat_template_kwargs: str = "{}"
@@ -192,6 +193,13 @@ class Settings(BaseSettings):
             raise PydanticCustomError("device", "Input should be {expected}", expected)
         return value
 
+    @field_validator("tensor_parallel_size", mode="before")
+    @classmethod
+    def _is_size(cls, value: object) -> object:
+        if value != "auto" and not re.fullmatch("0*[1-9][0-9]*", str(value)):
+            raise PydanticCustomError("size", "Input should be auto or a positive integer")
+        return value
+
     @field_validator("allowed_origins", mode="after")
     @classmethod
     def _are_origins(cls, value: str) -> str:
@@ -208,14 +216,38 @@ class Settings(BaseSettings):
         return value.upper() if isinstance(value, str) else value
 
 
+_AnySettings = TypeVar("_AnySettings", bound=Settings)
+
+
 def read(argv: Sequence[str]) -> Settings:
     """Return the settings from flags, without the program's name, and the environment; `--help` prints all and exits.
 
     Raises:
         InvalidSettings: naming the flag or variable, and the fix.
     """
-    _reject_unknown_variables(os.environ)
+    _reject_unknown_variables(os.environ, Settings)
     settings = parse(argv, Settings)
+    _require_consistent(settings)
+    return settings
+
+
+def from_arguments(arguments: Mapping[str, Any], model: type[_AnySettings]) -> _AnySettings:
+    """Return the settings from values or texts by name, and the environment; an argument wins.
+
+    Raises:
+        InvalidSettings: naming the argument or variable, and the fix.
+    """
+    _reject_unknown_variables(os.environ, model)
+    for name in arguments:
+        if name not in model.model_fields:
+            raise InvalidSettings(f"Unknown setting: {name}. {_suggestion(name, '', set(model.model_fields))}")
+    with _naming_values():
+        settings = model(**arguments)
+    _require_consistent(settings)
+    return settings
+
+
+def _require_consistent(settings: Settings) -> None:
     if settings.ready_while_loading and not settings.hold_while_loading:
         raise InvalidSettings(
             "--ready_while_loading: requests that arrive would get 503. Set --hold_while_loading too."
@@ -224,7 +256,6 @@ def read(argv: Sequence[str]) -> Settings:
         raise InvalidSettings(
             "--adapter_reference: adapters are on the volume of a published model. Set --model_reference too."
         )
-    return settings
 
 
 def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
@@ -235,20 +266,28 @@ def parse(argv: Sequence[str], model: type[Settings]) -> Settings:
     """
     arguments = [_with_underscores(argument) for argument in argv]
     try:
-        return CliApp.run(model, cli_args=arguments)
+        with _naming_values():
+            return CliApp.run(model, cli_args=arguments)
+    except SettingsError as error:
+        _reject_unknown_flags(arguments)
+        raise InvalidSettings(f"Invalid command line: {error}. Run `python -m predictor --help`.") from None
+
+
+@contextmanager
+def _naming_values() -> Iterator[None]:
+    """Convert pydantic's errors to `InvalidSettings`."""
+    try:
+        yield
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = str(first["loc"][0]).removeprefix(ENV_PREFIX).lower()
         raise InvalidSettings(
             f"Invalid value of --{name} ({ENV_PREFIX}{name.upper()}): {first['input']!r}. {first['msg']}."
         ) from None
-    except SettingsError as error:
-        _reject_unknown_flags(arguments)
-        raise InvalidSettings(f"Invalid command line: {error}. Run `python -m predictor --help`.") from None
 
 
-def _reject_unknown_variables(variables: Iterable[str]) -> None:
-    names = {ENV_PREFIX + name.upper() for name in Settings.model_fields}
+def _reject_unknown_variables(variables: Iterable[str], model: type[Settings]) -> None:
+    names = {ENV_PREFIX + name.upper() for name in model.model_fields}
     for variable in sorted(variables):
         name = variable.upper()  # pydantic-settings ignores case
         if name.startswith(ENV_PREFIX) and name not in names and not _SERVICE_LINK.fullmatch(name):

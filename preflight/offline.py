@@ -14,6 +14,7 @@ from preflight.checks import (
     schema,
     security,
     settings,
+    tensor_parallel,
     timeouts,
     volumes,
 )
@@ -55,6 +56,7 @@ def check(
         partial(settings.check, model=model),
         partial(timeouts.check, max_timeout_seconds=max_timeout_seconds),
         partial(resources.check, model=model),
+        partial(tensor_parallel.check, model=model),
         partial(volumes.check, model=model),
     ):
         findings += _findings(check_, deployment)

@@ -13,8 +13,10 @@ from benchmarks.gpu_check import report
 from demo import evaluate, exam
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
+from predictor.errors import StartupError
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
+from predictor.models.quantization import resolve_mode
 from predictor.settings import Settings
 from predictor.types import SamplingParams
 
@@ -26,8 +28,20 @@ PLACES = 32
 WARM_UP_SECONDS = 60
 
 
-def modes() -> dict[str, tuple[str, str]]:
-    """Return dtype and quantization of each mode that the predictor has, by name."""
+def modes(device: str) -> dict[str, tuple[str, str]]:
+    """Return dtype and quantization of each mode that the predictor has on a device, by name."""
+    return {name: mode for name, mode in all_modes().items() if _is_supported(mode[1], torch.device(device))}
+
+
+def _is_supported(quantization: str, device: torch.device) -> bool:
+    try:
+        return resolve_mode(quantization, device, None, 0, 0) == quantization
+    except StartupError:
+        return False
+
+
+def all_modes() -> dict[str, tuple[str, str]]:
+    """Return those of any device."""
     offered = get_args(Settings.model_fields["quantization"].annotation)
     quantized = {name: ("bfloat16", name) for name in offered if name not in ("auto", "none")}
     return {"float32": ("float32", "none"), "bfloat16": ("bfloat16", "none"), **quantized}
@@ -93,7 +107,7 @@ def main() -> int:
     parser.add_argument("--questions", type=int, required=True)
     arguments = parser.parse_args()
     figures: dict[str, dict[str, Any]] = {}
-    for mode, (dtype, quantization) in modes().items():
+    for mode, (dtype, quantization) in modes(arguments.device).items():
         try:
             figures[mode] = measure(arguments.device, dtype, quantization, arguments.questions)
         except Exception as error:  # the other modes are measured too

@@ -6,6 +6,7 @@ internals are not a public API: `tests/contracts/test_upstream.py` tests every a
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -14,25 +15,31 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.logits_process import LogitsProcessorList
 
-from predictor.engine import causal_lm, fair_scheduler
+from predictor.engine import causal_lm, fair_scheduler, rank_steps
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
-from predictor.engine.fair_queue import FairQueue
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
+from predictor.engine.submission import Submission
 from predictor.errors import EngineStopped, OutOfMemory, StartupError
-from predictor.kernels.cpu import transformers_attention
+from predictor.kernels import attention, tensor_parallel, transformers_attention
 from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller
 
 logger = logging.getLogger(__name__)
 
+FOLLOW_POLL_SECONDS = 0.2
+"""How often a follower checks that its step loop runs."""
 OUT_OF_MEMORY = (
     "Out of memory: a step did not fit, and this request, the newest of it, was ended. Retry later. The server's "
     "operator can lower --max_num_batched_tokens, --max_num_seqs or --kv_cache_memory_fraction, or add memory."
 )
+
+
+_NO_LIMIT = 1000.0
+"""Times the free memory that the manager's cache may take."""
 
 
 class _Timed(Protocol):
@@ -61,27 +68,28 @@ class BatchingManager:
     Args:
         model: as of `Engine.from_model`, with its final attention implementation.
         settings: likewise, with `max_num_batched_tokens` of at least `max_num_seqs`.
-        kv_cache_tokens: replaces the setting; None: what `kv_cache_memory_fraction` allows.
-        flash: use flash attention kernels on CUDA, where they are installed.
+        kv_cache_tokens: capacity of the KV cache.
+        context_tokens: longest sequence whose decodes get a block table of the manager, if the attention reads those.
     """
 
-    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int | None, *, flash: bool = True) -> None:
-        uses_flash = flash and model.device.type == "cuda"
+    def __init__(self, model: CausalLM, settings: Settings, kv_cache_tokens: int, *, context_tokens: int = 0) -> None:
         self._model = model
         self._failed_step_count = 0
         self._step_sampler = StepSampler(
             model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
-        self._fair_queue = FairQueue()
-        """The scheduler's, once started."""
+        self._step_timeout_seconds = settings.step_timeout_seconds
+        self._failed = threading.Event()
+        """The loop ends by an error; with tensor parallelism only."""
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
             generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=PAGE_TOKENS,
-                num_blocks=None if kv_cache_tokens is None else math.ceil(kv_cache_tokens / PAGE_TOKENS),
-                max_memory_percent=settings.kv_cache_memory_fraction,
+                num_blocks=math.ceil(kv_cache_tokens / PAGE_TOKENS),
+                # By its own sums, which count masks and copies of keys and values that CUDA's attention does not make.
+                max_memory_percent=_NO_LIMIT if model.device.type == "cuda" else settings.kv_cache_memory_fraction,
                 max_batch_tokens=settings.max_num_batched_tokens,
                 max_requests_per_batch=settings.max_num_seqs,
                 scheduler_type=fair_scheduler.NAME,
@@ -89,17 +97,24 @@ class BatchingManager:
                 # batching would prepare a step before the last one is sampled.
                 use_cuda_graph=False,
                 use_async_batching=False,
-                # Block tables are for flash attention kernels, which read the paged cache themselves.
-                max_blocks_per_request=None if uses_flash else 0,
-                auto_switch_to_flash=uses_flash,
+                # The manager makes block tables, and looks on the Hub for kernels, for the package flash-attn only.
+                max_blocks_per_request=0,
+                auto_switch_to_flash=False,
+                cpu_group_timeout=settings.step_timeout_seconds,
             ),
         )
-        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList([self._step_sampler]))
-        processors.tensors_required = 1  # the list counts only processors that it has converted itself
+        self._uses_block_tables = attention.uses_block_tables(model)
+        if self._uses_block_tables:
+            self._manager.continuous_batching_config.max_blocks_per_request = math.ceil(context_tokens / PAGE_TOKENS)
+        steps = [self._step_sampler, *([rank_steps.TokenBroadcast()] if tensor_parallel.size() > 1 else [])]
+        processors = ContinuousBatchingLogitsProcessorList(LogitsProcessorList(steps))
+        processors.tensors_required = len(steps)  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
         self._manager.output_router.output_queue = _DiscardingQueue()
         self._run_iteration = self._manager._generation_loop_body
         self._manager._generation_loop_body = self._run_guarded_iteration
+        if tensor_parallel.rank():
+            rank_steps.follow_driver(self._manager)
 
     @property
     def cache_tokens(self) -> int:
@@ -147,6 +162,9 @@ class BatchingManager:
 
     def start(self) -> None:
         try:
+            self._manager.batch_processor = self._manager._create_batch_processor()
+            if self._uses_block_tables:
+                transformers_attention.read_pages(self._manager.batch_processor.cache)
             self._manager.warmup()
         except (MemoryError, ValueError, RuntimeError) as error:
             if not (isinstance(error, ValueError) or memory.is_out_of_memory(error)):
@@ -154,8 +172,8 @@ class BatchingManager:
             raise StartupError(
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
-        self._fair_queue = self._manager.batch_processor.scheduler.fair_queue
-        self._manager.batch_processor.scheduler.unscored = self._step_sampler.scorer.samplers
+        self._manager.batch_processor.scheduler.scorer = self._step_sampler.scorer
+        tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
         self._manager.start()
         size_bytes = self._manager.batch_processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
@@ -179,13 +197,11 @@ class BatchingManager:
             finished = output.is_finished()
             if finished:
                 self._step_sampler.remove(request_id)
-                self._fair_queue.discard(request_id)
             # The text of some errors is empty.
             error = None if output.error is None else output.error or "unknown error"
             on_output(EngineOutput(output.generated_tokens, finished, error, _queue_seconds(output)))
 
         self._step_sampler.add(request_id, sampler)
-        self._fair_queue.add(request_id, caller, priority)
         # Before add_request: outputs without a handler are discarded.
         self._manager.register_result_handler(request_id, handle)
         added = self._manager.add_request(
@@ -194,6 +210,7 @@ class BatchingManager:
             max_new_tokens=max_tokens,
             streaming=True,
             eos_token_id=list(end_token_ids),
+            submission=Submission(caller, priority, len(prompt) if sampler.num_prompt_logprobs is not None else None),
         )
         if added is None:
             self._forget(request_id)
@@ -209,11 +226,24 @@ class BatchingManager:
         return None if state is None else _queue_seconds(state)
 
     def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        return self._run_plain_pass(tensor_parallel.share(token_ids)).cpu()
+
+    def _run_plain_pass(self, token_ids: Sequence[int]) -> torch.Tensor:
         model = self._model
         input_ids = torch.tensor([token_ids], device=model.device)
         with torch.no_grad(), transformers_attention.selected(model, self._plain_implementation):
             logits: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits[0]
-        return logits.cpu()
+        return logits
+
+    def end_plain_passes(self) -> None:
+        tensor_parallel.share(None)
+
+    def follow(self) -> bool:
+        while (token_ids := tensor_parallel.share()) is not None:
+            self._run_plain_pass(token_ids)
+        while self.is_running and not self._failed.wait(FOLLOW_POLL_SECONDS):
+            pass
+        return not self._failed.is_set()
 
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
@@ -225,6 +255,10 @@ class BatchingManager:
         try:
             return bool(self._run_iteration(processor, bootstrapping))
         except BaseException as error:
+            # The other ranks may be in the middle of the step, where no operation of this one would match theirs.
+            if tensor_parallel.size() > 1:
+                self._failed.set()
+                raise
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
             if causal_lm.is_device_lost(self._model) or not self._recover(processor.scheduler, error):
                 raise
@@ -261,7 +295,6 @@ class BatchingManager:
     def _forget(self, request_id: str) -> None:
         """Drop the handler of a sequence, which the manager keeps until a final output, and what we keep of it."""
         self._step_sampler.remove(request_id)
-        self._fair_queue.discard(request_id)
         router = self._manager.output_router
         with router._lock:
             router.result_handlers.pop(request_id, None)

@@ -19,8 +19,7 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import Executor
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped
-from predictor.kernels import past_key_values
-from predictor.kernels.cpu import attention
+from predictor.kernels import attention, past_key_values
 from predictor.settings import Settings
 from predictor.types import Caller, SamplingParams
 
@@ -82,12 +81,12 @@ class Engine:
         uses_past = past_key_values.install(model)
         dense_mask = uses_past or not attention.install(model)
         kv_cache_tokens = settings.kv_cache_tokens
-        if kv_cache_tokens is None and model.device.type != "cuda":
+        if kv_cache_tokens is None:
             kv_cache_tokens = kv_cache.token_budget(
                 model, settings, context_tokens=context_tokens, dense_mask=dense_mask
             )
         return cls(
-            BatchingManager(model, settings, kv_cache_tokens, flash=not uses_past),
+            BatchingManager(model, settings, kv_cache_tokens, context_tokens=context_tokens),
             eos_token_ids=eos_token_ids,
             context_tokens=context_tokens,
             capacity=settings.max_num_seqs + settings.max_queued_requests,
@@ -233,6 +232,15 @@ class Engine:
                 stream.close()
         for prompt, completion in zip(prompts, completions, strict=True):
             warm_up.check(self._executor.plain_logits([*prompt, *completion]), completion)
+        self._executor.end_plain_passes()
+
+    def follow(self) -> bool:
+        """On a rank other than 0, take part in rank 0's work, from the warm-up on, until its step loop ends.
+
+        Returns:
+            Whether rank 0 ended it; else it failed.
+        """
+        return self._executor.follow()
 
     async def check(self, timeout_seconds: float) -> None:
         """Generate a few tokens, as a self-check.

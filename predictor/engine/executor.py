@@ -1,6 +1,7 @@
 """Interface between the engine and the step loop that runs its sequences.
 
-One implementation exists, `BatchingManager`, for one process. A tensor-parallel executor has the same interface.
+One implementation exists, `BatchingManager`. With tensor parallelism, each rank has one; sequences are submitted to
+that of rank 0.
 """
 
 from collections.abc import Callable, Collection, Sequence
@@ -100,4 +101,14 @@ class Executor(Protocol):
         """Return the logits of a forward pass over one sequence without the KV cache, (tokens, vocabulary).
 
         No sequence may be running: the step loop uses the same model.
+        """
+
+    def end_plain_passes(self) -> None:
+        """Release followers from taking part in `plain_logits`, which may not be called afterwards."""
+
+    def follow(self) -> bool:
+        """On a rank other than 0, take part in rank 0's plain passes and steps until its step loop ends.
+
+        Returns:
+            Whether rank 0 ended it; else it failed.
         """

@@ -5,12 +5,12 @@ what it has used and what the sequence will use. The round in which that happens
 order costs one sort. What a sequence will generate is not known: one in the batch reserves `RESERVED_TOKENS`, and every
 token is charged when it is computed.
 
-The step loop's thread calls everything except `add` and `discard`.
+Only the step loop's thread uses it: with tensor parallelism every rank has one, and all have to give the same order.
 """
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from predictor.types import Caller
@@ -57,14 +57,19 @@ class FairQueue:
         self._running: Counter[str | None] = Counter()
 
     def add(self, request_id: str, caller: Caller | None, priority: int) -> None:
-        """Register a sequence before it is submitted; a lower priority starts earlier among those of its caller."""
+        """Register a new sequence; a lower priority starts earlier among those of its caller."""
         name, weight = (caller.name, caller.weight) if caller else (None, 1)
         self._weights[name] = weight
         self._tickets[request_id] = _Ticket(name, weight, priority, next(self._numbers))
 
-    def discard(self, request_id: str) -> None:
-        """Forget a sequence that has ended."""
-        self._tickets.pop(request_id, None)
+    def __contains__(self, request_id: str) -> bool:
+        """Return whether a sequence is registered."""
+        return request_id in self._tickets
+
+    def retain(self, *request_ids: Container[str]) -> None:
+        """Forget all sequences except these."""
+        for request_id in [known for known in self._tickets if not any(known in ids for ids in request_ids)]:
+            del self._tickets[request_id]
 
     def charge(self, request_id: str, tokens: int) -> None:
         """Charge a sequence's caller for tokens of a step."""

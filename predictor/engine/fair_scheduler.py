@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING, FIFOScheduler
 
 from predictor.engine.fair_queue import FairQueue
+from predictor.engine.prompt_scorer import PromptScorer
+from predictor.engine.submission import Submission
 
 NAME = "kserve_llm"
 """For the manager's config."""
@@ -37,8 +39,8 @@ class FairScheduler(FIFOScheduler):
     max_requests_per_batch: int
     scheduled: Sequence[Any] = ()
     """Sequences of the step; none before they are all scheduled."""
-    unscored: Collection[str] = ()
-    """Request ids of the sequences that need every row of their prompt, so that no cached prefix replaces any."""
+    scorer: PromptScorer | None = None
+    """Its sequences need every row of their prompt, so that no cached prefix replaces any."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.fair_queue = FairQueue()
@@ -46,6 +48,15 @@ class FairScheduler(FIFOScheduler):
         self._step_tokens = 0
         super().__init__(*arguments, **options)
         self._max_sequences = self.max_requests_per_batch
+
+    def add_waiting_request(self, state: Any) -> None:
+        submission: Submission | None = state.logit_processor_kwargs.get("submission")
+        # A sequence that left the batch starts again, with its place among those of its caller.
+        if submission and state.request_id not in self.fair_queue:
+            self.fair_queue.add(state.request_id, submission.caller, submission.priority)
+            if self.scorer and submission.scored_tokens is not None:
+                self.scorer.add(state.request_id, submission.scored_tokens)
+        super().add_waiting_request(state)
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
@@ -135,7 +146,7 @@ class FairScheduler(FIFOScheduler):
         self.add_waiting_request(restarted)
 
     def _infer_request_tokens(self, state: Any, request_ids_to_remove_from_waiting: set[str]) -> list[int]:
-        if state.status == RequestStatus.PENDING and state.request_id in self.unscored:
+        if state.status == RequestStatus.PENDING and self.scorer and state.request_id in self.scorer.samplers:
             remaining: list[int] = state.remaining_prefill_tokens
             return remaining
         tokens: list[int] = super()._infer_request_tokens(state, request_ids_to_remove_from_waiting)
@@ -181,9 +192,15 @@ class FairScheduler(FIFOScheduler):
         return failed
 
     def clear_cancelled_requests(self) -> list[Any]:
+        # The order in which blocks are freed decides which ones are evicted first. That of a set of strings differs
+        # between processes, and with it would the prefixes that ranks share.
+        self._requests_to_cancel: Any = sorted(self._requests_to_cancel)
         cancelled: list[Any] = super().clear_cancelled_requests()
         if cancelled:
             self.block_new_requests = False
+        self.fair_queue.retain(self.active_requests, self.waiting_requests)
+        if self.scorer:
+            self.scorer.retain(self.active_requests, self.waiting_requests)
         return cancelled
 
 

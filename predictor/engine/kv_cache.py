@@ -5,20 +5,26 @@ import math
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.prompt_scorer import CHUNK_LOGITS
 from predictor.errors import StartupError
+from predictor.kernels import shards, tensor_parallel
 from predictor.resources import memory
 from predictor.settings import Settings
 
 PAGE_TOKENS = 256
 """Tokens in one block of the KV cache: the smallest allocation of a sequence, and the unit of prefix sharing."""
 SEQUENCE_TOKENS = 2048
-"""Cache per sequence of a full batch, if memory allows. More is rarely used off CUDA, where the whole cache is
-allocated and zeroed at the start, which takes time."""
+"""Cache per sequence of a full batch, if memory allows. More is rarely used, and a host takes long to zero it."""
+CUDA_WORKSPACE_BYTES = 2**29
+"""Memory of a CUDA device for what appears with the first steps: cuBLAS's workspaces (32 MiB for each stream on a
+Hopper GPU), kernels, which CUDA loads when they are first launched, and the buffers of captured steps."""
 _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
 def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
-    """Return the capacity of the KV cache: what the free memory allows, and no more than sequences use.
+    """Return the capacity of the KV cache: what the free memory allows, and on a host no more than sequences use.
+
+    On CUDA the rest of the memory keeps prefixes of sequences that have ended. Other processes on the device keep
+    theirs.
 
     Args, in addition to those of `Engine.from_model`:
         dense_mask: whether one attention mask is made for the whole cache.
@@ -26,15 +32,20 @@ def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, de
     Raises:
         StartupError: not even one block fits.
     """
-    free_bytes = memory.available_bytes(model.device)
-    budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction)
+    is_cuda = model.device.type == "cuda"
+    # The ranks of a model have a GPU each, and share a host.
+    free_bytes = memory.available_bytes(model.device) // (1 if is_cuda else tensor_parallel.size())
+    budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction) - (CUDA_WORKSPACE_BYTES if is_cuda else 0)
     tokens = tokens_within(model, settings, budget_bytes, None if dense_mask else context_tokens)
     blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
     if blocks < 1:
         raise StartupError(
-            f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free after loading the weights. "
-            "Add memory, or lower --max_num_batched_tokens and --max_num_seqs."
+            f"Not enough memory for a KV cache: {free_bytes / 2**30:.1f} GiB free on {model.device} after loading the "
+            f"weights, of which --kv_cache_memory_fraction allows {settings.kv_cache_memory_fraction:.0%}. Add memory, "
+            "end other processes, use --quantization, or lower --max_num_batched_tokens and --max_num_seqs."
         )
+    if is_cuda:
+        return blocks * PAGE_TOKENS
     useful_tokens = max(context_tokens, settings.max_num_seqs * min(context_tokens, SEQUENCE_TOKENS))
     return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
 
@@ -57,6 +68,8 @@ def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, contex
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if shards.divides_heads(config):
+        heads, num_kv_heads = heads // tensor_parallel.size(), num_kv_heads // tensor_parallel.size()
     intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
     gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes

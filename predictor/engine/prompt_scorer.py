@@ -5,7 +5,7 @@ to score, a few at a time, so that no tensor of prompt x vocabulary is made.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.sampler import SequenceSampler, token_logprobs
-from predictor.types import TokenLogprob
+from predictor.types import SamplingParams, TokenLogprob
 
 CHUNK_LOGITS = 2**22
 """Largest number of logits computed at a time, unless a single row has more."""
@@ -51,11 +51,19 @@ class PromptScorer:
     Args:
         model: whose decoder returns an output with `last_hidden_state`, which the head turns into logits.
         vocabulary_tokens: rows of the input embedding. An LM head may have more, which are never sampled.
+        find_sampler: returns the sampler of a sequence; None: nobody reads its log probabilities, as on ranks other
+            than 0, which compute their part of the logits.
     """
 
-    def __init__(self, model: CausalLM, vocabulary_tokens: int) -> None:
+    def __init__(
+        self,
+        model: CausalLM,
+        vocabulary_tokens: int,
+        find_sampler: Callable[[str], SequenceSampler | None] = lambda _: None,
+    ) -> None:
         self.samplers: dict[str, SequenceSampler] = {}
         """By request id, the sequences whose prompts are not completely scored."""
+        self._find_sampler = find_sampler
         self._model = model
         self._vocabulary_tokens = vocabulary_tokens
         self._decoder: nn.Module = model.get_decoder()
@@ -65,6 +73,16 @@ class PromptScorer:
     def _keep_output(self, _: nn.Module, __: Any, output: Any) -> None:
         if self.samplers:
             self._output = output
+
+    def add(self, request_id: str, prompt_tokens: int) -> None:
+        """Score the prompt of a new sequence."""
+        unread = SequenceSampler(SamplingParams(prompt_logprobs=0), prompt_tokens, ())
+        self.samplers[request_id] = self._find_sampler(request_id) or unread
+
+    def retain(self, *request_ids: Container[str]) -> None:
+        """Forget all sequences except these."""
+        for request_id in [known for known in self.samplers if not any(known in ids for ids in request_ids)]:
+            del self.samplers[request_id]
 
     def score(self, sequences: Iterable[ScheduledSequence]) -> None:
         """Add the log probabilities of the last forward pass to the samplers.

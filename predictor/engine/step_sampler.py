@@ -11,7 +11,9 @@ from predictor.engine import causal_lm
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.prompt_scorer import PromptScorer, ScheduledSequence
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.submission import Submission
 from predictor.errors import RequestError
+from predictor.kernels import tensor_parallel
 
 logger = logging.getLogger(__name__)
 
@@ -35,14 +37,14 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
     unchanged, and a sampled row gets its only finite logit at the sampled token.
     """
 
-    supported_kwargs: ClassVar[dict[str, type]] = {}
+    supported_kwargs: ClassVar[dict[str, type]] = {"submission": Submission}
     ignored_kwargs: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: CausalLM, step_sequences: Callable[[], Sequence[ScheduledSequence]]) -> None:
         self._model = model
         self._embedding_rows = int(model.get_input_embeddings().weight.shape[0])
         self._step_sequences = step_sequences
-        self.scorer = PromptScorer(model, self._embedding_rows)
+        self.scorer = PromptScorer(model, self._embedding_rows, lambda request_id: self.samplers.get(request_id))
         self.samplers: dict[str, SequenceSampler] = {}
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
@@ -51,12 +53,9 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
 
     def add(self, request_id: str, sampler: SequenceSampler) -> None:
         self.samplers[request_id] = sampler
-        if sampler.num_prompt_logprobs is not None:
-            self.scorer.samplers[request_id] = sampler
 
     def remove(self, request_id: str) -> None:
         self.samplers.pop(request_id, None)
-        self.scorer.samplers.pop(request_id, None)
 
     def rewind(self, states: Iterable[_SequenceState]) -> None:
         """Forget what a failed step has sampled of sequences that start again, with the tokens of the steps before."""
@@ -108,7 +107,8 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
         try:
             self.scorer.score(sequences)
         except BaseException as error:
-            if causal_lm.is_device_lost(self._model):
+            # The other ranks have computed the logits, or wait for them.
+            if tensor_parallel.size() > 1 or causal_lm.is_device_lost(self._model):
                 raise
             logger.exception("the prompts of a step cannot be scored")
             for sequence in sequences:

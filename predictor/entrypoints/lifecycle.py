@@ -16,10 +16,11 @@ from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from predictor.entrypoints import grpc_server, kserve_server
+from predictor.entrypoints import grpc_server, kserve_server, ranks
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http.app import create_app
-from predictor.errors import InvalidSettings, StartupError
+from predictor.entrypoints.ranks import Ranks
+from predictor.errors import InvalidSettings, RankLost, StartupError
 from predictor.generation.service import LLMService
 from predictor.settings import Settings
 
@@ -66,19 +67,24 @@ class Lifecycle:
         service: not loaded yet.
         grace_seconds: time for running requests, once new ones are rejected.
         delay_seconds: time in which new requests are served after the first signal; a server that loads has none.
+        ranks: of a tensor-parallel model, which end together.
     """
 
-    def __init__(self, service: _Service, grace_seconds: float, delay_seconds: float = 0) -> None:
+    def __init__(
+        self, service: _Service, grace_seconds: float, delay_seconds: float = 0, ranks: Ranks | None = None
+    ) -> None:
         self.state = State.LOADING
         self.on_drain: list[Callable[[], object]] = []
         """Called when new requests are rejected: servers close their idle connections."""
         self._service = service
+        self._ranks = ranks
         self._grace_seconds = grace_seconds
         self._delay_seconds = delay_seconds
         self._load_thread: threading.Thread | None = None
         self._terminate = asyncio.Event()
         self._end_delay = asyncio.Event()
         self._abort = asyncio.Event()
+        self._stopping = False
 
     @property
     def has_blocking_threads(self) -> bool:
@@ -105,7 +111,33 @@ class Lifecycle:
 
         Raises:
             StartupError: the load failed.
+            RankFailed: a rank ended or hangs.
         """
+        if self._ranks is None:
+            await self._run()
+            return
+        running = asyncio.create_task(self._run())
+        failing = asyncio.create_task(self._ranks.failure(lambda: self._service.is_live or self._stopping))
+        await asyncio.wait({running, failing}, return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            failing.cancel()
+            if isinstance(running.exception(), RankLost):
+                raise await self._ranks.reason(str(running.exception()))
+            running.result()
+            return
+        running.cancel()
+        await self._end_streams()
+        raise failing.result()
+
+    async def _end_streams(self) -> None:
+        """Wait until the readers of all running requests have their error: no rank makes a step any more."""
+        self._service.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CONNECTION_CLOSE_SECONDS):
+                while self._service.busy:  # noqa: ASYNC110, there is no event for it
+                    await asyncio.sleep(DRAIN_POLL_SECONDS)
+
+    async def _run(self) -> None:
         loaded = self._start_load()
         terminated = asyncio.ensure_future(self._terminate.wait())
         pending: set[asyncio.Future[Any]] = {loaded, terminated}
@@ -152,6 +184,7 @@ class Lifecycle:
 
     async def _stop(self) -> None:
         """Abort what still runs; each client gets an error. Joins the step loop, so not on the event loop's thread."""
+        self._stopping = True
         await asyncio.to_thread(self._service.stop)
         self.state = State.STOPPED
 
@@ -197,11 +230,12 @@ def run(settings: Settings) -> bool:
 
 
 async def _serve(settings: Settings, api_keys: KeyFile | None, tracing: "Tracing | None") -> bool:
-    service = LLMService(settings)
-    lifecycle = Lifecycle(service, settings.shutdown_grace_seconds, settings.shutdown_delay_seconds)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, lifecycle.handle_signal, number)
-    await serve(service, lifecycle, settings, api_keys=api_keys, tracing=tracing)
+    with ranks.started(settings) as group:
+        service = LLMService(settings, group.rank if group else None)
+        lifecycle = Lifecycle(service, settings.shutdown_grace_seconds, settings.shutdown_delay_seconds, group)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, lifecycle.handle_signal, number)
+        await serve(service, lifecycle, settings, api_keys=api_keys, tracing=tracing)
     return lifecycle.has_blocking_threads
 
 

@@ -13,9 +13,12 @@ from predictor.engine.pooling_engine import PoolingEngine
 from predictor.errors import RequestError, StartupError
 from predictor.generation import pipelines
 from predictor.generation.pipelines import GenerationPipeline, PoolingPipeline
-from predictor.models import loader, snapshot
+from predictor.kernels import tensor_parallel
+from predictor.kernels.tensor_parallel import Rank
+from predictor.models import loader, placement, snapshot
 from predictor.models.loader import LoadedModel, ReportWeights, TimePhase
 from predictor.models.snapshot import Snapshot
+from predictor.resources import threads
 from predictor.settings import Settings
 
 WARM_UP_SECONDS = 600.0
@@ -48,6 +51,18 @@ def find_snapshots(settings: Settings, report: Callable[[str], None]) -> tuple[S
     remaining = max(0.0, settings.snapshot_wait_seconds - (time.monotonic() - started))
     model_snapshot = snapshot.wait(settings.model_dir, settings.model_reference, remaining, report)
     return model_snapshot, adapter
+
+
+def join_ranks(settings: Settings, rank: Rank | None) -> None:
+    """Join the group of a tensor-parallel model, if this is one, and set the number of torch threads.
+
+    Raises:
+        StartupError: the device is not available.
+    """
+    threads.configure_threads(settings.num_threads, rank.size if rank else 1)
+    if rank:
+        device = placement.choose_device(settings.device)
+        tensor_parallel.join(rank.number, rank.size, rank.address, device=device, listen_fd=rank.listen_fd)
 
 
 def load_weights(
@@ -121,6 +136,7 @@ def metadata(model_snapshot: Snapshot, loaded: LoadedModel, context_tokens: int)
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
         **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(context_tokens),
+        **({"tensor_parallel_size": str(tensor_parallel.size())} if tensor_parallel.size() > 1 else {}),
     }
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from enum import StrEnum
 from functools import partial
 from typing import Any, TypeVar
@@ -29,11 +29,12 @@ from predictor.generation.model_load import CreatePipeline
 from predictor.generation.output_processor import CompletionStream
 from predictor.generation.pipelines import GenerationPipeline, PoolingPipeline
 from predictor.generation.prompts import Prompts
+from predictor.kernels import tensor_parallel
+from predictor.kernels.tensor_parallel import Rank
 from predictor.models.loader import LoadedModel
 from predictor.models.snapshot import Snapshot
 from predictor.observability import metrics, request_record
 from predictor.observability.request_record import RequestRecord
-from predictor.resources import threads
 from predictor.served_models import ServedModels
 from predictor.settings import Settings
 from predictor.types import (
@@ -73,14 +74,20 @@ _AnyPipeline = TypeVar("_AnyPipeline", GenerationPipeline, PoolingPipeline)
 
 
 class LLMService:
-    """One language model: call `load` once, then `submit` or `pool` any number of requests concurrently."""
+    """One language model: call `load` once, then `submit` or `pool` any number of requests concurrently.
 
-    def __init__(self, settings: Settings) -> None:
+    Args:
+        settings: of the predictor.
+        rank: this process's, 0, of a tensor-parallel model; None: no others share the model.
+    """
+
+    def __init__(self, settings: Settings, rank: Rank | None = None) -> None:
         self.models = ServedModels((settings.served_model_name,))
         self.phase = Phase.CREATED
         self.metadata: dict[str, str] = {}
         """Properties of the loaded model, all as strings; empty before the load."""
         self._settings = settings
+        self._rank = rank
         self._wait_state = ""
         """State of the wait for the snapshot; part of the readiness message."""
         self._pipeline: GenerationPipeline | PoolingPipeline | None = None
@@ -149,21 +156,30 @@ class LLMService:
     def _load_weights(self, model_snapshot: Snapshot, adapter: Snapshot | None) -> LoadedModel:
         self._progress.start(model_snapshot.directory)
         self._enter(Phase.LOADING)
-        threads.configure_threads(self._settings.num_threads)
-        return model_load.load_weights(
-            self._settings,
-            model_snapshot,
-            adapter,
-            time_phase=self._metrics.time_load_phase,
-            report_weights=self._progress.report_weights,
-        )
+        with self._metrics.time_load_phase("ranks") if self._rank else nullcontext():
+            model_load.join_ranks(self._settings, self._rank)
+        tensor_parallel.share((model_snapshot, adapter))
+        with tensor_parallel.together("weights"):
+            return model_load.load_weights(
+                self._settings,
+                model_snapshot,
+                adapter,
+                time_phase=self._time_load_phase,
+                report_weights=self._progress.report_weights,
+            )
+
+    @contextmanager
+    def _time_load_phase(self, phase: str) -> Iterator[None]:
+        """Record the duration of a phase on the slowest rank."""
+        with self._metrics.time_load_phase(phase), tensor_parallel.together(phase):
+            yield
 
     def _start_engine(self, loaded: LoadedModel) -> tuple[Engine | PoolingEngine, CreatePipeline]:
-        engine, create_pipeline = model_load.create_engine(loaded, self._settings)
-        with self._state_lock:
-            self._enter(Phase.WARMING_UP)
-            self._engine = engine
-            with self._metrics.time_load_phase("kv_cache"):
+        with self._time_load_phase("kv_cache"):
+            engine, create_pipeline = model_load.create_engine(loaded, self._settings)
+            with self._state_lock:
+                self._enter(Phase.WARMING_UP)
+                self._engine = engine
                 engine.start()
         return engine, create_pipeline
 

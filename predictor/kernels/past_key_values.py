@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from predictor.kernels.cpu.transformers_attention import PagedKVCache
+from predictor.kernels import tensor_parallel
+from predictor.kernels.transformers_attention import PagedKVCache
 
 MODEL_TYPES = frozenset({"falcon", "nemotron", "stablelm"})
 """Models whose layers do not pass the batching manager's arguments on to the attention interface."""
@@ -54,7 +55,8 @@ def install(model: Any) -> bool:
     if config.model_type == "falcon":  # it has other names for the number of heads
         multi_query = config.multi_query and not config.new_decoder_architecture
         config.num_key_value_heads = 1 if multi_query else config.num_kv_heads
-    num_kv_heads = config.num_key_value_heads
+    # Of the models here, tensor parallelism is supported for those whose plan divides the heads.
+    num_kv_heads = config.num_key_value_heads // tensor_parallel.size()
 
     def add_past(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if kwargs.get("cache") is None:

@@ -13,8 +13,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from predictor.kernels import shards
 from predictor.kernels.cpu.gemm import quantize_per_channel_int8
 from predictor.kernels.cpu.linear import Int8Linear
+from predictor.kernels.shards import Division
 from snapshot_format.recipe import INT8_METHOD
 
 
@@ -57,11 +59,20 @@ class Int8Quantizer(HfQuantizer):
         skip_modules = self.get_modules_to_not_convert(
             model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
         )
+        divisions = shards.divisions(model)
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not is_skipped(name, skip_modules):
+            is_computable = divisions.get(module) is not Division.OTHER
+            if type(module) is nn.Linear and is_computable and not is_skipped(name, skip_modules):
                 bias_dtype = None if module.bias is None else module.bias.dtype
                 with torch.device("meta"):
                     model.set_submodule(name, Int8Linear(module.in_features, module.out_features, bias_dtype))
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        # A rank that has some columns of a weight has the scales of all rows.
+        scales = {f"{name}.scale" for name in shards.divided_inputs(plan)}
+        parameters = {shards.pattern(name) for name, _ in model.named_parameters()}
+        plan.update(dict.fromkeys(scales & parameters, "replicate"))
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
@@ -70,9 +81,12 @@ class Int8Quantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """Quantize the weights of a file; add their scales."""
 
-    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *, model: Any, **_: Any) -> dict[str, torch.Tensor]:
         converted: dict[str, torch.Tensor] = {}
         for name, weights in input_dict.items():
-            weight, scale = quantize_per_channel_int8(weights[0] if isinstance(weights, list) else weights)
+            weight, scale = quantize_per_channel_int8(
+                weights[0] if isinstance(weights, list) else weights,
+                has_part_of_rows=shards.has_part_of_rows(model.get_parameter(name)),
+            )
             converted |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
         return converted

@@ -13,8 +13,19 @@ import transformers
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import InvalidSettings, UnsupportedModel
+from predictor.kernels import tensor_parallel
 from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
-from predictor.models import adapter, architectures, checkpoint, context_length, placement, pooling, rope, snapshot
+from predictor.models import (
+    adapter,
+    architectures,
+    checkpoint,
+    context_length,
+    placement,
+    pooling,
+    rope,
+    sharding,
+    snapshot,
+)
 from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
@@ -89,7 +100,7 @@ class LoadedModel:
     """Tokens of the tokenizer whose id has no row in the embedding, by id; prompts with them are refused."""
     eos_token_ids: frozenset[int]
     quantization: str
-    """`none`, `8bit` or `4bit`, or the method of a quantized checkpoint."""
+    """`none`, `8bit`, `4bit` or `fp8`, or the method of a quantized checkpoint."""
     int8_kernels: str
     """Backend of 8-bit layers on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
     defaults: SamplingParams
@@ -148,7 +159,7 @@ def make_plan(
         device: "auto", "cuda", "cuda:1" and so on, "mps" or "cpu".
         dtype: "auto", "float32", "bfloat16" or "float16".
         trust_remote_code: run Python code of the directory.
-        quantization: "auto", "none", "8bit" or "4bit".
+        quantization: "auto", "none", "8bit", "4bit" or "fp8".
         skip_modules: names, or parts of names, of linear layers not to quantize.
         fallback: load without quantization if the device does not support it.
         max_model_len: maximum of prompt and completion together; None: the model's.
@@ -162,13 +173,15 @@ def make_plan(
     """
     checkpoint.check_auxiliary_files(directory)
     config, chosen_task, weights = _read_checkpoint(directory, trust_remote_code=trust_remote_code, task=task)
+    has_remote_code = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    sharding.check(config, directory, chosen_task, has_remote_code=has_remote_code)
     is_pooling = chosen_task is not Task.GENERATE
     if is_pooling:
         quantization = _without_quantization(quantization, fallback=fallback)
     context_tokens = context_length.resolve(config, directory, max_model_len)
     target = placement.choose_device(device)
     target_dtype = choose_dtype(dtype, getattr(config, "dtype", None), target)
-    weight_bytes = weights.size_bytes
+    weight_bytes = weights.size_bytes // tensor_parallel.size()
     free_bytes = memory.available_bytes(target)
     checkpoint_config = getattr(config, "quantization_config", None)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
@@ -283,7 +296,7 @@ def _pooling_model(plan: LoadPlan, pooling: Pooling, model: Any, tokenizer: Any,
 
 def _without_quantization(quantization: str, *, fallback: bool) -> str:
     """Return the mode for models that embed or classify."""
-    if quantization in ("8bit", "4bit") and not fallback:
+    if quantization not in ("auto", "none") and not fallback:
         raise InvalidSettings(
             f"--quantization is {quantization}, but a model that embeds or classifies is served unquantized. "
             "Set --quantization none."
@@ -366,8 +379,7 @@ def _load_weights(plan: LoadPlan) -> Any:
             state_dict=merged,
             **options,
             dtype=plan.dtype,
-            device_map=plan.placement.device_map,
-            max_memory=plan.placement.max_memory,
+            **plan.placement.arguments(),
             quantization_config=plan.quantization_config,
             local_files_only=True,
             trust_remote_code=plan.trust_remote_code,

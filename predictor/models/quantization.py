@@ -1,11 +1,12 @@
-"""Resolve the quantization mode (`none`, `8bit`, `4bit`, `auto`) for a device.
+"""Resolve the quantization mode (`none`, `8bit`, `4bit`, `fp8`, `auto`) for a device.
 
-             8bit                        4bit                             auto
-    cuda     bitsandbytes LLM.int8       bitsandbytes NF4                 none if the weights fit, else 8bit
-    cpu      `int8_quantizer`            bitsandbytes NF4, small but slow 8bit
-    mps      not supported               not supported                    none
+            8bit                   4bit                              fp8              auto
+    cuda    bitsandbytes LLM.int8  bitsandbytes NF4                  `fp8_quantizer`  none if the weights fit, else 8bit
+    cpu     `int8_quantizer`       bitsandbytes NF4, small but slow  not supported    8bit
+    mps     not supported          not supported                     not supported    none
 
-Transformers quantizes the weights while they load. Quantized checkpoints load unchanged.
+Transformers quantizes the weights while they load. Quantized checkpoints load unchanged. bitsandbytes cannot quantize
+the parts of weights that tensor-parallel ranks have, so with several ranks `auto` on CUDA is `none`.
 """
 
 import logging
@@ -17,12 +18,16 @@ from torch import nn
 from transformers import BitsAndBytesConfig
 
 from predictor.errors import StartupError
+from predictor.kernels import fp8, tensor_parallel
 from predictor.kernels.cpu.gemm import has_int8
+from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config, is_skipped
 from snapshot_format.recipe import INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
+_DIVISIBLE_METHODS = (INT8_METHOD, "fp8")
+"""Methods of quantized checkpoints whose weights and scales transformers divides among tensor-parallel ranks."""
 _AUTO_HEADROOM = 1.2
 """Ratio of free memory to weight bytes from which `auto` does not quantize on an accelerator."""
 
@@ -36,13 +41,13 @@ def resolve_mode(
     *,
     fallback: bool = False,
 ) -> str:
-    """Resolve a mode to `none`, `8bit` or `4bit`.
+    """Resolve a mode to `none`, `8bit`, `4bit` or `fp8`.
 
     Args:
-        mode: "auto", "none", "8bit" or "4bit".
-        device: of the model.
+        mode: "auto", "none", "8bit", "4bit" or "fp8".
+        device: of the model, or of this tensor-parallel rank.
         checkpoint_config: the checkpoint's own quantization config, if it has one.
-        weight_bytes: size of the checkpoint's weights.
+        weight_bytes: size of the checkpoint's weights, or of this rank's part.
         free_bytes: free memory of the device.
         fallback: resolve an unsupported mode to "none" with a warning.
 
@@ -54,6 +59,11 @@ def resolve_mode(
         raise StartupError(
             f"These weights are quantized for the int8 kernels of an x86 CPU, but the device is {device.type}. "
             "Use --device cpu on an x86 CPU, or the original weights."
+        )
+    if tensor_parallel.size() > 1 and method not in (None, *_DIVISIBLE_METHODS):
+        raise StartupError(
+            f"These weights are quantized by {method}, which is not divided among tensor-parallel ranks. Use the "
+            f"original weights, weights quantized by {' or '.join(_DIVISIBLE_METHODS)}, or --tensor_parallel_size 1."
         )
     if mode == "auto":
         return _resolve_auto(device, checkpoint_config, weight_bytes, free_bytes)
@@ -68,13 +78,15 @@ def resolve_mode(
 
 def make_config(
     mode: str, device: torch.device, dtype: torch.dtype, skip_modules: Sequence[str] = ()
-) -> BitsAndBytesConfig | Int8Config | None:
+) -> BitsAndBytesConfig | Int8Config | Fp8Config | None:
     """Return the `quantization_config` of `from_pretrained` for a resolved mode; None without quantization.
 
     `dtype` is the compute dtype of 4-bit weights.
     """
     if mode == "none":
         return None
+    if mode == "fp8":
+        return Fp8Config(list(skip_modules) or None)
     if mode == "8bit" and device.type == "cpu":
         return Int8Config(list(skip_modules) or None)
     if device.type == "cpu":
@@ -100,6 +112,8 @@ def _resolve_auto(device: torch.device, checkpoint_config: Any | None, weight_by
         return "none"
     if device.type == "cpu":
         return "8bit" if has_int8() else "none"
+    if tensor_parallel.size() > 1:
+        return "none"
     return "8bit" if weight_bytes * _AUTO_HEADROOM > free_bytes else "none"
 
 
@@ -110,4 +124,27 @@ def _unsupported_reason(mode: str, device: torch.device, checkpoint_config: Any 
         return f"--quantization {mode} is not supported on mps. Use none, or --device cpu."
     if mode == "8bit" and device.type == "cpu" and not has_int8():
         return "--quantization 8bit needs an x86 CPU. Use none."
+    if mode == "fp8" and (missing := _missing_fp8(device)):
+        return missing
+    ranks = tensor_parallel.size()
+    if ranks > 1 and (device.type, mode) != ("cpu", "8bit"):
+        instead = "8bit or none" if device.type == "cpu" else "none and more ranks"
+        return (
+            f"--quantization {mode} on {device.type} does not divide weights among {ranks} tensor-parallel ranks. Use "
+            f"{instead}, or --tensor_parallel_size 1."
+        )
     return None
+
+
+def _missing_fp8(device: torch.device) -> str | None:
+    needed = ".".join(map(str, fp8.LEAST_CAPABILITY))
+    if device.type != "cuda":
+        found = f"the device is {device.type}"
+    elif (capability := torch.cuda.get_device_capability(device)) < fp8.LEAST_CAPABILITY:
+        found = f"{device} has {capability[0]}.{capability[1]}"
+    else:
+        return None
+    return (
+        f"--quantization fp8 needs a GPU of compute capability {needed} or later, as L4, L40S, H100 and H200 have, but "
+        f"{found}. Use 8bit."
+    )

@@ -9,19 +9,23 @@ from typing import Literal
 from predictor.observability import request_record
 
 
-def configure(level: str, format: Literal["text", "json"]) -> None:  # noqa: A002, the setting's name
+def configure(level: str, format: Literal["text", "json"], rank: int | None = None) -> None:  # noqa: A002, a setting
     """Write all log lines and Python warnings to stderr, including those of KServe and uvicorn.
 
     Args:
         level: minimum level.
         format: `text`, or `json` with one object per line: `time`, `level`, `logger`, `message`, and where they exist
             `request_id`, `exception` and the fields of a request's line.
+        rank: of a follower of a tensor-parallel model, which each of its lines names; None: no follower.
     """
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
-            "formatters": {"text": {"()": TextFormatter}, "json": {"()": JsonFormatter}},
+            "formatters": {
+                "text": {"()": TextFormatter, "rank": rank},
+                "json": {"()": JsonFormatter, "rank": rank},
+            },
             "handlers": {
                 "stderr": {"class": "logging.StreamHandler", "formatter": format, "stream": "ext://sys.stderr"}
             },
@@ -43,20 +47,32 @@ def configure(level: str, format: Literal["text", "json"]) -> None:  # noqa: A00
     logging.captureWarnings(True)
 
 
-class TextFormatter(logging.Formatter):
-    """Formats `time level logger [request id]: message`, followed by the traceback if there is one."""
+class _RankFormatter(logging.Formatter):
+    """Formatter of a follower's lines, or of others, whose `rank` is None."""
+
+    def __init__(self, rank: int | None = None) -> None:
+        super().__init__()
+        self.rank = rank
+
+
+class TextFormatter(_RankFormatter):
+    """Formats `time level logger [request id]: message`, followed by the traceback if there is one.
+
+    Instead of a request id, the lines of followers have `[rank N]`.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, except for a traceback."""
         request_id = request_record.current().request_id
-        origin = f"{record.name} [{request_id}]" if request_id else record.name
+        subject = request_id if self.rank is None else f"rank {self.rank}"
+        origin = f"{record.name} [{subject}]" if subject else record.name
         line = f"{_time(record)} {record.levelname} {origin}: {record.getMessage()}"
         # A message with line breaks must not look like several events.
         line = line.replace("\r", "\\r").replace("\n", "\\n")
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_RankFormatter):
     """Formats one ASCII JSON object per line; `extra={"fields": …}` adds keys."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -68,6 +84,8 @@ class JsonFormatter(logging.Formatter):
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }
+        if self.rank is not None:
+            line["rank"] = self.rank
         if request_id := request_record.current().request_id:
             line["request_id"] = request_id
         if record.exc_info:

@@ -11,6 +11,7 @@ from predictor.resources import cgroup
 def available_bytes(device: torch.device) -> int:
     """Return how much can be allocated on a device; on the host, within the memory limits of cgroups."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of freed tensors is not free by CUDA's count
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes)
     if device.type == "mps":

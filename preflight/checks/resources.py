@@ -2,19 +2,17 @@
 
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflight import quantities
+from preflight import gpus, quantities
 from preflight.deployment import Deployment, Manifest
 from preflight.findings import CheckError, Finding, Problems
 
-GPU = "nvidia.com/gpu"
 NODE_CONDITIONS = "node.kubernetes.io/"
 """Prefix of the taints that Kubernetes sets on nodes that are not ready, and that it lets pods tolerate for minutes."""
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "4bit": 0.5}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "fp8": 1.0, "4bit": 0.5}
 MAX_CORES = 500
 MIN_BYTES = 2**20
 """Limits of plausible quantities: beyond them, a unit is missing."""
@@ -22,7 +20,6 @@ PROCESS_BYTES = 1.0 * 2**30
 """Python, PyTorch and their buffers."""
 TOKENS_PER_SEQUENCE = 2048
 """KV cache tokens per sequence if its size is not set; the predictor sizes its cache by the same number."""
-_MIG = re.compile(r"nvidia\.com/mig-\d+g\.(\d+)gb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +81,6 @@ def read(path: Path) -> Model:
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckError(f"{path} is not a config.json of a decoder: {error!r}. Use that of the model.") from None
-
-
-def gpus(deployment: Deployment) -> dict[str, float]:
-    """Return resource names and counts of the predictor's NVIDIA GPUs, whole or MIG slices."""
-    limits = deployment.server.get("resources", {}).get("limits", {})
-    counts = {name: quantities.number(count) for name, count in limits.items() if name.startswith("nvidia.com/")}
-    return {name: count for name, count in counts.items() if count}
 
 
 def requests(container: Manifest) -> dict[str, float]:
@@ -205,7 +195,7 @@ def _extended(name: str, request: object, limit: object) -> Problems:
         if count is not None and quantities.number(count) % 1:
             yield (
                 f"has {name} {count}, and Kubernetes allocates whole devices only",
-                f"use a whole number{', or a MIG slice with component gpu-mig' if name == GPU else ''}",
+                f"use a whole number{', or a MIG slice with component gpu-mig' if name == gpus.GPU else ''}",
                 "API server",
             )
     if limit is None:
@@ -225,10 +215,10 @@ def _extended(name: str, request: object, limit: object) -> Problems:
 def _gpu(deployment: Deployment) -> Iterator[Finding]:
     """Check that a pod with GPUs tolerates a taint. Only the cluster has the keys of taints: see cluster/checks.py."""
     keys = [toleration.get("key") or "" for toleration in deployment.predictor_pod.spec.get("tolerations") or []]
-    if gpus(deployment) and all(key.startswith(NODE_CONDITIONS) for key in keys):
+    if gpus.counts(deployment) and all(key.startswith(NODE_CONDITIONS) for key in keys):
         yield Finding(
             deployment.where,
-            f"a GPU is requested and no taint is tolerated, so GPU nodes with the usual taint {GPU} reject the pod",
+            f"a GPU is requested and no taint is tolerated, so GPU nodes with their usual taint {gpus.GPU} reject it",
             "add component gpu, or tolerate the taint of your GPU nodes",
             "scheduler",
             "warning",
@@ -236,33 +226,19 @@ def _gpu(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
-    settings, limits = deployment.settings, deployment.server.get("resources", {}).get("limits", {})
+    settings, ranks = deployment.settings, gpus.ranks(deployment)
     quantization, dtype = settings.get("PREDICTOR_QUANTIZATION", "none"), settings.get("PREDICTOR_DTYPE", "auto")
-    weights = model.weight_bytes(quantization, dtype)
-    stored = model.weight_bytes("none", "auto")
-    memory = quantities.number(limits.get("memory", 0))
-    slices = [int(match[1]) * 1e9 for name in gpus(deployment) if (match := _MIG.fullmatch(name))]
-    if gpus(deployment):
-        if slices and weights + PROCESS_BYTES > slices[0]:
-            yield Finding(
-                deployment.where,
-                f"the weights need {quantities.gib(weights)}, and the GPU slice has {quantities.gib(slices[0])}",
-                "request a larger slice, or quantize",
-                "kserve-llm",
-            )
-        if stored > memory:
-            yield Finding(
-                deployment.where,
-                f"the checkpoint's {quantities.gib(stored)} are loaded through {quantities.gib(memory)} of host memory",
-                "raise the memory limit above the checkpoint's size to read each page once",
-                "kserve-llm",
-                "warning",
-            )
+    weights, processes = model.weight_bytes(quantization, dtype), ranks * PROCESS_BYTES
+    memory = quantities.number(deployment.server.get("resources", {}).get("limits", {}).get("memory", 0))
+    length = int(settings.get("PREDICTOR_MAX_MODEL_LEN", TOKENS_PER_SEQUENCE))
+    if gpus.counts(deployment):
+        cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", length)))
+        yield from _gpu_memory(deployment, weights / ranks, cache / ranks)
+        yield from _host_memory(deployment, model.weight_bytes("none", "auto"), processes, memory)
         return
-    per_sequence = min(TOKENS_PER_SEQUENCE, int(settings.get("PREDICTOR_MAX_MODEL_LEN", TOKENS_PER_SEQUENCE)))
-    useful = int(settings.get("PREDICTOR_MAX_NUM_SEQS", 1)) * per_sequence
+    useful = int(settings.get("PREDICTOR_MAX_NUM_SEQS", 1)) * min(TOKENS_PER_SEQUENCE, length)
     cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", useful)))
-    needed = weights + cache + PROCESS_BYTES
+    needed = weights + cache + processes
     if needed > memory:
         yield Finding(
             deployment.where,
@@ -270,4 +246,35 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
             f"{quantities.gib(cache)}), and the memory limit is {quantities.gib(memory)}",
             "raise the limit, quantize, or lower PREDICTOR_MAX_NUM_SEQS",
             "kserve-llm",
+        )
+
+
+def _gpu_memory(deployment: Deployment, weights: float, cache: float) -> Iterator[Finding]:
+    """Check one rank's part of the weights and of one sequence against a GPU, whose memory may be unknown."""
+    needed, memory = weights + cache + PROCESS_BYTES, gpus.memory_bytes(deployment)
+    if memory is not None and needed > memory:
+        yield Finding(
+            deployment.where,
+            f"each GPU needs {quantities.gib(needed)} (weights {quantities.gib(weights)}, KV cache of one sequence "
+            f"{quantities.gib(cache)}), and has {quantities.gib(memory)}",
+            "use larger GPUs, more of them with PREDICTOR_TENSOR_PARALLEL_SIZE=auto, or quantize",
+            "kserve-llm",
+        )
+
+
+def _host_memory(deployment: Deployment, stored: float, processes: float, memory: float) -> Iterator[Finding]:
+    """Check that the page cache can hold the checkpoint while it is loaded, next to what counts as memory too."""
+    volumes = [volume.get("emptyDir") or {} for volume in deployment.predictor_pod.spec.get("volumes", [])]
+    shared = sum(
+        quantities.number(volume.get("sizeLimit", 0)) for volume in volumes if volume.get("medium") == "Memory"
+    )
+    if stored + processes + shared > memory:
+        yield Finding(
+            deployment.where,
+            f"loading needs {quantities.gib(stored + processes + shared)} of host memory (checkpoint "
+            f"{quantities.gib(stored)}, processes {quantities.gib(processes)}, volumes in memory "
+            f"{quantities.gib(shared)}), and the memory limit is {quantities.gib(memory)}",
+            "raise the limit, so that each page of the checkpoint is read once",
+            "kserve-llm",
+            "warning",
         )

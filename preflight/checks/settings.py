@@ -4,8 +4,7 @@ import fnmatch
 import re
 from collections.abc import Iterator
 
-from preflight import quantities
-from preflight.checks import resources
+from preflight import gpus, quantities
 from preflight.checks.resources import Model
 from preflight.checks.security import HUB_TOKENS
 from preflight.checks.volumes import MODELS
@@ -41,6 +40,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
     yield from _reference(deployment)
     yield from _adapter(deployment)
     yield from _device(deployment)
+    yield from _quantization(deployment)
     yield from _hold(deployment)
     for problem, remedy in _tokens(deployment.settings, model):
         yield Finding(deployment.where, problem, remedy, "kserve-llm")
@@ -145,16 +145,28 @@ def _unpinned(deployment: Deployment, variable: str, reference: ModelReference |
 
 def _device(deployment: Deployment) -> Iterator[Finding]:
     device = deployment.settings.get("PREDICTOR_DEVICE", "auto")
-    if resources.gpus(deployment) and not device.startswith("cuda"):
+    if gpus.counts(deployment) and not device.startswith("cuda"):
         yield Finding(
             deployment.where,
             f"a GPU is requested and PREDICTOR_DEVICE is {device}, so a pod without a usable GPU serves from its CPU",
             "set PREDICTOR_DEVICE=cuda",
             "kserve-llm",
         )
-    if device.startswith("cuda") and not resources.gpus(deployment):
+    if device.startswith("cuda") and not gpus.counts(deployment):
         yield Finding(
             deployment.where, f"PREDICTOR_DEVICE is {device} and no GPU is requested", "add component gpu", "kserve-llm"
+        )
+
+
+def _quantization(deployment: Deployment) -> Iterator[Finding]:
+    settings = deployment.settings
+    falls_back = _is_true(settings.get("PREDICTOR_QUANTIZATION_FALLBACK"))
+    if settings.get("PREDICTOR_QUANTIZATION") == "fp8" and not gpus.counts(deployment) and not falls_back:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_QUANTIZATION is fp8 and no GPU is requested, so the predictor does not start",
+            "set PREDICTOR_QUANTIZATION=8bit, or add component gpu",
+            "kserve-llm",
         )
 
 

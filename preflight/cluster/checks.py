@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from preflight import quantities
+from preflight import gpus, quantities
 from preflight.checks import api_keys, knative, references, resources
 from preflight.checks.schema import is_core
 from preflight.cluster.client import Connection, PermissionDenied
@@ -21,6 +21,15 @@ ONE_NODE_PROVISIONERS = {
     *(LOCAL, "topolvm.io", "openebs.io/local"),
 }
 """Provisioners without ReadWriteMany. A StorageClass does not list its access modes."""
+OPERATORS: dict[str, Callable[[str | None, list[str]], bool]] = {
+    "In": lambda value, values: value in values,
+    "NotIn": lambda value, values: value not in values,
+    "Exists": lambda value, _: value is not None,
+    "DoesNotExist": lambda value, _: value is None,
+    "Gt": lambda value, values: value is not None and int(value) > min(map(int, values)),
+    "Lt": lambda value, values: value is not None and int(value) < max(map(int, values)),
+}
+"""Operators of a node affinity, on the value of a label (None without it) and the values of the expression."""
 DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
 
 
@@ -212,6 +221,11 @@ def _filters(pod: Manifest, needed: dict[str, float]) -> Iterator[Filter]:
         lambda node: selector.items() <= (node.metadata.labels or {}).items(),
         lambda _: (f"no {subject} has the labels of nodeSelector", "patch it, or install GPU feature discovery"),
     )
+    if terms := gpus.required_node_terms(pod):
+        yield (
+            lambda node: any(_matches(term, node.metadata.labels or {}) for term in terms),
+            lambda _: (f"no {subject} matches the required nodeAffinity", "patch it to the labels of your nodes"),
+        )
     yield (
         lambda node: not _untolerated_taints(node, tolerations),
         lambda nodes: (f"every {subject} has a taint that is not tolerated", untolerated(nodes)),
@@ -219,6 +233,14 @@ def _filters(pod: Manifest, needed: dict[str, float]) -> Iterator[Filter]:
     cpu, memory = needed.get("cpu", 0), needed.get("memory", 0)
     for name, count, text in (("cpu", cpu, f"{cpu:g} cpu"), ("memory", memory, f"{quantities.gib(memory)} of memory")):
         yield _room(name, count, f"no {subject} that accepts the pod has {text}", lambda _: "lower the request")
+
+
+def _matches(term: Manifest, labels: dict[str, str]) -> bool:
+    """Return whether a node's labels match all expressions of a term."""
+    return all(
+        OPERATORS[expression["operator"]](labels.get(expression["key"]), expression.get("values", []))
+        for expression in term.get("matchExpressions", [])
+    )
 
 
 def _room(name: str, count: float, problem: str, remedy: Callable[[list[Any]], str]) -> Filter:

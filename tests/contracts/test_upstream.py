@@ -10,10 +10,11 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,7 @@ from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressRep
 from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
 from starlette.applications import Starlette
+from torch.nn.attention.varlen import varlen_attn
 from transformers import core_model_loading
 from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -39,14 +41,17 @@ from transformers.generation.continuous_batching import (
     cache_allocators,
     cb_logits_processors,
     continuous_api,
+    distributed,
     scheduler,
 )
+from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.generic import is_flash_attention_requested
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
@@ -60,19 +65,24 @@ from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_sampler import StepSampler
+from predictor.engine.submission import Submission
 from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
-from predictor.kernels import past_key_values
-from predictor.kernels.cpu import attention, ops, torch_private, transformers_attention
+from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
+from predictor.kernels.cpu import ops, torch_private
 from predictor.kernels.cpu.linear import Int8Linear
+from predictor.kernels.cuda import attention as cuda_attention
+from predictor.kernels.cuda import reference
+from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
+from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
-from predictor.types import ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
+from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
 
@@ -81,7 +91,7 @@ pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
 HANG_SECONDS = 120
 
 
-# transformers' continuous batching: predictor/engine/batching_manager.py, fair_scheduler.py, step_sampler.py
+# transformers' continuous batching: predictor/engine/{batching_manager,fair_scheduler,step_sampler,rank_steps}.py
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +176,7 @@ def idle(executor: BatchingManager) -> bool:
         ),
         (continuous_api.ContinuousBatchingManager.cancel_request, "request_id"),
         (continuous_api.ContinuousBatchingManager.register_result_handler, "request_id callback"),
+        (continuous_api.ContinuousBatchingManager._create_batch_processor, ""),
         (continuous_api.ContinuousBatchingManager.warmup, ""),
         (continuous_api.ContinuousBatchingManager.start, ""),
         (continuous_api.ContinuousBatchingManager.stop, "block timeout hard_stop"),
@@ -227,6 +238,44 @@ def test_batching_manager_uses_our_scheduler_and_processor(executor: BatchingMan
     assert processor.scheduler.block_new_requests is False
     assert processor.logit_processor.logits_processor == [executor._step_sampler]
     assert processor.logit_processor.do_processing
+
+
+def test_batching_request_state_keeps_its_submission_when_it_starts_again(executor: BatchingManager) -> None:
+    submission = Submission(Caller("alice"), 3, 10)
+    state = continuous_api.RequestState("a", [5, 6], logit_processor_kwargs={"submission": submission})
+    executor._manager.logit_processor.check_kwargs(state.logit_processor_kwargs)
+    assert state.create_equivalent_initial_request().logit_processor_kwargs == {"submission": submission}
+
+
+def test_batching_manager_waits_in_an_event_and_delivers_by_its_router(executor: BatchingManager) -> None:
+    manager = executor._manager
+    assert isinstance(manager._wake_up_loop, threading.Event)
+    assert set(inspect.signature(manager.output_router.deliver).parameters) == {"output"}
+    assert set(inspect.signature(manager.output_router.deliver_batch).parameters) == {"outputs"}
+    assert manager.distributed_helper.tp_group is None
+    assert manager.continuous_batching_config.cpu_group_timeout == 120
+
+
+def test_batching_cancelled_requests_are_a_set_of_the_scheduler(executor: BatchingManager) -> None:
+    assert executor._manager.batch_processor.scheduler._requests_to_cancel == set()
+
+
+def test_torch_timeout_of_a_group_can_be_set() -> None:
+    parameters = inspect.signature(torch.distributed.distributed_c10d._set_pg_timeout).parameters
+    assert list(parameters) == ["timeout", "group"]
+
+
+@pytest.mark.parametrize(("fraction", "fits"), [(0.8, False), (batching_manager._NO_LIMIT, True)])
+def test_batching_cache_of_a_given_size_is_checked_by_the_fraction_only(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch, fraction: float, fits: bool
+) -> None:
+    config = dataclasses.replace(executor._manager.continuous_batching_config, max_memory_percent=fraction)
+    monkeypatch.setattr(cache, "get_device_and_memory_breakdown", lambda: (torch.device("cuda"), 2**20, 0, 0))
+    with nullcontext() if fits else pytest.raises(MemoryError):
+        made = cache.PagedAttentionCache(
+            executor._manager.model.config, config, "cpu", executor._manager.distributed_helper, torch.float32
+        )
+        assert made.num_blocks == 4
 
 
 def test_batching_cache_reports_the_configured_capacity(executor: BatchingManager) -> None:
@@ -462,7 +511,27 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         assert (dying._step_sampler.samplers, dying._manager.output_router.result_handlers) == ({}, {})
 
 
-# transformers' quantizers: predictor/models/int8_quantizer.py
+# transformers' plans of tensor parallelism: predictor/kernels/shards.py
+
+
+def test_parallel_plans_have_the_styles_that_our_kernels_know() -> None:
+    assert set(shards._DIVISIONS) <= set(ALL_PARALLEL_STYLES)
+
+
+@pytest.mark.parametrize(
+    ("name", "divides_heads", "in_cache"),
+    [("llama", True, True), ("qwen3", True, True), ("phi3", False, False), ("gpt_neox", False, False)],
+)
+def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
+    name: str, divides_heads: bool, in_cache: bool
+) -> None:
+    config = CASES[name].config()
+    assert shards.divides_heads(config) is divides_heads
+    plan = {f"model.{module}": style for module, style in config.base_model_tp_plan.items()}
+    assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
+
+
+# transformers' quantizers: predictor/models/{fp8,int8}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -473,6 +542,7 @@ def test_batching_loop_ends_with_the_error_of_an_iteration(model: Any, monkeypat
         (HfQuantizer.get_modules_to_not_convert, "model skip_modules keep_in_fp32_modules add_default_skips"),
         (HfQuantizer.param_needs_quantization, "self model param_name kwargs"),
         (HfQuantizer._process_model_before_weight_loading, "self model kwargs"),
+        (HfQuantizer.update_parallel_plan, "self model plan"),
         (HfQuantizer.get_quantize_ops, "self"),
         (ConversionOps.convert, "self input_dict source_patterns target_patterns kwargs"),
     ],
@@ -506,6 +576,10 @@ def test_quantizer_default_skips_are_the_output_layer(model: Any) -> None:
     assert HfQuantizer.get_modules_to_not_convert(model, ["o_proj"], None) == ["o_proj"]
 
 
+def test_quantizer_model_has_a_plan_before_its_layers_are_replaced(model: Any) -> None:
+    assert model.tp_plan["model.layers.*.mlp.down_proj"] == "rowwise"
+
+
 def test_quantizer_converts_each_weight_while_it_loads() -> None:
     quantized = transformers.AutoModelForCausalLM.from_pretrained(
         DEMO_MODEL, dtype=torch.float32, quantization_config=Int8Config()
@@ -517,6 +591,16 @@ def test_quantizer_converts_each_weight_while_it_loads() -> None:
     weight = original.model.layers[0].mlp.down_proj.weight
     assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
     assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.bfloat16, quantization_config=Fp8Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Fp8Linear)
+    assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
+    assert quantized.dtype == torch.bfloat16
 
 
 def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
@@ -717,15 +801,92 @@ def test_grpc_parameters_are_plain_values() -> None:
     assert decoded == {"max_tokens": 3, "stop": "a", "ignore_eos": True}
 
 
-# transformers' attention and decoder layers: predictor/kernels/cpu/transformers_attention.py
+# transformers' attention and decoder layers: predictor/kernels/transformers_attention.py
 
 
-def test_attention_interface_passes_the_paged_arguments() -> None:
+def test_attention_interface_has_our_implementations() -> None:
     parameters = inspect.signature(cache.PagedAttentionCache.update).parameters
     assert list(parameters)[1:4] == ["key_states", "value_states", "layer_idx"]
     assert len(parameters) == 5
     assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
-    assert ALL_ATTENTION_FUNCTIONS[transformers_attention.NAME] is attention.attend
+    assert ALL_ATTENTION_FUNCTIONS[transformers_attention.SEQUENCE] is sequence_attention.attend
+    assert ALL_ATTENTION_FUNCTIONS[transformers_attention.VARLEN] is cuda_attention.attend
+
+
+@pytest.mark.parametrize("name", [transformers_attention.SEQUENCE, transformers_attention.VARLEN])
+def test_names_of_attention_mean_no_mask_and_no_package(name: str) -> None:
+    assert is_flash_attention_requested(requested_attention_implementation=name)
+    assert not is_flash_attention_requested(requested_attention_implementation=name, version=[2, 3])
+
+
+@pytest.mark.parametrize("allocator", ["FullAttentionCacheAllocator", "SlidingAttentionCacheAllocator"])
+def test_allocator_updates_one_layer_by_slots(allocator: str) -> None:
+    update = getattr(cache_allocators, allocator).update
+    names = ["self", "key_states", "value_states", "layer_idx", "read_index", "write_index"]
+    assert list(inspect.signature(update).parameters) == names
+
+
+def test_sliding_layers_have_no_block_table() -> None:
+    assert cache_allocators.FullAttentionCacheAllocator.supports_block_table
+    assert not cache_allocators.SlidingAttentionCacheAllocator.supports_block_table
+
+
+def test_paged_layer_has_the_pages_that_the_slots_are_in(executor: BatchingManager) -> None:
+    paged = executor._manager.batch_processor.cache
+    layers = [transformers_attention.PagedLayer(paged, layer_idx) for layer_idx in (0, 1)]
+    assert [layer.is_first for layer in layers] == [True, False]
+    assert {(layer.index, layer.type, layer.window) for layer in layers} == {(0, "full_attention", None)}
+    [allocator] = paged.cache_allocators.values()
+    assert layers[0].unused_slot < allocator.cache_tensor.shape[0]
+    num_kv_heads, head_dim = allocator.num_key_value_heads, allocator.head_dim
+    key = torch.randn(1, num_kv_heads, 2, head_dim)
+    nothing, slots = torch.zeros(0, dtype=torch.int64), layers[1].unused_slot + torch.tensor([0, 3])
+    layers[1].update(key, -key, nothing, slots)
+    for pages, written in zip(layers[1].pages(), (key, -key), strict=True):
+        assert pages.shape[1:] == (PAGE_TOKENS, num_kv_heads, head_dim)
+        assert torch.equal(pages.flatten(0, 1)[slots], written[0].transpose(0, 1))
+
+
+def test_pages_of_a_sequence_are_those_of_the_manager(executor: BatchingManager) -> None:
+    [allocator] = executor._manager.batch_processor.cache.cache_allocators.values()
+    block_table = torch.zeros(4, dtype=torch.int32)
+    try:
+        allocator.block_table["pages"] = [7, 3, 9]
+        slots = allocator.get_read_indices("pages", PAGE_TOKENS, PAGE_TOKENS + 1)
+        allocator.fill_block_table("pages", PAGE_TOKENS, PAGE_TOKENS + 1, block_table)
+        pages = transformers_attention._sequence_pages(allocator, "pages", PAGE_TOKENS, PAGE_TOKENS + 1)
+    finally:
+        del allocator.block_table["pages"]
+    assert pages == [slot // PAGE_TOKENS for slot in slots[::PAGE_TOKENS]] == block_table[:3].tolist()
+
+
+def test_manager_makes_block_tables_for_steps_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[torch.Size | None, int, int]] = []
+    compute = cuda_attention.attend
+
+    def attend(*arguments: Any, **options: Any) -> Any:
+        table = options["block_table"]
+        max_k = options["max_length_k"]["full_attention"]
+        steps.append((None if table is None else table.shape, options["max_length_q"], max_k))
+        return compute(*arguments, **options)
+
+    fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
+    monkeypatch.setattr(cuda_attention, "unavailable_reason", lambda _: None)
+    monkeypatch.setattr(cuda_attention, "varlen_attn", reference.varlen_attn)
+    assert attention.install(fresh)
+    limits = Settings(max_num_seqs=4, max_num_batched_tokens=128)
+    executor = BatchingManager(fresh, limits, 4 * PAGE_TOKENS, context_tokens=2 * PAGE_TOKENS)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, transformers_attention.VARLEN, attend)
+    executor.start()
+    try:
+        asyncio.run(finish(executor, [(2 * PAGE_TOKENS - 2, 4)]))
+    finally:
+        executor.stop(HANG_SECONDS)
+    layers = fresh.config.num_hidden_layers
+    chunks = [(None, 128, length) for length in (128, 256, 384)] + [(None, 126, 510)]
+    # The last one has more keys than a row of the table has pages for.
+    decodes = [(torch.Size([1, 1, 2]), 1, 1)] * 2 + [(None, 1, 513)]
+    assert steps == [step for step in chunks + decodes for _ in range(layers)]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
@@ -751,7 +912,7 @@ def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any)
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
-    build, supports = attention._build_metadata, ops.supports_paged_attention
+    build, supports = sequence_attention._build_metadata, ops.supports_paged_attention
 
     def count_build(*args: Any) -> Any:
         builds.append(1)
@@ -761,7 +922,7 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
         calls.append(1)
         return supports(*args)
 
-    monkeypatch.setattr(attention, "_build_metadata", count_build)
+    monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
     monkeypatch.setattr(ops, "supports_paged_attention", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
@@ -823,6 +984,16 @@ def test_layers_without_the_paged_cache_update_past_key_values(model_type: str) 
         logits = model(**arguments, past_key_values=Past()).logits
     assert layer_indices == list(range(config.num_hidden_layers))
     torch.testing.assert_close(logits, expected)
+
+
+# torch's FlashAttention: predictor/kernels/cuda/attention.py
+
+
+def test_varlen_attn_has_the_parameters_of_its_reference() -> None:
+    kernel, ours = (inspect.signature(function).parameters for function in (varlen_attn, reference.varlen_attn))
+    assert [name for name in kernel if name != "return_aux"] == list(ours)
+    assert {name: kernel[name].default for name in ours} == {name: ours[name].default for name in ours}
+    assert {name: kernel[name].kind for name in ours} == {name: ours[name].kind for name in ours}
 
 
 # torch's private operators: predictor/kernels/cpu/torch_private.py

@@ -30,11 +30,13 @@ IMAGES = {
     "storage_initializer": ["--file", "images/storage_initializer/Dockerfile"],
     "prepare": ["--file", "images/storage_initializer/Dockerfile", "--target", "prepare"],
     "predictor": ["--file", "images/predictor/Dockerfile"],
+    "ray": ["--file", "images/predictor/Dockerfile", "--target", "ray"],
 }
 LOCKS = {
     "storage_initializer": "images/storage_initializer/requirements.txt",
     "prepare": "images/storage_initializer/requirements-prepare.txt",
     "predictor": "images/predictor/requirements.txt",
+    "ray": "images/predictor/requirements-ray.txt",
 }
 SELECTED = os.environ.get("BUILD_IMAGES", "").split(",")
 CANARY = f"hf_{secrets.token_hex(20)}"
@@ -172,6 +174,11 @@ def predictor(request: pytest.FixtureRequest) -> Iterator[Image]:
     yield from _build("predictor", request)
 
 
+@pytest.fixture(scope="module")
+def ray(request: pytest.FixtureRequest) -> Iterator[Image]:
+    yield from _build("ray", request)
+
+
 @pytest.fixture(params=IMAGES)
 def image(request: pytest.FixtureRequest) -> Image:
     image: Image = request.getfixturevalue(request.param)
@@ -231,6 +238,13 @@ def test_predictor_image_has_native_kernels(predictor: Image) -> None:
 def test_prepare_image_has_torch_and_transformers(prepare: Image) -> None:
     _run(prepare.command(["python", "-c", "import accelerate, bitsandbytes, safetensors, torch, transformers"], {}, {}))
     assert "hf://" in _run(prepare.command([*prepare.config["Entrypoint"], "--help"], {}, {}))
+
+
+def test_ray_image_has_the_application_and_the_commands_of_kuberay(ray: Image) -> None:
+    _run(ray.command(["python", "-c", "from predictor.entrypoints.ray_serve import app; app({})"], {}, {}))
+    for command in ("ray", "serve"):
+        assert "Usage" in _run(ray.command([command, "--help"], {}, {}))
+    assert ray.environment["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 @pytest.mark.parametrize("name", IMAGES)

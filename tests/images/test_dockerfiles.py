@@ -14,6 +14,9 @@ PROGRAMS = {
     "storage_initializer": "manifests/storage/download-job.yaml",
 }
 
+OTHER_TARGETS = {"predictor": [["serve", "run", "predictor.entrypoints.ray_serve:app"]], "storage_initializer": []}
+"""Entrypoints of the targets before the default one."""
+
 
 def _dockerfile(program: str) -> str:
     return (ROOT / "images" / program / "Dockerfile").read_text()
@@ -46,8 +49,10 @@ def test_dockerfile_writable_paths_are_mounted(program: str) -> None:
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_dockerfile_entrypoint_is_the_program(program: str) -> None:
     text = _dockerfile(program)
-    entry = re.findall(r"^(?:ENTRYPOINT|CMD) (.+)", text, re.MULTILINE)
-    assert [json.loads(command) for command in entry] == [["python", "-m", program]]
+    # The default target is the last stage.
+    *others, entry = re.findall(r"^(?:ENTRYPOINT|CMD) (.+)", text, re.MULTILINE)
+    assert json.loads(entry) == ["python", "-m", program]
+    assert [json.loads(other) for other in others] == OTHER_TARGETS[program]
     assert "\nSTOPSIGNAL SIGTERM\n" in text
     # The cluster's probes decide.
     assert "HEALTHCHECK" not in text

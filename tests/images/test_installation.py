@@ -32,7 +32,12 @@ def test_initializer_lock_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["images/storage_initializer/requirements-prepare.txt", "images/predictor/requirements.txt"]
+    "path",
+    [
+        "images/storage_initializer/requirements-prepare.txt",
+        "images/predictor/requirements.txt",
+        "images/predictor/requirements-ray.txt",
+    ],
 )
 def test_lock_with_torch_is_complete(path: str, torch: Environment, tmp_path: Path) -> None:
     environment = Environment(tmp_path)
@@ -56,6 +61,7 @@ def test_lock_with_torch_is_complete(path: str, torch: Environment, tmp_path: Pa
         "images/storage_initializer/requirements.txt",
         "images/storage_initializer/requirements-prepare.txt",
         "images/predictor/requirements.txt",
+        "images/predictor/requirements-ray.txt",
     ],
 )
 def test_lock_has_arm64_wheels(path: str, tmp_path: Path) -> None:

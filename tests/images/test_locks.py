@@ -34,6 +34,7 @@ LOCKS = {
     "images/storage_initializer/requirements.txt": _needs(),
     "images/storage_initializer/requirements-prepare.txt": _needs("prepare", group="beside-torch"),
     "images/predictor/requirements.txt": _needs("predictor", "tracing", group="beside-torch"),
+    "images/predictor/requirements-ray.txt": _needs("predictor", "tracing", "ray", group="beside-torch"),
 }
 
 

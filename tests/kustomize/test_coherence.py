@@ -8,7 +8,7 @@ import pytest
 
 from devtools.paths import ROOT
 from predictor import settings as predictor_settings
-from preflight.checks import knative, resources, timeouts
+from preflight.checks import knative, resources, tensor_parallel, timeouts
 from preflight.deployment import Manifest
 from snapshot_format.reference import parse as parse_reference
 from storage_initializer import settings as initializer_settings
@@ -32,8 +32,6 @@ from tests.kustomize.conftest import (
 )
 
 FLAG = re.compile(r"kubernetes\.podspec-[a-z-]+")
-TEMPLATE = "prod-multi-gpu"
-"""The overlay without a real model."""
 
 
 # The reference and the Job
@@ -183,15 +181,10 @@ def test_both_modes_are_among_the_deployments(render: Render) -> None:
     assert {render(folder).is_knative for folder in OVERLAYS} == {True, False}
 
 
-def test_every_overlay_except_the_template_has_a_model_config() -> None:
-    without = {folder.name for folder in OVERLAYS if not (ROOT / folder / "model-config.json").exists()}
-    assert without == {TEMPLATE}
-
-
-@pytest.mark.parametrize("folder", [folder for folder in OVERLAYS if folder.name != TEMPLATE], ids=str)
+@pytest.mark.parametrize("folder", OVERLAYS, ids=str)
 def test_model_of_an_overlay_fits_into_its_memory(render: Render, folder: Path) -> None:
     model = resources.read(ROOT / folder / "model-config.json")
-    assert list(resources.check(render(folder), model)) == []
+    assert [*resources.check(render(folder), model), *tensor_parallel.check(render(folder), model)] == []
 
 
 def test_scratch_volumes_have_a_size_limit(deployment: Rendered) -> None:

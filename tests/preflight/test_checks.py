@@ -76,6 +76,12 @@ def one_gpu_in_other_notations(draft: Draft) -> None:
     draft.model["resources"]["limits"]["nvidia.com/gpu"] = 1
 
 
+def fp8_without_gpu(draft: Draft) -> None:
+    remove_gpu_request(draft)
+    remove_gpu_limit(draft)
+    draft.settings["PREDICTOR_QUANTIZATION"] = "fp8"
+
+
 def no_gpu(draft: Draft) -> None:
     for kind in ("requests", "limits"):
         draft.model["resources"][kind]["nvidia.com/gpu"] = "0"
@@ -350,7 +356,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "setting_word": (
         lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bits"),
         "ConfigMap/predictor: PREDICTOR_QUANTIZATION is '8bits', so the predictor does not start: "
-        "input should be 'auto', 'none', '8bit' or '4bit'; use 8bit. [kserve-llm]",
+        "input should be 'auto', 'none', '8bit', '4bit' or 'fp8'; use 8bit. [kserve-llm]",
     ),
     "setting_in_the_pod": (
         lambda d: d.model["env"].append({"name": "PREDICTOR_DTYPE", "value": "fp16"}),
@@ -384,8 +390,8 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "flag_value": (
         lambda d: d.model.update(args=["--quantization", "8bits"]),
-        "--quantization is '8bits', so the predictor does not start: input should be 'auto', 'none', '8bit' or "
-        "'4bit'; use 8bit.",
+        "--quantization is '8bits', so the predictor does not start: input should be 'auto', 'none', '8bit', "
+        "'4bit' or 'fp8'; use 8bit.",
     ),
     "flag_name": (
         lambda d: d.model.update(args=["--max-model-length=8192"]),
@@ -571,6 +577,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d.job["containers"][0]["resources"]["limits"].update({"amd.com/gpu": "500m"}),
         "has amd.com/gpu 500m, and Kubernetes allocates whole devices only",
     ),
+    "fp8_without_gpu": (fp8_without_gpu, "PREDICTOR_QUANTIZATION is fp8 and no GPU is requested"),
     "device_auto": (lambda d: d.settings.update(PREDICTOR_DEVICE="auto"), "serves from its CPU"),
     "no_memory_limit": (remove_memory_limit, "has no request or no limit of memory"),
     "storage_over_limit": (
@@ -1040,4 +1047,6 @@ def test_resources_model_larger_than_a_gpu_slice_is_a_finding(draft: Drafts) -> 
         del prod.model["resources"][kind]["nvidia.com/gpu"]
     model = resources.Model(3584, 18944, 28, 28, 4, 128, 152064, tied=False, dtype="bfloat16")
     [finding] = prod.check(model=model)
-    assert "the weights need 8.1 GiB, and the GPU slice has 4.7 GiB" in str(finding)
+    assert (
+        "each GPU needs 9.2 GiB (weights 8.1 GiB, KV cache of one sequence 0.1 GiB), and has 4.7 GiB" in finding.problem
+    )

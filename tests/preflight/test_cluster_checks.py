@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from preflight import gpus
 from preflight.checks.knative import flags
 from preflight.cluster import checks
 from preflight.cluster.client import Connection
@@ -32,6 +33,10 @@ def definition(group: str, version: str, kind: str) -> Any:
     return {"spec": {"group": group, "names": {"kind": kind}, "versions": [{"name": version, "served": True}]}}
 
 
+LABELS = {"nvidia.com/gpu.present": "true", "nvidia.com/gpu.memory": "81559"}
+"""Labels that GPU feature discovery sets on a node with GPUs of 80 GB."""
+
+
 def node(
     gpus: int = 4,
     resource: str = "nvidia.com/gpu",
@@ -40,7 +45,7 @@ def node(
     memory: str = "200Gi",
 ) -> Any:
     return {
-        "metadata": {"name": "gpu-1", "labels": {"nvidia.com/gpu.present": "true"} if labels is None else labels},
+        "metadata": {"name": "gpu-1", "labels": LABELS if labels is None else labels},
         "spec": {"taints": [{"key": taint, "effect": "NoSchedule"}]},
         "status": {"allocatable": {"cpu": "32", "memory": memory, resource: str(gpus)}},
     }
@@ -202,6 +207,30 @@ def test_gpus_too_few_on_every_node_is_a_warning(suitable: FakeCluster, check: C
     suitable.answers[NODES] = {"items": [node(gpus=2), node(gpus=2)]}
     [finding] = check("prod-multi-gpu")
     assert "no node has 4 of nvidia.com/gpu" in finding
+
+
+@pytest.mark.parametrize(
+    ("operator", "values", "is_accepted"),
+    [
+        ("Gt", ["76000"], True),
+        ("Gt", ["81559"], False),
+        ("Lt", ["90000"], True),
+        ("In", ["46068", "81559"], True),
+        ("In", ["46068"], False),
+        ("NotIn", ["81559"], False),
+        ("Exists", [], True),
+        ("DoesNotExist", [], False),
+    ],
+)
+def test_nodes_required_affinity_matches_labels_as_the_scheduler_does(
+    suitable: FakeCluster, draft: Callable[[str], Draft], operator: str, values: list[str], is_accepted: bool
+) -> None:
+    suitable.answers[NODES] = {"items": [node(gpus=8)]}
+    multi = draft("prod-multi-gpu")
+    [term] = gpus.required_node_terms(multi.predictor)
+    term["matchExpressions"] = [{"key": "nvidia.com/gpu.memory", "operator": operator, "values": values}]
+    findings = [finding.problem for finding in checks.check(multi.deployment, Connection("here"))]
+    assert findings == ([] if is_accepted else ["no node with nvidia.com/gpu matches the required nodeAffinity"])
 
 
 def test_nodes_without_memory_for_a_replica_is_a_warning(suitable: FakeCluster, check: Check) -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from predictor.kernels import shards
 from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.gemm import LinearKernel, RMSNorm
-from predictor.kernels.cpu.transformers_attention import DecoderLayerParts, attention_function, find_decoder_layers
+from predictor.kernels.shards import Division, Divisions
+from predictor.kernels.transformers_attention import DecoderLayerParts, attention_function, find_decoder_layers
 
 MLP_CHUNK_TOKENS = 256
 """Tokens per pass through the MLP, so that its intermediate activations stay in the CPU cache."""
@@ -25,7 +27,8 @@ def fuse(model: nn.Module) -> int:
     Args:
         model: on a CPU, with weights in bfloat16 or int8.
     """
-    fused = gemm.map_in_threads(_fuse_layer, find_decoder_layers(model))
+    divisions = shards.divisions(model)
+    fused = gemm.map_in_threads(_fuse_layer, [(parent, name, divisions) for parent, name in find_decoder_layers(model)])
     for parent in model.modules():
         for layer, next_layer in pairwise([*parent.children(), None]):
             if isinstance(layer, DecoderLayer) and isinstance(next_layer, DecoderLayer):
@@ -33,10 +36,13 @@ def fuse(model: nn.Module) -> int:
     return sum(fused)
 
 
-def _fuse_layer(parent: nn.Module, name: str) -> bool:
+def _fuse_layer(parent: nn.Module, name: str, divisions: Divisions) -> bool:
     parts = DecoderLayerParts.of(parent.get_submodule(name))
-    qkv, o = linear.fuse_linears(parts.qkv), linear.fuse_linears([parts.o])
-    gate_up, down = linear.fuse_linears(parts.gate_up), linear.fuse_linears([parts.down])
+    groups = (parts.qkv, [parts.o], parts.gate_up, [parts.down])
+    common = [shards.common(divisions, layers) for layers in groups]
+    if common not in ([Division.NONE] * 4, [Division.OUTPUTS, Division.INPUTS] * 2):
+        return False
+    qkv, o, gate_up, down = map(linear.fuse_linears, groups, common)
     if qkv is None or o is None or gate_up is None or down is None:
         return False
     parent.register_module(name, DecoderLayer(parts, qkv, o, gate_up, down))
@@ -65,7 +71,7 @@ class DecoderLayer(nn.Module):
         self._post_attention_layernorm = _rms_norm(parts.post_attention_layernorm)
         self._activation, self._is_silu = parts.activation, parts.is_silu
         self._head_dim = parts.head_dim
-        self._qkv_split_sizes = [layer.out_features // parts.head_dim for layer in parts.qkv]
+        self._qkv_split_sizes = [len(shards.local(layer.weight)) // parts.head_dim for layer in parts.qkv]
         self._qk_norm = _qk_norm(parts.qk_norms, *self._qkv_split_sizes[:2])
         self._weight_dtype = parts.input_layernorm.weight.dtype
         self.cast_output_to_weight_dtype = True

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from predictor.kernels import tensor_parallel
 from predictor.kernels.cpu import ops, torch_private
 from snapshot_format.recipe import MIN_SCALE
 
@@ -40,13 +41,21 @@ def int8_backend() -> str:
     return ops.cpu_isa or "fbgemm"
 
 
-def quantize_per_channel_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize weights (out_features, in_features) to int8; also return the float32 scales (out_features,)."""
+def quantize_per_channel_int8(
+    weight: torch.Tensor, *, has_part_of_rows: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize weights (out_features, in_features) to int8; also return the float32 scales (out_features,).
+
+    `has_part_of_rows`: each tensor-parallel rank has some columns; the scales are those of the whole rows.
+    """
     qweight = torch.empty_like(weight, dtype=torch.int8)
     scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     for start in range(0, len(weight), QUANTIZE_CHUNK_ROWS):  # Chunks bound the size of the float32 copies.
         rows = slice(start, start + QUANTIZE_CHUNK_ROWS)
-        scale[rows] = weight[rows].abs().amax(dim=1).float().clamp(min=MIN_SCALE) / 127
+        largest = weight[rows].abs().amax(dim=1).float()
+        if has_part_of_rows:
+            largest = tensor_parallel.all_reduce_max(largest)
+        scale[rows] = largest.clamp(min=MIN_SCALE) / 127
         qweight[rows] = (weight[rows] / scale[rows, None]).round_()
     return qweight, scale
 
@@ -123,7 +132,7 @@ class LinearKernel(ABC):
             residual: added to the outputs, (tokens, out_features).
         """
 
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Apply the layer to silu(gate) * up; `gate_up` is (tokens, 2 x in_features) and is overwritten."""
         gate, up = gate_up.chunk(2, -1)
         return self.forward(nn.functional.silu(gate).mul_(up), residual=residual)
@@ -177,7 +186,7 @@ class NativeInt8Linear(Float32InputLinear):
             hidden_states, self._weight, self._scale, bias=self._bias, norm=norm_arguments, residual=residual
         )
 
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Apply activation, layer and residual in one call; `gate_up` is overwritten."""
         return ops.int8_scaled_mm(
             gate_up, self._weight, self._scale, bias=self._bias, silu_and_mul=True, residual=residual
@@ -215,6 +224,41 @@ class FbgemmInt8Linear(Float32InputLinear):
             for weight in self._weights
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+class RowParallelLinear(Float32InputLinear):
+    """Layer of which each tensor-parallel rank has some columns: its outputs are the sum of all ranks'.
+
+    Args:
+        kernel: of this rank's columns, without a bias.
+        bias: added once, after the sum.
+        splits_input: whether inputs have all features; else those of this rank's columns.
+    """
+
+    def __init__(self, kernel: LinearKernel, bias: torch.Tensor | None, *, splits_input: bool = False) -> None:
+        super().__init__()
+        self._kernel, self._splits_input = kernel, splits_input
+        self._bias = None if bias is None else bias.float()
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply the layer; sum, residual and bias in float32. A norm over a part of the features is an error."""
+        if norm is not None:
+            raise ValueError("an RMSNorm needs all features, and a rank has some of them")
+        if self._splits_input:
+            hidden_states = hidden_states.chunk(tensor_parallel.size(), -1)[tensor_parallel.rank()]
+        return self._sum(self._kernel.forward(hidden_states), residual)
+
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply activation, layer, sum, residual and bias; `gate_up` is overwritten."""
+        return self._sum(self._kernel.silu_and_mul(gate_up), residual)
+
+    def _sum(self, partial: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        outputs = tensor_parallel.all_reduce(partial)
+        if residual is not None:
+            outputs = outputs.add_(residual)
+        return outputs if self._bias is None else outputs.add_(self._bias)
 
 
 def make_bf16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:

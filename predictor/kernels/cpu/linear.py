@@ -9,8 +9,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
+from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm
-from predictor.kernels.cpu.gemm import LinearKernel
+from predictor.kernels.cpu.gemm import LinearKernel, RowParallelLinear
+from predictor.kernels.shards import Division
 
 FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling layers that read the same input, by their names in most architectures."""
@@ -41,15 +43,19 @@ def pack_linear_layers(model: nn.Module, quantize_lm_head: nn.Module | None = No
         model: on a CPU, with bfloat16 `nn.Linear` or `Int8Linear`; other layers are unchanged.
         quantize_lm_head: its `nn.Linear` that computes the logits, to be quantized to int8.
     """
+    divisions = shards.divisions(model)
 
     def replace(parent: nn.Module, names: tuple[str, ...]) -> None:
         layers = [parent.get_submodule(name) for name in names]
         is_lm_head = layers == [quantize_lm_head]
-        kernel = fuse_linears(layers, quantize=is_lm_head)
+        division = shards.common(divisions, layers)
+        kernel = fuse_linears(layers, division, quantize=is_lm_head)
         if kernel is not None:
-            sizes = [layer.out_features for layer in layers]
+            sizes = [len(shards.local(layer.weight)) for layer in layers]
             for index, name in enumerate(names):
                 packed: nn.Module = LMHead(kernel) if is_lm_head else FusedLinearSlice(kernel, sizes, index)
+                if division is Division.GATHERED_OUTPUTS:
+                    packed = GatheredOutputs(packed, layers[index].out_features)
                 parent.register_module(name, packed)
 
     modules = list(model.modules())
@@ -67,11 +73,14 @@ def _fusion_groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
     yield from ((name,) for name in linears)
 
 
-def fuse_linears(layers: Sequence[nn.Module], *, quantize: bool = False) -> LinearKernel | None:
+def fuse_linears(
+    layers: Sequence[nn.Module], division: Division = Division.NONE, *, quantize: bool = False
+) -> LinearKernel | None:
     """Pack layers that read the same input into one kernel with concatenated outputs.
 
     Args:
         layers: equal but for `out_features`.
+        division: of all layers. If the outputs are divided, the kernel computes this rank's.
         quantize: quantize their weights to int8 first.
 
     Returns:
@@ -81,15 +90,26 @@ def fuse_linears(layers: Sequence[nn.Module], *, quantize: bool = False) -> Line
     signatures = {(type(layer), layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
     if len(signatures) > 1 or type(first) not in (nn.Linear, Int8Linear) or first.weight.device.type != "cpu":
         return None
-    weights: list[torch.Tensor] = [layer.weight.detach() for layer in layers]
-    bias = None if first.bias is None else torch.cat([layer.bias.detach() for layer in layers])
+    if division is Division.OTHER:
+        return None
+    bias = None if first.bias is None else torch.cat([shards.local(layer.bias) for layer in layers])
+    if division in (Division.INPUTS, Division.SPLIT_INPUTS):
+        kernel = _pack(layers, None, quantize=quantize)
+        return kernel and RowParallelLinear(kernel, bias, splits_input=division is Division.SPLIT_INPUTS)
+    return _pack(layers, bias, quantize=quantize)
+
+
+def _pack(layers: Sequence[nn.Module], bias: torch.Tensor | None, *, quantize: bool) -> LinearKernel | None:
+    """Pack this rank's part of the layers' weights."""
+    first = layers[0]
+    weights: list[torch.Tensor] = [shards.local(layer.weight) for layer in layers]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     if isinstance(first, Int8Linear) or quantize:
         # `weights` is deleted before packing: another copy of a vocabulary-wide matrix would set the peak memory.
         if quantize:
             weight, scale = gemm.quantize_per_channel_int8(weight)
         else:
-            scale = torch.cat([layer.scale.detach() for layer in layers])
+            scale = torch.cat([shards.local(layer.scale) for layer in layers])
         del weights
         return gemm.make_int8_linear(weight, scale, bias)
     return gemm.make_bf16_linear(weight, bias) if weight.dtype == torch.bfloat16 else None
@@ -110,6 +130,19 @@ class FusedLinearSlice(nn.Module):
         if self._is_whole:
             return self._kernel(inputs)
         return self._kernel.forward_cached(inputs).narrow(-1, self._offset, self.out_features)
+
+
+class GatheredOutputs(nn.Module):
+    """Layer of which each tensor-parallel rank computes some outputs and gets all."""
+
+    def __init__(self, layer: nn.Module, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self._layer = layer
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return tensor_parallel.all_gather(self._layer(inputs), self.out_features)
 
 
 class LMHead(nn.Module):

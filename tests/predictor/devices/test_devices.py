@@ -88,7 +88,7 @@ def failing_once(loaded: LoadedModel, fail: Callable[[], Any]) -> Iterator[None]
 
 MODES = [
     parameters
-    for mode in load_stage.modes()
+    for mode in load_stage.all_modes()
     for parameters in (
         pytest.param("cpu", mode, marks=[] if mode == "float32" else pytest.mark.slow, id=f"cpu-{mode}"),
         pytest.param("cuda", mode, marks=pytest.mark.gpu, id=f"cuda-{mode}"),
@@ -98,8 +98,11 @@ MODES = [
 
 @pytest.mark.parametrize(("name", "mode"), MODES)
 def test_mode_answers_sums_correctly(name: str, mode: str) -> None:
-    dtype, quantization = load_stage.modes()[mode]
-    assert load_stage.measure(available(name), dtype, quantization, 60)["correct"] >= load_stage.LEAST_CORRECT
+    device_modes = load_stage.modes(available(name))
+    if mode not in device_modes:
+        pytest.skip(f"this device has no {mode}")
+    dtype, quantization = device_modes[mode]
+    assert load_stage.measure(name, dtype, quantization, 60)["correct"] >= load_stage.LEAST_CORRECT
 
 
 def test_greedy_tokens_are_equal_alone_and_in_a_crowd(engine: Engine, loaded: LoadedModel) -> None:

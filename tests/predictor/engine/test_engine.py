@@ -27,6 +27,7 @@ from tests.predictor.engine.conftest import (
     LONG,
     SAMPLED,
     Generated,
+    assert_logprobs,
     chat_ids,
     generate,
     generate_all,
@@ -186,19 +187,6 @@ def test_engine_max_tokens_ends_a_sequence_with_length(engine: Engine, ids: list
 
 
 # Log probabilities
-
-
-def assert_logprobs(reference: LoadedModel, ids: Sequence[int], answer: Generated, top: int) -> None:
-    """Compare with a single forward pass over prompt and completion."""
-    with torch.no_grad():
-        logits = reference.model(torch.tensor([[*ids, *answer.token_ids]])).logits[0]
-    expected = logits[len(ids) - 1 : -1].float().log_softmax(dim=-1)
-    assert [sampled.token_id for sampled in answer.logprobs] == answer.token_ids
-    for row, sampled in zip(expected, answer.logprobs, strict=True):
-        best = pytest.approx(row.topk(top).values.tolist(), abs=1e-3)
-        assert sampled.logprob == pytest.approx(row[sampled.token_id].item(), abs=1e-3)
-        assert [value for _, value in sampled.top] == best
-        assert [row[token_id].item() for token_id, _ in sampled.top] == best
 
 
 @pytest.mark.parametrize("top", [0, 1, 5])

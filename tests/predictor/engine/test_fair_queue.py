@@ -113,9 +113,10 @@ def test_caller_does_not_get_its_own_place() -> None:
     assert queue.victim(["a1", "b1", "b2"], ["b3"]) is None
 
 
-def test_discarded_sequence_is_forgotten() -> None:
+def test_sequence_that_neither_runs_nor_waits_is_forgotten() -> None:
     queue = FairQueue()
-    add(queue, ALICE, "a1")
-    queue.discard("a1")
-    queue.discard("a1")
+    add(queue, ALICE, "a1", "a2", "a3")
+    queue.retain(["a1"], {"a3": None})
+    assert ["a1" in queue, "a2" in queue, "a3" in queue] == [True, False, True]
+    queue.retain()
     assert queue._tickets == {}

@@ -30,6 +30,7 @@ from tests.predictor.engine.conftest import (
     read,
     started,
 )
+from tests.predictor.servers import HANG_SECONDS
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -148,9 +149,13 @@ def test_prompt_logprobs_of_a_cancelled_sequence_are_dropped(loaded: LoadedModel
             [stream] = engine.submit([(random_ids(reference, 900, seed=3), SCORED)])
             await asyncio.sleep(0)
             stream.close()
+            async with asyncio.timeout(HANG_SECONDS):
+                # The step loop adds and drops it.
+                while engine._executor.has_pending or scorer.samplers:  # noqa: ASYNC110, there is no event for it
+                    await asyncio.sleep(0.001)
 
-        asyncio.run(cancel())
         scorer = engine._executor._step_sampler.scorer  # type: ignore[attr-defined]
+        asyncio.run(cancel())
         assert scorer.samplers == {}
         assert_scores(reference, [5, 6], generate(engine, [5, 6], SCORED))
 

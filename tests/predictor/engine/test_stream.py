@@ -60,6 +60,12 @@ class FakeExecutor:
     def plain_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
         return torch.zeros(len(token_ids), 1)
 
+    def end_plain_passes(self) -> None:
+        pass
+
+    def follow(self) -> bool:
+        return True
+
 
 def output(*token_ids: int, finished: bool = False, error: str | None = None) -> EngineOutput:
     return EngineOutput(list(token_ids), finished, error, queue_seconds=0.25)

@@ -35,7 +35,7 @@ def test_choose_device_selects_gpu_by_index(monkeypatch: pytest.MonkeyPatch) -> 
         placement.choose_device("cuda:2")
 
 
-@pytest.mark.parametrize(("mode", "weight_gib"), [("none", 14), ("8bit", 30)])
+@pytest.mark.parametrize(("mode", "weight_gib"), [("none", 14), ("8bit", 30), ("fp8", 30)])
 def test_place_weights_that_fit_are_placed_on_the_gpu(mode: str, weight_gib: int) -> None:
     assert placement.place(CUDA, mode, weight_gib * GIB, 24 * GIB, lambda: 0).device_map == {"": CUDA}
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,7 +7,9 @@ from torch import nn
 
 from devtools.paths import DEMO_MODEL
 from predictor.errors import StartupError
+from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import loader, quantization
+from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.loader import LoadedModel
 from tests.predictor.models.conftest import LoadDemo
@@ -96,6 +99,49 @@ def test_should_quantize_follows_skip_modules(skip_modules: list[str], expected:
     model = nn.ModuleDict({"lm_head": nn.Linear(1, 1)})
     assert quantization.should_quantize(model, model["lm_head"], skip_modules) is expected
     assert not quantization.should_quantize(model, nn.Linear(1, 1), skip_modules)
+
+
+@pytest.fixture
+def ada(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    return torch.device("cuda", 0)
+
+
+def test_resolve_mode_fp8_on_a_gpu_that_has_it(ada: torch.device) -> None:
+    assert quantization.resolve_mode("fp8", ada, None, 100, 1000) == "fp8"
+    config: Any = quantization.make_config("fp8", ada, torch.bfloat16, ["down_proj"])
+    assert (type(config), config.modules_to_not_convert) == (Fp8Config, ["down_proj"])
+    with pytest.raises(StartupError, match=r"already quantized\. Use --quantization none instead of fp8"):
+        quantization.resolve_mode("fp8", ada, {"quant_method": "fp8"}, 100, 1000)
+
+
+def test_resolve_mode_fp8_on_an_older_gpu_names_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    expected = (
+        r"needs a GPU of compute capability 8\.9 or later, .* cuda:1 has 8\.6\. Use 8bit\. Or set --quantization_f"
+    )
+    with pytest.raises(StartupError, match=expected):
+        quantization.resolve_mode("fp8", torch.device("cuda", 1), None, 100, 1000)
+
+
+def test_make_plan_fp8_on_a_cpu_fails_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("weights are read"))
+    with pytest.raises(StartupError, match=r"--quantization fp8 needs a GPU .* the device is cpu\. Use 8bit"):
+        loader.make_plan(DEMO_MODEL, device="cpu", quantization="fp8")
+    assert loader.make_plan(DEMO_MODEL, device="cpu", quantization="fp8", fallback=True).quantization == "none"
+
+
+def test_fp8_weights_are_quantized_while_they_load_and_answers_stay_correct(load_demo: LoadDemo) -> None:
+    """On a CPU, where torch has the same multiplication."""
+    plan = loader.make_plan(DEMO_MODEL, device="cpu", dtype="bfloat16", skip_modules=["down_proj"])
+    loaded = loader.execute(replace(plan, quantization="fp8", quantization_config=Fp8Config(["down_proj"])))
+    assert loaded.quantization == "fp8"
+    mlp = loaded.model.model.layers[0].mlp
+    assert type(loaded.model.model.layers[0].self_attn.q_proj) is Fp8Linear
+    assert type(mlp.down_proj) is not Fp8Linear
+    assert type(loaded.model.lm_head) is not Fp8Linear
+    quantized, unquantized = logits(loaded), logits(load_demo("none"))
+    assert 0 < (quantized - unquantized).norm() < 0.1 * unquantized.norm()
 
 
 @pytest.mark.parametrize("mode", ["8bit", "4bit"])

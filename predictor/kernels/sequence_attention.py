@@ -1,11 +1,11 @@
-"""Attention over the paged KV cache on a CPU, for transformers' `AttentionInterface`.
+"""Attention over the paged KV cache on any device, for transformers' `AttentionInterface`.
 
 transformers' batching manager computes one dense attention for the whole batch, at a cost quadratic in the batch size.
 Here each sequence attends to its own keys only:
 
-    paged decode   one query per sequence, in C, keys read in place
+    paged decode   one query per sequence, in C on a CPU, keys read in place
     padded decode  one query per sequence, keys gathered and padded to one length, where C does not support the heads
-    prefill        a prompt, or a chunk of one, by itself
+    single         a prompt, or a chunk of one; with a sliding window any sequence
 """
 
 from collections.abc import Iterator
@@ -16,18 +16,14 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from predictor.kernels.cpu import ops, transformers_attention
-from predictor.kernels.cpu.transformers_attention import PagedKVCache, paged_kv
+from predictor.kernels import transformers_attention
+from predictor.kernels.cpu import ops
+from predictor.kernels.transformers_attention import PagedKVCache, PagedLayer
 
 PADDED_TOKENS = 32
 """Key lengths are padded to multiples of this, so that sums over keys have the same order in any batch."""
 _MAX_LENGTH_RATIO = 2
 """Sequences up to this many times as long as the shortest are padded to one length."""
-
-
-def install(model: Any) -> bool:
-    """Make `model` use this attention, and return whether it is supported."""
-    return transformers_attention.enable(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +49,27 @@ class PaddedDecode:
 
 
 @dataclass(frozen=True, slots=True)
-class Prefill:
-    """A prompt, or the next chunk of one."""
+class Single:
+    """A sequence that is computed by itself."""
 
     queries: slice
     keys: slice
     mask: torch.Tensor | None
-    """Keys visible to each query, (queries, keys); None for a whole prompt, which is causal."""
+    """Keys visible to each query, (queries, keys)."""
+    is_causal: bool
+    """Without a mask: whether queries and keys are the same tokens, and a query attends to earlier ones only."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMetadata:
-    """Index tensors of one step, the same in every layer."""
+    """Index tensors of one step, the same in every layer of a type."""
 
     uses_paged_kernel: bool
     read_index: torch.Tensor
-    """Cache slots to gather for `padded_decodes` and `prefills`."""
+    """Cache slots to gather for `padded_decodes` and `singles`."""
     paged_decode: PagedDecode | None
     padded_decodes: list[PaddedDecode]
-    prefills: list[Prefill]
+    singles: list[Single]
 
 
 def attend(
@@ -85,7 +83,6 @@ def attend(
     cache: PagedKVCache,
     cu_seq_lens_q: torch.Tensor,
     cu_seq_lens_k: dict[str, torch.Tensor],
-    max_length_k: dict[str, int],
     read_index: list[torch.Tensor],
     write_index: list[torch.Tensor],
     **kwargs: Any,
@@ -102,9 +99,8 @@ def attend(
         cache: the batching manager's.
         cu_seq_lens_q: cumulative query lengths, (sequences + 1,).
         cu_seq_lens_k: cumulative key lengths, by layer type.
-        max_length_k: by layer type.
-        read_index: cache slots of the keys of all sequences; empty if the cache has none of them.
-        write_index: cache slots of the new keys.
+        read_index: cache slots of the keys of all sequences, by layer type; empty if the cache has none of them.
+        write_index: cache slots of the new keys, by layer type.
         kwargs: arguments of other attention implementations.
 
     Returns:
@@ -114,42 +110,48 @@ def attend(
         NotImplementedError: for soft-capped scores or attention sinks.
     """
     del attention_mask
-    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
-        raise NotImplementedError("Soft-capped scores and attention sinks are not supported on a CPU.")
+    transformers_attention.check_scores(kwargs)
+    layer = PagedLayer(cache, module.layer_idx)
     _, num_heads, tokens, head_dim = query.shape
-    uses_paged_kernel = ops.supports_paged_attention(query.dtype, num_heads, key.shape[1], head_dim)
+    uses_paged_kernel = (
+        query.device.type == "cpu"
+        and layer.window is None
+        and ops.supports_paged_attention(query.dtype, num_heads, key.shape[1], head_dim)
+    )
     # Kept on the step's tensor, which all layers share: it is freed with the step.
-    metadata: AttentionMetadata | None = getattr(cu_seq_lens_q, "attention_metadata", None)
+    by_type: dict[str, AttentionMetadata] = vars(cu_seq_lens_q).setdefault("attention_metadata", {})
+    metadata = by_type.get(layer.type)
     if metadata is None or metadata.uses_paged_kernel is not uses_paged_kernel:
-        [cu_seq_lens] = cu_seq_lens_k.values()
-        metadata = _build_metadata(cu_seq_lens_q, cu_seq_lens, read_index[0], query.dtype, uses_paged_kernel)
-        cu_seq_lens_q.attention_metadata = metadata  # type: ignore[attr-defined, unused-ignore]
-    lengths = {"cu_seq_lens_k": cu_seq_lens_k, "max_length_k": max_length_k}
-    update_kwargs = {**lengths, "read_index": [metadata.read_index], "write_index": write_index}
-    key, value = cache.update(key, value, module.layer_idx, update_kwargs)
-    query, key, value = query[0], key[0], value[0]
+        lengths = cu_seq_lens_q, cu_seq_lens_k[layer.type], read_index[layer.index]
+        if layer.window is None:
+            metadata = _build_metadata(*lengths, query.dtype, uses_paged_kernel)
+        else:
+            metadata = _build_windowed_metadata(*lengths, layer.window)
+        by_type[layer.type] = metadata
+    keys, values = layer.update(key, value, metadata.read_index, write_index[layer.index])
+    query, key, value = query[0], keys.transpose(0, 1), values.transpose(0, 1)
     paged_decode, padded_decodes = metadata.paged_decode, metadata.padded_decodes
     # A batch of one group needs no copy into an output.
     if paged_decode is not None and len(paged_decode.query_indices) == tokens:
-        return _paged_decode(query, *paged_kv(cache, module.layer_idx), paged_decode, scaling)[None], None
+        return _paged_decode(query, *layer.pages(), paged_decode, scaling)[None], None
     if padded_decodes and padded_decodes[0].query_indices is None:
         return _padded_decode(query, key, value, padded_decodes[0], scaling)[None], None
     output = query.new_empty(tokens, num_heads, head_dim)
     if paged_decode is not None:
-        key_value_cache = paged_kv(cache, module.layer_idx)
-        output[paged_decode.query_indices] = _paged_decode(query, *key_value_cache, paged_decode, scaling)
+        output[paged_decode.query_indices] = _paged_decode(query, *layer.pages(), paged_decode, scaling)
     for group in padded_decodes:
         output[group.query_indices] = _padded_decode(query, key, value, group, scaling)
-    for prefill in metadata.prefills:
-        output[prefill.queries] = _prefill(query, key, value, prefill, scaling)
+    for single in metadata.singles:
+        output[single.queries] = _single(query, key, value, single, scaling)
     return output[None], None
 
 
 def _paged_decode(
-    query: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor, group: PagedDecode, scale: float
+    query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, group: PagedDecode, scale: float
 ) -> torch.Tensor:
     indices = {"query_indices": group.query_indices, "slot_mapping": group.slot_mapping, "kv_ranges": group.kv_ranges}
-    attn_output = ops.paged_attention(query.transpose(0, 1), key_cache, value_cache, scale=scale, **indices)
+    key_value_cache = key_pages.flatten(0, 1), value_pages.flatten(0, 1)
+    attn_output = ops.paged_attention(query.transpose(0, 1), *key_value_cache, scale=scale, **indices)
     return attn_output.to(query.dtype)
 
 
@@ -165,15 +167,19 @@ def _padded_decode(
     return scaled_dot_product_attention(query_group, keys, values, attn_mask=group.mask, scale=scale).flatten(1, 2)
 
 
-def _prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: Prefill, scale: float) -> torch.Tensor:
+def _single(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, single: Single, scale: float) -> torch.Tensor:
+    keys, values = key[None, :, single.keys], value[None, :, single.keys]
+    if query.device.type == "cuda" and len(key) != len(query):
+        # Of SDPA's kernels for float32, masks and old devices, only the one that makes all scores shares KV heads.
+        keys, values = (states.repeat_interleave(len(query) // len(key), 1) for states in (keys, values))
     attn_output = scaled_dot_product_attention(
-        query[None, :, group.queries],
-        key[None, :, group.keys],
-        value[None, :, group.keys],
-        attn_mask=group.mask,
-        is_causal=group.mask is None,
+        query[None, :, single.queries],
+        keys,
+        values,
+        attn_mask=single.mask,
+        is_causal=single.is_causal,
         scale=scale,
-        enable_gqa=len(key) != len(query),
+        enable_gqa=keys.shape[1] != len(query),
     )
     return attn_output[0].transpose(0, 1)
 
@@ -186,13 +192,13 @@ def _build_metadata(
     uses_paged_kernel: bool,
 ) -> AttentionMetadata:
     """Assign each sequence to a strategy, and gather cache slots in the order in which they are computed."""
-    q_ranges = [slice(start, end) for start, end in pairwise(cu_seq_lens_q.tolist())]
-    kv_ranges = [slice(start, end) for start, end in pairwise(cu_seq_lens_k.tolist())]
+    device = cu_seq_lens_q.device
+    q_ranges, kv_ranges = _ranges(cu_seq_lens_q), _ranges(cu_seq_lens_k)
     # Without slots to read, keys and values are those of the prompts, in their order.
     reads_cache = read_index.numel() > 0
     decodes = [seq for seq, q_range in enumerate(q_ranges) if reads_cache and _length(q_range) == 1]
     paged_decode = None
-    padded_decodes, prefills = [], []
+    padded_decodes, singles = [], []
     read_indices: list[torch.Tensor] = []
     offset = 0
     if decodes and uses_paged_kernel:
@@ -203,31 +209,60 @@ def _build_metadata(
         )
     else:
         for group in _group_by_length(decodes, kv_ranges):
-            starts = torch.tensor([[kv_ranges[seq].start] for seq in group])
-            lengths = torch.tensor([[_length(kv_ranges[seq])] for seq in group])
-            padded_length = -(-int(lengths.max()) // PADDED_TOKENS) * PADDED_TOKENS
-            positions = torch.arange(padded_length)
+            starts = torch.tensor([[kv_ranges[seq].start] for seq in group], device=device)
+            lengths = torch.tensor([[_length(kv_ranges[seq])] for seq in group], device=device)
+            padded_length = -(-max(_length(kv_ranges[seq]) for seq in group) // PADDED_TOKENS) * PADDED_TOKENS
+            positions = torch.arange(padded_length, device=device)
             # Padding repeats the last key: unwritten cache may hold NaN, which a mask does not remove.
             read_indices.append(read_index[starts + positions.minimum(lengths - 1)].flatten())
-            mask = torch.zeros(len(group), 1, 1, padded_length, dtype=dtype)
+            mask = torch.zeros(len(group), 1, 1, padded_length, dtype=dtype, device=device)
             mask.masked_fill_((positions >= lengths)[:, None, None], -torch.inf)
             is_whole_batch = len(group) == len(q_ranges)
-            query_indices = None if is_whole_batch else torch.tensor([q_ranges[seq].start for seq in group])
+            indices = [q_ranges[seq].start for seq in group]
+            query_indices = None if is_whole_batch else torch.tensor(indices, device=device)
             keys = slice(offset, offset := offset + read_indices[-1].numel())
             padded_decodes.append(PaddedDecode(query_indices, keys, padded_length, mask))
     for q_range, kv_range in zip(q_ranges, kv_ranges, strict=True):
-        q_length, kv_length = _length(q_range), _length(kv_range)
-        if q_length == 1 and reads_cache:
+        if _length(q_range) == 1 and reads_cache:
             continue
-        is_whole_prompt = q_length == kv_length
-        causal = None if is_whole_prompt else torch.ones(q_length, kv_length, dtype=torch.bool)
         keys = kv_range
         if reads_cache:
             read_indices.append(read_index[kv_range])
-            keys = slice(offset, offset := offset + kv_length)
-        prefills.append(Prefill(q_range, keys, None if causal is None else causal.tril(kv_length - q_length)))
+            keys = slice(offset, offset := offset + _length(kv_range))
+        singles.append(_make_single(q_range, keys, None, device))
     gathered = torch.cat(read_indices) if read_indices else read_index[:0]
-    return AttentionMetadata(uses_paged_kernel, gathered, paged_decode, padded_decodes, prefills)
+    return AttentionMetadata(uses_paged_kernel, gathered, paged_decode, padded_decodes, singles)
+
+
+def _build_windowed_metadata(
+    cu_seq_lens_q: torch.Tensor, cu_seq_lens_k: torch.Tensor, read_index: torch.Tensor, window: int
+) -> AttentionMetadata:
+    """Compute each sequence by itself, with the keys in the batching manager's order.
+
+    The cache of a sequence is a ring of `window` slots. Its keys are gathered before new ones replace some of them, and
+    `read_index` names the places of the new ones, so that it cannot be rearranged.
+    """
+    ranges = zip(_ranges(cu_seq_lens_q), _ranges(cu_seq_lens_k), strict=True)
+    singles = [_make_single(q_range, kv_range, window, cu_seq_lens_q.device) for q_range, kv_range in ranges]
+    return AttentionMetadata(False, read_index, None, [], singles)
+
+
+def _make_single(queries: slice, keys: slice, window: int | None, device: torch.device) -> Single:
+    q_length, kv_length = _length(queries), _length(keys)
+    # A decode's keys are all in its window.
+    if q_length == 1:
+        return Single(queries, keys, None, is_causal=False)
+    if q_length == kv_length and (window is None or kv_length <= window):
+        return Single(queries, keys, None, is_causal=True)
+    diagonal = kv_length - q_length
+    visible = torch.ones(q_length, kv_length, dtype=torch.bool, device=device).tril_(diagonal)
+    if window is not None:
+        visible.triu_(diagonal - window + 1)
+    return Single(queries, keys, visible, is_causal=False)
+
+
+def _ranges(cumulative_lengths: torch.Tensor) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(cumulative_lengths.tolist())]
 
 
 def _group_by_length(seqs: list[int], kv_ranges: list[slice]) -> Iterator[list[int]]:
@@ -242,6 +277,3 @@ def _group_by_length(seqs: list[int], kv_ranges: list[slice]) -> Iterator[list[i
 
 def _length(interval: slice) -> int:
     return int(interval.stop - interval.start)
-
-
-transformers_attention.register(attend)

@@ -1,15 +1,15 @@
-"""CPU attention against transformers' custom_attention: identical tokens in float32."""
+"""Attention of each sequence by itself against transformers' attention: identical tokens in float32."""
 
 import asyncio
 from dataclasses import replace
 from functools import cache
 
 import pytest
-import transformers
 
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
-from predictor.kernels.cpu import attention, ops, transformers_attention
+from predictor.kernels import attention, transformers_attention
+from predictor.kernels.cpu import ops
 from predictor.models import loader
 from predictor.settings import Settings
 from predictor.types import SamplingParams
@@ -48,7 +48,7 @@ def generate(
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
         )
-    assert (loaded.model.config._attn_implementation == transformers_attention.NAME) is custom_attention
+    assert transformers_attention.is_selected(loaded.model, transformers_attention.SEQUENCE) is custom_attention
     engine.start()
 
     async def read(number: int, prompt: str) -> list[int]:
@@ -100,17 +100,3 @@ def test_int8_tokens_are_independent_of_the_batch(dtype: str) -> None:
     assert len(prompts) == 32
     together = generate(prompts, dtype=dtype, quantization="8bit")
     assert together == generate(prompts, dtype=dtype, quantization="8bit", sequential=True)
-
-
-def test_install_with_a_sliding_window_keeps_sdpa() -> None:
-    config = transformers.MistralConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=99,
-        sliding_window=8,
-    )
-    model = transformers.MistralForCausalLM(config)
-    assert not attention.install(model)
-    assert model.config._attn_implementation == "sdpa"

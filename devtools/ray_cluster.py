@@ -1,0 +1,58 @@
+"""A Ray cluster of several nodes on this machine, for tests, demo and benchmark."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import ray
+from ray import serve
+from ray.cluster_utils import Cluster
+
+from devtools import processes
+
+NODE_CPUS = 4
+"""CPUs that a node claims to have, whatever the machine has."""
+OBJECT_STORE_BYTES = 100_000_000
+ENVIRONMENT = {
+    # By default Ray reports its use to its vendor.
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # The load is measured every second instead of every 10 s.
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}
+
+
+@contextmanager
+def running(nodes: int) -> Iterator[str]:
+    """Run Ray Serve; yield the URL of its proxy. Everything is stopped afterwards."""
+    os.environ.update(ENVIRONMENT)
+    size = {"num_cpus": NODE_CPUS, "object_store_memory": OBJECT_STORE_BYTES}
+    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    port = processes.free_port()
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(**size)
+        ray.init(address=cluster.address, log_to_driver=False)
+        serve.start(proxy_location="HeadOnly", http_options={"port": port, "keep_alive_timeout_s": 620})
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def replicas() -> list[psutil.Process]:
+    """Return the processes of the replicas that this process's cluster runs, oldest first."""
+    # Ray's processes set their titles.
+    children = psutil.Process().children(recursive=True)
+    found = [child for child in children if title(child).startswith("ray::ServeReplica")]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def title(process: psutil.Process) -> str:
+    """Return the command line as Ray sets it: `ray::ServeReplica:APPLICATION:DEPLOYMENT`; empty once it has ended."""
+    try:
+        return "".join(process.cmdline()[:1])
+    except psutil.Error:
+        return ""

@@ -1,0 +1,228 @@
+"""Ray Serve: `serve run predictor.entrypoints.ray_serve:app model_dir=DIR num_cpus=8`.
+
+A replica is a predictor in an actor, behind Serve's HTTP proxy. It has the same HTTP application as the server process,
+which is built in the actor, so that nothing of it is pickled. Serve does what `Lifecycle` does elsewhere: it starts,
+probes, drains and replaces replicas, with options that `deployment_options` derives from our settings.
+
+The builder runs in processes without a model, so only the constructor of a replica imports torch and KServe.
+"""
+
+import asyncio
+import logging
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+from ray import serve
+from ray.serve import Application
+
+from predictor import settings
+from predictor.errors import InvalidSettings, PortInUse
+from predictor.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
+
+TARGET_LOAD = 0.8
+"""Requests per replica at which Serve adds none and removes none, as a fraction of `max_num_seqs`."""
+SPARE_REQUESTS = 100
+"""Requests that reach a replica beyond those that it takes: it answers 429, where the proxy would keep them waiting."""
+PROXY_DELAY_SECONDS = 2.0
+"""Time in which Serve's proxies learn that a replica is leaving; Serve's own default."""
+METRICS_RETRY_SECONDS = 5.0
+_NOT_SERVED = {
+    "enable_grpc": "Serve's proxy has no route for it. Use HTTP",
+    "enable_admin_routes": "a request reaches any one replica. Use `serve delete`",
+    "hold_while_loading": "Serve's proxy holds requests until a replica is ready. Leave it out",
+    "ready_while_loading": "Serve's proxy holds requests until a replica is ready. Leave it out",
+}
+"""Settings without a meaning behind the proxy, and what to do instead."""
+
+
+class RaySettings(Settings):
+    """The predictor's settings, and Ray's options of the deployment under Ray's names."""
+
+    num_replicas: int | None = Field(default=None, ge=1)
+    """Number of replicas. Default: 1, or by load between min_replicas and max_replicas."""
+    min_replicas: int = Field(default=1, ge=0)
+    """Minimum number of replicas. 0: none without requests."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """Maximum number of replicas, which turns autoscaling on."""
+    upscale_delay_s: float = Field(default=30, ge=0)
+    """Time above the target load after which replicas are added, in seconds."""
+    downscale_delay_s: float = Field(default=600, ge=0)
+    """Time below the target load after which replicas are removed, in seconds."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs of a replica; also its number of torch threads, unless num_threads is set."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs of a replica. With several, set tensor_parallel_size too."""
+    metrics_port: int | None = Field(default=None, ge=1, le=65535)
+    """TCP port of each replica's own metrics and probes; a node then runs one replica. Default: none."""
+
+
+def app(arguments: dict[str, Any]) -> Application:
+    """Return the application; an application builder of Ray Serve.
+
+    Args:
+        arguments: settings by name, as values or as text.
+
+    Raises:
+        InvalidSettings: naming the setting, and the fix.
+    """
+    parsed = settings.from_arguments(arguments, RaySettings)
+    _check(parsed)
+    deployment = serve.deployment(serve.ingress()(Replica), name="predictor", **deployment_options(parsed))
+    return deployment.bind(parsed)
+
+
+def _check(parsed: RaySettings) -> None:
+    for name, reason in _NOT_SERVED.items():
+        if getattr(parsed, name):
+            raise InvalidSettings(f"{name}: not possible with Ray Serve: {reason}.")
+    if parsed.num_replicas and parsed.max_replicas:
+        raise InvalidSettings("num_replicas: max_replicas sets the number by load. Set one of them.")
+    ranks = parsed.tensor_parallel_size
+    if parsed.num_gpus > 1 and ranks not in ("auto", parsed.num_gpus):
+        raise InvalidSettings(
+            f"num_gpus: {parsed.num_gpus:g} GPUs, but tensor_parallel_size is {ranks}. Set both to the same number."
+        )
+
+
+def deployment_options(parsed: RaySettings) -> dict[str, Any]:
+    """Return the options of `serve.deployment` that follow from the settings."""
+    delay = parsed.shutdown_delay_seconds or PROXY_DELAY_SECONDS
+    options: dict[str, Any] = {
+        # Admission, timeouts and 429 are the replica's, in the form of each protocol.
+        "max_ongoing_requests": parsed.max_num_seqs + parsed.max_queued_requests + SPARE_REQUESTS,
+        "max_queued_requests": -1,
+        "graceful_shutdown_wait_loop_s": delay,
+        "graceful_shutdown_timeout_s": delay + parsed.shutdown_grace_seconds,
+        "ray_actor_options": {"num_cpus": parsed.num_cpus, "num_gpus": parsed.num_gpus},
+        # The lines of `RequestLogMiddleware` have more information.
+        "logging_config": {"enable_access_log": False},
+    }
+    if parsed.metrics_port:
+        options["max_replicas_per_node"] = 1
+    if parsed.max_replicas is None:
+        return options | {"num_replicas": parsed.num_replicas or 1}
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": parsed.min_replicas,
+            "max_replicas": parsed.max_replicas,
+            "target_ongoing_requests": TARGET_LOAD * parsed.max_num_seqs,
+            "upscale_delay_s": parsed.upscale_delay_s,
+            "downscale_delay_s": parsed.downscale_delay_s,
+        }
+    }
+
+
+class Replica:
+    """One predictor: the constructor returns once the model is loaded, and Serve then routes requests to it.
+
+    Args:
+        parsed: from `app`.
+
+    Raises:
+        StartupError: the model cannot be loaded; Serve shows it in the status of the deployment.
+    """
+
+    def __init__(self, parsed: RaySettings) -> None:
+        # KServe parses sys.argv when it is imported and would take Ray's flags for abbreviations of its own.
+        del sys.argv[1:]
+        from predictor.entrypoints.api_keys import KeyFile
+        from predictor.entrypoints.lifecycle import create_tracing
+        from predictor.generation.service import LLMService
+        from predictor.observability.logging import configure
+
+        configure(parsed.log_level, parsed.log_format)
+        # Ray sets OMP_NUM_THREADS to the CPUs of the actor, unless a variable of the node replaces it.
+        threads = parsed.num_threads or max(1, int(parsed.num_cpus))
+        self._settings = parsed.model_copy(update={"num_threads": threads})
+        self._api_keys = KeyFile(parsed.api_keys_file) if parsed.api_keys_file else None
+        self._tracing = create_tracing(parsed)
+        self._service = LLMService(self._settings)
+        # The warm-up runs an event loop of its own.
+        with ThreadPoolExecutor(1, "load") as pool:
+            pool.submit(self._service.load).result()
+        self._tasks = [asyncio.create_task(self._service.run_self_checks())]
+        if parsed.metrics_port:
+            self._tasks.append(asyncio.create_task(self._serve_metrics(parsed.metrics_port)))
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        """Return the application; Serve calls this after the constructor."""
+        from predictor.entrypoints.http.app import create_app
+
+        app = create_app(self._service, self._settings, api_keys=self._api_keys, tracing=self._tracing)
+        app.add_middleware(ProxyMiddleware)
+        return app
+
+    async def check_health(self) -> None:
+        """Raise if the model does not generate; Serve then replaces the replica."""
+        if not self._service.is_ready:
+            raise RuntimeError(f"The replica is to be replaced: {self._service.not_ready_reason}.")
+
+    async def __del__(self) -> None:
+        """Stop; Serve calls this once no request runs."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._service.drain()
+        await asyncio.to_thread(self._service.stop)
+        if self._tracing:
+            self._tracing.close()
+
+    async def _serve_metrics(self, port: int) -> None:
+        """Serve metrics and probes until cancelled: behind the proxy, a scrape would reach any one replica."""
+        from fastapi import FastAPI
+
+        from predictor.entrypoints import kserve_server
+        from predictor.entrypoints.http.routes import health
+
+        metrics = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+        metrics.include_router(health.create_router(self._service))
+        while True:
+            try:
+                socket = kserve_server.bind(port)
+                break
+            except PortInUse as error:
+                # A replica that Serve replaces keeps the port until its last request has ended.
+                logger.warning("no metrics yet: %s", error)
+                await asyncio.sleep(METRICS_RETRY_SECONDS)
+        with socket:
+            await kserve_server.HTTPServer(metrics, 1).serve(sockets=[socket])
+
+
+class ProxyMiddleware:
+    """Hides Serve's proxy from the application around which it is the outermost middleware.
+
+    - A route prefix is removed from the path, as if the application had a host of its own.
+    - The proxy adds `x-request-id` to responses, so ours, which is the same, is dropped.
+    - The proxy cancels a request whose client is gone. The application is not cancelled: it receives `http.disconnect`,
+      as from any server.
+    """
+
+    def __init__(self, app: "ASGIApp") -> None:
+        self._app = app
+
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        """Handle one connection, as specified by ASGI."""
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+            scope = {**scope, "path": path, "root_path": ""}
+
+        async def send_without_id(message: "Message") -> None:
+            if message["type"] == "http.response.start":
+                headers = [header for header in message["headers"] if header[0].lower() != b"x-request-id"]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        request = asyncio.ensure_future(self._app(scope, receive, send_without_id))
+        try:
+            await asyncio.shield(request)
+        except asyncio.CancelledError:
+            await asyncio.gather(request, return_exceptions=True)
+            raise

@@ -1,0 +1,34 @@
+"""Choice of the attention over the paged KV cache."""
+
+import logging
+from typing import Any
+
+from predictor.kernels import sequence_attention, transformers_attention
+from predictor.kernels.cuda import attention as cuda_attention
+
+logger = logging.getLogger(__name__)
+
+transformers_attention.register(transformers_attention.SEQUENCE, sequence_attention.attend)
+transformers_attention.register(transformers_attention.VARLEN, cuda_attention.attend)
+
+
+def install(model: Any) -> bool:
+    """Make `model` use the fastest attention that its device has, and return whether it can use ours at all.
+
+    If not, the batching manager computes one dense attention for the whole batch.
+    """
+    if not transformers_attention.is_replaceable(model):
+        logger.info("attention: one mask for the whole batch, as this architecture needs")
+        return False
+    unavailable = cuda_attention.unavailable_reason(model)
+    if unavailable and model.device.type == "cuda":
+        logger.warning("FlashAttention is unavailable, so each sequence is computed by itself: %s", unavailable)
+    name = transformers_attention.SEQUENCE if unavailable else transformers_attention.VARLEN
+    transformers_attention.select(model, name)
+    logger.info("attention: %s", "SDPA for each sequence" if unavailable else "FlashAttention over block tables")
+    return True
+
+
+def uses_block_tables(model: Any) -> bool:
+    """Return whether the attention of `model` reads the pages of the KV cache itself."""
+    return transformers_attention.is_selected(model, transformers_attention.VARLEN)

@@ -1,0 +1,216 @@
+"""Adapter for transformers' attention and decoder-layer internals, as of transformers 5.23."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SEQUENCE, VARLEN = "sequence_flash", "varlen_flash"
+"""Implementations of `sequence_attention` and `cuda.attention`.
+
+The batching manager builds no attention mask for names that contain `flash`. With a 2 or 3 after that, it would look
+for the package flash-attn.
+"""
+
+SUPPORTED_LAYER_CLASSES = frozenset(
+    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
+)
+"""transformers' decoder layers with the structure of `DecoderLayerParts`."""
+
+
+class PagedKVCache(Protocol):
+    """The batching manager's KV cache."""
+
+    layer_to_allocator: Any
+    cache_allocators: Any
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, layer_idx: int, attention_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values, and gather those that `read_index` names."""
+
+
+class PagedLayer:
+    """Keys and values of one layer in the batching manager's cache."""
+
+    def __init__(self, cache: PagedKVCache, layer_idx: int) -> None:
+        self._allocator = cache.layer_to_allocator[layer_idx]
+        self._layer_idx = layer_idx
+        self.index: int = self._allocator.index
+        """Of the layer's type, in lists of the step's arguments."""
+        self.type: str = self._allocator.layer_type
+        """`full_attention` or `sliding_attention`, the key of the step's other arguments."""
+        self.window: int | None = getattr(self._allocator, "sliding_window", None)
+        """Number of keys that a query attends to, its own included; None: all."""
+        self.is_first: bool = self._allocator.layer_indices[0] == layer_idx
+        """Whether this is the first layer of its type."""
+        self.unused_slot: int = self._allocator.write_trash_index
+        """A slot that belongs to no sequence, for the keys of padding."""
+
+    def update(
+        self, key: torch.Tensor, value: torch.Tensor, read_index: torch.Tensor, write_index: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new keys and values, and return those of the slots to read.
+
+        Args:
+            key: (1, num_kv_heads, tokens, head_dim).
+            value: as `key`.
+            read_index: slots of the keys of all sequences; the batching manager's, if the layer has a window. None to
+                read: the result is `key` and `value`.
+            write_index: slots of the new keys, (tokens,).
+
+        Returns:
+            Keys and values, (tokens, num_kv_heads, head_dim) each.
+        """
+        states = key[0].transpose(0, 1), value[0].transpose(0, 1)
+        updated: tuple[torch.Tensor, torch.Tensor] = self._allocator.update(
+            *states, self._layer_idx, read_index, write_index
+        )
+        return updated
+
+    def pages(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values, (pages, tokens per page, num_kv_heads, head_dim) each, if the layer has no window."""
+        pages: tuple[torch.Tensor, torch.Tensor] = self._allocator.get_cache_for_block_table(self._layer_idx)
+        return pages
+
+
+def read_pages(cache: PagedKVCache) -> None:
+    """Make the batching manager pass the pages of each sequence as `read_index`, instead of the slots in them.
+
+    Slots would be a list of all keys of the batch, made on the host before every step that is not of decodes only.
+    """
+    for allocator in cache.cache_allocators.values():
+        if allocator.supports_block_table:
+            allocator.get_read_indices = partial(_sequence_pages, allocator)
+
+
+def _sequence_pages(allocator: Any, request_id: str, past_length: int, query_length: int) -> list[int]:
+    pages_per_block = allocator.block_physical_stride // allocator.tokens_per_page
+    pages = math.ceil((past_length + query_length) / allocator.tokens_per_page)
+    return [block * pages_per_block for block in allocator.block_table[request_id][:pages]]
+
+
+def register(name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> None:
+    """Register an attention function that needs no mask."""
+    AttentionInterface.register(name, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+
+
+def heads(model: Any) -> tuple[int, int, int]:
+    """Return the number of query heads and of KV heads, and the features of a head."""
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, head_dim
+
+
+def check_scores(kwargs: dict[str, Any]) -> None:
+    """Check that a layer's scores need no function that the implementations here lack.
+
+    Raises:
+        NotImplementedError: they are soft-capped, or include attention sinks.
+    """
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise NotImplementedError("Soft-capped scores and attention sinks are not supported by this attention.")
+
+
+def is_replaceable(model: Any) -> bool:
+    """Return whether `SEQUENCE` and `VARLEN` compute the attention of `model`: it uses SDPA, or one of them already."""
+    return model.config._attn_implementation in ("sdpa", SEQUENCE, VARLEN)
+
+
+def select(model: Any, name: str) -> None:
+    """Select a registered implementation."""
+    # `set_attn_implementation` would download any unknown name with `flash` in it as a kernel from the Hub.
+    model.config._attn_implementation = name
+
+
+def is_selected(model: Any, name: str) -> bool:
+    """Return whether an implementation is selected."""
+    return bool(model.config._attn_implementation == name)
+
+
+def plain_implementation(model: Any) -> str:
+    """Return the implementation that computes the same as the selected one, without a paged cache."""
+    selected: str = model.config._attn_implementation
+    return {SEQUENCE: "sdpa", VARLEN: "sdpa", "paged|eager": "eager"}.get(selected, selected)
+
+
+@contextmanager
+def selected(model: Any, implementation: str) -> Iterator[None]:
+    """Select an implementation temporarily."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = implementation
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attention_function(config: Any) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Return the attention implementation that `config` selects."""
+    function: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+    return function
+
+
+def find_decoder_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Find the parent and name of each decoder layer in `SUPPORTED_LAYER_CLASSES`."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, layer in parent.named_children()
+        if type(layer).__name__ in SUPPORTED_LAYER_CLASSES and type(layer).__module__.startswith("transformers.models.")
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderLayerParts:
+    """Modules and constants of one decoder layer."""
+
+    config: Any
+    layer_idx: int
+    num_key_value_groups: int
+    head_dim: int
+    scaling: float
+    sliding_window: int | None
+    qkv: list[nn.Module]
+    o: nn.Module
+    gate_up: list[nn.Module]
+    down: nn.Module
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+    qk_norms: tuple[nn.Module, nn.Module] | None
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    is_silu: bool
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> "DecoderLayerParts":
+        """Read the parts of one of `SUPPORTED_LAYER_CLASSES`."""
+        attention, mlp = layer.self_attn, layer.mlp
+        config = attention.config
+        return cls(
+            config=config,
+            layer_idx=attention.layer_idx,
+            num_key_value_groups=attention.num_key_value_groups,
+            head_dim=attention.head_dim,
+            scaling=attention.scaling,
+            sliding_window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
+            qkv=[attention.q_proj, attention.k_proj, attention.v_proj],
+            o=attention.o_proj,
+            gate_up=[mlp.gate_proj, mlp.up_proj],
+            down=mlp.down_proj,
+            input_layernorm=layer.input_layernorm,
+            post_attention_layernorm=layer.post_attention_layernorm,
+            qk_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
+            activation=mlp.act_fn,
+            is_silu=config.hidden_act in ("silu", "swish"),
+        )

@@ -1,0 +1,62 @@
+"""Whether a model can be divided among tensor-parallel ranks, by config.json alone.
+
+transformers has plans that say how layers are divided. The engine's KV cache has the heads of one rank only if the
+plan divides projections of the names that the batching manager knows; otherwise it has all heads.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from predictor.errors import InvalidSettings, UnsupportedModel
+from predictor.kernels import shards, tensor_parallel
+from predictor.types import Task
+
+_SINGLE = "Set --tensor_parallel_size 1."
+
+
+def check(config: Any, directory: Path, task: Task, *, has_remote_code: bool) -> None:
+    """Check that the ranks of this process's group can share a model; one rank always can.
+
+    Args:
+        config: of transformers.
+        directory: of the model, for the message.
+        task: of the server.
+        has_remote_code: the model's class comes with the weights; it is not imported here.
+
+    Raises:
+        InvalidSettings: the task excludes tensor parallelism.
+        UnsupportedModel: the architecture or its number of heads does; the message names the largest number of ranks.
+    """
+    ranks = tensor_parallel.size()
+    if ranks == 1:
+        return
+    if task is not Task.GENERATE:
+        raise InvalidSettings(
+            f"--tensor_parallel_size is {ranks}, but a model that embeds or classifies is served by one rank. {_SINGLE}"
+        )
+    architecture = ", ".join(config.architectures or ()) or config.model_type
+    refused = "a model with its own code is not divided" if has_remote_code else refusal(config)
+    if refused:
+        raise UnsupportedModel(
+            f"{directory} holds a {architecture}, which {ranks} ranks cannot share: {refused}. {_SINGLE}"
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if shards.divides_heads(config) and (heads % ranks or kv_heads % ranks):
+        divisor = math.gcd(heads, kv_heads)
+        largest = max(size for size in range(1, min(ranks, divisor) + 1) if divisor % size == 0)
+        raise UnsupportedModel(
+            f"{directory} holds a {architecture} with {heads} attention heads and {kv_heads} KV heads, which "
+            f"{ranks} ranks cannot share equally. Set --tensor_parallel_size {largest}."
+        )
+
+
+def refusal(config: Any) -> str:
+    """Return why the layers of an architecture cannot be divided; empty if they can."""
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        return "transformers has no plan to divide its layers"
+    if shards.divides_heads(config) or shards.gathers_heads(config):
+        return ""
+    return "its plan in transformers does not divide attention as the KV cache needs it"

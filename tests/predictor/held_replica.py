@@ -1,0 +1,23 @@
+"""A replica of Ray Serve whose model takes orders; see `servers.Orders`."""
+
+import sys
+from pathlib import Path
+
+from predictor.entrypoints.ray_serve import RaySettings, Replica
+
+
+class HeldReplica(Replica):
+    """Reads the orders in a file.
+
+    Args:
+        parsed: as for `Replica`.
+        order: the file.
+    """
+
+    def __init__(self, parsed: RaySettings, order: Path) -> None:
+        # KServe parses sys.argv when it is imported.
+        del sys.argv[1:]
+        from tests.predictor import held_model
+
+        held_model.install(order)
+        super().__init__(parsed)
