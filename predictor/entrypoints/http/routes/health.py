@@ -17,7 +17,7 @@ from predictor.protocols.open_inference import SERVER
 LINKS = {"models": "/v1/models", "ready": "/v2/health/ready", "metrics": "/metrics", "openapi": "/openapi.json"}
 
 
-def create_router(service: LLMService, *, has_page: bool) -> APIRouter:
+def create_router(service: LLMService, *, has_page: bool = False) -> APIRouter:
     """Build the routes of probes and of Prometheus, and of `/`, where browsers find the page if there is one."""
     router = APIRouter(tags=["health"])
     version = installed_version(SERVER)

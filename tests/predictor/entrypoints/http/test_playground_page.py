@@ -4,16 +4,18 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Request, ViewportSize, expect, sync_playwright
 
 from tests.predictor import servers
 from tests.predictor.servers import HANG_SECONDS, InProcessServer
 
 CHROMIUM = shutil.which("chromium")
-DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+DESKTOP: ViewportSize = {"width": 1280, "height": 800}
+PHONE: ViewportSize = {"width": 390, "height": 844}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
@@ -45,7 +47,7 @@ def browser(server: InProcessServer, keyed: InProcessServer) -> Iterator[Browser
 @pytest.fixture
 def page(browser: Browser, server: InProcessServer, request: pytest.FixtureRequest) -> Iterator[Page]:
     """The page at the demo model's server; nothing else may be requested, and nothing may be logged as an error."""
-    context = browser.new_context(viewport=getattr(request, "param", DESKTOP))
+    context = browser.new_context(viewport=cast("ViewportSize", getattr(request, "param", DESKTOP)))
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     context.set_default_timeout(HANG_SECONDS * 1000)
     expect.set_options(timeout=HANG_SECONDS * 1000)
@@ -66,6 +68,12 @@ def page(browser: Browser, server: InProcessServer, request: pytest.FixtureReque
 def ask(page: Page, text: str) -> None:
     page.get_by_label("Message", exact=True).fill(text)
     page.keyboard.press("Enter")
+
+
+def body_of(request: Request) -> Any:
+    body = request.post_data_json
+    assert body
+    return body
 
 
 def wait_for_end(page: Page) -> None:
@@ -127,7 +135,7 @@ def test_page_sends_sampling_system_prompt_and_schema(page: Page) -> None:
     page.get_by_role("group").filter(has_text="JSON schema").get_by_role("button", name="Insert an example").click()
     with page.expect_request("**/v1/chat/completions") as sent:
         ask(page, "What is 17 + 25?")
-    body = sent.value.post_data_json
+    body = body_of(sent.value)
     assert body["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is 17 + 25?"},
@@ -157,7 +165,7 @@ def test_page_calls_a_tool_and_sends_its_result(page: Page) -> None:
     page.get_by_label("Result").fill('{"temperature": 21}')
     with page.expect_request("**/v1/chat/completions") as sent:
         page.get_by_role("button", name="Send results").click()
-    _, assistant, tool = sent.value.post_data_json["messages"]
+    _, assistant, tool = body_of(sent.value)["messages"]
     assert tool == {"role": "tool", "tool_call_id": assistant["tool_calls"][0]["id"], "content": '{"temperature": 21}'}
     wait_for_end(page)
 
