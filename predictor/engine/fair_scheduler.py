@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,9 +41,13 @@ class FairScheduler(FIFOScheduler):
     """Sequences of the step; none before they are all scheduled."""
     scorer: PromptScorer | None = None
     """Its sequences need every row of their prompt, so that no cached prefix replaces any."""
+    pending_ids: Collection[str] = ()
+    """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.fair_queue = FairQueue()
+        self.settle: Callable[[], bool] = lambda: False
+        """Takes over the tokens of a step that runs; returns whether there was one."""
         self._limits: _Limits | None = None
         self._step_tokens = 0
         super().__init__(*arguments, **options)
@@ -83,7 +87,9 @@ class FairScheduler(FIFOScheduler):
 
     def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
         """Schedule the candidates: decoding sequences first, then prompts in fair order."""
-        decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
+        decoding = [
+            state for state in candidates if state.status == RequestStatus.DECODING and not self._is_complete(state)
+        ]
         prompts = {state.request_id: state for state in candidates if state.status != RequestStatus.DECODING}
         if prompts:
             lengths = [(request_id, len(state.remaining_prefill_tokens)) for request_id, state in prompts.items()]
@@ -91,8 +97,14 @@ class FairScheduler(FIFOScheduler):
                 [item for item in lengths if item[0] in self.active_requests],
                 [item for item in lengths if item[0] not in self.active_requests],
             )
-            candidates = [*decoding, *(prompts[request_id] for request_id in order)]
-        return super()._process_candidates(candidates, *arguments)
+            decoding += (prompts[request_id] for request_id in order)
+        return super()._process_candidates(decoding, *arguments)
+
+    def _is_complete(self, state: Any) -> bool:
+        """Return whether the token that a running step samples is the last one of its sequence."""
+        if state.request_id not in self.pending_ids or state.max_new_tokens is None:
+            return False
+        return bool(len(state.generated_tokens) + 1 >= state.max_new_tokens)
 
     def _make_room(self, token_budget: int) -> None:
         """Move sequences out of a full batch or cache, so that every caller can have one in it."""
@@ -103,6 +115,10 @@ class FairScheduler(FIFOScheduler):
                 # If only the cache is short, a sequence that has left would start again, and leave in the next step.
                 if self.max_requests_per_batch - len(self.active_requests) >= len(entering):
                     self.block_new_requests = True
+                return
+            if self.settle():
+                # Sequences may have ended, and the others have to leave with all of their tokens.
+                self._make_room(token_budget)
                 return
             self._preempt(request_id)
         if entering:
@@ -196,8 +212,10 @@ class FairScheduler(FIFOScheduler):
         # between processes, and with it would the prefixes that ranks share.
         self._requests_to_cancel: Any = sorted(self._requests_to_cancel)
         cancelled: list[Any] = super().clear_cancelled_requests()
-        if cancelled:
+        for state in cancelled:
             self.block_new_requests = False
+            # Their tokens of a step that runs are skipped.
+            state.status = RequestStatus.FINISHED
         self.fair_queue.retain(self.active_requests, self.waiting_requests)
         if self.scorer:
             self.scorer.retain(self.active_requests, self.waiting_requests)
