@@ -16,7 +16,7 @@ from devtools.paths import DEMO_MODEL
 from devtools.processes import free_port
 from predictor import settings
 from predictor.entrypoints import ray_serve
-from predictor.entrypoints.ray_serve import RaySettings
+from predictor.entrypoints.ray_settings import RaySettings
 from tests.predictor.servers import GENERATE_STREAM, HANG_SECONDS, OPENAI, Call, Orders, Server, StreamReader
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
