@@ -218,6 +218,8 @@ def test_failed_step_fails_its_sequences_only(engine: Engine, loaded: LoadedMode
 def test_step_out_of_memory_costs_the_newest_of_a_crowd(engine: Engine, loaded: LoadedModel, device: str) -> None:
     requests = [(chat_ids(loaded, question), GREEDY) for question, _ in exam.held_out_questions(8)]
     expected = generate_all(engine, requests)
+    # Set by tests before.
+    engine._executor._manager.batch_processor.scheduler.limited_steps = 0  # type: ignore[attr-defined]
 
     async def together() -> list[Generated | BaseException]:
         return await asyncio.gather(*map(read, engine.submit(requests)), return_exceptions=True)
