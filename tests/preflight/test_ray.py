@@ -297,7 +297,7 @@ def test_ray_four_gpus_of_a_replica_are_checked_as_ranks(rayservice: RayDraft) -
     assert rayservice.check(model=QWEN) == []
     rayservice.arguments(quantization="8bit")
     [finding] = rayservice.check(model=QWEN)
-    assert "PREDICTOR_QUANTIZATION is 8bit, which bitsandbytes does not split among 4 GPUs" in str(finding)
+    assert "PREDICTOR_QUANTIZATION is 8bit, which on a GPU is not divided among 4 ranks" in str(finding)
     rayservice.arguments(quantization="none", tensor_parallel_size=2)
     assert "num_gpus: 4 GPUs, but tensor_parallel_size is 2" in str(rayservice.check(model=QWEN))
 
