@@ -1,5 +1,6 @@
 """One in-process predictor and tokenizer of the demo model for the whole run, and copies of the model's directory."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,9 +42,10 @@ def tokenizer() -> "PreTrainedTokenizerBase":
 
 @pytest.fixture(scope="session")
 def server() -> "Iterator[InProcessServer]":
+    """The demo model; shared by several ranks where `test_ranks.py` runs other tests."""
     from tests.predictor import servers
 
-    with servers.in_process() as running:
+    with servers.in_process("--tensor_parallel_size", os.environ.get("TEST_TENSOR_PARALLEL_SIZE", "1")) as running:
         yield running
 
 
