@@ -171,6 +171,14 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d.spec.pop("rayClusterDeletionDelaySeconds"),
         "RayService/llm: rayClusterDeletionDelaySeconds is 60 and PREDICTOR_REQUEST_TIMEOUT_SECONDS 590, so an upgrade",
     ),
+    "no_pre_stop": (
+        lambda d: d.worker(0).pop("lifecycle"),
+        GPU + "container gpu-worker has no preStop that drains the node, so a deleted pod ends its running requests",
+    ),
+    "termination_grace": (
+        lambda d: d.group(1)["template"]["spec"].pop("terminationGracePeriodSeconds"),
+        CPU + "terminationGracePeriodSeconds of worker group cpu is 30 and PREDICTOR_SHUTDOWN_GRACE_SECONDS 600, so a",
+    ),
     # The head and the pods
     "replicas_on_the_head": (
         lambda d: d.head["rayStartParams"].pop("num-cpus"),
