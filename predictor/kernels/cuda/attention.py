@@ -212,9 +212,11 @@ def _largest_difference(
         query = torch.randn(sum(query_lengths), num_heads, head_dim, **options)
         cu_seq_q = torch.tensor([0, query_lengths[0], len(query)], dtype=torch.int32, device=device)
         batch = cu_seq_q, cu_seq_k, max(query_lengths), 2 * KERNEL_PAGE_TOKENS
-        states = query, key_pages, value_pages
-        actual = _attend_to_pages(varlen_attn, *states, batch, sequences, head_dim**-0.5)
-        exact = (tensor.float() for tensor in states)
-        expected = _attend_to_pages(reference.varlen_attn, *exact, batch, sequences, head_dim**-0.5)
+        actual, expected = (
+            _attend_to_pages(
+                kernel, query.to(kind), key_pages.to(kind), value_pages.to(kind), batch, sequences, head_dim**-0.5
+            )
+            for kernel, kind in ((varlen_attn, dtype), (reference.varlen_attn, torch.float32))
+        )
         differences.append((actual - expected).abs().amax().nan_to_num(torch.inf))
     return float(torch.stack(differences).amax())

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -117,8 +118,7 @@ def test_window_hides_the_keys_that_the_reference_does_not_see() -> None:
     )
     metadata = sequence_attention._build_windowed_metadata(cu_seq_q, cu_seq_k, torch.zeros(0), window)
     outputs = [sequence_attention._single(query, key, value, single, 0.5) for single in metadata.singles]
-    states = (states.transpose(0, 1) for states in (query, key, value))
-    expected = reference.varlen_attn(
-        *states, cu_seq_q, cu_seq_k, max_q=9, max_k=9, scale=0.5, window_size=(window - 1, 0), enable_gqa=True
-    )
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    options: dict[str, Any] = {"scale": 0.5, "window_size": (window - 1, 0), "enable_gqa": True}
+    expected = reference.varlen_attn(query, key, value, cu_seq_q, cu_seq_k, 9, 9, **options)
     torch.testing.assert_close(torch.cat(outputs), expected)
