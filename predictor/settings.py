@@ -135,6 +135,8 @@ class Settings(BaseSettings):
     """File of bearer keys with weights and limits, one `name:key` per line, reloaded when it changes. Default: none."""
     allowed_origins: str = ""
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
+    playground: bool = True
+    """Serve a page to talk to the model, to browsers that request /. It contains no secret, and sends API requests."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)
