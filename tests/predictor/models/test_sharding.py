@@ -30,6 +30,7 @@ from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.fp8 import Fp8Linear
+from predictor.models import adapter as adapters
 from predictor.models import loader, placement, quantization
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
@@ -127,7 +128,7 @@ def int8_parameters(directory: Path, quantize: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def read_bytes(directory: Path) -> int:
+def read_bytes(directory: Path, adapter: Path | None = None) -> int:
     """Load a model and return the bytes that were read of its weights."""
     count = 0
 
@@ -152,7 +153,8 @@ def read_bytes(directory: Path) -> int:
             return getattr(self._file, name)
 
         def __enter__(self) -> Any:
-            return self._file.__enter__()
+            self._file.__enter__()
+            return self
 
         def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
@@ -162,7 +164,8 @@ def read_bytes(directory: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.modeling_utils, "safe_open", CountingFile)
-        load(directory, "float32", "none")
+        patch.setattr(adapters, "safe_open", CountingFile)
+        loader.load(directory, device="cpu", dtype="float32", adapter_dir=adapter)
     return count
 
 
@@ -176,7 +179,7 @@ def run_default_tier(directories: Sequence[Path], quantized: Path, adapter: Path
         "prepared logits": compute(load(quantized, "bfloat16", "none").model),
         "fp8": compute(_load_fp8(directories[0])),
         "adapted": compute(_load_adapted(directories[0], adapter).model),
-        "read_bytes": read_bytes(directories[0]),
+        "read_bytes": (read_bytes(directories[0]), read_bytes(directories[0], adapter)),
         "device_map": load(directories[0], "float32", "none").device_map,
         "gathered": tensor_parallel.all_gather(torch.arange(5).chunk(2)[tensor_parallel.rank()], 5).tolist(),
     }
@@ -308,7 +311,9 @@ def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], d
     size = (directory / SINGLE).stat().st_size
     assert 0.98 * size < read_bytes(directory) <= size
     for rank in divided:
-        assert 0.49 * size < rank["read_bytes"] < 0.53 * size  # norms, and biases after sums, are on both
+        alone, with_adapter = rank["read_bytes"]
+        assert with_adapter == alone
+        assert 0.49 * size < alone < 0.53 * size  # norms, and biases after sums, are on both
 
 
 @pytest.mark.xdist_group("ranks")
