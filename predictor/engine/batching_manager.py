@@ -177,7 +177,9 @@ class BatchingManager:
         processor = self._manager.batch_processor
         processor.scheduler.scorer = self._step_sampler.scorer
         tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
-        if _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
+        # Ranks would also have to agree on the steps that they prepare ahead.
+        is_alone = tensor_parallel.size() == 1
+        if is_alone and _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
             pipeline = StepPipeline(
                 processor,
                 self._model,
