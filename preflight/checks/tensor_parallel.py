@@ -77,7 +77,7 @@ def _unsupported(deployment: Deployment, ranks: int) -> Problems:
         yield (
             f"PREDICTOR_QUANTIZATION is {quantization}, which bitsandbytes does not split among {ranks} GPUs, so the "
             "predictor does not start",
-            "set it to none, or use one GPU",
+            "set it to none or fp8, or use one GPU",
             "kserve-llm",
         )
     if task in ("embed", "classify"):
