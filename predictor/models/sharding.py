@@ -58,9 +58,10 @@ def _unequal(config: Any, ranks: int) -> str:
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if shards.divides_heads(config) and (heads % ranks or kv_heads % ranks):
         return f"{heads} attention heads and {kv_heads} KV heads"
-    expert = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0)
-    if ranks > 1 and "moe_tp_experts" in config.base_model_tp_plan.values() and expert % (ranks * _EXPERT_ALIGNMENT):
-        return f"experts of {expert} features (a rank's part is a multiple of {_EXPERT_ALIGNMENT})"
+    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    has_experts = "moe_tp_experts" in config.base_model_tp_plan.values()
+    if ranks > 1 and has_experts and (width or 0) % (ranks * _EXPERT_ALIGNMENT):
+        return f"experts of {width} features (a rank's part is a multiple of {_EXPERT_ALIGNMENT})"
     return ""
 
 
