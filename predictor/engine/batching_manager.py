@@ -80,6 +80,7 @@ class BatchingManager:
             model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
         self._step_timeout_seconds = settings.step_timeout_seconds
+        self._enforce_eager = settings.enforce_eager
         self._failed = threading.Event()
         """The loop ends by an error; with tensor parallelism only."""
         # Before the manager selects an implementation that needs the paged cache.
@@ -176,8 +177,16 @@ class BatchingManager:
         processor = self._manager.batch_processor
         processor.scheduler.scorer = self._step_sampler.scorer
         tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
-        if _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
-            pipeline = StepPipeline(processor, self._model, self._run_iteration, self._step_sampler.remove)
+        # Ranks would also have to agree on the steps that they prepare ahead.
+        is_alone = tensor_parallel.size() == 1
+        if is_alone and _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
+            pipeline = StepPipeline(
+                processor,
+                self._model,
+                self._run_iteration,
+                self._step_sampler,
+                uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
+            )
             self._run_iteration = pipeline.run
         self._manager.start()
         size_bytes = processor.cache.cache_tensor.nbytes
@@ -308,6 +317,11 @@ class BatchingManager:
 def _overlaps(model: CausalLM) -> bool:
     """Return whether a step is prepared while another one runs: a CPU computes both in the same cores."""
     return model.device.type == "cuda" and tensor_parallel.size() == 1
+
+
+def _is_on_one_device(model: CausalLM) -> bool:
+    """Return whether a forward pass needs no copies between devices, which cannot be captured in a CUDA graph."""
+    return {parameter.device for parameter in model.parameters()} == {model.device}
 
 
 def _queue_seconds(state: _Timed) -> float | None:

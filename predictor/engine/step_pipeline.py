@@ -18,6 +18,7 @@ from transformers.generation.continuous_batching.utils import stream_context
 
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.model_runner import StepRunner
+from predictor.engine.step_sampler import StepSampler
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +76,38 @@ class OverlappedIOs:
     def prepare_batch_tensors(self, *args: Any, **options: Any) -> None:
         self._next.prepare_batch_tensors(*args, **options)
         rows = {request_id: row for row, request_id in enumerate(self.pending_ids)}
+        self._fill_padding()
         sources = [-1] * self._next.num_q_tokens
         for request_id, position in self._next.req_id_to_new_token_position.items():
             sources[position] = rows.get(request_id, -1)
         self._next.carry_over_ids[: len(sources)] = torch.tensor(sources, dtype=torch.int32)
+
+    def get_padding(self, rows: int) -> Any:
+        """Return the inputs, as of `get_model_kwargs`, of a step of decodes that has only padding."""
+        io = self._next
+        io.requests_in_batch, io.req_id_to_new_token_position = [], {}
+        io.use_block_table, io.num_q_tokens, io.max_kv_read = True, rows, 0
+        io.cumulative_seqlens_q.zero_()
+        for lengths in io.cumulative_seqlens_k.values():
+            lengths.zero_()
+        self._fill_padding()
+        return self.get_model_kwargs(use_padding=True)
+
+    def _fill_padding(self) -> None:
+        """Make sequences of one token of the rows that are padding, in a page that belongs to no sequence.
+
+        The manager pads with sequences without tokens, whose attention a kernel leaves undefined.
+        """
+        io = self._next
+        count = len(io.requests_in_batch)
+        if not io.use_block_table or io.num_q_tokens == count:
+            return
+        padding = torch.arange(1, io.num_q_tokens - count + 1, dtype=torch.int32)
+        for lengths in (io.cumulative_seqlens_q, *io.cumulative_seqlens_k.values()):
+            lengths[count + 1 : io.num_q_tokens + 1] = lengths[count] + padding
+        for allocator in io.cache.cache_allocators.values():
+            page = allocator.write_trash_index // allocator.tokens_per_page
+            io.block_table[allocator.index, count : io.num_q_tokens, 0] = page
 
     def get_model_kwargs(self, use_padding: bool = False) -> Any:
         """Copy the inputs to the device, and insert the tokens that it has sampled last."""
@@ -121,7 +150,8 @@ class StepPipeline:
         processor: the manager's, which this changes.
         model: that computes the steps.
         run_iteration: the manager's iteration, which waits for sequences and ends the loop.
-        forget: drops a sequence's sampler.
+        sampler: of the steps.
+        uses_graphs: replay the forward passes of decodes as CUDA graphs, where a block table locates their keys.
     """
 
     def __init__(
@@ -129,16 +159,20 @@ class StepPipeline:
         processor: Any,
         model: CausalLM,
         run_iteration: Callable[[Any, bool], bool],
-        forget: Callable[[str], None],
+        sampler: StepSampler,
+        *,
+        uses_graphs: bool,
     ) -> None:
         self._processor = processor
         self._model = model
         self._run_iteration = run_iteration
-        self._forget = forget
+        self._sampler = sampler
         self._scheduler = processor.scheduler
         self._scheduler.settle = self._settle
         self._io = processor.inputs_and_outputs = OverlappedIOs(processor)
-        self._runner = processor.model_runner = StepRunner(processor)
+        self._runner = processor.model_runner = StepRunner(processor, lambda: bool(sampler.scorer.samplers))
+        if uses_graphs and processor.cache.max_blocks_per_request:
+            self._runner.capture(model)
         # Sequences that ended with the last step are in the next one, whose tokens for them are skipped.
         processor.use_async_batching = True
         self._settle_first = False
@@ -197,7 +231,7 @@ class StepPipeline:
             raise
         for request in requests:
             if request.state.status == RequestStatus.FINISHED:
-                self._forget(request.state.request_id)
+                self._sampler.remove(request.state.request_id)
         running = [state for state in self._scheduler.scheduled if state.status != RequestStatus.FINISHED]
         self._scheduler.scheduled = running
         return True

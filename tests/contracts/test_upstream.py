@@ -226,6 +226,7 @@ def idle(executor: BatchingManager) -> bool:
             model_runner.ModelRunner.__init__,
             "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs",
         ),
+        (model_runner.ModelRunner.maybe_pad_inputs, "num_q_tokens max_kv_read use_decode_fast_path"),
         (model_runner.ModelRunner.compute_batch, "model batch_data"),
         (model_runner.ModelRunner._sample, "scores output_ids"),
         (model_runner.ModelRunner.supports_logits_to_keep, "model"),
@@ -393,6 +394,31 @@ def test_batching_processor_uses_known_parts_of_inputs_and_outputs() -> None:
     known = "compute_stream get_model_kwargs prepare_batch_tensors prepare_batch_update reset retrieve_device_outputs"
     assert set(used) == set(known.split()), "step_pipeline.OverlappedIOs replaces them"
     assert set(known.split()) - {"compute_stream"} <= set(dir(OverlappedIOs))
+
+
+def test_batching_unused_slot_begins_a_page_of_no_sequence(executor: BatchingManager) -> None:
+    paged = executor._manager.batch_processor.cache
+    [allocator] = paged.cache_allocators.values()
+    assert allocator.write_trash_index % allocator.tokens_per_page == 0
+    block, sector = allocator.write_trash_index // allocator.block_physical_stride, paged.pool.num_reserved_sectors
+    assert block < sector * allocator.blocks_per_sector
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (torch.cuda.graph, {"cuda_graph", "pool", "stream", "capture_error_mode"}),
+        (torch.cuda.Stream.record_event, {"event"}),
+    ],
+)
+def test_torch_captures_graphs_on_a_given_stream(function: Callable[..., Any], parameters: set[str]) -> None:
+    assert set(inspect.signature(function).parameters) >= parameters
+    assert callable(torch.cuda.graph_pool_handle)
+    generator = torch.Generator().manual_seed(1)
+    state, expected = generator.clone_state(), torch.rand(2, generator=generator)
+    assert {"replay", "capture_begin", "capture_end"} <= set(dir(torch.cuda.CUDAGraph))
+    assert callable(generator.graphsafe_set_state)
+    assert torch.equal(torch.rand(2, generator=state), expected)
 
 
 def test_batching_new_tokens_are_in_the_order_of_their_positions(

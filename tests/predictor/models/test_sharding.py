@@ -30,6 +30,7 @@ from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.fp8 import Fp8Linear
+from predictor.models import adapter as adapters
 from predictor.models import loader, placement, quantization
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
@@ -81,8 +82,13 @@ def _load_fp8(directory: Path) -> Any:
 
 def compute(model: Any) -> Computed:
     with torch.inference_mode():
-        logits = model(torch.tensor([make_prompts()[3]]), use_cache=False).logits[0].float()
+        input_ids = torch.tensor([make_prompts()[3]], device=model.device)
+        logits = model(input_ids, use_cache=False).logits[0].float().cpu()
     return Computed(logits, sum(isinstance(module, DecoderLayer) for module in model.modules()))
+
+
+def compute_on_gpu(directory: Path, mode: str) -> Computed:
+    return compute(loader.load(directory, device="cuda", dtype="bfloat16", quantization=mode).model)
 
 
 def compute_all(directories: Sequence[Path]) -> list[list[Computed]]:
@@ -127,7 +133,7 @@ def int8_parameters(directory: Path, quantize: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def read_bytes(directory: Path) -> int:
+def read_bytes(directory: Path, adapter: Path | None = None) -> int:
     """Load a model and return the bytes that were read of its weights."""
     count = 0
 
@@ -152,7 +158,8 @@ def read_bytes(directory: Path) -> int:
             return getattr(self._file, name)
 
         def __enter__(self) -> Any:
-            return self._file.__enter__()
+            self._file.__enter__()
+            return self
 
         def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
@@ -162,7 +169,8 @@ def read_bytes(directory: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.modeling_utils, "safe_open", CountingFile)
-        load(directory, "float32", "none")
+        patch.setattr(adapters, "safe_open", CountingFile)
+        loader.load(directory, device="cpu", dtype="float32", adapter_dir=adapter)
     return count
 
 
@@ -176,7 +184,7 @@ def run_default_tier(directories: Sequence[Path], quantized: Path, adapter: Path
         "prepared logits": compute(load(quantized, "bfloat16", "none").model),
         "fp8": compute(_load_fp8(directories[0])),
         "adapted": compute(_load_adapted(directories[0], adapter).model),
-        "read_bytes": read_bytes(directories[0]),
+        "read_bytes": (read_bytes(directories[0]), read_bytes(directories[0], adapter)),
         "device_map": load(directories[0], "float32", "none").device_map,
         "gathered": tensor_parallel.all_gather(torch.arange(5).chunk(2)[tensor_parallel.rank()], 5).tolist(),
     }
@@ -308,7 +316,9 @@ def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], d
     size = (directory / SINGLE).stat().st_size
     assert 0.98 * size < read_bytes(directory) <= size
     for rank in divided:
-        assert 0.49 * size < rank["read_bytes"] < 0.53 * size  # norms, and biases after sums, are on both
+        alone, with_adapter = rank["read_bytes"]
+        assert with_adapter == alone
+        assert 0.49 * size < alone < 0.53 * size  # norms, and biases after sums, are on both
 
 
 @pytest.mark.xdist_group("ranks")
@@ -325,6 +335,18 @@ def test_more_architectures_on_two_ranks_are_those_of_one(tmp_path: Path) -> Non
     for index in range(len(SLOW)):
         check_logits(computed[0][index], computed[1][index], single[index])
     assert ranks.run(2, generate, models)[0] == generate(models)
+
+
+@pytest.mark.gpu
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("mode", ["none", "fp8"])
+def test_logits_of_two_gpus_are_close_to_those_of_one(directories: dict[str, Path], mode: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("torch does not find two GPUs")
+    directory = directories[FUSED[0]]
+    alone = compute_on_gpu(directory, mode)
+    for computed in ranks.run_on("cuda", 2, compute_on_gpu, directory, mode):
+        assert relative_error(computed.logits, alone.logits) < 0.06
 
 
 # Layers
@@ -365,6 +387,15 @@ def test_plan_refuses_what_ranks_cannot_share(
     (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
     monkeypatch.setattr(tensor_parallel, "size", lambda: size)
     with pytest.raises(UnsupportedModel, match=expected):
+        loader.make_plan(tmp_path, device="cpu")
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(("name", "field"), [("mixtral", "intermediate_size"), ("qwen3_moe", "moe_intermediate_size")])
+def test_plan_refuses_experts_whose_parts_cannot_be_multiplied(tmp_path: Path, name: str, field: str) -> None:
+    save_config(Case(name, CASES[name].fields | {field: 72}), tmp_path)
+    (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    with pytest.raises(UnsupportedModel, match=r"with experts of 72 features .* 2 ranks cannot share .*_size 1\.$"):
         loader.make_plan(tmp_path, device="cpu")
 
 
