@@ -1,5 +1,6 @@
 """One in-process predictor and tokenizer of the demo model for the whole run, and copies of the model's directory."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from tests.predictor.servers import InProcessServer
+
+PREDICTOR_URL = os.environ.get("PREDICTOR_URL")
+"""A running predictor of the demo model in float32, named `demo`, for which to run the protocols' tests."""
 
 
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
@@ -48,9 +52,22 @@ def server() -> "Iterator[InProcessServer]":
 
 
 @pytest.fixture
-def client(server: "InProcessServer") -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+def server_url(request: pytest.FixtureRequest) -> str:
+    """URL of the server, or of the running predictor at PREDICTOR_URL."""
+    return PREDICTOR_URL or str(request.getfixturevalue("server").url)
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server_url, timeout=60, trust_env=False) as http:
         yield http
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With PREDICTOR_URL, keep the tests that need nothing but its URL."""
+    if PREDICTOR_URL:
+        needs = [(item, set(getattr(item, "fixturenames", ()))) for item in items]
+        items[:] = [item for item, names in needs if "server_url" in names and not names & {"server", "caplog"}]
 
 
 @pytest.fixture
