@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.predictor.servers import InProcessServer
 
-PREDICTOR_URL = os.environ.get("PREDICTOR_URL")
+BASE_URL = os.environ.get("BASE_URL")
 """A running predictor of the demo model in float32, named `demo`, for which to run the protocols' tests."""
 
 
@@ -53,8 +53,8 @@ def server() -> "Iterator[InProcessServer]":
 
 @pytest.fixture
 def server_url(request: pytest.FixtureRequest) -> str:
-    """URL of the server, or of the running predictor at PREDICTOR_URL."""
-    return PREDICTOR_URL or str(request.getfixturevalue("server").url)
+    """URL of the server, or of the running predictor at BASE_URL."""
+    return BASE_URL or str(request.getfixturevalue("server").url)
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def client(server_url: str) -> Iterator[httpx.Client]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With PREDICTOR_URL, keep the tests that need nothing but its URL."""
-    if PREDICTOR_URL:
+    """With BASE_URL, keep the tests that need nothing but its URL."""
+    if BASE_URL:
         needs = [(item, set(getattr(item, "fixturenames", ()))) for item in items]
         items[:] = [item for item, names in needs if "server_url" in names and not names & {"server", "caplog"}]
 

@@ -79,6 +79,7 @@ def test_options_with_a_metrics_port_place_one_replica_on_a_node() -> None:
         ({"max_num_seqs": "no"}, "Invalid value of --max_num_seqs (PREDICTOR_MAX_NUM_SEQS): 'no'. "),
         ({"num_replicas": 0}, "Invalid value of --num_replicas (PREDICTOR_NUM_REPLICAS): 0. "),
         ({"num_replicas": 2, "max_replicas": 3}, "num_replicas: max_replicas sets the number by load. "),
+        ({"min_replicas": 2}, "min_replicas: without max_replicas the number does not follow the load. "),
         ({"num_gpus": 4}, "num_gpus: 4 GPUs, but tensor_parallel_size is 1. Set both to the same number."),
         ({"num_gpus": 4, "tensor_parallel_size": 2}, "num_gpus: 4 GPUs, but tensor_parallel_size is 2. "),
         ({"num_gpus": 0.5, "tensor_parallel_size": 2}, "num_gpus: 0.5 GPUs, but tensor_parallel_size is 2. "),
