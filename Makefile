@@ -128,12 +128,13 @@ IMAGE_NAMES := kustomize/components/images/kustomization.yaml manifests/cluster/
 DIGEST := [^ @]+@sha256:[0-9a-f]{64}
 pinned = -e '/- name: $(1)$$/{n;s|: .*|: $(firstword $(subst @, ,$(2)))|;n;s|[a-zA-Z]*: .*|digest: $(lastword $(subst @, ,$(2)))|;}'
 
-pin: ## pin the overlays' images: PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…
-	@echo '$(PREDICTOR) $(STORAGE_INITIALIZER)' | grep -qE '^$(DIGEST) $(DIGEST)$$' \
-	  || { echo 'usage: make pin PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:…'; exit 1; }
+pin: ## pin the overlays' images: PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:… PREDICTOR_RAY=NAME@sha256:…, which is optional
+	@echo '$(PREDICTOR) $(STORAGE_INITIALIZER) $(PREDICTOR_RAY)' | grep -qE '^$(DIGEST) $(DIGEST) ($(DIGEST))?$$' \
+	  || { echo 'usage: make pin PREDICTOR=NAME@sha256:… STORAGE_INITIALIZER=NAME@sha256:… [PREDICTOR_RAY=NAME@sha256:…]'; exit 1; }
 	@for file in $(IMAGE_NAMES); do \
 	  text=$$(sed $(call pinned,kserve-llm-predictor,$(PREDICTOR)) \
-	    $(call pinned,kserve-llm-storage-initializer,$(STORAGE_INITIALIZER)) $$file) && echo "$$text" > $$file || exit 1; \
+	    $(call pinned,kserve-llm-storage-initializer,$(STORAGE_INITIALIZER)) \
+	    $(if $(PREDICTOR_RAY),$(call pinned,kserve-llm-predictor-ray,$(PREDICTOR_RAY))) $$file) && echo "$$text" > $$file || exit 1; \
 	done
 	@$(MAKE) --no-print-directory render
 

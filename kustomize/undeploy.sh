@@ -10,17 +10,25 @@ case $claim in keep | delete) ;; *) overlay='' ;; esac
 
 rendered=$(kubectl kustomize "$overlay")
 print() { kubectl create --dry-run=client --validate=false --filename - --output "$1" <<< "$rendered"; }
-template='{{if eq .kind "InferenceService"}}{{.metadata.namespace}} {{.metadata.name}}{{"\n"}}{{end}}'
-read -r namespace service < <(print go-template="$template") || { echo "$overlay has no InferenceService" >&2; exit 1; }
+template='{{if or (eq .kind "InferenceService") (eq .kind "RayService")}}{{.metadata.namespace}} {{.kind}} {{.metadata.name}}{{"\n"}}{{end}}'
+read -r namespace kind service < <(print go-template="$template") || { echo "$overlay has no InferenceService" >&2; exit 1; }
+kind=${kind,,}
 names=$(print name)
 mapfile -t claims < <(grep '^persistentvolumeclaim/' <<< "$names")
 mapfile -t others < <(grep --invert-match --extended-regexp '^(namespace|persistentvolumeclaim)/' <<< "$names")
 delete() { kubectl delete --namespace "$namespace" --ignore-not-found --timeout "$timeout" "$@"; }
 
-# Running requests finish before the pods are gone. The service stays defined until then.
-if [ -n "$(kubectl get inferenceservice "$service" --namespace "$namespace" --ignore-not-found --output name)" ]; then
-  kubectl annotate inferenceservice "$service" --namespace "$namespace" --overwrite serving.kserve.io/stop=true
-  kubectl wait pod --namespace "$namespace" --selector "serving.kserve.io/inferenceservice=$service" --for=delete --timeout "$timeout"
+if [ -n "$(kubectl get "$kind" "$service" --namespace "$namespace" --ignore-not-found --output name)" ]; then
+  if [ "$kind" = inferenceservice ]; then
+    # Running requests finish before the pods are gone. The service stays defined until then.
+    kubectl annotate inferenceservice "$service" --namespace "$namespace" --overwrite serving.kserve.io/stop=true
+    label=serving.kserve.io/inferenceservice
+  else
+    # KubeRay deletes the cluster at once.
+    delete rayservice "$service"
+    label=kserve-llm/rayservice
+  fi
+  kubectl wait pod --namespace "$namespace" --selector "$label=$service" --for=delete --timeout "$timeout"
 fi
 
 # In the foreground: a Job is gone when its pods are, which mount the claim.
@@ -39,7 +47,7 @@ for name in "${claims[@]}"; do
   fi
 done
 grep --quiet "^namespace/$namespace$" <<< "$names" || exit 0
-rest=$(kubectl get inferenceservices,persistentvolumeclaims --namespace "$namespace" --output name)
+rest=$(kubectl get "$kind,persistentvolumeclaims" --namespace "$namespace" --output name)
 if [ -n "$rest" ]; then
   echo "kept: namespace/$namespace, which also contains ${rest//$'\n'/, }"
 elif [ -n "$(kubectl get namespace "$namespace" --ignore-not-found --output name)" ]; then

@@ -93,6 +93,8 @@ class Settings(BaseSettings):
     """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
     """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
+    enforce_eager: bool = False
+    """Compute no step as a CUDA graph: slower, for models that fail or err with them."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     chat_template_kwargs: str = "{}"
@@ -135,6 +137,8 @@ class Settings(BaseSettings):
     """File of bearer keys with weights and limits, one `name:key` per line, reloaded when it changes. Default: none."""
     allowed_origins: str = ""
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
+    playground: bool = True
+    """Serve a page to talk to the model, to browsers that request /. It contains no secret, and sends API requests."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)

@@ -1,4 +1,4 @@
-"""The objects of one overlay, and the predictor's pod that KServe merges from runtime and service."""
+"""The objects of one overlay, and the predictor's pod: merged from runtime and service, or a worker of Ray."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +10,10 @@ from typing import Any
 Manifest = dict[str, Any]
 
 KSERVE_CONTAINER = "kserve-container"
+SERVICES = ("InferenceService", "RayService")
+"""Kinds of which an overlay has exactly one object."""
+MODELS = "/mnt/models"
+"""Directory of the claim: the mount path of KServe's `storageUri`, and the default of the predictor."""
 MODEL_FIELDS = {"modelFormat", "runtime", "runtimeVersion", "protocolVersion", "storageUri", "storage", "confidential"}
 """KServe's fields of `model`; the others are fields of a container."""
 SERVICE_FIELDS = {
@@ -60,28 +64,33 @@ class Deployment:
 
     @cached_property
     def service(self) -> Manifest:
-        """The InferenceService; empty unless there is exactly one."""
-        services = self.all("InferenceService")
+        """The InferenceService or RayService; empty unless there is exactly one."""
+        services = [manifest for kind in SERVICES for manifest in self.all(kind)]
         return services[0] if len(services) == 1 else {}
 
     @property
+    def is_ray(self) -> bool:
+        """Whether the service is a RayService."""
+        return self.service.get("kind") == "RayService"
+
+    @property
     def where(self) -> str:
-        """The InferenceService as Kind/name, for findings."""
+        """The service as Kind/name, for findings."""
         return name_of(self.service) if self.service else "InferenceService"
 
     @property
     def name(self) -> str:
-        """The name of the InferenceService."""
+        """The name of the service."""
         return str(self.service["metadata"]["name"])
 
     @property
     def namespace(self) -> str:
-        """The namespace of the InferenceService."""
+        """The namespace of the service."""
         return str(self.service["metadata"].get("namespace", "default"))
 
     @property
     def annotations(self) -> dict[str, str]:
-        """Annotations of the InferenceService."""
+        """Annotations of the service."""
         return self.service["metadata"].get("annotations") or {}
 
     @property
@@ -97,14 +106,20 @@ class Deployment:
 
     @property
     def claim(self) -> str | None:
-        """The PersistentVolumeClaim of a `pvc://` storageUri."""
+        """The PersistentVolumeClaim of a `pvc://` storageUri; of Ray's workers, the one that is mounted for models."""
+        if self.is_ray:
+            volumes = {volume["name"]: volume for volume in self.predictor_pod.spec.get("volumes", [])}
+            mounts = {mount["mountPath"].rstrip("/"): mount["name"] for mount in self.server.get("volumeMounts", [])}
+            source = volumes.get(mounts.get(MODELS, ""), {}).get("persistentVolumeClaim") or {}
+            return source.get("claimName")
         uri = self.model.get("storageUri", "")
         return uri.removeprefix("pvc://").partition("/")[0] if uri.startswith("pvc://") else None
 
     @property
     def is_knative(self) -> bool:
         """Whether the mode is Knative, which is the usual default of a cluster."""
-        return self.annotations.get("serving.kserve.io/deploymentMode", "Knative") in ("Knative", "Serverless")
+        mode = self.annotations.get("serving.kserve.io/deploymentMode", "Knative")
+        return not self.is_ray and mode in ("Knative", "Serverless")
 
     @property
     def runtime(self) -> Manifest | None:
@@ -113,7 +128,12 @@ class Deployment:
 
     @cached_property
     def predictor_pod(self) -> Pod:
-        """The merged pod of runtime and InferenceService; of templates, only `{{.Name}}` is substituted."""
+        """The merged pod of runtime and InferenceService, or that of Ray's first worker group.
+
+        Of templates, only `{{.Name}}` is substituted.
+        """
+        if self.is_ray:
+            return self.ray_pods[min(1, len(self.ray_pods) - 1)]
         runtime = (self.runtime or {}).get("spec", {})
         own = {key: value for key, value in self.predictor.items() if key not in SERVICE_FIELDS}
         spec = _merge({key: value for key, value in runtime.items() if key in RUNTIME_POD_FIELDS}, own)
@@ -127,20 +147,39 @@ class Deployment:
 
     @property
     def server(self) -> Manifest:
-        """The container kserve-container; empty if there is none."""
+        """The container kserve-container, or the first one of Ray's pod; empty if there is none."""
         containers = self.predictor_pod.spec["containers"]
+        if self.is_ray:
+            return containers[0] if containers else {}
         return next((container for container in containers if container["name"] == KSERVE_CONTAINER), {})
+
+    @property
+    def server_name(self) -> str:
+        """The name of that container."""
+        return str(self.server.get("name", KSERVE_CONTAINER))
 
     @property
     def jobs(self) -> list[Pod]:
         """The pods of Jobs."""
         return [Pod(name_of(job), job["spec"]["template"]["spec"]) for job in self.all("Job")]
 
+    @cached_property
+    def ray_pods(self) -> list[Pod]:
+        """The pods of a RayService: the head's, and one of each worker group."""
+        config = self.service["spec"]["rayClusterConfig"]
+        groups = [config["headGroupSpec"], *(config.get("workerGroupSpecs") or [])]
+        return [Pod(name_of(self.service), group["template"]["spec"]) for group in groups]
+
+    @property
+    def serving_pods(self) -> list[Pod]:
+        """The pods of the service."""
+        return self.ray_pods if self.is_ray else [self.predictor_pod]
+
     @property
     def pods(self) -> list[Pod]:
-        """The pods of the predictor, of Jobs and of Deployments."""
+        """The pods of the service, of Jobs and of Deployments."""
         templates = [Pod(name_of(owner), owner["spec"]["template"]["spec"]) for owner in self.all("Deployment")]
-        return [self.predictor_pod, *self.jobs, *templates]
+        return [*self.serving_pods, *self.jobs, *templates]
 
     @property
     def downloads(self) -> list[tuple[Pod, Manifest]]:

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsError
 
 from predictor import settings as predictor_settings
+from predictor.entrypoints import ray_settings
 from predictor.entrypoints.api_keys import parse as parse_api_keys
 from predictor.errors import InvalidSettings
 from preflight.deployment import flags
@@ -86,16 +87,40 @@ class Program:
         except SystemExit:
             yield f"the {self.name} prints its help and exits", "remove --help from `args`", "kserve-llm"
 
-    def _error(self, variables: Mapping[str, str]) -> tuple[str, str] | None:
-        """Return the error of one variable and its remedy; relations between settings are not checked."""
+    def option_problem(self, name: str, value: object) -> tuple[str, str] | None:
+        """Return why the program does not start with a setting that is given by name, and the remedy."""
+        if name not in self._model.model_fields:
+            [*close] = difflib.get_close_matches(name, self._model.model_fields, n=1)
+            return f"{name} is not a setting of the {self.name}", f"use {close[0]}" if close else "remove it"
+        if error := self._value_error({name: value}):
+            return f"{name} is {value!r}, so the {self.name} does not start: {error[0]}", error[1]
+        return None
+
+    def read(self, variables: Mapping[str, str]) -> BaseSettings | None:
+        """Return the settings of an environment; None if a value is invalid."""
+        try:
+            return self._model(**self._values(variables))
+        except (SettingsError, ValidationError):
+            return None
+
+    def _values(self, variables: Mapping[str, str]) -> dict[str, Any]:
         if self._model.model_config.get("env_ignore_empty"):
             variables = {name: value for name, value in variables.items() if value}
         source = EnvSettingsSource(self._model)
         source.env_vars = {name.lower(): value for name, value in variables.items()}
+        return source()
+
+    def _error(self, variables: Mapping[str, str]) -> tuple[str, str] | None:
+        """Return the error of one variable and its remedy."""
         try:
-            self._model(**source())
+            return self._value_error(self._values(variables))
         except SettingsError as error:
             return str(error), "write it as JSON"
+
+    def _value_error(self, values: Mapping[str, Any]) -> tuple[str, str] | None:
+        """Return the error of one value and its remedy; relations between settings are not checked."""
+        try:
+            self._model(**values)
         except ValidationError as error:
             first = next((error for error in error.errors(include_url=False) if error["loc"]), None)
             if first is None:
@@ -112,12 +137,28 @@ def api_keys_problem(text: str, source: str) -> tuple[str, str] | None:
     try:
         parse_api_keys(text, source)
     except InvalidSettings as error:
-        problem, _, remedy = str(error).rstrip(".").partition(". ")
-        return problem, remedy[:1].lower() + remedy[1:]
+        return _problem(error)
     return None
 
 
+def ray_problem(variables: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return why settings do not fit together on Ray Serve, and the remedy; None if a value itself is invalid."""
+    parsed = PREDICTOR_ON_RAY.read(variables)
+    try:
+        if isinstance(parsed, ray_settings.RaySettings):
+            ray_settings.check(parsed)
+    except InvalidSettings as error:
+        return _problem(error)
+    return None
+
+
+def _problem(error: InvalidSettings) -> tuple[str, str]:
+    problem, _, remedy = str(error).rstrip(".").partition(". ")
+    return problem, remedy[:1].lower() + remedy[1:]
+
+
 PREDICTOR = Program("predictor", predictor_settings.Settings, predictor_settings.parse, (InvalidSettings,))
+PREDICTOR_ON_RAY = Program("predictor", ray_settings.RaySettings, predictor_settings.parse, (InvalidSettings,))
 STORAGE_INITIALIZER = Program(
     "storage initializer",
     initializer_settings.Settings,

@@ -24,6 +24,12 @@ KINDS = {
     ],
     "autoscaling/v2": [("HorizontalPodAutoscaler", "horizontalpodautoscalers", True)],
     "batch/v1": [("Job", "jobs", True)],
+    "monitoring.coreos.com/v1": [
+        ("PodMonitor", "podmonitors", True),
+        ("PrometheusRule", "prometheusrules", True),
+    ],
+    "networking.k8s.io/v1": [("NetworkPolicy", "networkpolicies", True)],
+    "ray.io/v1": [("RayService", "rayservices", True)],
     "serving.kserve.io/v1alpha1": [("ServingRuntime", "servingruntimes", True)],
     "serving.kserve.io/v1beta1": [("InferenceService", "inferenceservices", True)],
 }

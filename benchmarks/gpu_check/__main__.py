@@ -6,11 +6,13 @@ installs the wheels of `make gpu-wheels` into a directory of its own and runs st
     device   name, versions, memory bandwidth
     load     the demo model in every mode: load time, memory, share of correct sums
     tests    the tests marked `gpu`
+    modes    a model of each of `--mode_shapes` with random weights in every quantization: memory, KV cache, tokens/s
     bench    a model of each of `--shapes` with random weights: ready time, tokens/s next to sequential `generate`, TTFT
 
 A stage that fails or runs out of time is reported with what it had measured, and the next one runs. The results are
 written as JSON and Markdown; those of another call on the same device and day are kept, so that stages can be split
-over several calls. The exit code is 0 if every stage passed.
+over several calls. All figures are compared with what is expected of an H100 or H200 (`bars`), which does not change
+the exit code: it is 0 if every stage passed.
 """
 
 import argparse
@@ -29,8 +31,8 @@ from typing import Any
 from benchmarks.gpu_check import install, report
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("device", "load", "tests", "bench")
-LIMIT_SECONDS = {"device": 40, "load": 120, "tests": 180, "bench": 200}
+STAGES = ("device", "load", "tests", "modes", "bench")
+LIMIT_SECONDS = {"device": 40, "load": 120, "tests": 180, "modes": 180, "bench": 200}
 BUDGET_SECONDS = 480
 LEAST_SECONDS = 5
 """A stage with less time left is not started."""
@@ -77,7 +79,7 @@ def main() -> int:
 
 
 def commands(arguments: argparse.Namespace, scratch: str) -> dict[str, list[str]]:
-    """Return the command of each selected stage, by its name; `bench` is one stage per shape."""
+    """Return the command of each selected stage, by its name; `modes` and `bench` are one stage per shape."""
     stages: dict[str, list[str]] = {}
     for stage in arguments.stages:
         module = [sys.executable, "-m", f"benchmarks.gpu_check.{stage}_stage", "--device", arguments.device]
@@ -91,6 +93,10 @@ def commands(arguments: argparse.Namespace, scratch: str) -> dict[str, list[str]
                 levels = ["--levels", ",".join(map(str, arguments.levels)), "--scratch", scratch]
                 tokens = ["--output_tokens", str(arguments.output_tokens)]
                 stages[f"{stage}-{shape}"] = [*module, "--shape", shape, *levels, *tokens]
+        elif stage == "modes":
+            for shape in arguments.mode_shapes:
+                flags = ["--scratch", scratch, "--output_tokens", str(arguments.output_tokens)]
+                stages[f"{stage}-{shape}"] = [*module, "--shape", shape, *flags]
         elif stage == "load":
             stages[stage] = [*module, "--questions", str(arguments.questions)]
         else:
@@ -180,7 +186,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds for all (default: %(default)s)")
     parser.add_argument("--limit", type=float, help="seconds for each stage (default: a limit of its own)")
     parser.add_argument("--shapes", type=_names, default=["1b", "7b"], help="of benchmarks.make_model (default: 1b,7b)")
-    parser.add_argument("--levels", type=_numbers, default=[1, 8, 32, 128], help="callers (default: 1,8,32,128)")
+    parser.add_argument("--mode_shapes", type=_names, default=["7b"], help="of the stage modes (default: 7b)")
+    parser.add_argument("--levels", type=_numbers, default=[1, 8, 32, 64, 128], help="callers (default: 1,8,32,64,128)")
     parser.add_argument("--output_tokens", type=int, default=128, help="per completion (default: %(default)s)")
     parser.add_argument("--questions", type=int, default=200, help="sums per mode (default: %(default)s)")
     parser.add_argument("--tests", nargs="+", default=[DEVICE_TESTS], help="arguments of pytest (default: %(default)s)")

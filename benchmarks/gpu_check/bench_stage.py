@@ -23,7 +23,10 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 
 INPUT_TOKENS = 64
 LONG_PROMPT_TOKENS = 2000
-FEW_TOKENS = 4
+REQUESTS = 4
+"""At least, per run."""
+FEW_TOKENS = 16
+"""So many that they do not arrive in one event."""
 REPETITIONS = 2
 FIRST_TOKEN_REPETITIONS = 3
 OTHER_STREAMS = 8
@@ -45,7 +48,7 @@ def run(shape: str, device: str, levels: Sequence[int], output_tokens: int, scra
     figures: dict[str, Any] = {"shape": shape, "dtype": "bfloat16", "long_prompt_tokens": LONG_PROMPT_TOKENS}
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         directory = Path(folder)
-        figures |= _make(directory, shape, device)
+        figures |= make_weights(directory, shape, device)
         report.save(figures)
         pages = -(-(INPUT_TOKENS + output_tokens) // PAGE_TOKENS) * max(levels) + SPARE_PAGES
         flags = ["--device", device, "--dtype", "bfloat16", "--max_num_seqs", str(max(*levels, OTHER_STREAMS + 2))]
@@ -68,7 +71,7 @@ def run(shape: str, device: str, levels: Sequence[int], output_tokens: int, scra
                 report.save(figures)
 
 
-def _make(directory: Path, shape: str, device: str) -> dict[str, Any]:
+def make_weights(directory: Path, shape: str, device: str) -> dict[str, Any]:
     """Draw the weights on the device and write them.
 
     Raises:
@@ -90,7 +93,7 @@ def _make(directory: Path, shape: str, device: str) -> dict[str, Any]:
 
 
 def _compare(server: Server, levels: Sequence[int], output_tokens: int) -> list[Measurement]:
-    load = Load(INPUT_TOKENS, output_tokens, FEW_TOKENS, REPETITIONS, random.randrange(2**32))
+    load = Load(INPUT_TOKENS, output_tokens, REQUESTS, REPETITIONS, random.randrange(2**32))
     return asyncio.run(throughput.compare([server], load, levels, []))
 
 

@@ -53,11 +53,11 @@ def measure(device: str, dtype: str, quantization: str, questions: int) -> dict[
     Raises:
         ServerError: as of the loader and the engine.
     """
-    before = _allocated(device)
+    before = allocated(device)
     began = time.perf_counter()
     loaded = loader.load(DEMO_MODEL, device=device, dtype=dtype, quantization=quantization)
     load_seconds = time.perf_counter() - began
-    memory = _allocated(device)
+    memory = allocated(device)
     settings = Settings(max_num_seqs=PLACES, max_queued_requests=questions, kv_cache_tokens=PLACES * 512)
     engine = Engine.from_model(
         loaded.model, settings, eos_token_ids=loaded.eos_token_ids, context_tokens=loaded.context_tokens
@@ -95,9 +95,9 @@ async def _answer(engine: Engine, loaded: LoadedModel, questions: list[str]) -> 
     return answers
 
 
-def _allocated(device: str) -> int | None:
+def allocated(device: str) -> int | None:
     """Return the bytes of all tensors on a GPU; None on a CPU, where torch does not count them."""
-    return torch.cuda.memory_allocated() if device.startswith("cuda") else None
+    return torch.cuda.memoryallocated() if device.startswith("cuda") else None
 
 
 def main() -> int:

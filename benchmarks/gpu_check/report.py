@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_check import bars
+
 Figures = Mapping[str, Any]
 
 
@@ -39,6 +41,7 @@ def write(folder: Path, device: str, date: datetime.date, versions: Figures, res
     content = read(file)
     content |= {"date": str(date), "name": name, "versions": versions}
     content["stages"] = content.get("stages", {}) | results
+    content["bars"] = bars.compare(content["stages"])
     file.write_text(json.dumps(content, indent=2) + "\n")
     markdown = file.with_suffix(".md")
     markdown.write_text("\n".join(_lines(content)) + "\n")
@@ -72,7 +75,32 @@ def _lines(content: Figures) -> Iterator[str]:
         yield from (f"- {name}" for name in stages["tests"]["failed"])
     for name, stage in stages.items():
         if name.startswith("bench-"):
-            yield from _bench_lines(name, stage, stages.get("device", {}).get("copy_bytes_per_second"))
+            yield from _bench_lines(name, stage, stages.get("device", {}))
+        elif name.startswith("modes-") and "quantizations" in stage:
+            yield from ("", f"## {name.removeprefix('modes-')} in every quantization")
+            yield from _mode_table(stage["quantizations"])
+    yield from ("", "## Bars for an H100 or H200")
+    yield from _table(("bar", "limit", "measured", "result"), [_bar_cells(bar) for bar in content["bars"]])
+
+
+def _bar_cells(bar: Figures) -> tuple[str, ...]:
+    result = {None: "not measured", True: "pass", False: "fail"}[bar["passed"]]
+    return bar["name"], bar["limit"], bar["measured"] or "", result
+
+
+def _mode_table(modes: Mapping[str, Figures]) -> Iterator[str]:
+    levels = next((list(mode["tokens_per_second"]) for mode in modes.values() if "error" not in mode), [])
+    rows: list[tuple[str, ...]] = []
+    for mode, figures in modes.items():
+        if "error" in figures:
+            rows.append((mode, figures["error"], *("" for _ in range(len(levels) + 2))))
+        else:
+            memory = figures["device_bytes"]
+            rates = [f"{figures['tokens_per_second'][level]:.1f}" for level in levels]
+            cells = (f"{figures['load_seconds']:.1f}", str(figures["kv_cache_tokens"]), *rates)
+            rows.append((mode, "" if memory is None else f"{memory / 2**30:.2f}", *cells))
+    rates_header = [f"tokens/s, {level} at a time" for level in levels]
+    yield from _table(("mode", "weights, GiB", "load, s", "KV cache, tokens", *rates_header), rows)
 
 
 def _load_table(modes: Mapping[str, Figures]) -> Iterator[str]:
@@ -94,7 +122,7 @@ def _load_table(modes: Mapping[str, Figures]) -> Iterator[str]:
     yield from _table(("mode", "correct sums", "load, s", "warm-up, s", "weights, MiB"), rows)
 
 
-def _bench_lines(name: str, stage: Figures, bandwidth: float | None) -> Iterator[str]:
+def _bench_lines(name: str, stage: Figures, device: Figures) -> Iterator[str]:
     yield from ("", f"## {name.removeprefix('bench-')}", "")
     if "weight_bytes" in stage:
         yield f"- weights: {stage['weight_bytes'] / 1e9:.2f} GB, made and written in {stage['make_seconds']:.1f} s"
@@ -106,10 +134,8 @@ def _bench_lines(name: str, stage: Figures, bandwidth: float | None) -> Iterator
     if stage.get("disturbed"):
         quiet, during = stage["disturbed"]["before_p99_ms"], stage["disturbed"]["during_p99_ms"]
         yield f"- inter-token p99 of other streams: {quiet:.1f} ms, {during:.1f} ms during such a prompt"
-    single = next((level for level in stage.get("levels", []) if level["concurrency"] == 1), None)
-    if bandwidth and single and "weight_bytes" in stage:
-        floor = 1000 * stage["weight_bytes"] / bandwidth
-        share = floor / single["itl_p50_ms"]
+    if share := bars.bandwidth_share(stage, device):
+        floor = 1000 * stage["weight_bytes"] / device["copy_bytes_per_second"]
         yield f"- one caller: {share:.2f} of the memory bandwidth (at least {floor:.2f} ms per token)"
     if "levels" in stage:
         rows = [
@@ -132,10 +158,8 @@ def _bench_lines(name: str, stage: Figures, bandwidth: float | None) -> Iterator
 
 
 def _ratio(level: Figures, sequential: list[Figures]) -> str:
-    """Return tokens/s over those of the sequential server, which are the same at any number of callers."""
-    if not sequential:
-        return ""
-    return f"{level['tokens_per_second'] / max(other['tokens_per_second'] for other in sequential):.1f}"
+    ratio = bars.ratio(level, sequential)
+    return "" if ratio is None else f"{ratio:.1f}"
 
 
 def _table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -20,6 +20,7 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.step_pipeline import StepPipeline
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
 from predictor.errors import EngineStopped, OutOfMemory, StartupError
@@ -79,6 +80,7 @@ class BatchingManager:
             model, lambda: self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         )
         self._step_timeout_seconds = settings.step_timeout_seconds
+        self._enforce_eager = settings.enforce_eager
         self._failed = threading.Event()
         """The loop ends by an error; with tensor parallelism only."""
         # Before the manager selects an implementation that needs the paged cache.
@@ -93,8 +95,8 @@ class BatchingManager:
                 max_batch_tokens=settings.max_num_batched_tokens,
                 max_requests_per_batch=settings.max_num_seqs,
                 scheduler_type=fair_scheduler.NAME,
-                # Sampling runs on the host after each step. A CUDA graph would not replay it, and asynchronous
-                # batching would prepare a step before the last one is sampled.
+                # The manager's graphs contain the sampling, whose parts differ from step to step, and its asynchronous
+                # mode samples a step before the host has the tokens of the last one. See `step_pipeline`.
                 use_cuda_graph=False,
                 use_async_batching=False,
                 # The manager makes block tables, and looks on the Hub for kernels, for the package flash-attn only.
@@ -172,10 +174,22 @@ class BatchingManager:
             raise StartupError(
                 f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
             ) from error
-        self._manager.batch_processor.scheduler.scorer = self._step_sampler.scorer
+        processor = self._manager.batch_processor
+        processor.scheduler.scorer = self._step_sampler.scorer
         tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
+        # Ranks would also have to agree on the steps that they prepare ahead.
+        is_alone = tensor_parallel.size() == 1
+        if is_alone and _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
+            pipeline = StepPipeline(
+                processor,
+                self._model,
+                self._run_iteration,
+                self._step_sampler,
+                uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
+            )
+            self._run_iteration = pipeline.run
         self._manager.start()
-        size_bytes = self._manager.batch_processor.cache.cache_tensor.nbytes
+        size_bytes = processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
 
     def stop(self, timeout_seconds: float) -> None:
@@ -298,6 +312,16 @@ class BatchingManager:
         router = self._manager.output_router
         with router._lock:
             router.result_handlers.pop(request_id, None)
+
+
+def _overlaps(model: CausalLM) -> bool:
+    """Return whether a step is prepared while another one runs: a CPU computes both in the same cores."""
+    return model.device.type == "cuda" and tensor_parallel.size() == 1
+
+
+def _is_on_one_device(model: CausalLM) -> bool:
+    """Return whether a forward pass needs no copies between devices, which cannot be captured in a CUDA graph."""
+    return {parameter.device for parameter in model.parameters()} == {model.device}
 
 
 def _queue_seconds(state: _Timed) -> float | None:

@@ -83,7 +83,11 @@ class Engine:
         kv_cache_tokens = settings.kv_cache_tokens
         if kv_cache_tokens is None:
             kv_cache_tokens = kv_cache.token_budget(
-                model, settings, context_tokens=context_tokens, dense_mask=dense_mask
+                model,
+                settings,
+                context_tokens=context_tokens,
+                dense_mask=dense_mask,
+                in_place=attention.reads_in_place(model),
             )
         return cls(
             BatchingManager(model, settings, kv_cache_tokens, context_tokens=context_tokens),

@@ -2,8 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -19,15 +18,6 @@ LIMITED_STEPS = 1000
 """Steps that stay smaller than one that ran out of memory, which may have been another process's fault."""
 
 
-@dataclass
-class _Limits:
-    """Size of the next `steps` steps."""
-
-    sequences: int
-    tokens: int
-    steps: int
-
-
 class FairScheduler(FIFOScheduler):
     """First in, first out for one caller, and `FairQueue`'s order between callers.
 
@@ -36,18 +26,22 @@ class FairScheduler(FIFOScheduler):
     would never admit one.
     """
 
-    max_requests_per_batch: int
     scheduled: Sequence[Any] = ()
     """Sequences of the step; none before they are all scheduled."""
     scorer: PromptScorer | None = None
     """Its sequences need every row of their prompt, so that no cached prefix replaces any."""
+    pending_ids: Collection[str] = ()
+    """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.fair_queue = FairQueue()
-        self._limits: _Limits | None = None
+        self.settle: Callable[[], bool] = lambda: False
+        """Takes over the tokens of a step that runs; returns whether there was one."""
+        self.limited_steps = 0
+        """Number of next steps that have at most `_token_limit` tokens."""
+        self._token_limit = 0
         self._step_tokens = 0
         super().__init__(*arguments, **options)
-        self._max_sequences = self.max_requests_per_batch
 
     def add_waiting_request(self, state: Any) -> None:
         submission: Submission | None = state.logit_processor_kwargs.get("submission")
@@ -60,7 +54,9 @@ class FairScheduler(FIFOScheduler):
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
-        token_budget = self._apply_limits(token_budget)
+        if self.limited_steps:
+            self.limited_steps -= 1
+            token_budget = min(token_budget, self._token_limit)
         if self.waiting_requests:
             self._make_room(token_budget)
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
@@ -70,20 +66,11 @@ class FairScheduler(FIFOScheduler):
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
 
-    def _apply_limits(self, token_budget: int) -> int:
-        """Set the number of sequences of the next step, and return its tokens."""
-        limits = self._limits
-        self.max_requests_per_batch = self._max_sequences if limits is None else limits.sequences
-        if limits is None:
-            return token_budget
-        limits.steps -= 1
-        if not limits.steps:
-            self._limits = None
-        return min(token_budget, limits.tokens)
-
     def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
         """Schedule the candidates: decoding sequences first, then prompts in fair order."""
-        decoding = [state for state in candidates if state.status == RequestStatus.DECODING]
+        decoding = [
+            state for state in candidates if state.status == RequestStatus.DECODING and not self._is_complete(state)
+        ]
         prompts = {state.request_id: state for state in candidates if state.status != RequestStatus.DECODING}
         if prompts:
             lengths = [(request_id, len(state.remaining_prefill_tokens)) for request_id, state in prompts.items()]
@@ -91,8 +78,14 @@ class FairScheduler(FIFOScheduler):
                 [item for item in lengths if item[0] in self.active_requests],
                 [item for item in lengths if item[0] not in self.active_requests],
             )
-            candidates = [*decoding, *(prompts[request_id] for request_id in order)]
-        return super()._process_candidates(candidates, *arguments)
+            decoding += (prompts[request_id] for request_id in order)
+        return super()._process_candidates(decoding, *arguments)
+
+    def _is_complete(self, state: Any) -> bool:
+        """Return whether the token that a running step samples is the last one of its sequence."""
+        if state.request_id not in self.pending_ids or state.max_new_tokens is None:
+            return False
+        return bool(len(state.generated_tokens) + 1 >= state.max_new_tokens)
 
     def _make_room(self, token_budget: int) -> None:
         """Move sequences out of a full batch or cache, so that every caller can have one in it."""
@@ -103,6 +96,10 @@ class FairScheduler(FIFOScheduler):
                 # If only the cache is short, a sequence that has left would start again, and leave in the next step.
                 if self.max_requests_per_batch - len(self.active_requests) >= len(entering):
                     self.block_new_requests = True
+                return
+            if self.settle():
+                # Sequences may have ended, and the others have to leave with all of their tokens.
+                self._make_room(token_budget)
                 return
             self._preempt(request_id)
         if entering:
@@ -156,12 +153,13 @@ class FairScheduler(FIFOScheduler):
         """Remove and return the newest sequence of a step that ran out of memory, and put the others back.
 
         They wait in front of all others, with their tokens, and keep their complete pages of the cache: a step writes
-        behind them. As of `remove_failed`, if no other sequence is left. The following steps are smaller, since others
-        would otherwise take the free place, and fail for the same reason.
+        behind them. As of `remove_failed`, if no other sequence is left. The following steps have fewer tokens, since
+        other sequences would otherwise take the free place, and fail for the same reason.
         """
         running = [state for state in self.scheduled if state.request_id in self.active_requests]
-        sequences = max(1, len(running) - 1)
-        self._limits = _Limits(sequences, max(sequences, self._step_tokens // 2), LIMITED_STEPS)
+        if self._step_tokens > 1:
+            self._token_limit = max(len(running) - 1, self._step_tokens // 2)
+            self.limited_steps = LIMITED_STEPS
         if len(running) < 2:
             return self.remove_failed()
         newest = max(running, key=lambda state: state.created_time).request_id
@@ -196,8 +194,10 @@ class FairScheduler(FIFOScheduler):
         # between processes, and with it would the prefixes that ranks share.
         self._requests_to_cancel: Any = sorted(self._requests_to_cancel)
         cancelled: list[Any] = super().clear_cancelled_requests()
-        if cancelled:
+        for state in cancelled:
             self.block_new_requests = False
+            # Their tokens of a step that runs are skipped.
+            state.status = RequestStatus.FINISHED
         self.fair_queue.retain(self.active_requests, self.waiting_requests)
         if self.scorer:
             self.scorer.retain(self.active_requests, self.waiting_requests)

@@ -5,7 +5,7 @@ import math
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.prompt_scorer import CHUNK_LOGITS
 from predictor.errors import StartupError
-from predictor.kernels import shards, tensor_parallel
+from predictor.kernels import tensor_parallel, transformers_attention
 from predictor.resources import memory
 from predictor.settings import Settings
 
@@ -20,7 +20,9 @@ _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 
 
-def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, dense_mask: bool) -> int:
+def token_budget(
+    model: CausalLM, settings: Settings, *, context_tokens: int, dense_mask: bool, in_place: bool = False
+) -> int:
     """Return the capacity of the KV cache: what the free memory allows, and on a host no more than sequences use.
 
     On CUDA the rest of the memory keeps prefixes of sequences that have ended. Other processes on the device keep
@@ -28,6 +30,7 @@ def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, de
 
     Args, in addition to those of `Engine.from_model`:
         dense_mask: whether one attention mask is made for the whole cache.
+        in_place: whether keys and values are read in the cache, without masks.
 
     Raises:
         StartupError: not even one block fits.
@@ -36,7 +39,8 @@ def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, de
     # The ranks of a model have a GPU each, and share a host.
     free_bytes = memory.available_bytes(model.device) // (1 if is_cuda else tensor_parallel.size())
     budget_bytes = int(free_bytes * settings.kv_cache_memory_fraction) - (CUDA_WORKSPACE_BYTES if is_cuda else 0)
-    tokens = tokens_within(model, settings, budget_bytes, None if dense_mask else context_tokens)
+    mask_tokens = None if dense_mask else context_tokens
+    tokens = tokens_within(model, settings, budget_bytes, mask_tokens, in_place=in_place)
     blocks = tokens // PAGE_TOKENS - _PADDING_BLOCKS
     if blocks < 1:
         raise StartupError(
@@ -50,7 +54,14 @@ def token_budget(model: CausalLM, settings: Settings, *, context_tokens: int, de
     return min(blocks, math.ceil(useful_tokens / PAGE_TOKENS)) * PAGE_TOKENS
 
 
-def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, context_tokens: int | None = None) -> int:
+def tokens_within(
+    model: CausalLM,
+    settings: Settings,
+    budget_bytes: int,
+    context_tokens: int | None = None,
+    *,
+    in_place: bool = False,
+) -> int:
     """Return the tokens of KV cache that fit into a budget together with its working space; may be negative.
 
     Per token of the cache: keys and values of all layers; an index entry; keys and values of one layer once more,
@@ -61,18 +72,15 @@ def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, contex
         budget_bytes: for all of it.
         context_tokens: keys per query, if masks are made for one sequence at a time, twice, as booleans and as
             numbers; None: one dense mask is made for the whole cache.
+        in_place: of `token_budget`.
     """
     batched_tokens = settings.max_num_batched_tokens
     config = model.config.get_text_config()
     element_bytes = model.dtype.itemsize
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    if shards.divides_heads(config):
-        heads, num_kv_heads = heads // tensor_parallel.size(), num_kv_heads // tensor_parallel.size()
+    heads, num_kv_heads, head_dim = transformers_attention.heads(model)
     intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
-    gathered = 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
+    gathered = 0 if in_place else 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
     index_entry = 8
     token_bytes = keys_and_values + index_entry + gathered
     prompt_logits = min(batched_tokens * config.vocab_size, max(CHUNK_LOGITS, config.vocab_size))
@@ -80,6 +88,8 @@ def tokens_within(model: CausalLM, settings: Settings, budget_bytes: int, contex
     widest = max(intermediate_size, config.hidden_size)
     activations = batched_tokens * (4 * config.hidden_size + 3 * widest) * element_bytes
     cache_bytes = budget_bytes - logits - activations
+    if in_place:
+        return int(cache_bytes // token_bytes)
     if context_tokens is None:
         return int(cache_bytes // (token_bytes + batched_tokens * element_bytes))
     mask_column = batched_tokens * (1 + element_bytes)

@@ -136,7 +136,7 @@ def metadata(model_snapshot: Snapshot, loaded: LoadedModel, context_tokens: int)
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
         **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(context_tokens),
-        **({"tensor_parallel_size": str(tensor_parallel.size())} if tensor_parallel.size() > 1 else {}),
+        "tensor_parallel_size": str(tensor_parallel.size()),
     }
 
 

@@ -32,3 +32,8 @@ def install(model: Any) -> bool:
 def uses_block_tables(model: Any) -> bool:
     """Return whether the attention of `model` reads the pages of the KV cache itself."""
     return transformers_attention.is_selected(model, transformers_attention.VARLEN)
+
+
+def reads_in_place(model: Any) -> bool:
+    """Return whether all layers read keys and values in the cache only; those with a sliding window gather theirs."""
+    return uses_block_tables(model) and not getattr(model.config.get_text_config(), "sliding_window", None)

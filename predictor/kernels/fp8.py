@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.functional import ScalingType, scaled_mm
 
+from predictor.kernels import tensor_parallel
+
 FP8 = torch.float8_e4m3fn
 ALIGNMENT = 16
 """Both sizes of a weight have to be divisible by this."""
@@ -18,9 +20,14 @@ _LEAST_SCALE = 1e-30
 """So that rows of zeros are not divided by zero."""
 
 
-def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return rows (n, size) in fp8 and their scales (n, 1) in float32, whose products are close to the rows."""
+def quantize_rows(rows: torch.Tensor, *, has_part_of_rows: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return rows (n, size) in fp8 and their scales (n, 1) in float32, whose products are close to the rows.
+
+    `has_part_of_rows`: each tensor-parallel rank has some columns; the scales are those of the whole rows.
+    """
     scales = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True, dtype=torch.float32)
+    if has_part_of_rows:
+        scales = tensor_parallel.all_reduce_max(scales)
     scales = scales.div_(_LARGEST).clamp_(min=_LEAST_SCALE)
     return (rows / scales).to(FP8), scales
 
@@ -43,8 +50,8 @@ class Fp8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(..., in_features) to (..., out_features), in the inputs' dtype."""
-        rows, scales = quantize_rows(inputs.reshape(-1, self.in_features))
+        """(..., in_features) to (..., out_features), in the inputs' dtype; of a tensor-parallel rank, its part."""
+        rows, scales = quantize_rows(inputs.reshape(-1, inputs.shape[-1]))
         # CUDA has kernels with scales per row for bfloat16 outputs only.
         outputs = scaled_mm(
             rows,
@@ -56,5 +63,5 @@ class Fp8Linear(nn.Module):
             output_dtype=torch.bfloat16,
             use_fast_accum=True,
         )
-        outputs = outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
+        outputs = outputs.to(inputs.dtype).view(*inputs.shape[:-1], outputs.shape[-1])
         return outputs if self.bias is None else outputs + self.bias

@@ -66,9 +66,17 @@ def pattern(name: str) -> str:
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
-def divided_inputs(plan: Mapping[str, str]) -> list[str]:
-    """Return the names in a plan of layers of which a rank has some columns."""
-    return [name for name, style in plan.items() if _DIVISIONS.get(style) in (Division.INPUTS, Division.SPLIT_INPUTS)]
+def replicate_scales(model: nn.Module, plan: MutableMapping[str, str]) -> None:
+    """Give every rank the scales of all outputs of layers of which it has some columns; their parameters are `scale`.
+
+    Args:
+        model: whose layers were replaced by quantized ones.
+        plan: of the model, to be changed.
+    """
+    divided = (Division.INPUTS, Division.SPLIT_INPUTS)
+    scales = {f"{name}.scale" for name, style in plan.items() if _DIVISIONS.get(style) in divided}
+    parameters = {pattern(name) for name, _ in model.named_parameters()}
+    plan.update(dict.fromkeys(scales & parameters, "replicate"))
 
 
 def has_part_of_rows(weight: torch.Tensor) -> bool:

@@ -13,6 +13,8 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from predictor.kernels import shards, tensor_parallel
+
 SEQUENCE, VARLEN = "sequence_flash", "varlen_flash"
 """Implementations of `sequence_attention` and `cuda.attention`.
 
@@ -105,11 +107,13 @@ def register(name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> 
 
 
 def heads(model: Any) -> tuple[int, int, int]:
-    """Return the number of query heads and of KV heads, and the features of a head."""
+    """Return this rank's number of query heads and of KV heads, and the features of a head."""
     config = model.config.get_text_config()
     num_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    return num_heads, getattr(config, "num_key_value_heads", None) or num_heads, head_dim
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    ranks = tensor_parallel.size() if shards.divides_heads(config) else 1
+    return num_heads // ranks, num_kv_heads // ranks, head_dim
 
 
 def check_scores(kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
 """Merge a LoRA adapter, as PEFT saves it, into the weights of its base model.
 
-The tensors of the checkpoint are changed before transformers loads them, so quantization and packing see the merged
-weights: `W + scale * B @ A`, computed in float32 and rounded to the data type of W.
+The tensors of the checkpoint are changed while transformers reads them, so quantization and packing see the merged
+weights: `W + scale * B @ A`, computed in float32 and rounded to the data type of W. A tensor-parallel rank reads and
+merges its part.
 """
 
 import logging
@@ -54,12 +55,44 @@ class _Update:
     magnitude: torch.Tensor | None
     """(outputs,): length of each row of the merged weight, with DoRA."""
 
-    def apply(self, weight: torch.Tensor) -> torch.Tensor:
-        """Return the merged weight; (outputs, inputs) like `weight`."""
-        merged = weight.float() + self.scale * (self.b.float() @ self.a.float())
+    def apply(self, weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """Return some rows and columns of the merged weight, of those of the original; all columns with DoRA."""
+        merged = (self.b[rows].float() @ self.a[:, columns].float()).mul_(self.scale).add_(weight)
         if self.magnitude is not None:
-            merged *= (self.magnitude.float().flatten() / merged.norm(dim=1))[:, None]
+            merged *= (self.magnitude.flatten()[rows].float() / merged.norm(dim=1))[:, None]
         return merged.to(weight.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _MergedSlice:
+    """A tensor of a safetensors file that is merged when it is read; the same interface."""
+
+    original: Any
+    update: _Update
+    is_transposed: bool
+    """Whether the tensor is (inputs, outputs)."""
+
+    def get_shape(self) -> list[int]:
+        """Return the shape of the tensor."""
+        shape: list[int] = self.original.get_shape()
+        return shape
+
+    def get_dtype(self) -> str:
+        """Return the data type in the words of safetensors."""
+        return str(self.original.get_dtype())
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """Read and merge a part: `...`, or a slice for each dimension."""
+        whole = slice(None)
+        first, second = (whole, whole) if index is ... else index
+        rows, columns = (second, first) if self.is_transposed else (first, second)
+        # DoRA divides each row by its length.
+        read = columns if self.update.magnitude is None else whole
+        weight = self.original[read, rows].T if self.is_transposed else self.original[rows, read]
+        merged = self.update.apply(weight, rows, read)
+        if read is not columns:
+            merged = merged[:, columns]
+        return (merged.T if self.is_transposed else merged).contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +107,30 @@ class Adapter:
     is_transposed: bool
     """Whether the base model's weights are (inputs, outputs), as in GPT-2."""
 
-    def merge(self, files: Iterable[Path]) -> dict[str, torch.Tensor]:
-        """Return the tensors of the base model's safetensors files with the merged weights.
+    def merge(self, files: Iterable[Path]) -> dict[str, Any]:
+        """Return the tensors of the base model's safetensors files, as slices to be read; some of them are merged.
 
         Raises:
             UnsupportedModel: the base model has no such module, or its weight has another shape.
         """
-        tensors: dict[str, torch.Tensor] = {}
+        tensors: dict[str, Any] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+                tensors |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         for module, update in self.updates.items():
             name = self._find(tensors, module)
-            weight = tensors[name].T if self.is_transposed else tensors[name]
             shape = (update.b.shape[0], update.a.shape[1])
-            if weight.shape != shape:
+            original = tuple(tensors[name].get_shape())
+            original = original[::-1] if self.is_transposed else original
+            if original != shape:
                 raise self._refusal(
-                    f"its {module} is {_describe(shape)}, and that of the base model {_describe(weight.shape)}"
+                    f"its {module} is {_describe(shape)}, and that of the base model {_describe(original)}"
                 )
-            merged = update.apply(weight)
-            tensors[name] = (merged.T if self.is_transposed else merged).contiguous()
-        logger.info("merged adapter %s into %d weights", self.directory, len(self.updates))
+            tensors[name] = _MergedSlice(tensors[name], update, self.is_transposed)
+        logger.info("merging adapter %s into %d weights", self.directory, len(self.updates))
         return tensors
 
-    def _find(self, tensors: Mapping[str, torch.Tensor], module: str) -> str:
+    def _find(self, tensors: Mapping[str, Any], module: str) -> str:
         # Some checkpoints have the names of the model without its output layer: h.0 for transformer.h.0.
         for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
             if name in tensors:

@@ -12,6 +12,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.fp8 import ALIGNMENT, Fp8Linear, quantize_rows
 from predictor.models.int8_quantizer import is_skipped
 
@@ -53,10 +54,19 @@ class Fp8Quantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or is_skipped(name, skip_modules):
                 continue
-            if module.in_features % ALIGNMENT == module.out_features % ALIGNMENT == 0:
+            # Of a tensor-parallel rank's part, too, whichever size is divided.
+            alignment = ALIGNMENT * tensor_parallel.size()
+            if module.in_features % alignment == module.out_features % alignment == 0:
                 bias_dtype = None if module.bias is None else module.bias.dtype
                 with torch.device("meta"):
-                    model.set_submodule(name, Fp8Linear(module.in_features, module.out_features, bias_dtype))
+                    layer = Fp8Linear(module.in_features, module.out_features, bias_dtype)
+                # Its forward function gets this rank's part of parameters and inputs.
+                layer._hf_quantized_needs_local_tp = True
+                model.set_submodule(name, layer)
+
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        super().update_parallel_plan(model, plan)
+        shards.replicate_scales(model, plan)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()
@@ -65,9 +75,12 @@ class Fp8Quantizer(HfQuantizer):
 class _Quantize(ConversionOps):
     """Quantize the weights of a file; add their scales."""
 
-    def convert(self, input_dict: dict[str, Any], **_: Any) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *, model: Any, **_: Any) -> dict[str, torch.Tensor]:
         converted: dict[str, torch.Tensor] = {}
         for name, weights in input_dict.items():
-            weight, scale = quantize_rows(weights[0] if isinstance(weights, list) else weights)
+            weight, scale = quantize_rows(
+                weights[0] if isinstance(weights, list) else weights,
+                has_part_of_rows=shards.has_part_of_rows(model.get_parameter(name)),
+            )
             converted |= {name: weight, f"{name.removesuffix('weight')}scale": scale[:, 0]}
         return converted

@@ -69,10 +69,7 @@ class Int8Quantizer(HfQuantizer):
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         super().update_parallel_plan(model, plan)
-        # A rank that has some columns of a weight has the scales of all rows.
-        scales = {f"{name}.scale" for name in shards.divided_inputs(plan)}
-        parameters = {shards.pattern(name) for name, _ in model.named_parameters()}
-        plan.update(dict.fromkeys(scales & parameters, "replicate"))
+        shards.replicate_scales(model, plan)
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize()

@@ -366,7 +366,7 @@ def _load_weights(plan: LoadPlan) -> Any:
     # Read by `GenerationConfig` of this package.
     options = {"generation_config": transformers.GenerationConfig()} if task is Task.GENERATE else {}
     source: Path | None = plan.weights_dir
-    merged: dict[str, torch.Tensor] | None = None
+    merged: dict[str, Any] | None = None
     if plan.adapter is not None:
         # Auto classes need a directory, and `state_dict` excludes one.
         model_class, source = MODEL_FOR_CAUSAL_LM_MAPPING[type(plan.config)], None

@@ -127,8 +127,8 @@ def _unsupported_reason(mode: str, device: torch.device, checkpoint_config: Any 
     if mode == "fp8" and (missing := _missing_fp8(device)):
         return missing
     ranks = tensor_parallel.size()
-    if ranks > 1 and (device.type, mode) != ("cpu", "8bit"):
-        instead = "8bit or none" if device.type == "cpu" else "none and more ranks"
+    if ranks > 1 and (device.type, mode) not in (("cpu", "8bit"), ("cuda", "fp8")):
+        instead = "8bit or none" if device.type == "cpu" else "fp8 or none"
         return (
             f"--quantization {mode} on {device.type} does not divide weights among {ranks} tensor-parallel ranks. Use "
             f"{instead}, or --tensor_parallel_size 1."

@@ -12,6 +12,8 @@ from predictor.errors import InvalidSettings, UnsupportedModel
 from predictor.kernels import shards, tensor_parallel
 from predictor.types import Task
 
+_MASKS_OF_ALL_HEADS = ("doge",)
+"""Models whose plan divides attention heads, but not a mask of each head."""
 _SINGLE = "Set --tensor_parallel_size 1."
 
 
@@ -57,6 +59,8 @@ def refusal(config: Any) -> str:
     plan = getattr(config, "base_model_tp_plan", None)
     if not plan:
         return "transformers has no plan to divide its layers"
+    if config.model_type in _MASKS_OF_ALL_HEADS:
+        return "its attention masks have all heads on every rank"
     if shards.divides_heads(config) or shards.gathers_heads(config):
         return ""
     return "its plan in transformers does not divide attention as the KV cache needs it"

@@ -35,7 +35,8 @@ def check(deployment: Deployment) -> Iterator[Finding]:
     for job in deployment.all("Job"):
         for problem, remedy in _job(job["spec"]):
             yield Finding(name_of(job), problem, remedy, "API server")
-    for pod in [*_parts(deployment), *deployment.pods[1:]]:
+    parts = deployment.serving_pods if deployment.is_ray else _parts(deployment)
+    for pod in [*parts, *deployment.pods[len(deployment.serving_pods) :]]:
         for problem, remedy in _pod(pod):
             yield Finding(pod.where, problem, remedy, "API server")
         for container in pod.containers:

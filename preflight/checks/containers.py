@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from preflight.checks.api_server import PROBES
 from preflight.checks.knative import RESERVED
-from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest
+from preflight.deployment import Deployment, Manifest
 from preflight.findings import Finding
 
 _EXPANSION = re.compile(r"(?<!\$)\$\((\w+)\)")
@@ -28,13 +28,14 @@ def ports(container: Manifest) -> set[int | str]:
 
 
 def _probes(deployment: Deployment) -> Iterator[Finding]:
-    for kind in PROBES:
+    # A replica of Ray Serve may load as long as it needs.
+    for kind in PROBES[1:] if deployment.is_ray else PROBES:
         probe = deployment.server.get(kind)
         if probe is None:
             yield Finding(
                 deployment.where,
-                f"container {KSERVE_CONTAINER} has no {kind}",
-                "copy it from manifests/serving/serving-runtime.yaml",
+                f"container {deployment.server_name} has no {kind}",
+                f"copy it from manifests/{'ray/ray-service' if deployment.is_ray else 'serving/serving-runtime'}.yaml",
                 "kserve-llm",
             )
             continue
@@ -74,7 +75,7 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                     )
     opened = ports(deployment.server)
     port = deployment.settings.get("PREDICTOR_HTTP_PORT")
-    if port and opened and int(port) not in opened:
+    if port and opened and int(port) not in opened and not deployment.is_ray:
         yield Finding(
             deployment.where,
             f"PREDICTOR_HTTP_PORT is {port}, and the container opens another port",
@@ -134,7 +135,7 @@ def _scrape_annotations(deployment: Deployment) -> Iterator[Finding]:
         if opened and port is not None and str(port) not in opened:
             yield Finding(
                 deployment.where,
-                f"annotation {prefix}/port is {port}, which container {KSERVE_CONTAINER} does not open",
+                f"annotation {prefix}/port is {port}, which container {deployment.server_name} does not open",
                 f"use {' or '.join(sorted(opened))}",
                 "kserve-llm",
             )

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from preflight.checks.containers import ports
-from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
+from preflight.deployment import SERVICES, Deployment, Manifest, Pod, name_of
 from preflight.findings import Finding, Source
 
 PODS_OF = "serving.kserve.io/inferenceservice"
 """Label that KServe sets on the pods of an InferenceService."""
+RAY_PODS_OF = "kserve-llm/rayservice"
+"""Label that a RayService's templates set on its pods."""
 _SOURCES: dict[str, Source] = {
     "PersistentVolumeClaim": "scheduler",
     "ConfigMap": "kubelet",
@@ -69,6 +71,11 @@ def _pull_secrets(where: str, manifest: Manifest) -> set[SecretKey]:
     return {SecretKey(where, name, ".dockerconfigjson", optional=True) for name in names}
 
 
+def pods_label(deployment: Deployment) -> str:
+    """Return the label of the predictor's pods whose value is the name of the service."""
+    return RAY_PODS_OF if deployment.is_ray else PODS_OF
+
+
 def check(deployment: Deployment) -> Iterator[Finding]:
     """Yield references without a target."""
     stale = list(_stale_names(deployment))
@@ -114,7 +121,7 @@ def _stale_names(deployment: Deployment) -> Iterator[tuple[str, str, str]]:
 def _is_renamed(deployment: Deployment, old: str, new: str) -> bool:
     """Return whether what differs is a prefix and a suffix that all objects share, and not a misspelled name."""
     prefix, found, suffix = new.partition(old)
-    kinds = ("InferenceService", "PersistentVolumeClaim", "ServingRuntime")
+    kinds = (*SERVICES, "PersistentVolumeClaim", "ServingRuntime")
     names = [str(manifest["metadata"]["name"]) for kind in kinds for manifest in deployment.all(kind)]
     return bool(found and prefix + suffix) and all(n.startswith(prefix) and n.endswith(suffix) for n in names)
 
@@ -200,16 +207,17 @@ def _ingress_backends(deployment: Deployment) -> Iterator[tuple[Manifest, str | 
 
 
 def _backends(deployment: Deployment, stale: set[str]) -> Iterator[Finding]:
-    """Check the Service of an Ingress: that of KServe, `<name>-predictor`, which exists in Standard mode only."""
-    own = f"{deployment.name}-predictor"
+    """Check the Service of an Ingress: KServe's `<name>-predictor`, in Standard mode only, or KubeRay's."""
+    own, opened = (f"{deployment.name}-serve-svc", 8000) if deployment.is_ray else (f"{deployment.name}-predictor", 80)
     for ingress, name, port in _ingress_backends(deployment):
         if name not in (own, *stale) and not deployment.find("Service", name):
             yield _missing(name_of(ingress), "Service", name)
-        if name == own and port not in (None, 80):
+        if name == own and port not in (None, opened):
+            operator = "KubeRay" if deployment.is_ray else "KServe"
             yield Finding(
                 name_of(ingress),
-                f"it sends requests to port {port} of Service {name}, which KServe opens at 80",
-                "use port 80",
+                f"it sends requests to port {port} of Service {name}, which {operator} opens at {opened}",
+                f"use port {opened}",
                 "kserve-llm",
             )
     for ingress in deployment.all("Ingress") if deployment.is_knative else []:
@@ -236,25 +244,26 @@ def _queries(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _selectors(deployment: Deployment) -> Iterator[Finding]:
-    """Check the policies, monitors and pools that select the predictor's pods by the InferenceService's name."""
-    kinds = ("NetworkPolicy", "PodMonitor", "InferencePool")
+    """Check the policies, monitors and pools that select the predictor's pods by the service's name."""
+    kinds, label = ("NetworkPolicy", "PodMonitor", "InferencePool"), pods_label(deployment)
+    opened = {port for pod in deployment.serving_pods for container in pod.containers for port in ports(container)}
     for manifest in [manifest for kind in kinds for manifest in deployment.all(kind)]:
         spec = manifest["spec"]
-        selected = (spec.get("podSelector") or spec.get("selector") or {}).get("matchLabels", {}).get(PODS_OF)
+        selected = (spec.get("podSelector") or spec.get("selector") or {}).get("matchLabels", {}).get(label)
         if selected not in (None, deployment.name):
             yield Finding(
                 name_of(manifest),
-                f"it selects the pods of InferenceService {selected!r}, which is not in this overlay",
-                f"write {PODS_OF}: {deployment.name}",
+                f"it selects the pods of {deployment.service['kind']} {selected!r}, which is not in this overlay",
+                f"write {label}: {deployment.name}",
                 "kserve-llm",
             )
         for endpoint in spec.get("podMetricsEndpoints", []) if selected else []:
-            port = endpoint.get("portNumber")
-            if port is not None and port not in ports(deployment.server):
+            port = endpoint.get("portNumber", endpoint.get("port") if deployment.is_ray else None)
+            if port is not None and port not in opened:
                 yield Finding(
                     name_of(manifest),
-                    f"it scrapes port {port}, which container {KSERVE_CONTAINER} does not open",
-                    "use the containerPort of the ServingRuntime",
+                    f"it scrapes port {port}, which container {deployment.server_name} does not open",
+                    "use a port of the container",
                     "kserve-llm",
                 )
 
@@ -274,7 +283,7 @@ def _pools(deployment: Deployment) -> Iterator[Finding]:
             if port not in ports(deployment.server):
                 yield Finding(
                     where,
-                    f"it sends requests to port {port}, which container {KSERVE_CONTAINER} does not open",
+                    f"it sends requests to port {port}, which container {deployment.server_name} does not open",
                     "use the containerPort of the ServingRuntime",
                     "kserve-llm",
                 )
@@ -325,6 +334,8 @@ def _namespaces(deployment: Deployment) -> Iterator[Finding]:
                 "set `namespace` once, in the overlay's kustomization",
                 "kserve-llm",
             )
+    if deployment.is_ray:
+        return
     if deployment.namespace in SYSTEM_NAMESPACES or deployment.namespace.startswith("kube-"):
         yield Finding(
             deployment.where,

@@ -2,11 +2,12 @@
 
 import json
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from preflight import gpus, quantities
+from preflight import gpus, quantities, ray
 from preflight.deployment import Deployment, Manifest
 from preflight.findings import CheckError, Finding, Problems
 
@@ -112,17 +113,22 @@ def _surge(deployment: Deployment, replicas: int) -> int:
 
 
 def rollout_sum(deployment: Deployment) -> list[str]:
-    """Return what the predictor's replicas request together during a rollout with `maxReplicas`; empty without one."""
-    _, replicas = rollout_replicas(deployment)
-    if replicas is None:
-        return []
-    needed = requests(deployment.server)
-    devices = [f"{count * replicas:g} {name}" for name, count in sorted(needed.items()) if _is_extended(name)]
-    return [
-        *devices,
-        f"{needed.get('cpu', 0) * replicas:g} cpu",
-        f"{quantities.gib(needed.get('memory', 0) * replicas)} of memory",
-    ]
+    """Return what the service's pods request together during a rollout with `maxReplicas`; empty without a limit."""
+    if deployment.is_ray:
+        # KubeRay runs the old and the new cluster together.
+        pods = [(deployment.ray_pods[0], 1), *((group.pod, group.max_replicas) for group in ray.groups(deployment))]
+        counts = [(container, 2 * count) for pod, count in pods for container in pod.containers]
+    else:
+        _, replicas = rollout_replicas(deployment)
+        if replicas is None:
+            return []
+        counts = [(deployment.server, replicas)]
+    needed: defaultdict[str, float] = defaultdict(float)
+    for container, count in counts:
+        for name, amount in requests(container).items():
+            needed[name] += amount * count
+    devices = [f"{count:g} {name}" for name, count in sorted(needed.items()) if _is_extended(name)]
+    return [*devices, f"{needed['cpu']:g} cpu", f"{quantities.gib(needed['memory'])} of memory"]
 
 
 def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from preflight import quantities
+from preflight.checks.references import pods_label
 from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
 from preflight.findings import Finding, Problems
 
@@ -18,7 +19,10 @@ HOST = ("hostNetwork", "hostPID", "hostIPC")
 def check(deployment: Deployment) -> Iterator[Finding]:
     """Yield findings on pods, containers, the namespace, network policies and Secrets."""
     granted = {subject["name"] for binding in deployment.all("RoleBinding") for subject in binding.get("subjects", [])}
-    programs = {deployment.where, *(pod.where for pod in deployment.jobs)}
+    if deployment.is_ray:
+        # KubeRay grants it what the autoscaler needs.
+        granted |= {str(deployment.ray_pods[0].spec.get("serviceAccountName"))}
+    programs = {pod.where for pod in [*deployment.serving_pods, *deployment.jobs]}
     for pod in deployment.pods:
         for problem, remedy, source in _pod(pod, granted):
             yield Finding(pod.where, problem, remedy, source)
@@ -99,7 +103,7 @@ def _weights(deployment: Deployment) -> Problems:
 
 def _secrets(deployment: Deployment) -> Problems:
     fetchers = [container["name"] for _, container in deployment.downloads]
-    for container in deployment.predictor_pod.containers:
+    for container in [container for pod in deployment.serving_pods for container in pod.containers]:
         if container["name"] in fetchers and container["name"] != KSERVE_CONTAINER:
             continue
         settings = deployment.environment(container)
@@ -110,7 +114,8 @@ def _secrets(deployment: Deployment) -> Problems:
                 "remove it, and add component hf-token, which sets it on the Job only",
                 "kserve-llm",
             )
-        if container["name"] == KSERVE_CONTAINER and settings.get("HF_HUB_OFFLINE") != "1":
+        serves = deployment.is_ray or container["name"] == KSERVE_CONTAINER
+        if serves and settings.get("HF_HUB_OFFLINE") != "1":
             yield (
                 "the predictor can access the Hub",
                 "set HF_HUB_OFFLINE=1, so that a missing file fails at once",
@@ -188,7 +193,7 @@ def _policies(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _ingress_ports(deployment: Deployment) -> Iterator[Finding]:
-    """Check that the gateway reaches the predictor: through Knative's queue-proxy, or directly in Standard mode."""
+    """Check that the gateway reaches the predictor: through Knative's queue-proxy, Serve's proxy, or directly."""
     own = [port["containerPort"] for port in deployment.server.get("ports", [])]
     needed = QUEUE_PROXY_PORT if deployment.is_knative else (own or [None])[0]
     policies = [policy for policy in deployment.all("NetworkPolicy") if _selects(policy, deployment)]
@@ -204,6 +209,6 @@ def _ingress_ports(deployment: Deployment) -> Iterator[Finding]:
 
 
 def _selects(policy: Manifest, deployment: Deployment) -> bool:
-    """Return whether a policy selects the predictor's pods by KServe's label."""
+    """Return whether a policy selects the predictor's pods by the label with the service's name."""
     labels = policy["spec"].get("podSelector", {}).get("matchLabels", {})
-    return bool(labels.get("serving.kserve.io/inferenceservice") == deployment.name)
+    return bool(labels.get(pods_label(deployment)) == deployment.name)

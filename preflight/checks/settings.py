@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from preflight import gpus, quantities
 from preflight.checks.resources import Model
 from preflight.checks.security import HUB_TOKENS
-from preflight.checks.volumes import MODELS
-from preflight.deployment import Deployment, Manifest, Pod
+from preflight.deployment import MODELS, Deployment, Manifest, Pod
 from preflight.findings import Finding
-from preflight.programs import PREDICTOR, STORAGE_INITIALIZER, Program
+from preflight.programs import PREDICTOR, PREDICTOR_ON_RAY, STORAGE_INITIALIZER, Program
 from snapshot_format.reference import HubReference, MalformedReference, ModelReference, parse
 
 _PATTERN = re.compile(r"[^\s,\[\]\"]+")
@@ -26,14 +25,16 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
         deployment: the rendered overlay.
         model: the model's dimensions; without them, the context length is not checked.
     """
-    yield from _program(deployment, deployment.predictor_pod, deployment.server, PREDICTOR)
+    program = PREDICTOR_ON_RAY if deployment.is_ray else PREDICTOR
+    yield from _program(deployment, deployment.predictor_pod, deployment.server, program)
     for pod, container in deployment.downloads:
         yield from _program(deployment, pod, container, STORAGE_INITIALIZER)
     directory = deployment.settings.get("PREDICTOR_MODEL_DIR", MODELS)
     if deployment.claim and directory != MODELS:
+        mounter = "the pod" if deployment.is_ray else "KServe"
         yield Finding(
             deployment.where,
-            f"PREDICTOR_MODEL_DIR is {directory}, and KServe mounts the claim at {MODELS}",
+            f"PREDICTOR_MODEL_DIR is {directory}, and {mounter} mounts the claim at {MODELS}",
             f"set {MODELS}, since MODEL_REFERENCE selects the directory below it",
             "kserve-llm",
         )
@@ -52,7 +53,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
 
 def _program(deployment: Deployment, pod: Pod, container: Manifest, program: Program) -> Iterator[Finding]:
     """Check the variables and arguments with which a container starts a program."""
-    [other] = {PREDICTOR, STORAGE_INITIALIZER} - {program}
+    other = PREDICTOR if program is STORAGE_INITIALIZER else STORAGE_INITIALIZER
     effective = {name: (value, config) for name, value, config in deployment.variables(container)}
     for name, (value, config) in sorted(effective.items()):
         where = f"ConfigMap/{config}" if config else pod.where

@@ -4,11 +4,9 @@ from collections.abc import Iterator
 
 from preflight import quantities
 from preflight.checks.resources import Model
-from preflight.deployment import KSERVE_CONTAINER, Deployment, Manifest, Pod, name_of
+from preflight.deployment import KSERVE_CONTAINER, MODELS, Deployment, Manifest, Pod, name_of
 from preflight.findings import Finding, Problems
 
-MODELS = "/mnt/models"
-"""Mount path of `storageUri`, which is fixed in KServe."""
 ACCESS_MODES = ("ReadWriteMany", "ReadWriteOnce", "ReadOnlyMany", "ReadWriteOncePod")
 MEBIBYTE = 2**20
 
@@ -31,7 +29,8 @@ def check(deployment: Deployment, model: Model | None) -> Iterator[Finding]:
     for pod in deployment.pods:
         yield from _writable_claims(deployment, pod)
         yield from _scratch(pod)
-    yield from _hidden(deployment)
+    if not deployment.is_ray:
+        yield from _hidden(deployment)
 
 
 def _claim(spec: Manifest, filled: bool) -> Problems:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from preflight import gpus, quantities
+from preflight import gpus, quantities, ray
 from preflight.checks import api_keys, knative, references, resources
 from preflight.checks.schema import is_core
 from preflight.cluster.client import Connection, PermissionDenied
@@ -176,7 +176,11 @@ def _namespace(deployment: Deployment, cluster: Connection) -> Iterator[Finding]
 
 def _nodes(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
     """Check that a node accepts a replica, and that the nodes have room for those of a rollout."""
-    nodes = cluster.nodes()
+    for view in ray.applications(deployment) if deployment.is_ray else [deployment]:
+        yield from _nodes_for(view, cluster.nodes())
+
+
+def _nodes_for(deployment: Deployment, nodes: list[Any]) -> Iterator[Finding]:
     needed = {name: count for name, count in resources.requests(deployment.server).items() if count}
     for accepts, reason in _filters(deployment.predictor_pod.spec, needed):
         accepting = [node for node in nodes if accepts(node)]
@@ -186,6 +190,8 @@ def _nodes(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
             yield Finding(deployment.where, problem, remedy, "scheduler", "warning")
             return
         nodes = accepting
+    if deployment.is_ray:
+        return
     replicas, _ = resources.rollout_replicas(deployment)
     room = [min((int(_allocatable(node, name) / needed[name]) for name in needed), default=replicas) for node in nodes]
     if sum(room) < replicas:
@@ -294,6 +300,8 @@ def _secrets(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
 
 
 def _mode(deployment: Deployment, cluster: Connection) -> Iterator[Finding]:
+    if deployment.is_ray:
+        return
     service = cluster.service(deployment.name, deployment.namespace) or {}
     current = service.get("status", {}).get("deploymentMode")
     new = deployment.annotations.get("serving.kserve.io/deploymentMode")

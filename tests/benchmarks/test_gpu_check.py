@@ -18,6 +18,7 @@ import pytest
 from benchmarks import make_model
 from benchmarks.gpu_check import __main__ as gpu_check
 from benchmarks.gpu_check import bench_stage, install, report
+from benchmarks.gpu_check.bars import compare
 from benchmarks.throughput import Completion
 from devtools.paths import ROOT
 
@@ -41,14 +42,19 @@ def results(folder: Path) -> tuple[dict[str, Any], str]:
 @pytest.mark.slow
 def test_gpu_check_runs_every_stage(tmp_path: Path) -> None:
     one_test = f"{gpu_check.DEVICE_TESTS}/test_devices.py::test_mode_answers_sums_correctly[cpu-float32]"
-    bench = ["--shapes", "tiny", "--levels", "1,2", "--output_tokens", "16"]
+    bench = ["--shapes", "tiny", "--mode_shapes", "tiny", "--levels", "1,2", "--output_tokens", "16"]
     process = check(tmp_path, *bench, "--questions", "50", "--tests", one_test, "--budget", "900", "--limit", "600")
     assert process.returncode == 0, process.stdout + process.stderr
     content, markdown = results(tmp_path)
     stages = content["stages"]
     assert {name: stage["status"] for name, stage in stages.items()} == dict.fromkeys(
-        ("device", "load", "tests", "bench-tiny"), "passed"
+        ("device", "load", "tests", "modes-tiny", "bench-tiny"), "passed"
     )
+    quantizations = stages["modes-tiny"]["quantizations"]
+    assert quantizations.keys() == {"bfloat16", "8bit", "4bit"}
+    for mode in quantizations.values():
+        assert mode["kv_cache_tokens"] > 0
+        assert {level: rate > 0 for level, rate in mode["tokens_per_second"].items()} == {"1": True, "64": True}
     assert stages["device"]["copy_bytes_per_second"] > 1e8
     assert {"float32", "bfloat16", "8bit", "4bit"} <= stages["load"]["modes"].keys()
     assert all(mode["correct"] >= 0.97 for mode in stages["load"]["modes"].values())
@@ -116,6 +122,59 @@ def test_gpu_check_stages_of_later_calls_are_added_to_the_results_of_the_day(tmp
     assert "| 1 | 100.0 | 1.0 | 1.0 | 7.0 | 8.0 | 5.0 |" in text
 
 
+def bars(stages: dict[str, Any]) -> dict[str, tuple[str | None, bool | None]]:
+    """Measured figure and result of each bar, by its name."""
+    return {bar["name"]: (bar["measured"], bar["passed"]) for bar in compare(stages)}
+
+
+def test_gpu_check_bars_compare_the_figures_of_the_stages() -> None:
+    level = {"concurrency": 1, "tokens_per_second": 100.0, "itl_p50_ms": 5.0}
+    bench = {"weight_bytes": 14e9, "levels": [level, level | {"concurrency": 64, "tokens_per_second": 1999.0}]}
+    bench |= {"sequential": [level], "first_token_ms": 149.9, "ready_seconds": 20.1}
+    bench |= {"disturbed": {"before_p99_ms": 8.0, "during_p99_ms": 16.0}}
+    stages = {
+        "device": {"copy_bytes_per_second": 4e12},
+        "bench-7b": bench,
+        "tests": {"status": "failed", "counts": {"PASSED": 3, "FAILED": 1}},
+        "load": {"modes": {"bfloat16": {"correct": 0.99}, "fp8": {"error": "no kernel"}}},
+    }
+    assert list(bars(stages).values()) == [
+        ("0.7", True),
+        ("20", False),
+        ("150", True),
+        ("2", True),
+        ("20.1", False),
+        ("3 passed, 1 failed", False),
+        ("0.99", True),
+        (None, None),
+        (None, None),
+        ("0", False),
+    ]
+    assert set(bars({}).values()) == {(None, None)}, "nothing is measured"
+
+
+def test_gpu_check_writes_bars_and_modes(tmp_path: Path) -> None:
+    quantizations = {
+        "bfloat16": {
+            "load_seconds": 9.0,
+            "device_bytes": 2**33,
+            "kv_cache_tokens": 4096,
+            "tokens_per_second": {"1": 150.0, "64": 5000.0},
+        },
+        "fp8": {"error": "exit code 1"},
+    }
+    stage = {"status": "failed", "seconds": 90.0, "quantizations": quantizations}
+    bench = {"status": "passed", "seconds": 9.0, "ready_seconds": 15.0}
+    file = report.write(tmp_path, "cuda", TODAY, VERSIONS, {"modes-7b": stage, "bench-7b": bench})
+    text = file.read_text()
+    assert "| bfloat16 | 8.00 | 9.0 | 4096 | 150.0 | 5000.0 |" in text
+    assert "| fp8 | exit code 1 |  |  |  |  |" in text
+    assert "| 7b: ready, s | at most 20 | 15 | pass |" in text
+    assert "| tests marked `gpu` | all pass |  | not measured |" in text
+    ready = next(bar for bar in json.loads(file.with_suffix(".json").read_text())["bars"] if "ready" in bar["name"])
+    assert ready["passed"] is True
+
+
 def test_gpu_check_counts_tests_also_of_a_run_that_was_killed() -> None:
     outcomes = ("test_x[cuda] PASSED [ 5%]", "test_y[a b] FAILED [ 10%]", "test_z SKIPPED (no)", "test_killed")
     log = "\n".join(["collecting", *(f"a.py::{outcome}" for outcome in outcomes)])
@@ -132,7 +191,7 @@ def test_gpu_check_selects_the_marked_tests_on_a_gpu() -> None:
 
 
 def test_gpu_check_starts_with_the_standard_library_only() -> None:
-    for name in ("__main__", "install", "report"):
+    for name in ("__main__", "bars", "install", "report"):
         tree = ast.parse((ROOT / "benchmarks" / "gpu_check" / f"{name}.py").read_text())
         modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         modules |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}

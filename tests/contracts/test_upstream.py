@@ -8,6 +8,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -42,6 +43,9 @@ from transformers.generation.continuous_batching import (
     cb_logits_processors,
     continuous_api,
     distributed,
+    input_outputs,
+    model_runner,
+    offloading_manager,
     scheduler,
 )
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
@@ -64,6 +68,7 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.step_pipeline import OverlappedIOs
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
 from predictor.entrypoints import kserve_server
@@ -206,6 +211,25 @@ def idle(executor: BatchingManager) -> bool:
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.fill_defaults, "int32_tensor"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.prepare_tensor_args, "requests_with_new_token"),
         (cb_logits_processors.ContinuousBatchingLogitsProcessor.__call__, "scores tensor_arg"),
+        (cb_logits_processors.ContinuousBatchingLogitsProcessorList.__call__, "input_ids scores logits_processor_args"),
+        (continuous_api.ContinuousBatchProcessor.prepare_next_batch, ""),
+        (continuous_api.ContinuousBatchProcessor.update_batch, ""),
+        (cache.PagedAttentionCache.mark_complete_blocks, "state complete_blocks"),
+        (offloading_manager.OffloadingManager.offload_requests, ""),
+        (
+            input_outputs.ContinuousBatchingIOs.__init__,
+            "cache config continuous_batching_config device model_dtype logit_processor",
+        ),
+        (input_outputs.ContinuousBatchingIOs._transfer_inputs, "other stream non_blocking"),
+        (input_outputs.ContinuousBatchingIOs.get_model_kwargs, "use_padding"),
+        (
+            model_runner.ModelRunner.__init__,
+            "logit_processor cb_config inputs_and_outputs cache do_sample return_logprobs",
+        ),
+        (model_runner.ModelRunner.maybe_pad_inputs, "num_q_tokens max_kv_read use_decode_fast_path"),
+        (model_runner.ModelRunner.compute_batch, "model batch_data"),
+        (model_runner.ModelRunner._sample, "scores output_ids"),
+        (model_runner.ModelRunner.supports_logits_to_keep, "model"),
     ],
     ids=lambda value: value.__qualname__ if callable(value) else "",
 )
@@ -363,6 +387,58 @@ def test_batching_processor_is_called_once_per_step(executor: BatchingManager) -
     before = executor.step_count
     asyncio.run(finish(executor, [(128 + 128 + 3, 4)], prefix="steps"))
     assert executor.step_count - before == 3 + 3, "three chunks, the last with the first token, and three decodes"
+
+
+def test_batching_processor_uses_known_parts_of_inputs_and_outputs() -> None:
+    used = re.findall(r"inputs_and_outputs\.(\w+)", inspect.getsource(continuous_api.ContinuousBatchProcessor))
+    known = "compute_stream get_model_kwargs prepare_batch_tensors prepare_batch_update reset retrieve_device_outputs"
+    assert set(used) == set(known.split()), "step_pipeline.OverlappedIOs replaces them"
+    assert set(known.split()) - {"compute_stream"} <= set(dir(OverlappedIOs))
+
+
+def test_batching_unused_slot_begins_a_page_of_no_sequence(executor: BatchingManager) -> None:
+    paged = executor._manager.batch_processor.cache
+    [allocator] = paged.cache_allocators.values()
+    assert allocator.write_trash_index % allocator.tokens_per_page == 0
+    block, sector = allocator.write_trash_index // allocator.block_physical_stride, paged.pool.num_reserved_sectors
+    assert block < sector * allocator.blocks_per_sector
+
+
+@pytest.mark.parametrize(
+    ("function", "parameters"),
+    [
+        (torch.cuda.graph, {"cuda_graph", "pool", "stream", "capture_error_mode"}),
+        (torch.cuda.Stream.record_event, {"event"}),
+    ],
+)
+def test_torch_captures_graphs_on_a_given_stream(function: Callable[..., Any], parameters: set[str]) -> None:
+    assert set(inspect.signature(function).parameters) >= parameters
+    assert callable(torch.cuda.graph_pool_handle)
+    generator = torch.Generator().manual_seed(1)
+    state, expected = generator.clone_state(), torch.rand(2, generator=generator)
+    assert {"replay", "capture_begin", "capture_end"} <= set(dir(torch.cuda.CUDAGraph))
+    assert callable(generator.graphsafe_set_state)
+    assert torch.equal(torch.rand(2, generator=state), expected)
+
+
+def test_batching_new_tokens_are_in_the_order_of_their_positions(
+    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders: list[tuple[list[str], list[str], int]] = []
+    update = input_outputs.ContinuousBatchingIOs.prepare_batch_update
+
+    def record(io: Any) -> Any:
+        requests, tokens, logprobs = update(io)
+        ids = [request.state.request_id for request in requests if request.has_new_token]
+        orders.append((ids, list(io.req_id_to_new_token_position), len(tokens)))
+        return requests, tokens, logprobs
+
+    monkeypatch.setattr(input_outputs.ContinuousBatchingIOs, "prepare_batch_update", record)
+    asyncio.run(finish(executor, [(20, 30), (200, 3), (150, 5)], prefix="order "))
+    assert len(orders) >= 30
+    for ids, positions, tokens in orders:
+        assert ids == positions
+        assert tokens >= len(ids)
 
 
 def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager) -> None:

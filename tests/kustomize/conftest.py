@@ -31,7 +31,8 @@ FOLDERS = sorted(
 )
 OVERLAYS = [folder for folder in FOLDERS if folder.parts[1] == "overlays"]
 COMPONENTS = [folder for folder in FOLDERS if folder.parts[1] == "components"]
-DEPLOYMENTS = [folder for folder in FOLDERS if folder.parts[0] == "kustomize"]
+RAY = Path("kustomize/overlays/rayservice")
+DEPLOYMENTS = [folder for folder in FOLDERS if folder.parts[0] == "kustomize" and folder != RAY]
 """Kustomizations with an InferenceService: base, overlays and components."""
 KUSTOMIZE, MANIFESTS = ROOT / "kustomize", ROOT / "manifests"
 BASE = Path("kustomize/base")
@@ -150,7 +151,7 @@ def rendered(request: pytest.FixtureRequest, render: Render) -> Rendered:
 
 @pytest.fixture(params=DEPLOYMENTS, ids=str)
 def deployment(request: pytest.FixtureRequest, render: Render) -> Rendered:
-    """Base, every overlay and every component in turn."""
+    """Base, every overlay with an InferenceService and every component in turn."""
     return render(request.param)
 
 

@@ -54,7 +54,7 @@ def test_changed_reference_makes_a_new_job_and_revision(overlay: Rendered, rende
     changed = render_with(overlay.path, reference="hf://owner/other")
     assert changed.settings["MODEL_REFERENCE"] == "hf://owner/other"
     assert changed.one("Job")["metadata"]["name"] != overlay.one("Job")["metadata"]["name"]
-    assert changed.predictor != overlay.predictor
+    assert changed.service["spec"] != overlay.service["spec"]
 
 
 def test_rollout_keeps_the_old_replica_until_the_new_one_is_ready(deployment: Rendered) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from devtools.paths import ROOT
 from tests.api_server import ApiServer
-from tests.kustomize.conftest import DEV, Render, Rendered
+from tests.kustomize.conftest import DEV, RAY, Render, Rendered
 
 NAMESPACE = "kserve-llm-dev"
 POD = f"/api/v1/namespaces/{NAMESPACE}/pods/llm-predictor-1"
@@ -56,9 +56,11 @@ def controller() -> Controller:
 
 
 @pytest.fixture
-def server(render: Render, controller: Controller) -> Iterator[ApiServer]:
-    """A cluster on which overlay dev is deployed, with a running pod."""
-    server = ApiServer([*copy.deepcopy(render(DEV).objects), POD_OF_THE_SERVICE], controller)
+def server(request: pytest.FixtureRequest, render: Render, controller: Controller) -> Iterator[ApiServer]:
+    """A cluster on which overlay dev is deployed, with a running pod; or another overlay, without."""
+    overlay: Path | None = getattr(request, "param", None)
+    pods = [] if overlay else [POD_OF_THE_SERVICE]
+    server = ApiServer([*copy.deepcopy(render(overlay or DEV).objects), *pods], controller)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield server
@@ -73,8 +75,8 @@ def undeploy(server: ApiServer, tmp_path: Path) -> Undeploy:
     server.write_kubeconfig(tmp_path / "config")
     environment = os.environ | {"KUBECONFIG": str(tmp_path / "config"), "KUBECACHEDIR": str(tmp_path)}
 
-    def undeploy(claim: str = "keep", timeout: str = "60s") -> "subprocess.CompletedProcess[str]":
-        command = ["make", "--silent", "undeploy", f"OVERLAY={DEV}", f"CLAIM={claim}"]
+    def undeploy(claim: str = "keep", timeout: str = "60s", overlay: Path = DEV) -> "subprocess.CompletedProcess[str]":
+        command = ["make", "--silent", "undeploy", f"OVERLAY={overlay}", f"CLAIM={claim}"]
         return subprocess.run(
             command, cwd=ROOT, env=environment | {"TIMEOUT": timeout}, capture_output=True, text=True, check=False
         )
@@ -136,6 +138,16 @@ def test_undeploy_deletes_nothing_while_pods_remain(
     assert done.returncode != 0
     assert "timed out waiting for the condition on pods/llm-predictor-1" in done.stderr
     assert server.changes == [f"PATCH {SERVICE}"]
+
+
+@pytest.mark.parametrize("server", [RAY], indirect=True)
+def test_undeploy_ray_service_is_deleted_first(undeploy: Undeploy, server: ApiServer) -> None:
+    done = undeploy("delete", overlay=RAY)
+    assert done.returncode == 0, done.stderr
+    assert server.objects == {}
+    namespace = "kserve-llm-rayservice"
+    assert server.changes[0] == f"DELETE /apis/ray.io/v1/namespaces/{namespace}/rayservices/llm"
+    assert server.changes[-1] == f"DELETE /api/v1/namespaces/{namespace}"
 
 
 @pytest.mark.parametrize("arguments", [(), ("",), (str(DEV), "drop")])

@@ -45,9 +45,10 @@ def tokenizer() -> "PreTrainedTokenizerBase":
 
 @pytest.fixture(scope="session")
 def server() -> "Iterator[InProcessServer]":
+    """The demo model; shared by several ranks where `test_ranks.py` runs other tests."""
     from tests.predictor import servers
 
-    with servers.in_process() as running:
+    with servers.in_process("--tensor_parallel_size", os.environ.get("TEST_TENSOR_PARALLEL_SIZE", "1")) as running:
         yield running
 
 

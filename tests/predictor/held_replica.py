@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-from predictor.entrypoints.ray_serve import RaySettings, Replica
+from predictor.entrypoints.ray_serve import Replica
+from predictor.entrypoints.ray_settings import RaySettings
 
 
 class HeldReplica(Replica):

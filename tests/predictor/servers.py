@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import httpx
+import pytest
 import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp
@@ -24,12 +25,14 @@ from starlette.types import ASGIApp
 from devtools import processes
 from devtools.paths import DEMO_MODEL, ROOT
 from predictor import settings
-from predictor.entrypoints import grpc_server, kserve_server, lifecycle
+from predictor.entrypoints import grpc_server, kserve_server, lifecycle, ranks
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http.app import create_app
 from predictor.entrypoints.lifecycle import Lifecycle, State
 from predictor.errors import StartupError
 from predictor.generation.service import LLMService
+from predictor.kernels import tensor_parallel
+from predictor.kernels.tensor_parallel import Rank
 from predictor.models import loader
 from predictor.observability import request_record
 
@@ -42,7 +45,7 @@ class Hold:
     """A hook before every forward pass of a model: passes it, slows it down, blocks it or makes it fail."""
 
     def __init__(self) -> None:
-        self.error: Exception | None = None
+        self._error: Exception | None = None
         self.delay_seconds = 0.0
         self.blocked = threading.Event()
         self._open = threading.Event()
@@ -61,6 +64,17 @@ class Hold:
             self._open.wait(HANG_SECONDS)
         if self.error:
             raise self.error
+
+    @property
+    def error(self) -> Exception | None:
+        """Raised instead of forward passes."""
+        return self._error
+
+    @error.setter
+    def error(self, error: Exception | None) -> None:
+        if error and tensor_parallel.size() > 1:
+            pytest.skip("an error of one rank ends the server")
+        self._error = error
 
     def close(self, after: int = 0) -> None:
         """Block the forward passes after the next `after` ones."""
@@ -194,9 +208,9 @@ def _logged() -> Iterator[_Lines]:
             logger.setLevel(logging.NOTSET)
 
 
-def load_service(parsed: settings.Settings, hold: Hold | None = None) -> LLMService:
-    """A service whose model is loaded, with `hold` before its forward passes."""
-    service = LLMService(parsed)
+def load_service(parsed: settings.Settings, hold: Hold | None = None, rank: Rank | None = None) -> LLMService:
+    """A service whose model is loaded, with `hold` before its forward passes on this rank."""
+    service = LLMService(parsed, rank)
     load = loader.load
 
     def load_with_hook(*args: Any, **options: Any) -> Any:
@@ -225,13 +239,15 @@ def in_process(
         keys: file of API keys.
         headers: of the client.
     """
+    if tensor_parallel.size() > 1:
+        pytest.skip("the ranks of this process share the model of another server")
     key_flags = ["--api_keys_file", str(keys)] if keys else []
     # Only the process's lifecycle runs self-checks; without them, an idle server would stop being ready.
     check_flags = ["--self_check_interval_seconds", "0"]
     parsed = settings.read([*DEMO_FLAGS, *check_flags, "--served_model_name", model_name, *flags, *key_flags])
     hold = Hold()
-    with _logged() as lines:
-        service = load_service(parsed, hold)
+    with _logged() as lines, ranks.started(parsed) as group:
+        service = load_service(parsed, hold, group.rank if group else None)
         api_keys = KeyFile(keys) if keys else None
         tracing = lifecycle.create_tracing(parsed)
         app = create_app(service, parsed, api_keys=api_keys, tracing=tracing)

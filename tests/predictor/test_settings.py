@@ -92,6 +92,14 @@ def test_read_allowed_origin_that_no_browser_sends_is_an_error(value: str) -> No
         ),
         (["--http_port", "70000"], "Invalid value of --http_port (PREDICTOR_HTTP_PORT): '70000'. Input should be less"),
         (["--device", "tpu"], "Invalid value of --device (PREDICTOR_DEVICE): 'tpu'. Input should be auto, cuda,"),
+        *(
+            (
+                ["--tensor_parallel_size", size],
+                f"Invalid value of --tensor_parallel_size (PREDICTOR_TENSOR_PARALLEL_SIZE): '{size}'. Input should be "
+                "auto or a positive integer.",
+            )
+            for size in ("0", "-1", "all", "1.5")
+        ),
         (["--served_model_name", "a/b"], "Invalid value of --served_model_name (PREDICTOR_SERVED_MODEL_NAME): 'a/b'."),
         (["--http_port"], "Invalid command line: error parsing CLI: argument --http_port: expected one argument."),
     ],
@@ -102,6 +110,11 @@ def test_read_invalid_flag_names_problem_and_fix(argv: list[str], expected: str)
         settings.read(argv)
     assert str(raised.value).startswith(expected)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("value", "size"), [("auto", "auto"), ("1", 1), ("04", 4)])
+def test_read_tensor_parallel_size_is_a_number_or_auto(value: str, size: int | str) -> None:
+    assert settings.read(["--tensor_parallel_size", value]).tensor_parallel_size == size
 
 
 @pytest.mark.parametrize("variable", ["PREDICTOR_HTTPPORT", "predictor_httpport"])

@@ -17,6 +17,7 @@ from predictor.entrypoints.http.routes import (
     open_inference,
     openai,
     openai_responses,
+    playground,
     pooling,
     tokenization,
 )
@@ -71,7 +72,7 @@ def create_app(
     )
     predictor = Predictor(service)
     routers = (
-        health.create_router(service),
+        health.create_router(service, has_page=settings.playground),
         open_inference.create_router(service, predictor),
         kserve_v1.create_router(service),
         openai.create_router(service),
@@ -80,6 +81,7 @@ def create_app(
         pooling.create_router(service),
         tokenization.create_router(service),
         admin.create_router(predictor) if settings.enable_admin_routes else admin.create_disabled_router(),
+        *([playground.create_router()] if settings.playground else []),
     )
     document = openapi.document(SERVER, [route for router in routers for route in router.routes])
     app.openapi = lambda: document  # type: ignore[method-assign]

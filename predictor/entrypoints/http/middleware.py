@@ -41,6 +41,12 @@ SILENCE_SECONDS = 2.0
 """Time without data after which the connection closes earlier."""
 
 _PROBE = re.compile(r"/(health|metrics|ping|version)?|/v2/health/[^/]+|/v2/models/[^/]+(/versions/[^/]+)?/ready")
+_PAGE = re.compile(r"/playground/[^/]+")
+
+
+def is_public(scope: Scope) -> bool:
+    """Return whether a request is for a file of the page, which contains no secret, or is a probe."""
+    return is_probe(scope) or (scope["method"] in ("GET", "HEAD") and _PAGE.fullmatch(scope["path"]) is not None)
 
 
 def is_probe(scope: Scope) -> bool:
@@ -268,7 +274,7 @@ class ApiKeyMiddleware(_Middleware):
         self._keys = keys
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not is_probe(scope):
+        if not is_public(scope):
             headers = Headers(scope=scope)
             authorization = headers.getlist("authorization") or [
                 f"Bearer {key}" for key in headers.getlist("x-api-key")

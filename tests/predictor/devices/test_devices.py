@@ -4,7 +4,8 @@ import asyncio
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,25 @@ from predictor.models import loader
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
 from tests.predictor import servers
-from tests.predictor.engine.conftest import GREEDY, LONG, chat_ids, generate, generate_all, started, until_idle
+from tests.predictor.engine.conftest import (
+    GREEDY,
+    LONG,
+    SAMPLED,
+    Generated,
+    chat_ids,
+    generate,
+    generate_all,
+    random_ids,
+    read,
+    started,
+    until_idle,
+)
 from tests.predictor.servers import HANG_SECONDS, OPENAI, Call, Hold, InProcessServer, StreamReader
 
 pytestmark = pytest.mark.xdist_group("devices")
 
 CROWD = 64
+FEW = replace(GREEDY, max_tokens=4, ignore_eos=True)
 CACHE = ("--kv_cache_tokens", "8192")
 """The default would take most of a GPU's memory, which several servers share here."""
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -72,12 +86,15 @@ def server(device: str) -> Iterator[InProcessServer]:
 
 
 @contextmanager
-def failing_once(loaded: LoadedModel, fail: Callable[[], Any]) -> Iterator[None]:
-    """Call `fail`, which raises, before the next forward pass."""
+def failing_once(
+    loaded: LoadedModel, fail: Callable[[], Any], *, if_: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Call `fail`, which raises, before the next forward pass for which `if_` holds."""
 
     def hook(*_: Any) -> None:
-        handle.remove()
-        fail()
+        if if_():
+            handle.remove()
+            fail()
 
     handle = loaded.model.register_forward_pre_hook(hook)
     try:
@@ -136,6 +153,48 @@ def test_cancelled_sequence_frees_its_place_within_two_steps(engine: Engine, loa
     assert engine.cache_usage == 0.0
 
 
+@pytest.fixture(scope="module")
+def half() -> LoadedModel:
+    """In bfloat16, for which CUDA has the attention over block tables that graphs need."""
+    return loader.load(DEMO_MODEL, device=available("cuda"), dtype="bfloat16")
+
+
+def started_half(loaded: LoadedModel, **changes: Any) -> AbstractContextManager[Engine]:
+    return started(loaded, max_num_seqs=CROWD, max_queued_requests=CROWD, kv_cache_tokens=CROWD * 512, **changes)
+
+
+@pytest.mark.gpu
+def test_graphs_give_the_tokens_of_eager_steps(half: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    prompts = [chat_ids(half, question) for question, _ in exam.held_out_questions(CROWD)]
+    sampled = replace(SAMPLED, seed=3, temperature=1.0, max_tokens=48)
+    alone, crowds = [], []
+    for enforce_eager in (True, False):
+        caplog.clear()
+        with caplog.at_level("INFO"), started_half(half, enforce_eager=enforce_eager) as engine:
+            assert ("7 CUDA graphs" in caplog.text) is not enforce_eager
+            alone.append([generate(engine, ids, sampling) for ids in prompts[:4] for sampling in (GREEDY, sampled)])
+            crowds.append(generate_all(engine, [(ids, GREEDY) for ids in prompts]))
+    assert alone[0] == alone[1]
+    equal = sum(eager.token_ids == replayed.token_ids for eager, replayed in zip(*crowds, strict=True))
+    assert equal >= load_stage.LEAST_CORRECT * CROWD, "up to the rounding of other shapes"
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_is_computed(half: LoadedModel, caplog: pytest.LogCaptureFixture) -> None:
+    ids = chat_ids(half, "What is 17 + 25?")
+    with started_half(half, enforce_eager=True) as engine:
+        expected = generate(engine, ids, GREEDY)
+    handle = half.model.model.norm.register_forward_pre_hook(lambda _, args: args[0].sum().item() and None)
+    try:
+        with started_half(half) as engine:
+            assert "no CUDA graphs" in caplog.text
+            assert generate(engine, ids, GREEDY) == expected
+            # From torch's own generator, which a failed capture would leave unusable.
+            assert len(generate(engine, ids, SAMPLED).token_ids) == SAMPLED.max_tokens
+    finally:
+        handle.remove()
+
+
 def raise_error() -> None:
     raise RuntimeError("a kernel failed")
 
@@ -154,6 +213,34 @@ def test_failed_step_fails_its_sequences_only(engine: Engine, loaded: LoadedMode
     assert engine.failed_steps == before + 1
     assert engine.is_alive
     assert generate(engine, ids, GREEDY) == expected
+
+
+def test_step_out_of_memory_costs_the_newest_of_a_crowd(engine: Engine, loaded: LoadedModel, device: str) -> None:
+    requests = [(chat_ids(loaded, question), GREEDY) for question, _ in exam.held_out_questions(8)]
+    expected = generate_all(engine, requests)
+    # Set by tests before.
+    engine._executor._manager.batch_processor.scheduler.limited_steps = 0  # type: ignore[attr-defined]
+
+    async def together() -> list[Generated | BaseException]:
+        return await asyncio.gather(*map(read, engine.submit(requests)), return_exceptions=True)
+
+    def allocate() -> torch.Tensor:
+        return torch.empty(2**50, dtype=torch.int8, device=device)
+
+    with failing_once(loaded, allocate, if_=lambda: engine.running == len(requests)):
+        *others, newest = asyncio.run(together())
+    assert isinstance(newest, OutOfMemory)
+    assert others == expected[:-1]
+
+
+def test_default_kv_cache_leaves_room_for_full_steps(loaded: LoadedModel) -> None:
+    sequences, tokens = 16, 128
+    limits = {"max_num_seqs": sequences, "max_num_batched_tokens": sequences * tokens, "kv_cache_tokens": None}
+    with started(loaded, max_queued_requests=0, **limits) as running:
+        generated = generate_all(running, [(random_ids(loaded, tokens, seed), FEW) for seed in range(sequences)])
+        assert running.cache_tokens >= 2 * sequences * tokens
+        assert running.failed_steps == 0
+    assert [len(each.token_ids) for each in generated] == [FEW.max_tokens] * sequences
 
 
 def wait_for_sequences(server: InProcessServer, number: int) -> None:

@@ -102,7 +102,9 @@ MISTRAL = SimpleNamespace(
 """The shape of a model of 7 B parameters, 128 KiB of keys and values per token in 16 bits."""
 
 
-def cuda_tokens(monkeypatch: pytest.MonkeyPatch, free_bytes: int, fraction: float = 0.8) -> int:
+def cuda_tokens(
+    monkeypatch: pytest.MonkeyPatch, free_bytes: int, fraction: float = 0.8, *, in_place: bool = False
+) -> int:
     calls: list[str] = []
 
     def mem_get_info(_: torch.device) -> tuple[int, int]:
@@ -114,7 +116,7 @@ def cuda_tokens(monkeypatch: pytest.MonkeyPatch, free_bytes: int, fraction: floa
     config = SimpleNamespace(get_text_config=lambda: MISTRAL)
     model: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, config=config)
     settings = Settings(max_num_seqs=64, max_num_batched_tokens=2048, kv_cache_memory_fraction=fraction)
-    capacity = kv_cache.token_budget(model, settings, context_tokens=4096, dense_mask=False)
+    capacity = kv_cache.token_budget(model, settings, context_tokens=4096, dense_mask=False, in_place=in_place)
     assert calls == ["empty_cache", "mem_get_info"], "torch's free blocks are given back before"
     return capacity
 
@@ -132,6 +134,16 @@ def test_token_budget_on_cuda_is_what_other_processes_and_steps_leave(monkeypatc
     assert capacity > 64 * 4096, "not limited to what sequences use: the rest keeps prefixes"
     assert cuda_tokens(monkeypatch, free_bytes // 2) < capacity / 1.9
     assert cuda_tokens(monkeypatch, free_bytes, fraction=0.4) < capacity / 1.9
+
+
+def test_token_budget_needs_no_room_for_keys_that_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    free_bytes = 120 * 2**30
+    capacity = cuda_tokens(monkeypatch, free_bytes, in_place=True)
+    logits = 3 * (64 * 32000 + 131 * 32000) * 4
+    activations = 2048 * (4 * 4096 + 3 * 14336) * 2
+    room = 0.8 * free_bytes - 2**29 - logits - activations
+    assert 0 <= room / (131072 + 8) - capacity < 4 * PAGE_TOKENS
+    assert capacity > 1.1 * cuda_tokens(monkeypatch, free_bytes)
 
 
 def test_token_budget_on_cuda_without_room_names_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,13 +5,13 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from predictor.entrypoints import lifecycle
 from predictor.entrypoints.lifecycle import Lifecycle, State
-from predictor.errors import StartupError
+from predictor.errors import RankFailed, RankLost, StartupError
 
 HANG_SECONDS = 60
 
@@ -203,3 +203,65 @@ def test_lifecycle_with_a_step_that_hangs_has_blocking_threads() -> None:
     service = Service()
     service.has_ended = False
     assert Lifecycle(service, HANG_SECONDS).has_blocking_threads
+
+
+class Group:
+    """Ranks that fail when `reasons` has a reason."""
+
+    def __init__(self) -> None:
+        self.reasons: asyncio.Queue[str] = asyncio.Queue()
+        self.found = "Rank 1 was killed."
+
+    async def failure(self, is_live: Callable[[], bool]) -> RankFailed:
+        del is_live
+        return RankFailed(await self.reasons.get())
+
+    async def reason(self, symptom: str) -> RankFailed:
+        return RankFailed(self.found or symptom)
+
+
+def run_ranks(script: Callable[[Lifecycle, Service, Group], Coroutine[Any, Any, None]], service: Service) -> list[str]:
+    async def both() -> None:
+        group = Group()
+        running = Lifecycle(service, HANG_SECONDS, ranks=cast(Any, group))
+        async with asyncio.timeout(HANG_SECONDS):
+            task = asyncio.ensure_future(running.run())
+            await script(running, service, group)
+            await task
+
+    asyncio.run(both())
+    return service.calls
+
+
+def test_lifecycle_of_ranks_ends_as_of_one() -> None:
+    async def script(running: Lifecycle, service: Service, _: Group) -> None:
+        await terminate(running, service)
+
+    assert run_ranks(script, Service()) == ["load", "run_self_checks", "drain", "stop"]
+
+
+def test_lifecycle_of_ranks_fails_once_all_streams_have_ended() -> None:
+    async def script(running: Lifecycle, service: Service, group: Group) -> None:
+        service.busy = True
+        await reach(running, State.SERVING)
+        group.reasons.put_nowait("Rank 1 exited with code 3.")
+        while "drain" not in service.calls:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        service.busy = False
+
+    service = Service()
+    with pytest.raises(RankFailed, match=r"^Rank 1 exited with code 3\.$"):
+        run_ranks(script, service)
+    assert service.calls == ["load", "run_self_checks", "drain"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(RankLost("A rank ended."), "Rank 1 was killed."), (StartupError("No weights."), "No weights.")],
+)
+def test_lifecycle_of_ranks_names_the_one_that_ended_during_the_load(error: StartupError, expected: str) -> None:
+    async def script(running: Lifecycle, service: Service, group: Group) -> None:
+        pass
+
+    with pytest.raises(StartupError, match=f"^{expected}$"):
+        run_ranks(script, Service(error))

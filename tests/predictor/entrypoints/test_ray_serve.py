@@ -9,7 +9,8 @@ import pytest
 from devtools.paths import DEMO_MODEL
 from predictor import settings
 from predictor.entrypoints import ray_serve
-from predictor.entrypoints.ray_serve import ProxyMiddleware, RaySettings
+from predictor.entrypoints.ray_serve import ProxyMiddleware
+from predictor.entrypoints.ray_settings import RaySettings
 from predictor.errors import InvalidSettings
 
 

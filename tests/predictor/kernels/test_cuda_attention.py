@@ -162,7 +162,8 @@ class Model(SimpleNamespace):
     """A model's configuration and device."""
 
     def __init__(self, device: str, implementation: str = "sdpa") -> None:
-        super().__init__(device=torch.device(device), config=SimpleNamespace(_attn_implementation=implementation))
+        config = SimpleNamespace(_attn_implementation=implementation, get_text_config=lambda: self.config)
+        super().__init__(device=torch.device(device), dtype=torch.bfloat16, config=config)
 
 
 @pytest.mark.parametrize(
@@ -184,11 +185,18 @@ def test_install_selects_by_device(
     monkeypatch.setattr(cuda_attention, "kernel_failure", lambda *_: failure)
     monkeypatch.setattr(transformers_attention, "heads", lambda _: HEADS)
     model = Model(device)
-    model.dtype = torch.bfloat16
     with caplog.at_level(logging.WARNING):
         assert attention.install(model)
     assert model.config._attn_implementation == selected
     assert [record.args for record in caplog.records] == ([(failure,)] if failure else [])
+
+
+def test_only_layers_without_a_window_are_read_in_place() -> None:
+    model = Model("cuda", transformers_attention.VARLEN)
+    assert attention.reads_in_place(model)
+    model.config.sliding_window = 4096
+    assert not attention.reads_in_place(model)
+    assert not attention.reads_in_place(Model("cuda", transformers_attention.SEQUENCE))
 
 
 def test_install_leaves_architectures_that_need_eager_attention() -> None:

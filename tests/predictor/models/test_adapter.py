@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
 from predictor.models import adapter, loader, snapshot
-from snapshot_format.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from snapshot_format.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE
 from tests.predictor.models.conftest import Rewrite, Shard
 
 MakeAdapter = Callable[..., Path]
@@ -101,6 +102,26 @@ def test_load_sharded_weights_are_merged(make_adapter: MakeAdapter, weights: Pat
     directory = make_adapter()
     merged = logits(loader.load(weights, device="cpu", adapter_dir=directory).model)
     torch.testing.assert_close(merged, peft_logits(directory), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_merge_of_a_part_is_that_part_of_the_merged_weight(
+    make_adapter: MakeAdapter, options: dict[str, Any], *, transposed: bool
+) -> None:
+    directory = make_adapter(target_modules=["q_proj"], **options)
+    source = DEMO_MODEL / SINGLE
+    if transposed:
+        tensors = {
+            name: tensor.T.contiguous() if tensor.ndim == 2 else tensor for name, tensor in load_file(source).items()
+        }
+        source = directory / SINGLE
+        save_file(tensors, source)
+    adapted = replace(adapter.read(directory), is_transposed=transposed)
+    weight = adapted.merge([source])["model.layers.1.self_attn.q_proj.weight"]
+    whole, rows, columns = weight[...], slice(64, 128), slice(0, 64)
+    assert (list(whole.shape), weight.get_dtype()) == (weight.get_shape(), "F32")
+    torch.testing.assert_close(weight[rows, columns], whole[rows, columns])
 
 
 def test_plan_ignores_prequantized_weights(

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from devtools.architectures import (
     CASES,
+    Case,
     generate_with_engine,
     make_prompts,
     rows_in_document,
@@ -28,7 +29,10 @@ from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
 from predictor.kernels.cpu.linear import Int8Linear
+from predictor.kernels.fp8 import Fp8Linear
+from predictor.models import adapter as adapters
 from predictor.models import loader, placement, quantization
+from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
@@ -66,6 +70,14 @@ def load(directory: Path, dtype: str, mode: str) -> LoadedModel:
 
 def _load_adapted(directory: Path, adapter: Path) -> LoadedModel:
     return loader.load(directory, device="cpu", dtype="float32", adapter_dir=adapter)
+
+
+def _load_fp8(directory: Path) -> Any:
+    """Load a model in fp8, which the kernels need no GPU for."""
+    plan = loader.make_plan(directory, device="cpu", dtype="bfloat16")
+    model = loader.execute(replace(plan, quantization="fp8", quantization_config=Fp8Config())).model
+    assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 3 * 7
+    return model
 
 
 def compute(model: Any) -> Computed:
@@ -116,7 +128,7 @@ def int8_parameters(directory: Path, quantize: bool) -> dict[str, torch.Tensor]:
     }
 
 
-def read_bytes(directory: Path) -> int:
+def read_bytes(directory: Path, adapter: Path | None = None) -> int:
     """Load a model and return the bytes that were read of its weights."""
     count = 0
 
@@ -141,7 +153,8 @@ def read_bytes(directory: Path) -> int:
             return getattr(self._file, name)
 
         def __enter__(self) -> Any:
-            return self._file.__enter__()
+            self._file.__enter__()
+            return self
 
         def __exit__(self, *error: Any) -> None:
             self._file.__exit__(*error)
@@ -151,7 +164,8 @@ def read_bytes(directory: Path) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformers.modeling_utils, "safe_open", CountingFile)
-        load(directory, "float32", "none")
+        patch.setattr(adapters, "safe_open", CountingFile)
+        loader.load(directory, device="cpu", dtype="float32", adapter_dir=adapter)
     return count
 
 
@@ -163,8 +177,9 @@ def run_default_tier(directories: Sequence[Path], quantized: Path, adapter: Path
         "int8": int8_parameters(directories[0], quantize=True),
         "prepared": int8_parameters(quantized, quantize=False),
         "prepared logits": compute(load(quantized, "bfloat16", "none").model),
+        "fp8": compute(_load_fp8(directories[0])),
         "adapted": compute(_load_adapted(directories[0], adapter).model),
-        "read_bytes": read_bytes(directories[0]),
+        "read_bytes": (read_bytes(directories[0]), read_bytes(directories[0], adapter)),
         "device_map": load(directories[0], "float32", "none").device_map,
         "gathered": tensor_parallel.all_gather(torch.arange(5).chunk(2)[tensor_parallel.rank()], 5).tolist(),
     }
@@ -270,6 +285,18 @@ def test_prepared_int8_weights_have_the_logits_of_those_quantized_while_loading(
 
 
 @pytest.mark.xdist_group("ranks")
+def test_fp8_logits_of_two_ranks_are_close_to_those_of_one(
+    directories: dict[str, Path], divided: list[dict[str, Any]]
+) -> None:
+    directory = directories[FUSED[0]]
+    exact, alone = compute(load(directory, "float32", "none").model).logits, compute(_load_fp8(directory)).logits
+    logits = divided[0]["fp8"].logits
+    assert torch.equal(logits, divided[1]["fp8"].logits)
+    assert relative_error(logits, exact) < 1.15 * relative_error(alone, exact)
+    assert relative_error(logits, alone) < relative_error(alone, exact)
+
+
+@pytest.mark.xdist_group("ranks")
 def test_adapter_is_merged_into_the_parts_of_ranks(
     directories: dict[str, Path], divided: list[dict[str, Any]], adapter: Path
 ) -> None:
@@ -284,7 +311,9 @@ def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], d
     size = (directory / SINGLE).stat().st_size
     assert 0.98 * size < read_bytes(directory) <= size
     for rank in divided:
-        assert 0.49 * size < rank["read_bytes"] < 0.53 * size  # norms, and biases after sums, are on both
+        alone, with_adapter = rank["read_bytes"]
+        assert with_adapter == alone
+        assert 0.49 * size < alone < 0.53 * size  # norms, and biases after sums, are on both
 
 
 @pytest.mark.xdist_group("ranks")
@@ -328,6 +357,7 @@ def test_row_parallel_layer_with_a_norm_raises() -> None:
     [
         ("gpt2", 2, r"GPT2LMHeadModel, which 2 ranks cannot share: transformers has no plan .*_size 1\.$"),
         ("olmo2", 2, r"Olmo2ForCausalLM, .* its plan in transformers does not divide attention .*_size 1\.$"),
+        ("doge", 2, r"DogeForCausalLM, which 2 ranks .* its attention masks have all heads .*_size 1\.$"),
         ("gpt_neox", 2, r"GPTNeoXForCausalLM, .* does not divide attention .*_size 1\.$"),
         ("qwen2", 4, r"Qwen2ForCausalLM with 4 attention heads and 2 KV heads, which 4 ranks .*_size 2\.$"),
         ("qwen2", 3, r"with 4 attention heads and 2 KV heads, which 3 ranks cannot share equally\. .*_size 2\.$"),
@@ -336,7 +366,7 @@ def test_row_parallel_layer_with_a_norm_raises() -> None:
 def test_plan_refuses_what_ranks_cannot_share(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, size: int, expected: str
 ) -> None:
-    save_config(CASES[name], tmp_path)
+    save_config(CASES.get(name, Case(name)), tmp_path)
     (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
     monkeypatch.setattr(tensor_parallel, "size", lambda: size)
     with pytest.raises(UnsupportedModel, match=expected):
@@ -360,7 +390,8 @@ def test_plan_refuses_embeddings_and_remote_code_on_ranks(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("two_ranks")
 @pytest.mark.parametrize(
-    ("device", "mode", "instead"), [("cuda", "8bit", "none"), ("cuda", "4bit", "none"), ("cpu", "4bit", "8bit or none")]
+    ("device", "mode", "instead"),
+    [("cuda", "8bit", "fp8 or none"), ("cuda", "4bit", "fp8 or none"), ("cpu", "4bit", "8bit or none")],
 )
 def test_resolve_mode_refuses_what_ranks_cannot_divide(device: str, mode: str, instead: str) -> None:
     expected = f"--quantization {mode} on {device} does not divide weights among 2 tensor-parallel ranks. Use {instead}"
@@ -370,10 +401,12 @@ def test_resolve_mode_refuses_what_ranks_cannot_divide(device: str, mode: str, i
 
 
 @pytest.mark.usefixtures("two_ranks")
-def test_resolve_mode_of_ranks_divides_8bit_on_a_cpu_and_prefers_more_gpus() -> None:
+def test_resolve_mode_of_ranks_divides_8bit_on_a_cpu_and_fp8_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantization.resolve_mode("8bit", torch.device("cpu"), None, 100, 1000) == "8bit"
     assert quantization.resolve_mode("auto", torch.device("cpu"), None, 100, 1000) == "8bit"
     assert quantization.resolve_mode("auto", CUDA, None, 100, 10) == "none"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert quantization.resolve_mode("fp8", CUDA, None, 100, 10) == "fp8"
     assert quantization.resolve_mode("none", CUDA, {"quant_method": "fp8"}, 100, 1000) == "none"
 
 

@@ -58,6 +58,12 @@ def test_line_within_request_has_its_id() -> None:
     assert "request_id" not in as_json(record("after"))
 
 
+def test_line_of_a_follower_has_its_rank() -> None:
+    assert re.fullmatch(rf"{TIME} INFO predictor\.model \[rank 2\]: loaded", TextFormatter(2).format(record("loaded")))
+    assert json.loads(JsonFormatter(2).format(record("loaded")))["rank"] == 2
+    assert "rank" not in as_json(record("loaded"))
+
+
 def test_json_extra_fields_are_keys() -> None:
     line = as_json(record("GET / 200", fields={"status": 200, "finish_reasons": ["stop"]}))
     assert (line["message"], line["status"], line["finish_reasons"]) == ("GET / 200", 200, ["stop"])

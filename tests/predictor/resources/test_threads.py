@@ -36,3 +36,16 @@ def test_configure_threads_with_a_number_overrides_the_limit(monkeypatch: pytest
     monkeypatch.setattr(cgroup, "cpu_limit", lambda _: 1.0)
     threads.configure_threads(2)
     assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("cores")
+@pytest.mark.parametrize(("limit", "processes", "expected"), [(8.0, 2, 4), (7.5, 4, 2), (2.0, 4, 1)])
+def test_configure_threads_of_several_processes_share_the_limit(
+    monkeypatch: pytest.MonkeyPatch, limit: float, processes: int, expected: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    chosen: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(cgroup, "cpu_limit", lambda _: limit)
+    threads.configure_threads(None, processes)
+    assert chosen == [expected]

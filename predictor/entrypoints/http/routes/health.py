@@ -9,6 +9,7 @@ from prometheus_client.exposition import choose_encoder
 
 from predictor.entrypoints.http import openapi
 from predictor.entrypoints.http.openapi import json_responses
+from predictor.entrypoints.http.routes import playground
 from predictor.errors import ModelNotReady, NotNow
 from predictor.generation.service import LLMService
 from predictor.protocols.open_inference import SERVER
@@ -16,13 +17,16 @@ from predictor.protocols.open_inference import SERVER
 LINKS = {"models": "/v1/models", "ready": "/v2/health/ready", "metrics": "/metrics", "openapi": "/openapi.json"}
 
 
-def create_router(service: LLMService) -> APIRouter:
-    """Build the routes of probes and of Prometheus."""
+def create_router(service: LLMService, *, has_page: bool = False) -> APIRouter:
+    """Build the routes of probes and of Prometheus, and of `/`, where browsers find the page if there is one."""
     router = APIRouter(tags=["health"])
     version = installed_version(SERVER)
 
     @router.get("/", include_in_schema=False)
-    async def root() -> dict[str, Any]:
+    async def root(request: Request, response: Response) -> Any:
+        if has_page and playground.is_requested(request):
+            return playground.respond()
+        response.headers["Vary"] = "Accept"
         # KServe's v1 clients compare the status.
         return {"status": "alive", "name": SERVER, "version": version, "links": LINKS}
 
