@@ -79,8 +79,8 @@ class StepRunner(ModelRunner):
                 # The largest first, whose memory the others share.
                 for rows in reversed(sizes):
                     self._graphs[rows] = self._capture(model, rows)
-        # What cannot be captured: copies to the host, in the choice of experts for example.
-        except RuntimeError as error:
+        # Copies to the host cannot be captured, in the choice of experts for example. The warm-up reports other errors.
+        except Exception as error:  # noqa: BLE001
             self._graphs = {}
             self._logits = torch.empty(0)
             logger.warning("no CUDA graphs, so short steps take longer: %s", str(error).partition("\n")[0])

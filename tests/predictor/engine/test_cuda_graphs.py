@@ -164,8 +164,9 @@ def test_chunks_of_prompts_are_computed(replayed: Engine, graphs: Graphs, loaded
     assert graphs.replays.total() == 0
 
 
+@pytest.mark.parametrize("error", [RuntimeError, TypeError])
 def test_failed_capture_leaves_an_engine_without_graphs(
-    paged: LoadedModel, engine: Engine, loaded: LoadedModel, caplog: pytest.LogCaptureFixture
+    paged: LoadedModel, engine: Engine, loaded: LoadedModel, caplog: pytest.LogCaptureFixture, error: type[Exception]
 ) -> None:
     captures = 0
 
@@ -173,7 +174,7 @@ def test_failed_capture_leaves_an_engine_without_graphs(
         nonlocal captures
         captures += 1
         if captures == 2:
-            raise RuntimeError("operation not permitted when stream is capturing\nMore.")
+            raise error("operation not permitted when stream is capturing\nMore.")
         return SimpleNamespace(replay=None, pool=lambda: None)
 
     request = (random_ids(loaded, 20, seed=71), TEN)
