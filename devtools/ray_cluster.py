@@ -24,11 +24,16 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def running(nodes: int) -> Iterator[str]:
-    """Run Ray Serve; yield the URL of its proxy. Everything is stopped afterwards."""
+def running(nodes: int, head_cpus: int = NODE_CPUS) -> Iterator[str]:
+    """Run Ray Serve; yield the URL of its proxy. Everything is stopped afterwards.
+
+    Args:
+        nodes: number of nodes, with the head.
+        head_cpus: CPUs that the head claims to have; 0: it runs no replica.
+    """
     os.environ.update(ENVIRONMENT)
     size = {"num_cpus": NODE_CPUS, "object_store_memory": OBJECT_STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args={**size, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={**size, "num_cpus": head_cpus, "include_dashboard": False})
     port = processes.free_port()
     try:
         for _ in range(nodes - 1):

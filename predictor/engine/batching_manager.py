@@ -318,7 +318,10 @@ class BatchingManager:
 
 
 def _overlaps(model: CausalLM) -> bool:
-    """Return whether a step is prepared while another one runs: a CPU computes both in the same cores."""
+    """Return whether a step is prepared while another one runs.
+
+    A CPU computes both in the same cores, and ranks would have to agree on the steps that they prepare ahead.
+    """
     return model.device.type == "cuda" and tensor_parallel.size() == 1
 
 

@@ -3,7 +3,6 @@
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from transformers.generation.continuous_batching.requests import RequestStatus
@@ -19,15 +18,6 @@ LIMITED_STEPS = 1000
 """Steps that stay smaller than one that ran out of memory, which may have been another process's fault."""
 
 
-@dataclass
-class _Limits:
-    """Size of the next `steps` steps."""
-
-    sequences: int
-    tokens: int
-    steps: int
-
-
 class FairScheduler(FIFOScheduler):
     """First in, first out for one caller, and `FairQueue`'s order between callers.
 
@@ -36,7 +26,6 @@ class FairScheduler(FIFOScheduler):
     would never admit one.
     """
 
-    max_requests_per_batch: int
     scheduled: Sequence[Any] = ()
     """Sequences of the step; none before they are all scheduled."""
     scorer: PromptScorer | None = None
@@ -48,10 +37,11 @@ class FairScheduler(FIFOScheduler):
         self.fair_queue = FairQueue()
         self.settle: Callable[[], bool] = lambda: False
         """Takes over the tokens of a step that runs; returns whether there was one."""
-        self._limits: _Limits | None = None
+        self.limited_steps = 0
+        """Number of next steps that have at most `_token_limit` tokens."""
+        self._token_limit = 0
         self._step_tokens = 0
         super().__init__(*arguments, **options)
-        self._max_sequences = self.max_requests_per_batch
 
     def add_waiting_request(self, state: Any) -> None:
         submission: Submission | None = state.logit_processor_kwargs.get("submission")
@@ -64,7 +54,9 @@ class FairScheduler(FIFOScheduler):
 
     def schedule_batch(self, token_budget: int, cache_budget: int) -> tuple[list[Any] | None, bool, int, int]:
         self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
-        token_budget = self._apply_limits(token_budget)
+        if self.limited_steps:
+            self.limited_steps -= 1
+            token_budget = min(token_budget, self._token_limit)
         if self.waiting_requests:
             self._make_room(token_budget)
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
@@ -73,17 +65,6 @@ class FairScheduler(FIFOScheduler):
         for request in batch[0] or ():
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
-
-    def _apply_limits(self, token_budget: int) -> int:
-        """Set the number of sequences of the next step, and return its tokens."""
-        limits = self._limits
-        self.max_requests_per_batch = self._max_sequences if limits is None else limits.sequences
-        if limits is None:
-            return token_budget
-        limits.steps -= 1
-        if not limits.steps:
-            self._limits = None
-        return min(token_budget, limits.tokens)
 
     def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
         """Schedule the candidates: decoding sequences first, then prompts in fair order."""
@@ -172,12 +153,13 @@ class FairScheduler(FIFOScheduler):
         """Remove and return the newest sequence of a step that ran out of memory, and put the others back.
 
         They wait in front of all others, with their tokens, and keep their complete pages of the cache: a step writes
-        behind them. As of `remove_failed`, if no other sequence is left. The following steps are smaller, since others
-        would otherwise take the free place, and fail for the same reason.
+        behind them. As of `remove_failed`, if no other sequence is left. The following steps have fewer tokens, since
+        other sequences would otherwise take the free place, and fail for the same reason.
         """
         running = [state for state in self.scheduled if state.request_id in self.active_requests]
-        sequences = max(1, len(running) - 1)
-        self._limits = _Limits(sequences, max(sequences, self._step_tokens // 2), LIMITED_STEPS)
+        if self._step_tokens > 1:
+            self._token_limit = max(len(running) - 1, self._step_tokens // 2)
+            self.limited_steps = LIMITED_STEPS
         if len(running) < 2:
             return self.remove_failed()
         newest = max(running, key=lambda state: state.created_time).request_id

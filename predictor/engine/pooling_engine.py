@@ -19,7 +19,8 @@ import torch
 
 from predictor.engine import admission, warm_up
 from predictor.engine.pooling_model import PoolingInput, PoolingModel
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, RequestError
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, OutOfMemory, RequestError
+from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller, Pooling
 
@@ -96,7 +97,7 @@ class PoolingEngine:
         self.steps = 0
         """Batches since the start, without those that failed."""
         self.failed_steps = 0
-        """Batches that failed, with their requests, since the start."""
+        """Batches that failed since the start, with their requests, or computed again in parts for lack of memory."""
         self._model = model
         self._max_batch_tokens = max_batch_tokens
         self._max_batch_inputs = max_batch_inputs
@@ -274,11 +275,10 @@ class PoolingEngine:
     def _compute_batch(self) -> None:
         try:
             rows = self._model([job.inputs[index] for job, index in self._batch])
-        except Exception:
-            logger.exception("a batch failed")
+        except Exception as error:
+            logger.exception("a batch of %d inputs failed", len(self._batch))
             self.failed_steps += 1
-            for job, _ in self._batch:
-                job.fail(GenerationFailed("The forward pass failed. See the server log."))
+            self._fail_batch(error)
         else:
             self.steps += 1
             # Before the rows are delivered: who has one sees an engine that does not hang.
@@ -290,6 +290,31 @@ class PoolingEngine:
                     job.fail(GenerationFailed("The result is not a number. Start the server with --dtype float32."))
         finally:
             self._batch, self._batch_started = [], math.inf
+
+    def _fail_batch(self, error: Exception) -> None:
+        """Fail the requests of the batch; if it did not fit into memory, compute it again in smaller ones."""
+        if not memory.is_out_of_memory(error):
+            failure: RequestError = GenerationFailed("The forward pass failed. See the server log.")
+        elif len(self._batch) > 1:
+            self._max_batch_inputs = len(self._batch) // 2
+            logger.warning(
+                "batches have %d inputs at most from now on, for lack of memory; lower --max_num_batched_tokens or "
+                "--max_num_seqs",
+                self._max_batch_inputs,
+            )
+            self._put_back()
+            return
+        else:
+            failure = OutOfMemory("Out of memory: an input of the request does not fit. Shorten it, or retry later.")
+        for job, _ in self._batch:
+            job.fail(failure)
+
+    def _put_back(self) -> None:
+        with self._changed:
+            for job, index in reversed(self._batch):
+                job.pending.append(index)
+                if job not in self._queue:
+                    self._queue.appendleft(job)
 
 
 def _stopped() -> EngineStopped:

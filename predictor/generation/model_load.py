@@ -18,7 +18,7 @@ from predictor.kernels.tensor_parallel import Rank
 from predictor.models import loader, placement, snapshot
 from predictor.models.loader import LoadedModel, ReportWeights, TimePhase
 from predictor.models.snapshot import Snapshot
-from predictor.resources import threads
+from predictor.resources import numa, threads
 from predictor.settings import Settings
 
 WARM_UP_SECONDS = 600.0
@@ -54,7 +54,7 @@ def find_snapshots(settings: Settings, report: Callable[[str], None]) -> tuple[S
 
 
 def join_ranks(settings: Settings, rank: Rank | None) -> None:
-    """Join the group of a tensor-parallel model, if this is one, and set the number of torch threads.
+    """Join the group of a tensor-parallel model, if this is one, and set torch's threads and their cores.
 
     Raises:
         StartupError: the device is not available.
@@ -62,6 +62,8 @@ def join_ranks(settings: Settings, rank: Rank | None) -> None:
     threads.configure_threads(settings.num_threads, rank.size if rank else 1)
     if rank:
         device = placement.choose_device(settings.device)
+        if device.type == "cpu":
+            numa.bind(rank.number, rank.size)
         tensor_parallel.join(rank.number, rank.size, rank.address, device=device, listen_fd=rank.listen_fd)
 
 
@@ -136,7 +138,7 @@ def metadata(model_snapshot: Snapshot, loaded: LoadedModel, context_tokens: int)
         **({"device_map": json.dumps(loaded.device_map)} if loaded.device_map else {}),
         **({"unembedded_tokens": str(len(loaded.unembedded_tokens))} if loaded.unembedded_tokens else {}),
         "context_tokens": str(context_tokens),
-        **({"tensor_parallel_size": str(tensor_parallel.size())} if tensor_parallel.size() > 1 else {}),
+        "tensor_parallel_size": str(tensor_parallel.size()),
     }
 
 

@@ -201,9 +201,7 @@ class LLMService:
                 **properties,
             }
             self._pipeline = pipeline
-        self._metrics.set_model_info(
-            **{name: self.metadata.get(name, "") for name in ("commit", "adapter", "device", "dtype", "quantization")}
-        )
+        self._metrics.set_model_info(self.metadata)
         self._metrics.register_callbacks(
             num_requests_running=lambda: engine.running,
             num_requests_waiting=lambda: self._num_encoding.total() + engine.waiting,

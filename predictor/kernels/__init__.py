@@ -1,1 +1,1 @@
-"""CPU layers and C code."""
+"""Attention, CPU layers and C code."""

@@ -5,7 +5,7 @@ metrics have the label `model_name`. Label values come from fixed sets, never fr
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram
@@ -27,6 +27,9 @@ PROTOCOLS = frozenset(
 OTHER = "other"
 """Protocol of a request that was rejected before its route, or has none."""
 
+MODEL_PROPERTIES = ("commit", "adapter", "device", "dtype", "quantization", "tensor_parallel_size")
+"""Labels of `model_info`, named as in the model's metadata."""
+
 _FINISHED = Counter(
     PREFIX + "request_finished", "Finished sequences, by finish reason.", ["model_name", "finished_reason"]
 )
@@ -38,7 +41,7 @@ _REQUESTS = Counter(
 _INFO = Gauge(
     PREFIX + "model_info",
     "Properties of the served model as labels; the value is 1.",
-    ["model_name", "commit", "adapter", "device", "dtype", "quantization"],
+    ["model_name", *MODEL_PROPERTIES],
 )
 _PHASES = Gauge(PREFIX + "load_phase_seconds", "Duration of a finished phase of startup.", ["model_name", "phase"])
 _COUNTERS = {
@@ -109,9 +112,9 @@ class ModelMetrics:
         for name, callback in callbacks.items():
             _CALLBACKS.callbacks[name][self._model_name] = callback
 
-    def set_model_info(self, *, commit: str, adapter: str, device: str, dtype: str, quantization: str) -> None:
-        """Set the labels of `model_info`."""
-        _INFO.labels(self._model_name, commit, adapter, device, dtype, quantization).set(1)
+    def set_model_info(self, properties: Mapping[str, str]) -> None:
+        """Set the labels of `model_info`; a missing property is empty."""
+        _INFO.labels(self._model_name, *(properties.get(name, "") for name in MODEL_PROPERTIES)).set(1)
 
     def observe_load_phase(self, phase: str, seconds: float) -> None:
         """Record the duration of a phase of startup."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from preflight import ray
 from preflight.checks.containers import ports
+from preflight.checks.timeouts import KUBERNETES_GRACE_SECONDS
 from preflight.deployment import MODELS, Deployment, Manifest, name_of
 from preflight.findings import Finding, Problems
 from preflight.programs import PREDICTOR_ON_RAY, ray_problem
@@ -33,7 +34,7 @@ def check(deployment: Deployment) -> Iterator[Finding]:
             yield Finding(where, problem, remedy, source)
     for application in ray.applications(deployment):
         problems = [*_builder(application), *_size(application), *_number(application), *_metrics(application)]
-        for problem, remedy, source in [*problems, *_times(application, config)]:
+        for problem, remedy, source in [*problems, *_times(application, config), *_termination(application)]:
             yield Finding(application.where, problem, remedy, source)
 
 
@@ -199,6 +200,27 @@ def _times(application: ray.Application, config: Manifest) -> Problems:
             "set the first above the second, or remove it",
             "kserve-llm",
         )
+
+
+def _termination(application: ray.Application) -> Problems:
+    """Check that a worker's pod that is deleted drains its node, and has the time for it."""
+    grace = _number_of(application, "SHUTDOWN_GRACE")
+    for group in application.groups[:1]:
+        name, lifecycle = group.container["name"], group.container.get("lifecycle") or {}
+        period = group.pod.spec.get("terminationGracePeriodSeconds", KUBERNETES_GRACE_SECONDS)
+        if "preStop" not in lifecycle:
+            yield (
+                f"container {name} has no preStop that drains the node, so a deleted pod ends its running requests",
+                "copy it from manifests/ray/ray-service.yaml",
+                "kserve-llm",
+            )
+        elif period < grace:
+            yield (
+                f"terminationGracePeriodSeconds of worker group {group.name} is {period} and "
+                f"PREDICTOR_SHUTDOWN_GRACE_SECONDS {grace:g}, so a deleted pod may end running requests",
+                "set the first above the second",
+                "kubelet",
+            )
 
 
 def _number_of(deployment: Deployment, name: str) -> float:

@@ -1,5 +1,6 @@
 """Check tensor parallelism: as many ranks as GPUs, heads that they can share, and what does not run on several GPUs."""
 
+import math
 from collections.abc import Iterator
 
 from preflight import gpus, quantities
@@ -61,28 +62,32 @@ def _number(deployment: Deployment, ranks: int, count: int, written: str) -> Pro
 
 
 def _heads(ranks: int, model: Model | None) -> Problems:
-    if model and model.key_value_heads % ranks:
-        divisors = [str(size) for size in range(1, model.key_value_heads + 1) if model.key_value_heads % size == 0]
+    if model and (model.heads % ranks or model.key_value_heads % ranks):
+        most = math.gcd(model.heads, model.key_value_heads)
+        divisors = [str(size) for size in range(1, most + 1) if most % size == 0]
         yield (
-            f"the model has {model.key_value_heads} key-value heads, which {ranks} ranks cannot share equally, so the "
-            "predictor does not start",
+            f"the model has {model.heads} attention heads and {model.key_value_heads} key-value heads, which {ranks} "
+            "ranks cannot share equally, so the predictor does not start",
             f"use {', '.join(divisors)} ranks",
             "kserve-llm",
         )
 
 
 def _unsupported(deployment: Deployment, ranks: int) -> Problems:
-    quantization, task = (deployment.settings.get(f"PREDICTOR_{name}", "") for name in ("QUANTIZATION", "TASK"))
-    if gpus.counts(deployment) and quantization in ("8bit", "4bit"):
+    settings = deployment.settings
+    quantization, task = (settings.get(f"PREDICTOR_{name}", "") for name in ("QUANTIZATION", "TASK"))
+    device, divided, others = ("a GPU", "fp8", "8bit 4bit") if gpus.counts(deployment) else ("a CPU", "8bit", "4bit")
+    falls_back = settings.get("PREDICTOR_QUANTIZATION_FALLBACK", "").lower() in quantities.TRUE_WORDS
+    if quantization in others.split() and not falls_back:
         yield (
-            f"PREDICTOR_QUANTIZATION is {quantization}, which bitsandbytes does not split among {ranks} GPUs, so the "
+            f"PREDICTOR_QUANTIZATION is {quantization}, which on {device} is not divided among {ranks} ranks, so the "
             "predictor does not start",
-            "set it to none, or use one GPU",
+            f"set it to {divided} or none",
             "kserve-llm",
         )
     if task in ("embed", "classify"):
         yield (
-            f"PREDICTOR_TASK is {task}, and only models that generate are split among {ranks} ranks",
+            f"PREDICTOR_TASK is {task}, and only models that generate are divided among {ranks} ranks",
             "use one GPU, and more replicas",
             "kserve-llm",
         )

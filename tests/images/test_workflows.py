@@ -74,3 +74,11 @@ def test_workflow_image_targets_exist() -> None:
     }
     for dockerfile, target in built:
         assert not target or re.search(rf"^FROM .* AS {target}$", (ROOT / dockerfile).read_text(), re.MULTILINE)
+
+
+def test_workflow_pushes_every_image_of_the_overlays() -> None:
+    jobs = yaml.safe_load(TEXTS["images.yaml"])["jobs"].values()
+    pushed = {job["with"]["name"] for job in jobs if "with" in job}
+    component = yaml.safe_load((ROOT / "kustomize/components/images/kustomization.yaml").read_text())
+    names = [image["newName"].rpartition("/")[2] for image in component["images"]]
+    assert {name for name in names if name.startswith("kserve-llm-")} == pushed

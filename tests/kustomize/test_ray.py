@@ -1,6 +1,10 @@
 """Overlay rayservice: the RayService, its applications and what it shares with the other overlays."""
 
+import os
 import re
+import socket
+import subprocess
+from pathlib import Path
 
 import pytest
 import yaml
@@ -173,3 +177,25 @@ def test_serve_config_is_valid_for_ray(rayservice: Rendered) -> None:
     assert set(config["http_options"]) <= set(schema.HTTPOptionsSchema.model_fields)
     for application in config["applications"]:
         assert set(application) <= set(schema.ServeApplicationSchema.model_fields)
+
+
+def test_pre_stop_drains_the_node_and_waits_until_the_replica_has_ended(rayservice: Rendered, tmp_path: Path) -> None:
+    # The command is tried with Ray in tests/predictor/entrypoints/test_ray_cluster.py.
+    command = tmp_path / "ray"
+    command.write_text('#!/bin/sh\necho "$@"\n')
+    command.chmod(0o755)
+    program, option, script = rayservice.server["lifecycle"]["preStop"]["exec"]["command"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        words = [program, option, script.replace("8081", str(port)).replace("sleep 1;", "sleep 0.1;")]
+        running = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+        # The loop connects twice, so it has waited.
+        for _ in range(2):
+            server.accept()[0].close()
+        assert running.poll() is None
+    output, _ = running.communicate(timeout=30)
+    assert running.returncode == 0
+    [deadline] = re.findall(r"^drain-node .*--deadline-remaining-seconds (\d+)$", output, re.MULTILINE)
+    assert all(int(deadline) < pod.spec["terminationGracePeriodSeconds"] for pod in rayservice.ray_pods[1:])
+    assert int(deadline) > int(rayservice.settings["PREDICTOR_SHUTDOWN_GRACE_SECONDS"])

@@ -74,6 +74,7 @@ def suitable(cluster: FakeCluster, rendered: Callable[[str], Deployment]) -> Fak
         CONTROLLER: {"spec": {"template": {"spec": {"containers": [{"image": "proxy:v1"}, {"image": image}]}}}},
         DEFINITIONS: {
             "items": [
+                definition("ray.io", "v1", "RayService"),
                 definition("serving.kserve.io", "v1beta1", "InferenceService"),
                 definition("serving.kserve.io", "v1alpha1", "ServingRuntime"),
                 definition("serving.knative.dev", "v1", "Service"),
@@ -201,6 +202,20 @@ def test_gpus_unschedulable_pod_is_a_warning(
 def test_gpus_one_suitable_node_is_enough(suitable: FakeCluster, check: Check) -> None:
     suitable.answers[NODES] = {"items": [node(taint="team"), node(labels={}), node()]}
     assert check() == []
+
+
+def test_nodes_of_a_ray_service_are_checked_for_each_application(suitable: FakeCluster, check: Check) -> None:
+    namespace = {"metadata": {"name": "kserve-llm-rayservice"}}
+    suitable.answers["/api/v1/namespaces/kserve-llm-rayservice"] = namespace
+    cpus = {**CPU_NODE, "status": {"allocatable": {"cpu": "16", "memory": "64Gi"}}}
+    suitable.answers[NODES] = {"items": [node(), cpus]}
+    assert check("rayservice") == []
+    suitable.answers[NODES] = {"items": [cpus]}
+    [finding] = check("rayservice")
+    assert finding.startswith("warning: RayService/llm, application llm: no node has 1 of nvidia.com/gpu; ")
+    suitable.answers[NODES] = {"items": [node(), CPU_NODE]}
+    [finding] = check("rayservice")
+    assert finding.startswith("warning: RayService/llm, application llm-cpu: ")
 
 
 def test_gpus_too_few_on_every_node_is_a_warning(suitable: FakeCluster, check: Check) -> None:

@@ -171,6 +171,14 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d.spec.pop("rayClusterDeletionDelaySeconds"),
         "RayService/llm: rayClusterDeletionDelaySeconds is 60 and PREDICTOR_REQUEST_TIMEOUT_SECONDS 590, so an upgrade",
     ),
+    "no_pre_stop": (
+        lambda d: d.worker(0).pop("lifecycle"),
+        GPU + "container gpu-worker has no preStop that drains the node, so a deleted pod ends its running requests",
+    ),
+    "termination_grace": (
+        lambda d: d.group(1)["template"]["spec"].pop("terminationGracePeriodSeconds"),
+        CPU + "terminationGracePeriodSeconds of worker group cpu is 30 and PREDICTOR_SHUTDOWN_GRACE_SECONDS 600, so a",
+    ),
     # The head and the pods
     "replicas_on_the_head": (
         lambda d: d.head["rayStartParams"].pop("num-cpus"),
@@ -297,7 +305,7 @@ def test_ray_four_gpus_of_a_replica_are_checked_as_ranks(rayservice: RayDraft) -
     assert rayservice.check(model=QWEN) == []
     rayservice.arguments(quantization="8bit")
     [finding] = rayservice.check(model=QWEN)
-    assert "PREDICTOR_QUANTIZATION is 8bit, which bitsandbytes does not split among 4 GPUs" in str(finding)
+    assert "PREDICTOR_QUANTIZATION is 8bit, which on a GPU is not divided among 4 ranks" in str(finding)
     rayservice.arguments(quantization="none", tensor_parallel_size=2)
     assert "num_gpus: 4 GPUs, but tensor_parallel_size is 2" in str(rayservice.check(model=QWEN))
 

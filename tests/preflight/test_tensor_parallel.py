@@ -30,11 +30,12 @@ def select(draft: Draft, **labels: str) -> Draft:
     return draft
 
 
-def on_a_cpu(draft: Draft) -> None:
+def on_a_cpu(draft: Draft) -> Draft:
     for kind in ("requests", "limits"):
         del draft.model["resources"][kind][gpus.GPU]
         draft.model["resources"][kind].update(cpu="2", memory="200Gi")
     draft.settings.update({SIZE: "4", "PREDICTOR_DEVICE": "cpu", "PREDICTOR_MAX_NUM_SEQS": "32"})
+    return draft
 
 
 def without_shared_memory(draft: Draft) -> None:
@@ -69,20 +70,26 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "heads": (
         lambda d: request(d, "3"),
-        "the model has 8 key-value heads, which 3 ranks cannot share equally, so the predictor does not start; use 1, "
-        "2, 4, 8 ranks. [kserve-llm]",
+        "the model has 64 attention heads and 8 key-value heads, which 3 ranks cannot share equally, so the predictor "
+        "does not start; use 1, 2, 4, 8 ranks. [kserve-llm]",
     ),
     "8bit": (
         lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bit"),
-        "PREDICTOR_QUANTIZATION is 8bit, which bitsandbytes does not split among 4 GPUs",
+        "PREDICTOR_QUANTIZATION is 8bit, which on a GPU is not divided among 4 ranks, so the predictor does not start; "
+        "set it to fp8 or none. [kserve-llm]",
     ),
     "4bit": (
         lambda d: d.settings.update(PREDICTOR_QUANTIZATION="4bit"),
-        "PREDICTOR_QUANTIZATION is 4bit, which bitsandbytes does not split among 4 GPUs",
+        "PREDICTOR_QUANTIZATION is 4bit, which on a GPU is not divided among 4 ranks",
+    ),
+    "4bit_on_a_cpu": (
+        lambda d: [on_a_cpu(d), d.settings.update({SIZE: "2", "PREDICTOR_QUANTIZATION": "4bit"})],
+        "PREDICTOR_QUANTIZATION is 4bit, which on a CPU is not divided among 2 ranks, so the predictor does not start; "
+        "set it to 8bit or none. [kserve-llm]",
     ),
     "embed": (
         lambda d: d.settings.update(PREDICTOR_TASK="embed"),
-        "PREDICTOR_TASK is embed, and only models that generate are split among 4 ranks",
+        "PREDICTOR_TASK is embed, and only models that generate are divided among 4 ranks",
     ),
     "slices": (
         lambda d: request(d, "4", "nvidia.com/mig-7g.80gb"),
@@ -139,6 +146,8 @@ def test_tensor_parallel_one_mistake_is_one_finding(draft: Drafts, mistake: Mist
     [
         lambda _: None,
         lambda d: d.settings.update({SIZE: "4"}),
+        lambda d: d.settings.update(PREDICTOR_QUANTIZATION="fp8"),
+        lambda d: d.settings.update(PREDICTOR_QUANTIZATION="8bit", PREDICTOR_QUANTIZATION_FALLBACK="true"),
         lambda d: request(d, "8"),
         lambda d: select(d, product="NVIDIA-H100-80GB-HBM3"),
         # A product without a size in its name, which is not known either, cannot be checked.

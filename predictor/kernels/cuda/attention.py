@@ -213,8 +213,10 @@ def _largest_difference(
         cu_seq_q = torch.tensor([0, query_lengths[0], len(query)], dtype=torch.int32, device=device)
         batch = cu_seq_q, cu_seq_k, max(query_lengths), 2 * KERNEL_PAGE_TOKENS
         actual, expected = (
-            _attend_to_pages(kernel, query, key_pages, value_pages, batch, sequences, head_dim**-0.5)
-            for kernel in (varlen_attn, reference.varlen_attn)
+            _attend_to_pages(
+                kernel, query.to(kind), key_pages.to(kind), value_pages.to(kind), batch, sequences, head_dim**-0.5
+            )
+            for kernel, kind in ((varlen_attn, dtype), (reference.varlen_attn, torch.float32))
         )
         differences.append((actual - expected).abs().amax().nan_to_num(torch.inf))
     return float(torch.stack(differences).amax())

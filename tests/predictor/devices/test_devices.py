@@ -25,12 +25,25 @@ from predictor.models import loader
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
 from tests.predictor import servers
-from tests.predictor.engine.conftest import GREEDY, LONG, SAMPLED, chat_ids, generate, generate_all, started, until_idle
+from tests.predictor.engine.conftest import (
+    GREEDY,
+    LONG,
+    SAMPLED,
+    Generated,
+    chat_ids,
+    generate,
+    generate_all,
+    random_ids,
+    read,
+    started,
+    until_idle,
+)
 from tests.predictor.servers import HANG_SECONDS, OPENAI, Call, Hold, InProcessServer, StreamReader
 
 pytestmark = pytest.mark.xdist_group("devices")
 
 CROWD = 64
+FEW = replace(GREEDY, max_tokens=4, ignore_eos=True)
 CACHE = ("--kv_cache_tokens", "8192")
 """The default would take most of a GPU's memory, which several servers share here."""
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -73,12 +86,15 @@ def server(device: str) -> Iterator[InProcessServer]:
 
 
 @contextmanager
-def failing_once(loaded: LoadedModel, fail: Callable[[], Any]) -> Iterator[None]:
-    """Call `fail`, which raises, before the next forward pass."""
+def failing_once(
+    loaded: LoadedModel, fail: Callable[[], Any], *, if_: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """Call `fail`, which raises, before the next forward pass for which `if_` holds."""
 
     def hook(*_: Any) -> None:
-        handle.remove()
-        fail()
+        if if_():
+            handle.remove()
+            fail()
 
     handle = loaded.model.register_forward_pre_hook(hook)
     try:
@@ -197,6 +213,34 @@ def test_failed_step_fails_its_sequences_only(engine: Engine, loaded: LoadedMode
     assert engine.failed_steps == before + 1
     assert engine.is_alive
     assert generate(engine, ids, GREEDY) == expected
+
+
+def test_step_out_of_memory_costs_the_newest_of_a_crowd(engine: Engine, loaded: LoadedModel, device: str) -> None:
+    requests = [(chat_ids(loaded, question), GREEDY) for question, _ in exam.held_out_questions(8)]
+    expected = generate_all(engine, requests)
+    # Set by tests before.
+    engine._executor._manager.batch_processor.scheduler.limited_steps = 0  # type: ignore[attr-defined]
+
+    async def together() -> list[Generated | BaseException]:
+        return await asyncio.gather(*map(read, engine.submit(requests)), return_exceptions=True)
+
+    def allocate() -> torch.Tensor:
+        return torch.empty(2**50, dtype=torch.int8, device=device)
+
+    with failing_once(loaded, allocate, if_=lambda: engine.running == len(requests)):
+        *others, newest = asyncio.run(together())
+    assert isinstance(newest, OutOfMemory)
+    assert others == expected[:-1]
+
+
+def test_default_kv_cache_leaves_room_for_full_steps(loaded: LoadedModel) -> None:
+    sequences, tokens = 16, 128
+    limits = {"max_num_seqs": sequences, "max_num_batched_tokens": sequences * tokens, "kv_cache_tokens": None}
+    with started(loaded, max_queued_requests=0, **limits) as running:
+        generated = generate_all(running, [(random_ids(loaded, tokens, seed), FEW) for seed in range(sequences)])
+        assert running.cache_tokens >= 2 * sequences * tokens
+        assert running.failed_steps == 0
+    assert [len(each.token_ids) for each in generated] == [FEW.max_tokens] * sequences
 
 
 def wait_for_sequences(server: InProcessServer, number: int) -> None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -255,6 +256,18 @@ def test_fairness_cancelled_waiting_sequence_frees_its_place(wide: Engine, ids: 
 
     scheduler = wide._executor._manager.batch_processor.scheduler  # type: ignore[attr-defined]
     asyncio.run(run())
+
+
+def test_fairness_cancelled_sequences_leave_in_the_order_of_their_ids() -> None:
+    """Ranks free blocks in the same order, though the order of a set of strings differs between processes."""
+    freed: list[str] = []
+    scheduler = FairScheduler(SimpleNamespace(free_blocks=freed.append), safety_margin=0.0, max_requests_per_batch=1)
+    request_ids = [f"sequence {number}" for number in range(30)]
+    for request_id in request_ids:
+        scheduler.set_request_cancellation(request_id)
+    scheduler.clear_cancelled_requests()
+    scheduler.clear_cancelled_requests()
+    assert freed == sorted(request_ids)
 
 
 def test_fairness_full_queue_of_one_caller_leaves_the_others_their_share(

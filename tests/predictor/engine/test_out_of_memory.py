@@ -79,7 +79,7 @@ def without_prefixes_and_limits(engine: Engine) -> Iterator[None]:
     """Compute every prompt anew, and full steps in the tests that follow."""
     scheduler_of(engine).cache.evict_cached_blocks()
     yield
-    scheduler_of(engine)._limits = None
+    scheduler_of(engine).limited_steps = 0
 
 
 def outcomes(engine: Engine, requests: Requests) -> dict[str, Generated | BaseException]:

@@ -13,7 +13,7 @@ import torch
 from predictor.engine import warm_up
 from predictor.engine.pooling_engine import PoolingEngine
 from predictor.engine.pooling_model import PoolingInput
-from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, Overloaded
+from predictor.errors import DeadlineExceeded, EngineStopped, GenerationFailed, OutOfMemory, Overloaded
 from predictor.types import Caller
 
 HANG_SECONDS = 60
@@ -28,6 +28,8 @@ class FirstTokens:
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
+        self.fitting = 0
+        """Inputs that fit into memory if one of them is 11."""
         self.opened = threading.Event()
         self.opened.set()
         self.blocked = threading.Event()
@@ -42,6 +44,8 @@ class FirstTokens:
             raise RuntimeError("no thirteen")
         if 17 in firsts:
             raise Panic
+        if 11 in firsts and len(firsts) > self.fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return numpy.array([[numpy.nan if first == 99 else first] for first in firsts], numpy.float32)
 
 
@@ -122,6 +126,31 @@ def test_failed_batch_fails_its_requests_only(start: Callable[..., PoolingEngine
         asyncio.run(compute(engine, inputs(13)))
     assert asyncio.run(compute(engine, inputs(14))) == [14]
     assert (engine.steps, engine.failed_steps) == (1, 1)
+
+
+def test_batch_out_of_memory_is_computed_in_smaller_ones(
+    model: FirstTokens, start: Callable[..., PoolingEngine]
+) -> None:
+    model.fitting = 1
+
+    async def run() -> None:
+        engine = start()
+        blocked = await block(engine, model)
+        tasks = [asyncio.create_task(compute(engine, inputs(*firsts))) for firsts in ((11, 12), (14,), (15,))]
+        await asyncio.sleep(0)
+        model.opened.set()
+        assert [await task for task in (blocked, *tasks)] == [[1], [11, 12], [14], [15]]
+        assert (engine.failed_steps, engine.waiting) == (2, 0)
+
+    asyncio.run(run())
+    assert model.batches[1:] == [[12, 14, 15, 11], [14, 15], [12, 11], [12], [11]]
+
+
+def test_input_out_of_memory_fails_its_request_only(start: Callable[..., PoolingEngine]) -> None:
+    engine = start()
+    with pytest.raises(OutOfMemory, match=r"an input of the request does not fit\. Shorten it"):
+        asyncio.run(compute(engine, inputs(11)))
+    assert asyncio.run(compute(engine, inputs(14))) == [14]
 
 
 def test_row_that_is_not_a_number_fails_its_request_only(

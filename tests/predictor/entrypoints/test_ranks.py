@@ -1,5 +1,6 @@
 """Two gloo ranks of the demo model: the answers of one, and an end of both when one fails."""
 
+import asyncio
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -203,6 +205,52 @@ def test_ranks_more_than_kv_heads_are_refused() -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: ")
     assert "4 attention heads and 2 KV heads, which 3 ranks cannot share equally" in last
+
+
+def resident(server: ServerProcess) -> list[int]:
+    """Resident memory of both ranks, in MiB."""
+    return [process.memory_info().rss >> 20 for process in (psutil.Process(server.process.pid), follower(server))]
+
+
+@pytest.mark.serial
+def test_ranks_do_not_grow_with_requests(pair: ServerProcess) -> None:
+    async def send(http: httpx.AsyncClient, first: int) -> None:
+        for number in range(first, first + 1000, 8):
+            call = Call(pair, OPENAI, 4, f"{number}+1=")
+            assert (await http.post(call.path, json=call.body)).status_code == 200
+
+    async def send_thousands(count: int) -> None:
+        async with httpx.AsyncClient(base_url=pair.url, timeout=HANG_SECONDS, trust_env=False) as http:
+            for _ in range(count):
+                await asyncio.gather(*(send(http, first) for first in range(8)))
+
+    asyncio.run(send_thousands(2))
+    before = resident(pair)
+    asyncio.run(send_thousands(8))
+    growth = [after - rank for after, rank in zip(resident(pair), before, strict=True)]
+    assert max(growth) < 32, growth
+
+
+def latency(target: Server, tokens: int) -> float:
+    """Time of a completion on an idle server: the lower quartile, in seconds."""
+    times = []
+    for _ in range(12):
+        time.sleep(0.15)
+        started = time.perf_counter()
+        Call(target, OPENAI, tokens).post().raise_for_status()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[3]
+
+
+@pytest.mark.serial
+def test_ranks_answer_an_idle_server_without_a_wait_of_their_own(server: InProcessServer, pair: ServerProcess) -> None:
+    """A follower that slept while idle, as transformers' do, would add up to 100 ms.
+
+    A first step has the collective operations of every step, and those that distribute the sequence.
+    """
+    together = latency(pair, 1)
+    step = (latency(pair, 31) - together) / 30
+    assert together < 1.3 * latency(server, 1) + 2 * step
 
 
 def test_ranks_pass_the_tests_of_the_protocols() -> None:

@@ -1,6 +1,9 @@
-"""Replicas in a real Ray cluster of two nodes, behind Serve's proxy."""
+"""Replicas in a real Ray cluster of a head and two workers, behind Serve's proxy."""
 
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,8 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
+import yaml
 
-from devtools.paths import DEMO_MODEL
+from devtools.paths import DEMO_MODEL, ROOT
 from devtools.processes import free_port
 from predictor import settings
 from predictor.entrypoints import ray_serve
@@ -47,7 +51,7 @@ class App:
 def cluster_url() -> Iterator[str]:
     from devtools import ray_cluster
 
-    with ray_cluster.running(nodes=2) as url:
+    with ray_cluster.running(nodes=3, head_cpus=0) as url:
         yield url
 
 
@@ -288,3 +292,41 @@ def test_replicas_follow_the_load_without_a_failed_request(deploy: Deploy) -> No
         for sender in senders:
             sender.result()
     assert set(statuses) == {200}
+
+
+def test_node_of_a_deleted_pod_loses_no_request(deploy: Deploy) -> None:
+    import ray
+
+    from devtools import ray_cluster
+
+    # It leaves the cluster, so this test is the last one.
+    app = deploy("drained", shutdown_grace_seconds=60)
+    [replica] = [each for each in ray_cluster.replicas() if ":drained:" in ray_cluster.title(each)]
+    app.orders.give("slow")
+    reader, call = StreamReader(), Call(app.server, OPENAI, tokens=100)
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(reader.read, call)
+        assert reader.started.wait(HANG_SECONDS)
+        raylet = replica.parent()
+        assert raylet is not None
+        [node] = [word for word in raylet.cmdline() if word.startswith("--node_id=")]
+        here = f"--address={ray.get_runtime_context().gcs_address} {node.replace('_', '-')}"
+        script = pre_stop().replace("ray drain-node", f"ray drain-node {here}").replace("900", "90")
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-c", script], env=environment, check=True)
+        statuses = set()
+        while replica.is_running():
+            statuses.add(Call(app.server, OPENAI, tokens=1).post().status_code)
+            time.sleep(0.1)
+        assert reading.result().finish_reason == "length"
+    assert statuses == {200}
+    [moved] = [each for each in ray_cluster.replicas() if ":drained:" in ray_cluster.title(each)]
+    assert moved.pid != replica.pid
+
+
+def pre_stop() -> str:
+    """Return the script that Kubernetes runs before it stops a worker."""
+    service = yaml.safe_load((ROOT / "manifests/ray/ray-service.yaml").read_text())
+    worker = service["spec"]["rayClusterConfig"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]
+    *_, script = worker["lifecycle"]["preStop"]["exec"]["command"]
+    return str(script)

@@ -3,13 +3,17 @@
 import asyncio
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
+from typing import Any
 
 import pytest
+import torch
 
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
-from predictor.kernels import attention, transformers_attention
+from predictor.kernels import attention, sequence_attention, transformers_attention
 from predictor.kernels.cpu import ops
+from predictor.kernels.cuda import reference
 from predictor.models import loader
 from predictor.settings import Settings
 from predictor.types import SamplingParams
@@ -100,3 +104,21 @@ def test_int8_tokens_are_independent_of_the_batch(dtype: str) -> None:
     assert len(prompts) == 32
     together = generate(prompts, dtype=dtype, quantization="8bit")
     assert together == generate(prompts, dtype=dtype, quantization="8bit", sequential=True)
+
+
+def test_window_hides_the_keys_that_the_reference_does_not_see() -> None:
+    window, num_heads, num_kv_heads = 4, 4, 2
+    # A decode, prompts longer and shorter than the window, and a chunk with all earlier keys that the cache keeps.
+    q_lengths, k_lengths = [1, 9, 3, 6], [4, 9, 3, 9]
+    torch.manual_seed(1)
+    query = torch.randn(num_heads, sum(q_lengths), 8)
+    key, value = torch.randn(2, num_kv_heads, sum(k_lengths), 8)
+    cu_seq_q, cu_seq_k = (
+        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) for lengths in (q_lengths, k_lengths)
+    )
+    metadata = sequence_attention._build_windowed_metadata(cu_seq_q, cu_seq_k, torch.zeros(0), window)
+    outputs = [sequence_attention._single(query, key, value, single, 0.5) for single in metadata.singles]
+    query, key, value = (states.transpose(0, 1) for states in (query, key, value))
+    options: dict[str, Any] = {"scale": 0.5, "window_size": (window - 1, 0), "enable_gqa": True}
+    expected = reference.varlen_attn(query, key, value, cu_seq_q, cu_seq_k, 9, 9, **options)
+    torch.testing.assert_close(torch.cat(outputs), expected)

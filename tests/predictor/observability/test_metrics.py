@@ -181,7 +181,14 @@ def test_metrics_after_load_have_phases_and_model_info(client: httpx.Client) -> 
     assert phases["imports"] > 0.1
     assert phases["weights"] > 0
     [info] = [dict(labels) for name, labels in current if name == "model_info"]
-    assert info == {"commit": "", "adapter": "", "device": "cpu", "dtype": "float32", "quantization": "none"}
+    assert info == {
+        "commit": "",
+        "adapter": "",
+        "device": "cpu",
+        "dtype": "float32",
+        "quantization": "none",
+        "tensor_parallel_size": "1",
+    }
     assert value(client, "ready") == value(client, "live") == value(client, "self_check_success") == 1
 
 
