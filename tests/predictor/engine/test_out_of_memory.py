@@ -139,7 +139,7 @@ def grammars(loaded: LoadedModel) -> Requests:
     compiler = GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids)
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
     grammar = compiler.compile(StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(schema)))
-    sampling = replace(GREEDY, max_tokens=24, logits_processors=(grammar.logits_processor,))
+    sampling = replace(GREEDY, max_tokens=24, token_masks=(grammar.token_mask,))
     return [(random_ids(loaded, 10 + seed, seed), sampling) for seed in range(5)]
 
 
