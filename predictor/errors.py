@@ -47,7 +47,7 @@ class RankLost(RankFailed):
 
 
 class LoadCancelled(PredictorError):
-    """The process was told to end during the load."""
+    """A signal ended the load."""
 
 
 class RequestError(PredictorError):

@@ -42,7 +42,7 @@ class TokenBroadcast(ContinuousBatchingLogitsProcessor):
 
 
 def follow_driver(manager: Any) -> None:
-    """Prepare a manager whose sequences all come from rank 0's and whose outputs nobody reads."""
+    """Prepare a manager whose sequences all come from rank 0's and whose outputs have no reader."""
     manager.output_router.deliver = _discard
     manager.output_router.deliver_batch = _discard
     manager._wake_up_loop = _NoWait()
