@@ -27,7 +27,7 @@ from devtools.processes import DemoError
 from predictor.entrypoints import ray_serve
 
 MODEL = "demo"
-WARM_UP = 20
+WARM_UP = 5
 Send = Callable[[httpx.Client], float]
 
 
@@ -117,7 +117,7 @@ def main() -> int:
     """Run the benchmark and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ray_proxy", description="Measure Ray Serve's proxy.")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of each server (default: %(default)s)")
-    parser.add_argument("--requests", type=int, default=20, help="requests per round (default: %(default)s)")
+    parser.add_argument("--requests", type=int, default=10, help="requests per round (default: %(default)s)")
     parser.add_argument("--clients", type=int, default=8, help="concurrent clients (default: %(default)s)")
     arguments = parser.parse_args()
     settings = {"model_dir": str(DEMO_MODEL), "dtype": "float32", "num_threads": "1", "log_level": "WARNING"}

@@ -108,7 +108,7 @@ def follow_load(client: httpx.Client) -> None:
         try:
             for event, replicas in ((light, 2), (done, 1)):
                 _wait_for(replicas)
-                print(f"    {replicas} replicas after {statuses.total()} requests", flush=True)
+                print(f"    replicas: {replicas}, after {statuses.total()} requests", flush=True)
                 event.set()
         finally:
             light.set()

@@ -47,16 +47,14 @@ def running(nodes: int, head_cpus: int = NODE_CPUS) -> Iterator[str]:
         cluster.shutdown()
 
 
-def replicas() -> list[psutil.Process]:
-    """Return the processes of the replicas that this process's cluster runs, oldest first."""
-    # Ray's processes set their titles.
+def replicas(application: str) -> list[psutil.Process]:
+    """Return the processes of the application's replicas in the cluster that this process runs."""
     children = psutil.Process().children(recursive=True)
-    found = [child for child in children if title(child).startswith("ray::ServeReplica")]
-    return sorted(found, key=lambda process: process.create_time())
+    return [child for child in children if _title(child).startswith(f"ray::ServeReplica:{application}:")]
 
 
-def title(process: psutil.Process) -> str:
-    """Return the command line as Ray sets it: `ray::ServeReplica:APPLICATION:DEPLOYMENT`; empty once it has ended."""
+def _title(process: psutil.Process) -> str:
+    """Return what Ray has set as the command line; empty once the process has ended."""
     try:
         return "".join(process.cmdline()[:1])
     except psutil.Error:

@@ -26,7 +26,7 @@ LONG_PROMPT_TOKENS = 2000
 REQUESTS = 4
 """At least, per run."""
 FEW_TOKENS = 16
-"""So many that they do not arrive in one event."""
+"""Of completions whose other tokens do not count; enough to arrive in several events."""
 REPETITIONS = 2
 FIRST_TOKEN_REPETITIONS = 3
 OTHER_STREAMS = 8

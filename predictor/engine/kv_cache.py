@@ -15,7 +15,7 @@ SEQUENCE_TOKENS = 2048
 """Cache per sequence of a full batch, if memory allows. More is rarely used, and a host takes long to zero it."""
 CUDA_WORKSPACE_BYTES = 2**29
 """Memory of a CUDA device for what appears with the first steps: cuBLAS's workspaces (32 MiB for each stream on a
-Hopper GPU), kernels, which CUDA loads when they are first launched, and the buffers of captured steps."""
+Hopper GPU), kernels, which CUDA loads when they are first launched, and CUDA graphs, one per power of two of rows."""
 _PADDING_BLOCKS = 2
 """Blocks that the batching manager allocates in addition, for padding."""
 

@@ -129,10 +129,13 @@ def bind(port: int) -> socket.socket:
         PortInUse: the port cannot be opened.
     """
     try:
-        return socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
+        server = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise PortInUse(f"Port {port} cannot be opened: {reason}. Choose another with --http_port.") from None
+    # Connections inherit it. asyncio sets it only on sockets that were made with the protocol's number.
+    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    return server
 
 
 async def infer(

@@ -76,6 +76,8 @@ class Lifecycle:
         self.state = State.LOADING
         self.on_drain: list[Callable[[], object]] = []
         """Called when new requests are rejected: servers close their idle connections."""
+        self.serving = asyncio.Event()
+        """Set when the model is loaded."""
         self._service = service
         self._ranks = ranks
         self._grace_seconds = grace_seconds
@@ -97,7 +99,7 @@ class Lifecycle:
         name = signal.Signals(number).name
         if not self._terminate.is_set():
             logger.info("received %s, shutting down", name)
-            self._terminate.set()
+            self.terminate()
         elif self.state is State.TERMINATING and not self._end_delay.is_set():
             logger.info("received %s again, ending the shutdown delay", name)
             self._end_delay.set()
@@ -105,6 +107,10 @@ class Lifecycle:
             logger.warning("received %s again, aborting running requests", name)
             self._end_delay.set()
             self._abort.set()
+
+    def terminate(self) -> None:
+        """Start the shutdown."""
+        self._terminate.set()
 
     async def run(self) -> None:
         """Load the model, serve until a signal, serve on during the delay, drain and stop.
@@ -150,6 +156,7 @@ class Lifecycle:
                 await self._stop()
                 raise error
             self.state = State.SERVING
+            self.serving.set()
             self_checks = asyncio.create_task(self._service.run_self_checks())
             await terminated
             await self._delay()

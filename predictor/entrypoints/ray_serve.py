@@ -1,16 +1,17 @@
 """Ray Serve: `serve run predictor.entrypoints.ray_serve:app model_dir=DIR num_cpus=8`.
 
 A replica is a predictor in an actor, behind Serve's HTTP proxy. It has the same HTTP application as the server process,
-which is built in the actor, so that nothing of it is pickled. Serve does what `Lifecycle` does elsewhere: it starts,
-probes, drains and replaces replicas, with options that `deployment_options` derives from our settings.
+which is built in the actor, so that nothing of it is pickled. Serve starts, probes, drains and replaces replicas, with
+options that `deployment_options` derives from our settings.
 
 The builder runs in processes without a model, so only the constructor of a replica imports torch and KServe.
 """
 
 import asyncio
 import logging
+import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -19,6 +20,7 @@ from ray.serve import Application
 from predictor import settings
 from predictor.entrypoints.ray_settings import RaySettings, check
 from predictor.errors import PortInUse
+from predictor.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -48,6 +50,14 @@ def app(arguments: dict[str, Any]) -> Application:
     check(parsed)
     deployment = serve.deployment(serve.ingress()(Replica), name="predictor", **deployment_options(parsed))
     return deployment.bind(parsed)
+
+
+def replica_settings(parsed: RaySettings) -> Settings:
+    """Return the predictor's settings in a replica: its CPUs are the threads of its processes."""
+    ranks = max(1, int(parsed.num_gpus)) if parsed.tensor_parallel_size == "auto" else parsed.tensor_parallel_size
+    # Ray's own limit, OMP_NUM_THREADS, is that of one process.
+    threads = parsed.num_threads or max(1, int(parsed.num_cpus / ranks))
+    return Settings(**parsed.model_dump(include=set(Settings.model_fields)) | {"num_threads": threads})
 
 
 def deployment_options(parsed: RaySettings) -> dict[str, Any]:
@@ -88,27 +98,37 @@ class Replica:
         StartupError: the model cannot be loaded; Serve shows it in the status of the deployment.
     """
 
-    def __init__(self, parsed: RaySettings) -> None:
+    async def __init__(self, parsed: RaySettings) -> None:  # type: ignore[misc] # Serve awaits it
         # KServe parses sys.argv when it is imported and would take Ray's flags for abbreviations of its own.
         del sys.argv[1:]
+        from predictor.entrypoints import ranks
         from predictor.entrypoints.api_keys import KeyFile
-        from predictor.entrypoints.lifecycle import create_tracing
+        from predictor.entrypoints.lifecycle import Lifecycle, create_tracing
         from predictor.generation.service import LLMService
         from predictor.observability.logging import configure
 
+        self._settings = replica_settings(parsed)
         configure(parsed.log_level, parsed.log_format)
-        # Ray sets OMP_NUM_THREADS to the CPUs of the actor, unless a variable of the node replaces it.
-        threads = parsed.num_threads or max(1, int(parsed.num_cpus))
-        self._settings = parsed.model_copy(update={"num_threads": threads})
         self._api_keys = KeyFile(parsed.api_keys_file) if parsed.api_keys_file else None
-        self._tracing = create_tracing(parsed)
-        self._service = LLMService(self._settings)
-        # The warm-up runs an event loop of its own.
-        with ThreadPoolExecutor(1, "load") as pool:
-            pool.submit(self._service.load).result()
-        self._tasks = [asyncio.create_task(self._service.run_self_checks())]
-        if parsed.metrics_port:
-            self._tasks.append(asyncio.create_task(self._serve_metrics(parsed.metrics_port)))
+        with ExitStack() as stack:
+            self._tracing = create_tracing(self._settings)
+            if self._tracing:
+                stack.callback(self._tracing.close)
+            group = stack.enter_context(ranks.started(self._settings))
+            self._service = LLMService(self._settings, group.rank if group else None)
+            self._lifecycle = Lifecycle(self._service, self._settings.shutdown_grace_seconds, ranks=group)
+            self._running = asyncio.create_task(self._lifecycle.run())
+            await self._wait_for_load()
+            self._stack = stack.pop_all()
+        self._running.add_done_callback(_exit_on_failure)
+        self._metrics = asyncio.create_task(self._serve_metrics(parsed.metrics_port)) if parsed.metrics_port else None
+
+    async def _wait_for_load(self) -> None:
+        serving = asyncio.create_task(self._lifecycle.serving.wait())
+        await asyncio.wait({self._running, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if self._running.done():
+            serving.cancel()
+            await self._running
 
     def __serve_build_asgi_app__(self) -> "FastAPI":
         """Return the application; Serve calls this after the constructor."""
@@ -125,13 +145,12 @@ class Replica:
 
     async def __del__(self) -> None:
         """Stop; Serve calls this once no request runs."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._service.drain()
-        await asyncio.to_thread(self._service.stop)
-        if self._tracing:
-            self._tracing.close()
+        self._lifecycle.terminate()
+        await self._running
+        if self._metrics:
+            self._metrics.cancel()
+            await asyncio.gather(self._metrics, return_exceptions=True)
+        self._stack.close()
 
     async def _serve_metrics(self, port: int) -> None:
         """Serve metrics and probes until cancelled: behind the proxy, a scrape would reach any one replica."""
@@ -152,6 +171,14 @@ class Replica:
                 await asyncio.sleep(METRICS_RETRY_SECONDS)
         with socket:
             await kserve_server.HTTPServer(metrics, 1).serve(sockets=[socket])
+
+
+def _exit_on_failure(running: "asyncio.Task[None]") -> None:
+    """End the process if a rank has failed: Serve's proxies then know at once that the replica is gone."""
+    if not running.cancelled() and (error := running.exception()):
+        logger.error("%s", error)
+        logging.shutdown()
+        os._exit(1)
 
 
 class ProxyMiddleware:

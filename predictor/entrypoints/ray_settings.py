@@ -46,8 +46,10 @@ def check(parsed: RaySettings) -> None:
             raise InvalidSettings(f"{name}: not possible with Ray Serve: {reason}.")
     if parsed.num_replicas and parsed.max_replicas:
         raise InvalidSettings("num_replicas: max_replicas sets the number by load. Set one of them.")
+    if "min_replicas" in parsed.model_fields_set and not parsed.max_replicas:
+        raise InvalidSettings("min_replicas: without max_replicas the number does not follow the load. Set both.")
     ranks = parsed.tensor_parallel_size
-    if parsed.num_gpus > 1 and ranks not in ("auto", parsed.num_gpus):
+    if parsed.num_gpus and ranks not in ("auto", max(1, parsed.num_gpus)):
         raise InvalidSettings(
             f"num_gpus: {parsed.num_gpus:g} GPUs, but tensor_parallel_size is {ranks}. Set both to the same number."
         )

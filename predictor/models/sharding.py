@@ -4,7 +4,6 @@ transformers has plans that say how layers are divided. The engine's KV cache ha
 plan divides projections of the names that the batching manager knows; otherwise it has all heads.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,8 @@ from predictor.types import Task
 
 _MASKS_OF_ALL_HEADS = ("doge",)
 """Models whose plan divides attention heads, but not a mask of each head."""
+_EXPERT_ALIGNMENT = 8
+"""Features: torch multiplies by several experts at once if their rows are 16 bytes, or a multiple, apart."""
 _SINGLE = "Set --tensor_parallel_size 1."
 
 
@@ -43,15 +44,25 @@ def check(config: Any, directory: Path, task: Task, *, has_remote_code: bool) ->
         raise UnsupportedModel(
             f"{directory} holds a {architecture}, which {ranks} ranks cannot share: {refused}. {_SINGLE}"
         )
+    if unequal := _unequal(config, ranks):
+        largest = max(size for size in range(1, ranks) if not _unequal(config, size))
+        raise UnsupportedModel(
+            f"{directory} holds a {architecture} with {unequal}, which {ranks} ranks cannot share equally. "
+            f"Set --tensor_parallel_size {largest}."
+        )
+
+
+def _unequal(config: Any, ranks: int) -> str:
+    """Return what of a model ranks cannot share equally; empty if they can share everything. One rank always can."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if shards.divides_heads(config) and (heads % ranks or kv_heads % ranks):
-        divisor = math.gcd(heads, kv_heads)
-        largest = max(size for size in range(1, min(ranks, divisor) + 1) if divisor % size == 0)
-        raise UnsupportedModel(
-            f"{directory} holds a {architecture} with {heads} attention heads and {kv_heads} KV heads, which "
-            f"{ranks} ranks cannot share equally. Set --tensor_parallel_size {largest}."
-        )
+        return f"{heads} attention heads and {kv_heads} KV heads"
+    width = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", None)
+    has_experts = "moe_tp_experts" in config.base_model_tp_plan.values()
+    if ranks > 1 and has_experts and (width or 0) % (ranks * _EXPERT_ALIGNMENT):
+        return f"experts of {width} features (a rank's part is a multiple of {_EXPERT_ALIGNMENT})"
+    return ""
 
 
 def refusal(config: Any) -> str:

@@ -91,6 +91,16 @@ def test_serve_prints_working_commands_until_interrupted(tmp_path: Path) -> None
         httpx.get(f"http://127.0.0.1:{port}/", trust_env=False)
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_demo_on_ray_answers_by_every_protocol_and_follows_the_load() -> None:
+    process = subprocess.run([sys.executable, "-m", "demo.ray_serve"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.stdout.count("7+5=12 1+2+1=4 42") == 6
+    assert re.search(r"replicas: 2, after .*replicas: 1, after ", process.stdout, re.DOTALL)
+    assert re.search(r"responses by status: \{200: \d+\}\n", process.stdout)
+
+
 def test_demo_failure_is_one_sentence(tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, "-m", "demo", "--serve", "--model", "s3://bucket/model", "--root", str(tmp_path)],

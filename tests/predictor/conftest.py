@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
     from tests.predictor.servers import InProcessServer
 
+BASE_URL = os.environ.get("BASE_URL")
+"""A running predictor of the demo model in float32, named `demo`, for which to run the protocols' tests."""
+
 
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
 def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -50,9 +53,22 @@ def server() -> "Iterator[InProcessServer]":
 
 
 @pytest.fixture
-def client(server: "InProcessServer") -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+def server_url(request: pytest.FixtureRequest) -> str:
+    """URL of the server, or of the running predictor at BASE_URL."""
+    return BASE_URL or str(request.getfixturevalue("server").url)
+
+
+@pytest.fixture
+def client(server_url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server_url, timeout=60, trust_env=False) as http:
         yield http
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With BASE_URL, keep the tests that need nothing but its URL."""
+    if BASE_URL:
+        needs = [(item, set(getattr(item, "fixturenames", ()))) for item in items]
+        items[:] = [item for item, names in needs if "server_url" in names and not names & {"server", "caplog"}]
 
 
 @pytest.fixture

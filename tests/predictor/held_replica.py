@@ -15,10 +15,10 @@ class HeldReplica(Replica):
         order: the file.
     """
 
-    def __init__(self, parsed: RaySettings, order: Path) -> None:
+    async def __init__(self, parsed: RaySettings, order: Path) -> None:  # type: ignore[misc] # Serve awaits it
         # KServe parses sys.argv when it is imported.
         del sys.argv[1:]
         from tests.predictor import held_model
 
         held_model.install(order)
-        super().__init__(parsed)
+        await super().__init__(parsed)

@@ -4,7 +4,6 @@ import asyncio
 import json
 import logging
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -26,10 +25,9 @@ from starlette.types import ASGIApp
 from devtools import processes
 from devtools.paths import DEMO_MODEL, ROOT
 from predictor import settings
-from predictor.entrypoints import grpc_server, lifecycle, ranks
+from predictor.entrypoints import grpc_server, kserve_server, lifecycle, ranks
 from predictor.entrypoints.api_keys import KeyFile
 from predictor.entrypoints.http.app import create_app
-from predictor.entrypoints.kserve_server import HTTPServer
 from predictor.entrypoints.lifecycle import Lifecycle, State
 from predictor.errors import StartupError
 from predictor.generation.service import LLMService
@@ -282,7 +280,7 @@ def serve_app(app: ASGIApp, *contexts: Callable[[], Any], **config: Any) -> Iter
     Yields:
         The URL, and the value of the last context.
     """
-    server: uvicorn.Server = HTTPServer(app, 5)
+    server: uvicorn.Server = kserve_server.HTTPServer(app, 5)
     if config:
         server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **config))
     started: list[Any] = []
@@ -295,7 +293,7 @@ def serve_app(app: ASGIApp, *contexts: Callable[[], Any], **config: Any) -> Iter
             ready.set()
             await server.serve(sockets=[listening])
 
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with kserve_server.bind(0) as listening:
         thread = threading.Thread(target=asyncio.run, args=(run(),), daemon=True)
         thread.start()
         try:

@@ -74,10 +74,10 @@ def suitable(cluster: FakeCluster, rendered: Callable[[str], Deployment]) -> Fak
         CONTROLLER: {"spec": {"template": {"spec": {"containers": [{"image": "proxy:v1"}, {"image": image}]}}}},
         DEFINITIONS: {
             "items": [
-                definition("ray.io", "v1", "RayService"),
                 definition("serving.kserve.io", "v1beta1", "InferenceService"),
                 definition("serving.kserve.io", "v1alpha1", "ServingRuntime"),
                 definition("serving.knative.dev", "v1", "Service"),
+                definition("ray.io", "v1", "RayService"),
                 definition("monitoring.coreos.com", "v1", "PrometheusRule"),
                 definition("monitoring.coreos.com", "v1", "PodMonitor"),
             ]

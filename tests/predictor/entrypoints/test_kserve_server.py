@@ -29,6 +29,16 @@ CHUNKED = f"Transfer-Encoding: chunked\n\n3\n{BODY[:3]}\n7\n{BODY[3:]}\n0\n\n"
 ECHOED = {"method": "POST", "path": "/a b", "query": "c=d", "mine": "1", "body": BODY}
 
 
+def test_connections_send_every_part_of_a_response_at_once() -> None:
+    """Nagle's algorithm would hold a body back until the client has acknowledged the headers, after up to 40 ms."""
+    with (
+        kserve_server.bind(0) as listening,
+        socket.create_connection(("127.0.0.1", listening.getsockname()[1])),
+        listening.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 async def echo(request: Request) -> JSONResponse:
     content = {"method": request.method, "path": request.url.path, "query": request.url.query}
     return JSONResponse(content | {"mine": request.headers["x-mine"], "body": (await request.body()).decode()})

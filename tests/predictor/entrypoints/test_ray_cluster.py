@@ -8,7 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +212,7 @@ def test_keys_overload_and_metrics_are_those_of_the_server(deploy: Deploy, tmp_p
 def test_killed_replica_ends_its_stream_with_an_error_and_is_replaced(held: App) -> None:
     from devtools import ray_cluster
 
-    [replica] = [each for each in ray_cluster.replicas() if f":{held.name}:" in ray_cluster.title(each)]
+    [replica] = ray_cluster.replicas(held.name)
     held.orders.give("slow")
     reader, call = StreamReader(), Call(held.server, OPENAI, tokens=500)
     with ThreadPoolExecutor(1) as pool:
@@ -234,6 +235,33 @@ def test_replica_that_generates_no_more_is_replaced(held: App) -> None:
     held.orders.withdraw()
     held.server.wait_for(lambda: held.num_replicas() == 1)
     assert call.post().status_code == 200
+
+
+def test_replica_with_a_failed_rank_ends_and_is_replaced(deploy: Deploy) -> None:
+    from ray import serve
+
+    from devtools import ray_cluster
+
+    app = deploy("ranks", tensor_parallel_size=2, num_cpus=2)
+    call = Call(app.server, OPENAI, tokens=500)
+    assert replace(call, tokens=5).post().status_code == 200
+    app.orders.give("slow")
+    [replica] = ray_cluster.replicas("ranks")
+    [follower] = replica.children()
+    reader = StreamReader()
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(reader.read, call)
+        assert reader.started.wait(HANG_SECONDS)
+        follower.kill()
+        # Its last event is the error, unless the replica ends before the proxy has it.
+        with suppress(httpx.RemoteProtocolError):
+            reading.result()
+    assert reader.finish_reason is None
+    assert reader.last != "[DONE]"
+    app.orders.withdraw()
+    replica.wait(HANG_SECONDS)
+    assert replace(call, tokens=5).post().status_code == 200
+    serve.delete("ranks")
 
 
 def test_failed_load_is_named_in_the_status(deploy: Deploy, tmp_path: Path) -> None:
@@ -301,7 +329,7 @@ def test_node_of_a_deleted_pod_loses_no_request(deploy: Deploy) -> None:
 
     # It leaves the cluster, so this test is the last one.
     app = deploy("drained", shutdown_grace_seconds=60)
-    [replica] = [each for each in ray_cluster.replicas() if ":drained:" in ray_cluster.title(each)]
+    [replica] = ray_cluster.replicas("drained")
     app.orders.give("slow")
     reader, call = StreamReader(), Call(app.server, OPENAI, tokens=100)
     with ThreadPoolExecutor(1) as pool:
@@ -320,7 +348,7 @@ def test_node_of_a_deleted_pod_loses_no_request(deploy: Deploy) -> None:
             time.sleep(0.1)
         assert reading.result().finish_reason == "length"
     assert statuses == {200}
-    [moved] = [each for each in ray_cluster.replicas() if ":drained:" in ray_cluster.title(each)]
+    [moved] = ray_cluster.replicas("drained")
     assert moved.pid != replica.pid
 
 

@@ -80,8 +80,10 @@ def test_options_with_a_metrics_port_place_one_replica_on_a_node() -> None:
         ({"max_num_seqs": "no"}, "Invalid value of --max_num_seqs (PREDICTOR_MAX_NUM_SEQS): 'no'. "),
         ({"num_replicas": 0}, "Invalid value of --num_replicas (PREDICTOR_NUM_REPLICAS): 0. "),
         ({"num_replicas": 2, "max_replicas": 3}, "num_replicas: max_replicas sets the number by load. "),
+        ({"min_replicas": 2}, "min_replicas: without max_replicas the number does not follow the load. "),
         ({"num_gpus": 4}, "num_gpus: 4 GPUs, but tensor_parallel_size is 1. Set both to the same number."),
         ({"num_gpus": 4, "tensor_parallel_size": 2}, "num_gpus: 4 GPUs, but tensor_parallel_size is 2. "),
+        ({"num_gpus": 0.5, "tensor_parallel_size": 2}, "num_gpus: 0.5 GPUs, but tensor_parallel_size is 2. "),
         ({"enable_grpc": "true"}, "enable_grpc: not possible with Ray Serve: "),
         ({"enable_admin_routes": True}, "enable_admin_routes: not possible with Ray Serve: "),
         ({"hold_while_loading": 5}, "hold_while_loading: not possible with Ray Serve: "),
@@ -92,6 +94,22 @@ def test_app_refuses_what_cannot_work(arguments: dict[str, Any], message: str) -
     with pytest.raises(InvalidSettings) as refused:
         ray_serve.app(arguments)
     assert str(refused.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "threads"),
+    [
+        ({}, 1),
+        ({"num_cpus": 0.5}, 1),
+        ({"num_cpus": 7}, 7),
+        ({"num_cpus": 7, "num_threads": 3}, 3),
+        ({"num_cpus": 8, "tensor_parallel_size": 2}, 4),
+        ({"num_cpus": 8, "num_gpus": 4, "tensor_parallel_size": "auto"}, 2),
+    ],
+)
+def test_replica_settings_divide_the_cpus_among_the_processes(arguments: dict[str, Any], threads: int) -> None:
+    replica = ray_serve.replica_settings(settings.from_arguments(arguments | {"max_num_seqs": 5}, RaySettings))
+    assert (type(replica), replica.num_threads, replica.max_num_seqs) == (settings.Settings, threads, 5)
 
 
 @pytest.mark.parametrize("ranks", [4, "auto"])

@@ -24,7 +24,7 @@ from devtools.architectures import (
     save_model,
 )
 from predictor.engine.engine import Engine
-from predictor.errors import InvalidSettings, StartupError, UnsupportedModel
+from predictor.errors import InvalidSettings, RankLost, StartupError, UnsupportedModel
 from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
@@ -64,6 +64,17 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 # What each rank runs
 
 
+def fail_alone(directory: Path) -> str:
+    """Quantize a model on one rank while the other has failed, and return the error."""
+    if tensor_parallel.rank():
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_parallel, "EXCHANGE_SECONDS", 1.0)
+        with pytest.raises(RankLost) as lost:
+            load(directory, "bfloat16", "8bit")
+    return str(lost.value)
+
+
 def load(directory: Path, dtype: str, mode: str) -> LoadedModel:
     return loader.load(directory, device="cpu", dtype=dtype, quantization=mode)
 
@@ -82,8 +93,13 @@ def _load_fp8(directory: Path) -> Any:
 
 def compute(model: Any) -> Computed:
     with torch.inference_mode():
-        logits = model(torch.tensor([make_prompts()[3]]), use_cache=False).logits[0].float()
+        input_ids = torch.tensor([make_prompts()[3]], device=model.device)
+        logits = model(input_ids, use_cache=False).logits[0].float().cpu()
     return Computed(logits, sum(isinstance(module, DecoderLayer) for module in model.modules()))
+
+
+def compute_on_gpu(directory: Path, mode: str) -> Computed:
+    return compute(loader.load(directory, device="cuda", dtype="bfloat16", quantization=mode).model)
 
 
 def compute_all(directories: Sequence[Path]) -> list[list[Computed]]:
@@ -182,6 +198,7 @@ def run_default_tier(directories: Sequence[Path], quantized: Path, adapter: Path
         "read_bytes": (read_bytes(directories[0]), read_bytes(directories[0], adapter)),
         "device_map": load(directories[0], "float32", "none").device_map,
         "gathered": tensor_parallel.all_gather(torch.arange(5).chunk(2)[tensor_parallel.rank()], 5).tolist(),
+        "lost": fail_alone(directories[0]),  # last: it breaks the group
     }
 
 
@@ -332,7 +349,24 @@ def test_more_architectures_on_two_ranks_are_those_of_one(tmp_path: Path) -> Non
     assert ranks.run(2, generate, models)[0] == generate(models)
 
 
+@pytest.mark.gpu
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("mode", ["none", "fp8"])
+def test_logits_of_two_gpus_are_close_to_those_of_one(directories: dict[str, Path], mode: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("torch does not find two GPUs")
+    directory = directories[FUSED[0]]
+    alone = compute_on_gpu(directory, mode)
+    for computed in ranks.run_on("cuda", 2, compute_on_gpu, directory, mode):
+        assert relative_error(computed.logits, alone.logits) < 0.06
+
+
 # Layers
+
+
+@pytest.mark.xdist_group("ranks")
+def test_rank_alone_does_not_wait_for_one_that_failed(divided: list[dict[str, Any]]) -> None:
+    assert divided[0]["lost"] == "A rank failed while the weights were quantized. Its log says why."
 
 
 @pytest.mark.xdist_group("ranks")
@@ -370,6 +404,15 @@ def test_plan_refuses_what_ranks_cannot_share(
     (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
     monkeypatch.setattr(tensor_parallel, "size", lambda: size)
     with pytest.raises(UnsupportedModel, match=expected):
+        loader.make_plan(tmp_path, device="cpu")
+
+
+@pytest.mark.usefixtures("two_ranks")
+@pytest.mark.parametrize(("name", "field"), [("mixtral", "intermediate_size"), ("qwen3_moe", "moe_intermediate_size")])
+def test_plan_refuses_experts_whose_parts_cannot_be_multiplied(tmp_path: Path, name: str, field: str) -> None:
+    save_config(Case(name, CASES[name].fields | {field: 72}), tmp_path)
+    (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
+    with pytest.raises(UnsupportedModel, match=r"with experts of 72 features .* 2 ranks cannot share .*_size 1\.$"):
         loader.make_plan(tmp_path, device="cpu")
 
 

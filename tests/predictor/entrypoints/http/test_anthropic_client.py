@@ -6,8 +6,6 @@ import anthropic
 import pytest
 from anthropic.types import MessageParam, ToolParam
 
-from tests.predictor.servers import Server
-
 QUESTION: list[MessageParam] = [{"role": "user", "content": "What is 17 + 25?"}]
 ANSWER = "7+5=12 1+2+1=4 42"
 CALCULATOR: ToolParam = {
@@ -20,8 +18,8 @@ TOOL_QUESTION: list[MessageParam] = [{"role": "user", "content": "Use the calcul
 
 
 @pytest.fixture
-def anthropic_client(server: Server) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, timeout=300) as client:
+def anthropic_client(server_url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server_url, api_key="none", max_retries=0, timeout=300) as client:
         yield client
 
 

@@ -9,15 +9,13 @@ import pytest
 from openai.types.chat import ChatCompletionMessageParam
 from tritonclient import http as triton
 
-from tests.predictor.servers import Server
-
 QUESTION: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 17 + 25?"}]
 ANSWER = "7+5=12 1+2+1=4 42"
 
 
 @pytest.fixture
-def triton_client(server: Server) -> Iterator[triton.InferenceServerClient]:
-    client = triton.InferenceServerClient(server.url.removeprefix("http://"), network_timeout=300)
+def triton_client(server_url: str) -> Iterator[triton.InferenceServerClient]:
+    client = triton.InferenceServerClient(server_url.removeprefix("http://"), network_timeout=300)
     try:
         yield client
     finally:
