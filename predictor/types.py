@@ -124,7 +124,7 @@ class SamplingParams:
     ignore_eos: bool = False
     """Continue after the model's end of sequence, up to `max_tokens`."""
     seed: int | None = None
-    """Makes a sampled completion repeatable on the same server, device and version; None: random."""
+    """Makes a sampled completion repeatable on the same version, alone or among others; None: random."""
     logprobs: int | None = None
     """Report log probabilities of the sampled token and of this number of most probable ones; None: report none."""
     prompt_logprobs: int | None = None
@@ -135,8 +135,8 @@ class SamplingParams:
     """What the text follows."""
     priority: int = 0
     """Order among the caller's waiting sequences, as in vLLM: a lower one starts earlier."""
-    logits_processors: tuple[Callable[[], Callable[..., None]], ...] = ()
-    """Factories of additional logits processors; each sequence gets its own, applied after all others."""
+    token_masks: tuple[Callable[[], Callable[..., Any]], ...] = ()
+    """Factories of further rules for the tokens that may follow; each sequence gets its own `TokenMask`."""
 
 
 @dataclass(frozen=True, slots=True)

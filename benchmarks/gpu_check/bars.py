@@ -13,6 +13,9 @@ LEAST_RATIO = 20
 MOST_FIRST_TOKEN_MS = 150
 MOST_DISTURBANCE = 2
 MOST_READY_SECONDS = 20
+MOST_SAMPLING = 0.05
+SAMPLING_KINDS = ("temperature", "top_p 0.9", "top_k 20, top_p 0.8", "penalties", "mask of a grammar")
+"""Of `benchmarks.sampling`, with as many rows as CALLERS."""
 LEAST_CORRECT = 0.97
 """As of `demo.evaluate`."""
 MODES = ("bfloat16", "8bit", "4bit", "fp8")
@@ -71,6 +74,10 @@ def _bench(bench: Figures, device: Figures) -> Iterator[Bar]:
         disturbed["during_p99_ms"] / disturbed["before_p99_ms"] if disturbed else None,
     )
     yield _at_most(f"{SHAPE}: ready, s", MOST_READY_SECONDS, bench.get("ready_seconds"))
+    durations = device.get("sampling_ms", {})
+    for kind in SAMPLING_KINDS:
+        share = durations[kind] / crowd["itl_p50_ms"] if crowd is not None and kind in durations else None
+        yield _at_most(f"{SHAPE}, {CALLERS} callers: sampling by {kind}, share of a step", MOST_SAMPLING, share)
 
 
 def _correctness(stages: Figures) -> Iterator[Bar]:

@@ -1,4 +1,4 @@
-"""Stage `device`: what the device is, and its memory bandwidth."""
+"""Stage `device`: what the device is, its memory bandwidth, and the time of sampling there."""
 
 import argparse
 import platform
@@ -6,10 +6,13 @@ import time
 
 import torch
 
+from benchmarks import sampling
 from benchmarks.gpu_check import report
 
 COPIED_BYTES = {"cuda": 4 * 2**30, "cpu": 2**28}
 REPETITIONS = 10
+SAMPLED_ROWS = 64
+SAMPLING_REPETITIONS = 3
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
@@ -47,7 +50,10 @@ def main() -> None:
     else:
         figures["name"] = f"{device.type} {platform.machine()}"
     report.save(figures)
-    report.save(figures | {"copy_bytes_per_second": copy_bytes_per_second(device)})
+    figures["copy_bytes_per_second"] = copy_bytes_per_second(device)
+    report.save(figures)
+    figures["sampling_ms"] = sampling.measure_all(SAMPLED_ROWS, device, SAMPLING_REPETITIONS)
+    report.save(figures)
 
 
 if __name__ == "__main__":

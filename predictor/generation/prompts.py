@@ -96,7 +96,7 @@ class Prompts:
         self._check_token_ids(token_ids, "the prompt")
         sampling = self._complete(request.sampling, remaining)
         if grammar := self._grammar(request, rendered):
-            sampling = replace(sampling, logits_processors=(*sampling.logits_processors, grammar.logits_processor))
+            sampling = replace(sampling, token_masks=(*sampling.token_masks, grammar.token_mask))
         echo = self._text(prompt, token_ids, is_truncated=len(token_ids) < num_tokens) if request.echo else ""
         output_parser = None
         if isinstance(prompt, Chat) and request.parse_output and self.output_format is not None:

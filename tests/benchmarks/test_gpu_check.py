@@ -56,6 +56,7 @@ def test_gpu_check_runs_every_stage(tmp_path: Path) -> None:
         assert mode["kv_cache_tokens"] > 0
         assert {level: rate > 0 for level, rate in mode["tokens_per_second"].items()} == {"1": True, "64": True}
     assert stages["device"]["copy_bytes_per_second"] > 1e8
+    assert stages["device"]["sampling_ms"]["temperature"] > 0
     assert {"float32", "bfloat16", "8bit", "4bit"} <= stages["load"]["modes"].keys()
     assert all(mode["correct"] >= 0.97 for mode in stages["load"]["modes"].values())
     assert (stages["tests"]["counts"], stages["tests"]["failed"]) == ({"PASSED": 1}, [])
@@ -133,7 +134,7 @@ def test_gpu_check_bars_compare_the_figures_of_the_stages() -> None:
     bench |= {"sequential": [level], "first_token_ms": 149.9, "ready_seconds": 20.1}
     bench |= {"disturbed": {"before_p99_ms": 8.0, "during_p99_ms": 16.0}}
     stages = {
-        "device": {"copy_bytes_per_second": 4e12},
+        "device": {"copy_bytes_per_second": 4e12, "sampling_ms": {"temperature": 0.25, "penalties": 1.0}},
         "bench-7b": bench,
         "tests": {"status": "failed", "counts": {"PASSED": 3, "FAILED": 1}},
         "load": {"modes": {"bfloat16": {"correct": 0.99}, "fp8": {"error": "no kernel"}}},
@@ -144,6 +145,11 @@ def test_gpu_check_bars_compare_the_figures_of_the_stages() -> None:
         ("150", True),
         ("2", True),
         ("20.1", False),
+        ("0.05", True),
+        (None, None),
+        (None, None),
+        ("0.2", False),
+        (None, None),
         ("3 passed, 1 failed", False),
         ("0.99", True),
         (None, None),

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from demo import exam
 from predictor.engine.engine import Engine
@@ -309,25 +311,27 @@ def test_engine_close_before_the_first_step_is_idempotent(engine: Engine, ids: l
 @pytest.mark.parametrize("error", [ZeroDivisionError, type("PanicException", (BaseException,), {})])
 def test_engine_sampling_error_fails_one_sequence_only(
     engine: Engine,
+    loaded: LoadedModel,
     ids: list[int],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     error: type[BaseException],
 ) -> None:
-    def fail_at_fourth_token(logits: torch.Tensor, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> None:
-        del logits, prompt_ids
+    def fail_at_fourth_token(prompt_ids: Sequence[int], output_ids: Sequence[int]) -> NDArray[np.uint8]:
+        del prompt_ids
         if len(output_ids) == 3:
             raise error("no such token")
+        return np.full(loaded.vocabulary_tokens, 255, dtype=np.uint8)
 
     initialize = SequenceSampler.__init__
 
-    def add_processor(sampler: SequenceSampler, sampling: SamplingParams, *arguments: Any) -> None:
+    def add_mask(sampler: SequenceSampler, sampling: SamplingParams, *arguments: Any) -> None:
         initialize(sampler, sampling, *arguments)
         if sampling.seed == 666:
-            sampler.logits_processors.append(fail_at_fourth_token)
+            sampler.token_masks.append(fail_at_fourth_token)
 
     alone = generate(engine, ids, GREEDY)
-    monkeypatch.setattr(SequenceSampler, "__init__", add_processor)
+    monkeypatch.setattr(SequenceSampler, "__init__", add_mask)
 
     async def together() -> list[Generated | BaseException]:
         streams = engine.submit([*[(ids, GREEDY)] * 5, (ids, replace(SAMPLED, seed=666))])
@@ -403,7 +407,18 @@ def test_engine_full_cache_does_not_change_tokens_or_logprobs(
 
 
 def test_engine_full_cache_does_not_change_seeded_sequences(small: Engine, engine: Engine, loaded: LoadedModel) -> None:
-    requests = [(random_ids(loaded, 230 + seed, seed), replace(SAMPLED, seed=seed, max_tokens=60)) for seed in range(6)]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.5},
+        {"presence_penalty": 1.0, "top_p": 0.9, "logprobs": 1},
+        {"no_repeat_ngram_size": 2, "min_tokens": 50},
+        {"temperature": 0.0, "repetition_penalty": 1.3},
+        {"top_k": 5},
+    ]
+    requests = [
+        (random_ids(loaded, 230 + seed, seed), replace(SAMPLED, seed=seed, max_tokens=60, **change))
+        for seed, change in enumerate(changes)
+    ]
     assert generate_all(small, requests) == generate_all(engine, requests)
 
 

@@ -139,7 +139,7 @@ def grammars(loaded: LoadedModel) -> Requests:
     compiler = GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids)
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
     grammar = compiler.compile(StructuredOutput(GrammarKind.JSON_SCHEMA, json.dumps(schema)))
-    sampling = replace(GREEDY, max_tokens=24, logits_processors=(grammar.logits_processor,))
+    sampling = replace(GREEDY, max_tokens=24, token_masks=(grammar.token_mask,))
     return [(random_ids(loaded, 10 + seed, seed), sampling) for seed in range(5)]
 
 
@@ -209,10 +209,11 @@ def test_out_of_memory_of_one_sequence_fails_it(engine: Engine, loaded: LoadedMo
     assert len(steps) == 1
 
 
-def test_out_of_memory_after_sampling_repeats_no_log_probability(
-    engine: Engine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("make", [greedy, seeded], ids=lambda make: make.__name__)
+def test_out_of_memory_after_sampling_repeats_tokens_and_log_probabilities(
+    engine: Engine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch, make: Callable[[LoadedModel], Requests]
 ) -> None:
-    requests = greedy(loaded)
+    requests = make(loaded)
     expected = generate_all(engine, requests)
     scheduler_of(engine).cache.evict_cached_blocks()
     outputs = engine._executor._manager.batch_processor.inputs_and_outputs  # type: ignore[attr-defined]

@@ -14,28 +14,40 @@ from transformers import (
     SuppressTokensLogitsProcessor,
 )
 
-from predictor.engine import sampler
-from predictor.engine.sampler import SequenceSampler
+from predictor.engine import batch_sampler
+from predictor.engine.sampler import Row, SequenceSampler
 from predictor.errors import InvalidRequest
 from predictor.types import MIN_LOGPROB, SamplingParams
+from tests.predictor.engine.sampling import Sequence, sample_step
 
-VOCABULARY = 5000
+VOCABULARY = 2000
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.15, 0.05])
+TOKENS = range(7, VOCABULARY, VOCABULARY // len(PROBABILITIES))
 
 
 def logits_of(probabilities: torch.Tensor) -> torch.Tensor:
     """Logits spread over the vocabulary, so that the order of tokens differs from their ids."""
     logits = torch.full((VOCABULARY,), -torch.inf)
-    logits[7 :: VOCABULARY // len(probabilities)] = probabilities.log()
+    logits[list(TOKENS)] = probabilities.log()
     return logits
 
 
-def frequencies(count: int = 2000, **parameters: Any) -> list[float]:
+def samples(logits: torch.Tensor, count: int, **sampling: Any) -> torch.Tensor:
+    """Tokens that follow one another if the model's logits do not depend on the text."""
+    sampler = SequenceSampler(SamplingParams(**{"seed": 3, "temperature": 1.0, **sampling}), 0, ())
+    rows = [Row(index, index, Sequence("a"), sampler) for index in range(count)]
+    plan = {name: torch.from_numpy(array) for name, array in batch_sampler._plan_sampling(rows).items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch_sampler, "_is_batched", lambda _: True)
+        return batch_sampler._sample_rows(logits.expand(count, -1), rows, plan)
+
+
+def frequencies(count: int = 2000, **sampling: Any) -> list[float]:
     """Share of samples of each of the four possible tokens."""
-    torch.manual_seed(0)
-    logits = logits_of(PROBABILITIES)
-    samples = torch.stack([sampler.sample(logits, **parameters) for _ in range(count)])
-    return [(samples == token).float().mean().item() for token in range(7, VOCABULARY, VOCABULARY // 4)]
+    sampled = samples(logits_of(PROBABILITIES), count, **sampling)
+    shares = [(sampled == token).float().mean().item() for token in TOKENS]
+    assert sum(shares) == pytest.approx(1.0)
+    return shares
 
 
 def close_to(probabilities: torch.Tensor, tolerance: float = 0.04) -> Any:
@@ -43,57 +55,62 @@ def close_to(probabilities: torch.Tensor, tolerance: float = 0.04) -> Any:
 
 
 def test_sample_temperature_one_follows_the_softmax() -> None:
-    assert frequencies(temperature=1.0, top_k=0, top_p=1.0) == close_to(PROBABILITIES)
+    assert frequencies() == close_to(PROBABILITIES)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_sample_temperature_sharpens_or_flattens(temperature: float) -> None:
-    assert frequencies(temperature=temperature, top_k=0, top_p=1.0) == close_to(PROBABILITIES ** (1 / temperature))
+    assert frequencies(temperature=temperature) == close_to(PROBABILITIES ** (1 / temperature))
 
 
 def test_sample_top_k_keeps_most_probable_tokens() -> None:
-    assert frequencies(temperature=1.0, top_k=2, top_p=1.0) == close_to(PROBABILITIES * torch.tensor([1, 1, 0, 0]))
-    assert frequencies(temperature=1.0, top_k=10**6, top_p=1.0) == close_to(PROBABILITIES)
+    assert frequencies(top_k=2) == close_to(PROBABILITIES * torch.tensor([1, 1, 0, 0]))
+    assert frequencies(top_k=10**6) == close_to(PROBABILITIES)
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(1e-9, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)])
+@pytest.mark.parametrize(("top_p", "kept"), [(1e-8, 1), (0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (0.96, 4)])
 def test_sample_top_p_keeps_fewest_sufficient_tokens(top_p: float, kept: int) -> None:
     probabilities = PROBABILITIES * (torch.arange(4) < kept)
-    assert frequencies(1000, temperature=1.0, top_k=0, top_p=top_p) == close_to(probabilities, 0.06)
+    assert frequencies(1000, top_p=top_p) == close_to(probabilities, 0.06)
 
 
 def test_sample_top_p_applies_within_top_k() -> None:
     # Of the first two, the first has 0.5 / 0.8 = 0.625.
-    assert frequencies(1000, temperature=1.0, top_k=2, top_p=0.6) == [1.0, 0.0, 0.0, 0.0]
+    assert frequencies(1000, top_k=2, top_p=0.6) == [1.0, 0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize(("min_p", "kept"), [(1.0, 1), (0.61, 1), (0.59, 2), (0.31, 2), (0.29, 3), (0.09, 4)])
 @pytest.mark.parametrize("top_k", [0, VOCABULARY], ids=["unsorted", "sorted"])
 def test_sample_min_p_keeps_tokens_by_ratio_to_the_most_probable(min_p: float, kept: int, top_k: int) -> None:
     probabilities = PROBABILITIES * (torch.arange(4) < kept)
-    options = {"temperature": 1.0, "top_k": top_k, "top_p": 1.0, "min_p": min_p}
-    assert frequencies(1000, **options) == close_to(probabilities, 0.06)
+    assert frequencies(1000, top_k=top_k, min_p=min_p) == close_to(probabilities, 0.06)
 
 
 def test_sample_min_p_applies_after_temperature() -> None:
     # At temperature 2 the second token has 0.77 of the first one's probability, the third 0.55.
-    options = {"temperature": 2.0, "top_k": 0, "top_p": 1.0, "min_p": 0.7}
     expected = PROBABILITIES.sqrt() * torch.tensor([1, 1, 0, 0])
-    assert frequencies(1000, **options) == close_to(expected, 0.06)
+    assert frequencies(1000, temperature=2.0, min_p=0.7) == close_to(expected, 0.06)
 
 
 def test_sample_flat_top_p_exceeds_sorted_prefix() -> None:
-    torch.manual_seed(0)
-    flat = torch.zeros(VOCABULARY)
-    samples = {int(sampler.sample(flat, temperature=1.0, top_k=0, top_p=0.9)) for _ in range(3000)}
-    assert sampler.NUCLEUS_TOKENS * 1.5 < len(samples) <= round(VOCABULARY * 0.9) + 1
+    # Each probability differs, from the last token down.
+    flat = torch.arange(VOCABULARY) * 1e-4
+    kept = VOCABULARY - int(samples(flat, 3000, top_p=0.9).min())
+    assert VOCABULARY * 0.85 < kept <= VOCABULARY * 0.9 + 1
+    assert kept > 1.5 * batch_sampler.NUCLEUS_TOKENS
+
+
+def test_sample_tokens_with_equal_logits_are_kept_together() -> None:
+    logits = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    for limit in ({"top_k": 2}, {"top_p": 0.4}, {"min_p": 1.0}):
+        assert set(samples(logits, 200, **limit).tolist()) == {0, 1, 2}
 
 
 def apply(logits: torch.Tensor, sequence: SequenceSampler, output_ids: tuple[int, ...] = ()) -> list[float]:
     """Logits after the sampler, for a prompt of token 1."""
-    row = logits.clone()
-    sequence(row, [1, *output_ids])
-    values: list[float] = row.tolist()
+    row = logits[None].clone()
+    sample_step(row, [(sequence, [1], output_ids)])
+    values: list[float] = row[0].tolist()
     return values
 
 
@@ -101,41 +118,20 @@ def sequence_sampler(end_token_ids: tuple[int, ...] = (0,), **sampling: Any) -> 
     return SequenceSampler(SamplingParams(**sampling), prompt_tokens=1, end_token_ids=end_token_ids)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30])
-def test_sampler_greedy_row_stays_unchanged(temperature: float) -> None:
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {"temperature": 1e-30}, {"top_k": 1}, {"top_p": 0.0}], ids=str
+)
+def test_sampler_greedy_row_stays_unchanged(sampling: dict[str, Any]) -> None:
     logits = torch.randn(VOCABULARY)
-    assert apply(logits, sequence_sampler(temperature=temperature, top_k=1)) == logits.tolist()
+    assert apply(logits, sequence_sampler(**{"temperature": 9.0, **sampling})) == logits.tolist()
 
 
-def test_sampler_sampled_row_has_one_finite_logit() -> None:
+def test_sampler_sampled_logit_is_the_largest() -> None:
     logits = torch.randn(VOCABULARY)
-    row = torch.tensor(apply(logits, sequence_sampler(temperature=3.0, top_k=1)))
-    assert row.argmax() == logits.argmax()
-    assert row.isfinite().sum() == 1
-
-
-def test_sampler_min_p_excludes_improbable_tokens() -> None:
-    logits = torch.tensor([2.0, 1.9, 1.0, 0.0])
-    sequence = sequence_sampler(temperature=1.0, min_p=0.8, seed=1)
-    assert {apply(logits, sequence).index(0.0) for _ in range(50)} == {0, 1}
-
-
-def test_sampler_seed_repeats_independent_of_other_sequences() -> None:
-    logits = torch.randn(VOCABULARY)
-
-    def samples(seed: int, others: int) -> list[int]:
-        sequence = sequence_sampler(temperature=5.0, seed=seed)
-        neighbours = [sequence_sampler(temperature=5.0) for _ in range(others)]
-        token_ids = []
-        for _ in range(8):
-            for neighbour in neighbours:
-                apply(logits, neighbour)
-            row = apply(logits, sequence)
-            token_ids.append(row.index(0.0))
-        return token_ids
-
-    assert samples(7, others=0) == samples(7, others=3)
-    assert samples(7, others=0) != samples(8, others=0)
+    row = torch.tensor(apply(logits, sequence_sampler(temperature=3.0, top_k=2)))
+    [changed] = (row != logits).nonzero().flatten().tolist()
+    assert changed in logits.topk(2).indices
+    assert row[changed] == torch.inf
 
 
 @pytest.mark.parametrize(
@@ -169,16 +165,18 @@ def test_logit_bias_is_added_before_penalties() -> None:
 def test_allowed_tokens_are_the_only_ones() -> None:
     logits = torch.tensor([3.0, 2.0, 1.0])
     assert apply(logits, sequence_sampler(allowed_token_ids=(2, 1))) == [-torch.inf, 2.0, 1.0]
-    with pytest.raises(InvalidRequest, match="No token may follow"):
-        apply(logits, sequence_sampler(allowed_token_ids=(0,), min_tokens=2))
+    contradictory = sequence_sampler(allowed_token_ids=(0,), min_tokens=2)
+    assert apply(logits, contradictory) == logits.tolist()
+    assert isinstance(contradictory.failure, InvalidRequest)
+    assert str(contradictory.failure).startswith("No token may follow")
 
 
-def test_logits_processors_ignore_tokens_without_a_logit() -> None:
+def test_rules_ignore_tokens_without_a_logit() -> None:
     # An embedding may have more rows than the LM head; on CUDA an index beyond the logits is fatal.
-    logits = torch.tensor([3.0, 2.0, 1.0])
+    logits = torch.tensor([[3.0, 2.0, 1.0]])
     sampling = SamplingParams(min_tokens=9, repetition_penalty=2.0)
-    SequenceSampler(sampling, prompt_tokens=2, end_token_ids=(0, 3))(logits, [1, 7, 2])
-    assert logits.tolist() == [-torch.inf, 1.0, 0.5]
+    sample_step(logits, [(SequenceSampler(sampling, prompt_tokens=2, end_token_ids=(0, 3)), [1, 7], [2])])
+    assert logits.tolist() == [[-torch.inf, 1.0, 0.5]]
 
 
 @pytest.mark.parametrize(
@@ -196,14 +194,15 @@ def test_logits_processors_ignore_tokens_without_a_logit() -> None:
 @example(output=[])
 @example(output=[4, 3, 1])
 @example(output=[2, 0, 3, 1, 4, 0, 3, 1])
-def test_logits_processors_are_those_of_transformers(
+def test_rules_are_those_of_transformers(
     sampling: dict[str, Any], reference: LogitsProcessor, output: list[int]
 ) -> None:
     prompt, logits = [3, 1, 3], torch.tensor([3.0, 2.0, 1.0, -1.0, 0.5, 0.0])
     expected = reference(torch.tensor([prompt + output]), logits[None].clone())[0]
-    row = logits.clone()
-    SequenceSampler(SamplingParams(**sampling), prompt_tokens=len(prompt), end_token_ids=())(row, prompt + output)
-    assert row.tolist() == expected.tolist()
+    row = logits[None].clone()
+    sampler = SequenceSampler(SamplingParams(**sampling), prompt_tokens=len(prompt), end_token_ids=())
+    sample_step(row, [(sampler, prompt, output)])
+    assert row[0].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -217,14 +216,32 @@ def test_logits_processors_are_those_of_transformers(
         {"allowed_token_ids": (0, 1, 9)},
     ],
 )
-def test_logits_processors_skip_tokens_without_a_logit(sampling: dict[str, Any]) -> None:
-    row = torch.tensor([3.0, 2.0])
-    SequenceSampler(SamplingParams(**sampling), prompt_tokens=1, end_token_ids=())(row, [9])
-    assert row.tolist() == [3.0, 2.0]
+def test_rules_skip_tokens_without_a_logit(sampling: dict[str, Any]) -> None:
+    row = torch.tensor([[3.0, 2.0]])
+    sample_step(row, [(SequenceSampler(SamplingParams(**sampling), prompt_tokens=1, end_token_ids=()), [9], [])])
+    assert row.tolist() == [[3.0, 2.0]]
 
 
-def test_logits_processors_default_parameters_add_none() -> None:
-    assert sequence_sampler(temperature=1.0, top_p=0.9, repetition_penalty=1.0).logits_processors == []
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"top_p": 0.9, "repetition_penalty": 1.0}, (False, False)),
+        ({"temperature": 1.0}, (True, False)),
+        ({"logprobs": 0}, (True, False)),
+        ({"presence_penalty": 1.0, "logit_bias": ((0, 1.0),), "allowed_token_ids": (1,)}, (True, False)),
+        ({"min_tokens": 1, "suppress_tokens": (1,), "begin_suppress_tokens": (1,)}, (True, False)),
+        ({"no_repeat_ngram_size": 2}, (True, True)),
+        ({"bad_words_ids": ((1, 2),)}, (True, True)),
+        ({"token_masks": (lambda: lambda *_: None,)}, (True, True)),
+        ({"temperature": 1.0, "max_tokens": 0}, (False, False)),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
+)
+def test_sampler_is_used_and_needs_host_tokens_by_its_parameters(
+    sampling: dict[str, Any], expected: tuple[bool, bool]
+) -> None:
+    sampler = sequence_sampler(**sampling)
+    assert (sampler.is_used, sampler.needs_host_tokens) == expected
 
 
 def test_logprobs_are_before_penalties_and_temperature() -> None:

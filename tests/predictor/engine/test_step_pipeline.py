@@ -8,8 +8,10 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from predictor.engine import batching_manager
 from predictor.engine.engine import Engine
@@ -38,6 +40,7 @@ from tests.predictor.servers import HANG_SECONDS, Hold
 pytestmark = pytest.mark.xdist_group("engine")
 
 ALICE, BOB = (Caller(name, share=1 / 2) for name in ("alice", "bob"))
+ALL_TOKENS = np.full(1024, 255, dtype=np.uint8)
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)
 LOGPROBS = replace(SAMPLED, temperature=2.0, logprobs=2, seed=1)
 Requests = list[tuple[list[int], SamplingParams]]
@@ -98,15 +101,15 @@ async def blocked(hold: Hold) -> None:
 def mixed_requests(loaded: LoadedModel) -> Requests:
     """Sequences of every kind, more than the batch has places, that start and end in different steps."""
     compiler = GrammarCompiler(loaded.tokenizer, loaded.vocabulary_tokens, loaded.eos_token_ids)
-    number = compiler.compile(StructuredOutput(GrammarKind.REGEX, "[0-9]{3,9}")).logits_processor
+    number = compiler.compile(StructuredOutput(GrammarKind.REGEX, "[0-9]{3,9}")).token_mask
     chat = chat_ids(loaded, "What is 17 + 25?")
     samplings = [
         GREEDY,
         replace(LOGPROBS, max_tokens=19),
-        replace(GREEDY, logits_processors=(number,)),
+        replace(GREEDY, token_masks=(number,)),
         replace(LOGPROBS, repetition_penalty=1.3, frequency_penalty=0.5, min_tokens=4, ignore_eos=False),
         replace(GREEDY, max_tokens=1),
-        replace(LOGPROBS, logits_processors=(number,), ignore_eos=False),
+        replace(LOGPROBS, token_masks=(number,), ignore_eos=False),
         replace(TEN, no_repeat_ngram_size=2, bad_words_ids=((7, 8), (9,))),
         replace(TEN, max_tokens=2, prompt_logprobs=1),
         replace(GREEDY, stop_token_ids=(34,)),
@@ -191,11 +194,12 @@ def test_overlapped_sampler_is_called_once_per_token(overlapped: Engine, ids: li
     """With all tokens before it, and not for the step that was prepared before the end was known."""
     seen: list[list[int]] = []
 
-    def record(_: torch.Tensor, __: Sequence[int], output_ids: Sequence[int]) -> None:
+    def record(_: Sequence[int], output_ids: Sequence[int]) -> NDArray[np.uint8]:
         seen.append(list(output_ids))
+        return ALL_TOKENS
 
     before = overlapped.steps
-    answer = generate(overlapped, ids, replace(GREEDY, logits_processors=(lambda: record,)))
+    answer = generate(overlapped, ids, replace(GREEDY, token_masks=(lambda: record,)))
     assert answer.reason is FinishReason.EOS_TOKEN
     generate(overlapped, ids, replace(GREEDY, max_tokens=1))
     assert seen == [answer.token_ids[:count] for count in range(len(answer.token_ids))]
@@ -206,11 +210,12 @@ def test_overlapped_sampler_is_not_called_after_the_end(overlapped: Engine, ids:
     """Though the event loop, which drops it, is busy."""
     lengths: list[int] = []
 
-    def record(_: torch.Tensor, __: Sequence[int], output_ids: Sequence[int]) -> None:
+    def record(_: Sequence[int], output_ids: Sequence[int]) -> NDArray[np.uint8]:
         lengths.append(len(output_ids))
+        return ALL_TOKENS
 
     async def run() -> int:
-        [stream] = overlapped.submit([(ids, replace(GREEDY, logits_processors=(lambda: record,)))])
+        [stream] = overlapped.submit([(ids, replace(GREEDY, token_masks=(lambda: record,)))])
         first = await anext(stream)
         while processor_of(overlapped).has_pending_requests() or processor_of(overlapped).inputs_and_outputs.is_pending:
             time.sleep(0.001)  # noqa: ASYNC251, it is to block

@@ -1,5 +1,6 @@
 """Random texts that follow a grammar, by the demo model's vocabulary."""
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +18,7 @@ def random_text(
 
     The text begins with `begin` where the grammar allows it. `eos` is the grammar's end-of-sequence token.
     """
-    process = grammar.logits_processor()
+    mask = grammar.token_mask()
     generator = torch.Generator().manual_seed(seed)
     likely = tokenizer.encode(begin, add_special_tokens=False)
     output: list[int] = []
@@ -25,8 +26,8 @@ def random_text(
         logits = torch.randn(max(512, len(tokenizer)), generator=generator)
         if len(output) < len(likely):
             logits[likely[len(output)]] += _LIKELY
-        process(logits, [], output)
-        token_id = int(logits.argmax())
+        allowed = np.unpackbits(mask([], output), bitorder="little")[: len(logits)]
+        token_id = int(logits.masked_fill(torch.from_numpy(allowed == 0), -torch.inf).argmax())
         if token_id == eos:
             return str(tokenizer.decode(output))
         output.append(token_id)

@@ -9,15 +9,14 @@ from typing import Any
 import jsonschema
 import numpy as np
 import pytest
-import torch
 from hypothesis import event, given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from predictor.engine.grammar import bias_on_device
+from predictor.engine.sampler import SequenceSampler, TokenMask
 from predictor.errors import InvalidRequest
 from predictor.generation.structured_output import MAX_GRAMMAR_BYTES, GrammarCompiler
-from predictor.types import GrammarKind, StructuredOutput
+from predictor.types import GrammarKind, SamplingParams, StructuredOutput
 from tests.predictor import sentencepiece
 from tests.predictor.generation.json_schemas import SCHEMAS
 from tests.predictor.generation.random_text import EOS, MAX_TOKENS, random_text
@@ -198,47 +197,44 @@ def test_compile_long_chains_of_rules_does_not_overflow_the_stack(
     [StructuredOutput(GrammarKind.REGEX, r"[^\s\S]"), StructuredOutput(GrammarKind.GRAMMAR, "start: start")],
     ids=["regex", "grammar"],
 )
-def test_processor_constraint_that_no_text_matches_is_an_error(
+def test_mask_constraint_that_no_text_matches_is_an_error(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase, constraint: StructuredOutput
 ) -> None:
     with pytest.raises(InvalidRequest, match=r"^No text matches the structured output"):
         follow(compiler, tokenizer, constraint, seed=1)
 
 
-def test_processor_ambiguous_grammar_exceeds_the_limits(
+def test_mask_ambiguous_grammar_exceeds_the_limits(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     constraint = StructuredOutput(GrammarKind.GRAMMAR, "start: s\ns: s s s | s s | /[a-z]/")
-    process = compiler.compile(constraint).logits_processor()
+    mask = compiler.compile(constraint).token_mask()
     [a] = tokenizer.encode("a", add_special_tokens=False)
 
     def repeat() -> None:
         for length in range(MAX_TOKENS):
-            process(torch.zeros(512), [], [a] * length)
+            mask([], [a] * length)
 
     with pytest.raises(InvalidRequest, match="too complex"):
         repeat()
 
 
-def test_processor_excluded_tokens_contradict_the_grammar_is_an_error(compiler: GrammarCompiler) -> None:
-    process = compiler.compile(StructuredOutput(GrammarKind.REGEX, "a")).logits_processor()
+def test_mask_excluded_tokens_contradict_the_grammar_is_an_error(
+    compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    [a] = tokenizer.encode("a", add_special_tokens=False)
+    grammar = compiler.compile(StructuredOutput(GrammarKind.REGEX, "a"))
+    sampling = SamplingParams(token_masks=(grammar.token_mask,), suppress_tokens=(a,))
+    sampler = SequenceSampler(sampling, prompt_tokens=0, end_token_ids=())
     with pytest.raises(InvalidRequest, match="contradict"):
-        process(torch.full((512,), -torch.inf), [], [])
+        sampler.exclusions(512, 0)
 
 
-def test_bias_on_device_excludes_the_tokens_without_a_bit() -> None:
-    bias = bias_on_device(np.array([0b10000001, 0, 255], dtype=np.uint8), torch.device("cpu"))
-    allowed = torch.isfinite(bias).nonzero().flatten().tolist()
-    assert allowed == [0, 7, *range(16, 24)]
-    assert bias.shape == (24,)
-    assert bias[allowed].eq(0).all()
-
-
-def test_processor_of_one_grammar_sequences_are_independent(
+def test_mask_of_one_grammar_sequences_are_independent(
     compiler: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     grammar = compiler.compile(StructuredOutput(GrammarKind.CHOICE, '["ab", "cd"]'))
-    first, second = grammar.logits_processor(), grammar.logits_processor()
+    first, second = grammar.token_mask(), grammar.token_mask()
     [a] = tokenizer.encode("a", add_special_tokens=False)
     assert _allowed(first, tokenizer, []) == {"ab", "cd", "a", "c"} & _texts(tokenizer)
     assert _allowed(first, tokenizer, [a]) == {"b"}
@@ -249,7 +245,6 @@ def _texts(tokenizer: PreTrainedTokenizerBase) -> set[str]:
     return {str(tokenizer.decode([token_id])) for token_id in range(512)}
 
 
-def _allowed(process: Any, tokenizer: PreTrainedTokenizerBase, output: Sequence[int]) -> set[str]:
-    logits = torch.zeros(512)
-    process(logits, [], output)
-    return {str(tokenizer.decode([token_id])) for token_id in torch.isfinite(logits).nonzero().flatten().tolist()}
+def _allowed(mask: TokenMask, tokenizer: PreTrainedTokenizerBase, output: Sequence[int]) -> set[str]:
+    allowed = np.unpackbits(mask([], output), bitorder="little").nonzero()[0].tolist()
+    return {str(tokenizer.decode([token_id])) for token_id in allowed}
