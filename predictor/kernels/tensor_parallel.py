@@ -6,6 +6,7 @@ here returns at once.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import distributed, nn
 
-from predictor.errors import InvalidSettings, RankFailed, RankLost, StartupError
+from predictor.errors import InvalidSettings, LoadCancelled, RankFailed, RankLost, StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def join(
         listen_fd: as of `Rank`.
     """
     global _load_group  # as torch's default group
-    for name, value in _VARIABLES.items():
+    for name, value in _VARIABLES.items() if sys.platform == "linux" else ():
         os.environ.setdefault(name, value)
     # Some parts of transformers read these instead of the group.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
@@ -211,8 +212,8 @@ def together(phase: str) -> Iterator[None]:
     error: StartupError | None = None
     try:
         yield
-    except RankFailed:
-        raise  # of an inner phase, and known to all ranks
+    except (RankFailed, LoadCancelled):
+        raise  # of an inner phase, and known to all ranks; or rank 0 ends all
     except StartupError as failure:
         error = failure
     except Exception as failure:
