@@ -7,7 +7,7 @@ internals are not a public API: `tests/contracts/test_upstream.py` tests every a
 import gc
 import logging
 import math
-import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -82,8 +82,6 @@ class BatchingManager:
         )
         self._step_timeout_seconds = settings.step_timeout_seconds
         self._enforce_eager = settings.enforce_eager
-        self._failed = threading.Event()
-        """The loop ends by an error; with tensor parallelism only."""
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
@@ -254,12 +252,11 @@ class BatchingManager:
     def end_plain_passes(self) -> None:
         tensor_parallel.share(None)
 
-    def follow(self) -> bool:
+    def follow(self) -> None:
         while (token_ids := tensor_parallel.share()) is not None:
             self._run_plain_pass(token_ids)
-        while self.is_running and not self._failed.wait(FOLLOW_POLL_SECONDS):
-            pass
-        return not self._failed.is_set()
+        while self.is_running:
+            time.sleep(FOLLOW_POLL_SECONDS)
 
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
@@ -274,7 +271,7 @@ class BatchingManager:
         except BaseException as error:
             # The other ranks may be in the middle of the step, where no operation of this one would match theirs.
             if tensor_parallel.size() > 1:
-                self._failed.set()
+                rank_steps.end_follower()
                 raise
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
             if causal_lm.is_device_lost(self._model) or not self._recover(processor.scheduler, error):
