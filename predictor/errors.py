@@ -46,6 +46,10 @@ class RankLost(RankFailed):
     """A connection to another rank broke."""
 
 
+class LoadCancelled(PredictorError):
+    """A signal ended the load."""
+
+
 class RequestError(PredictorError):
     """One request fails; others are not affected."""
 

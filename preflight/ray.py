@@ -73,7 +73,10 @@ class Application(Deployment):
         nested = (config.get("ray_actor_options") or {}) | (config.get("autoscaling_config") or {})
         variables = [self.environment(group.container).get(f"PREDICTOR_{name.upper()}") for group in self.all_groups]
         given = [config.get(name), nested.get(name), self.arguments_of_builder.get(name), *variables]
-        return float(next((value for value in given if value is not None), OPTIONS[name]))
+        try:
+            return float(next((value for value in given if value is not None), OPTIONS[name]))
+        except (TypeError, ValueError):
+            return OPTIONS[name]  # checks/ray.py reports the value.
 
     @property
     def max_replicas(self) -> int:
@@ -149,7 +152,8 @@ def groups(deployment: Deployment) -> list[Group]:
         parameters, own = spec.get("rayStartParams") or {}, spec.get("resources") or {}
         # KubeRay's order; it rounds CPUs up.
         cpus = own.get("CPU") or parameters.get("num-cpus") or math.ceil(quantities.number(limits.get("cpu", 0)))
-        count = own.get("GPU") or parameters.get("num-gpus") or quantities.number(limits.get(gpus.GPU, 0))
+        devices = sum(quantities.number(limit) for name, limit in limits.items() if name.startswith("nvidia.com/"))
+        count = own.get("GPU") or parameters.get("num-gpus") or devices
         found.append(Group(spec["groupName"], pod, float(cpus), float(count), spec.get("maxReplicas", 2**31 - 1)))
     return found
 

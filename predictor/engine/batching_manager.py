@@ -1,12 +1,13 @@
-"""Fence around transformers' continuous batching, which only this module, `fair_scheduler` and `step_sampler` use.
+"""Fence around transformers' continuous batching, which other fences of this package use, too.
 
 The manager schedules sequences, pages the KV cache, shares prefixes and takes the largest logit of each row. Its
 internals are not a public API: `tests/contracts/test_upstream.py` tests every assumption that they make.
 """
 
+import gc
 import logging
 import math
-import threading
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
@@ -81,8 +82,6 @@ class BatchingManager:
         )
         self._step_timeout_seconds = settings.step_timeout_seconds
         self._enforce_eager = settings.enforce_eager
-        self._failed = threading.Event()
-        """The loop ends by an error; with tensor parallelism only."""
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
@@ -113,6 +112,7 @@ class BatchingManager:
         processors.tensors_required = len(steps)  # the list counts only processors that it has converted itself
         self._manager.logit_processor = processors
         self._manager.output_router.output_queue = _DiscardingQueue()
+        self._pipeline: StepPipeline | None = None
         self._run_iteration = self._manager._generation_loop_body
         self._manager._generation_loop_body = self._run_guarded_iteration
         if tensor_parallel.rank():
@@ -177,23 +177,23 @@ class BatchingManager:
         processor = self._manager.batch_processor
         processor.scheduler.scorer = self._step_sampler.scorer
         tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
-        # Ranks would also have to agree on the steps that they prepare ahead.
-        is_alone = tensor_parallel.size() == 1
-        if is_alone and _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
-            pipeline = StepPipeline(
+        if _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
+            self._pipeline = StepPipeline(
                 processor,
                 self._model,
                 self._run_iteration,
                 self._step_sampler,
                 uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
             )
-            self._run_iteration = pipeline.run
         self._manager.start()
         size_bytes = processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
 
     def stop(self, timeout_seconds: float) -> None:
         self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)
+        # It and the cache refer to each other, and another model may need the memory.
+        self._pipeline = None
+        gc.collect()
 
     def submit(
         self,
@@ -252,12 +252,11 @@ class BatchingManager:
     def end_plain_passes(self) -> None:
         tensor_parallel.share(None)
 
-    def follow(self) -> bool:
+    def follow(self) -> None:
         while (token_ids := tensor_parallel.share()) is not None:
             self._run_plain_pass(token_ids)
-        while self.is_running and not self._failed.wait(FOLLOW_POLL_SECONDS):
-            pass
-        return not self._failed.is_set()
+        while self.is_running:
+            time.sleep(FOLLOW_POLL_SECONDS)
 
     def _run_guarded_iteration(self, processor: Any, bootstrapping: bool) -> bool:
         """Run an iteration of the step loop, and return whether the loop goes on.
@@ -267,11 +266,12 @@ class BatchingManager:
         """
         processor.scheduler.scheduled = []
         try:
-            return bool(self._run_iteration(processor, bootstrapping))
+            run = self._pipeline.run if self._pipeline else self._run_iteration
+            return bool(run(processor, bootstrapping))
         except BaseException as error:
             # The other ranks may be in the middle of the step, where no operation of this one would match theirs.
             if tensor_parallel.size() > 1:
-                self._failed.set()
+                rank_steps.end_follower()
                 raise
             # A panic of a Rust extension is not an Exception. Signals interrupt the main thread only.
             if causal_lm.is_device_lost(self._model) or not self._recover(processor.scheduler, error):
@@ -315,7 +315,10 @@ class BatchingManager:
 
 
 def _overlaps(model: CausalLM) -> bool:
-    """Return whether a step is prepared while another one runs: a CPU computes both in the same cores."""
+    """Return whether a step is prepared while another one runs.
+
+    A CPU computes both in the same cores, and ranks would have to agree on the steps that they prepare ahead.
+    """
     return model.device.type == "cuda" and tensor_parallel.size() == 1
 
 

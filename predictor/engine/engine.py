@@ -238,13 +238,12 @@ class Engine:
             warm_up.check(self._executor.plain_logits([*prompt, *completion]), completion)
         self._executor.end_plain_passes()
 
-    def follow(self) -> bool:
+    def follow(self) -> None:
         """On a rank other than 0, take part in rank 0's work, from the warm-up on, until its step loop ends.
 
-        Returns:
-            Whether rank 0 ended it; else it failed.
+        An error of a step ends the process.
         """
-        return self._executor.follow()
+        self._executor.follow()
 
     async def check(self, timeout_seconds: float) -> None:
         """Generate a few tokens, as a self-check.

@@ -106,9 +106,8 @@ class Executor(Protocol):
     def end_plain_passes(self) -> None:
         """Release followers from taking part in `plain_logits`, which may not be called afterwards."""
 
-    def follow(self) -> bool:
+    def follow(self) -> None:
         """On a rank other than 0, take part in rank 0's plain passes and steps until its step loop ends.
 
-        Returns:
-            Whether rank 0 ended it; else it failed.
+        An error of a step ends the process.
         """

@@ -1,10 +1,9 @@
 """Fence around the model runner of transformers' continuous batching, which computes and samples a step at once."""
 
-import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.generation.continuous_batching.model_runner import ModelRunner
@@ -33,13 +32,13 @@ class StepRunner(ModelRunner):
             return_logprobs=processor.return_logprobs,
         )
         self._needs_hooks = needs_hooks
-        self._replays: dict[int, Callable[[], None]] = {}
+        self._graphs: dict[int, Graph] = {}
         """By number of rows."""
         self._logits = torch.empty(0)
         """Result of all graphs, float32, (rows of the largest, vocabulary)."""
 
     def maybe_pad_inputs(self, num_q_tokens: int, max_kv_read: int, use_decode_fast_path: bool) -> tuple[int, int]:
-        self.pad_inputs = bool(self._replays) and use_decode_fast_path and not self._needs_hooks()
+        self.pad_inputs = bool(self._graphs) and use_decode_fast_path and not self._needs_hooks()
         padded: tuple[int, int] = super().maybe_pad_inputs(num_q_tokens, max_kv_read, use_decode_fast_path)
         return padded
 
@@ -56,7 +55,7 @@ class StepRunner(ModelRunner):
         with stream_context(self.inputs_and_outputs.compute_stream):
             if not self.pad_inputs:
                 return self._compute(model, inputs).float()
-            self._replays[inputs["input_ids"].shape[1]]()
+            self._graphs[inputs["input_ids"].shape[1]].replay()
             return self._logits[: len(self.inputs_and_outputs.requests_in_batch)]
 
     def sample(self, logits: torch.Tensor, inputs: dict[str, Any]) -> None:
@@ -79,10 +78,10 @@ class StepRunner(ModelRunner):
             with torch.no_grad():
                 # The largest first, whose memory the others share.
                 for rows in reversed(sizes):
-                    self._replays[rows] = self._capture(model, rows)
-        # What cannot be captured: copies to the host, in the choice of experts for example.
-        except RuntimeError as error:
-            self._replays = {}
+                    self._graphs[rows] = self._capture(model, rows)
+        # Copies to the host cannot be captured, in the choice of experts for example. The warm-up reports other errors.
+        except Exception as error:  # noqa: BLE001
+            self._graphs = {}
             self._logits = torch.empty(0)
             logger.warning("no CUDA graphs, so short steps take longer: %s", str(error).partition("\n")[0])
             return
@@ -97,7 +96,7 @@ class StepRunner(ModelRunner):
             logits = model(**inputs).logits[0, rows]
         return logits
 
-    def _capture(self, model: Any, rows: int) -> Callable[[], None]:
+    def _capture(self, model: Any, rows: int) -> "Graph":
         io = self.inputs_and_outputs
         inputs = io.get_padding(rows)
         # Before the capture: kernels are loaded and chosen in the first pass.
@@ -105,13 +104,27 @@ class StepRunner(ModelRunner):
             logits = self._compute(model, inputs)
             if not self._logits.numel():
                 self._logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-        return record(lambda: self._logits[:rows].copy_(self._compute(model, inputs)), io.compute_stream)
+        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        return record(lambda: self._logits[:rows].copy_(self._compute(model, inputs)), io.compute_stream, pool)
 
 
-def record(compute: Callable[[], Any], stream: Any) -> Callable[[], None]:
-    """Capture the work that `compute` queues on a CUDA stream, and return a function that queues it again.
+class Graph(Protocol):
+    """The part of `torch.cuda.CUDAGraph` that is used here."""
 
-    The graphs of a process share their memory, so a result that stays in it lasts until the next replay.
+    def replay(self) -> None:
+        """Queue the captured work again."""
+
+    def pool(self) -> Any:
+        """Return the memory in which the graph keeps its tensors."""
+
+
+def record(compute: Callable[[], Any], stream: Any, pool: Any) -> Graph:
+    """Capture the work that `compute` queues on a CUDA stream.
+
+    Args:
+        compute: whose result is not kept: graphs of one pool overwrite each other's tensors.
+        stream: on which the graph is replayed, too.
+        pool: of another graph; None: a new one.
 
     Raises:
         RuntimeError: some of the work cannot be captured.
@@ -122,18 +135,13 @@ def record(compute: Callable[[], Any], stream: Any) -> Callable[[], None]:
     # If the capture cannot be ended, torch restores neither the current stream nor the generator.
     with torch.cuda.stream(stream):
         try:
-            with torch.cuda.graph(graph, pool=_pool(), stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 compute()
         except RuntimeError:
             generator.graphsafe_set_state(state)
             raise
-    replay: Callable[[], None] = graph.replay
-    return replay
-
-
-@functools.cache
-def _pool() -> Any:
-    return torch.cuda.graph_pool_handle()
+    captured: Graph = graph
+    return captured
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -51,7 +51,7 @@ class PromptScorer:
     Args:
         model: whose decoder returns an output with `last_hidden_state`, which the head turns into logits.
         vocabulary_tokens: rows of the input embedding. An LM head may have more, which are never sampled.
-        find_sampler: returns the sampler of a sequence; None: nobody reads its log probabilities, as on ranks other
+        find_sampler: returns the sampler of a sequence; None: its log probabilities have no reader, as on ranks other
             than 0, which compute their part of the logits.
     """
 

@@ -4,6 +4,8 @@ Rank 0 distributes new and cancelled sequences at the start of each step, and ev
 whatever the scheduler depends on has to arrive with them, and may change in the loop's thread only.
 """
 
+import logging
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -11,6 +13,8 @@ import torch
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 
 from predictor.kernels import tensor_parallel
+
+logger = logging.getLogger(__name__)
 
 
 class TokenBroadcast(ContinuousBatchingLogitsProcessor):
@@ -38,10 +42,18 @@ class TokenBroadcast(ContinuousBatchingLogitsProcessor):
 
 
 def follow_driver(manager: Any) -> None:
-    """Prepare a manager whose sequences all come from rank 0's and whose outputs nobody reads."""
+    """Prepare a manager whose sequences all come from rank 0's and whose outputs have no reader."""
     manager.output_router.deliver = _discard
     manager.output_router.deliver_batch = _discard
     manager._wake_up_loop = _NoWait()
+
+
+def end_follower() -> None:
+    """On a rank other than 0, log the error that is handled and end the process, by which rank 0 knows."""
+    if tensor_parallel.rank():
+        logger.exception("a step failed")
+        logging.shutdown()
+        os._exit(1)
 
 
 def _discard(output: object) -> None:

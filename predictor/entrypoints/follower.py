@@ -30,16 +30,17 @@ def main() -> None:
 
     settings, rank = Settings(**start["settings"]), Rank(**start["rank"])
     configure(settings.log_level, settings.log_format, rank.number)
-    has_succeeded = False
+    exit_code = 0
     try:
-        has_succeeded = follower.follow(settings, rank)
-    except RankFailed:
-        has_succeeded = True  # rank 0 raises it
+        follower.follow(settings, rank)
+    except RankFailed as failed:
+        logger.info("ended: %s", failed)  # rank 0 raises it, too
     except Exception:
         logger.exception("rank %d failed", rank.number)
+        exit_code = 1
     logging.shutdown()
     # Python's own exit would wait for a step that waits for other ranks.
-    os._exit(0 if has_succeeded else 1)
+    os._exit(exit_code)
 
 
 def _end_with(parent: int) -> None:

@@ -131,6 +131,7 @@ class Lifecycle:
                 raise await self._ranks.reason(str(running.exception()))
             running.result()
             return
+        logger.error("%s", failing.result())
         running.cancel()
         await self._end_streams()
         raise failing.result()

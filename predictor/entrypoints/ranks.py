@@ -65,11 +65,14 @@ class Ranks:
         return RankFailed(reason or self._stopped() or symptom)
 
     def _ended(self) -> str | None:
-        for number, process in enumerate(self._followers, start=1):
-            if code := process.poll():
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-                return f"Rank {number} (process {process.pid}) {how}. Its log has more, unless memory ran out."
-        return None
+        codes = [(code, number) for number, process in enumerate(self._followers, start=1) if (code := process.poll())]
+        if not codes:
+            return None
+        # One that is killed comes first: others exit because of it.
+        code, number = min(codes)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        pid = self._followers[number - 1].pid
+        return f"Rank {number} (process {pid}) {how}. Its log has more, unless memory ran out."
 
     def _stopped(self) -> str | None:
         for number, process in enumerate(self._followers, start=1):

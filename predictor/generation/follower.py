@@ -12,11 +12,10 @@ from predictor.settings import Settings
 logger = logging.getLogger(__name__)
 
 
-def follow(settings: Settings, rank: Rank) -> bool:
+def follow(settings: Settings, rank: Rank) -> None:
     """Load this rank's part, and take part in the steps until rank 0 ends; the phases are those of `LLMService.load`.
 
-    Returns:
-        Whether rank 0 has ended the step loop; else it failed.
+    An error of a step ends the process.
 
     Raises:
         RankFailed: the load failed on some rank; all ranks know it.
@@ -38,4 +37,4 @@ def follow(settings: Settings, rank: Rank) -> bool:
             raise StartupError("--tensor_parallel_size: a model that embeds or classifies runs on one device. Use 1.")
         engine.start()
     logger.info("rank %d follows rank 0", rank.number)
-    return engine.follow()
+    engine.follow()

@@ -18,6 +18,7 @@ from predictor.errors import (
     DeadlineExceeded,
     Draining,
     InvalidRequest,
+    LoadCancelled,
     ModelNotReady,
     Overloaded,
 )
@@ -63,10 +64,6 @@ class Phase(StrEnum):
     TERMINATING = "terminating"
     DRAINING = "shutting down"
     STOPPED = "stopped"
-
-
-class _LoadCancelled(Exception):
-    """`drain` or `stop` was called during the load."""
 
 
 _T = TypeVar("_T")
@@ -128,7 +125,7 @@ class LLMService:
             with self._metrics.time_load_phase("warm_up"):
                 model_load.warm_up(loaded, engine)
             self._accept_requests(model_snapshot, adapter, loaded, engine, create_pipeline)
-        except _LoadCancelled:
+        except LoadCancelled:
             return False
         except Exception as error:
             self._hold.end(ModelNotReady(f"Model {self.models.default} could not be loaded: {error}"))
@@ -142,7 +139,7 @@ class LLMService:
         """Set the next phase of the load."""
         with self._state_lock:
             if self.is_shutting_down:
-                raise _LoadCancelled
+                raise LoadCancelled
             self.phase = phase
 
     def _find_snapshots(self) -> tuple[Snapshot, Snapshot | None]:

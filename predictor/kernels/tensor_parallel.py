@@ -6,6 +6,7 @@ here returns at once.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import distributed, nn
 
-from predictor.errors import InvalidSettings, RankFailed, RankLost, StartupError
+from predictor.errors import InvalidSettings, LoadCancelled, RankFailed, RankLost, StartupError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ _VARIABLES = {
     "NCCL_GRAPH_MIXING_SUPPORT": "0",
 }
 
+_has_lost_rank = False
+"""Whether a rank did not take part in an exchange."""
 _load_group: Any = None
 """Gloo group of all ranks, for what they exchange while they load."""
 
@@ -94,7 +97,7 @@ def join(
         listen_fd: as of `Rank`.
     """
     global _load_group  # as torch's default group
-    for name, value in _VARIABLES.items():
+    for name, value in _VARIABLES.items() if sys.platform == "linux" else ():
         os.environ.setdefault(name, value)
     # Some parts of transformers read these instead of the group.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
@@ -136,15 +139,36 @@ def all_reduce(partial: torch.Tensor) -> torch.Tensor:
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
-    """Replace each element by the largest of all ranks, in place, and return the tensor; during the load.
+    """Replace each element by the largest of all ranks, in place, and return the tensor; while weights load.
 
     Raises:
-        RuntimeError: another rank has failed, and does not take part.
+        RankLost: another rank failed, and does not take part. Every later call fails, too.
     """
-    if size() > 1:
-        work = distributed.all_reduce(values, distributed.ReduceOp.MAX, async_op=True)
+    global _has_lost_rank
+    if size() == 1:
+        return values
+    check_exchanges()
+    work = distributed.all_reduce(values, distributed.ReduceOp.MAX, async_op=True)
+    try:
         work.wait(timedelta(seconds=EXCHANGE_SECONDS))
+    except RuntimeError as error:
+        _has_lost_rank = True
+        raise _lost_rank() from error
     return values
+
+
+def check_exchanges() -> None:
+    """Check that every rank took part in all exchanges while weights loaded; transformers catches their errors.
+
+    Raises:
+        RankLost: one did not.
+    """
+    if _has_lost_rank:
+        raise _lost_rank()
+
+
+def _lost_rank() -> RankLost:
+    return RankLost("A rank failed while the weights were quantized. Its log says why.")
 
 
 def all_gather(part: torch.Tensor, width: int) -> torch.Tensor:
@@ -188,8 +212,8 @@ def together(phase: str) -> Iterator[None]:
     error: StartupError | None = None
     try:
         yield
-    except RankFailed:
-        raise  # of an inner phase, and known to all ranks
+    except (RankFailed, LoadCancelled):
+        raise  # of an inner phase, and known to all ranks; or rank 0 ends all
     except StartupError as failure:
         error = failure
     except Exception as failure:

@@ -388,6 +388,7 @@ def _load_weights(plan: LoadPlan) -> Any:
             output_loading_info=True,
         )
     except Exception as error:
+        tensor_parallel.check_exchanges()
         if memory.is_out_of_memory(error):
             raise UnsupportedModel(
                 f"Not enough memory to load the weights in {plan.weights_dir} ({checkpoint.first_line(error)}). "

@@ -68,6 +68,11 @@ def override(**options: object) -> Mistake:
     return lambda d: d.serve(lambda config: config["applications"][0].update(deployments=[entry]))
 
 
+def use_a_slice(draft: RayDraft) -> None:
+    for amounts in draft.worker(0)["resources"].values():
+        amounts["nvidia.com/mig-3g.40gb"] = amounts.pop("nvidia.com/gpu")
+
+
 GPU = "RayService/llm, application llm: "
 CPU = "RayService/llm, application llm-cpu: "
 MISTAKES: dict[str, tuple[Mistake, str]] = {
@@ -98,6 +103,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "invalid_argument": (
         lambda d: d.arguments(1, max_num_seqs=0),
         CPU + "max_num_seqs is 0, so the predictor does not start: input should be greater than or equal to 1",
+    ),
+    "invalid_option": (
+        lambda d: d.arguments(num_cpus="many"),
+        GPU + "num_cpus is 'many', so the predictor does not start: input should be a valid number",
     ),
     "unknown_variable": (
         lambda d: d.settings.update(PREDICTOR_MAX_REPLICA="3"),
@@ -278,6 +287,8 @@ def test_ray_overlay_has_no_finding(rayservice: RayDraft) -> None:
         # Ray's own order: `resources` of the group, rayStartParams, limits.
         lambda d: d.group(1).update(resources={"CPU": "8"}),
         lambda d: d.settings.update(PREDICTOR_UPSCALE_DELAY_S="60"),
+        # KubeRay counts slices of GPUs too.
+        use_a_slice,
         lambda d: d.serve(lambda config: config["http_options"].update(request_timeout_s=600)),
         lambda d: d.spec.update(upgradeStrategy={"type": "None"}, rayClusterDeletionDelaySeconds=0),
     ],

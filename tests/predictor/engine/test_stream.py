@@ -63,8 +63,8 @@ class FakeExecutor:
     def end_plain_passes(self) -> None:
         pass
 
-    def follow(self) -> bool:
-        return True
+    def follow(self) -> None:
+        pass
 
 
 def output(*token_ids: int, finished: bool = False, error: str | None = None) -> EngineOutput:

@@ -49,11 +49,13 @@ def test_follower_that_exits_is_named(group: Ranks, followers: "list[subprocess.
 
 
 @pytest.mark.parametrize("is_live", [True, False])
-def test_follower_that_is_killed_is_named(
+def test_follower_that_is_killed_is_named_before_one_that_exits(
     group: Ranks, followers: "list[subprocess.Popen[str]]", is_live: bool
 ) -> None:
-    followers[0].kill()
-    assert f"Rank 1 (process {followers[0].pid}) was killed by SIGKILL." in failure(group, is_live=is_live)
+    finish(followers[0], 1)
+    followers[1].kill()
+    followers[1].wait()
+    assert f"Rank 2 (process {followers[1].pid}) was killed by SIGKILL." in failure(group, is_live=is_live)
 
 
 def test_follower_that_is_stopped_is_named(group: Ranks, followers: "list[subprocess.Popen[str]]") -> None:

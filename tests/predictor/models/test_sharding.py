@@ -24,7 +24,7 @@ from devtools.architectures import (
     save_model,
 )
 from predictor.engine.engine import Engine
-from predictor.errors import InvalidSettings, StartupError, UnsupportedModel
+from predictor.errors import InvalidSettings, RankLost, StartupError, UnsupportedModel
 from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm, linear
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
@@ -62,6 +62,17 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # What each rank runs
+
+
+def fail_alone(directory: Path) -> str:
+    """Quantize a model on one rank while the other has failed, and return the error."""
+    if tensor_parallel.rank():
+        return ""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensor_parallel, "EXCHANGE_SECONDS", 1.0)
+        with pytest.raises(RankLost) as lost:
+            load(directory, "bfloat16", "8bit")
+    return str(lost.value)
 
 
 def load(directory: Path, dtype: str, mode: str) -> LoadedModel:
@@ -187,6 +198,7 @@ def run_default_tier(directories: Sequence[Path], quantized: Path, adapter: Path
         "read_bytes": (read_bytes(directories[0]), read_bytes(directories[0], adapter)),
         "device_map": load(directories[0], "float32", "none").device_map,
         "gathered": tensor_parallel.all_gather(torch.arange(5).chunk(2)[tensor_parallel.rank()], 5).tolist(),
+        "lost": fail_alone(directories[0]),  # last: it breaks the group
     }
 
 
@@ -350,6 +362,11 @@ def test_logits_of_two_gpus_are_close_to_those_of_one(directories: dict[str, Pat
 
 
 # Layers
+
+
+@pytest.mark.xdist_group("ranks")
+def test_rank_alone_does_not_wait_for_one_that_failed(divided: list[dict[str, Any]]) -> None:
+    assert divided[0]["lost"] == "A rank failed while the weights were quantized. Its log says why."
 
 
 @pytest.mark.xdist_group("ranks")
