@@ -27,6 +27,9 @@ NUCLEUS_TOKENS = 1024
 BLOCK_TOKENS = 128
 """Tokens that are sampled first as one: noise for each token of a vocabulary takes longer than all other work."""
 
+BATCH_ROWS = 64
+"""Rows sampled at a time, which limits the memory for their probabilities."""
+
 _ALIGNMENT = 8
 _BIAS_OF_OCTET = np.where(
     np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little"),
@@ -90,7 +93,7 @@ def _indices(rows: Sequence[Row]) -> NDArray[np.int64]:
 
 
 def _is_batched(device: torch.device) -> bool:
-    """Return whether all rows are sampled at once. One row at a time fits into the cache of a CPU, which is faster."""
+    """Return whether rows are processed together. On a CPU one at a time is faster: it fits into the cache."""
     return bool(device.type != "cpu")
 
 
@@ -211,17 +214,16 @@ def _sample_rows(logits: torch.Tensor, rows: Sequence[Row], tensors: Tensors) ->
     """Return a token id for each of the rows."""
     seeds, positions, top_k = tensors["integers"].split(1, dim=1)
     parameters = Parameters(noise.keys(seeds, positions), top_k, *tensors["limits"].split(1, dim=1))
-    if _is_batched(logits.device):
-        needs = truncation([row.sampler for row in rows], logits.shape[1])
-        return sample(logits[tensors["sampled"]], parameters, needs)
-    token_ids = [
-        sample(
-            logits[row.index : row.index + 1],
-            Parameters(*(column[number : number + 1] for column in parameters)),
-            truncation([row.sampler], logits.shape[1]),
-        )
-        for number, row in enumerate(rows)
-    ]
+    is_batched = _is_batched(logits.device)
+    size = BATCH_ROWS if is_batched else 1
+    token_ids = []
+    for begin in range(0, len(rows), size):
+        part = slice(begin, begin + size)
+        # The row of a CPU is not copied.
+        index = rows[begin].index
+        chosen = logits[tensors["sampled"][part]] if is_batched else logits[index : index + 1]
+        needs = truncation([row.sampler for row in rows[part]], logits.shape[1])
+        token_ids.append(sample(chosen, Parameters(*(column[part] for column in parameters)), needs))
     return torch.cat(token_ids)
 
 

@@ -30,7 +30,7 @@ class Penalties:
     def __init__(self) -> None:
         self._slots: dict[str, _Slot] = {}
         """By request id."""
-        self._tokens = torch.zeros(0, 0, dtype=torch.long)
+        self._tokens = torch.zeros(0, 0, dtype=torch.int32)
         """(slots, capacity), each row the tokens of a prompt and of the output so far."""
         self._longest = 0
 
@@ -75,14 +75,14 @@ class Penalties:
         if slots > old_slots or capacity > old_capacity:
             slots = max(slots, old_slots if slots <= old_slots else 2 * old_slots)
             capacity = max(capacity, MIN_CAPACITY, old_capacity if capacity <= old_capacity else 2 * old_capacity)
-            tokens = torch.zeros(slots, capacity, dtype=torch.long, device=device)
+            tokens = torch.zeros(slots, capacity, dtype=torch.int32, device=device)
             tokens[:old_slots, :old_capacity] = self._tokens
             self._tokens = tokens
 
     def apply(self, logits: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Lower the logits of tokens that occur already, in place, in contiguous logits (rows, LM head)."""
         new_slots, new_columns, token_ids = tensors["new_tokens"]
-        self._tokens[new_slots, new_columns] = token_ids
+        self._tokens[new_slots, new_columns] = token_ids.int()
         slots, num_prompt, lengths = tensors["places"]
         repetition, presence, frequency = tensors["penalties"]
         places = self._tokens[slots[:, 0], : self._longest] + tensors["penalized"][:, None] * logits.shape[1]
@@ -102,4 +102,4 @@ class Penalties:
     def append(self, token_ids: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> None:
         """Add the sampled token of each row with penalties."""
         slots, _, lengths = tensors["places"][..., 0]
-        self._tokens[slots, lengths] = token_ids
+        self._tokens[slots, lengths] = token_ids.int()

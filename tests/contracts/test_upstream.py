@@ -480,6 +480,8 @@ def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
         for state in step_sampler._states:
             states.setdefault(state.request_id, {})[id(state)] = state
             tokens.setdefault(state.request_id, []).append(state.initial_tokens + state.generated_tokens)
+        lengths = [len(state.initial_tokens + state.generated_tokens) for state in step_sampler._states]
+        assert step_sampler._positions == lengths
         return call(step_sampler, scores, tensor_arg)
 
     monkeypatch.setattr(StepSampler, "__call__", record)

@@ -46,6 +46,8 @@ def test_batch_pass_over_all_rows_gives_the_tokens_of_single_rows(
 ) -> None:
     monkeypatch.setattr(batch_sampler, "_is_batched", lambda _: True)
     assert generate(range(CROWD)) == together
+    monkeypatch.setattr(batch_sampler, "BATCH_ROWS", 7)
+    assert generate(range(CROWD)) == together
 
 
 def test_batch_samplers_with_other_seeds_give_other_tokens(together: dict[int, list[int]]) -> None:

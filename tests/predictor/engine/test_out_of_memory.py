@@ -10,13 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from predictor.engine import fair_scheduler
+from predictor.engine import batching_manager, fair_scheduler
 from predictor.engine.engine import Engine
 from predictor.errors import OutOfMemory
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.models.loader import LoadedModel
 from predictor.types import GrammarKind, SamplingParams, StructuredOutput
-from tests.predictor.engine.conftest import GREEDY, SAMPLED, Generated, generate_all, random_ids, read, until_idle
+from tests.predictor.engine.conftest import (
+    GREEDY,
+    SAMPLED,
+    Generated,
+    generate_all,
+    random_ids,
+    read,
+    started,
+    until_idle,
+)
 from tests.predictor.servers import HANG_SECONDS
 
 pytestmark = pytest.mark.xdist_group("engine")
@@ -72,6 +81,18 @@ def short_of_memory(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["single", "overlapped"]
+)
+def engine(request: pytest.FixtureRequest, loaded: LoadedModel) -> Iterator[Engine]:
+    """Computes one step at a time, or prepares one while another runs, as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param:
+            patch.setattr(batching_manager, "_overlaps", lambda _: True)
+        with started(loaded) as running:
+            yield running
 
 
 @pytest.fixture(autouse=True)
