@@ -215,12 +215,14 @@ def test_killed_replica_ends_its_stream_with_an_error_and_is_replaced(held: App)
     [replica] = ray_cluster.replicas(held.name)
     held.orders.give("slow")
     reader, call = StreamReader(), Call(held.server, OPENAI, tokens=500)
-    with ThreadPoolExecutor(1) as pool:
-        reading = pool.submit(reader.read, call)
+    with ThreadPoolExecutor(2) as pool:
+        reading, waiting = pool.submit(reader.read, call), pool.submit(call.post)
         assert reader.started.wait(HANG_SECONDS)
+        held.server.wait_for_metrics(num_requests_running=2)
         replica.kill()
         with pytest.raises(httpx.RemoteProtocolError):
             reading.result()
+        assert waiting.result().status_code == 500
     assert reader.finish_reason is None
     held.orders.withdraw()
     # The proxy holds the next request until there is a replica.
