@@ -11,7 +11,7 @@ case $claim in keep | delete) ;; *) overlay='' ;; esac
 rendered=$(kubectl kustomize "$overlay")
 print() { kubectl create --dry-run=client --validate=false --filename - --output "$1" <<< "$rendered"; }
 template='{{if or (eq .kind "InferenceService") (eq .kind "RayService")}}{{.metadata.namespace}} {{.kind}} {{.metadata.name}}{{"\n"}}{{end}}'
-read -r namespace kind service < <(print go-template="$template") || { echo "$overlay has no InferenceService" >&2; exit 1; }
+read -r namespace kind service < <(print go-template="$template") || { echo "$overlay has no InferenceService or RayService" >&2; exit 1; }
 kind=${kind,,}
 names=$(print name)
 mapfile -t claims < <(grep '^persistentvolumeclaim/' <<< "$names")

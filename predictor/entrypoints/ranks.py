@@ -76,7 +76,7 @@ class Ranks:
 
     def _stopped(self) -> str | None:
         for number, process in enumerate(self._followers, start=1):
-            if psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
+            if process.returncode is None and psutil.Process(process.pid).status() == psutil.STATUS_STOPPED:
                 return f"Rank {number} (process {process.pid}) is stopped and makes no steps."
         return None
 

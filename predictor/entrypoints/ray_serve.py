@@ -184,7 +184,8 @@ def _exit_on_failure(running: "asyncio.Task[None]") -> None:
 class ProxyMiddleware:
     """Hides Serve's proxy from the application around which it is the outermost middleware.
 
-    - A route prefix is removed from the path, as if the application had a host of its own.
+    - A route prefix is removed from the path, as if the application had a host of its own. Browsers that request the
+      prefix without a slash are redirected: the page would otherwise send its requests to the application at `/`.
     - The proxy adds `x-request-id` to responses, so ours, which is the same, is dropped.
     - The proxy cancels a request whose client is gone. The application is not cancelled: it receives `http.disconnect`,
       as from any server.
@@ -195,8 +196,19 @@ class ProxyMiddleware:
 
     async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
         """Handle one connection, as specified by ASGI."""
+        from starlette.requests import Request
+        from starlette.responses import RedirectResponse
+
+        from predictor.entrypoints.http.routes import playground
+
         if scope["type"] == "http":
-            path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+            root = scope.get("root_path", "")
+            path = scope["path"].removeprefix(root) or "/"
+            if root and scope["path"] == root and playground.is_requested(Request(scope)):
+                # Relative, since the proxy may be behind another one. The page's own links are relative to the prefix.
+                redirect = RedirectResponse(f"{root.rpartition('/')[2]}/", headers={"Vary": "Accept"})
+                await redirect(scope, receive, send)
+                return
             scope = {**scope, "path": path, "root_path": ""}
 
         async def send_without_id(message: "Message") -> None:

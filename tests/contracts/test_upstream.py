@@ -90,10 +90,9 @@ from predictor.settings import Settings
 from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
+from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
-
-HANG_SECONDS = 120
 
 
 # transformers' continuous batching: predictor/engine/{batching_manager,fair_scheduler,step_sampler,rank_steps}.py
@@ -366,7 +365,7 @@ def test_batching_rows_without_a_new_token_come_last(
 
 
 def test_batching_step_sequences_have_their_rows_in_order(
-    executor: BatchingManager, monkeypatch: pytest.MonkeyPatch
+    executor: BatchingManager, model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[list[tuple[str, int, int]]] = []
     call = StepSampler.__call__
@@ -377,10 +376,24 @@ def test_batching_step_sequences_have_their_rows_in_order(
         return call(step_sampler, scores, tensor_arg)
 
     monkeypatch.setattr(StepSampler, "__call__", record)
-    asyncio.run(finish(executor, [(100, 2), (60, 1)], prefix="rows "))
+    hold = Hold()
+    hold.close()
+    handle = model.register_forward_pre_hook(hold)
+
+    async def run() -> None:
+        submit(executor, "first", 1, 1, lambda _: None)
+        await asyncio.to_thread(hold.blocked.wait, HANG_SECONDS)
+        # Both are queued while a step is blocked, so that the next one has both.
+        running = asyncio.create_task(finish(executor, [(100, 2), (60, 1)], prefix="rows "))
+        await asyncio.sleep(0)
+        hold.open()
+        await running
+
+    asyncio.run(run())
+    handle.remove()
     # A step has 128 rows; the offset is that after the step.
-    assert steps[0] == [("rows 0", 100, 100), ("rows 1", 28, 28)]
-    assert steps[1] == [("rows 0", 101, 1), ("rows 1", 60, 32)]
+    assert steps[1] == [("rows 0", 100, 100), ("rows 1", 28, 28)]
+    assert steps[2] == [("rows 0", 101, 1), ("rows 1", 60, 32)]
 
 
 def test_batching_processor_is_called_once_per_step(executor: BatchingManager) -> None:

@@ -264,7 +264,7 @@ class DrainMiddleware(_Middleware):
 
 
 class ApiKeyMiddleware(_Middleware):
-    """Requires a key for everything except probes; the key's owner goes into the request's record.
+    """Requires a key for everything except probes and the page's files; the key's owner goes into the request's record.
 
     Anthropic's clients send it as `x-api-key`, all others as a bearer token.
     """

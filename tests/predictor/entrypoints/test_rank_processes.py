@@ -66,7 +66,9 @@ def test_follower_that_is_stopped_is_named(group: Ranks, followers: "list[subpro
     assert reason == expected
 
 
-def test_rank_0_is_named_if_no_follower_is_to_blame(group: Ranks) -> None:
+def test_rank_0_is_named_if_no_follower_is_to_blame(group: Ranks, followers: "list[subprocess.Popen[str]]") -> None:
+    # A follower that has ended as it should is none that failed.
+    finish(followers[0], 0)
     assert failure(group, is_live=False) == "Rank 0 is not live. Its log says why, unless a rank hangs."
 
 

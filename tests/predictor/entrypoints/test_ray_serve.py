@@ -153,6 +153,20 @@ def test_proxy_middleware_removes_the_prefix_and_our_request_id(path: str, root:
     assert [message["headers"] for message in sent] == [[(b"retry-after", b"2")]]
 
 
+@pytest.mark.parametrize(("root", "location"), [("/cpu", b"cpu/"), ("/a/b", b"b/")])
+def test_proxy_middleware_redirects_a_browser_from_the_bare_prefix(root: str, location: bytes) -> None:
+    """The page's links are relative, and without the slash they are those of another application."""
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = _scope(root, root) | {"headers": [(b"accept", b"text/html,*/*;q=0.8")]}
+    asyncio.run(ProxyMiddleware(None)(scope, None, send))  # type: ignore[arg-type]
+    assert sent[0]["status"] == 307
+    assert (b"location", location) in sent[0]["headers"]
+
+
 def test_proxy_middleware_turns_a_cancellation_into_a_disconnect() -> None:
     received: list[Any] = []
 

@@ -126,6 +126,7 @@ function scrollDown() {
 class Answer {
   constructor() {
     this.article = show("assistant");
+    this.chat = messages; // not those of a new chat that ends this answer
     this.message = { role: "assistant", content: "" };
     this.started = performance.now();
     this.first = this.last = this.usage = null;
@@ -174,7 +175,7 @@ class Answer {
       this.article.remove();
       return;
     }
-    messages.push(this.message);
+    this.chat.push(this.message);
     const seconds = (this.last - this.first) / 1000;
     const figures = [
       this.usage && `${this.usage.prompt_tokens} + ${this.usage.completion_tokens} tokens`,
@@ -257,8 +258,9 @@ async function describe() {
     showFacts(properties);
     element("key-form").hidden = true;
   } catch (error) {
-    if (error.status === 401) askForKey();
-    else throw error;
+    if (error.status !== 401) throw error;
+    askForKey();
+    if (server.key) showError(error);
   }
 }
 
@@ -289,8 +291,8 @@ async function watch() {
     if (ready) setStatus("ready", "ready");
     else setStatus("loading", (await response.json()).error);
     if (ready && !element("facts").childElementCount && element("key-form").hidden) await describe();
-  } catch {
-    setStatus("error", "The server does not answer.");
+  } catch (error) {
+    setStatus("error", error instanceof ServerError ? error.message : "The server does not answer.");
   }
   setTimeout(watch, ready ? POLL_READY_MS : POLL_LOADING_MS);
 }

@@ -127,6 +127,20 @@ def test_page_stops_an_answer_and_generates_it_again(page: Page, server: InProce
     assert page.locator("article").count() == 0
 
 
+def test_page_new_chat_forgets_the_answer_that_it_ends(page: Page, server: InProcessServer) -> None:
+    server.hold.close(after=3)
+    ask(page, "What is 17 + 25?")
+    expect(page.locator(".assistant .content")).not_to_be_empty()
+    page.get_by_role("button", name="New chat").click()
+    wait_for_end(page)
+    server.hold.open()
+    server.wait_until_idle()
+    with page.expect_request("**/v1/chat/completions") as sent:
+        ask(page, "Who are you?")
+    assert body_of(sent.value)["messages"] == [{"role": "user", "content": "Who are you?"}]
+    wait_for_end(page)
+
+
 def test_page_sends_sampling_system_prompt_and_schema(page: Page) -> None:
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label("Maximum tokens").fill("7")
@@ -186,6 +200,16 @@ def test_page_shows_why_a_request_was_refused(page: Page) -> None:
     page.expected_faults = ["Failed to load resource: the server responded with a status of 400 (Bad Request)"]  # type: ignore[attr-defined]
     ask(page, "Hello")
     expect(page.get_by_role("alert")).to_contain_text("top_p")
+
+
+def test_page_says_that_a_key_is_wrong(browser: Browser, keyed: InProcessServer) -> None:
+    page = browser.new_page()
+    page.goto(keyed.url)
+    page.get_by_label("API key").fill("another-key")
+    page.get_by_role("button", name="Use").click()
+    expect(page.get_by_role("alert")).to_contain_text("401: ")
+    expect(page.get_by_label("API key")).to_be_visible()
+    page.close()
 
 
 def test_page_asks_for_the_key_and_keeps_it_in_the_tab(browser: Browser, keyed: InProcessServer) -> None:
