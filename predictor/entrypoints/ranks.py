@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -131,6 +131,7 @@ def _start(settings: Settings, rank: Rank) -> "subprocess.Popen[str]":
     )
     start = {"parent": os.getpid(), "rank": dataclasses.asdict(rank), "settings": settings.model_dump(mode="json")}
     assert process.stdin  # noqa: S101
-    with process.stdin:
+    # One that has already ended is reported by `Ranks`, with its exit code.
+    with suppress(BrokenPipeError), process.stdin:
         json.dump(start, process.stdin)
     return process

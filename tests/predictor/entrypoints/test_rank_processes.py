@@ -11,6 +11,7 @@ import pytest
 from predictor.entrypoints import ranks
 from predictor.entrypoints.ranks import Ranks
 from predictor.kernels.tensor_parallel import Rank
+from predictor.settings import Settings
 
 
 @pytest.fixture
@@ -70,6 +71,17 @@ def test_rank_0_is_named_if_no_follower_is_to_blame(group: Ranks, followers: "li
     # A follower that has ended as it should is none that failed.
     finish(followers[0], 0)
     assert failure(group, is_live=False) == "Rank 0 is not live. Its log says why, unless a rank hangs."
+
+
+def test_follower_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    # More than a pipe holds, so that writing ends after the process.
+    settings = Settings(device="cpu", tensor_parallel_size=2, quantization_skip_modules="x" * 200_000)
+    with ranks.started(settings) as group:
+        assert group
+        reason = str(asyncio.run(group.reason("another")))
+    assert reason.startswith("Rank 1 (process ")
+    assert "exited with code 1." in reason
 
 
 def test_followers_that_do_not_end_are_killed(

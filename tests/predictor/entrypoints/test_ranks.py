@@ -191,6 +191,21 @@ def test_ranks_end_when_one_is_killed_before_it_has_joined(tmp_path: Path) -> No
     assert log.read_text().splitlines()[-1].startswith(f"error: Rank 1 (process {children[0].pid}) was killed")
 
 
+def test_ranks_signalled_while_loading_end_and_leave_no_process(tmp_path: Path) -> None:
+    flags = ["--model_dir", str(DEMO_MODEL), "--http_port", str(processes.free_port()), *FLAGS]
+    with (tmp_path / "log").open("w") as stderr:
+        process = processes.start(["predictor", *flags], stderr=stderr)
+    try:
+        while "listening on HTTP port" not in (tmp_path / "log").read_text():
+            assert process.poll() is None
+        [rank] = psutil.Process(process.pid).children()
+        process.terminate()
+        assert process.wait(HANG_SECONDS) == 0
+    finally:
+        processes.stop(process)
+    assert not rank.is_running()
+
+
 def test_ranks_more_than_kv_heads_are_refused() -> None:
     command = [sys.executable, "-m", "predictor", "--model_dir", str(DEMO_MODEL), "--tensor_parallel_size", "3"]
     done = subprocess.run(
