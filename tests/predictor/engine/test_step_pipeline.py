@@ -195,7 +195,7 @@ def test_overlapped_newcomer_gets_one_of_the_two_places_of_another_caller(loaded
         before = engine.steps
         [other] = engine.submit([(ids, TEN)], caller=BOB)
         assert len((await read(other)).token_ids) == 10
-        assert engine.steps - before < LONG.max_tokens / 2
+        assert engine.steps - before < 100, "long before the others end"
         for stream in streams:
             stream.close()
         await until_idle(engine)
