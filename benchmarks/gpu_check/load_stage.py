@@ -97,7 +97,7 @@ async def _answer(engine: Engine, loaded: LoadedModel, questions: list[str]) -> 
 
 def allocated(device: str) -> int | None:
     """Return the bytes of all tensors on a GPU; None on a CPU, where torch does not count them."""
-    return torch.cuda.memoryallocated() if device.startswith("cuda") else None
+    return torch.cuda.memory_allocated() if device.startswith("cuda") else None
 
 
 def main() -> int:

@@ -159,6 +159,8 @@ def _copied_to(device: torch.device, arrays: Arrays) -> dict[str, torch.Tensor]:
 
 def _add_masks(logits: torch.Tensor, rows: torch.Tensor, octets: torch.Tensor) -> None:
     """Set the logits of tokens without a bit in the mask of their row to minus infinity; octets are (rows, octets)."""
+    if not len(rows):
+        return
     tokens = min(8 * octets.shape[1], logits.shape[1])
     if _is_batched(logits.device):
         bias = _bias_of_octet(logits.device)[octets.int()].flatten(1)

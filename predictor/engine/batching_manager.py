@@ -172,7 +172,8 @@ class BatchingManager:
             if not (isinstance(error, ValueError) or memory.is_out_of_memory(error)):
                 raise
             raise StartupError(
-                f"The KV cache does not fit into memory: {error}. Lower --kv_cache_tokens or --max_num_batched_tokens."
+                f"The KV cache does not fit into memory: {error}. Lower --max_num_batched_tokens, or "
+                "--kv_cache_tokens, or --kv_cache_memory_fraction if that is not set."
             ) from error
         processor = self._manager.batch_processor
         processor.scheduler.scorer = self._step_sampler.scorer

@@ -99,6 +99,7 @@ class FairScheduler(FIFOScheduler):
                 return
             if self.settle():
                 # Sequences may have ended, and the others have to leave with all of their tokens.
+                self.fair_queue.begin_step(self.active_requests, self.waiting_requests)
                 self._make_room(token_budget)
                 return
             self._preempt(request_id)

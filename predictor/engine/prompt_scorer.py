@@ -90,7 +90,7 @@ class PromptScorer:
         Args:
             sequences: of the step, in the order of their rows.
         """
-        output = self._output
+        output, self._output = self._output, None
         rows: list[_Row] = []
         first_row = 0
         complete = []
@@ -106,7 +106,6 @@ class PromptScorer:
             self._score_rows(output, rows[begin : begin + size])
         for request_id in complete:
             self.samplers.pop(request_id, None)
-        self._output = None
 
     def _score_rows(self, output: Any, rows: Sequence[_Row]) -> None:
         positions, token_ids, samplers = zip(*rows, strict=True)

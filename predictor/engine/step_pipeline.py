@@ -16,6 +16,7 @@ import torch
 from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.utils import stream_context
 
+from predictor.engine import causal_lm
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.model_runner import StepRunner
 from predictor.engine.step_sampler import StepSampler
@@ -138,6 +139,9 @@ class OverlappedIOs:
     def reset(self) -> None:
         for io in (self.device_io, self._next, self._last):
             io.reset()
+        if self.compute_stream is not None:
+            # They are reset on the thread's own stream.
+            self.compute_stream.wait_stream(torch.cuda.current_stream(self.compute_stream.device))
         self.is_pending = False
 
 
@@ -171,7 +175,7 @@ class StepPipeline:
         self._scheduler.settle = self._settle
         self._io = processor.inputs_and_outputs = OverlappedIOs(processor)
         self._runner = processor.model_runner = StepRunner(processor, lambda: bool(sampler.scorer.samplers))
-        if uses_graphs and processor.cache.max_blocks_per_request:
+        if uses_graphs and processor.cache.max_decode_fast_path_length:
             self._runner.capture(model)
         # Sequences that ended with the last step are in the next one, whose tokens for them are skipped.
         processor.use_async_batching = True
@@ -189,7 +193,8 @@ class StepPipeline:
         except BaseException:
             was_scheduled = bool(self._scheduler.scheduled)
             self._settle_after_failure()
-            if was_scheduled and not self._scheduler.scheduled:
+            # The next step is prepared in the buffer from which the device may still copy this one's inputs.
+            if was_scheduled and not self._scheduler.scheduled and not causal_lm.is_device_lost(self._model):
                 logger.exception("a step failed whose sequences had all ended")
                 return True
             raise

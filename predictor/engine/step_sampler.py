@@ -59,6 +59,8 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
 
     def rewind(self, states: Iterable[_SequenceState]) -> None:
         """Forget what a failed step has sampled of sequences that start again, with the tokens of the steps before."""
+        # The step may have failed before their tokens were copied to the device.
+        self._sample = BatchSampler()
         for state in states:
             if sampler := self.samplers.get(state.request_id):
                 del sampler.logprobs[len(state.initial_tokens) + len(state.generated_tokens) - sampler.prompt_tokens :]

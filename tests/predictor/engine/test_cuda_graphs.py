@@ -6,16 +6,19 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from devtools import architectures
 from predictor.engine import batching_manager, model_runner
 from predictor.engine.engine import Engine
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference as kernel_reference
+from predictor.models import loader
 from predictor.models.loader import LoadedModel
 from predictor.types import SamplingParams
 from tests.predictor.engine.conftest import (
@@ -197,6 +200,15 @@ def test_enforce_eager_captures_nothing(paged: LoadedModel, graphs: Graphs) -> N
     before = graphs.captured
     with started_with_graphs(paged, graphs.record, enforce_eager=True):
         assert graphs.captured == before
+
+
+@pytest.mark.parametrize("name", ["mistral, sliding window", "gemma3_text"])
+def test_layers_with_a_window_are_not_captured(paged: LoadedModel, name: str, tmp_path: Path) -> None:
+    """Their steps have no block table."""
+    graphs = Graphs(paged.model)
+    architectures.save_model(architectures.CASES[name], tmp_path)
+    with started_with_graphs(loader.load(tmp_path, device="cpu", dtype="float32"), graphs.record):
+        assert graphs.captured == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 
 from predictor.engine import batching_manager, fair_scheduler
 from predictor.engine.engine import Engine
+from predictor.engine.penalties import Penalties
 from predictor.errors import OutOfMemory
 from predictor.generation.structured_output import GrammarCompiler
 from predictor.models.loader import LoadedModel
@@ -247,4 +248,25 @@ def test_out_of_memory_after_sampling_repeats_tokens_and_log_probabilities(
         retrieve()
 
     monkeypatch.setattr(outputs, "retrieve_device_outputs", fail)
+    assert_only_newest_fail(engine, outcomes(engine, requests), expected, steps)
+
+
+def test_out_of_memory_before_tokens_of_penalties_are_copied_does_not_change_them(
+    engine: Engine, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = replace(TEN, repetition_penalty=0.2)  # tokens of the prompt are repeated
+    requests, others = (
+        [(random_ids(loaded, 25, seed), sampling) for seed in seeds] for seeds in (range(3), range(3, 6))
+    )
+    expected = generate_all(engine, requests)
+    generate_all(engine, others)  # whose tokens are then where those of the requests will be
+    apply, steps = Penalties.apply, list[set[str]]()
+
+    def fail(penalties: Penalties, *arguments: Any) -> None:
+        if not steps:
+            steps.append({state.request_id for state in scheduler_of(engine).scheduled})
+            raise CUDA_ERROR
+        apply(penalties, *arguments)
+
+    monkeypatch.setattr(Penalties, "apply", fail)
     assert_only_newest_fail(engine, outcomes(engine, requests), expected, steps)

@@ -187,6 +187,23 @@ def test_overlapped_sequence_that_leaves_a_full_batch_keeps_its_tokens(
     assert_same(asyncio.run(asyncio.wait_for(run(), HANG_SECONDS)), undisturbed)
 
 
+def test_overlapped_newcomer_gets_one_of_the_two_places_of_another_caller(loaded: LoadedModel, ids: list[int]) -> None:
+    async def run(engine: Engine) -> None:
+        streams = engine.submit([(ids, LONG)] * 2, caller=ALICE)
+        for stream in streams:
+            await anext(stream)
+        before = engine.steps
+        [other] = engine.submit([(ids, TEN)], caller=BOB)
+        assert len((await read(other)).token_ids) == 10
+        assert engine.steps - before < 100, "long before the others end"
+        for stream in streams:
+            stream.close()
+        await until_idle(engine)
+
+    with started_overlapped(loaded, max_num_seqs=2) as engine:
+        asyncio.run(asyncio.wait_for(run(engine), HANG_SECONDS))
+
+
 # Ends
 
 
