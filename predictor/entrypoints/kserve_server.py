@@ -122,7 +122,7 @@ class HTTPServer(uvicorn.Server):
             connection.shutdown()
 
 
-def bind(port: int) -> socket.socket:
+def bind(port: int, setting: str = "--http_port") -> socket.socket:
     """Open an HTTP port on all IPv4 addresses.
 
     Raises:
@@ -132,7 +132,7 @@ def bind(port: int) -> socket.socket:
         server = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
     except OSError as error:
         reason = os.strerror(error.errno or 0)
-        raise PortInUse(f"Port {port} cannot be opened: {reason}. Choose another with --http_port.") from None
+        raise PortInUse(f"Port {port} cannot be opened: {reason}. Choose another with {setting}.") from None
     # Connections inherit it. asyncio sets it only on sockets that were made with the protocol's number.
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     return server

@@ -163,7 +163,7 @@ class Replica:
         metrics.include_router(health.create_router(self._service))
         while True:
             try:
-                socket = kserve_server.bind(port)
+                socket = kserve_server.bind(port, "metrics_port")
                 break
             except PortInUse as error:
                 # A replica that Serve replaces keeps the port until its last request has ended.

@@ -19,6 +19,8 @@ MIN_BYTES = 2**20
 """Limits of plausible quantities: beyond them, a unit is missing."""
 PROCESS_BYTES = 1.0 * 2**30
 """Python, PyTorch and their buffers."""
+AUTOSCALER: Manifest = {"resources": {"limits": {"cpu": "500m", "memory": "512Mi"}}}
+"""The container that KubeRay adds to the head for its autoscaler, by default."""
 TOKENS_PER_SEQUENCE = 2048
 """KV cache tokens per sequence if its size is not set; the predictor sizes its cache by the same number."""
 
@@ -118,6 +120,9 @@ def rollout_sum(deployment: Deployment) -> list[str]:
         # KubeRay runs the old and the new cluster together.
         pods = [(deployment.ray_pods[0], 1), *((group.pod, group.max_replicas) for group in ray.groups(deployment))]
         counts = [(container, 2 * count) for pod, count in pods for container in pod.containers]
+        config = deployment.service["spec"]["rayClusterConfig"]
+        if config.get("enableInTreeAutoscaling"):
+            counts.append((AUTOSCALER | (config.get("autoscalerOptions") or {}), 2))
     else:
         _, replicas = rollout_replicas(deployment)
         if replicas is None:

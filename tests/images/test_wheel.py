@@ -62,6 +62,8 @@ def test_wheel_with_a_compiler_contains_the_library(
     assert re.fullmatch(r"kserve_llm-[\d.]+-py3-none-\w*linux\w*_x86_64\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read(LIBRARY).startswith(b"\x7fELF")
+        page = {str(file.relative_to(ROOT)) for file in (ROOT / "predictor/entrypoints/http/playground").iterdir()}
+        assert page <= set(archive.namelist())
         unwanted = (".c", ".h", ".o", "Dockerfile", "requirements.txt")
         assert not [name for name in archive.namelist() if name.endswith(unwanted)]
 

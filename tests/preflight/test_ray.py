@@ -329,7 +329,12 @@ def test_ray_memory_of_a_group_without_gpus_is_that_of_its_application(rayservic
 
 
 def test_ray_rollout_counts_two_clusters_with_all_workers(rayservice: RayDraft) -> None:
-    assert resources.rollout_sum(rayservice.deployment) == ["4 nvidia.com/gpu", "52 cpu", "136.0 GiB of memory"]
+    assert resources.rollout_sum(rayservice.deployment) == ["4 nvidia.com/gpu", "53 cpu", "137.0 GiB of memory"]
+    config = rayservice["RayService"]["spec"]["rayClusterConfig"]
+    del config["autoscalerOptions"]["resources"]
+    assert resources.rollout_sum(rayservice.deployment)[1:] == ["53 cpu", "137.0 GiB of memory"]
+    config["enableInTreeAutoscaling"] = False
+    assert resources.rollout_sum(rayservice.deployment)[1:] == ["52 cpu", "136.0 GiB of memory"]
 
 
 @pytest.mark.parametrize("kinds", [("InferenceService", "RayService"), ("RayService", "RayService")])

