@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from predictor.kernels import shards, tensor_parallel
@@ -101,9 +100,12 @@ def _sequence_pages(allocator: Any, request_id: str, past_length: int, query_len
 
 
 def register(name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> None:
-    """Register an attention function that needs no mask."""
+    """Register an attention function that needs no mask.
+
+    It has no function that makes masks: with one, transformers would read positions back from the device before every
+    forward pass.
+    """
     AttentionInterface.register(name, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
 
 
 def heads(model: Any) -> tuple[int, int, int]:

@@ -49,7 +49,7 @@ from transformers.generation.continuous_batching import (
     scheduler,
 )
 from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
@@ -899,7 +899,6 @@ def test_attention_interface_has_our_implementations() -> None:
     parameters = inspect.signature(cache.PagedAttentionCache.update).parameters
     assert list(parameters)[1:4] == ["key_states", "value_states", "layer_idx"]
     assert len(parameters) == 5
-    assert "flash_attention_2" in ALL_MASK_ATTENTION_FUNCTIONS
     assert ALL_ATTENTION_FUNCTIONS[transformers_attention.SEQUENCE] is sequence_attention.attend
     assert ALL_ATTENTION_FUNCTIONS[transformers_attention.VARLEN] is cuda_attention.attend
 
@@ -908,6 +907,16 @@ def test_attention_interface_has_our_implementations() -> None:
 def test_names_of_attention_mean_no_mask_and_no_package(name: str) -> None:
     assert is_flash_attention_requested(requested_attention_implementation=name)
     assert not is_flash_attention_requested(requested_attention_implementation=name, version=[2, 3])
+
+
+@pytest.mark.parametrize("name", [transformers_attention.SEQUENCE, transformers_attention.VARLEN])
+@pytest.mark.parametrize("create_mask", [create_causal_mask, create_sliding_window_causal_mask])
+def test_no_mask_is_made_and_no_position_read_from_the_device(create_mask: Callable[..., Any], name: str) -> None:
+    """Values on the device meta cannot be read."""
+    config = transformers.MistralConfig(attn_implementation=name, sliding_window=2)
+    positions = torch.zeros(1, 3, dtype=torch.int64, device="meta")
+    inputs = {"inputs_embeds": torch.zeros(1, 3, 8, device="meta"), "position_ids": positions}
+    assert create_mask(config, **inputs, attention_mask=None, past_key_values=None) is None
 
 
 @pytest.mark.parametrize("allocator", ["FullAttentionCacheAllocator", "SlidingAttentionCacheAllocator"])
