@@ -59,6 +59,12 @@ class BatchSampler:
             vocabulary: number of tokens that may be sampled; the logits of others are minus infinity.
             running: request ids of all sequences that have a sampler.
         """
+        if logits.device.type == "mps":
+            # It has no float64, in which the noise is.
+            on_host = logits.cpu()
+            self(on_host, rows, vocabulary, running)
+            logits.copy_(on_host)
+            return
         width = logits.shape[1]
         arrays, rows = _plan_exclusions(rows, vocabulary, width)
         reported = [row for row in rows if row.sampler.num_logprobs is not None]

@@ -47,9 +47,8 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
         self._sample = BatchSampler()
-        # Of the next step's rows, in their order.
         self._states: list[_SequenceState] = []
-        self._positions: list[int] = []
+        """Of the next step's rows, in their order."""
 
     def add(self, request_id: str, sampler: SequenceSampler) -> None:
         self.samplers[request_id] = sampler
@@ -75,8 +74,6 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
 
     def prepare_tensor_args(self, requests_with_new_token: Sequence[_ScheduledRequest]) -> torch.Tensor:
         self._states = [request.state for request in requests_with_new_token]
-        # The manager may prepare a further step before this one is sampled.
-        self._positions = [state.position_offset for state in self._states]
         return torch.zeros(len(self._states), dtype=torch.int32)
 
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
@@ -91,8 +88,8 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
         # Rows of sequences in the middle of their prompt come last and are not used. Sequences of the manager's warm-up
         # and cancelled ones have no sampler: greedy.
         rows = [
-            Row(index, position, state, sampler)
-            for index, (position, state) in enumerate(zip(self._positions, self._states, strict=True))
+            Row(index, state.position_offset, state, sampler)
+            for index, state in enumerate(self._states)
             if (sampler := samplers.get(state.request_id)) and sampler.is_used
         ]
         if rows:

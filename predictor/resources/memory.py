@@ -7,6 +7,13 @@ import torch
 
 from predictor.resources import cgroup
 
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+"""In errors for which torch has no class of its own: of the host, and of what CUDA's libraries allocate themselves."""
+
 
 def available_bytes(device: torch.device) -> int:
     """Return how much can be allocated on a device; on the host, within the memory limits of cgroups."""
@@ -21,7 +28,6 @@ def available_bytes(device: torch.device) -> int:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error is a lack of memory, of a device or of the host."""
-    # torch has no class of its own for the host.
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
     )

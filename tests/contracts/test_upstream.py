@@ -494,7 +494,7 @@ def test_batching_sequence_that_leaves_a_full_cache_keeps_its_id_and_tokens(
             states.setdefault(state.request_id, {})[id(state)] = state
             tokens.setdefault(state.request_id, []).append(state.initial_tokens + state.generated_tokens)
         lengths = [len(state.initial_tokens + state.generated_tokens) for state in step_sampler._states]
-        assert step_sampler._positions == lengths
+        assert [state.position_offset for state in step_sampler._states] == lengths
         return call(step_sampler, scores, tensor_arg)
 
     monkeypatch.setattr(StepSampler, "__call__", record)

@@ -50,6 +50,25 @@ def test_batch_pass_over_all_rows_gives_the_tokens_of_single_rows(
     assert generate(range(CROWD)) == together
 
 
+class OnMps:
+    """Logits on a device that has no float64."""
+
+    device = torch.device("mps")
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self.cpu = values.clone
+        self.copy_ = values.copy_
+
+
+def test_batch_logits_of_mps_are_sampled_on_the_host() -> None:
+    logits: Any = OnMps(model(PROMPT)[None].clone())
+    rows = rows_of([(sampler(1), PROMPT, [])])
+    BatchSampler()(logits, rows, VOCABULARY, {rows[0].state.request_id})
+    assert logits.values.argmax(dim=1).tolist() == sample_step(model(PROMPT)[None].clone(), [(sampler(1), PROMPT, [])])
+    assert logits.values.amax() == torch.inf
+
+
 def test_batch_samplers_with_other_seeds_give_other_tokens(together: dict[int, list[int]]) -> None:
     same = [together[index] for index in range(1, CROWD, len(PARAMETERS))]
     assert len(set(map(tuple, same))) == len(same) > 2

@@ -24,7 +24,9 @@ def test_available_bytes_on_cpu_is_limited() -> None:
 def test_is_out_of_memory_on_the_host_and_on_a_device() -> None:
     with pytest.raises(RuntimeError) as host:
         torch.empty(2**60, dtype=torch.int8)
-    for error in (host.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory.")):
+    kernels = RuntimeError("CUDA error: out of memory\nSearch for `cudaErrorMemoryAllocation'")
+    libraries = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    for error in (host.value, MemoryError(), torch.OutOfMemoryError("CUDA out of memory."), kernels, libraries):
         assert memory.is_out_of_memory(error)
     for error in (RuntimeError("CUDA error: device-side assert triggered"), ValueError()):
         assert not memory.is_out_of_memory(error)
