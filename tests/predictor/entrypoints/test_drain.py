@@ -158,9 +158,10 @@ def delete(pod: Pod, proxies: Sequence[Upstreams], load: Load) -> None:
     assert pod.wait() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "requests"),
-    [(pod_thread, 100), pytest.param(pod_process, 1000, marks=pytest.mark.slow)],
+    [(pod_thread, 100), (pod_process, 1000)],
     ids=["threads", "processes"],
 )
 def test_drain_during_a_deletion_and_a_rollout_loses_no_request(

@@ -267,6 +267,7 @@ def check_logits(ours: Sequence[Computed], other: Sequence[Computed], single: Se
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_logits_of_two_ranks_are_those_of_one(directories: dict[str, Path], divided: list[dict[str, Any]]) -> None:
     single = compute_all([*directories.values()])
     for index, name in enumerate(directories):
@@ -275,12 +276,14 @@ def test_logits_of_two_ranks_are_those_of_one(directories: dict[str, Path], divi
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_tokens_of_two_ranks_are_those_of_one(directories: dict[str, Path], divided: list[dict[str, Any]]) -> None:
     assert divided[0]["tokens"] == generate([*directories.values()])
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("source", ["int8", "prepared"])
+@pytest.mark.slow
 def test_int8_parts_make_the_weights_of_one_rank(
     directories: dict[str, Path], divided: list[dict[str, Any]], source: str
 ) -> None:
@@ -297,11 +300,13 @@ def test_int8_parts_make_the_weights_of_one_rank(
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_prepared_int8_weights_have_the_logits_of_those_quantized_while_loading(divided: list[dict[str, Any]]) -> None:
     assert torch.equal(divided[0]["prepared logits"].logits, divided[0]["computed"][0][2].logits)
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_fp8_logits_of_two_ranks_are_close_to_those_of_one(
     directories: dict[str, Path], divided: list[dict[str, Any]]
 ) -> None:
@@ -314,6 +319,7 @@ def test_fp8_logits_of_two_ranks_are_close_to_those_of_one(
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_adapter_is_merged_into_the_parts_of_ranks(
     directories: dict[str, Path], divided: list[dict[str, Any]], adapter: Path
 ) -> None:
@@ -323,6 +329,7 @@ def test_adapter_is_merged_into_the_parts_of_ranks(
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], divided: list[dict[str, Any]]) -> None:
     directory = directories[FUSED[0]]
     size = (directory / SINGLE).stat().st_size
@@ -334,6 +341,7 @@ def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], d
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_device_map_names_the_ranks(divided: list[dict[str, Any]]) -> None:
     assert divided[0]["device_map"] == {"rank 0": "cpu", "rank 1": "cpu"}
 
@@ -365,11 +373,13 @@ def test_logits_of_two_gpus_are_close_to_those_of_one(directories: dict[str, Pat
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_rank_alone_does_not_wait_for_one_that_failed(divided: list[dict[str, Any]]) -> None:
     assert divided[0]["lost"] == "A rank failed while the weights were quantized. Its log says why."
 
 
 @pytest.mark.xdist_group("ranks")
+@pytest.mark.slow
 def test_all_gather_joins_parts_of_different_widths(divided: list[dict[str, Any]]) -> None:
     assert [rank["gathered"] for rank in divided] == [[0, 1, 2, 3, 4]] * 2
 
