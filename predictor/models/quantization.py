@@ -144,7 +144,9 @@ def _missing_fp8(device: torch.device) -> str | None:
         found = f"{device} has {capability[0]}.{capability[1]}"
     else:
         return None
+    # bitsandbytes is not divided among ranks.
+    instead = "none" if device.type == "cuda" and tensor_parallel.size() > 1 else "8bit"
     return (
         f"--quantization fp8 needs a GPU of compute capability {needed} or later, as L4, L40S, H100 and H200 have, but "
-        f"{found}. Use 8bit."
+        f"{found}. Use {instead}."
     )

@@ -124,6 +124,13 @@ def test_resolve_mode_fp8_on_an_older_gpu_names_what_to_use(monkeypatch: pytest.
         quantization.resolve_mode("fp8", torch.device("cuda", 1), None, 100, 1000)
 
 
+def test_resolve_mode_fp8_on_older_gpus_of_several_ranks_does_not_name_8bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    monkeypatch.setattr("predictor.kernels.tensor_parallel.size", lambda: 2)
+    with pytest.raises(StartupError, match=r"cuda:0 has 8\.6\. Use none\."):
+        quantization.resolve_mode("fp8", torch.device("cuda", 0), None, 100, 1000)
+
+
 def test_make_plan_fp8_on_a_cpu_fails_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(StartupError, match=r"--quantization fp8 needs a GPU .* the device is cpu\. Use 8bit"):
