@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve import Application
 
 from predictor import settings
@@ -187,8 +188,8 @@ class ProxyMiddleware:
     - A route prefix is removed from the path, as if the application had a host of its own. Browsers that request the
       prefix without a slash are redirected: the page would otherwise send its requests to the application at `/`.
     - The proxy adds `x-request-id` to responses, so ours, which is the same, is dropped.
-    - The proxy cancels a request whose client is gone. The application is not cancelled: it receives `http.disconnect`,
-      as from any server.
+    - The proxy cancels a request whose client is gone, and reading from a proxy that has cancelled it, or is gone, may
+      fail. The application is neither cancelled nor does it see an error: it receives `http.disconnect`.
     """
 
     def __init__(self, app: "ASGIApp") -> None:
@@ -211,13 +212,19 @@ class ProxyMiddleware:
                 return
             scope = {**scope, "path": path, "root_path": ""}
 
+        async def receive_or_disconnect() -> "Message":
+            try:
+                return await receive()
+            except RayError:
+                return {"type": "http.disconnect"}
+
         async def send_without_id(message: "Message") -> None:
             if message["type"] == "http.response.start":
                 headers = [header for header in message["headers"] if header[0].lower() != b"x-request-id"]
                 message = {**message, "headers": headers}
             await send(message)
 
-        request = asyncio.ensure_future(self._app(scope, receive, send_without_id))
+        request = asyncio.ensure_future(self._app(scope, receive_or_disconnect, send_without_id))
         try:
             await asyncio.shield(request)
         except asyncio.CancelledError:
