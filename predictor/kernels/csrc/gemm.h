@@ -1,0 +1,101 @@
+/* What the GEMM kernels share: block sizes, quantization of activations, and what happens to sums. */
+#ifndef GEMM_H
+#define GEMM_H
+
+#include "simd_avx512.h"
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+enum {
+    BLOCK_N = 32,         /* output features: two registers, or two tiles, of LANES each */
+    BLOCK_K = 64,         /* input features: the width of a tile */
+    VNNI_BLOCK_M = 12,    /* tokens per block without AMX: two accumulators per token fit into the registers */
+    AMX_BLOCK_M = 32,     /* tokens per block with AMX: two tiles */
+    PREFETCH_BYTES = 2048 /* prefetch distance: hides memory latency at batch size 1 */
+};
+
+static const float MIN_SCALE = 1e-30f; /* avoids a division by zero for tokens of zeros */
+
+typedef struct {
+    const float *act_scales;     /* (M) */
+    const int32_t *act_row_sums; /* (M), of the quantized activations */
+    const float *weight_scales;  /* (N) */
+    const float *bias;           /* (N), or NULL */
+    const float *residual;       /* (M, N), or NULL */
+    float *output;               /* (M, N) */
+    size_t n;
+} Epilogue;
+
+static inline size_t round_up(size_t number, size_t multiple) { return (number + multiple - 1) / multiple * multiple; }
+
+static inline __mmask16 tail_mask(size_t remaining) {
+    return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
+}
+
+static inline __m512 silu(__m512 x) {
+    const __m512 exp_minus_x = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exp_minus_x));
+}
+
+/* Quantize one token to int8 by its largest magnitude. RMSNorm's per-token factor is folded into the scale.
+ * With `silu_and_mul` the row is (gate, up), and silu(gate) * up replaces gate first. */
+static inline void quantize_row_int8(float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k,
+    int8_t *quantized, float *act_scale, int32_t *act_row_sum) {
+    __m512 abs_max = _mm512_set1_ps(MIN_SCALE), square_sum = _mm512_setzero_ps();
+    __mmask16 has_nan = 0;
+    for (size_t i = 0; i < k; i += LANES) {
+        const __mmask16 mask = tail_mask(k - i);
+        __m512 x = _mm512_maskz_loadu_ps(mask, row + i);
+        if (silu_and_mul) {
+            x = _mm512_mul_ps(silu(x), _mm512_maskz_loadu_ps(mask, row + k + i));
+            _mm512_mask_storeu_ps(row + i, mask, x);
+        }
+        if (norm_weight) {
+            square_sum = _mm512_fmadd_ps(x, x, square_sum);
+            x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, norm_weight + i));
+        }
+        has_nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+        abs_max = _mm512_max_ps(abs_max, _mm512_abs_ps(x));
+    }
+    const float row_max = has_nan ? NAN : _mm512_reduce_max_ps(abs_max);
+    const __m512 inverse_scale = _mm512_set1_ps(127 / row_max);
+    __m512i row_sum = _mm512_setzero_si512();
+    for (size_t i = 0; i < k; i += LANES) {
+        const __mmask16 mask = tail_mask(k - i);
+        __m512 x = _mm512_maskz_loadu_ps(mask, row + i);
+        if (norm_weight) x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, norm_weight + i));
+        const __m512i integers = _mm512_cvtps_epi32(_mm512_mul_ps(x, inverse_scale));
+        row_sum = _mm512_add_epi32(row_sum, integers);
+        _mm_storeu_si128((__m128i *)(quantized + i), _mm512_cvtepi32_epi8(integers));
+    }
+    memset(quantized + round_up(k, LANES), 0, round_up(k, BLOCK_K) - round_up(k, LANES));
+    const float inverse_rms = norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + epsilon) : 1;
+    *act_scale = row_max / 127 * inverse_rms;
+    *act_row_sum = _mm512_reduce_add_epi32(row_sum);
+}
+
+/* Scale LANES accumulators of a token, add bias and residual, and store them from output feature `column` on. */
+static inline void store_epilogue(__m512i accumulators, const Epilogue *epilogue, size_t row, size_t column) {
+    if (column >= epilogue->n) return;
+    const __mmask16 mask = tail_mask(epilogue->n - column);
+    const size_t offset = row * epilogue->n + column;
+    const __m512i zero_point = _mm512_slli_epi32(_mm512_set1_epi32(epilogue->act_row_sums[row]), 7);
+    const __m512 weight_scales = _mm512_maskz_loadu_ps(mask, epilogue->weight_scales + column);
+    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(accumulators, zero_point)), weight_scales);
+    __m512 base = _mm512_setzero_ps();
+    if (epilogue->bias) base = _mm512_maskz_loadu_ps(mask, epilogue->bias + column);
+    if (epilogue->residual) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(mask, epilogue->residual + offset));
+    const __m512 act_scale = _mm512_set1_ps(epilogue->act_scales[row]);
+    _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(scaled, act_scale, base));
+}
+
+static const struct {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes_per_row[16];
+    uint8_t rows[16];
+} TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+#endif
