@@ -98,4 +98,9 @@ static const struct {
     uint8_t rows[16];
 } TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
+/* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
+#ifndef LOAD_TILE_CONFIG /* Tests emulate AMX. */
+#define LOAD_TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
+#endif
+
 #endif
