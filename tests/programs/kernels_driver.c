@@ -55,9 +55,16 @@ static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_di
     free(slot_mapping), free(cache), free(query), free(output);
 }
 
+#ifdef EMULATED_AMX_H
+enum { HAS_EMULATED_AMX = 1 };
+#else
+enum { HAS_EMULATED_AMX = 0 };
+#endif
+
 int main(void) {
     const size_t sizes[] = {1, 13, 33, 70};
-    for (int isa = ISA_AVX512_VNNI; isa <= cpu_isa(); isa++)
+    const int best_isa = HAS_EMULATED_AMX ? ISA_AMX : cpu_isa();
+    for (int isa = ISA_AVX512_VNNI; isa <= best_isa; isa++)
         for (size_t m = 0; m < 4; m++)
             for (size_t n = 0; n < 4; n++)
                 for (size_t k = 0; k < 4; k++) {
