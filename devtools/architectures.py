@@ -399,7 +399,8 @@ def compare_8bit(directory: Path) -> float:
 
 def decoder_layer_class(case: Case) -> str:
     """Return the name of the class of transformers' decoder layers."""
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(case.model_type, "").replace("ForCausalLM", "DecoderLayer")
+    model_class: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(case.model_type, "")
+    return model_class.replace("ForCausalLM", "DecoderLayer")
 
 
 def has_fused_layers(case: Case) -> bool:
