@@ -24,6 +24,17 @@ void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
     size_t m, size_t k, size_t n, int isa, int num_threads);
 
+size_t int4_packed_bytes(size_t n, size_t k, size_t group_size, int has_zero_points);
+
+size_t int4_scratch_bytes(size_t m, size_t k, size_t group_size);
+
+void int4_pack_weight(const uint8_t *weight, const uint16_t *group_scales, const uint8_t *zero_points,
+    uint8_t *packed_weight, size_t n, size_t k, size_t group_size);
+
+void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
+    const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
+    size_t m, size_t k, size_t n, size_t group_size, int has_zero_points, int isa, int num_threads);
+
 void paged_attention(const void *query, const void *key, const void *value, size_t query_stride, size_t key_stride,
     size_t value_stride, const void *key_cache, const void *value_cache, size_t slot_stride,
     const int64_t *slot_mapping, const int64_t *sequences, const int64_t *tiles, size_t num_tiles, size_t num_heads,
