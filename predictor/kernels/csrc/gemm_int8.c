@@ -125,12 +125,6 @@ static void multiply_panel(const int8_t *quantized, size_t stride, const uint8_t
     }
 }
 
-/* Panels that a thread takes at a time: a thread that another process holds up takes fewer of them in all. */
-static int panels_at_a_time(size_t n, int num_threads) {
-    const size_t pieces = 32 * (size_t)num_threads, panels = n / BLOCK_N / pieces;
-    return panels > 1 ? (int)panels : 1;
-}
-
 void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
     const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
     size_t m, size_t k, size_t n, int isa, int num_threads) {
@@ -142,8 +136,7 @@ void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     const int chunk = panels_at_a_time(n, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
-        /* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
-        if (isa == ISA_AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIG));
+        if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
 #pragma omp for
         for (size_t row = 0; row < m; row++)
             quantize_row_int8(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,
@@ -215,7 +208,7 @@ void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight
     {
         Largest *largest = all_largest + (size_t)omp_get_thread_num() * m;
         float *outputs = all_outputs + (size_t)omp_get_thread_num() * m * BLOCK_N;
-        if (isa == ISA_AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIG));
+        if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
 #pragma omp for
         for (size_t row = 0; row < m; row++)
             quantize_row_int8(
