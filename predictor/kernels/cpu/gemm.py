@@ -98,6 +98,14 @@ class RMSNorm:
         self.weight, self.epsilon = weight.detach().float().contiguous(), epsilon
         self._epsilon = torch.tensor(epsilon)
 
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalize float32, (..., features) to the same."""
+        return (hidden_states * self.inverse_rms(hidden_states)).mul_(self.weight)
+
+    def apply_(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalize float32 in place, (..., features)."""
+        return hidden_states.mul_(self.inverse_rms(hidden_states)).mul_(self.weight)
+
     def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute 1 / sqrt(mean(x^2) + epsilon), (..., features) to (..., 1)."""
         l2_norm = torch.linalg.vector_norm(hidden_states, 2, -1, keepdim=True)
@@ -276,6 +284,26 @@ class ReorderedInputLinear(Float32InputLinear):
         return self._kernel.silu_and_mul(gate_up[:, self._gate_up_order], residual)
 
 
+class GatheredLinear(Float32InputLinear):
+    """Layer of which each tensor-parallel rank computes some outputs and gets all.
+
+    Args:
+        kernel: of this rank's outputs.
+        out_features: of all ranks.
+    """
+
+    def __init__(self, kernel: LinearKernel, out_features: int) -> None:
+        super().__init__()
+        self._kernel, self._out_features = kernel, out_features
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm and layer, gather the outputs, and add the residual."""
+        outputs = tensor_parallel.all_gather(self._kernel.forward(hidden_states, norm), self._out_features)
+        return outputs if residual is None else outputs.add_(residual)
+
+
 class RowParallelLinear(Float32InputLinear):
     """Layer of which each tensor-parallel rank has some columns: its outputs are the sum of all ranks'.
 
@@ -302,6 +330,8 @@ class RowParallelLinear(Float32InputLinear):
 
     def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Apply activation, layer, sum, residual and bias; `gate_up` is overwritten."""
+        if self._splits_input:
+            return super().silu_and_mul(gate_up, residual)
         return self._sum(self._kernel.silu_and_mul(gate_up), residual)
 
     def _sum(self, partial: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
