@@ -78,7 +78,7 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import layer_table, torch_private
+from predictor.kernels.cpu import layer_table, paged_attention, torch_private
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
@@ -1070,7 +1070,7 @@ def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any)
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
-    build, supports = sequence_attention._build_metadata, sequence_attention.paged_attention.supports
+    build, supports = sequence_attention._build_metadata, paged_attention.supports
 
     def count_build(*args: Any) -> Any:
         builds.append(1)
@@ -1082,7 +1082,7 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
         return False
 
     monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(sequence_attention.paged_attention, "supports", count_call)
+    monkeypatch.setattr(paged_attention, "supports", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:

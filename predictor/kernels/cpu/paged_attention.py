@@ -73,9 +73,13 @@ def attend(
         tiles = _make_tiles(sequences, cu_seq_lens_q.diff().tolist(), tile_queries)
         indices = StepIndices(read_index[layer.index], torch.tensor(sequences), torch.tensor(tiles))
         by_type[layer.type, tile_queries] = indices
+    key_cache, value_cache = layer.slots()
     output = ops.paged_attention(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),
-        *layer.slots(),
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        key_cache,
+        value_cache,
         slot_mapping=indices.slot_mapping,
         sequences=indices.sequences,
         tiles=indices.tiles,

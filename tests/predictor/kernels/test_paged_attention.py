@@ -54,16 +54,19 @@ class Sequences:
             sequences.append([token, start, first, slot])
             tiles += [[row, query, min(size, end - start - query)] for query in range(0, end - start, size)]
             slot, token = slot + start - first, token + end - start
-        states = [
+        query, key, value = (
             torch.cat([of[seq][start:end] for seq, start, end in parts])
             for of in (self.queries, self.keys, self.values)
-        ]
-        indices = {
+        )
+        indices: dict[str, Any] = {
             "slot_mapping": slot_mapping,
             "sequences": torch.tensor(sequences),
             "tiles": torch.tensor(tiles),
         }
-        output = ops.paged_attention(*states, *caches, scale=self.scale, **indices, **self.options)
+        key_cache, value_cache = caches
+        output = ops.paged_attention(
+            query, key, value, key_cache, value_cache, scale=self.scale, **indices, **self.options
+        )
         return list(output.split([end - start for _, start, end in parts]))
 
     def expected(self, seq: int) -> torch.Tensor:
