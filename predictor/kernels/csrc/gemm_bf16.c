@@ -20,14 +20,6 @@ enum {
     ROW_PADDING_BYTES = 64 /* A power of two would map all tokens to the same few cache lines. */
 };
 
-typedef struct {
-    const float *inverse_rms; /* (M) */
-    const float *bias;        /* (N), or NULL */
-    const float *residual;    /* (M, N), or NULL */
-    float *output;            /* (M, N) */
-    size_t n;
-} FloatEpilogue;
-
 static size_t row_bytes(size_t k, int isa) {
     return round_up(k, TILE_K) * (isa == BF16_ISA_AVX512 ? sizeof(float) : sizeof(bfloat16)) + ROW_PADDING_BYTES;
 }
@@ -76,18 +68,6 @@ static inline float convert_row(const float *row, int silu_and_mul, const float 
     return norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + epsilon) : 1;
 }
 
-/* Scale LANES sums of a token, add bias and residual, and store them from output feature `column` on. */
-static inline void store_sums(__m512 sums, const FloatEpilogue *epilogue, size_t row, size_t column) {
-    if (column >= epilogue->n) return;
-    const __mmask16 mask = tail_mask(epilogue->n - column);
-    const size_t offset = row * epilogue->n + column;
-    __m512 base = _mm512_setzero_ps();
-    if (epilogue->bias) base = _mm512_maskz_loadu_ps(mask, epilogue->bias + column);
-    if (epilogue->residual) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(mask, epilogue->residual + offset));
-    const __m512 inverse_rms = _mm512_set1_ps(epilogue->inverse_rms[row]);
-    _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(sums, inverse_rms, base));
-}
-
 static inline void prefetch_panel(const uint8_t *panel) {
     _mm_prefetch(panel + PREFETCH_BYTES, _MM_HINT_T0);
     _mm_prefetch(panel + PREFETCH_BYTES + 64, _MM_HINT_T0);
@@ -95,7 +75,7 @@ static inline void prefetch_panel(const uint8_t *panel) {
 
 /* A block of tokens by one panel. `block_m` is constant where inlined, to keep accumulators in registers. */
 static inline __attribute__((always_inline, target("avx512bf16"))) void gemm_kernel_avx512_bf16(const size_t block_m,
-    const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k, const FloatEpilogue *epilogue, size_t row,
+    const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue, size_t row,
     size_t column) {
     __m512 left[AVX512_BLOCK_M], right[AVX512_BLOCK_M];
     for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_ps();
@@ -120,7 +100,7 @@ static inline __attribute__((always_inline, target("avx512bf16"))) void gemm_ker
 
 /* The same with weights converted to float32, and float32 activations. */
 static inline __attribute__((always_inline)) void gemm_kernel_avx512(const size_t block_m, const uint8_t *rows,
-    size_t stride, const uint8_t *panel, size_t k, const FloatEpilogue *epilogue, size_t row, size_t column) {
+    size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue, size_t row, size_t column) {
     const __m512i high_half = _mm512_set1_epi32((int32_t)0xffff0000);
     __m512 left[AVX512_BLOCK_M], right[AVX512_BLOCK_M];
     for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_ps();
@@ -154,7 +134,7 @@ static inline __attribute__((always_inline)) void gemm_kernel_avx512(const size_
         break;
 #define DEFINE_DISPATCH(name, kernel, attributes)                                                                      \
     attributes static void name(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,    \
-        const FloatEpilogue *epilogue, size_t row, size_t column) {                                                    \
+        const Epilogue *epilogue, size_t row, size_t column) {                                                    \
         switch (block_m) {                                                                                             \
             CASE_ROWS(kernel, 1)                                                                                       \
             CASE_ROWS(kernel, 2)                                                                                       \
@@ -175,7 +155,7 @@ DEFINE_DISPATCH(dispatch_avx512, gemm_kernel_avx512, )
 
 /* Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
 static void gemm_kernel_amx(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,
-    const FloatEpilogue *epilogue, size_t row, size_t column) {
+    const Epilogue *epilogue, size_t row, size_t column) {
     float accumulators[2][2][LANES][LANES] __attribute__((aligned(64)));
     const int two_tiles = block_m > LANES;
     const size_t tile_bytes = TILE_K * sizeof(bfloat16), panel_step = TILE_K * BLOCK_N * sizeof(bfloat16);
@@ -213,12 +193,12 @@ void bf16_mm(const float *input, const bfloat16 *packed_weight, const float *bia
     size_t n, int isa, int num_threads) {
     const size_t padded_k = round_up(k, TILE_K), input_stride = silu_and_mul ? 2 * k : k, stride = row_bytes(k, isa);
     const size_t max_block_m = isa == BF16_ISA_AMX ? AMX_BLOCK_M : AVX512_BLOCK_M;
-    void (*const kernel)(size_t, const uint8_t *, size_t, const uint8_t *, size_t, const FloatEpilogue *, size_t,
+    void (*const kernel)(size_t, const uint8_t *, size_t, const uint8_t *, size_t, const Epilogue *, size_t,
         size_t) = isa == BF16_ISA_AMX           ? gemm_kernel_amx
                   : isa == BF16_ISA_AVX512_BF16 ? dispatch_avx512_bf16
                                                 : dispatch_avx512;
     float *inverse_rms = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
-    const FloatEpilogue epilogue = {inverse_rms, bias, residual, output, n};
+    const Epilogue epilogue = {.act_scales = inverse_rms, .bias = bias, .residual = residual, .output = output, .n = n};
 #pragma omp parallel num_threads(num_threads)
     {
         if (isa == BF16_ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
