@@ -437,7 +437,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     lm_head = model.get_output_embeddings()
     quantizes_lm_head = quantization == "8bit" and should_quantize(model, lm_head, skip_modules)
     decoder_layer.fuse(model)
-    linear.pack_linear_layers(model, lm_head if quantizes_lm_head else None)
+    linear.pack_linear_layers(model, lm_head, quantize_lm_head=quantizes_lm_head)
 
 
 def _resolved_method(model: Any, mode: str) -> str:

@@ -20,17 +20,14 @@ PROTOTYPES = {
     "int8_scratch_bytes": (_SIZE, [_SIZE] * 2),
     "int8_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
     "int8_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
-<<<<<<< HEAD
     "bf16_packed_bytes": (_SIZE, [_SIZE] * 2),
     "bf16_scratch_bytes": (_SIZE, [_SIZE] * 2 + [_INT]),
     "bf16_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
     "bf16_mm": (None, [_POINTER] * 4 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
-=======
     "int4_packed_bytes": (_SIZE, [_SIZE] * 3 + [_INT]),
     "int4_scratch_bytes": (_SIZE, [_SIZE] * 3),
     "int4_pack_weight": (None, [_POINTER] * 4 + [_SIZE] * 3),
     "int4_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3),
->>>>>>> main
     "paged_attention": (
         None,
         [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE] + [_POINTER] * 3 + [_SIZE] * 4 + [_FLOAT, _POINTER, _INT],
@@ -133,21 +130,6 @@ def int8_scaled_mm(
     return output
 
 
-<<<<<<< HEAD
-def bf16_pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """Pack bfloat16 weights (out_features, in_features) into the layout of `bf16_mm`, in one thread."""
-    out_features, in_features = weight.shape
-    packed_weight = torch.empty(_library.bf16_packed_bytes(out_features, in_features), dtype=torch.uint8)
-    weight = weight.contiguous()
-    _library.bf16_pack_weight(weight.data_ptr(), packed_weight.data_ptr(), out_features, in_features)
-    return packed_weight
-
-
-def bf16_mm(
-    activations: torch.Tensor,
-    packed_weight: torch.Tensor,
-    out_features: int,
-=======
 class Int4Weight(NamedTuple):
     """int4 weights in the layout of `int4_scaled_mm`."""
 
@@ -194,14 +176,62 @@ def int4_pack_weight(
 def int4_scaled_mm(
     activations: torch.Tensor,
     weight: Int4Weight,
->>>>>>> main
     *,
     bias: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     silu_and_mul: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-<<<<<<< HEAD
+    """Multiply float32 activations, quantized per token to int8, by packed int4 weights.
+
+    Arguments and result are those of `int8_scaled_mm`, but for the weight.
+    """
+    activations = activations.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    tokens, in_features = len(activations), activations.shape[1] // (2 if silu_and_mul else 1)
+    output = torch.empty(tokens, len(weight.scales), dtype=torch.float32)
+    scratch = torch.empty(_library.int4_scratch_bytes(tokens, in_features, weight.group_size), dtype=torch.int8)
+    _library.int4_scaled_mm(
+        activations.data_ptr(),
+        weight.packed.data_ptr(),
+        weight.scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if norm is None else norm[0].data_ptr(),
+        0.0 if norm is None else norm[1],
+        silu_and_mul,
+        None if residual is None else residual.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        tokens,
+        in_features,
+        len(weight.scales),
+        weight.group_size,
+        weight.has_zero_points,
+        CPU_ISAS.index(cpu_isa),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def bf16_pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Pack bfloat16 weights (out_features, in_features) into the layout of `bf16_mm`, in one thread."""
+    out_features, in_features = weight.shape
+    packed_weight = torch.empty(_library.bf16_packed_bytes(out_features, in_features), dtype=torch.uint8)
+    weight = weight.contiguous()
+    _library.bf16_pack_weight(weight.data_ptr(), packed_weight.data_ptr(), out_features, in_features)
+    return packed_weight
+
+
+def bf16_mm(
+    activations: torch.Tensor,
+    packed_weight: torch.Tensor,
+    out_features: int,
+    *,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    silu_and_mul: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Multiply float32 activations by packed bfloat16 weights. Sums are float32.
 
     Args:
@@ -225,21 +255,6 @@ def int4_scaled_mm(
     _library.bf16_mm(
         activations.data_ptr(),
         packed_weight.data_ptr(),
-=======
-    """Multiply float32 activations, quantized per token to int8, by packed int4 weights.
-
-    Arguments and result are those of `int8_scaled_mm`, but for the weight.
-    """
-    activations = activations.contiguous()
-    residual = None if residual is None else residual.contiguous()
-    tokens, in_features = len(activations), activations.shape[1] // (2 if silu_and_mul else 1)
-    output = torch.empty(tokens, len(weight.scales), dtype=torch.float32)
-    scratch = torch.empty(_library.int4_scratch_bytes(tokens, in_features, weight.group_size), dtype=torch.int8)
-    _library.int4_scaled_mm(
-        activations.data_ptr(),
-        weight.packed.data_ptr(),
-        weight.scales.data_ptr(),
->>>>>>> main
         None if bias is None else bias.data_ptr(),
         None if norm is None else norm[0].data_ptr(),
         0.0 if norm is None else norm[1],
@@ -249,15 +264,8 @@ def int4_scaled_mm(
         scratch.data_ptr(),
         tokens,
         in_features,
-<<<<<<< HEAD
         out_features,
         isa,
-=======
-        len(weight.scales),
-        weight.group_size,
-        weight.has_zero_points,
-        CPU_ISAS.index(cpu_isa),
->>>>>>> main
         torch.get_num_threads(),
     )
     return output

@@ -22,7 +22,7 @@ static const float MIN_SCALE = 1e-30f; /* avoids a division by zero for tokens o
 typedef struct {
     const float *act_scales;     /* (M) */
     const int32_t *act_row_sums; /* (M), of the quantized activations */
-    const float *weight_scales;  /* (N) */
+    const float *weight_scales;  /* (N), or NULL */
     const float *bias;           /* (N), or NULL */
     const float *residual;       /* (M, N), or NULL */
     float *output;               /* (M, N) */

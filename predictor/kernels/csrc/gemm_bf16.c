@@ -33,9 +33,12 @@ size_t bf16_scratch_bytes(size_t m, size_t k, int isa) {
 void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n, size_t k) {
     for (size_t panel = 0; panel < n; panel += BLOCK_N)
         for (size_t pair = 0; pair < round_up(k, TILE_K); pair += 2)
-            for (size_t row = panel; row < panel + BLOCK_N; row++, packed_weight += 2)
-                for (size_t i = 0; i < 2; i++)
-                    packed_weight[i] = row < n && pair + i < k ? weight[row * k + pair + i] : 0;
+            for (size_t row = panel; row < panel + BLOCK_N; row++, packed_weight += 2) {
+                uint32_t two = 0;
+                if (row < n && pair < k)
+                    memcpy(&two, weight + row * k + pair, (k - pair < 2 ? k - pair : 2) * sizeof(bfloat16));
+                memcpy(packed_weight, &two, sizeof two);
+            }
 }
 
 /* Round to nearest, halves to even. */
@@ -165,7 +168,8 @@ static void gemm_kernel_amx(size_t block_m, const uint8_t *rows, size_t stride, 
     _tile_zero(3);
     for (size_t j = 0; j < k * sizeof(bfloat16); j += tile_bytes, panel += panel_step) {
         if (row % CACHED_TOKENS == 0) /* Later blocks of tokens find the panel in the cache. */
-            for (size_t line = 0; line < panel_step; line += 64) _mm_prefetch(panel + PREFETCH_BYTES + line, _MM_HINT_T0);
+            for (size_t line = 0; line < panel_step; line += 64)
+                _mm_prefetch(panel + PREFETCH_BYTES + line, _MM_HINT_T0);
         _tile_loadd(6, panel, PAIR_BYTES * BLOCK_N);
         _tile_loadd(7, panel + PAIR_BYTES * LANES, PAIR_BYTES * BLOCK_N);
         _tile_loadd(4, rows + j, stride);

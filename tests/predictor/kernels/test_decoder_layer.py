@@ -42,6 +42,7 @@ def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return float((logits.float() - exact).norm() / exact.norm())
 
 
+@pytest.mark.usefixtures("bf16_kernel")
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_fuse_is_as_accurate_as_the_replaced_layers(model_type: str) -> None:
     model = make_model(model_type)
@@ -83,6 +84,17 @@ def test_int8_decoder_layer_is_independent_of_the_batch(activation: str) -> None
     assert relative_error(together, exact) < 0.1
     for row in range(2):
         torch.testing.assert_close(model(TOKENS[row : row + 1]).logits[0], together[row], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
+@pytest.mark.usefixtures("bf16_kernel")
+def test_bf16_decoder_layer_is_independent_of_the_batch() -> None:
+    model = make_model("qwen2")
+    assert decoder_layer.fuse(model) == 3
+    linear.pack_linear_layers(model, model.lm_head)
+    together = model(TOKENS).logits
+    for row in range(2):
+        assert torch.equal(model(TOKENS[row : row + 1]).logits[0], together[row])
 
 
 def quantize_decoder(model: Any) -> Any:
