@@ -13,12 +13,17 @@
 #include "kernels.h"
 
 enum {
-    TILE_K = 32,           /* input features: the width of a tile */
-    PAIR_BYTES = 4,        /* two input features of a token or an output */
-    AVX512_BLOCK_M = 12,   /* tokens per block without AMX: two accumulators per token fit into the registers */
-    CACHED_TOKENS = 96,    /* tokens for which a panel is read from memory once: they fit into the L2 cache */
-    ROW_PADDING_BYTES = 64 /* A power of two would map all tokens to the same few cache lines. */
+    TILE_K = 32,             /* input features: the width of a tile */
+    PAIR_BYTES = 4,          /* two input features of a token or an output */
+    AVX512_BLOCK_M = 12,     /* tokens per block without AMX: two accumulators per token fit into the registers */
+    CACHED_TOKENS = 96,      /* tokens for which a panel is read from memory once: they fit into the L2 cache */
+    SERIAL_FEATURES = 32768, /* activations that one thread converts */
+    ROW_PADDING_BYTES = 64   /* A power of two would map all tokens to the same few cache lines. */
 };
+
+/* Multiplies a block of tokens by one panel. */
+typedef void GemmKernel(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column);
 
 static size_t row_bytes(size_t k, int isa) {
     return round_up(k, TILE_K) * (isa == BF16_ISA_AVX512 ? sizeof(float) : sizeof(bfloat16)) + ROW_PADDING_BYTES;
@@ -197,19 +202,19 @@ void bf16_mm(const float *input, const bfloat16 *packed_weight, const float *bia
     size_t n, int isa, int num_threads) {
     const size_t padded_k = round_up(k, TILE_K), input_stride = silu_and_mul ? 2 * k : k, stride = row_bytes(k, isa);
     const size_t max_block_m = isa == BF16_ISA_AMX ? AMX_BLOCK_M : AVX512_BLOCK_M;
-    void (*const kernel)(size_t, const uint8_t *, size_t, const uint8_t *, size_t, const Epilogue *, size_t,
-        size_t) = isa == BF16_ISA_AMX           ? gemm_kernel_amx
-                  : isa == BF16_ISA_AVX512_BF16 ? dispatch_avx512_bf16
-                                                : dispatch_avx512;
+    GemmKernel *const kernel = isa == BF16_ISA_AMX           ? gemm_kernel_amx
+                               : isa == BF16_ISA_AVX512_BF16 ? dispatch_avx512_bf16
+                                                             : dispatch_avx512;
     float *inverse_rms = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
     const Epilogue epilogue = {.act_scales = inverse_rms, .bias = bias, .residual = residual, .output = output, .n = n};
+    /* For a few tokens, waiting for other threads takes longer than their work. */
+#pragma omp parallel for num_threads(num_threads) if (m * k > SERIAL_FEATURES)
+    for (size_t row = 0; row < m; row++)
+        inverse_rms[row] = convert_row(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k,
+            isa == BF16_ISA_AVX512, scratch + row * stride);
 #pragma omp parallel num_threads(num_threads)
     {
         if (isa == BF16_ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
-#pragma omp for
-        for (size_t row = 0; row < m; row++)
-            inverse_rms[row] = convert_row(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k,
-                isa == BF16_ISA_AVX512, scratch + row * stride);
         for (size_t first = 0; first < m; first += CACHED_TOKENS) {
             const size_t last = m - first < CACHED_TOKENS ? m : first + CACHED_TOKENS;
 #pragma omp for nowait
