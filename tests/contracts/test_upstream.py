@@ -31,6 +31,7 @@ from huggingface_hub import utils as hub_utils
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from safetensors.torch import load_file
 from starlette.applications import Starlette
 from torch.nn.attention.varlen import varlen_attn
 from transformers import core_model_loading
@@ -52,6 +53,7 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -76,7 +78,7 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import ops, torch_private
+from predictor.kernels.cpu import layer_table, paged_attention, torch_private
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
@@ -84,12 +86,15 @@ from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.fp8_quantizer import Fp8Config
+from predictor.models.int4_checkpoint import PackedLinear
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
 from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
+from snapshot_format.model_files import SINGLE
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
+from tests.predictor.models import packed_checkpoints
 from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
@@ -622,7 +627,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/{fp8,int8}_quantizer.py
+# transformers' quantizers: predictor/models/{fp8,int4_checkpoint,int8}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -692,6 +697,33 @@ def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
     assert isinstance(layer, Fp8Linear)
     assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert quantized.dtype == torch.bfloat16
+
+
+def test_quantizer_of_a_checkpoint_gets_its_files_before_and_its_tensors_unchanged(tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    directory = packed_checkpoints.write(
+        tmp_path,
+        config | {"quant_method": "kserve_llm_gptq"},
+        lambda weight: packed_checkpoints.quantize(weight, 64, symmetric=True),
+        packed_checkpoints.gptq_tensors,
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    layer = loaded.model.layers[0].mlp.down_proj
+    assert isinstance(layer, PackedLinear)
+    stored = load_file(directory / SINGLE)
+    for name in ("qweight", "qzeros", "g_idx"):
+        assert torch.equal(getattr(layer, name), stored[f"model.layers.0.mlp.down_proj.{name}"])
+    # Not through bfloat16.
+    assert layer.scales.dtype == torch.float32
+    assert torch.equal(layer.scales, stored["model.layers.0.mlp.down_proj.scales"].float())
+
+
+def test_quantizers_of_gptq_and_awq_need_packages_that_we_do_not_have() -> None:
+    for method in ("gptq", "awq"):
+        config = transformers.AutoConfig.from_pretrained(DEMO_MODEL)
+        config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 64}
+        with pytest.raises(ImportError, match=r"requires (optimum|gptqmodel)"):
+            transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, config=config)
 
 
 def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
@@ -942,9 +974,10 @@ def test_paged_layer_has_the_pages_that_the_slots_are_in(executor: BatchingManag
     key = torch.randn(1, num_kv_heads, 2, head_dim)
     nothing, slots = torch.zeros(0, dtype=torch.int64), layers[1].unused_slot + torch.tensor([0, 3])
     layers[1].update(key, -key, nothing, slots)
-    for pages, written in zip(layers[1].pages(), (key, -key), strict=True):
+    for pages, by_slot, written in zip(layers[1].pages(), layers[1].slots(), (key, -key), strict=True):
         assert pages.shape[1:] == (PAGE_TOKENS, num_kv_heads, head_dim)
         assert torch.equal(pages.flatten(0, 1)[slots], written[0].transpose(0, 1))
+        assert torch.equal(by_slot[slots], written[0].transpose(0, 1))
 
 
 def test_pages_of_a_sequence_are_those_of_the_manager(executor: BatchingManager) -> None:
@@ -989,17 +1022,42 @@ def test_manager_makes_block_tables_for_steps_of_decodes(monkeypatch: pytest.Mon
     assert steps == [step for step in chunks + decodes for _ in range(layers)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=99, head_dim=8, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    [(parent, name)] = transformers_attention.find_decoder_layers(model)
-    parts = transformers_attention.DecoderLayerParts.of(parent.get_submodule(name))
-    assert (parts.layer_idx, parts.head_dim, parts.num_key_value_groups, parts.is_silu) == (0, 8, 2, True)
-    assert (parts.qk_norms is not None) is (model_type == "qwen3")
-    assert parts.input_layernorm.variance_epsilon > 0
-    assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"head_dim": 16, "num_key_value_groups": 2, "is_silu": True, "qk_norms": None}),
+        ("gemma2", {"is_silu": False, "norm_offset": 1.0, "eager_attention": modeling_gemma2.eager_attention_forward}),
+        ("granite", {"residual_multiplier": 0.5}),
+        ("smollm3", {"rotary": None}),
+        ("olmo2", {"attention_norm": None, "mlp_norm": None}),
+    ],
+)
+def test_decoder_layers_have_the_expected_parts(name: str, expected: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    parent, index = layer_table.find_decoder_layers(model)[1]
+    parts = layer_table.DecoderLayerParts.of(parent.get_submodule(index))
+    assert parts.layer_idx == 1
+    assert {field: getattr(parts, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"sliding_window": None}),
+        ("gemma2", {"sliding_window": 16, "softcap": 50.0}),
+        ("mistral, sliding window", {"sliding_window": 16}),
+        ("phi3, sliding window", {"sliding_window": 16}),
+        ("exaone4", {"sliding_window": 16}),
+    ],
+)
+def test_decoder_layers_pass_the_arguments_of_attention(name: str, expected: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    parent, index = layer_table.find_decoder_layers(model)[0]
+    parts = layer_table.DecoderLayerParts.of(parent.get_submodule(index))
+    assert {argument: parts.attention_arguments.get(argument) for argument in expected} == expected
+    assert parts.attention_arguments["dropout"] == 0.0
 
 
 def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any) -> None:
@@ -1012,7 +1070,7 @@ def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any)
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
-    build, supports = sequence_attention._build_metadata, ops.supports_paged_attention
+    build, supports = sequence_attention._build_metadata, paged_attention.supports
 
     def count_build(*args: Any) -> Any:
         builds.append(1)
@@ -1020,10 +1078,11 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
 
     def count_call(*args: Any) -> bool:
         calls.append(1)
-        return supports(*args)
+        supports(*args)
+        return False
 
     monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(ops, "supports_paged_attention", count_call)
+    monkeypatch.setattr(paged_attention, "supports", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:
