@@ -94,7 +94,7 @@ def test_malformed_model_is_named(words: list[str], error: str, capsys: pytest.C
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setitem(cli.REQUIREMENTS, "preflight", "a_package_that_is_missing")
     assert cli.main(["check", "kustomize/overlays/dev"]) == 2
     assert "Run: pip install 'kserve-llm[preflight]'" in capsys.readouterr().err
 
