@@ -150,6 +150,13 @@ class LinearKernel(ABC):
         gate, up = gate_up.chunk(2, -1)
         return self.forward(nn.functional.silu(gate).mul_(up), residual=residual)
 
+    def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        """Return which of the first `num_outputs` outputs is the largest, the first of equal ones.
+
+        (tokens, in_features), float32, to (tokens,), int64.
+        """
+        return self.forward(hidden_states)[:, :num_outputs].argmax(-1)
+
 
 class OneDNNBf16Linear(LinearKernel):
     """bfloat16 weights, multiplied by oneDNN."""
@@ -204,6 +211,11 @@ class NativeInt8Linear(Float32InputLinear):
         return ops.int8_scaled_mm(
             gate_up, self._weight, self._scale, bias=self._bias, silu_and_mul=True, residual=residual
         )
+
+    def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        """Find the largest outputs without writing all of them."""
+        num_outputs = min(num_outputs, len(self._scale))
+        return ops.int8_argmax(hidden_states, self._weight, self._scale, num_outputs, self._bias)
 
 
 class NativeInt4Linear(Float32InputLinear):
