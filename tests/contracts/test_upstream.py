@@ -31,6 +31,7 @@ from huggingface_hub import utils as hub_utils
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from safetensors.torch import load_file
 from starlette.applications import Starlette
 from torch.nn.attention.varlen import varlen_attn
 from transformers import core_model_loading
@@ -77,7 +78,7 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import experts, layer_table, ops, torch_private
+from predictor.kernels.cpu import experts, layer_table, paged_attention, torch_private
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
@@ -85,12 +86,15 @@ from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.fp8_quantizer import Fp8Config
+from predictor.models.int4_checkpoint import PackedLinear
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
 from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
+from snapshot_format.model_files import SINGLE
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
+from tests.predictor.models import packed_checkpoints
 from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
@@ -623,7 +627,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/{fp8,int8}_quantizer.py
+# transformers' quantizers: predictor/models/{fp8,int4_checkpoint,int8}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -693,6 +697,33 @@ def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
     assert isinstance(layer, Fp8Linear)
     assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert quantized.dtype == torch.bfloat16
+
+
+def test_quantizer_of_a_checkpoint_gets_its_files_before_and_its_tensors_unchanged(tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    directory = packed_checkpoints.write(
+        tmp_path,
+        config | {"quant_method": "kserve_llm_gptq"},
+        lambda weight: packed_checkpoints.quantize(weight, 64, symmetric=True),
+        packed_checkpoints.gptq_tensors,
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    layer = loaded.model.layers[0].mlp.down_proj
+    assert isinstance(layer, PackedLinear)
+    stored = load_file(directory / SINGLE)
+    for name in ("qweight", "qzeros", "g_idx"):
+        assert torch.equal(getattr(layer, name), stored[f"model.layers.0.mlp.down_proj.{name}"])
+    # Not through bfloat16.
+    assert layer.scales.dtype == torch.float32
+    assert torch.equal(layer.scales, stored["model.layers.0.mlp.down_proj.scales"].float())
+
+
+def test_quantizers_of_gptq_and_awq_need_packages_that_we_do_not_have() -> None:
+    for method in ("gptq", "awq"):
+        config = transformers.AutoConfig.from_pretrained(DEMO_MODEL)
+        config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 64}
+        with pytest.raises(ImportError, match=r"requires (optimum|gptqmodel)"):
+            transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, config=config)
 
 
 def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
@@ -943,9 +974,10 @@ def test_paged_layer_has_the_pages_that_the_slots_are_in(executor: BatchingManag
     key = torch.randn(1, num_kv_heads, 2, head_dim)
     nothing, slots = torch.zeros(0, dtype=torch.int64), layers[1].unused_slot + torch.tensor([0, 3])
     layers[1].update(key, -key, nothing, slots)
-    for pages, written in zip(layers[1].pages(), (key, -key), strict=True):
+    for pages, by_slot, written in zip(layers[1].pages(), layers[1].slots(), (key, -key), strict=True):
         assert pages.shape[1:] == (PAGE_TOKENS, num_kv_heads, head_dim)
         assert torch.equal(pages.flatten(0, 1)[slots], written[0].transpose(0, 1))
+        assert torch.equal(by_slot[slots], written[0].transpose(0, 1))
 
 
 def test_pages_of_a_sequence_are_those_of_the_manager(executor: BatchingManager) -> None:
@@ -1075,7 +1107,7 @@ def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any)
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
-    build, supports = sequence_attention._build_metadata, ops.supports_paged_attention
+    build, supports = sequence_attention._build_metadata, paged_attention.supports
 
     def count_build(*args: Any) -> Any:
         builds.append(1)
@@ -1083,10 +1115,11 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
 
     def count_call(*args: Any) -> bool:
         calls.append(1)
-        return supports(*args)
+        supports(*args)
+        return False
 
     monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(ops, "supports_paged_attention", count_call)
+    monkeypatch.setattr(paged_attention, "supports", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:
