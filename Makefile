@@ -55,7 +55,7 @@ test-all: test ## test, then the slow tests and those that need the machine for 
 	@$(PYTEST) -m 'serial and not packaging' --numprocesses 0
 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
-	@$(BIN)/python -m pytest --durations 15 -m packaging $(PYTEST_ARGS)
+	@$(PYTEST) -m packaging
 
 PEERS ?= llamacpp openvino vllm
 PEERS_JOBS ?= 1
