@@ -37,7 +37,7 @@ def milliseconds(function: Callable[[], object], repetitions: int) -> float:
 
 def build_linears(backend: str) -> list[LinearKernel]:
     """Pack all linear layers of a step with random weights."""
-    kernels = []
+    kernels: list[LinearKernel] = []
     for in_features, out_features in LINEARS:
         weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
         if backend == "onednn":

@@ -1,6 +1,7 @@
 """The bfloat16 GEMM in C, against float64."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from predictor.kernels.cpu import ops
 each_form = pytest.mark.parametrize("form", ["plain", "norm", "silu_and_mul"])
 
 
-def by(*names: str) -> Any:
+Test = TypeVar("Test", bound=Callable[..., None])
+
+
+def by(*names: str) -> Callable[[Test], Test]:
     """Run the test with each of these instruction sets that the machine has, AMX emulated if need be."""
     selected = pytest.mark.parametrize("bf16_kernel", names, indirect=True)
     return lambda test: pytest.mark.usefixtures("bf16_kernel")(selected(test))
