@@ -21,6 +21,8 @@ from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.speculation import MAX_GUESSES, Speculation
+from predictor.engine.speculative_step import SpeculativeRunner, unavailable_reason
 from predictor.engine.step_pipeline import StepPipeline
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
@@ -82,6 +84,9 @@ class BatchingManager:
         )
         self._step_timeout_seconds = settings.step_timeout_seconds
         self._enforce_eager = settings.enforce_eager
+        self._speculation_mode = settings.speculation
+        # Rows of a step have logits, for which there is memory if they are no more than sequences.
+        self._speculation = Speculation(max(settings.max_num_seqs, 1 + MAX_GUESSES))
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
@@ -150,6 +155,10 @@ class BatchingManager:
         return self._failed_step_count
 
     @property
+    def speculation(self) -> Speculation:
+        return self._speculation
+
+    @property
     def is_running(self) -> bool:
         return bool(self._manager.is_running())
 
@@ -186,9 +195,20 @@ class BatchingManager:
                 self._step_sampler,
                 uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
             )
+        elif self._speculation_mode != "none":
+            self._speculate(processor)
         self._manager.start()
         size_bytes = processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
+
+    def _speculate(self, processor: Any) -> None:
+        if reason := unavailable_reason(self._model, processor.cache):
+            level = logging.WARNING if self._speculation_mode == "prompt_lookup" else logging.INFO
+            logger.log(level, "speculation: none, because %s", reason)
+            return
+        processor.model_runner = SpeculativeRunner(processor, self._step_sampler, self._speculation)
+        processor.scheduler.speculation = self._speculation
+        logger.info("speculation: prompt lookup")
 
     def stop(self, timeout_seconds: float) -> None:
         self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)

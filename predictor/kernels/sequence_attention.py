@@ -20,6 +20,8 @@ from predictor.kernels import transformers_attention
 from predictor.kernels.cpu import ops
 from predictor.kernels.transformers_attention import PagedKVCache, PagedLayer
 
+FEW_QUERIES = 8
+"""Up to so many queries of a sequence are computed as decodes are, each by itself."""
 PADDED_TOKENS = 32
 """Key lengths are padded to multiples of this, so that sums over keys have the same order in any batch."""
 _MAX_LENGTH_RATIO = 2
@@ -196,16 +198,26 @@ def _build_metadata(
     q_ranges, kv_ranges = _ranges(cu_seq_lens_q), _ranges(cu_seq_lens_k)
     # Without slots to read, keys and values are those of the prompts, in their order.
     reads_cache = read_index.numel() > 0
-    decodes = [seq for seq, q_range in enumerate(q_ranges) if reads_cache and _length(q_range) == 1]
+    # With past keys: those of a whole prompt are computed as by transformers.
+    few = {
+        seq
+        for seq, (q_range, kv_range) in enumerate(zip(q_ranges, kv_ranges, strict=True))
+        if 1 < _length(q_range) <= FEW_QUERIES and _length(kv_range) > _length(q_range) and uses_paged_kernel
+    }
+    decodes = [seq for seq, q_range in enumerate(q_ranges) if reads_cache and (_length(q_range) == 1 or seq in few)]
     paged_decode = None
     padded_decodes, singles = [], []
     read_indices: list[torch.Tensor] = []
     offset = 0
     if decodes and uses_paged_kernel:
+        rows = [(query, seq) for seq in decodes for query in range(q_ranges[seq].start, q_ranges[seq].stop)]
         paged_decode = PagedDecode(
-            torch.tensor([q_ranges[seq].start for seq in decodes]),
+            torch.tensor([query for query, _ in rows]),
             read_index,
-            torch.tensor([[kv_ranges[seq].start, kv_ranges[seq].stop] for seq in decodes]),
+            # A query sees the keys before it and its own.
+            torch.tensor(
+                [[kv_ranges[seq].start, kv_ranges[seq].stop - q_ranges[seq].stop + query + 1] for query, seq in rows]
+            ),
         )
     else:
         for group in _group_by_length(decodes, kv_ranges):
@@ -222,8 +234,8 @@ def _build_metadata(
             query_indices = None if is_whole_batch else torch.tensor(indices, device=device)
             keys = slice(offset, offset := offset + read_indices[-1].numel())
             padded_decodes.append(PaddedDecode(query_indices, keys, padded_length, mask))
-    for q_range, kv_range in zip(q_ranges, kv_ranges, strict=True):
-        if _length(q_range) == 1 and reads_cache:
+    for seq, (q_range, kv_range) in enumerate(zip(q_ranges, kv_ranges, strict=True)):
+        if (_length(q_range) == 1 and reads_cache) or seq in few:
             continue
         keys = kv_range
         if reads_cache:
