@@ -468,7 +468,12 @@ def test_batching_decode_of_several_tokens_has_room_and_can_end_before_them(exec
         [request], _, _, num_q_tokens, _ = processor.scheduler._process_candidates([state], 16, 1024, set())
         assert (num_q_tokens, request.query_length, request.has_new_token) == (4, 4, True)
         processor.inputs_and_outputs.prepare_batch_tensors(
-            [request], processor.logit_processor, use_decode_fast_path=False, num_q_tokens=4, max_kv_read=3
+            [request],
+            processor.logit_processor,
+            use_decode_fast_path=False,
+            num_q_tokens=4,
+            max_kv_read=3,
+            use_padding=False,
         )
         assert processor.inputs_and_outputs.req_id_to_new_token_position == {"guessed": 3}
         assert state.position_offset == 7
@@ -1051,11 +1056,11 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
         calls.append(1)
         return supports(*args)
 
-    monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(ops, "supports_paged_attention", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:
+        monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
+        monkeypatch.setattr(ops, "supports_paged_attention", count_call)
         asyncio.run(finish(executor, [(5, 4), (9, 3)]))
     assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
 
