@@ -1,9 +1,10 @@
 """One in-process predictor and tokenizer of the demo model for the whole run, and copies of the model's directory."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
@@ -19,15 +20,26 @@ BASE_URL = os.environ.get("BASE_URL")
 """A running predictor of the demo model in float32, named `demo`, for which to run the protocols' tests."""
 
 
+@pytest.fixture(scope="session")
+def emulated_amx_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The C kernels with AMX instructions emulated, as `ops` loads them."""
+    from tests.predictor.kernels import native_library
+
+    if not shutil.which("gcc"):
+        pytest.skip("gcc is not installed")
+    return native_library.load_with_emulated_amx(tmp_path_factory.mktemp("emulated_amx"))
+
+
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
 def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Select each int8 kernel that this machine supports."""
+    """Select each int8 kernel: those that this machine supports, and AMX on any with AVX-512 VNNI."""
     from predictor.kernels.cpu import gemm, ops
 
     name = str(request.param)
-    supported = ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1]
-    if name != "fbgemm" and name not in supported:
+    if name != "fbgemm" and ops.cpu_isa is None:
         pytest.skip(f"{name}: not supported here" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
+    if name == "amx" and ops.cpu_isa != "amx":
+        monkeypatch.setattr(ops, "_library", request.getfixturevalue("emulated_amx_library"))
     monkeypatch.setattr(ops, "cpu_isa", None if name == "fbgemm" else name)
     if not gemm.has_int8():
         pytest.skip("fbgemm: not supported by torch on this CPU")

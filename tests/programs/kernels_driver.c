@@ -23,6 +23,25 @@ static void test_gemm(size_t m, size_t n, size_t k, int isa) {
     free(output);
 }
 
+static void test_int4_gemm(size_t m, size_t n, size_t k, size_t group_size, int has_zero_points, int isa) {
+    const size_t num_groups = (k + group_size - 1) / group_size;
+    uint8_t *weight = malloc(n * k), *zero_points = has_zero_points ? calloc(n, num_groups) : NULL;
+    uint16_t *group_scales = calloc(n * num_groups, sizeof *group_scales);
+    uint8_t *packed_weight = malloc(int4_packed_bytes(n, k, group_size, has_zero_points));
+    int8_t *scratch = malloc(int4_scratch_bytes(m, k, group_size));
+    float *input = floats(2 * m * k), *scales = floats(n), *bias = floats(n), *norm = floats(k),
+          *residual = floats(m * n);
+    float *output = malloc(m * n * sizeof *output);
+    for (size_t i = 0; i < n * k; i++) weight[i] = (uint8_t)(rand() % 16);
+    int4_pack_weight(weight, group_scales, zero_points, packed_weight, n, k, group_size);
+    int4_scaled_mm(input, packed_weight, scales, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, group_size,
+        has_zero_points, isa, 2);
+    int4_scaled_mm(input, packed_weight, scales, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, group_size,
+        has_zero_points, isa, 2);
+    free(weight), free(zero_points), free(group_scales), free(packed_weight), free(scratch), free(input), free(scales);
+    free(bias), free(norm), free(residual), free(output);
+}
+
 static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_dim) {
     enum { SEQS = 3, SLOTS = 75 };
     const int64_t kv_ranges[2 * SEQS] = {0, 1, 1, 34, 34, SLOTS}, query_indices[SEQS] = {2, 0, 1};
@@ -31,19 +50,28 @@ static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_di
     bfloat16 *cache = calloc(SLOTS * slot_stride, sizeof *cache), *query = calloc(SEQS * query_stride, sizeof *query);
     float *output = malloc(SEQS * query_stride * sizeof *output);
     for (int64_t i = 0; i < SLOTS; i++) slot_mapping[i] = SLOTS - 1 - i;
-    paged_attention(
-        query, query_stride, cache, cache, slot_stride, slot_mapping, kv_ranges, query_indices, SEQS, num_heads,
-        num_kv_heads, head_dim, 0.125f, output, 2
-    );
+    paged_attention(query, query_stride, cache, cache, slot_stride, slot_mapping, kv_ranges, query_indices, SEQS,
+        num_heads, num_kv_heads, head_dim, 0.125f, output, 2);
     free(slot_mapping), free(cache), free(query), free(output);
 }
 
+#ifdef EMULATED_AMX_H
+enum { HAS_EMULATED_AMX = 1 };
+#else
+enum { HAS_EMULATED_AMX = 0 };
+#endif
+
 int main(void) {
     const size_t sizes[] = {1, 13, 33, 70};
-    for (int isa = ISA_AVX512_VNNI; isa <= cpu_isa(); isa++)
+    const int best_isa = HAS_EMULATED_AMX ? ISA_AMX : cpu_isa();
+    for (int isa = ISA_AVX512_VNNI; isa <= best_isa; isa++)
         for (size_t m = 0; m < 4; m++)
             for (size_t n = 0; n < 4; n++)
-                for (size_t k = 0; k < 4; k++) test_gemm(sizes[m], sizes[n], sizes[k], isa);
+                for (size_t k = 0; k < 4; k++) {
+                    test_gemm(sizes[m], sizes[n], sizes[k], isa);
+                    for (size_t group_size = 32; group_size <= 128; group_size *= 2)
+                        test_int4_gemm(sizes[m], sizes[n], sizes[k], group_size, (m + n + k) % 2, isa);
+                }
     for (size_t head_dim = 32; head_dim <= 128; head_dim += 32)
         test_attention(16, 1, head_dim), test_attention(6, 3, head_dim);
     return 0;

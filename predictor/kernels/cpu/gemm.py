@@ -3,9 +3,11 @@
     bfloat16  oneDNN's blocked layout
     int8      `gemm_int8.c` where the CPU has AMX or AVX-512 VNNI, with 8-bit activations;
               else fbgemm, with 8-bit activations where the CPU has VNNI and 7-bit ones elsewhere
+    int4      `gemm_int4.c` where the CPU has AMX or AVX-512 VNNI, with 8-bit activations; else as int8
 
-int8 weights have one scale per output channel, activations one per token. Integer sums are exact, so a token's result
-is bit-identical in any batch. `torch.ops.quantized.linear_dynamic` would use one activation scale for the whole batch.
+int8 weights have one scale per output channel, int4 weights one per group of input features, activations one per token.
+Integer sums are exact, so a token's result is bit-identical in any batch. `torch.ops.quantized.linear_dynamic` would
+use one activation scale for the whole batch.
 """
 
 import ctypes
@@ -29,6 +31,9 @@ _ACTIVATION_BITS = 8 if torch.cpu.get_capabilities().get("avx512_vnni") else 7
 _ACTIVATION_ZERO_POINT = 2 ** (_ACTIVATION_BITS - 1)
 _ACTIVATION_SCALE = 1 / (_ACTIVATION_ZERO_POINT - 1)
 """Maps a token divided by its largest magnitude, -1..1, to unsigned bytes, 1..255 or 1..127."""
+
+INT4_GROUP_SIZES = (32, 64, 128)
+_SYMMETRIC_ZERO_POINT = 8
 
 
 def has_int8() -> bool:
@@ -92,6 +97,14 @@ class RMSNorm:
     def __init__(self, weight: torch.Tensor, epsilon: float) -> None:
         self.weight, self.epsilon = weight.detach().float().contiguous(), epsilon
         self._epsilon = torch.tensor(epsilon)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalize float32, (..., features) to the same."""
+        return (hidden_states * self.inverse_rms(hidden_states)).mul_(self.weight)
+
+    def apply_(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalize float32 in place, (..., features)."""
+        return hidden_states.mul_(self.inverse_rms(hidden_states)).mul_(self.weight)
 
     def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute 1 / sqrt(mean(x^2) + epsilon), (..., features) to (..., 1)."""
@@ -193,6 +206,25 @@ class NativeInt8Linear(Float32InputLinear):
         )
 
 
+class NativeInt4Linear(Float32InputLinear):
+    """int4 weights, multiplied by `gemm_int4.c`."""
+
+    def __init__(self, weight: ops.Int4Weight, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._weight, self._bias = weight, None if bias is None else bias.float()
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm, layer and residual in one call."""
+        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
+        return ops.int4_scaled_mm(hidden_states, self._weight, bias=self._bias, norm=norm_arguments, residual=residual)
+
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply activation, layer and residual in one call; `gate_up` is overwritten."""
+        return ops.int4_scaled_mm(gate_up, self._weight, bias=self._bias, silu_and_mul=True, residual=residual)
+
+
 class FbgemmInt8Linear(Float32InputLinear):
     """int8 weights, multiplied by fbgemm."""
 
@@ -226,6 +258,26 @@ class FbgemmInt8Linear(Float32InputLinear):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
+class GatheredLinear(Float32InputLinear):
+    """Layer of which each tensor-parallel rank computes some outputs and gets all.
+
+    Args:
+        kernel: of this rank's outputs.
+        out_features: of all ranks.
+    """
+
+    def __init__(self, kernel: LinearKernel, out_features: int) -> None:
+        super().__init__()
+        self._kernel, self._out_features = kernel, out_features
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm and layer, gather the outputs, and add the residual."""
+        outputs = tensor_parallel.all_gather(self._kernel.forward(hidden_states, norm), self._out_features)
+        return outputs if residual is None else outputs.add_(residual)
+
+
 class RowParallelLinear(Float32InputLinear):
     """Layer of which each tensor-parallel rank has some columns: its outputs are the sum of all ranks'.
 
@@ -252,6 +304,8 @@ class RowParallelLinear(Float32InputLinear):
 
     def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Apply activation, layer, sum, residual and bias; `gate_up` is overwritten."""
+        if self._splits_input:
+            return super().silu_and_mul(gate_up, residual)
         return self._sum(self._kernel.silu_and_mul(gate_up), residual)
 
     def _sum(self, partial: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
@@ -269,3 +323,48 @@ def make_bf16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearK
 def make_int8_linear(qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel:
     """Pack weights and scales of `quantize_per_channel_int8`."""
     return (FbgemmInt8Linear if ops.cpu_isa is None else NativeInt8Linear)(qweight, scale, bias)
+
+
+def make_int4_linear(
+    qweight: torch.Tensor,
+    scale: torch.Tensor,
+    zero_point: torch.Tensor | None,
+    group_size: int,
+    bias: torch.Tensor | None,
+) -> LinearKernel:
+    """Pack int4 weights, each worth (qweight - zero_point) * scale.
+
+    Without AVX-512 VNNI the weights are quantized again, to int8: dequantized ones would take the memory of an
+    unquantized model, or be computed anew at every step. That changes them by far less than 4 bits did.
+
+    Args:
+        qweight: (out_features, in_features), uint8, 0 to 15.
+        scale: (out_features, groups), float32, of groups of `group_size` input features. The last may be shorter.
+        zero_point: (out_features, groups), uint8, 0 to 15; None: 8.
+        group_size: 32, 64 or 128.
+        bias: (out_features,), or None.
+
+    Raises:
+        ValueError: the group size is not supported, or the scales are not those of its groups.
+    """
+    out_features, in_features = qweight.shape
+    shape = (out_features, -(-in_features // group_size))
+    if group_size not in INT4_GROUP_SIZES or scale.shape != shape:
+        raise ValueError(
+            f"int4 weights of {shape[0]} x {in_features} in groups of {group_size} with scales {tuple(scale.shape)}: "
+            f"groups have {', '.join(map(str, INT4_GROUP_SIZES))} weights of an output, each group a scale"
+        )
+    if ops.cpu_isa is not None:
+        return NativeInt4Linear(ops.int4_pack_weight(qweight, scale, zero_point, group_size), bias)
+    return FbgemmInt8Linear(*quantize_per_channel_int8(dequantize_int4(qweight, scale, zero_point, group_size)), bias)
+
+
+def dequantize_int4(
+    qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group_size: int
+) -> torch.Tensor:
+    """Return float32 weights (out_features, in_features); arguments as those of `make_int4_linear`."""
+    expanded = [
+        each if isinstance(each, int) else each.repeat_interleave(group_size, 1)[:, : qweight.shape[1]]
+        for each in (_SYMMETRIC_ZERO_POINT if zero_point is None else zero_point.float(), scale)
+    ]
+    return (qweight.float() - expanded[0]) * expanded[1]

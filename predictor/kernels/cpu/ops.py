@@ -5,7 +5,7 @@ Call the kernels only where `cpu_isa` is not None.
 
 import ctypes
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,10 @@ PROTOTYPES = {
     "int8_scratch_bytes": (_SIZE, [_SIZE] * 2),
     "int8_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
     "int8_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
+    "int4_packed_bytes": (_SIZE, [_SIZE] * 3 + [_INT]),
+    "int4_scratch_bytes": (_SIZE, [_SIZE] * 3),
+    "int4_pack_weight": (None, [_POINTER] * 4 + [_SIZE] * 3),
+    "int4_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3),
     "paged_attention": (
         None,
         [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE] + [_POINTER] * 3 + [_SIZE] * 4 + [_FLOAT, _POINTER, _INT],
@@ -27,6 +31,9 @@ PROTOTYPES = {
 """Result and argument types of the functions in `kernels.h`."""
 CPU_ISAS = (None, "avx512_vnni", "amx")
 """Instruction sets, in the order of the `ISA_*` constants in `kernels.h`."""
+
+MIN_SCALE_EXPONENT = -100
+"""Lower scales are zero: powers of two beyond float32 would not be finite."""
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -108,6 +115,89 @@ def int8_scaled_mm(
         tokens,
         in_features,
         len(weight_scales),
+        CPU_ISAS.index(cpu_isa),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+class Int4Weight(NamedTuple):
+    """int4 weights in the layout of `int4_scaled_mm`."""
+
+    packed: torch.Tensor
+    """Weights, scales of groups and zero points, uint8."""
+    scales: torch.Tensor
+    """Of the outputs, (out_features,), float32; the scales of groups are relative to them."""
+    group_size: int
+    """Input features with the same scale and zero point: 32, 64 or 128."""
+    has_zero_points: bool
+
+
+def int4_pack_weight(
+    qweight: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None, group_size: int
+) -> Int4Weight:
+    """Pack int4 weights, in one thread. Scales are kept in float16, relative to a power of two per output.
+
+    Args:
+        qweight: (out_features, in_features), uint8, 0 to 15.
+        scale: (out_features, groups), float32.
+        zero_point: (out_features, groups), uint8, 0 to 15; None: 8.
+        group_size: 32, 64 or 128. The last group may be shorter.
+    """
+    out_features, in_features = qweight.shape
+    exponent = torch.frexp(scale.abs().amax(1)).exponent.clamp_(min=MIN_SCALE_EXPONENT)
+    relative = torch.ldexp(scale, -exponent[:, None]).half().contiguous()
+    packed = torch.empty(
+        _library.int4_packed_bytes(out_features, in_features, group_size, zero_point is not None), dtype=torch.uint8
+    )
+    qweight = qweight.contiguous()
+    zero_point = None if zero_point is None else zero_point.contiguous()
+    _library.int4_pack_weight(
+        qweight.data_ptr(),
+        relative.data_ptr(),
+        None if zero_point is None else zero_point.data_ptr(),
+        packed.data_ptr(),
+        out_features,
+        in_features,
+        group_size,
+    )
+    return Int4Weight(packed, torch.ldexp(torch.ones(out_features), exponent), group_size, zero_point is not None)
+
+
+def int4_scaled_mm(
+    activations: torch.Tensor,
+    weight: Int4Weight,
+    *,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    silu_and_mul: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply float32 activations, quantized per token to int8, by packed int4 weights.
+
+    Arguments and result are those of `int8_scaled_mm`, but for the weight.
+    """
+    activations = activations.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    tokens, in_features = len(activations), activations.shape[1] // (2 if silu_and_mul else 1)
+    output = torch.empty(tokens, len(weight.scales), dtype=torch.float32)
+    scratch = torch.empty(_library.int4_scratch_bytes(tokens, in_features, weight.group_size), dtype=torch.int8)
+    _library.int4_scaled_mm(
+        activations.data_ptr(),
+        weight.packed.data_ptr(),
+        weight.scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if norm is None else norm[0].data_ptr(),
+        0.0 if norm is None else norm[1],
+        silu_and_mul,
+        None if residual is None else residual.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        tokens,
+        in_features,
+        len(weight.scales),
+        weight.group_size,
+        weight.has_zero_points,
         CPU_ISAS.index(cpu_isa),
         torch.get_num_threads(),
     )

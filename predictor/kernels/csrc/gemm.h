@@ -77,14 +77,12 @@ static inline void quantize_row_int8(float *row, int silu_and_mul, const float *
     *act_row_sum = _mm512_reduce_add_epi32(row_sum);
 }
 
-/* Scale LANES accumulators of a token, add bias and residual, and store them from output feature `column` on. */
-static inline void store_epilogue(__m512i accumulators, const Epilogue *epilogue, size_t row, size_t column) {
+/* Scale LANES sums of a token, add bias and residual, and store them from output feature `column` on. */
+static inline void store_sums(__m512 sums, const Epilogue *epilogue, size_t row, size_t column) {
     if (column >= epilogue->n) return;
     const __mmask16 mask = tail_mask(epilogue->n - column);
     const size_t offset = row * epilogue->n + column;
-    const __m512i zero_point = _mm512_slli_epi32(_mm512_set1_epi32(epilogue->act_row_sums[row]), 7);
-    const __m512 weight_scales = _mm512_maskz_loadu_ps(mask, epilogue->weight_scales + column);
-    const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(accumulators, zero_point)), weight_scales);
+    const __m512 scaled = _mm512_mul_ps(sums, _mm512_maskz_loadu_ps(mask, epilogue->weight_scales + column));
     __m512 base = _mm512_setzero_ps();
     if (epilogue->bias) base = _mm512_maskz_loadu_ps(mask, epilogue->bias + column);
     if (epilogue->residual) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(mask, epilogue->residual + offset));
@@ -92,10 +90,28 @@ static inline void store_epilogue(__m512i accumulators, const Epilogue *epilogue
     _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(scaled, act_scale, base));
 }
 
-static const struct {
+/* The same for integer accumulators of weights + 128. */
+static inline void store_epilogue(__m512i accumulators, const Epilogue *epilogue, size_t row, size_t column) {
+    const __m512i zero_point = _mm512_slli_epi32(_mm512_set1_epi32(epilogue->act_row_sums[row]), 7);
+    store_sums(_mm512_cvtepi32_ps(_mm512_sub_epi32(accumulators, zero_point)), epilogue, row, column);
+}
+
+typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t bytes_per_row[16];
     uint8_t rows[16];
-} TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+} TileConfig;
+
+static const TileConfig TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+/* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
+#ifndef LOAD_TILE_CONFIG /* Tests emulate AMX. */
+#define LOAD_TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
+#endif
+
+/* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
+#ifndef LOAD_TILE_CONFIG /* Tests emulate AMX. */
+#define LOAD_TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
+#endif
 
 #endif

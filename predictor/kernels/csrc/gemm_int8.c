@@ -123,8 +123,7 @@ void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, bias, residual, output, n};
 #pragma omp parallel num_threads(num_threads)
     {
-        /* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
-        if (isa == ISA_AMX) __asm__ volatile("ldtilecfg %0" ::"m"(TILE_CONFIG));
+        if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
 #pragma omp for
         for (size_t row = 0; row < m; row++)
             quantize_row_int8(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,

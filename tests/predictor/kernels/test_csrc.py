@@ -1,6 +1,5 @@
 """The C sources: ctypes prototypes match the header, no compiler warnings, no sanitizer errors."""
 
-import ast
 import ctypes
 import re
 import shutil
@@ -11,21 +10,10 @@ import pytest
 
 from devtools.paths import ROOT
 from predictor.kernels.cpu import ops
+from tests.predictor.kernels.native_library import CSRC, EMULATED_AMX, flags
 
-CSRC = ROOT / "predictor" / "kernels" / "csrc"
 C_TYPES = {"void": None, "int": ctypes.c_int, "size_t": ctypes.c_size_t, "float": ctypes.c_float}
 needs_gcc = pytest.mark.skipif(not shutil.which("gcc") or ops.cpu_isa is None, reason="needs gcc and AVX-512 VNNI")
-
-
-def flags() -> list[str]:
-    """Compiler flags of the build hook, whose own imports exist only while a wheel is built."""
-    tree = ast.parse((ROOT / "hatch_build.py").read_text())
-    constants = {
-        node.targets[0].id: node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-    }
-    return [*ast.literal_eval(constants["FLAGS"]), *ast.literal_eval(constants["INSTRUCTIONS"])]
 
 
 def c_type(declaration: str) -> object:
@@ -60,11 +48,12 @@ def test_source_compiles_without_warnings(source: str, tmp_path: Path) -> None:
 
 @needs_gcc
 @pytest.mark.slow
-def test_kernels_pass_the_sanitizers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("amx", [pytest.param([], id="native"), pytest.param(EMULATED_AMX, id="emulated_amx")])
+def test_kernels_pass_the_sanitizers(amx: list[str], tmp_path: Path) -> None:
     program = tmp_path / "kernels_driver"
     sources = [*CSRC.glob("*.c"), ROOT / "tests" / "programs" / "kernels_driver.c"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1", f"-I{CSRC}"]
-    compile_command = ["gcc", *flags(), *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
+    compile_command = ["gcc", *flags(), *amx, *sanitizers, *map(str, sources), "-o", str(program), "-lm"]
     result = subprocess.run(compile_command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     result = subprocess.run([program], capture_output=True, text=True, timeout=300)

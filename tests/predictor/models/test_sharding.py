@@ -40,9 +40,9 @@ from predictor.settings import Settings
 from snapshot_format.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE
 from tests.predictor import ranks
 
-FUSED = ("llama, biases", "qwen3")
+FUSED = ("llama, biases", "qwen3", "phi3")
 """Cases whose decoder layers are fused."""
-UNFUSED = ("phi3", "mixtral")
+UNFUSED = ("starcoder2", "mixtral")
 MORE = tuple(name for name, row in rows_in_document().items() if "| yes |" in row and name not in (*FUSED, *UNFUSED))
 """All of them are tested with HYPOTHESIS_PROFILE=nightly, else every fourth."""
 SLOW = MORE if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else MORE[::4]
