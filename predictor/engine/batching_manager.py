@@ -19,6 +19,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from predictor.engine import causal_lm, fair_scheduler, rank_steps
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
+from predictor.engine.greedy_runner import GreedyRunner
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.speculation import MAX_GUESSES, Speculation
@@ -28,6 +29,7 @@ from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
 from predictor.errors import EngineStopped, OutOfMemory, StartupError
 from predictor.kernels import attention, tensor_parallel, transformers_attention
+from predictor.kernels.cpu.linear import LMHead
 from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller
@@ -195,20 +197,30 @@ class BatchingManager:
                 self._step_sampler,
                 uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
             )
-        elif self._speculation_mode != "none":
-            self._speculate(processor)
+        else:
+            self._choose_runner(processor)
         self._manager.start()
         size_bytes = processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
 
-    def _speculate(self, processor: Any) -> None:
+    def _choose_runner(self, processor: Any) -> None:
+        lm_head = self._model.get_output_embeddings()
+        int8_head = lm_head if isinstance(lm_head, LMHead) and tensor_parallel.size() == 1 else None
+        if self._can_speculate(processor):
+            processor.model_runner = SpeculativeRunner(processor, int8_head, self._step_sampler, self._speculation)
+            processor.scheduler.speculation = self._speculation
+        elif int8_head:
+            processor.model_runner = GreedyRunner(processor, int8_head, self._step_sampler)
+
+    def _can_speculate(self, processor: Any) -> bool:
+        if self._speculation_mode == "none":
+            return False
         if reason := unavailable_reason(self._model, processor.cache):
             level = logging.WARNING if self._speculation_mode == "prompt_lookup" else logging.INFO
             logger.log(level, "speculation: none, because %s", reason)
-            return
-        processor.model_runner = SpeculativeRunner(processor, self._step_sampler, self._speculation)
-        processor.scheduler.speculation = self._speculation
+            return False
         logger.info("speculation: prompt lookup")
+        return True
 
     def stop(self, timeout_seconds: float) -> None:
         self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)

@@ -6,7 +6,7 @@ the tokens, log probabilities and states of samplers that as many steps would gi
 wrong are behind the sequence's end, and are overwritten.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +14,11 @@ import torch
 from transformers.generation.continuous_batching.cache_allocators import FullAttentionCacheAllocator
 
 from predictor.engine.causal_lm import CausalLM
-from predictor.engine.model_runner import StepRunner
+from predictor.engine.greedy_runner import GreedyRunner
 from predictor.engine.speculation import Speculation
 from predictor.engine.step_sampler import StepSampler
 from predictor.kernels import attention, tensor_parallel
+from predictor.kernels.cpu.linear import LMHead
 
 PROBED_ROWS = (2, 8, 32)
 """Rows of the passes that show whether the results of rows depend on each other."""
@@ -36,7 +37,7 @@ def unavailable_reason(model: CausalLM, cache: Any) -> str | None:
         return "ranks share the model"
     if any(not isinstance(each, FullAttentionCacheAllocator) for each in cache.cache_allocators.values()):
         return "a sliding window overwrites keys that a wrong guess would need again"
-    if not attention.has_paged_kernel(model):
+    if not attention.reads_in_place(model):
         return "no C kernel computes the attention of these weights on this CPU"
     if not has_independent_rows(model):
         return "the kernels of these weights compute a row differently in steps of one row and of several"
@@ -66,31 +67,51 @@ class _Draft:
     """Of the logits after the first guess, among those of the step."""
     num_accepted: int = 0
 
+    @property
+    def row(self) -> int:
+        """Of the logits after the last accepted guess."""
+        return self.first_row + self.num_accepted - 1
 
-class SpeculativeRunner(StepRunner):
+
+class SpeculativeRunner(GreedyRunner):
     """Computes steps, and verifies the guesses in them.
 
     Args:
         processor: the batching manager's.
+        lm_head: as of `GreedyRunner`.
         sampler: of the steps.
         speculation: that makes the guesses.
     """
 
-    def __init__(self, processor: Any, sampler: StepSampler, speculation: Speculation) -> None:
-        super().__init__(processor, lambda: False)
+    def __init__(self, processor: Any, lm_head: LMHead | None, sampler: StepSampler, speculation: Speculation) -> None:
+        super().__init__(processor, lm_head, sampler)
         self._cache = processor.cache
-        self._sampler = sampler
         self._speculation = speculation
 
     def compute_batch(self, model: Any, batch_data: dict[str, Any]) -> None:
+        if not self._speculation.guesses:
+            super().compute_batch(model, batch_data)
+            return
         rows, drafts = self._plan(batch_data["logits_indices"])
-        logits = self.forward(model, {**batch_data, "logits_indices": rows})
+        inputs = {**batch_data, "logits_indices": rows}
         num_sequences = len(batch_data["logits_indices"])
         for draft in drafts:
             draft.request.state.position_offset -= len(draft.guesses)
-        self.sample(logits[:num_sequences], batch_data)
-        if drafts:
-            self._verify(logits, drafts)
+        if (chosen := self.choose(model, inputs)) is not None:
+            self.inputs_and_outputs.output_ids[0, :num_sequences].copy_(chosen[:num_sequences])
+            self._sampler.step_count += 1
+            token_ids = chosen.tolist()
+            self._verify(drafts, lambda pending: [token_ids[draft.row] for draft in pending])
+        else:
+            logits = self.forward(model, inputs)
+            self.sample(logits[:num_sequences], batch_data)
+            self._verify(drafts, lambda pending: self._sample_rows(logits, pending))
+
+    def _sample_rows(self, logits: torch.Tensor, drafts: Sequence[_Draft]) -> list[int]:
+        scores = logits[[draft.row for draft in drafts]]
+        self._sampler.sample(scores, [draft.request.state for draft in drafts])
+        token_ids: list[int] = scores.argmax(dim=-1).tolist()
+        return token_ids
 
     def _plan(self, logits_indices: torch.Tensor) -> tuple[torch.Tensor, list[_Draft]]:
         """Return the rows whose logits are needed: of each sequence's newest token, and then those of all guesses."""
@@ -105,16 +126,20 @@ class SpeculativeRunner(StepRunner):
                 rows += range(rows[place] + 1, last_row + 1)
         return torch.tensor(rows), drafts
 
-    def _verify(self, logits: torch.Tensor, drafts: Sequence[_Draft]) -> None:
+    def _verify(self, drafts: Sequence[_Draft], choose: Callable[[Sequence[_Draft]], list[int]]) -> None:
+        """Accept the guesses that are right, one row of each sequence after another.
+
+        Args:
+            drafts: of the step, whose sequences' first rows are sampled.
+            choose: samples from the row of each draft after its last accepted guess.
+        """
         output_ids = self.inputs_and_outputs.output_ids[0]
         pending = [draft for draft in drafts if _accept(draft, int(output_ids[draft.place]))]
         while pending:
-            scores = logits[[draft.first_row + draft.num_accepted - 1 for draft in pending]]
-            self._sampler.sample(scores, [draft.request.state for draft in pending])
-            token_ids = scores.argmax(dim=-1)
+            token_ids = choose(pending)
             for draft, token_id in zip(pending, token_ids, strict=True):
                 output_ids[draft.place] = token_id
-            pending = [draft for draft in pending if _accept(draft, int(output_ids[draft.place]))]
+            pending = [draft for draft, token_id in zip(pending, token_ids, strict=True) if _accept(draft, token_id)]
         for draft in drafts:
             self._end(draft)
 

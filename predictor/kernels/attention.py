@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from predictor.kernels import sequence_attention, transformers_attention
-from predictor.kernels.cpu import ops
 from predictor.kernels.cuda import attention as cuda_attention
 
 logger = logging.getLogger(__name__)
@@ -39,13 +38,6 @@ def uses_block_tables(model: Any) -> bool:
 def reads_in_place(model: Any) -> bool:
     """Return whether all layers read keys and values in the cache only; those with a sliding window gather theirs."""
     return uses_block_tables(model) and not getattr(model.config.get_text_config(), "sliding_window", None)
-
-
-def has_paged_kernel(model: Any) -> bool:
-    """Return whether C computes the attention of every sequence with few queries, on a CPU."""
-    return transformers_attention.is_selected(model, transformers_attention.SEQUENCE) and ops.supports_paged_attention(
-        model.dtype, *transformers_attention.heads(model)
-    )
 
 
 def plain(model: Any) -> AbstractContextManager[None]:

@@ -150,6 +150,13 @@ class LinearKernel(ABC):
         gate, up = gate_up.chunk(2, -1)
         return self.forward(nn.functional.silu(gate).mul_(up), residual=residual)
 
+    def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        """Return which of the first `num_outputs` outputs is the largest, the first of equal ones.
+
+        (tokens, in_features), float32, to (tokens,), int64.
+        """
+        return self.forward(hidden_states)[:, :num_outputs].argmax(-1)
+
 
 class OneDNNBf16Linear(LinearKernel):
     """bfloat16 weights, multiplied by oneDNN."""
@@ -205,6 +212,11 @@ class NativeInt8Linear(Float32InputLinear):
             gate_up, self._weight, self._scale, bias=self._bias, silu_and_mul=True, residual=residual
         )
 
+    def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        """Find the largest outputs without writing all of them."""
+        num_outputs = min(num_outputs, len(self._scale))
+        return ops.int8_argmax(hidden_states, self._weight, self._scale, num_outputs, self._bias)
+
 
 class NativeInt4Linear(Float32InputLinear):
     """int4 weights, multiplied by `gemm_int4.c`."""
@@ -256,6 +268,32 @@ class FbgemmInt8Linear(Float32InputLinear):
             for weight in self._weights
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+class ReorderedInputLinear(Float32InputLinear):
+    """Layer whose weight has its columns in another order than the inputs.
+
+    Args:
+        kernel: of the weight.
+        order: (in_features,): the input of each column.
+    """
+
+    def __init__(self, kernel: LinearKernel, order: torch.Tensor) -> None:
+        super().__init__()
+        self._kernel, self._order = kernel, order
+        self._gate_up_order = torch.cat((order, order + len(order)))
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm, layer and residual to the inputs in the order of the columns."""
+        if norm is not None:
+            norm = RMSNorm(norm.weight[self._order], norm.epsilon)
+        return self._kernel.forward(hidden_states[:, self._order], norm, residual)
+
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply activation, layer and residual; `gate_up` stays as it is."""
+        return self._kernel.silu_and_mul(gate_up[:, self._gate_up_order], residual)
 
 
 class GatheredLinear(Float32InputLinear):
