@@ -13,8 +13,10 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from predictor.kernels import shards
+from predictor.kernels import shards, tensor_parallel
+from predictor.kernels.cpu import experts
 from predictor.kernels.cpu.gemm import quantize_per_channel_int8
+from predictor.kernels.cpu.layer_table import are_experts
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.shards import Division
 from snapshot_format.recipe import INT8_METHOD
@@ -27,7 +29,7 @@ def is_skipped(name: str, skip_modules: Sequence[str]) -> bool:
 
 @register_quantization_config(INT8_METHOD)
 class Int8Config(QuantizationConfigMixin):
-    """Quantization config: int8 linear layers, except the output layer and layers with shared weights.
+    """Quantization config: int8 linear layers and experts, except the output layer and layers with shared weights.
 
     Args:
         modules_to_not_convert: names, or parts of names, of further layers to skip.
@@ -42,7 +44,10 @@ class Int8Config(QuantizationConfigMixin):
 
 @register_quantizer(INT8_METHOD)
 class Int8Quantizer(HfQuantizer):
-    """Replace linear layers by `Int8Linear` and quantize their weights while they load."""
+    """Replace linear layers by `Int8Linear`, and quantize their weights and those of experts while they load.
+
+    Experts of prepared snapshots are in 16 bits. They are quantized when they are packed.
+    """
 
     requires_calibration = False
     is_trainable = False
@@ -53,7 +58,7 @@ class Int8Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Int8Linear) and name == "weight"
+        return (isinstance(module, Int8Linear) and name == "weight") or experts.is_int8_matrix(module, name)
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         skip_modules = self.get_modules_to_not_convert(
@@ -66,6 +71,10 @@ class Int8Quantizer(HfQuantizer):
                 bias_dtype = None if module.bias is None else module.bias.dtype
                 with torch.device("meta"):
                     model.set_submodule(name, Int8Linear(module.in_features, module.out_features, bias_dtype))
+        if not self.pre_quantized and tensor_parallel.size() == 1:
+            for name, module in model.named_modules():
+                if are_experts(module) and not is_skipped(name, skip_modules):
+                    experts.prepare_for_int8(module)
 
     def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
         super().update_parallel_plan(model, plan)
@@ -81,9 +90,14 @@ class _Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], *, model: Any, **_: Any) -> dict[str, torch.Tensor]:
         converted: dict[str, torch.Tensor] = {}
         for name, weights in input_dict.items():
-            weight, scale = quantize_per_channel_int8(
-                weights[0] if isinstance(weights, list) else weights,
-                has_part_of_rows=shards.has_part_of_rows(model.get_parameter(name)),
-            )
-            converted |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
+            weight = weights[0] if isinstance(weights, list) else weights
+            module, parameter = get_module_from_name(model, name)
+            prefix = name.removesuffix(parameter)
+            if experts.is_int8_matrix(module, parameter):
+                tensors = experts.quantize(module, parameter, weight)
+            else:
+                has_part_of_rows = shards.has_part_of_rows(module.get_parameter(parameter))
+                qweight, scale = quantize_per_channel_int8(weight, has_part_of_rows=has_part_of_rows)
+                tensors = {"weight": qweight, "scale": scale}
+            converted |= {f"{prefix}{key}": tensor for key, tensor in tensors.items()}
         return converted
