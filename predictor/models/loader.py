@@ -35,7 +35,7 @@ from predictor.models.quantization import make_config, resolve_mode, should_quan
 from predictor.resources import memory
 from predictor.types import Pooling, SamplingParams, Task
 from snapshot_format import model_files
-from snapshot_format.recipe import INT8_METHOD
+from snapshot_format.recipe import INT4_METHOD, INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class LoadedModel:
     quantization: str
     """`none`, `8bit`, `4bit` or `fp8`, or the method of a quantized checkpoint."""
     int8_kernels: str
-    """Backend of 8-bit layers on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
+    """Backend of layers with 8-bit activations on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
     defaults: SamplingParams
     """From the generation config; greedy unless that enables sampling."""
     device_map: dict[str, str]
@@ -245,7 +245,7 @@ def execute(
     if plan.device.type == "cpu":
         with time_phase("pack"):
             _pack(model, quantization, plan.skip_modules)
-        if quantization == "8bit":
+        if quantization in ("8bit", "4bit"):
             int8_kernels = gemm.int8_backend()
             logger.info("int8 kernels: %s", int8_kernels)
         if reason := ops.unavailable_reason():
@@ -435,7 +435,7 @@ def _load_error(part: str, directory: Path, error: Exception) -> UnsupportedMode
 
 def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     lm_head = model.get_output_embeddings()
-    quantizes_lm_head = quantization == "8bit" and should_quantize(model, lm_head, skip_modules)
+    quantizes_lm_head = quantization in ("8bit", "4bit") and should_quantize(model, lm_head, skip_modules)
     decoder_layer.fuse(model)
     linear.pack_linear_layers(model, lm_head if quantizes_lm_head else None)
 
@@ -443,7 +443,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
 def _resolved_method(model: Any, mode: str) -> str:
     checkpoint_config = getattr(model.config, "quantization_config", None) if mode == "none" else None
     method = mode if checkpoint_config is None else str(getattr(checkpoint_config, "quant_method", "unknown"))
-    return "8bit" if method == INT8_METHOD else method
+    return {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}.get(method, method)
 
 
 def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:

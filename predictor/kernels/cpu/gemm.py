@@ -250,6 +250,32 @@ class FbgemmInt8Linear(Float32InputLinear):
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
+class ReorderedInputLinear(Float32InputLinear):
+    """Layer whose weight has its columns in another order than the inputs.
+
+    Args:
+        kernel: of the weight.
+        order: (in_features,): the input of each column.
+    """
+
+    def __init__(self, kernel: LinearKernel, order: torch.Tensor) -> None:
+        super().__init__()
+        self._kernel, self._order = kernel, order
+        self._gate_up_order = torch.cat((order, order + len(order)))
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm, layer and residual to the inputs in the order of the columns."""
+        if norm is not None:
+            norm = RMSNorm(norm.weight[self._order], norm.epsilon)
+        return self._kernel.forward(hidden_states[:, self._order], norm, residual)
+
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply activation, layer and residual; `gate_up` stays as it is."""
+        return self._kernel.silu_and_mul(gate_up[:, self._gate_up_order], residual)
+
+
 class RowParallelLinear(Float32InputLinear):
     """Layer of which each tensor-parallel rank has some columns: its outputs are the sum of all ranks'.
 

@@ -5,6 +5,7 @@ ones.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,52 @@ class Int8Linear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
 
+class Int4Linear(nn.Module):
+    """Linear layer with 4-bit weights, two inputs to a byte; `pack_linear_layers` makes it computable.
+
+    Args:
+        in_features: size of an input; a multiple of `group_size`.
+        out_features: size of an output.
+        bias_dtype: None for a layer without a bias.
+        group_size: inputs that share a scale.
+        has_zero_points: whether each group has a zero point of its own; else it is 8.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias_dtype: torch.dtype | None,
+        *,
+        group_size: int,
+        has_zero_points: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
+        groups = in_features // group_size
+        self.weight = nn.Parameter(torch.empty(out_features, in_features // 2, dtype=torch.uint8), requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(out_features, groups, dtype=torch.float32), requires_grad=False)
+        zero_point = torch.empty(out_features, groups, dtype=torch.uint8) if has_zero_points else None
+        self.zero_point = None if zero_point is None else nn.Parameter(zero_point, requires_grad=False)
+        bias = None if bias_dtype is None else torch.empty(out_features, dtype=bias_dtype)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.input_order: torch.Tensor | None = None
+        """(in_features,): the input of each column of the weight; None if they are in order."""
+
+
+_QUANTIZED = (Int8Linear, Int4Linear)
+
+
+def pack_int4(qweight: torch.Tensor) -> torch.Tensor:
+    """Pack (out_features, in_features), uint8 of 0 to 15, to (out_features, in_features / 2), even inputs lowest."""
+    return qweight[:, ::2] | qweight[:, 1::2] << 4
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """Reverse `pack_int4`."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
+
+
 def pack_linear_layers(model: nn.Module, quantize_lm_head: nn.Module | None = None) -> None:
     """Replace the linear layers of `model` by packed ones in place, and free their weights.
 
@@ -64,9 +111,9 @@ def pack_linear_layers(model: nn.Module, quantize_lm_head: nn.Module | None = No
 
 def _fusion_groups(parent: nn.Module) -> Iterator[tuple[str, ...]]:
     """Yield the names of linear children, grouped into those that are fused."""
-    linears = {name: child for name, child in parent.named_children() if isinstance(child, (nn.Linear, Int8Linear))}
+    linears = {name: child for name, child in parent.named_children() if isinstance(child, (nn.Linear, *_QUANTIZED))}
     for names in FUSED_PROJECTIONS:
-        if all(name in linears for name in names) and len({type(linears[name]) for name in names}) == 1:
+        if all(name in linears for name in names) and len({_signature(linears[name]) for name in names}) == 1:
             for name in names:
                 del linears[name]
             yield names
@@ -87,8 +134,8 @@ def fuse_linears(
         None if no kernel supports the layers.
     """
     first = layers[0]
-    signatures = {(type(layer), layer.in_features, layer.bias is None, layer.weight.dtype) for layer in layers}
-    if len(signatures) > 1 or type(first) not in (nn.Linear, Int8Linear) or first.weight.device.type != "cpu":
+    signatures = {_signature(layer) for layer in layers}
+    if len(signatures) > 1 or type(first) not in (nn.Linear, *_QUANTIZED) or first.weight.device.type != "cpu":
         return None
     if division is Division.OTHER:
         return None
@@ -99,9 +146,20 @@ def fuse_linears(
     return _pack(layers, bias, quantize=quantize)
 
 
+def _signature(layer: nn.Module) -> tuple[object, ...]:
+    """Return what is equal in layers that can be fused."""
+    signature = type(layer), layer.in_features, layer.bias is None, layer.weight.dtype
+    if not isinstance(layer, Int4Linear):
+        return signature
+    order = None if layer.input_order is None else tuple(layer.input_order.tolist())
+    return *signature, layer.group_size, layer.zero_point is None, order
+
+
 def _pack(layers: Sequence[nn.Module], bias: torch.Tensor | None, *, quantize: bool) -> LinearKernel | None:
     """Pack this rank's part of the layers' weights."""
     first = layers[0]
+    if isinstance(first, Int4Linear):
+        return _pack_int4(layers, bias)
     weights: list[torch.Tensor] = [shards.local(layer.weight) for layer in layers]
     weight = torch.cat(weights) if len(weights) > 1 else weights[0]
     if isinstance(first, Int8Linear) or quantize:
@@ -113,6 +171,18 @@ def _pack(layers: Sequence[nn.Module], bias: torch.Tensor | None, *, quantize: b
         del weights
         return gemm.make_int8_linear(weight, scale, bias)
     return gemm.make_bf16_linear(weight, bias) if weight.dtype == torch.bfloat16 else None
+
+
+def _pack_int4(layers: Sequence[Any], bias: torch.Tensor | None) -> LinearKernel:
+    first = layers[0]
+    kernel = gemm.make_int4_linear(
+        unpack_int4(torch.cat([layer.weight for layer in layers])),
+        torch.cat([layer.scale for layer in layers]),
+        None if first.zero_point is None else torch.cat([layer.zero_point for layer in layers]),
+        first.group_size,
+        bias,
+    )
+    return kernel if first.input_order is None else gemm.ReorderedInputLinear(kernel, first.input_order)
 
 
 class FusedLinearSlice(nn.Module):

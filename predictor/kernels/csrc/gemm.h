@@ -109,9 +109,4 @@ static const TileConfig TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 6
 #define LOAD_TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
 #endif
 
-/* Assembly, because gcc 12's intrinsic treats only the first 8 bytes of its argument as read. */
-#ifndef LOAD_TILE_CONFIG /* Tests emulate AMX. */
-#define LOAD_TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
-#endif
-
 #endif
