@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ray serve test test-all test-packaging gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,7 +55,13 @@ test-all: test ## test, then the slow tests and those that need the machine for 
 	@$(PYTEST) -m 'serial and not packaging' --numprocesses 0
 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
-	@$(BIN)/python -m pytest --durations 15 -m packaging $(PYTEST_ARGS)
+	@$(PYTEST) -m packaging
+
+PEERS ?= llamacpp openvino vllm
+PEERS_JOBS ?= 1
+
+peers: $(INSTALLED) ## build the servers that benchmarks.compare measures next to the predictor, in .peers; PEERS="llamacpp vllm", PEERS_JOBS=4
+	@$(BIN)/python -m benchmarks.peers install $(PEERS) --jobs $(PEERS_JOBS)
 
 GPU_WHEELS := build/gpu-wheels
 GPU_PYTHON ?= 3.12

@@ -40,7 +40,7 @@ class Shape:
 
 SHAPES = {
     # Qwen2-0.5B: 0.36 B parameters in the layers and 0.14 B in the tied embedding.
-    "0.4b": Shape(896, 4864, 24, 14, 2, 151936),
+    "0.4b": Shape(896, 4864, 24, 14, 2, 151936, 4096),
     # Llama-3.2-1B.
     "1b": Shape(2048, 8192, 16, 32, 8, 128256, 4096),
     # Qwen2-1.5B.

@@ -1,21 +1,23 @@
 """Servers with an OpenAI API: found by URL, or started on a model directory."""
 
+import os
 import shlex
 import socket
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 
 from devtools import processes
+from devtools.paths import ROOT
 
 CONNECT_SECONDS = 30
-START_SECONDS = 300
+START_SECONDS = 600
 """Longest time to load a model."""
 _POLL_SECONDS = 0.05
 
@@ -36,6 +38,8 @@ class Server:
     model: str
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Further fields of every request; null removes one."""
+    process_id: int | None = None
+    """Of the process that was started for it."""
 
 
 @contextmanager
@@ -59,7 +63,7 @@ def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Serv
         port=processes.free_port(),
         timeout_seconds=START_SECONDS,
     ) as running:
-        yield Server(name, f"{running.url}/v1", running.model_name)
+        yield Server(name, f"{running.url}/v1", running.model_name, process_id=running.process.pid)
 
 
 @contextmanager
@@ -92,11 +96,42 @@ def peer(command: str, model_dir: Path) -> Iterator[Server]:
     """
     port = processes.free_port()
     words = shlex.split(command.format(model_dir=model_dir.resolve(), port=port))
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, text=True)
+    program = next((word for word in words if "=" not in word and word != "env"), words[0])
+    with command_server(Path(program).name, words, port) as server:
+        yield server
+
+
+@contextmanager
+def command_server(
+    name: str,
+    words: Sequence[str],
+    port: int,
+    environment: Mapping[str, str] | None = None,
+    log: IO[str] | None = None,
+) -> Iterator[Server]:
+    """Run a command that serves OpenAI's API at `port` of loopback, and yield it when it lists its model.
+
+    Args:
+        name: name in the results.
+        words: the command.
+        port: port that the command listens on.
+        environment: further environment variables.
+        log: file for its output. Default: standard output is dropped, standard error kept.
+
+    Raises:
+        BenchmarkError: it exited, or was not ready in time.
+    """
+    process = subprocess.Popen(
+        words,
+        stdout=log or subprocess.DEVNULL,
+        stderr=log,
+        env={**os.environ, **(environment or {})},
+        cwd=ROOT,
+        text=True,
+    )
     try:
         _wait(process, port)
-        program = next((word for word in words if "=" not in word and word != "env"), words[0])
-        yield find(Path(program).name, f"http://127.0.0.1:{port}/v1")
+        yield replace(find(name, f"http://127.0.0.1:{port}/v1"), process_id=process.pid)
     finally:
         processes.stop(process)
 

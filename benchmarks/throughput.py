@@ -46,6 +46,7 @@ READ_TIMEOUT_SECONDS = 600
 """Longest wait for the next event; a sequential server finishes all earlier requests first."""
 KEEP_ALIVE_SECONDS = 2
 """Shorter than the servers' keep-alive, so that no request meets a closing connection."""
+Prompt = str | Sequence[int]
 HEADER = f"{'server':<24} concurrency requests tokens/s TTFT_p50 TTFT_p99  ITL_p50  ITL_p99 client_CPU_% spread_% ratio"
 
 
@@ -116,8 +117,13 @@ def make_prompts(rng: random.Random, number: int, words: int) -> list[str]:
     return ["".join(word(rng.randrange(WORDS)) for _ in range(words)) for _ in range(number)]
 
 
-async def complete(client: httpx.AsyncClient, server: Server, prompt: str, output_tokens: int) -> Completion:
-    """Complete one prompt, greedy and ignoring the end of sequence.
+def make_token_prompts(rng: random.Random, number: int, tokens: int, vocabulary: int) -> list[list[int]]:
+    """Return `number` prompts of `tokens` random token ids each: from 1 on, below `vocabulary` and `WORDS`."""
+    return [[rng.randrange(1, min(WORDS, vocabulary)) for _ in range(tokens)] for _ in range(number)]
+
+
+async def complete(client: httpx.AsyncClient, server: Server, prompt: Prompt, output_tokens: int) -> Completion:
+    """Complete one prompt, a text or token ids, greedy and ignoring the end of sequence.
 
     Raises:
         BenchmarkError: the completion does not have exactly `output_tokens`.
@@ -167,8 +173,17 @@ async def complete(client: httpx.AsyncClient, server: Server, prompt: str, outpu
     return Completion(sent, arrivals, usage["prompt_tokens"], usage["completion_tokens"])
 
 
+def make_client() -> httpx.AsyncClient:
+    """Return a client for any number of concurrent requests."""
+    return httpx.AsyncClient(
+        timeout=httpx.Timeout(CONNECT_SECONDS, read=READ_TIMEOUT_SECONDS),
+        limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
+        trust_env=False,
+    )
+
+
 async def run(
-    client: httpx.AsyncClient, server: Server, prompts: Sequence[str], concurrency: int, output_tokens: int
+    client: httpx.AsyncClient, server: Server, prompts: Sequence[Prompt], concurrency: int, output_tokens: int
 ) -> Run:
     """Complete all prompts with `concurrency` clients.
 
@@ -224,11 +239,7 @@ async def compare(
     """
     rng = random.Random(load.seed)
     measurements = []
-    async with httpx.AsyncClient(
-        timeout=httpx.Timeout(CONNECT_SECONDS, read=READ_TIMEOUT_SECONDS),
-        limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
-        trust_env=False,
-    ) as client:
+    async with make_client() as client:
         words = {server: await count_words(client, server, rng, load.input_tokens) for server in compared}
         for concurrency in levels:
             measured = compared if concurrency in baseline_levels else compared[:1]

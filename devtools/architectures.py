@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from devtools import tiny_poolers
 from devtools.paths import DEMO_MODEL, ROOT
@@ -26,6 +27,7 @@ from predictor.engine import warm_up
 from predictor.engine.engine import Engine
 from predictor.engine.pooling_model import PoolingInput, PoolingModel
 from predictor.errors import UnsupportedModel
+from predictor.kernels.cpu.layer_table import LAYERS
 from predictor.models import architectures, loader, sharding
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
@@ -259,6 +261,7 @@ CASES: dict[str, Case] = {
         },
     ),
     "smollm3": Case("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "glm": Case("glm", {"head_dim": 16}),
     "glm4": Case("glm4", {"head_dim": 16}),
     "exaone4": Case("exaone4", {"sliding_window": 16}),
     "nemotron": Case("nemotron"),
@@ -394,6 +397,17 @@ def compare_8bit(directory: Path) -> float:
     return max(shortfalls)
 
 
+def decoder_layer_class(case: Case) -> str:
+    """Return the name of the class of transformers' decoder layers."""
+    model_class: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(case.model_type, "")
+    return model_class.replace("ForCausalLM", "DecoderLayer")
+
+
+def has_fused_layers(case: Case) -> bool:
+    """Whether the decoder layers are fused on a CPU."""
+    return decoder_layer_class(case) in LAYERS
+
+
 def describe(name: str) -> str:
     """Serve the case, or find that it is refused before its weights are read, and return its row of the table."""
     case = CASES[name]
@@ -403,7 +417,7 @@ def describe(name: str) -> str:
         refused = architectures.refusal(case.config())
         if refused is not None:
             result = "refused" if refused.reason in _error_without_weights(directory) else "DIFFERS"
-            return _row(name, case.model_type, result, result, "", f"{refused.reason}; use {refused.remedy}")
+            return _row(name, case.model_type, result, result, "", "", f"{refused.reason}; use {refused.remedy}")
         save_model(case, directory)
         is_exact = generate_with_engine(loader.load(directory, device="cpu", dtype="float32")) == (
             generate_with_transformers(directory)
@@ -414,6 +428,7 @@ def describe(name: str) -> str:
         case.model_type,
         "exact" if is_exact else "DIFFERS",
         "exact" if is_close else "DIFFERS",
+        "fused" if has_fused_layers(case) else "plain",
         "no" if sharding.refusal(case.config()) else "yes",
         "",
     )
@@ -474,8 +489,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     head = [
-        _row("Model", "`model_type`", "float32", "8 bit", "Ranks", "Refused because"),
-        _row("---", "---", "---", "---", "---", "---"),
+        _row("Model", "`model_type`", "float32", "8 bit", "Layers on a CPU", "Ranks", "Refused because"),
+        _row("---", "---", "---", "---", "---", "---", "---"),
     ]
     pooling_head = [
         _row("Model", "`model_type`", "Task", "By default", "float32"),

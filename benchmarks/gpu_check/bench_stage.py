@@ -8,29 +8,25 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 
-from benchmarks import make_model, servers, throughput
+from benchmarks import long_prompts, make_model, servers, throughput
 from benchmarks.gpu_check import report
-from benchmarks.servers import CONNECT_SECONDS, BenchmarkError, Server
-from benchmarks.throughput import READ_TIMEOUT_SECONDS, Completion, Load, Measurement
+from benchmarks.long_prompts import FEW_TOKENS, OTHER_STREAMS
+from benchmarks.servers import BenchmarkError, Server
+from benchmarks.throughput import Load, Measurement
 from predictor.engine.kv_cache import PAGE_TOKENS
 
 INPUT_TOKENS = 64
 LONG_PROMPT_TOKENS = 2000
 REQUESTS = 4
 """At least, per run."""
-FEW_TOKENS = 16
-"""Of completions whose other tokens do not count; enough to arrive in several events."""
 REPETITIONS = 2
 FIRST_TOKEN_REPETITIONS = 3
-OTHER_STREAMS = 8
-"""Streams that run while a long prompt is computed."""
 SEQUENTIAL_LEVELS = (1, 8)
 """The baseline has the same tokens/s at every level, and takes longer at each."""
 SPARE_PAGES = 32
@@ -111,44 +107,23 @@ def _figures(measured: Measurement) -> dict[str, Any]:
 
 
 async def _long_prompts(server: Server, output_tokens: int) -> tuple[float, dict[str, float] | None]:
-    """Return the ms to the first token of a long prompt on an idle server, and `disturbance` of other streams by it."""
+    """Return the ms to the first token of a long prompt on an idle server, and what it costs other streams."""
     rng = random.Random()
-    timeout = httpx.Timeout(CONNECT_SECONDS, read=READ_TIMEOUT_SECONDS)
-    async with httpx.AsyncClient(timeout=timeout, trust_env=False) as client:
 
-        async def complete(input_tokens: int, tokens: int) -> Completion:
-            [prompt] = throughput.make_prompts(rng, 1, input_tokens)
-            return await throughput.complete(client, server, prompt, tokens)
+    def make_prompt(tokens: int) -> str:
+        [prompt] = throughput.make_prompts(rng, 1, tokens)
+        return prompt
 
-        alone = [await complete(LONG_PROMPT_TOKENS, FEW_TOKENS) for _ in range(FIRST_TOKEN_REPETITIONS)]
-        async with asyncio.TaskGroup() as group:
-            others = [group.create_task(complete(INPUT_TOKENS, 2 * output_tokens)) for _ in range(OTHER_STREAMS)]
-            # When this one is complete, the others have been in its batch.
-            await complete(INPUT_TOKENS, max(FEW_TOKENS, output_tokens // 4))
-            long = await complete(LONG_PROMPT_TOKENS, FEW_TOKENS)
+    async with throughput.make_client() as client:
+        alone = [
+            await throughput.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), FEW_TOKENS)
+            for _ in range(FIRST_TOKEN_REPETITIONS)
+        ]
+        disturbance = await long_prompts.disturb(
+            client, server, make_prompt, LONG_PROMPT_TOKENS, output_tokens=2 * output_tokens
+        )
     first_token_ms = statistics.median((completion.arrivals[0] - completion.sent) * 1000 for completion in alone)
-    return first_token_ms, disturbance(long, [other.result() for other in others])
-
-
-def disturbance(long: Completion, others: Sequence[Completion]) -> dict[str, float] | None:
-    """Return the inter-token p99 of the others in ms before `long` was sent, and until its first token.
-
-    None if no token arrived in one of these times.
-    """
-    before, during = [], []
-    for other in others:
-        for earlier, later in pairwise(other.arrivals):
-            if later <= long.sent:
-                before.append((later - earlier) * 1000)
-            # A gap that overlaps the computation of the prompt.
-            elif earlier < long.arrivals[0]:
-                during.append((later - earlier) * 1000)
-    if not before or not during:
-        return None
-    return {
-        "before_p99_ms": throughput.percentile(sorted(before), 99),
-        "during_p99_ms": throughput.percentile(sorted(during), 99),
-    }
+    return first_token_ms, asdict(disturbance) if disturbance else None
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from predictor.engine import causal_lm, fair_scheduler, rank_steps
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
+from predictor.engine.greedy_runner import GreedyRunner
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.step_pipeline import StepPipeline
@@ -26,6 +27,7 @@ from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
 from predictor.errors import EngineStopped, OutOfMemory, StartupError
 from predictor.kernels import attention, tensor_parallel, transformers_attention
+from predictor.kernels.cpu.linear import LMHead
 from predictor.resources import memory
 from predictor.settings import Settings
 from predictor.types import Caller
@@ -186,6 +188,9 @@ class BatchingManager:
                 self._step_sampler,
                 uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
             )
+        lm_head = self._model.get_output_embeddings()
+        if isinstance(lm_head, LMHead) and tensor_parallel.size() == 1:
+            processor.model_runner = GreedyRunner(processor, lm_head, self._step_sampler)
         self._manager.start()
         size_bytes = processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)

@@ -38,6 +38,9 @@ class CausalLM(Protocol):
     def get_input_embeddings(self) -> Any:
         """Return the module whose `weight` is (token ids, hidden_size)."""
 
+    def get_output_embeddings(self) -> Any:
+        """Return the head, or None."""
+
     def get_decoder(self) -> Any:
         """Return the module before the head; its output has `last_hidden_state`, (batch, tokens, hidden_size)."""
 

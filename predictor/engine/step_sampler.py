@@ -40,9 +40,10 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
 
     def __init__(self, model: CausalLM, step_sequences: Callable[[], Sequence[ScheduledSequence]]) -> None:
         self._model = model
-        self._embedding_rows = int(model.get_input_embeddings().weight.shape[0])
+        self.embedding_rows = int(model.get_input_embeddings().weight.shape[0])
+        """Number of tokens that may be sampled."""
         self._step_sequences = step_sequences
-        self.scorer = PromptScorer(model, self._embedding_rows, lambda request_id: self.samplers.get(request_id))
+        self.scorer = PromptScorer(model, self.embedding_rows, lambda request_id: self.samplers.get(request_id))
         self.samplers: dict[str, SequenceSampler] = {}
         """By request id, which a sequence keeps when it leaves a full cache and starts again."""
         self.step_count = 0
@@ -76,13 +77,19 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
         self._states = [request.state for request in requests_with_new_token]
         return torch.zeros(len(self._states), dtype=torch.int32)
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the next step needs more than the largest logit of each row."""
+        samplers = (self.samplers.get(state.request_id) for state in self._states)
+        return bool(self.scorer.samplers) or any(sampler.is_used for sampler in samplers if sampler)
+
     def __call__(self, scores: torch.Tensor, tensor_arg: torch.Tensor) -> torch.Tensor:
         """Sample from each row of `scores` (rows, LM head), in place."""
         del tensor_arg
         if self.scorer.samplers:
             self._score_prompts()
         # An LM head may have more rows than the embedding, which the next step would index with the token.
-        scores[:, self._embedding_rows :] = -torch.inf
+        scores[:, self.embedding_rows :] = -torch.inf
         # Other threads remove sequences at any time.
         samplers = dict(self.samplers)
         # Rows of sequences in the middle of their prompt come last and are not used. Sequences of the manager's warm-up
@@ -93,7 +100,7 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
             if (sampler := samplers.get(state.request_id)) and sampler.is_used
         ]
         if rows:
-            self._sample(scores, rows, min(self._embedding_rows, scores.shape[1]), samplers)
+            self._sample(scores, rows, min(self.embedding_rows, scores.shape[1]), samplers)
         self.step_count += 1
         return scores
 

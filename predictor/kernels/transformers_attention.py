@@ -1,14 +1,12 @@
-"""Adapter for transformers' attention and decoder-layer internals, as of transformers 5.23."""
+"""Adapter for transformers' attention internals, as of transformers 5.23."""
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -20,11 +18,6 @@ SEQUENCE, VARLEN = "sequence_flash", "varlen_flash"
 The batching manager builds no attention mask for names that contain `flash`. With a 2 or 3 after that, it would look
 for the package flash-attn.
 """
-
-SUPPORTED_LAYER_CLASSES = frozenset(
-    {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"}
-)
-"""transformers' decoder layers with the structure of `DecoderLayerParts`."""
 
 
 class PagedKVCache(Protocol):
@@ -162,61 +155,11 @@ def selected(model: Any, implementation: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
-def attention_function(config: Any) -> Callable[..., tuple[torch.Tensor, Any]]:
-    """Return the attention implementation that `config` selects."""
-    function: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS[config._attn_implementation]
+def attention_function(
+    config: Any, eager: Callable[..., tuple[torch.Tensor, Any]]
+) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """Return the attention implementation that `config` selects; `eager` is the model's own."""
+    function: Callable[..., tuple[torch.Tensor, Any]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        config._attn_implementation, eager
+    )
     return function
-
-
-def find_decoder_layers(model: nn.Module) -> list[tuple[nn.Module, str]]:
-    """Find the parent and name of each decoder layer in `SUPPORTED_LAYER_CLASSES`."""
-    return [
-        (parent, name)
-        for parent in model.modules()
-        for name, layer in parent.named_children()
-        if type(layer).__name__ in SUPPORTED_LAYER_CLASSES and type(layer).__module__.startswith("transformers.models.")
-    ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecoderLayerParts:
-    """Modules and constants of one decoder layer."""
-
-    config: Any
-    layer_idx: int
-    num_key_value_groups: int
-    head_dim: int
-    scaling: float
-    sliding_window: int | None
-    qkv: list[nn.Module]
-    o: nn.Module
-    gate_up: list[nn.Module]
-    down: nn.Module
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-    qk_norms: tuple[nn.Module, nn.Module] | None
-    activation: Callable[[torch.Tensor], torch.Tensor]
-    is_silu: bool
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "DecoderLayerParts":
-        """Read the parts of one of `SUPPORTED_LAYER_CLASSES`."""
-        attention, mlp = layer.self_attn, layer.mlp
-        config = attention.config
-        return cls(
-            config=config,
-            layer_idx=attention.layer_idx,
-            num_key_value_groups=attention.num_key_value_groups,
-            head_dim=attention.head_dim,
-            scaling=attention.scaling,
-            sliding_window=getattr(attention, "sliding_window", getattr(config, "sliding_window", None)),
-            qkv=[attention.q_proj, attention.k_proj, attention.v_proj],
-            o=attention.o_proj,
-            gate_up=[mlp.gate_proj, mlp.up_proj],
-            down=mlp.down_proj,
-            input_layernorm=layer.input_layernorm,
-            post_attention_layernorm=layer.post_attention_layernorm,
-            qk_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
-            activation=mlp.act_fn,
-            is_silu=config.hidden_act in ("silu", "swish"),
-        )

@@ -17,9 +17,8 @@ import pytest
 
 from benchmarks import make_model
 from benchmarks.gpu_check import __main__ as gpu_check
-from benchmarks.gpu_check import bench_stage, install, report
+from benchmarks.gpu_check import install, report
 from benchmarks.gpu_check.bars import compare
-from benchmarks.throughput import Completion
 from devtools.paths import ROOT
 
 TODAY = datetime.date(2026, 11, 28)
@@ -245,10 +244,3 @@ def test_gpu_check_declares_the_project_whose_sources_run(tmp_path: Path) -> Non
     install.declare_project(ROOT / "pyproject.toml", tmp_path)
     [found] = importlib.metadata.distributions(name="kserve-llm", path=[str(tmp_path)])
     assert found.version == importlib.metadata.version("kserve-llm")
-
-
-def test_bench_disturbance_separates_gaps_before_and_during_a_prompt() -> None:
-    long = Completion(10.0, [12.0, 12.1], 2000, 2)
-    other = Completion(0.0, [9.0, 9.5, 10.0, 11.5, 12.5, 13.0], 64, 6)
-    assert bench_stage.disturbance(long, [other]) == {"before_p99_ms": 500.0, "during_p99_ms": 1500.0}
-    assert bench_stage.disturbance(long, [Completion(0.0, [13.0, 14.0], 64, 2)]) is None

@@ -52,6 +52,7 @@ from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -76,7 +77,7 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import ops, torch_private
+from predictor.kernels.cpu import layer_table, ops, torch_private
 from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
@@ -1001,17 +1002,42 @@ def test_manager_makes_block_tables_for_steps_of_decodes(monkeypatch: pytest.Mon
     assert steps == [step for step in chunks + decodes for _ in range(layers)]
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
-def test_decoder_layers_have_the_expected_parts(model_type: str) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = transformers.AutoConfig.for_model(model_type, num_hidden_layers=1, vocab_size=99, head_dim=8, **sizes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    [(parent, name)] = transformers_attention.find_decoder_layers(model)
-    parts = transformers_attention.DecoderLayerParts.of(parent.get_submodule(name))
-    assert (parts.layer_idx, parts.head_dim, parts.num_key_value_groups, parts.is_silu) == (0, 8, 2, True)
-    assert (parts.qk_norms is not None) is (model_type == "qwen3")
-    assert parts.input_layernorm.variance_epsilon > 0
-    assert type(parts.input_layernorm).__name__.endswith("RMSNorm")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"head_dim": 16, "num_key_value_groups": 2, "is_silu": True, "qk_norms": None}),
+        ("gemma2", {"is_silu": False, "norm_offset": 1.0, "eager_attention": modeling_gemma2.eager_attention_forward}),
+        ("granite", {"residual_multiplier": 0.5}),
+        ("smollm3", {"rotary": None}),
+        ("olmo2", {"attention_norm": None, "mlp_norm": None}),
+    ],
+)
+def test_decoder_layers_have_the_expected_parts(name: str, expected: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    parent, index = layer_table.find_decoder_layers(model)[1]
+    parts = layer_table.DecoderLayerParts.of(parent.get_submodule(index))
+    assert parts.layer_idx == 1
+    assert {field: getattr(parts, field) for field in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", {"sliding_window": None}),
+        ("gemma2", {"sliding_window": 16, "softcap": 50.0}),
+        ("mistral, sliding window", {"sliding_window": 16}),
+        ("phi3, sliding window", {"sliding_window": 16}),
+        ("exaone4", {"sliding_window": 16}),
+    ],
+)
+def test_decoder_layers_pass_the_arguments_of_attention(name: str, expected: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    parent, index = layer_table.find_decoder_layers(model)[0]
+    parts = layer_table.DecoderLayerParts.of(parent.get_submodule(index))
+    assert {argument: parts.attention_arguments.get(argument) for argument in expected} == expected
+    assert parts.attention_arguments["dropout"] == 0.0
 
 
 def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any) -> None:

@@ -280,9 +280,9 @@ def serve_app(app: ASGIApp, *contexts: Callable[[], Any], **config: Any) -> Iter
     Yields:
         The URL, and the value of the last context.
     """
-    server: uvicorn.Server = kserve_server.HTTPServer(app, 5)
+    server: uvicorn.Server = kserve_server.HTTPServer(app, 1)
     if config:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=5, **config))
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=1, **config))
     started: list[Any] = []
     ready = threading.Event()
 

@@ -19,6 +19,10 @@ static void test_gemm(size_t m, size_t n, size_t k, int isa) {
     int8_pack_weight(weight, packed_weight, n, k);
     int8_scaled_mm(input, packed_weight, scales, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, isa, 2);
     int8_scaled_mm(input, packed_weight, scales, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, isa, 2);
+    int8_t *argmax_scratch = malloc(int8_argmax_scratch_bytes(m, k, 2));
+    int64_t *largest = malloc(m * sizeof *largest);
+    int8_argmax(input, packed_weight, scales, bias, largest, argmax_scratch, m, k, n, isa, 2);
+    free(argmax_scratch), free(largest);
     free(weight), free(scratch), free(packed_weight), free(input), free(scales), free(bias), free(norm), free(residual);
     free(output);
 }

@@ -98,6 +98,14 @@ class RMSNorm:
         self.weight, self.epsilon = weight.detach().float().contiguous(), epsilon
         self._epsilon = torch.tensor(epsilon)
 
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalize float32, (..., features) to the same."""
+        return (hidden_states * self.inverse_rms(hidden_states)).mul_(self.weight)
+
+    def apply_(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Normalize float32 in place, (..., features)."""
+        return hidden_states.mul_(self.inverse_rms(hidden_states)).mul_(self.weight)
+
     def inverse_rms(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Compute 1 / sqrt(mean(x^2) + epsilon), (..., features) to (..., 1)."""
         l2_norm = torch.linalg.vector_norm(hidden_states, 2, -1, keepdim=True)
@@ -141,6 +149,13 @@ class LinearKernel(ABC):
         """Apply the layer to silu(gate) * up; `gate_up` is (tokens, 2 x in_features) and is overwritten."""
         gate, up = gate_up.chunk(2, -1)
         return self.forward(nn.functional.silu(gate).mul_(up), residual=residual)
+
+    def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        """Return which of the first `num_outputs` outputs is the largest, the first of equal ones.
+
+        (tokens, in_features), float32, to (tokens,), int64.
+        """
+        return self.forward(hidden_states)[:, :num_outputs].argmax(-1)
 
 
 class OneDNNBf16Linear(LinearKernel):
@@ -196,6 +211,11 @@ class NativeInt8Linear(Float32InputLinear):
         return ops.int8_scaled_mm(
             gate_up, self._weight, self._scale, bias=self._bias, silu_and_mul=True, residual=residual
         )
+
+    def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
+        """Find the largest outputs without writing all of them."""
+        num_outputs = min(num_outputs, len(self._scale))
+        return ops.int8_argmax(hidden_states, self._weight, self._scale, num_outputs, self._bias)
 
 
 class NativeInt4Linear(Float32InputLinear):
@@ -276,6 +296,26 @@ class ReorderedInputLinear(Float32InputLinear):
         return self._kernel.silu_and_mul(gate_up[:, self._gate_up_order], residual)
 
 
+class GatheredLinear(Float32InputLinear):
+    """Layer of which each tensor-parallel rank computes some outputs and gets all.
+
+    Args:
+        kernel: of this rank's outputs.
+        out_features: of all ranks.
+    """
+
+    def __init__(self, kernel: LinearKernel, out_features: int) -> None:
+        super().__init__()
+        self._kernel, self._out_features = kernel, out_features
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm and layer, gather the outputs, and add the residual."""
+        outputs = tensor_parallel.all_gather(self._kernel.forward(hidden_states, norm), self._out_features)
+        return outputs if residual is None else outputs.add_(residual)
+
+
 class RowParallelLinear(Float32InputLinear):
     """Layer of which each tensor-parallel rank has some columns: its outputs are the sum of all ranks'.
 
@@ -302,6 +342,8 @@ class RowParallelLinear(Float32InputLinear):
 
     def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Apply activation, layer, sum, residual and bias; `gate_up` is overwritten."""
+        if self._splits_input:
+            return super().silu_and_mul(gate_up, residual)
         return self._sum(self._kernel.silu_and_mul(gate_up), residual)
 
     def _sum(self, partial: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:

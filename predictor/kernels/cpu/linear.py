@@ -4,7 +4,7 @@ Layers that read the same input, q/k/v or gate/up projections, are fused: few la
 ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -216,12 +216,35 @@ class GatheredOutputs(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Output layer in int8. Logits stay float32 for the sampler."""
+    """Output layer in int8. Logits stay float32 for the sampler.
+
+    Args:
+        kernel: of the layer.
+    """
 
     def __init__(self, kernel: LinearKernel) -> None:
         super().__init__()
         self._kernel = kernel
+        self._num_candidates: int | None = None
+        self._largest = torch.empty(0, dtype=torch.long)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """(..., in_features) to (..., vocabulary), float32."""
-        return self._kernel(inputs.float())
+        if self._num_candidates is None:
+            return self._kernel(inputs.float())
+        self._largest = self._kernel.argmax(inputs.float().flatten(0, -2), self._num_candidates)
+        return inputs
+
+    def largest(self, compute: Callable[[], Any], num_candidates: int) -> torch.Tensor:
+        """Return the token of the largest logit of each input, (inputs,), as `argmax` of the logits.
+
+        Args:
+            compute: calls the layer once. The results of this call are not logits.
+            num_candidates: number of tokens to choose from, the first ones.
+        """
+        self._num_candidates = num_candidates
+        try:
+            compute()
+        finally:
+            self._num_candidates = None
+        return self._largest

@@ -19,6 +19,8 @@ PROTOTYPES = {
     "int8_scratch_bytes": (_SIZE, [_SIZE] * 2),
     "int8_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
     "int8_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
+    "int8_argmax_scratch_bytes": (_SIZE, [_SIZE] * 2 + [_INT]),
+    "int8_argmax": (None, [_POINTER] * 6 + [_SIZE] * 3 + [_INT] * 2),
     "int4_packed_bytes": (_SIZE, [_SIZE] * 3 + [_INT]),
     "int4_scratch_bytes": (_SIZE, [_SIZE] * 3),
     "int4_pack_weight": (None, [_POINTER] * 4 + [_SIZE] * 3),
@@ -117,6 +119,42 @@ def int8_scaled_mm(
         len(weight_scales),
         CPU_ISAS.index(cpu_isa),
         torch.get_num_threads(),
+    )
+    return output
+
+
+def int8_argmax(
+    activations: torch.Tensor,
+    packed_weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    num_outputs: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return which output of `int8_scaled_mm` is the largest, the first of equal ones, without writing the outputs.
+
+    Args, in addition to those of `int8_scaled_mm`:
+        num_outputs: number of outputs to look at, of which the first ones are.
+
+    Returns:
+        (tokens,), int64, as `argmax` of the outputs.
+    """
+    activations = activations.contiguous()
+    tokens, in_features = activations.shape
+    output = torch.empty(tokens, dtype=torch.int64)
+    threads = torch.get_num_threads()
+    scratch = torch.empty(_library.int8_argmax_scratch_bytes(tokens, in_features, threads), dtype=torch.int8)
+    _library.int8_argmax(
+        activations.data_ptr(),
+        packed_weight.data_ptr(),
+        weight_scales.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        tokens,
+        in_features,
+        num_outputs,
+        CPU_ISAS.index(cpu_isa),
+        threads,
     )
     return output
 

@@ -35,6 +35,12 @@ static inline __mmask16 tail_mask(size_t remaining) {
     return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
 }
 
+/* Panels that a thread takes at a time: a thread that another process holds up takes fewer of them in all. */
+static inline int panels_at_a_time(size_t n, int num_threads) {
+    const size_t pieces = 32 * (size_t)num_threads, panels = n / BLOCK_N / pieces;
+    return panels > 1 ? (int)panels : 1;
+}
+
 static inline __m512 silu(__m512 x) {
     const __m512 exp_minus_x = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), x));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exp_minus_x));

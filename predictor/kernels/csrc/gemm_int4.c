@@ -263,6 +263,7 @@ void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     TileConfig tile_config = TILE_CONFIG;
     tile_config.bytes_per_row[4] = tile_config.bytes_per_row[5] = (uint16_t)tile_depth(group_size);
     tile_config.rows[6] = tile_config.rows[7] = (uint8_t)(tile_depth(group_size) / 4);
+    const int chunk = panels_at_a_time(n, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         if (isa == ISA_AMX) LOAD_TILE_CONFIG(tile_config);
@@ -274,7 +275,7 @@ void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
             memset(quantized + round_up(k, BLOCK_K), 0, width - round_up(k, BLOCK_K));
             sum_groups(quantized, group_size, num_groups, group_sums + row * num_groups);
         }
-#pragma omp for
+#pragma omp for schedule(dynamic, chunk)
         for (size_t column = 0; column < n; column += BLOCK_N)
             for (size_t block = 0; block < num_blocks; block++) {
                 const size_t row = m * block / num_blocks, block_m = m * (block + 1) / num_blocks - row;

@@ -13,6 +13,8 @@
 #include "gemm.h"
 #include "kernels.h"
 
+#include <omp.h>
+
 size_t int8_packed_bytes(size_t n, size_t k) { return round_up(n, BLOCK_N) * round_up(k, BLOCK_K); }
 
 size_t int8_scratch_bytes(size_t m, size_t k) {
@@ -112,15 +114,26 @@ static void gemm_kernel_amx(size_t block_m, const int8_t *quantized, size_t stri
         }
 }
 
+/* One panel for all tokens; with AMX the tiles are configured. */
+static void multiply_panel(const int8_t *quantized, size_t stride, const uint8_t *panel, size_t m, size_t k,
+    const Epilogue *epilogue, size_t column, int isa) {
+    const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : VNNI_BLOCK_M;
+    for (size_t row = 0; row < m; row += max_block_m) {
+        const size_t block_m = m - row < max_block_m ? m - row : max_block_m;
+        if (isa == ISA_AMX) gemm_kernel_amx(block_m, quantized + row * stride, stride, panel, k, epilogue, row, column);
+        else dispatch_vnni(block_m, quantized + row * stride, stride, panel, k, epilogue, row, column);
+    }
+}
+
 void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
     const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
     size_t m, size_t k, size_t n, int isa, int num_threads) {
     const size_t padded_k = round_up(k, BLOCK_K), input_stride = silu_and_mul ? 2 * k : k;
     const size_t stride = padded_k + BLOCK_K; /* A power of two would map all tokens to the same few cache lines. */
-    const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : VNNI_BLOCK_M;
     float *act_scales = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
     int32_t *act_row_sums = (int32_t *)(act_scales + m);
     const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, bias, residual, output, n};
+    const int chunk = panels_at_a_time(n, num_threads);
 #pragma omp parallel num_threads(num_threads)
     {
         if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
@@ -128,16 +141,88 @@ void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
         for (size_t row = 0; row < m; row++)
             quantize_row_int8(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,
                 act_scales + row, act_row_sums + row);
-#pragma omp for
+#pragma omp for schedule(dynamic, chunk)
         for (size_t column = 0; column < n; column += BLOCK_N)
-            for (size_t row = 0; row < m; row += max_block_m) {
-                const size_t block_m = m - row < max_block_m ? m - row : max_block_m;
-                const int8_t *quantized = scratch + row * stride;
-                const uint8_t *panel = packed_weight + column * padded_k;
-                if (isa == ISA_AMX)
-                    gemm_kernel_amx(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
-                else dispatch_vnni(block_m, quantized, stride, panel, padded_k, &epilogue, row, column);
-            }
+            multiply_panel(scratch, stride, packed_weight + column * padded_k, m, padded_k, &epilogue, column, isa);
         if (isa == ISA_AMX) _tile_release();
     }
+}
+
+/* The largest output of each token so far, and the first column that has it, in LANES interleaved parts. */
+typedef struct {
+    float values[LANES];
+    int32_t columns[LANES];
+} Largest;
+
+size_t int8_argmax_scratch_bytes(size_t m, size_t k, int num_threads) {
+    return int8_scratch_bytes(m, k) + (size_t)num_threads * m * (sizeof(Largest) + BLOCK_N * sizeof(float));
+}
+
+/* Whether x comes before `largest` in torch's order: NaN is the largest number. */
+static inline __mmask16 is_larger(__m512 x, __m512 largest) {
+    return _mm512_cmp_ps_mask(x, largest, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(largest, largest, _CMP_ORD_Q);
+}
+
+static void update_largest(Largest *largest, const float *outputs, size_t count, size_t column) {
+    for (size_t i = 0; i < count; i += LANES) {
+        const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), tail_mask(count - i), outputs + i);
+        const __mmask16 mask = is_larger(x, _mm512_loadu_ps(largest->values));
+        const __m512i columns =
+            _mm512_add_epi32(_mm512_set1_epi32((int32_t)(column + i)),
+                _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+        _mm512_mask_storeu_ps(largest->values, mask, x);
+        _mm512_mask_storeu_epi32(largest->columns, mask, columns);
+    }
+}
+
+/* The first column with the largest value in `parts` of one token, `part_stride` apart. */
+static int64_t first_largest(const Largest *parts, size_t part_stride, int num_parts) {
+    float best = -INFINITY;
+    int32_t column = 0; /* if all values are -inf */
+    for (int part = 0; part < num_parts; part++)
+        for (size_t lane = 0; lane < LANES; lane++) {
+            const float value = parts[(size_t)part * part_stride].values[lane];
+            const int32_t candidate = parts[(size_t)part * part_stride].columns[lane];
+            if (value == -INFINITY) continue;
+            const int is_equal = value == best || (isnan(value) && isnan(best));
+            const int is_larger_value = isnan(value) ? !isnan(best) : value > best;
+            if (is_larger_value || (is_equal && candidate < column)) {
+                best = value;
+                column = candidate;
+            }
+        }
+    return column;
+}
+
+void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
+    int64_t *output, int8_t *scratch, size_t m, size_t k, size_t n, int isa, int num_threads) {
+    const size_t padded_k = round_up(k, BLOCK_K), stride = padded_k + BLOCK_K;
+    float *act_scales = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
+    int32_t *act_row_sums = (int32_t *)(act_scales + m);
+    Largest *all_largest = (Largest *)(scratch + int8_scratch_bytes(m, k));
+    float *all_outputs = (float *)(all_largest + (size_t)num_threads * m);
+    const int chunk = panels_at_a_time(n, num_threads);
+    for (size_t i = 0; i < (size_t)num_threads * m; i++)
+        for (size_t lane = 0; lane < LANES; lane++) all_largest[i].values[lane] = -INFINITY;
+#pragma omp parallel num_threads(num_threads)
+    {
+        Largest *largest = all_largest + (size_t)omp_get_thread_num() * m;
+        float *outputs = all_outputs + (size_t)omp_get_thread_num() * m * BLOCK_N;
+        if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
+#pragma omp for
+        for (size_t row = 0; row < m; row++)
+            quantize_row_int8(
+                input + row * k, 0, NULL, 0, k, scratch + row * stride, act_scales + row, act_row_sums + row);
+#pragma omp for schedule(monotonic : dynamic, chunk) /* Of equal values, the first one is kept. */
+        for (size_t column = 0; column < n; column += BLOCK_N) {
+            const size_t count = n - column < BLOCK_N ? n - column : BLOCK_N;
+            const Epilogue epilogue = {
+                act_scales, act_row_sums, weight_scales + column, bias ? bias + column : NULL, NULL, outputs, count};
+            multiply_panel(scratch, stride, packed_weight + column * padded_k, m, padded_k, &epilogue, 0, isa);
+            for (size_t row = 0; row < m; row++)
+                update_largest(largest + row, outputs + row * count, count, column);
+        }
+        if (isa == ISA_AMX) _tile_release();
+    }
+    for (size_t row = 0; row < m; row++) output[row] = first_largest(all_largest + row, m, num_threads);
 }

@@ -24,6 +24,11 @@ void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
     size_t m, size_t k, size_t n, int isa, int num_threads);
 
+size_t int8_argmax_scratch_bytes(size_t m, size_t k, int num_threads);
+
+void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
+    int64_t *output, int8_t *scratch, size_t m, size_t k, size_t n, int isa, int num_threads);
+
 size_t int4_packed_bytes(size_t n, size_t k, size_t group_size, int has_zero_points);
 
 size_t int4_scratch_bytes(size_t m, size_t k, size_t group_size);

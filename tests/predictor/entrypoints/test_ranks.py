@@ -21,6 +21,7 @@ from devtools.paths import DEMO_MODEL, ROOT
 from tests.predictor import servers
 from tests.predictor.servers import GENERATE_STREAM, HANG_SECONDS, OPENAI, Call, InProcessServer, Server, ServerProcess
 from tests.predictor.servers import StreamReader as Reader
+from tests.sizes import IS_NIGHTLY
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
@@ -51,15 +52,12 @@ def completion(server: Server, **body: Any) -> dict[str, Any]:
 SEEDED = {"temperature": 1.5, "seed": 7, "ignore_eos": True}
 SOAK_THOUSANDS = int(os.environ.get("SOAK_THOUSANDS", "1"))
 """Thousands of requests after which no rank may have grown."""
-PROTOCOL_TESTS = (
+PROTOCOL_TESTS = ("test_clients.py", "test_scoring.py", "test_streaming.py", "test_structured_output.py")
+MORE_PROTOCOL_TESTS = (
     "routes",
     "test_anthropic_client.py",
-    "test_clients.py",
     "test_fields.py",
     "test_openai_responses.py",
-    "test_scoring.py",
-    "test_streaming.py",
-    "test_structured_output.py",
     "test_tool_calls.py",
 )
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -286,9 +284,9 @@ def test_ranks_pass_the_tests_of_the_protocols() -> None:
     variables = {**os.environ, "TEST_TENSOR_PARALLEL_SIZE": "2"}
     options = ["-q", "-p", "no:cacheprovider", "-m", "not slow and not serial and not gpu"]
     folder = "tests/predictor/entrypoints/http"
-    files = [f"{folder}/{name}" for name in PROTOCOL_TESTS]
+    files = [f"{folder}/{name}" for name in (*PROTOCOL_TESTS, *(MORE_PROTOCOL_TESTS if IS_NIGHTLY else ()))]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *files], cwd=ROOT, env=variables, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-8000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 200
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > (200 if IS_NIGHTLY else 30)

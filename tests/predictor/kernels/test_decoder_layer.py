@@ -1,18 +1,24 @@
 """Fused decoder layers, against transformers' own."""
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from devtools import architectures
+from devtools.architectures import CASES
 from predictor.kernels.cpu import decoder_layer, gemm, linear
+from predictor.kernels.cpu.layer_table import LAYERS
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+FUSED_CASES = tuple(name for name, case in CASES.items() if architectures.has_fused_layers(case))
 TOKENS = torch.randint(0, 500, (2, 300), generator=torch.Generator().manual_seed(1))
 """More than `MLP_CHUNK_TOKENS`."""
+FEW_TOKENS = TOKENS[:, :40]
+"""More than the windows of `CASES`."""
 
 
 @pytest.fixture(autouse=True)
@@ -20,20 +26,16 @@ def _inference() -> None:
     torch.set_grad_enabled(False)
 
 
-def make_model(model_type: str, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
+def make_model(name: str, dtype: torch.dtype = torch.bfloat16, **overrides: Any) -> Any:
     """A small model in which every weight affects the logits."""
     torch.manual_seed(7)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 160,
-        "num_hidden_layers": 3,
-        "head_dim": 32 if "3" in model_type else 16,
-    }
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
-    config = AutoConfig.for_model(model_type, vocab_size=500, **sizes, **heads, **overrides)
+    case = CASES[name]
+    config = dataclasses.replace(case, fields=case.fields | overrides).config()
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    structure = LAYERS.get(architectures.decoder_layer_class(case))
+    smallest_norm = 0.5 - (structure.norm_offset if structure else 0.0)
     for name, weights in model.named_parameters():
-        weights.copy_(torch.rand_like(weights) + 0.5 if "norm" in name else torch.randn_like(weights) * 0.15)
+        weights.copy_(torch.rand_like(weights) + smallest_norm if "norm" in name else torch.randn_like(weights) * 0.15)
     return model
 
 
@@ -42,23 +44,52 @@ def relative_error(logits: torch.Tensor, exact: torch.Tensor) -> float:
     return float((logits.float() - exact).norm() / exact.norm())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_fuse_is_as_accurate_as_the_replaced_layers(model_type: str) -> None:
-    model = make_model(model_type)
-    exact = copy.deepcopy(model).float()(TOKENS).logits
-    plain_error = relative_error(model(TOKENS).logits, exact)
-    assert decoder_layer.fuse(model) == 3
+def test_every_entry_of_the_table_has_a_case() -> None:
+    assert {architectures.decoder_layer_class(CASES[name]) for name in FUSED_CASES} == LAYERS.keys()
+
+
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_fuse_is_as_accurate_as_the_replaced_layers(name: str) -> None:
+    model = make_model(name)
+    exact = copy.deepcopy(model).float()(FEW_TOKENS).logits
+    plain_error = relative_error(model(FEW_TOKENS).logits, exact)
+    assert decoder_layer.fuse(model) == model.config.num_hidden_layers
     linear.pack_linear_layers(model)
-    assert relative_error(model(TOKENS).logits, exact) < plain_error * 1.05 < 0.05
+    logits = model(FEW_TOKENS).logits
+    assert relative_error(logits, exact) < plain_error * 1.05 < 0.05
+    cached = model(FEW_TOKENS[:, :-1], use_cache=True).past_key_values
+    last = model(FEW_TOKENS[:, -1:], past_key_values=cached).logits[:, -1]
+    assert relative_error(last, logits[:, -1].float()) < 0.01
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_decoder_layer_reads_its_kv_cache(model_type: str) -> None:
-    model = make_model(model_type)
-    decoder_layer.fuse(model)
-    cached = model(TOKENS[:, :299], use_cache=True).past_key_values
-    last = model(TOKENS[:, 299:], past_key_values=cached).logits[:, -1]
-    assert relative_error(last, model(TOKENS).logits[:, -1].float()) < 0.01
+@pytest.mark.parametrize("name", FUSED_CASES)
+def test_int8_decoder_layer_is_independent_of_the_batch(name: str) -> None:
+    check_int8_rows(name)
+
+
+@pytest.mark.usefixtures("int8_kernel")
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_int8_kernels_compute_decoder_layers_independently_of_the_batch(activation: str) -> None:
+    check_int8_rows("qwen2", hidden_act=activation)
+
+
+def check_int8_rows(name: str, **overrides: Any) -> None:
+    """Check a batch of two sequences against float32 and, bit by bit, against each sequence alone."""
+    model = quantize_decoder(make_model(name, **overrides))
+    exact = make_model(name, **overrides).float()(FEW_TOKENS).logits
+    assert decoder_layer.fuse(model) == model.config.num_hidden_layers
+    linear.pack_linear_layers(model)
+    together = model(FEW_TOKENS).logits
+    assert relative_error(together, exact) < 0.1
+    for row in range(2):
+        torch.testing.assert_close(model(FEW_TOKENS[row : row + 1]).logits[0], together[row], rtol=0, atol=0)
+
+
+def test_decoder_layer_splits_long_inputs_to_the_mlp() -> None:
+    model = make_model("llama")
+    exact = copy.deepcopy(model).float()(TOKENS).logits
+    assert decoder_layer.fuse(model) == 3
+    assert relative_error(model(TOKENS).logits, exact) < 0.05
 
 
 @pytest.mark.parametrize("activation", ["swish", "gelu", "relu"])
@@ -70,19 +101,6 @@ def test_decoder_layer_applies_the_configured_activation(activation: str) -> Non
     quantized = quantize_decoder(make_model("llama", hidden_act=activation))
     assert decoder_layer.fuse(quantized) == 3
     assert relative_error(quantized(TOKENS).logits, exact) < 0.1
-
-
-@pytest.mark.usefixtures("int8_kernel")
-@pytest.mark.parametrize("activation", ["silu", "gelu"])
-def test_int8_decoder_layer_is_independent_of_the_batch(activation: str) -> None:
-    model = quantize_decoder(make_model("qwen2", hidden_act=activation))
-    exact = make_model("qwen2", hidden_act=activation).float()(TOKENS).logits
-    assert decoder_layer.fuse(model) == 3
-    linear.pack_linear_layers(model)
-    together = model(TOKENS).logits
-    assert relative_error(together, exact) < 0.1
-    for row in range(2):
-        torch.testing.assert_close(model(TOKENS[row : row + 1]).logits[0], together[row], rtol=0, atol=0)
 
 
 def quantize_decoder(model: Any) -> Any:
@@ -107,7 +125,7 @@ def test_fuse_leaves_float32_models_unchanged() -> None:
 
 
 def test_fuse_leaves_unsupported_architectures_unchanged() -> None:
-    assert decoder_layer.fuse(make_model("gemma")) == 0
+    assert decoder_layer.fuse(make_model("cohere")) == 0
 
 
 def test_fuse_skips_a_layer_with_an_unsupported_linear() -> None:

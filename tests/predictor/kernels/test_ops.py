@@ -103,6 +103,43 @@ def test_int8_scaled_mm_matches_exact_integer_sums(
 
 
 @each_isa
+@pytest.mark.parametrize("outputs", [1, 37, 5000])
+@pytest.mark.parametrize("tokens", [1, 13, 70])
+def test_int8_argmax_is_that_of_the_outputs(tokens: int, outputs: int) -> None:
+    layer = Layer(tokens, 130, outputs)
+    assert torch.equal(
+        ops.int8_argmax(layer.rows, layer.packed, layer.scales, outputs, layer.bias),
+        layer(bias=layer.bias).argmax(-1),
+    )
+
+
+@each_isa
+@pytest.mark.parametrize("value", [-torch.inf, -1.0, torch.inf, torch.nan])
+@pytest.mark.parametrize("places", [[36, 70], [70, 36], [4000], [100, 101, 4999]])
+def test_int8_argmax_is_the_first_of_equal_outputs(places: list[int], value: float) -> None:
+    layer = Layer(3, 64, 5000)
+    bias = torch.full((5000,), -torch.inf)
+    bias[places] = value
+    largest = ops.int8_argmax(torch.zeros(3, 64), layer.packed, layer.scales, 5000, bias)
+    assert largest.tolist() == [0 if value == -torch.inf else min(places)] * 3
+
+
+@each_isa
+def test_int8_argmax_ignores_further_outputs() -> None:
+    layer = Layer(2, 64, 50)
+    bias = torch.arange(50.0) * 100
+    assert ops.int8_argmax(layer.rows, layer.packed, layer.scales, 33, bias).tolist() == [32, 32]
+
+
+@each_isa
+def test_int8_argmax_of_a_nan_token_is_the_first_output() -> None:
+    layer = Layer(2, 64, 50)
+    layer.rows[1, 3] = torch.nan
+    largest = ops.int8_argmax(layer.rows, layer.packed, layer.scales, 50)
+    assert largest.tolist() == [int(layer()[0].argmax()), 0]
+
+
+@each_isa
 def test_int8_scaled_mm_rounds_halves_to_even() -> None:
     rows = torch.tensor([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -127, 126.5]])
     identity = ops.int8_pack_weight(torch.eye(8, dtype=torch.int8))

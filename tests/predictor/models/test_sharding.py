@@ -1,7 +1,6 @@
 """Models divided among two ranks, against one process; and those that cannot be."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,13 +38,14 @@ from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
 from snapshot_format.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE
 from tests.predictor import ranks
+from tests.sizes import IS_NIGHTLY
 
-FUSED = ("llama, biases", "qwen3")
+FUSED = ("llama, biases", "qwen3", "phi3")
 """Cases whose decoder layers are fused."""
-UNFUSED = ("phi3", "mixtral")
+UNFUSED = ("starcoder2", "mixtral")
 MORE = tuple(name for name, row in rows_in_document().items() if "| yes |" in row and name not in (*FUSED, *UNFUSED))
-"""All of them are tested with HYPOTHESIS_PROFILE=nightly, else every fourth."""
-SLOW = MORE if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else MORE[::4]
+"""All of them are tested every night, else every fourth."""
+SLOW = MORE if IS_NIGHTLY else MORE[::4]
 PRECISIONS = (("float32", "none"), ("bfloat16", "none"), ("bfloat16", "8bit"))
 CUDA, GIB = torch.device("cuda", 0), 2**30
 

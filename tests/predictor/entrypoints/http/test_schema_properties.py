@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.predictor.generation.json_schemas import SCHEMAS
 from tests.predictor.servers import InProcessServer
+from tests.sizes import IS_NIGHTLY
 
 Json = dict[str, Any]
 BATCH = 16
@@ -78,7 +79,9 @@ def _texts(body: Json, message: Json) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(
-    "num_batches", [2, pytest.param(-(-1000 // BATCH), marks=[pytest.mark.slow, pytest.mark.timeout(1800)])]
+    "num_batches",
+    [2, pytest.param(63 if IS_NIGHTLY else 16, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    ids=["few", "many"],
 )
 def test_answers_and_strict_calls_of_random_schemas_are_valid(server: InProcessServer, num_batches: int) -> None:
     outcomes: Counter[str] = Counter()
@@ -102,4 +105,4 @@ def test_answers_and_strict_calls_of_random_schemas_are_valid(server: InProcessS
     print(num_schemas, "schemas:", dict(outcomes))  # noqa: T201, shown with -s
     assert num_schemas >= BATCH * num_batches
     assert min(outcomes["stop"], outcomes["tool_calls"]) >= 4 * num_batches
-    assert outcomes["refused"] < num_schemas
+    assert outcomes["refused"] < 1.2 * num_schemas

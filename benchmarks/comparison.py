@@ -1,0 +1,127 @@
+"""Servers under the same loads, in turns: one runs, the others are suspended."""
+
+import random
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+
+from benchmarks import long_prompts, throughput
+from benchmarks.long_prompts import Disturbance
+from benchmarks.servers import Server
+from benchmarks.throughput import WARM_UP_TOKENS, Run
+from benchmarks.turns import OtherCPUTime, Turns
+
+SHORT_PROMPT_TOKENS = 64
+"""Of warm-ups, and of the streams that run when a long prompt arrives."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A load: `callers` clients, each with one request after the other."""
+
+    callers: int
+    input_tokens: int
+    output_tokens: int
+    requests: int
+    """Per run; at least one per caller."""
+    repetitions: int
+    """Runs of each server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """All runs of one server under one load."""
+
+    server: str
+    callers: int
+    input_tokens: int
+    output_tokens: int
+    runs: list[Run]
+    other_cpu_percent: list[float]
+    """CPU time of all other processes during each run, in percent of one core."""
+
+
+class Comparison:
+    """Measures servers in turns; prompts are random token ids below `vocabulary`."""
+
+    def __init__(self, servers: Sequence[Server], vocabulary: int, seed: int) -> None:
+        self._servers = servers
+        self._turns = Turns(servers)
+        self._vocabulary = vocabulary
+        self._rng = random.Random(seed)
+
+    async def measure(self, loads: Sequence[Load]) -> list[Case]:
+        """Measure every server under every load; the order of the servers alternates (A B B A …).
+
+        Raises:
+            BenchmarkError: a completion failed.
+        """
+        cases = []
+        with self._turns.suspended():
+            async with throughput.make_client() as client:
+                for load in loads:
+                    cases += await self._compare(client, load)
+        return cases
+
+    async def disturb(self, long_prompt_tokens: int, repetitions: int) -> dict[str, list[Disturbance]]:
+        """Measure what a long prompt costs the other streams of each server.
+
+        Raises:
+            BenchmarkError: a completion failed.
+        """
+        found: dict[str, list[Disturbance]] = {server.name: [] for server in self._servers}
+        with self._turns.suspended():
+            async with throughput.make_client() as client:
+                for repetition in range(repetitions):
+                    for server in self._order(repetition):
+                        with self._turns.of(server):
+                            await self._warm_up(client, server, 1, SHORT_PROMPT_TOKENS)
+                            disturbance = await long_prompts.disturb(
+                                client,
+                                server,
+                                self._prompt,
+                                long_prompt_tokens,
+                                short_prompt_tokens=SHORT_PROMPT_TOKENS,
+                            )
+                        if disturbance:
+                            found[server.name].append(disturbance)
+        return found
+
+    async def _compare(self, client: httpx.AsyncClient, load: Load) -> list[Case]:
+        cases = {
+            server: Case(server.name, load.callers, load.input_tokens, load.output_tokens, [], [])
+            for server in self._servers
+        }
+        for repetition in range(load.repetitions):
+            for server in self._order(repetition):
+                with self._turns.of(server):
+                    # The first run of a load may compile for its shapes.
+                    await self._warm_up(
+                        client,
+                        server,
+                        load.callers if repetition == 0 else 1,
+                        load.input_tokens if repetition == 0 else SHORT_PROMPT_TOKENS,
+                    )
+                    others = OtherCPUTime(server)
+                    prompts = [self._prompt(load.input_tokens) for _ in range(max(load.requests, load.callers))]
+                    run = await throughput.run(client, server, prompts, load.callers, load.output_tokens)
+                cases[server].runs.append(run)
+                cases[server].other_cpu_percent.append(100 * others.seconds() / run.wall_seconds)
+                print(throughput.row(server.name, load.callers, run), file=sys.stderr, flush=True)
+        return list(cases.values())
+
+    async def _warm_up(self, client: httpx.AsyncClient, server: Server, callers: int, input_tokens: int) -> None:
+        """Send each caller's short prompt, and one of `input_tokens` if that is longer."""
+        prompts = [self._prompt(SHORT_PROMPT_TOKENS) for _ in range(callers)]
+        await throughput.run(client, server, prompts, callers, WARM_UP_TOKENS)
+        if input_tokens > SHORT_PROMPT_TOKENS:
+            await throughput.run(client, server, [self._prompt(input_tokens)], 1, WARM_UP_TOKENS)
+
+    def _order(self, repetition: int) -> list[Server]:
+        return list(self._servers if repetition % 2 == 0 else reversed(self._servers))
+
+    def _prompt(self, tokens: int) -> list[int]:
+        [prompt] = throughput.make_token_prompts(self._rng, 1, tokens, self._vocabulary)
+        return prompt
