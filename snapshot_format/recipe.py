@@ -15,7 +15,11 @@ RECIPE_VERSION = 1
 """Version of the `int8-cpu` recipe. Increase it whenever the same input gives other weights."""
 
 INT8_METHOD = "kserve_llm_int8"
+INT4_METHOD = "kserve_llm_int4"
 """`quant_method` of these weights in config.json."""
 
+INT4_GROUP_SIZE = 32
+"""Inputs of a layer that share a scale in 4 bits."""
+
 MIN_SCALE = 1e-30
-"""Lower bound of a scale, so that all-zero rows never divide by zero."""
+"""Lower bound of a scale, so that all-zero weights never divide by zero."""

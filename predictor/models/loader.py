@@ -38,7 +38,7 @@ from predictor.models.quantization import make_config, resolve_mode, should_quan
 from predictor.resources import memory
 from predictor.types import Pooling, SamplingParams, Task
 from snapshot_format import model_files
-from snapshot_format.recipe import INT8_METHOD
+from snapshot_format.recipe import INT4_METHOD, INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 WEIGHTS_BAR = "Loading weights"
 """Description of transformers' progress bar over the weights' tensors."""
-_INT8_LM_HEAD = ("8bit", *int4_checkpoint.METHODS)
+_INT8_LM_HEAD = ("8bit", "4bit", *int4_checkpoint.METHODS)
 """Quantizations on a CPU whose output layer is quantized to int8 at load."""
 _NAMED_TOKENS = 5
 """Number of tokens without an embedding that the log names."""
@@ -107,7 +107,7 @@ class LoadedModel:
     quantization: str
     """`none`, `8bit`, `4bit` or `fp8`, or the method of a quantized checkpoint."""
     int8_kernels: str
-    """Backend of 8-bit layers on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
+    """Backend of layers with 8-bit activations on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
     defaults: SamplingParams
     """From the generation config; greedy unless that enables sampling."""
     device_map: dict[str, str]
@@ -455,7 +455,8 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
 def _resolved_method(model: Any, mode: str) -> str:
     checkpoint_config = getattr(model.config, "quantization_config", None) if mode == "none" else None
     method = mode if checkpoint_config is None else str(getattr(checkpoint_config, "quant_method", "unknown"))
-    return "8bit" if method == INT8_METHOD else int4_checkpoint_quantizer.checkpoint_method(method)
+    own = {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}
+    return own.get(method, int4_checkpoint_quantizer.checkpoint_method(method))
 
 
 def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:

@@ -79,7 +79,7 @@ from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
 from predictor.kernels.cpu import layer_table, ops, torch_private
-from predictor.kernels.cpu.linear import Int8Linear
+from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
 from predictor.kernels.fp8 import Fp8Linear
@@ -87,6 +87,7 @@ from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int4_checkpoint import PackedLinear
+from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
@@ -627,7 +628,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/{fp8,int4_checkpoint,int8}_quantizer.py
+# transformers' quantizers: predictor/models/{linear,int4_checkpoint}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -687,6 +688,17 @@ def test_quantizer_converts_each_weight_while_it_loads() -> None:
     weight = original.model.layers[0].mlp.down_proj.weight
     assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
     assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_quantizer_may_give_weights_another_shape() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.float32, quantization_config=Int4Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Int4Linear)
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.uint8, (layer.out_features, layer.in_features // 2))
+    assert layer.scale.shape == (layer.out_features, layer.in_features // 32)
+    assert layer.scale.abs().min() > 0
 
 
 def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
