@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
 import transformers
+from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import InvalidSettings, UnsupportedModel
@@ -20,6 +21,8 @@ from predictor.models import (
     architectures,
     checkpoint,
     context_length,
+    int4_checkpoint,
+    int4_checkpoint_quantizer,
     placement,
     pooling,
     rope,
@@ -43,6 +46,8 @@ T = TypeVar("T")
 
 WEIGHTS_BAR = "Loading weights"
 """Description of transformers' progress bar over the weights' tensors."""
+_INT8_LM_HEAD = ("8bit", "4bit", *int4_checkpoint.METHODS)
+"""Quantizations on a CPU whose output layer is quantized to int8 at load."""
 _NAMED_TOKENS = 5
 """Number of tokens without an embedding that the log names."""
 
@@ -184,6 +189,8 @@ def make_plan(
     weight_bytes = weights.size_bytes // tensor_parallel.size()
     free_bytes = memory.available_bytes(target)
     checkpoint_config = getattr(config, "quantization_config", None)
+    if target.type == "cpu":
+        int4_checkpoint_quantizer.replace_method(config, directory, chosen_task)
     mode = resolve_mode(quantization, target, checkpoint_config, weight_bytes, free_bytes, fallback=fallback)
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
     lora = None if adapter_dir is None else _read_adapter(adapter_dir, config, chosen_task)
@@ -245,7 +252,7 @@ def execute(
     if plan.device.type == "cpu":
         with time_phase("pack"):
             _pack(model, quantization, plan.skip_modules)
-        if quantization in ("8bit", "4bit"):
+        if quantization in _INT8_LM_HEAD:
             int8_kernels = gemm.int8_backend()
             logger.info("int8 kernels: %s", int8_kernels)
         if reason := ops.unavailable_reason():
@@ -387,6 +394,8 @@ def _load_weights(plan: LoadPlan) -> Any:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
+    except UnsupportedModel:
+        raise
     except Exception as error:
         tensor_parallel.check_exchanges()
         if memory.is_out_of_memory(error):
@@ -400,6 +409,7 @@ def _load_weights(plan: LoadPlan) -> Any:
         missing = (name for name in loading_info["missing_keys"] if not name.startswith("pooler."))
         loading_info = {**loading_info, "missing_keys": list(missing)}
     checkpoint.check_complete(plan.weights_dir, loading_info)
+    int4_checkpoint.unpack_layers(model, plan.weights_dir)
     return model
 
 
@@ -435,7 +445,9 @@ def _load_error(part: str, directory: Path, error: Exception) -> UnsupportedMode
 
 def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     lm_head = model.get_output_embeddings()
-    quantizes_lm_head = quantization in ("8bit", "4bit") and should_quantize(model, lm_head, skip_modules)
+    quantizes_lm_head = (
+        quantization in _INT8_LM_HEAD and type(lm_head) is nn.Linear and should_quantize(model, lm_head, skip_modules)
+    )
     decoder_layer.fuse(model)
     linear.pack_linear_layers(model, lm_head if quantizes_lm_head else None)
 
@@ -443,7 +455,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
 def _resolved_method(model: Any, mode: str) -> str:
     checkpoint_config = getattr(model.config, "quantization_config", None) if mode == "none" else None
     method = mode if checkpoint_config is None else str(getattr(checkpoint_config, "quant_method", "unknown"))
-    return {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}.get(method, method)
+    return {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}.get(method) or int4_checkpoint_quantizer.checkpoint_method(method)
 
 
 def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:

@@ -31,6 +31,7 @@ from huggingface_hub import utils as hub_utils
 from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
 from kserve.protocol.grpc import grpc_predict_v2_pb2
 from kserve.protocol.model_repository_extension import ModelRepositoryExtension
+from safetensors.torch import load_file
 from starlette.applications import Starlette
 from torch.nn.attention.varlen import varlen_attn
 from transformers import core_model_loading
@@ -85,13 +86,16 @@ from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.fp8_quantizer import Fp8Config
+from predictor.models.int4_checkpoint import PackedLinear
 from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
 from predictor.types import Caller, ReasoningDelta, SamplingParams, TextDelta, ToolCallDelta
+from snapshot_format.model_files import SINGLE
 from storage_initializer.prepare import transformers_mapping
 from storage_initializer.sources import hub_client
+from tests.predictor.models import packed_checkpoints
 from tests.predictor.servers import HANG_SECONDS, Hold
 
 pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
@@ -624,7 +628,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/linear_quantizer.py
+# transformers' quantizers: predictor/models/{int4_checkpoint,linear}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -705,6 +709,33 @@ def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
     assert isinstance(layer, Fp8Linear)
     assert (layer.weight.dtype, layer.scale.dtype) == (torch.float8_e4m3fn, torch.float32)
     assert quantized.dtype == torch.bfloat16
+
+
+def test_quantizer_of_a_checkpoint_gets_its_files_before_and_its_tensors_unchanged(tmp_path: Path) -> None:
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 64}
+    directory = packed_checkpoints.write(
+        tmp_path,
+        config | {"quant_method": "kserve_llm_gptq"},
+        lambda weight: packed_checkpoints.quantize(weight, 64, symmetric=True),
+        packed_checkpoints.gptq_tensors,
+    )
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+    layer = loaded.model.layers[0].mlp.down_proj
+    assert isinstance(layer, PackedLinear)
+    stored = load_file(directory / SINGLE)
+    for name in ("qweight", "qzeros", "g_idx"):
+        assert torch.equal(getattr(layer, name), stored[f"model.layers.0.mlp.down_proj.{name}"])
+    # Not through bfloat16.
+    assert layer.scales.dtype == torch.float32
+    assert torch.equal(layer.scales, stored["model.layers.0.mlp.down_proj.scales"].float())
+
+
+def test_quantizers_of_gptq_and_awq_need_packages_that_we_do_not_have() -> None:
+    for method in ("gptq", "awq"):
+        config = transformers.AutoConfig.from_pretrained(DEMO_MODEL)
+        config.quantization_config = {"quant_method": method, "bits": 4, "group_size": 64}
+        with pytest.raises(ImportError, match=r"requires (optimum|gptqmodel)"):
+            transformers.AutoModelForCausalLM.from_pretrained(DEMO_MODEL, config=config)
 
 
 def test_loading_info_names_missing_and_mismatched_weights(tmp_path: Path) -> None:
