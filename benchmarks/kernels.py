@@ -71,28 +71,49 @@ def measure_linears(backends: list[str], token_counts: list[int], repetitions: i
         print(f"| {backend} |", *(f"{value:.1f} |" for value in row))
 
 
-def measure_attention(sequences: int, repetitions: int) -> None:
-    """Print the duration of one layer in C, and gathered with torch."""
-    slots = sequences * KEYS
-    key_cache, value_cache = torch.randn(2, slots, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind()
-    query = torch.randn(sequences, HEADS, HEAD_DIM, dtype=torch.bfloat16)
-    mapping, query_indices = torch.randperm(slots), torch.arange(sequences)
-    ranges = torch.stack((query_indices * KEYS, (query_indices + 1) * KEYS), 1)
+def measure_attention(sequences: int, past: int, queries: int, repetitions: int) -> None:
+    """Print the duration of one layer in C, and with torch: keys gathered, and masks where they are needed.
 
-    def gathered() -> torch.Tensor:
-        key, value = (
-            cache.index_select(0, mapping).unflatten(0, (sequences, KEYS)).transpose(1, 2)
-            for cache in (key_cache, value_cache)
+    Args:
+        sequences: in the step.
+        past: tokens of each before the step.
+        queries: tokens of each in the step.
+        repetitions: of which the median is printed; C and torch in turns.
+    """
+    slots, scale = sequences * past, HEAD_DIM**-0.5
+    key_cache, value_cache = torch.randn(2, slots + 1, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind()
+    query = torch.randn(sequences * queries, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    key, value = torch.randn(2, sequences * queries, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16).unbind()
+    mapping = torch.randperm(slots)
+    places = torch.tensor([[seq * queries, past, 0, seq * past] for seq in range(sequences)])
+    size = ops.ATTENTION_ROWS // (HEADS // KV_HEADS)
+    tiles = torch.tensor(
+        [[seq, q, min(size, queries - q)] for q in reversed(range(0, queries, size)) for seq in range(sequences)]
+    )
+    mask = None if queries == 1 else torch.ones(queries, past + queries, dtype=torch.bool).tril(past)
+
+    def by_sdpa() -> torch.Tensor:
+        keys, values = (
+            torch.cat((cache[mapping].unflatten(0, (sequences, past)), new.unflatten(0, (sequences, queries))), 1)
+            for cache, new in ((key_cache, key), (value_cache, value))
         )
-        grouped = query.unflatten(1, (KV_HEADS, HEADS // KV_HEADS))
-        return torch.nn.functional.scaled_dot_product_attention(grouped, key, value)
+        states = (part.transpose(1, 2) for part in (query.unflatten(0, (sequences, queries)), keys, values))
+        is_causal = past == 0 and queries > 1
+        return torch.nn.functional.scaled_dot_product_attention(
+            *states, attn_mask=None if is_causal else mask, is_causal=is_causal, scale=scale, enable_gqa=True
+        )
 
-    def paged() -> torch.Tensor:
-        indices = {"query_indices": query_indices, "slot_mapping": mapping, "kv_ranges": ranges}
-        return ops.paged_attention(query, key_cache, value_cache, scale=HEAD_DIM**-0.5, **indices)
+    def in_c() -> torch.Tensor:
+        indices = {"slot_mapping": mapping, "sequences": places, "tiles": tiles}
+        return ops.paged_attention(query, key, value, key_cache, value_cache, scale=scale, **indices)
 
-    in_c = f"{milliseconds(paged, repetitions):.3f}" if ops.cpu_isa else "unavailable"
-    print(f"attention, {sequences} sequences: C {in_c}, torch {milliseconds(gathered, repetitions):.3f}")
+    durations: dict[str, list[float]] = {"C": [], "torch": []}
+    for _ in range(repetitions):
+        durations["torch"].append(milliseconds(by_sdpa, 1))
+        if ops.cpu_isa:
+            durations["C"].append(milliseconds(in_c, 1))
+    figures = {name: f"{statistics.median(values):.3f}" if values else "-" for name, values in durations.items()}
+    print(f"| {sequences} | {past} | {queries} |", *(f"{figure} |" for figure in figures.values()))
 
 
 if __name__ == "__main__":
@@ -103,6 +124,7 @@ if __name__ == "__main__":
     parser.add_argument("--repetitions", type=int, default=20)
     arguments = parser.parse_args()
     with torch.inference_mode():
-        for sequences in (8, 32):
-            measure_attention(sequences, 10 * arguments.repetitions)
+        print("| sequences | tokens before the step | tokens of the step | C, ms | torch, ms |\n|---|---|---|---|---|")
+        for shape in ((8, KEYS, 1), (32, KEYS, 1), (8, 4 * KEYS, 8), (1, 0, 128), (1, 0, 512), (1, 0, 2048)):
+            measure_attention(*shape, arguments.repetitions)
         measure_linears(arguments.backends, arguments.tokens, arguments.repetitions)

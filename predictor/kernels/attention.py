@@ -4,6 +4,7 @@ import logging
 from typing import Any
 
 from predictor.kernels import sequence_attention, transformers_attention
+from predictor.kernels.cpu import ops
 from predictor.kernels.cuda import attention as cuda_attention
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ def install(model: Any) -> bool:
         logger.warning("FlashAttention is unavailable, so each sequence is computed by itself: %s", unavailable)
     name = transformers_attention.SEQUENCE if unavailable else transformers_attention.VARLEN
     transformers_attention.select(model, name)
-    logger.info("attention: %s", "SDPA for each sequence" if unavailable else "FlashAttention over block tables")
+    in_c = "C over the paged KV cache" if _uses_c(model) else "SDPA for each sequence"
+    logger.info("attention: %s", in_c if unavailable else "FlashAttention over block tables")
     return True
 
 
@@ -35,5 +37,13 @@ def uses_block_tables(model: Any) -> bool:
 
 
 def reads_in_place(model: Any) -> bool:
-    """Return whether all layers read keys and values in the cache only; those with a sliding window gather theirs."""
-    return uses_block_tables(model) and not getattr(model.config.get_text_config(), "sliding_window", None)
+    """Return whether all layers read keys and values in the cache only; on CUDA those with a window gather theirs."""
+    if uses_block_tables(model):
+        return not getattr(model.config.get_text_config(), "sliding_window", None)
+    return transformers_attention.is_selected(model, transformers_attention.SEQUENCE) and _uses_c(model)
+
+
+def _uses_c(model: Any) -> bool:
+    if model.device.type != "cpu":
+        return False
+    return ops.supports_paged_attention(model.dtype, *transformers_attention.heads(model))

@@ -1,10 +1,10 @@
 """Attention over the paged KV cache on any device, for transformers' `AttentionInterface`.
 
 transformers' batching manager computes one dense attention for the whole batch, at a cost quadratic in the batch size.
-Here each sequence attends to its own keys only:
+Here each sequence attends to its own keys only: on a CPU in C (`cpu.paged_attention`), and where that does not support
+the heads, with SDPA:
 
-    paged decode   one query per sequence, in C on a CPU, keys read in place
-    padded decode  one query per sequence, keys gathered and padded to one length, where C does not support the heads
+    padded decode  one query per sequence, keys gathered and padded to one length
     single         a prompt, or a chunk of one; with a sliding window any sequence
 """
 
@@ -17,22 +17,13 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from predictor.kernels import transformers_attention
-from predictor.kernels.cpu import ops
+from predictor.kernels.cpu import paged_attention
 from predictor.kernels.transformers_attention import PagedKVCache, PagedLayer
 
 PADDED_TOKENS = 32
 """Key lengths are padded to multiples of this, so that sums over keys have the same order in any batch."""
 _MAX_LENGTH_RATIO = 2
 """Sequences up to this many times as long as the shortest are padded to one length."""
-
-
-@dataclass(frozen=True, slots=True)
-class PagedDecode:
-    """Sequences with one query each, in the form of `ops.paged_attention`."""
-
-    query_indices: torch.Tensor
-    slot_mapping: torch.Tensor
-    kv_ranges: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +55,8 @@ class Single:
 class AttentionMetadata:
     """Index tensors of one step, the same in every layer of a type."""
 
-    uses_paged_kernel: bool
     read_index: torch.Tensor
     """Cache slots to gather for `padded_decodes` and `singles`."""
-    paged_decode: PagedDecode | None
     padded_decodes: list[PaddedDecode]
     singles: list[Single]
 
@@ -101,58 +90,63 @@ def attend(
         cu_seq_lens_k: cumulative key lengths, by layer type.
         read_index: cache slots of the keys of all sequences, by layer type; empty if the cache has none of them.
         write_index: cache slots of the new keys, by layer type.
-        kwargs: arguments of other attention implementations.
+        kwargs: those of `cpu.paged_attention.attend`, and arguments of other attention implementations.
 
     Returns:
         (1, tokens, num_heads, head_dim), and no attention weights.
 
     Raises:
-        NotImplementedError: for soft-capped scores or attention sinks.
+        NotImplementedError: for soft-capped scores or attention sinks, which SDPA lacks.
     """
     del attention_mask
-    transformers_attention.check_scores(kwargs)
     layer = PagedLayer(cache, module.layer_idx)
+    indices: dict[str, Any] = {
+        "cu_seq_lens_q": cu_seq_lens_q,
+        "cu_seq_lens_k": cu_seq_lens_k,
+        "read_index": read_index,
+        "write_index": write_index,
+    }
+    if paged_attention.supports(layer, query, key, kwargs.get("position_ids")):
+        return paged_attention.attend(layer, query, key, value, scaling=scaling, **indices, **kwargs), None
+    transformers_attention.check_scores(kwargs)
+    return _attend_with_sdpa(layer, query, key, value, scaling=scaling, **indices), None
+
+
+def _attend_with_sdpa(
+    layer: PagedLayer,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float,
+    cu_seq_lens_q: torch.Tensor,
+    cu_seq_lens_k: dict[str, torch.Tensor],
+    read_index: list[torch.Tensor],
+    write_index: list[torch.Tensor],
+) -> torch.Tensor:
     _, num_heads, tokens, head_dim = query.shape
-    uses_paged_kernel = (
-        query.device.type == "cpu"
-        and layer.window is None
-        and ops.supports_paged_attention(query.dtype, num_heads, key.shape[1], head_dim)
-    )
     # Kept on the step's tensor, which all layers share: it is freed with the step.
     by_type: dict[str, AttentionMetadata] = vars(cu_seq_lens_q).setdefault("attention_metadata", {})
     metadata = by_type.get(layer.type)
-    if metadata is None or metadata.uses_paged_kernel is not uses_paged_kernel:
+    if metadata is None:
         lengths = cu_seq_lens_q, cu_seq_lens_k[layer.type], read_index[layer.index]
         if layer.window is None:
-            metadata = _build_metadata(*lengths, query.dtype, uses_paged_kernel)
+            metadata = _build_metadata(*lengths, query.dtype)
         else:
             metadata = _build_windowed_metadata(*lengths, layer.window)
         by_type[layer.type] = metadata
     keys, values = layer.update(key, value, metadata.read_index, write_index[layer.index])
     query, key, value = query[0], keys.transpose(0, 1), values.transpose(0, 1)
-    paged_decode, padded_decodes = metadata.paged_decode, metadata.padded_decodes
+    padded_decodes = metadata.padded_decodes
     # A batch of one group needs no copy into an output.
-    if paged_decode is not None and len(paged_decode.query_indices) == tokens:
-        return _paged_decode(query, *layer.pages(), paged_decode, scaling)[None], None
     if padded_decodes and padded_decodes[0].query_indices is None:
-        return _padded_decode(query, key, value, padded_decodes[0], scaling)[None], None
+        return _padded_decode(query, key, value, padded_decodes[0], scaling)[None]
     output = query.new_empty(tokens, num_heads, head_dim)
-    if paged_decode is not None:
-        output[paged_decode.query_indices] = _paged_decode(query, *layer.pages(), paged_decode, scaling)
     for group in padded_decodes:
         output[group.query_indices] = _padded_decode(query, key, value, group, scaling)
     for single in metadata.singles:
         output[single.queries] = _single(query, key, value, single, scaling)
-    return output[None], None
-
-
-def _paged_decode(
-    query: torch.Tensor, key_pages: torch.Tensor, value_pages: torch.Tensor, group: PagedDecode, scale: float
-) -> torch.Tensor:
-    indices = {"query_indices": group.query_indices, "slot_mapping": group.slot_mapping, "kv_ranges": group.kv_ranges}
-    key_value_cache = key_pages.flatten(0, 1), value_pages.flatten(0, 1)
-    attn_output = ops.paged_attention(query.transpose(0, 1), *key_value_cache, scale=scale, **indices)
-    return attn_output.to(query.dtype)
+    return output[None]
 
 
 def _padded_decode(
@@ -189,7 +183,6 @@ def _build_metadata(
     cu_seq_lens_k: torch.Tensor,
     read_index: torch.Tensor,
     dtype: torch.dtype,
-    uses_paged_kernel: bool,
 ) -> AttentionMetadata:
     """Assign each sequence to a strategy, and gather cache slots in the order in which they are computed."""
     device = cu_seq_lens_q.device
@@ -197,31 +190,23 @@ def _build_metadata(
     # Without slots to read, keys and values are those of the prompts, in their order.
     reads_cache = read_index.numel() > 0
     decodes = [seq for seq, q_range in enumerate(q_ranges) if reads_cache and _length(q_range) == 1]
-    paged_decode = None
     padded_decodes, singles = [], []
     read_indices: list[torch.Tensor] = []
     offset = 0
-    if decodes and uses_paged_kernel:
-        paged_decode = PagedDecode(
-            torch.tensor([q_ranges[seq].start for seq in decodes]),
-            read_index,
-            torch.tensor([[kv_ranges[seq].start, kv_ranges[seq].stop] for seq in decodes]),
-        )
-    else:
-        for group in _group_by_length(decodes, kv_ranges):
-            starts = torch.tensor([[kv_ranges[seq].start] for seq in group], device=device)
-            lengths = torch.tensor([[_length(kv_ranges[seq])] for seq in group], device=device)
-            padded_length = -(-max(_length(kv_ranges[seq]) for seq in group) // PADDED_TOKENS) * PADDED_TOKENS
-            positions = torch.arange(padded_length, device=device)
-            # Padding repeats the last key: unwritten cache may hold NaN, which a mask does not remove.
-            read_indices.append(read_index[starts + positions.minimum(lengths - 1)].flatten())
-            mask = torch.zeros(len(group), 1, 1, padded_length, dtype=dtype, device=device)
-            mask.masked_fill_((positions >= lengths)[:, None, None], -torch.inf)
-            is_whole_batch = len(group) == len(q_ranges)
-            indices = [q_ranges[seq].start for seq in group]
-            query_indices = None if is_whole_batch else torch.tensor(indices, device=device)
-            keys = slice(offset, offset := offset + read_indices[-1].numel())
-            padded_decodes.append(PaddedDecode(query_indices, keys, padded_length, mask))
+    for group in _group_by_length(decodes, kv_ranges):
+        starts = torch.tensor([[kv_ranges[seq].start] for seq in group], device=device)
+        lengths = torch.tensor([[_length(kv_ranges[seq])] for seq in group], device=device)
+        padded_length = -(-max(_length(kv_ranges[seq]) for seq in group) // PADDED_TOKENS) * PADDED_TOKENS
+        positions = torch.arange(padded_length, device=device)
+        # Padding repeats the last key: unwritten cache may hold NaN, which a mask does not remove.
+        read_indices.append(read_index[starts + positions.minimum(lengths - 1)].flatten())
+        mask = torch.zeros(len(group), 1, 1, padded_length, dtype=dtype, device=device)
+        mask.masked_fill_((positions >= lengths)[:, None, None], -torch.inf)
+        is_whole_batch = len(group) == len(q_ranges)
+        indices = [q_ranges[seq].start for seq in group]
+        query_indices = None if is_whole_batch else torch.tensor(indices, device=device)
+        keys = slice(offset, offset := offset + read_indices[-1].numel())
+        padded_decodes.append(PaddedDecode(query_indices, keys, padded_length, mask))
     for q_range, kv_range in zip(q_ranges, kv_ranges, strict=True):
         if _length(q_range) == 1 and reads_cache:
             continue
@@ -231,7 +216,7 @@ def _build_metadata(
             keys = slice(offset, offset := offset + _length(kv_range))
         singles.append(_make_single(q_range, keys, None, device))
     gathered = torch.cat(read_indices) if read_indices else read_index[:0]
-    return AttentionMetadata(uses_paged_kernel, gathered, paged_decode, padded_decodes, singles)
+    return AttentionMetadata(gathered, padded_decodes, singles)
 
 
 def _build_windowed_metadata(
@@ -244,7 +229,7 @@ def _build_windowed_metadata(
     """
     ranges = zip(_ranges(cu_seq_lens_q), _ranges(cu_seq_lens_k), strict=True)
     singles = [_make_single(q_range, kv_range, window, cu_seq_lens_q.device) for q_range, kv_range in ranges]
-    return AttentionMetadata(False, read_index, None, [], singles)
+    return AttentionMetadata(read_index, [], singles)
 
 
 def _make_single(queries: slice, keys: slice, window: int | None, device: torch.device) -> Single:

@@ -75,6 +75,11 @@ class PagedLayer:
         pages: tuple[torch.Tensor, torch.Tensor] = self._allocator.get_cache_for_block_table(self._layer_idx)
         return pages
 
+    def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values by slot, (slots, num_kv_heads, head_dim) each."""
+        slots: tuple[torch.Tensor, torch.Tensor] = self._allocator._kv_token_views[self._layer_idx]
+        return slots
+
 
 def read_pages(cache: PagedKVCache) -> None:
     """Make the batching manager pass the pages of each sequence as `read_index`, instead of the slots in them.

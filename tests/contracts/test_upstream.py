@@ -78,7 +78,7 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import layer_table, ops, torch_private
+from predictor.kernels.cpu import layer_table, paged_attention, torch_private
 from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
@@ -986,9 +986,10 @@ def test_paged_layer_has_the_pages_that_the_slots_are_in(executor: BatchingManag
     key = torch.randn(1, num_kv_heads, 2, head_dim)
     nothing, slots = torch.zeros(0, dtype=torch.int64), layers[1].unused_slot + torch.tensor([0, 3])
     layers[1].update(key, -key, nothing, slots)
-    for pages, written in zip(layers[1].pages(), (key, -key), strict=True):
+    for pages, by_slot, written in zip(layers[1].pages(), layers[1].slots(), (key, -key), strict=True):
         assert pages.shape[1:] == (PAGE_TOKENS, num_kv_heads, head_dim)
         assert torch.equal(pages.flatten(0, 1)[slots], written[0].transpose(0, 1))
+        assert torch.equal(by_slot[slots], written[0].transpose(0, 1))
 
 
 def test_pages_of_a_sequence_are_those_of_the_manager(executor: BatchingManager) -> None:
@@ -1081,7 +1082,7 @@ def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any)
 def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
     calls: list[int] = []
-    build, supports = sequence_attention._build_metadata, ops.supports_paged_attention
+    build, supports = sequence_attention._build_metadata, paged_attention.supports
 
     def count_build(*args: Any) -> Any:
         builds.append(1)
@@ -1089,10 +1090,11 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
 
     def count_call(*args: Any) -> bool:
         calls.append(1)
-        return supports(*args)
+        supports(*args)
+        return False
 
     monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(ops, "supports_paged_attention", count_call)
+    monkeypatch.setattr(paged_attention, "supports", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:

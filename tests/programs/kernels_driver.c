@@ -46,17 +46,23 @@ static void test_int4_gemm(size_t m, size_t n, size_t k, size_t group_size, int 
     free(bias), free(norm), free(residual), free(output);
 }
 
-static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_dim) {
-    enum { SEQS = 3, SLOTS = 75 };
-    const int64_t kv_ranges[2 * SEQS] = {0, 1, 1, 34, 34, SLOTS}, query_indices[SEQS] = {2, 0, 1};
-    const size_t slot_stride = num_kv_heads * head_dim, query_stride = num_heads * head_dim;
+static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_dim, size_t window, int is_float32) {
+    enum { SEQS = 3, SLOTS = 104, TOKENS = 37 };
+    /* First token, tokens before the step, position of the first key in the cache, its slot. */
+    const int64_t sequences[4 * SEQS] = {0, 1, 0, 0, 1, 130, 130 - 33, 1, 2, 70, 0, 34};
+    const int64_t tiles[3 * 5] = {0, 0, 1, 1, 0, 1, 2, 0, 5, 2, 5, 16, 2, 21, 14};
+    const size_t key_stride = num_kv_heads * head_dim, query_stride = num_heads * head_dim;
+    const size_t bytes = is_float32 ? sizeof(float) : sizeof(bfloat16);
     int64_t *slot_mapping = malloc(SLOTS * sizeof *slot_mapping);
-    bfloat16 *cache = calloc(SLOTS * slot_stride, sizeof *cache), *query = calloc(SEQS * query_stride, sizeof *query);
-    float *output = malloc(SEQS * query_stride * sizeof *output);
+    void *cache = calloc(SLOTS * key_stride, bytes), *key = calloc(TOKENS * key_stride, bytes);
+    void *query = calloc(TOKENS * query_stride, bytes);
+    float *output = malloc(TOKENS * query_stride * sizeof *output), *sinks = floats(num_heads);
     for (int64_t i = 0; i < SLOTS; i++) slot_mapping[i] = SLOTS - 1 - i;
-    paged_attention(query, query_stride, cache, cache, slot_stride, slot_mapping, kv_ranges, query_indices, SEQS,
-        num_heads, num_kv_heads, head_dim, 0.125f, output, 2);
-    free(slot_mapping), free(cache), free(query), free(output);
+    paged_attention(
+        query, key, key, query_stride, key_stride, key_stride, cache, cache, key_stride, slot_mapping, sequences, tiles, 5,
+        num_heads, num_kv_heads, head_dim, window, 0.125f, 30, sinks, output, is_float32, 2
+    );
+    free(slot_mapping), free(cache), free(key), free(query), free(output), free(sinks);
 }
 
 #ifdef EMULATED_AMX_H
@@ -76,7 +82,8 @@ int main(void) {
                     for (size_t group_size = 32; group_size <= 128; group_size *= 2)
                         test_int4_gemm(sizes[m], sizes[n], sizes[k], group_size, (m + n + k) % 2, isa);
                 }
-    for (size_t head_dim = 32; head_dim <= 128; head_dim += 32)
-        test_attention(16, 1, head_dim), test_attention(6, 3, head_dim);
+    for (size_t head_dim = 16; head_dim <= 256; head_dim += 48)
+        for (int is_float32 = 0; is_float32 < 2; is_float32++)
+            test_attention(5, 1, head_dim, 34, is_float32), test_attention(6, 3, head_dim, 34, is_float32);
     return 0;
 }

@@ -27,12 +27,22 @@ PROTOTYPES = {
     "int4_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3),
     "paged_attention": (
         None,
-        [_POINTER, _SIZE, _POINTER, _POINTER, _SIZE] + [_POINTER] * 3 + [_SIZE] * 4 + [_FLOAT, _POINTER, _INT],
+        [_POINTER] * 3
+        + [_SIZE] * 3
+        + [_POINTER] * 2
+        + [_SIZE]
+        + [_POINTER] * 3
+        + [_SIZE] * 5
+        + [_FLOAT] * 2
+        + [_POINTER] * 2
+        + [_INT] * 2,
     ),
 }
 """Result and argument types of the functions in `kernels.h`."""
 CPU_ISAS = (None, "avx512_vnni", "amx")
 """Instruction sets, in the order of the `ISA_*` constants in `kernels.h`."""
+ATTENTION_ROWS = 96
+"""Queries x heads of a KV head that `paged_attention` computes together, `MAX_ROWS` in `paged_attention.c`."""
 
 MIN_SCALE_EXPONENT = -100
 """Lower scales are zero: powers of two beyond float32 would not be finite."""
@@ -244,53 +254,78 @@ def int4_scaled_mm(
 
 def supports_paged_attention(dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
     """Whether `paged_attention` computes heads of this shape and dtype on this CPU."""
-    supports_shape = num_heads <= 16 * num_kv_heads and head_dim in (32, 64, 96, 128)
-    return cpu_isa is not None and dtype == torch.bfloat16 and supports_shape
+    supports_shape = num_heads <= ATTENTION_ROWS * num_kv_heads and head_dim % 16 == 0 and head_dim <= 256
+    return cpu_isa is not None and dtype in (torch.bfloat16, torch.float32) and supports_shape
 
 
 def paged_attention(
     query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     *,
-    query_indices: torch.Tensor,
     slot_mapping: torch.Tensor,
-    kv_ranges: torch.Tensor,
+    sequences: torch.Tensor,
+    tiles: torch.Tensor,
     scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute attention of sequences with one query each, reading keys and values in place from a paged cache.
+    """Compute causal attention of a step's tokens to those before the step, in a paged cache, and to those of it.
+
+    The result of a query is bit-identical in any step and tile.
 
     Args:
-        query: (tokens, num_heads, head_dim), bfloat16; may contain other sequences' tokens.
-        key_cache: (slots, num_kv_heads, head_dim), bfloat16.
+        query: (tokens, num_heads, head_dim), bfloat16 or float32.
+        key: of the same tokens and dtype, (tokens, num_kv_heads, head_dim).
+        value: as `key`.
+        key_cache: (slots, num_kv_heads, head_dim), of the same dtype.
         value_cache: as `key_cache`.
-        query_indices: index of each sequence's query in `query`, (sequences,), int64.
-        slot_mapping: cache slots of the keys of all sequences, int64.
-        kv_ranges: start and end of each sequence's slots in `slot_mapping`, (sequences, 2), int64.
+        slot_mapping: cache slots of the keys before the step of all sequences, int64.
+        sequences: (sequences, 4), int64: the index of the sequence's first token in `query`; the number of its tokens
+            before the step; the position of the first of them whose key is read; the index of its slot in
+            `slot_mapping`, in which the later ones follow.
+        tiles: queries that are computed together, (tiles, 3), int64: the index of their sequence, the number of its
+            tokens of the step before them, and their own number, at most `ATTENTION_ROWS` // (num_heads //
+            num_kv_heads). Tokens without a tile have an arbitrary result.
         scale: factor of the scores.
+        window: number of keys that a query attends to, its own included; None: all.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: for each head, a score of a key without a value, (num_heads,), float32.
 
     Returns:
-        (sequences, num_heads, head_dim), float32.
+        (tokens, num_heads, head_dim), float32.
     """
-    _, num_heads, head_dim = query.shape
-    if query.stride()[1:] != (head_dim, 1):
-        query = query.contiguous()
-    output = torch.empty(len(query_indices), num_heads, head_dim, dtype=torch.float32)
+    tokens, num_heads, head_dim = query.shape
+    query, key, value = (
+        states if states.stride()[1:] == (head_dim, 1) else states.contiguous() for states in (query, key, value)
+    )
+    output = torch.empty(tokens, num_heads, head_dim, dtype=torch.float32)
     _library.paged_attention(
         query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
         query.stride(0),
+        key.stride(0),
+        value.stride(0),
         key_cache.data_ptr(),
         value_cache.data_ptr(),
         key_cache.stride(0),
         slot_mapping.data_ptr(),
-        kv_ranges.data_ptr(),
-        query_indices.data_ptr(),
-        len(query_indices),
+        sequences.data_ptr(),
+        tiles.data_ptr(),
+        len(tiles),
         num_heads,
-        key_cache.shape[1],
+        key.shape[1],
         head_dim,
+        window or 0,
         scale,
+        softcap or 0.0,
+        None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
+        query.dtype == torch.float32,
         torch.get_num_threads(),
     )
     return output

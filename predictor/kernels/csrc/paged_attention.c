@@ -1,134 +1,330 @@
-/* Attention of decoding sequences, one query each, over a paged bfloat16 KV cache that is read in place.
+/* Causal attention over a paged KV cache that is read in place, and over the keys of the step, which need not be in it.
  *
- * Each sequence is computed by itself in float32, in blocks of keys with an online softmax. Its result is therefore
- * bit-identical in any batch.
+ * A job is a few queries of one sequence, with all heads that share a KV head, over blocks of keys with an online
+ * softmax, in float32. Blocks start at multiples of BLOCK_KEYS in the sequence, whatever the query, and a key that a
+ * query does not see adds an exact zero to its sums. The result of a query is therefore bit-identical in any batch,
+ * chunk of its prompt, and number of threads.
  */
 #include "kernels.h"
 #include "simd_avx512.h"
 
 #include <math.h>
+#include <string.h>
 
 enum {
-    BLOCK_KEYS = 32,  /* keys per block: they and their values stay in the L1 cache */
-    MAX_QUERIES = 16, /* query heads per KV head; `supports_paged_attention` in ops.py enforces both limits */
-    MAX_HEAD_DIM = 128
+    BLOCK_KEYS = 64,  /* keys per block: 64 features of them and of their values fit into the L1 cache */
+    TILE_ROWS = 6,    /* rows of a product that are computed at once: 24 accumulators, and 4 registers of keys */
+    MAX_ROWS = 96,    /* queries x heads per job; `ATTENTION_ROWS` in ops.py */
+    MAX_HEAD_DIM = 256
 };
 
-static inline __m512 bf16_to_f32(const bfloat16 *numbers) {
-    const __m256i halves = _mm256_loadu_si256((const __m256i *)numbers);
+/* One call's arguments, as in kernels.h. */
+typedef struct {
+    const void *query, *key, *value, *key_cache, *value_cache;
+    size_t query_stride, key_stride, value_stride, slot_stride, num_queries_per_kv, head_dim, window;
+    const int64_t *slot_mapping;
+    float scale, softcap;
+    const float *sinks;
+} Arguments;
+
+/* Where the keys of a sequence are: a row of `sequences`. */
+typedef struct {
+    int64_t first_token;  /* of the step's tokens, the sequence's first one */
+    int64_t past_length;  /* tokens before the step */
+    int64_t first_key;    /* position of the first key in the cache: later ones up to the step are there as well */
+    int64_t first_slot;   /* index of its slot in `slot_mapping` */
+} Sequence;
+
+/* Queries of a job: a row of `tiles`. */
+typedef struct {
+    int64_t sequence, first_query, num_queries;
+} Tile;
+
+typedef struct {
+    float query[MAX_ROWS * MAX_HEAD_DIM], output[MAX_ROWS * MAX_HEAD_DIM];
+    float keys[MAX_HEAD_DIM * BLOCK_KEYS];   /* transposed: (head_dim, BLOCK_KEYS) */
+    float values[BLOCK_KEYS * MAX_HEAD_DIM]; /* (BLOCK_KEYS, width) */
+    float max[MAX_ROWS], sum[MAX_ROWS];
+} Workspace;
+
+static inline size_t element_bytes(int is_float32) { return is_float32 ? sizeof(float) : sizeof(bfloat16); }
+
+/* LANES numbers from element `index` of a row on. */
+static inline __m512 load(const void *row, size_t index, int is_float32) {
+    if (is_float32) return _mm512_loadu_ps((const float *)row + index);
+    const __m256i halves = _mm256_loadu_si256((const __m256i *)((const bfloat16 *)row + index));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-static inline void bf16_row_to_f32(const bfloat16 *row, size_t head_dim, float *output) {
-    for (size_t i = 0; i < head_dim; i += LANES) _mm512_storeu_ps(output + i, bf16_to_f32(row + i));
-}
-
-/* Horizontal sums of 16 registers, as one register: four rounds that each halve the number of registers. */
-static inline __m512 reduce_add_16x16(const __m512 *rows) {
-    __m512 eight[8], four[4], two[2];
-    for (int i = 0; i < 8; i++, rows += 2)
-        eight[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[0], rows[1]), _mm512_unpackhi_ps(rows[0], rows[1]));
+static inline void transpose_16x16(__m512i *rows) {
+    __m512i pairs[LANES], quads[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
+            quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
+        }
+#pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
-        const __m512d a = _mm512_castps_pd(eight[2 * i]), b = _mm512_castps_pd(eight[2 * i + 1]);
-        const __m512d low = _mm512_unpacklo_pd(a, b), high = _mm512_unpackhi_pd(a, b);
-        four[i] = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+        const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0x88);
+        const __m512i high = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0xdd);
+        const __m512i low2 = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0x88);
+        const __m512i high2 = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0xdd);
+        rows[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+        rows[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+        rows[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
     }
-    for (int i = 0; i < 2; i++) {
-        const __m512 a = four[2 * i], b = four[2 * i + 1];
-        two[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-    }
-    return _mm512_add_ps(_mm512_shuffle_f32x4(two[0], two[1], 0x88), _mm512_shuffle_f32x4(two[0], two[1], 0xdd));
 }
 
-/* The queries of one sequence that share a KV head. `head_dim` is constant where inlined, to unroll its loops. */
-static inline __attribute__((always_inline)) void attend_kv_head(const bfloat16 *query, const bfloat16 *key_cache,
-    const bfloat16 *value_cache, size_t slot_stride, const int64_t *slot, const int64_t *slot_end, size_t num_queries,
-    size_t head_dim, float scale, float *output) {
-    float q[MAX_QUERIES][MAX_HEAD_DIM], block[BLOCK_KEYS][MAX_HEAD_DIM], scores[MAX_QUERIES][BLOCK_KEYS];
-    float running_max[MAX_QUERIES], running_sum[MAX_QUERIES];
-    for (size_t h = 0; h < num_queries; h++) {
-        running_max[h] = -INFINITY;
-        running_sum[h] = 0;
-        for (size_t i = 0; i < head_dim; i += LANES) {
-            const __m512 row = bf16_to_f32(query + h * head_dim + i);
-            _mm512_storeu_ps(q[h] + i, _mm512_mul_ps(row, _mm512_set1_ps(scale)));
-            _mm512_storeu_ps(output + h * head_dim + i, _mm512_setzero_ps());
-        }
-    }
-    for (; slot < slot_end; slot += BLOCK_KEYS) {
-        const size_t n_keys = slot_end - slot < BLOCK_KEYS ? (size_t)(slot_end - slot) : BLOCK_KEYS;
-        for (size_t k = 0; k < n_keys; k++) bf16_row_to_f32(key_cache + slot[k] * slot_stride, head_dim, block[k]);
-        for (size_t h = 0; h < num_queries; h++) {
-            for (size_t first = 0; first < BLOCK_KEYS; first += LANES) {
-                __m512 products[LANES];
+/* Transpose LANES keys into a column of `output`, (head_dim, BLOCK_KEYS). NULL is a key of zeros. */
+static inline void transpose_keys(const void *const *keys, size_t head_dim, int is_float32, float *output) {
+    const size_t step = is_float32 ? LANES : 2 * LANES; /* features in a register */
+    for (size_t i = 0; i < head_dim; i += step) {
+        const size_t remaining = (head_dim - i) * LANES / step;
+        const __mmask16 mask = remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
+        __m512i rows[LANES];
 #pragma GCC unroll 16
-                for (size_t k = 0; k < LANES; k++) {
-                    products[k] = _mm512_setzero_ps();
-#pragma GCC unroll 8
-                    for (size_t i = 0; i < head_dim; i += LANES) {
-                        const __m512 key = _mm512_loadu_ps(block[first + k] + i);
-                        products[k] = _mm512_fmadd_ps(_mm512_loadu_ps(q[h] + i), key, products[k]);
-                    }
-                }
-                _mm512_storeu_ps(scores[h] + first, reduce_add_16x16(products));
-            }
-            for (size_t k = n_keys; k < BLOCK_KEYS; k++) scores[h][k] = -INFINITY;
+        for (size_t k = 0; k < LANES; k++) {
+            const char *features = (const char *)keys[k] + i * element_bytes(is_float32);
+            rows[k] = keys[k] ? _mm512_maskz_loadu_epi32(mask, features) : _mm512_setzero_si512();
         }
-        for (size_t k = 0; k < n_keys; k++) bf16_row_to_f32(value_cache + slot[k] * slot_stride, head_dim, block[k]);
-        for (size_t h = 0; h < num_queries; h++) {
-            const __m512 left = _mm512_loadu_ps(scores[h]), right = _mm512_loadu_ps(scores[h] + LANES);
-            const float block_max = _mm512_reduce_max_ps(_mm512_max_ps(left, right));
-            const float new_max = block_max > running_max[h] ? block_max : running_max[h];
-            const __m512 shift = _mm512_set1_ps(new_max);
-            const __m512 left_exp = exp_ps(_mm512_sub_ps(left, shift)), right_exp = exp_ps(_mm512_sub_ps(right, shift));
-            const float rescale = _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(running_max[h] - new_max)));
-            _mm512_storeu_ps(scores[h], left_exp);
-            _mm512_storeu_ps(scores[h] + LANES, right_exp);
-            running_max[h] = new_max;
-            running_sum[h] = running_sum[h] * rescale + _mm512_reduce_add_ps(_mm512_add_ps(left_exp, right_exp));
-            __m512 sum[MAX_HEAD_DIM / LANES];
-#pragma GCC unroll 8
-            for (size_t i = 0; i < head_dim / LANES; i++)
-                sum[i] = _mm512_mul_ps(_mm512_loadu_ps(output + h * head_dim + i * LANES), _mm512_set1_ps(rescale));
-            for (size_t k = 0; k < n_keys; k++)
-#pragma GCC unroll 8
-                for (size_t i = 0; i < head_dim / LANES; i++) {
-                    const __m512 value = _mm512_loadu_ps(block[k] + i * LANES);
-                    sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(scores[h][k]), value, sum[i]);
-                }
-#pragma GCC unroll 8
-            for (size_t i = 0; i < head_dim / LANES; i++) _mm512_storeu_ps(output + h * head_dim + i * LANES, sum[i]);
+        transpose_16x16(rows);
+        float *target = output + i * BLOCK_KEYS;
+#pragma GCC unroll 16
+        for (size_t j = 0; j < LANES; j++) {
+            if (is_float32) {
+                _mm512_storeu_si512(target + j * BLOCK_KEYS, rows[j]);
+            } else if (j < remaining) { /* pairs of features */
+                _mm512_storeu_si512(target + 2 * j * BLOCK_KEYS, _mm512_slli_epi32(rows[j], 16));
+                const __m512i odd = _mm512_and_si512(rows[j], _mm512_set1_epi32((int)0xffff0000));
+                _mm512_storeu_si512(target + (2 * j + 1) * BLOCK_KEYS, odd);
+            }
         }
     }
-    for (size_t h = 0; h < num_queries; h++)
-        for (size_t i = 0; i < head_dim; i += LANES) {
-            float *row = output + h * head_dim + i;
-            _mm512_storeu_ps(row, _mm512_div_ps(_mm512_loadu_ps(row), _mm512_set1_ps(running_sum[h])));
-        }
 }
 
-void paged_attention(const bfloat16 *query, size_t query_stride, const bfloat16 *key_cache, const bfloat16 *value_cache,
-    size_t slot_stride, const int64_t *slot_mapping, const int64_t *kv_ranges, const int64_t *query_indices,
-    size_t num_seqs, size_t num_heads, size_t num_kv_heads, size_t head_dim, float scale, float *output,
-    int num_threads) {
-    const size_t num_queries = num_heads / num_kv_heads;
-#pragma omp parallel for num_threads(num_threads) schedule(dynamic) /* Sequences differ in length. */
-    for (size_t job = 0; job < num_seqs * num_kv_heads; job++) {
-        const size_t seq = job / num_kv_heads, kv_head = job % num_kv_heads, head = kv_head * num_queries;
-        const bfloat16 *q = query + (size_t)query_indices[seq] * query_stride + head * head_dim;
-        const bfloat16 *keys = key_cache + kv_head * head_dim, *values = value_cache + kv_head * head_dim;
-        const int64_t *slot = slot_mapping + kv_ranges[2 * seq], *slot_end = slot_mapping + kv_ranges[2 * seq + 1];
-        float *attn_output = output + (seq * num_heads + head) * head_dim;
-#define CASE_HEAD_DIM(dim)                                                                                             \
-    case dim:                                                                                                          \
-        attend_kv_head(q, keys, values, slot_stride, slot, slot_end, num_queries, dim, scale, attn_output);            \
-        break;
-        switch (head_dim) {
-            CASE_HEAD_DIM(32)
-            CASE_HEAD_DIM(64)
-            CASE_HEAD_DIM(96)
-            CASE_HEAD_DIM(128)
+/* c += a b with `rows` rows, `vectors` registers of columns, and sums in the order of `depth`. */
+static inline __attribute__((always_inline)) void add_tile(const float *a, size_t a_stride, const float *b,
+    size_t b_stride, size_t depth, float *c, size_t c_stride, size_t rows, size_t vectors) {
+    __m512 sums[TILE_ROWS][4];
+#pragma GCC unroll 6
+    for (size_t r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < vectors; v++) sums[r][v] = _mm512_loadu_ps(c + r * c_stride + v * LANES);
+    for (size_t i = 0; i < depth; i++) {
+        __m512 columns[4];
+#pragma GCC unroll 4
+        for (size_t v = 0; v < vectors; v++) columns[v] = _mm512_loadu_ps(b + i * b_stride + v * LANES);
+#pragma GCC unroll 6
+        for (size_t r = 0; r < rows; r++) {
+            const __m512 factor = _mm512_set1_ps(a[r * a_stride + i]);
+#pragma GCC unroll 4
+            for (size_t v = 0; v < vectors; v++) sums[r][v] = _mm512_fmadd_ps(factor, columns[v], sums[r][v]);
         }
-#undef CASE_HEAD_DIM
+    }
+#pragma GCC unroll 6
+    for (size_t r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (size_t v = 0; v < vectors; v++) _mm512_storeu_ps(c + r * c_stride + v * LANES, sums[r][v]);
+}
+
+/* c += a b with at most TILE_ROWS rows; `columns` is a multiple of two registers. */
+static void add_product(const float *a, size_t a_stride, const float *b, size_t b_stride, size_t depth, float *c,
+    size_t c_stride, size_t rows, size_t columns) {
+    for (size_t column = 0; column < columns; column += 4 * LANES) {
+        const float *b_columns = b + column;
+        float *c_columns = c + column;
+#define CASE_ROWS(count)                                                                                               \
+    case count:                                                                                                        \
+        if (columns - column >= 4 * LANES)                                                                             \
+            add_tile(a, a_stride, b_columns, b_stride, depth, c_columns, c_stride, count, 4);                          \
+        else                                                                                                           \
+            add_tile(a, a_stride, b_columns, b_stride, depth, c_columns, c_stride, count, 2);                          \
+        break;
+        switch (rows) {
+            CASE_ROWS(1)
+            CASE_ROWS(2)
+            CASE_ROWS(3)
+            CASE_ROWS(4)
+            CASE_ROWS(5)
+            CASE_ROWS(6)
+        }
+#undef CASE_ROWS
+    }
+}
+
+/* cap * tanh(scores / cap) */
+static inline __m512 soft_cap(__m512 scores, float cap) {
+    const __m512 exp_twice = exp_ps(_mm512_mul_ps(scores, _mm512_set1_ps(2 / cap)));
+    const __m512 distance = _mm512_div_ps(_mm512_set1_ps(2 * cap), _mm512_add_ps(exp_twice, _mm512_set1_ps(1)));
+    return _mm512_sub_ps(_mm512_set1_ps(cap), distance);
+}
+
+/* Replace a row's scores by exp(score - maximum), those outside of [begin, end) by 0, and scale its earlier sums. */
+static void update_softmax(float *scores, size_t begin, size_t end, float softcap, float *running_max,
+    float *running_sum, float *output, size_t width) {
+    const uint64_t visible = ~(uint64_t)0 << begin & ~(uint64_t)0 >> (BLOCK_KEYS - end);
+    __m512 rows[BLOCK_KEYS / LANES];
+#pragma GCC unroll 4
+    for (size_t v = 0; v < BLOCK_KEYS / LANES; v++) {
+        const __m512 row = _mm512_loadu_ps(scores + v * LANES);
+        const __mmask16 mask = (__mmask16)(visible >> (v * LANES));
+        rows[v] = _mm512_mask_mov_ps(_mm512_set1_ps(-INFINITY), mask, softcap > 0 ? soft_cap(row, softcap) : row);
+    }
+    const __m512 maximum = _mm512_max_ps(_mm512_max_ps(rows[0], rows[1]), _mm512_max_ps(rows[2], rows[3]));
+    const float block_max = _mm512_reduce_max_ps(maximum);
+    const float new_max = block_max > *running_max ? block_max : *running_max;
+#pragma GCC unroll 4
+    for (size_t v = 0; v < BLOCK_KEYS / LANES; v++) {
+        rows[v] = exp_ps(_mm512_sub_ps(rows[v], _mm512_set1_ps(new_max)));
+        _mm512_storeu_ps(scores + v * LANES, rows[v]);
+    }
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(rows[0], rows[1]), _mm512_add_ps(rows[2], rows[3]));
+    const __m512 rescale = exp_ps(_mm512_set1_ps(*running_max - new_max));
+    *running_sum = *running_sum * _mm512_cvtss_f32(rescale) + _mm512_reduce_add_ps(sum);
+    if (new_max == *running_max) return;
+    *running_max = new_max;
+    for (size_t i = 0; i < width; i += LANES)
+        _mm512_storeu_ps(output + i, _mm512_mul_ps(_mm512_loadu_ps(output + i), rescale));
+}
+
+/* Keys and values of a sequence, and of one KV head. */
+typedef struct {
+    const Arguments *arguments;
+    const Sequence *sequence;
+    size_t kv_head;
+    int is_float32;
+} Source;
+
+/* The key or value at a position: of the step, or in the cache. */
+static inline const void *element_at(const Source *source, int64_t position, int of_value) {
+    const Arguments *arguments = source->arguments;
+    const Sequence *sequence = source->sequence;
+    const char *base;
+    size_t offset = source->kv_head * arguments->head_dim;
+    if (position >= sequence->past_length) {
+        const size_t token = (size_t)(sequence->first_token + position - sequence->past_length);
+        base = of_value ? arguments->value : arguments->key;
+        offset += token * (of_value ? arguments->value_stride : arguments->key_stride);
+    } else {
+        const int64_t slot = arguments->slot_mapping[sequence->first_slot + position - sequence->first_key];
+        base = of_value ? arguments->value_cache : arguments->key_cache;
+        offset += (size_t)slot * arguments->slot_stride;
+    }
+    return base + offset * element_bytes(source->is_float32);
+}
+
+/* Convert keys [begin, end) of the block at position `block` to float32, and their values. Other keys become zeros. */
+static inline void load_block(const Source *source, int64_t block, size_t begin, size_t end, size_t width,
+    Workspace *workspace) {
+    const size_t head_dim = source->arguments->head_dim;
+    const void *keys[BLOCK_KEYS] = {NULL};
+    for (size_t k = begin; k < end; k++) keys[k] = element_at(source, block + (int64_t)k, 0);
+    for (size_t k = begin / LANES * LANES; k < end; k += LANES)
+        transpose_keys(keys + k, head_dim, source->is_float32, workspace->keys + k);
+    for (size_t k = begin; k < end; k++) {
+        const void *value = element_at(source, block + (int64_t)k, 1);
+        float *row = workspace->values + k * width;
+        for (size_t i = 0; i < head_dim; i += LANES) _mm512_storeu_ps(row + i, load(value, i, source->is_float32));
+    }
+}
+
+static inline size_t first_visible(const Arguments *arguments, int64_t position) {
+    const int64_t first = position + 1 - (int64_t)arguments->window;
+    return arguments->window && first > 0 ? (size_t)first : 0;
+}
+
+/* Rows [row, row + rows) of a job: queries from `position` on, over the block of keys at `block`. */
+static void attend_rows(const Arguments *arguments, Workspace *workspace, int64_t position, size_t block, size_t row,
+    size_t rows, size_t width) {
+    const size_t heads = arguments->num_queries_per_kv, head_dim = arguments->head_dim;
+    const int64_t last_query = position + (int64_t)((row + rows - 1) / heads);
+    const size_t first_key = first_visible(arguments, position + (int64_t)(row / heads));
+    if (last_query < (int64_t)block || first_key >= block + BLOCK_KEYS) return;
+    const size_t n_keys = (size_t)last_query + 1 - block < BLOCK_KEYS ? (size_t)last_query + 1 - block : BLOCK_KEYS;
+    float scores[TILE_ROWS * BLOCK_KEYS] = {0};
+    add_product(workspace->query + row * head_dim, head_dim, workspace->keys, BLOCK_KEYS, head_dim, scores, BLOCK_KEYS,
+        rows, n_keys > BLOCK_KEYS / 2 ? BLOCK_KEYS : BLOCK_KEYS / 2);
+    for (size_t r = 0; r < rows; r++) {
+        const int64_t query = position + (int64_t)((row + r) / heads);
+        const size_t first = first_visible(arguments, query);
+        if (query < (int64_t)block || first >= block + BLOCK_KEYS) {
+            memset(scores + r * BLOCK_KEYS, 0, BLOCK_KEYS * sizeof *scores);
+            continue;
+        }
+        const size_t end = (size_t)query + 1 - block < BLOCK_KEYS ? (size_t)query + 1 - block : BLOCK_KEYS;
+        update_softmax(scores + r * BLOCK_KEYS, first > block ? first - block : 0, end, arguments->softcap,
+            workspace->max + row + r, workspace->sum + row + r, workspace->output + (row + r) * width, width);
+    }
+    const size_t begin = first_key > block ? first_key - block : 0;
+    add_product(scores + begin, BLOCK_KEYS, workspace->values + begin * width, width, n_keys - begin,
+        workspace->output + row * width, width, rows, width);
+}
+
+static inline __attribute__((always_inline)) void attend(
+    const Arguments *arguments, const Sequence *sequence, const Tile *tile, size_t kv_head, float *output,
+    size_t output_stride, int is_float32) {
+    Workspace workspace;
+    const size_t heads = arguments->num_queries_per_kv, head_dim = arguments->head_dim;
+    const size_t width = (head_dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
+    const size_t rows = (size_t)tile->num_queries * heads;
+    const int64_t position = sequence->past_length + tile->first_query;
+    const size_t first_token = (size_t)(sequence->first_token + tile->first_query);
+    for (size_t row = 0; row < rows; row++) {
+        const size_t token = first_token + row / heads, head = kv_head * heads + row % heads;
+        const char *query = arguments->query;
+        query += (token * arguments->query_stride + head * head_dim) * element_bytes(is_float32);
+        for (size_t i = 0; i < head_dim; i += LANES) {
+            const __m512 features = _mm512_mul_ps(load(query, i, is_float32), _mm512_set1_ps(arguments->scale));
+            _mm512_storeu_ps(workspace.query + row * head_dim + i, features);
+        }
+        /* An attention sink is a score without a value. */
+        workspace.max[row] = arguments->sinks ? arguments->sinks[head] : -INFINITY;
+        workspace.sum[row] = arguments->sinks ? 1 : 0;
+    }
+    memset(workspace.output, 0, rows * width * sizeof *workspace.output);
+    for (size_t k = 0; k < BLOCK_KEYS; k++) /* the columns that head_dim lacks */
+        _mm512_storeu_ps(workspace.values + (k + 1) * width - LANES, _mm512_setzero_ps());
+    const Source source = {arguments, sequence, kv_head, is_float32};
+    const size_t n_keys = (size_t)(position + tile->num_queries), first_key = first_visible(arguments, position);
+    for (size_t block = first_key / BLOCK_KEYS * BLOCK_KEYS; block < n_keys; block += BLOCK_KEYS) {
+        const size_t begin = first_key > block ? first_key - block : 0;
+        const size_t end = n_keys - block < BLOCK_KEYS ? n_keys - block : BLOCK_KEYS;
+        load_block(&source, (int64_t)block, begin, end, width, &workspace);
+        for (size_t row = 0; row < rows; row += TILE_ROWS)
+            attend_rows(arguments, &workspace, position, block, row, rows - row < TILE_ROWS ? rows - row : TILE_ROWS,
+                width);
+    }
+    for (size_t row = 0; row < rows; row++) {
+        float *target = output + (first_token + row / heads) * output_stride + (kv_head * heads + row % heads) * head_dim;
+        for (size_t i = 0; i < head_dim; i += LANES) {
+            const __m512 sum = _mm512_loadu_ps(workspace.output + row * width + i);
+            _mm512_storeu_ps(target + i, _mm512_div_ps(sum, _mm512_set1_ps(workspace.sum[row])));
+        }
+    }
+}
+
+void paged_attention(const void *query, const void *key, const void *value, size_t query_stride, size_t key_stride,
+    size_t value_stride, const void *key_cache, const void *value_cache, size_t slot_stride,
+    const int64_t *slot_mapping, const int64_t *sequences, const int64_t *tiles, size_t num_tiles, size_t num_heads,
+    size_t num_kv_heads, size_t head_dim, size_t window, float scale, float softcap, const float *sinks, float *output,
+    int is_float32, int num_threads) {
+    const Arguments arguments = {query, key, value, key_cache, value_cache, query_stride, key_stride, value_stride,
+        slot_stride, num_heads / num_kv_heads, head_dim, window, slot_mapping, scale, softcap, sinks};
+#pragma omp parallel for num_threads(num_threads) schedule(dynamic) /* Jobs differ in length. */
+    for (size_t job = 0; job < num_tiles * num_kv_heads; job++) {
+        const Tile *tile = (const Tile *)tiles + job / num_kv_heads;
+        const Sequence *sequence = (const Sequence *)sequences + tile->sequence;
+        if (is_float32)
+            attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 1);
+        else
+            attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 0);
     }
 }

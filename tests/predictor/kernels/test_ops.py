@@ -1,4 +1,4 @@
-"""C kernels against torch: int8 GEMM, and attention over a paged KV cache."""
+"""The int8 GEMM in C against torch."""
 
 import os
 import platform
@@ -303,82 +303,3 @@ def test_load_with_a_newer_source_fails(tmp_path: Path, monkeypatch: pytest.Monk
 def test_int8_backend_without_native_kernels_is_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "cpu_isa", None)
     assert gemm.int8_backend() == "fbgemm"
-
-
-class Cache:
-    """A paged KV cache in random slot order, with one query per sequence among other tokens."""
-
-    def __init__(self, lengths: list[int], num_heads: int = 14, num_kv_heads: int = 2, head_dim: int = 64) -> None:
-        torch.manual_seed(sum(lengths))
-        slot_mapping = torch.randperm(sum(lengths) + 50)[: sum(lengths)]
-        ends = torch.tensor(lengths).cumsum(0)
-        self.keys, self.values = torch.randn(2, sum(lengths) + 50, num_kv_heads, head_dim).to(torch.bfloat16).unbind()
-        self.queries = torch.randn(2 * len(lengths), num_heads, head_dim).to(torch.bfloat16)
-        self.indices = {
-            "query_indices": torch.arange(len(lengths)) * 2 + 1,
-            "slot_mapping": slot_mapping,
-            "kv_ranges": torch.stack((ends - torch.tensor(lengths), ends), 1),
-        }
-        self.scale = head_dim**-0.5
-
-    def attention(self, sequences: slice = slice(None)) -> torch.Tensor:
-        indices = {
-            name: tensor if name == "slot_mapping" else tensor[sequences] for name, tensor in self.indices.items()
-        }
-        return ops.paged_attention(self.queries, self.keys, self.values, scale=self.scale, **indices)
-
-    def expected(self) -> torch.Tensor:
-        outputs = []
-        for token, (start, end) in zip(self.indices["query_indices"], self.indices["kv_ranges"].tolist(), strict=True):
-            slot_mapping = self.indices["slot_mapping"][start:end]
-            keys, values = (
-                tensor[slot_mapping]
-                .transpose(0, 1)
-                .repeat_interleave(self.queries.shape[1] // tensor.shape[1], 0)
-                .double()
-                for tensor in (self.keys, self.values)
-            )
-            scores = keys @ self.queries[token].double()[:, :, None] * self.scale
-            outputs.append((scores.softmax(1) * values).sum(1))
-        return torch.stack(outputs).float()
-
-
-@pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
-class TestAttention:
-    @pytest.mark.parametrize(
-        ("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 32), (14, 2, 64), (3, 3, 96), (16, 1, 128)]
-    )
-    def test_paged_attention_matches_float64(self, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
-        assert ops.supports_paged_attention(torch.bfloat16, num_heads, num_kv_heads, head_dim)
-        cache = Cache([1, 2, 31, 32, 33, 64, 100, 700], num_heads, num_kv_heads, head_dim)
-        torch.testing.assert_close(cache.attention(), cache.expected(), rtol=1e-5, atol=2e-6)
-
-    def test_paged_attention_is_bit_identical_in_any_batch(self) -> None:
-        cache = Cache([5, 90, 33, 1])
-        together = cache.attention()
-        for row in range(4):
-            assert torch.equal(cache.attention(slice(row, row + 1))[0], together[row])
-
-    def test_paged_attention_with_large_scores_is_finite(self) -> None:
-        cache = Cache([3, 40, 200])
-        cache.queries *= 3000
-        outputs = cache.attention()
-        assert outputs.isfinite().all()
-        torch.testing.assert_close(outputs, cache.expected(), rtol=1e-3, atol=1e-3)
-
-    def test_paged_attention_accepts_strided_queries(self) -> None:
-        cache = Cache([9, 17])
-        expected = cache.attention()
-        cache.queries = torch.cat((cache.queries, torch.full_like(cache.queries, torch.nan)), 1)[:, :14]
-        assert torch.equal(cache.attention(), expected)
-        cache.queries = cache.queries.transpose(0, 1).contiguous().transpose(0, 1)
-        assert torch.equal(cache.attention(), expected)
-
-    @pytest.mark.parametrize(
-        ("dtype", "num_heads", "num_kv_heads", "head_dim"),
-        [(torch.float32, 14, 2, 64), (torch.bfloat16, 34, 2, 64), (torch.bfloat16, 14, 2, 80)],
-    )
-    def test_supports_paged_attention_rejects_unsupported_heads(
-        self, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int
-    ) -> None:
-        assert not ops.supports_paged_attention(dtype, num_heads, num_kv_heads, head_dim)

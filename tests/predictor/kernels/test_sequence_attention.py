@@ -1,6 +1,7 @@
 """Attention of each sequence by itself against transformers' attention: identical tokens in float32."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
@@ -18,6 +20,7 @@ from predictor.models import loader
 from predictor.settings import Settings
 from predictor.types import SamplingParams
 
+needs_c = pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
 
 
@@ -34,9 +37,12 @@ def generate(
     dtype: str = "float32",
     quantization: str = "none",
     sequential: bool = False,
+    model: Any = None,
 ) -> list[list[int]]:
     """Greedy tokens of all prompts, sequentially or together, and again with cached prefixes."""
     loaded = load(dtype, quantization)
+    if model is not None:
+        loaded = replace(loaded, model=model)
     loaded.model.set_attn_implementation("sdpa")
     with pytest.MonkeyPatch.context() as patch:
         if not custom_attention:
@@ -82,20 +88,63 @@ pytestmark = pytest.mark.xdist_group("engine")
 PROMPTS = [f"{a}+{a * b}=" * (1 + 6 * (b % 4)) for a in range(2, 6) for b in range(1, 5)] + ["4"]
 
 
+def only_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "supports_paged_attention", lambda *_: False)
+
+
+def only_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sequence_attention, "_attend_with_sdpa", None)
+
+
 @pytest.mark.parametrize("max_num_batched_tokens", [2048, 16], ids=["whole-prompts", "chunked-prompts"])
-def test_attend_in_float32_matches_transformers(max_num_batched_tokens: int) -> None:
+@pytest.mark.parametrize("only", [only_sdpa, pytest.param(only_c, marks=needs_c)])
+def test_attend_in_float32_matches_transformers(
+    max_num_batched_tokens: int, only: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
     actual = generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens)
     expected = generate(PROMPTS, custom_attention=False)
     assert actual == expected
     assert any(len(tokens) > 1 for tokens in actual)
 
 
-@pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
+@needs_c
+def test_attention_in_c_matches_sdpa_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    in_c = generate(PROMPTS, dtype="bfloat16")
+    only_sdpa(monkeypatch)
+    assert in_c == generate(PROMPTS, dtype="bfloat16")
+
+
+@needs_c
 @pytest.mark.parametrize("max_num_batched_tokens", [2048, 16], ids=["whole-prompts", "chunked-prompts"])
-def test_paged_decode_matches_padded_decode(max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    paged = generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens, dtype="bfloat16")
-    monkeypatch.setattr(ops, "supports_paged_attention", lambda *_: False)
-    assert paged == generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens, dtype="bfloat16")
+def test_layers_with_a_window_in_c_match_transformers(
+    max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Windows that end within prompts, at their ends, and while tokens are generated."""
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=load("float32", "none").model.config.vocab_size,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=20,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        initializer_range=0.5,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    expected = generate(PROMPTS, custom_attention=False, model=model)
+    only_c(monkeypatch)
+    assert generate(PROMPTS, model=model, max_num_batched_tokens=max_num_batched_tokens) == expected
+
+
+@needs_c
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_int8_tokens_are_independent_of_chunks(dtype: str) -> None:
+    whole = generate(PROMPTS, dtype=dtype, quantization="8bit")
+    assert whole == generate(PROMPTS, dtype=dtype, quantization="8bit", max_num_batched_tokens=37)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
