@@ -459,8 +459,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
 def _resolved_method(model: Any, mode: str) -> str:
     checkpoint_config = getattr(model.config, "quantization_config", None) if mode == "none" else None
     method = mode if checkpoint_config is None else str(getattr(checkpoint_config, "quant_method", "unknown"))
-    own = {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}
-    return own.get(method, int4_checkpoint_quantizer.checkpoint_method(method))
+    return {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}.get(method) or int4_checkpoint_quantizer.checkpoint_method(method)
 
 
 def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:

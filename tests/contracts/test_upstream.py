@@ -628,7 +628,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/{linear,int4_checkpoint}_quantizer.py
+# transformers' quantizers: predictor/models/{int4_checkpoint,linear}_quantizer.py
 
 
 @pytest.mark.parametrize(
