@@ -47,7 +47,7 @@ def start(name: str, model_dir: Path, peers_dir: Path) -> Iterator[Server]:
     words = PEERS[name].command(peers_dir, prepared(name, model_dir, peers_dir), port)
     with (
         (peers_dir / f"{name}.log").open("w") as log,
-        command_server(name, words, port, environment(PEERS[name].environment), log) as server,
+        command_server(name, words, port, environment(peers_dir, PEERS[name].environment), log) as server,
     ):
         yield server
 
@@ -84,11 +84,12 @@ def _fingerprint(model_dir: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def environment(name: str) -> dict[str, str]:
+def environment(peers_dir: Path, name: str) -> dict[str, str]:
     """Return the environment variables of a peer's server."""
     if name == "vllm":
         return {
             "HF_HUB_OFFLINE": "1",
+            "VLLM_CACHE_ROOT": str(peers_dir.resolve() / "vllm" / "cache"),
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
             "VLLM_NO_USAGE_STATS": "1",

@@ -1,6 +1,7 @@
 """Models for the peers, read back from the files; and where peers are installed and prepared."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,4 +161,41 @@ def test_catalog_commands_use_all_cores_and_the_same_number_of_sequences(
         assert command[command.index("--port") + 1] == "8123"
         if threads:
             assert command[command.index(threads[0]) + 1] == threads[1]
-    assert catalog.environment("vllm")["VLLM_CPU_OMP_THREADS_BIND"] == "2,5,7"
+    assert catalog.environment(tmp_path, "vllm")["VLLM_CPU_OMP_THREADS_BIND"] == "2,5,7"
+
+
+SERVER = """#!{python}
+import http.server, json, sys
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps({{"data": [{{"id": "model"}}]}}).encode())
+
+    def do_POST(self):
+        if {crashes}:
+            self.server.socket.close()
+            import os; os._exit(139)
+        self.do_GET()
+
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("crashes", "said", "build"), [(True, "off: ", "build-no-amx"), (False, "used", "build")])
+def test_llamacpp_uses_amx_only_if_it_completes_a_prompt(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crashes: bool, said: str, build: str
+) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(environments, "has_amx", lambda: True)
+    install(tmp_path, "llamacpp")
+    program = environments.llama_server(tmp_path, amx=True)
+    program.parent.mkdir(parents=True)
+    program.write_text(SERVER.format(python=sys.executable, crashes=crashes))
+    program.chmod(0o755)
+    model = catalog.prepared("llamacpp-q8_0", tiny_model, tmp_path)
+    assert catalog.amx_of_llamacpp(tmp_path).startswith(said)
+    command = catalog.PEERS["llamacpp-q8_0"].command(tmp_path, model, 8123)
+    assert command[0] == str(tmp_path / "llamacpp" / build / "bin" / "llama-server")
