@@ -33,7 +33,8 @@ from predictor.models import (
 from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
-from predictor.models.int8_quantizer import Int8Config, is_skipped
+from predictor.models.int8_quantizer import Int8Config
+from predictor.models.linear_quantizer import is_skipped
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
