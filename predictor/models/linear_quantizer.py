@@ -3,7 +3,7 @@
 `tests/contracts/test_upstream.py` tests what this module relies on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from predictor.kernels import shards
 from predictor.kernels.shards import Division
 
-QuantizeWeight = Callable[[torch.Tensor, bool], tuple[torch.Tensor, torch.Tensor]]
-"""Returns the quantized weight and its scales, of a weight (out_features, in_features) and whether this tensor-parallel
-rank has some of its columns only."""
+QuantizeParameter = Callable[[nn.Module, str, torch.Tensor], Mapping[str, torch.Tensor]]
+"""Returns a module's quantized tensors by name, of the module, the name of a parameter and its weight."""
 
 
 def is_skipped(name: str, skip_modules: Sequence[str]) -> bool:
@@ -62,17 +61,32 @@ class LinearQuantizer(HfQuantizer):
         raise NotImplementedError
 
     def quantize(self, weight: torch.Tensor, has_part_of_rows: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Quantize a weight, as `QuantizeWeight`."""
+        """Return the quantized weight and its scales.
+
+        Args:
+            weight: (out_features, in_features).
+            has_part_of_rows: whether this tensor-parallel rank has some of the columns only.
+        """
         raise NotImplementedError
+
+    def quantize_parameter(self, module: nn.Module, name: str, weight: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Return a module's quantized tensors by name."""
+        qweight, scale = self.quantize(weight, shards.has_part_of_rows(module.get_parameter(name)))
+        return {"weight": qweight, "scale": scale}
+
+    def skipped_modules(self, model: Any) -> list[str]:
+        """Return names, or parts of names, of modules to skip."""
+        names: list[str] = self.get_modules_to_not_convert(
+            model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
+        )
+        return names
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
         return isinstance(module, self.layer_class) and name == "weight"
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        skip_modules = self.get_modules_to_not_convert(
-            model, self.quantization_config.modules_to_not_convert, model._keep_in_fp32_modules, add_default_skips=True
-        )
+        skip_modules = self.skipped_modules(model)
         divisions = shards.divisions(model)
         for name, module in list(model.named_modules()):
             if type(module) is not nn.Linear or is_skipped(name, skip_modules):
@@ -88,21 +102,19 @@ class LinearQuantizer(HfQuantizer):
         shards.replicate_scales(model, plan)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self.quantize)
+        return _Quantize(self.quantize_parameter)
 
 
 class _Quantize(ConversionOps):
     """Quantize the weights of a file; add their scales."""
 
-    def __init__(self, quantize: QuantizeWeight) -> None:
+    def __init__(self, quantize: QuantizeParameter) -> None:
         self._quantize = quantize
 
     def convert(self, input_dict: dict[str, Any], *, model: Any, **_: Any) -> dict[str, torch.Tensor]:
         converted: dict[str, torch.Tensor] = {}
         for name, weights in input_dict.items():
-            weight, scale = self._quantize(
-                weights[0] if isinstance(weights, list) else weights,
-                shards.has_part_of_rows(model.get_parameter(name)),
-            )
-            converted |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
+            module, parameter = get_module_from_name(model, name)
+            tensors = self._quantize(module, parameter, weights[0] if isinstance(weights, list) else weights)
+            converted |= {f"{name.removesuffix(parameter)}{key}": tensor for key, tensor in tensors.items()}
         return converted

@@ -15,7 +15,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from predictor.errors import InvalidSettings, UnsupportedModel
 from predictor.kernels import tensor_parallel
-from predictor.kernels.cpu import decoder_layer, gemm, linear, ops
+from predictor.kernels.cpu import decoder_layer, experts, gemm, linear, ops
+from predictor.kernels.cpu.layer_table import are_experts
 from predictor.models import (
     adapter,
     architectures,
@@ -34,6 +35,7 @@ from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
 from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
+from predictor.models.linear_quantizer import is_skipped
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
@@ -452,8 +454,14 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     quantizes_lm_head = (
         quantization in _INT8_LM_HEAD and type(lm_head) is nn.Linear and should_quantize(model, lm_head, skip_modules)
     )
+    quantized_experts = [
+        module
+        for name, module in model.named_modules()
+        if quantization == "8bit" and are_experts(module) and not is_skipped(name, skip_modules)
+    ]
     decoder_layer.fuse(model)
     linear.pack_linear_layers(model, lm_head if quantizes_lm_head else None)
+    experts.pack(model, quantized_experts)
 
 
 def _resolved_method(model: Any, mode: str) -> str:

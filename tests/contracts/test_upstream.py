@@ -78,7 +78,7 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import layer_table, paged_attention, torch_private
+from predictor.kernels.cpu import experts, layer_table, paged_attention, torch_private
 from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
@@ -1037,11 +1037,12 @@ def test_manager_makes_block_tables_for_steps_of_decodes(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama", {"head_dim": 16, "num_key_value_groups": 2, "is_silu": True, "qk_norms": None}),
-        ("gemma2", {"is_silu": False, "norm_offset": 1.0, "eager_attention": modeling_gemma2.eager_attention_forward}),
+        ("llama", {"head_dim": 16, "num_key_value_groups": 2, "qk_norms": None}),
+        ("gemma2", {"norm_offset": 1.0, "eager_attention": modeling_gemma2.eager_attention_forward}),
         ("granite", {"residual_multiplier": 0.5}),
         ("smollm3", {"rotary": None}),
         ("olmo2", {"attention_norm": None, "mlp_norm": None}),
+        ("qwen3_moe", {"gate_up": [], "activation": None}),
     ],
 )
 def test_decoder_layers_have_the_expected_parts(name: str, expected: dict[str, Any]) -> None:
@@ -1070,6 +1071,42 @@ def test_decoder_layers_pass_the_arguments_of_attention(name: str, expected: dic
     parts = layer_table.DecoderLayerParts.of(parent.get_submodule(index))
     assert {argument: parts.attention_arguments.get(argument) for argument in expected} == expected
     assert parts.attention_arguments["dropout"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", True),
+        ("qwen3", True),
+        ("gemma2", False),
+    ],
+)
+def test_silu_is_recognized(name: str, expected: bool) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    assert layer_table.is_silu(model.model.layers[0].mlp.act_fn) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "is_silu", "is_transposed", "has_bias"),
+    [
+        ("mixtral", True, False, False),
+        ("qwen3_moe", True, False, False),
+        ("gpt_oss", False, True, True),
+    ],
+)
+def test_experts_have_the_expected_parts(name: str, is_silu: bool, is_transposed: bool, has_bias: bool) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    mlp = model.model.layers[0].mlp
+    [module] = [child for child in mlp.children() if layer_table.are_experts(child)]
+    parts = layer_table.ExpertsParts.of(module)
+    assert (parts.is_silu, parts.is_transposed, parts.has_bias) == (is_silu, is_transposed, has_bias)
+    assert [parameter for parameter, _ in module.named_parameters() if "bias" not in parameter] == list(
+        experts.MATRICES
+    )
+    [router] = [child for child in mlp.children() if layer_table.is_router(child)]
+    assert router.weight.shape == (4, 64)
 
 
 def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any) -> None:

@@ -8,7 +8,7 @@ from devtools.paths import DEMO_MODEL
 from predictor.kernels.cpu.linear import Int4Linear
 from predictor.models import loader, quantization
 from predictor.models.int4_quantizer import Int4Config
-from predictor.models.loader import LoadedModel, LoadOptions
+from predictor.models.loader import LoadedModel
 from snapshot_format.recipe import INT4_METHOD
 from tests.predictor.models.conftest import LoadDemo
 
@@ -28,11 +28,15 @@ def test_4bit_on_a_cpu_is_int4_with_an_output_layer_in_int8(load_demo: LoadDemo)
 
 
 def test_4bit_skips_modules(load_demo: LoadDemo) -> None:
-    options: LoadOptions = {"device": "cpu", "dtype": "bfloat16", "quantization": "4bit"}
+    def load(skip_modules: list[str]) -> torch.Tensor:
+        return logits(
+            loader.load(DEMO_MODEL, device="cpu", dtype="bfloat16", quantization="4bit", skip_modules=skip_modules)
+        )
+
     unquantized = logits(load_demo("none"))
-    skipping_all = logits(loader.load(DEMO_MODEL, **options, skip_modules=["proj", "lm_head"]))
+    skipping_all = load(["proj", "lm_head"])
     assert torch.equal(skipping_all, unquantized)
-    skipping_some = logits(loader.load(DEMO_MODEL, **options, skip_modules=["down_proj"]))
+    skipping_some = load(["down_proj"])
     assert 0 < (skipping_some - unquantized).norm() < (logits(load_demo("4bit")) - unquantized).norm()
 
 
