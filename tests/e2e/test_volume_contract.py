@@ -121,10 +121,10 @@ def demo_volume(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def prepared(demo_volume: Prepared, tmp_path: Path) -> Prepared:
     """A copy of that, to be changed."""
     root = shutil.copytree(demo_volume.published.parents[1], tmp_path / "volume")
-    places = (
+    published, made = (
         root / path.relative_to(demo_volume.published.parents[1]) for path in (demo_volume.published, demo_volume.made)
     )
-    return Prepared(*places)
+    return Prepared(published, made)
 
 
 @pytest.fixture(
