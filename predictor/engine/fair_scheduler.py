@@ -10,6 +10,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from predictor.engine.fair_queue import FairQueue
 from predictor.engine.prompt_scorer import PromptScorer
+from predictor.engine.speculation import Speculation
 from predictor.engine.submission import Submission
 
 NAME = "kserve_llm"
@@ -30,6 +31,8 @@ class FairScheduler(FIFOScheduler):
     """Sequences of the step; none before they are all scheduled."""
     scorer: PromptScorer | None = None
     """Its sequences need every row of their prompt, so that no cached prefix replaces any."""
+    speculation: Speculation | None = None
+    """Guesses tokens of the sequences of steps that only decode."""
     pending_ids: Collection[str] = ()
     """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
 
@@ -59,12 +62,32 @@ class FairScheduler(FIFOScheduler):
             token_budget = min(token_budget, self._token_limit)
         if self.waiting_requests:
             self._make_room(token_budget)
+        if self.speculation:
+            self._add_guesses(self.speculation, token_budget)
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
         self.scheduled = [request.state for request in batch[0] or ()]
         self._step_tokens = sum(request.query_length for request in batch[0] or ())
         for request in batch[0] or ():
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
+
+    def _add_guesses(self, speculation: Speculation, token_budget: int) -> None:
+        """Add guesses to the tokens of the sequences, if the step only decodes, and all of them have room."""
+        states = self.active_requests
+        # The last step may have been scheduled, but not computed.
+        for request_id in states.keys() & speculation.guesses.keys():
+            states[request_id].tokens_to_process = states[request_id].tokens_to_process[:1]
+        speculation.guesses = {}
+        # The chunks of a prompt are not made smaller by guesses.
+        if self.waiting_requests or any(state.status != RequestStatus.DECODING for state in states.values()):
+            return
+        speculation.guess(list(states.values()))
+        growth = [(state, 1 + len(speculation.guesses.get(request_id, ()))) for request_id, state in states.items()]
+        fits = sum(tokens for _, tokens in growth) <= token_budget and self._try_to_meet_safety_margin()
+        if not (fits and self._has_cache(growth)):
+            speculation.guesses = {}
+        for request_id, guesses in speculation.guesses.items():
+            states[request_id].tokens_to_process = states[request_id].tokens_to_process + guesses
 
     def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
         """Schedule the candidates: decoding sequences first, then prompts in fair order."""
@@ -111,19 +134,20 @@ class FairScheduler(FIFOScheduler):
             return False
         if not self._try_to_meet_safety_margin():
             return False
-        if self._has_cache(request_ids, token_budget):
-            return True
-        if not self.cache.evict_cached_blocks():
-            return False
-        self.cache.pool.try_to_free_sectors()
-        return self._has_cache(request_ids, token_budget)
-
-    def _has_cache(self, request_ids: Sequence[str], token_budget: int) -> bool:
-        """Return whether a step's tokens fit into the cache: those of waiting sequences, after all decoding ones."""
+        # Those of waiting sequences, after all decoding ones.
         growth = [(state, 1) for state in self.active_requests.values() if state.status == RequestStatus.DECODING]
         for request_id in request_ids:
             state = self.waiting_requests[request_id]
             growth.append((state, min(len(state.remaining_prefill_tokens), token_budget)))
+        if self._has_cache(growth):
+            return True
+        if not self.cache.evict_cached_blocks():
+            return False
+        self.cache.pool.try_to_free_sectors()
+        return self._has_cache(growth)
+
+    def _has_cache(self, growth: Sequence[tuple[Any, int]]) -> bool:
+        """Return whether numbers of further tokens of sequences fit into the cache."""
         sectors = 0
         for allocator in self.cache.cache_allocators.values():
             blocks = sum(
@@ -202,6 +226,8 @@ class FairScheduler(FIFOScheduler):
         self.fair_queue.retain(self.active_requests, self.waiting_requests)
         if self.scorer:
             self.scorer.retain(self.active_requests, self.waiting_requests)
+        if self.speculation:
+            self.speculation.retain(self.active_requests, self.waiting_requests)
         return cancelled
 
 

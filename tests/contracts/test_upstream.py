@@ -219,6 +219,7 @@ def idle(executor: BatchingManager) -> bool:
         (continuous_api.ContinuousBatchProcessor.prepare_next_batch, ""),
         (continuous_api.ContinuousBatchProcessor.update_batch, ""),
         (cache.PagedAttentionCache.mark_complete_blocks, "state complete_blocks"),
+        (cache.PagedAttentionCache.count_new_complete_blocks, "state request_len"),
         (offloading_manager.OffloadingManager.offload_requests, ""),
         (
             input_outputs.ContinuousBatchingIOs.__init__,
@@ -457,6 +458,39 @@ def test_batching_new_tokens_are_in_the_order_of_their_positions(
     for ids, positions, tokens in orders:
         assert ids == positions
         assert tokens >= len(ids)
+
+
+def test_batching_decode_of_several_tokens_has_room_and_can_end_before_them(executor: BatchingManager) -> None:
+    processor = executor._manager.batch_processor
+    state = continuous_api.RequestState("guessed", [5, 6, 7], max_new_tokens=9, eos_token_id=[2])
+    assert state._eos_token_ids == {2}
+    [allocator] = processor.cache.cache_allocators.values()
+    assert isinstance(allocator, cache_allocators.FullAttentionCacheAllocator)
+    state.status = continuous_api.RequestStatus.DECODING
+    state.generated_tokens, state.tokens_to_process, state.remaining_prefill_tokens = [8], [8, 9, 10, 11], []
+    state.position_offset = 3
+    try:
+        [request], _, _, num_q_tokens, _ = processor.scheduler._process_candidates([state], 16, 1024, set())
+        assert (num_q_tokens, request.query_length, request.has_new_token) == (4, 4, True)
+        processor.inputs_and_outputs.prepare_batch_tensors(
+            [request],
+            processor.logit_processor,
+            use_decode_fast_path=False,
+            num_q_tokens=4,
+            max_kv_read=3,
+            use_padding=False,
+        )
+        assert processor.inputs_and_outputs.req_id_to_new_token_position == {"guessed": 3}
+        assert state.position_offset == 7
+        # Two tokens of four are in the sequence. The blocks are those of the tokens before `position_offset`.
+        state.position_offset = PAGE_TOKENS - 2
+        assert processor.cache.count_new_complete_blocks(state, 2) == {allocator.layer_type: 1}
+        assert processor.cache.count_new_complete_blocks(state, 1) == {}
+        assert not state.update_and_check_completion(9, None)
+        assert state.tokens_to_process == [9]
+        assert state.generated_tokens == [8, 9]
+    finally:
+        processor.scheduler.finish_request("guessed")
 
 
 def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager) -> None:
@@ -1118,11 +1152,11 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
         supports(*args)
         return False
 
-    monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(paged_attention, "supports", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:
+        monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
+        monkeypatch.setattr(paged_attention, "supports", count_call)
         asyncio.run(finish(executor, [(5, 4), (9, 3)]))
     assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
 

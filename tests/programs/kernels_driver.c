@@ -71,6 +71,14 @@ enum { HAS_EMULATED_AMX = 1 };
 enum { HAS_EMULATED_AMX = 0 };
 #endif
 
+static void test_rotation(size_t tokens, size_t head_dim, size_t rotary_dim) {
+    enum { HEADS = 3 };
+    float *heads = floats(tokens * HEADS * head_dim), *cos = floats(tokens * rotary_dim);
+    bfloat16 *output = malloc(tokens * HEADS * head_dim * sizeof *output);
+    rotate_to_bf16(heads, cos, cos, output, tokens, HEADS, 2, head_dim, rotary_dim, 2);
+    free(heads), free(cos), free(output);
+}
+
 int main(void) {
     const size_t sizes[] = {1, 13, 33, 70};
     const int best_isa = HAS_EMULATED_AMX ? ISA_AMX : cpu_isa();
@@ -85,5 +93,6 @@ int main(void) {
     for (size_t head_dim = 16; head_dim <= 256; head_dim += 48)
         for (int is_float32 = 0; is_float32 < 2; is_float32++)
             test_attention(5, 1, head_dim, 34, is_float32), test_attention(6, 3, head_dim, 34, is_float32);
+    test_rotation(1, 64, 64), test_rotation(13, 50, 20);
     return 0;
 }

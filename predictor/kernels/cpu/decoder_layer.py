@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from predictor.kernels import shards, tensor_parallel
-from predictor.kernels.cpu import gemm, linear
+from predictor.kernels.cpu import gemm, linear, ops
 from predictor.kernels.cpu.gemm import GatheredLinear, LinearKernel, RMSNorm
 from predictor.kernels.cpu.layer_table import DecoderLayerParts, Rotary, find_decoder_layers, is_silu
 from predictor.kernels.shards import Division, Divisions
@@ -219,9 +219,9 @@ class DecoderLayer(nn.Module):
         for normalized, norm in self._qk_norms:
             states = qkv[:, :, normalized]
             norm.apply_(states if norm.weight.dim() > 1 else states.flatten(2))
-        if self._rotary is not None:
-            _rotate(qkv[:, :, : sum(self._qkv_split_sizes[:2])], position_embeddings, self._rotary)
-        query, key, value = qkv.to(self._dtype).transpose(1, 2).split(self._qkv_split_sizes, 1)
+        num_rotated_heads = 0 if self._rotary is None else sum(self._qkv_split_sizes[:2])
+        converted = _rotate_and_convert(qkv, position_embeddings, self._rotary, num_rotated_heads, self._dtype)
+        query, key, value = converted.transpose(1, 2).split(self._qkv_split_sizes, 1)
         return query, key, value
 
 
@@ -257,6 +257,22 @@ def _qk_norms(parts: DecoderLayerParts, num_heads: int, num_kv_heads: int) -> li
         return [(slice(num_heads + num_kv_heads), RMSNorm(weight, epsilon))]
     keys = slice(num_heads, num_heads + num_kv_heads)
     return [(slice(num_heads), RMSNorm(q_weight, epsilon)), (keys, RMSNorm(k_weight, epsilon))]
+
+
+def _rotate_and_convert(
+    heads: torch.Tensor, position_embeddings: Any, rotary: Rotary | None, num_rotated_heads: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rotate the first heads and convert all: (batch, tokens, heads, head_dim); `heads` is overwritten."""
+    if rotary is None:
+        return heads.to(dtype)
+    if ops.cpu_isa is None or dtype != torch.bfloat16 or rotary is Rotary.INTERLEAVED:
+        _rotate(heads[:, :, :num_rotated_heads], position_embeddings, rotary)
+        return heads.to(dtype)
+    batch_shape = heads.shape[:2]
+    cos, sin = (
+        states.expand(*batch_shape, 1, -1).flatten(0, 2) for states in _rotary_cos_sin(position_embeddings, rotary)
+    )
+    return ops.rotate_to_bf16(heads.flatten(0, 1), cos, sin, num_rotated_heads).unflatten(0, batch_shape)
 
 
 def _rotate(states: torch.Tensor, position_embeddings: Any, rotary: Rotary) -> None:

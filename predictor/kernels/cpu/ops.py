@@ -25,6 +25,7 @@ PROTOTYPES = {
     "int4_scratch_bytes": (_SIZE, [_SIZE] * 3),
     "int4_pack_weight": (None, [_POINTER] * 4 + [_SIZE] * 3),
     "int4_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 4 + [_INT] * 3),
+    "rotate_to_bf16": (None, [_POINTER] * 4 + [_SIZE] * 5 + [_INT]),
     "paged_attention": (
         None,
         [_POINTER] * 3
@@ -247,6 +248,34 @@ def int4_scaled_mm(
         weight.group_size,
         weight.has_zero_points,
         CPU_ISAS.index(cpu_isa),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def rotate_to_bf16(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated_heads: int) -> torch.Tensor:
+    """Rotate the first heads of each token by its position, and convert all heads to bfloat16.
+
+    Args:
+        heads: (tokens, heads, head_dim), float32.
+        cos: (tokens, rotated features), float32; further features are not rotated.
+        sin: as `cos`, with the first half negated.
+        num_rotated_heads: number of heads to rotate.
+
+    Returns:
+        (tokens, heads, head_dim), bfloat16.
+    """
+    heads, cos, sin = heads.contiguous(), cos.contiguous(), sin.contiguous()
+    output = torch.empty_like(heads, dtype=torch.bfloat16)
+    _library.rotate_to_bf16(
+        heads.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        output.data_ptr(),
+        *heads.shape[:2],
+        num_rotated_heads,
+        heads.shape[2],
+        cos.shape[1],
         torch.get_num_threads(),
     )
     return output

@@ -40,6 +40,9 @@ void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
     size_t m, size_t k, size_t n, size_t group_size, int has_zero_points, int isa, int num_threads);
 
+void rotate_to_bf16(const float *heads, const float *cos, const float *sin, bfloat16 *output, size_t num_tokens,
+    size_t num_heads, size_t num_rotated_heads, size_t head_dim, size_t rotary_dim, int num_threads);
+
 void paged_attention(const void *query, const void *key, const void *value, size_t query_stride, size_t key_stride,
     size_t value_stride, const void *key_cache, const void *value_cache, size_t slot_stride,
     const int64_t *slot_mapping, const int64_t *sequences, const int64_t *tiles, size_t num_tiles, size_t num_heads,
