@@ -455,7 +455,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
         if quantization == "8bit" and are_experts(module) and not is_skipped(name, skip_modules)
     ]
     decoder_layer.fuse(model)
-    linear.pack_linear_layers(model, lm_head if quantizes_lm_head else None)
+    linear.pack_linear_layers(model, lm_head, quantize_lm_head=quantizes_lm_head)
     experts.pack(model, quantized_experts)
 
 
