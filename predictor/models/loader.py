@@ -457,7 +457,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     quantized_experts = [
         module
         for name, module in model.named_modules()
-        if quantization == "8bit" and are_experts(module) and not is_skipped(name, skip_modules)
+        if quantization in ("8bit", "4bit") and are_experts(module) and not is_skipped(name, skip_modules)
     ]
     decoder_layer.fuse(model)
     linear.pack_linear_layers(model, lm_head, quantize_lm_head=quantizes_lm_head)

@@ -4,7 +4,9 @@ import torch
 import transformers
 from torch import nn
 
+from devtools.architectures import CASES, make_prompts, save_model
 from devtools.paths import DEMO_MODEL
+from predictor.kernels.cpu.layer_table import are_experts
 from predictor.kernels.cpu.linear import Int4Linear
 from predictor.models import loader, quantization
 from predictor.models.int4_quantizer import Int4Config
@@ -65,3 +67,16 @@ def test_4bit_keeps_layers_whose_inputs_are_not_whole_groups(tmp_path: Path) -> 
     layer = quantized.model.layers[0]
     assert {type(layer.self_attn.q_proj), type(layer.mlp.up_proj)} == {nn.Linear}
     assert {type(layer.self_attn.o_proj), type(layer.mlp.down_proj)} == {Int4Linear}
+
+
+def test_4bit_quantizes_experts_to_int8(tmp_path: Path) -> None:
+    save_model(CASES["mixtral"], tmp_path)
+    ids = torch.tensor([make_prompts()[3]])
+    logits = {}
+    for mode in ("none", "8bit", "4bit"):
+        loaded = loader.load(tmp_path, device="cpu", dtype="float32", quantization=mode)
+        assert any(map(are_experts, loaded.model.modules())) is (mode == "none")
+        with torch.inference_mode():
+            logits[mode] = loaded.model(ids, use_cache=False).logits
+    errors = [(logits[mode] - logits["none"]).norm() for mode in ("8bit", "4bit")]
+    assert 0 < errors[0] < errors[1] < logits["none"].norm()
