@@ -96,7 +96,7 @@ def attend(
         (1, tokens, num_heads, head_dim), and no attention weights.
 
     Raises:
-        NotImplementedError: for soft-capped scores or attention sinks, which SDPA lacks.
+        NotImplementedError: for soft-capped scores or attention sinks, which SDPA does not support.
     """
     del attention_mask
     layer = PagedLayer(cache, module.layer_idx)

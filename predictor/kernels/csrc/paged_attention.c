@@ -290,7 +290,7 @@ static inline __attribute__((always_inline)) void attend(
         workspace.sum[row] = arguments->sinks ? 1 : 0;
     }
     memset(workspace.output, 0, rows * width * sizeof *workspace.output);
-    for (size_t k = 0; k < BLOCK_KEYS; k++) /* the columns that head_dim lacks */
+    for (size_t k = 0; k < BLOCK_KEYS; k++) /* the columns beyond head_dim */
         _mm512_storeu_ps(workspace.values + (k + 1) * width - LANES, _mm512_setzero_ps());
     const Source source = {arguments, sequence, kv_head, is_float32};
     const size_t n_keys = (size_t)(position + tile->num_queries), first_key = first_visible(arguments, position);
