@@ -15,18 +15,21 @@ same prompts of token ids and completions of an exact length. Servers that are n
 import argparse
 import asyncio
 import datetime
+import itertools
 import json
 import random
 import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import comparison_tables, machine, servers, throughput
 from benchmarks.comparison import Case, Comparison, Load
@@ -95,6 +98,12 @@ def start_all(stack: ExitStack, starters: Mapping[str, Starter]) -> tuple[list[S
 
     with ThreadPoolExecutor(len(starters)) as pool:
         waiting = {name: pool.submit(enter, starter) for name, starter in starters.items()}
+        try:
+            wait(waiting.values())
+        except KeyboardInterrupt:
+            for child in psutil.Process().children():  # or else the pool would wait until they are ready
+                child.terminate()
+            raise
     for name, future in waiting.items():
         try:
             started.append(future.result())
@@ -147,13 +156,16 @@ def report(
     folder: Path | None,
 ) -> list[str]:
     """Return the lines of the report; write them to `folder` with all figures in JSON, named after CPU and date."""
-    names = list(dict.fromkeys(case.server for case in rates))
-    others = [(name, "peer") for name in names if name.startswith("ours-")] if "peer" in names else []
+    ours: list[str] = []
+    others: list[str] = []
+    for name in dict.fromkeys(case.server for case in rates):
+        if name not in catalog.PEERS:
+            (ours if name.startswith("ours-") else others).append(name)
     lines = [f"# {content['machine']['cpu']}, {content['date']}", "", *comparison_tables.machine(content["machine"])]
     lines += _section(f"Output tokens/s and ms per step, {TOKENS} input and {TOKENS} output tokens")
     lines += comparison_tables.rates(rates)
     lines += _section("Ratios of tokens/s")
-    lines += comparison_tables.ratios(rates, others)
+    lines += comparison_tables.ratios(rates, itertools.product(ours, others))
     if first:
         lines += _section("Milliseconds to the first token")
         lines += comparison_tables.first_tokens(first)

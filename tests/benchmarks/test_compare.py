@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -73,6 +76,22 @@ def test_start_all_leaves_out_a_server_that_does_not_start() -> None:
         compare.start_all(stack, {"absent": missing})
 
 
+def test_start_all_interrupted_ends_the_servers_that_are_starting() -> None:
+    @contextmanager
+    def interrupt() -> Iterator[Server]:
+        while len(psutil.Process().children()) == number:
+            time.sleep(0.01)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        yield Server("one", "http://127.0.0.1/v1", "m")
+
+    main_thread = threading.get_ident()
+    number = len(psutil.Process().children())
+    starting = partial(servers.command_server, "slow", [sys.executable, "-c", "import time; time.sleep(600)"], 1)
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
+        compare.start_all(stack, {"slow": starting, "one": interrupt})
+    assert len(psutil.Process().children()) == number
+
+
 def run(tokens_per_second: float, ttft_ms: float = 1.0, last_ttft_ms: float = 1.0) -> Run:
     return Run(8, 512, 512, 1.0, tokens_per_second, ttft_ms, last_ttft_ms, 20.0, 40.0, 1.0)
 
@@ -125,11 +144,16 @@ def test_report_writes_tables_and_figures(tmp_path: Path) -> None:
         "left_out": {"vllm-int8": "It did not start."},
     }
     content = {"date": "2026-11-28", "machine": facts}
-    rates = [case("ours-8bit", 10.0), case("vllm-bf16", 5.0)]
+    rates = [case("ours-8bit", 10.0), case("vllm-bf16", 5.0), case("program", 40.0)]
     lines = compare.report(content, rates, rates, {"ours-8bit": [Disturbance(1.0, 2.0, 3.0, 4.0)]}, tmp_path)
     text = (tmp_path / "a-r-cpu-2-cores-2026-11-28.md").read_text()
     assert text == "\n".join(lines) + "\n"
-    for sentence in ("llamacpp: AMX not on this CPU.", "Left out: vllm-int8: It did not start.", "2.00 (2.00 to 2.00)"):
+    for sentence in (
+        "llamacpp: AMX not on this CPU.",
+        "Left out: vllm-int8: It did not start.",
+        "2.00 (2.00 to 2.00)",
+        "8bit / program",
+    ):
         assert sentence in text
     assert "Other processes used 3 % of one core" in text
     assert json.loads((tmp_path / "a-r-cpu-2-cores-2026-11-28.json").read_text())["machine"]["cpu"] == "A (R) CPU"
