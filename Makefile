@@ -5,7 +5,7 @@ VENV := .venv
 CLIENTS := .venv-clients
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := predictor storage_initializer preflight snapshot_format devtools benchmarks demo examples tests hatch_build.py
+CODE := kserve_llm predictor storage_initializer preflight snapshot_format devtools benchmarks demo examples tests hatch_build.py
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
@@ -32,7 +32,7 @@ $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Choose one: make PYTHON=python3.12 ...")'
 	@echo "==> installing into $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,ray,preflight,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,ray,preflight,completion,dev]'
 	@touch $@
 
 demo: $(INSTALLED) ## the main job, offline: hub, storage initializer, predictor, answers

@@ -6,6 +6,7 @@ import sys
 
 from predictor import settings
 from predictor.errors import RankFailed, StartupError
+from predictor.resources import openmp
 
 
 def main() -> int:
@@ -14,6 +15,7 @@ def main() -> int:
         parsed = settings.read(sys.argv[1:])
         # KServe parses sys.argv when it is imported and would take our flags for abbreviations of its own.
         del sys.argv[1:]
+        openmp.limit_spinning()
         from predictor.entrypoints import lifecycle
         from predictor.observability.logging import configure
 

@@ -95,6 +95,8 @@ class Settings(BaseSettings):
     """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
     enforce_eager: bool = False
     """Compute no step as a CUDA graph: slower, for models that fail or err with them."""
+    speculation: Literal["auto", "none", "prompt_lookup"] = "auto"
+    """Guess tokens that repeat earlier text, and verify them in one step: same answers, faster. auto: where exact."""
     default_max_tokens: int = Field(default=256, ge=1)
     """Maximum number of new tokens if neither the request nor the model's generation config sets one."""
     chat_template_kwargs: str = "{}"

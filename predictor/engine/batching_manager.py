@@ -22,6 +22,9 @@ from predictor.engine.executor import EngineOutput
 from predictor.engine.greedy_runner import GreedyRunner
 from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.speculation import MAX_GUESSES, Speculation
+from predictor.engine.speculative_step import SpeculativeRunner, unavailable_reason
+from predictor.engine.step_budget import StepBudget
 from predictor.engine.step_pipeline import StepPipeline
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
@@ -84,6 +87,9 @@ class BatchingManager:
         )
         self._step_timeout_seconds = settings.step_timeout_seconds
         self._enforce_eager = settings.enforce_eager
+        self._speculation_mode = settings.speculation
+        # Rows of a step have logits, for which there is memory if they are no more than sequences.
+        self._speculation = Speculation(max(settings.max_num_seqs, 1 + MAX_GUESSES))
         # Before the manager selects an implementation that needs the paged cache.
         self._plain_implementation = transformers_attention.plain_implementation(model)
         self._manager = model.init_continuous_batching(
@@ -152,6 +158,10 @@ class BatchingManager:
         return self._failed_step_count
 
     @property
+    def speculation(self) -> Speculation:
+        return self._speculation
+
+    @property
     def is_running(self) -> bool:
         return bool(self._manager.is_running())
 
@@ -179,6 +189,9 @@ class BatchingManager:
             ) from error
         processor = self._manager.batch_processor
         processor.scheduler.scorer = self._step_sampler.scorer
+        # Ranks have to schedule the same steps. Steps that overlap have no durations of their own.
+        if tensor_parallel.size() == 1 and not _overlaps(self._model):
+            processor.scheduler.step_budget = StepBudget()
         tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
         if _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
             self._pipeline = StepPipeline(
@@ -188,12 +201,30 @@ class BatchingManager:
                 self._step_sampler,
                 uses_graphs=not self._enforce_eager and _is_on_one_device(self._model),
             )
-        lm_head = self._model.get_output_embeddings()
-        if isinstance(lm_head, LMHead) and tensor_parallel.size() == 1:
-            processor.model_runner = GreedyRunner(processor, lm_head, self._step_sampler)
+        else:
+            self._choose_runner(processor)
         self._manager.start()
         size_bytes = processor.cache.cache_tensor.nbytes
         logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
+
+    def _choose_runner(self, processor: Any) -> None:
+        lm_head = self._model.get_output_embeddings()
+        int8_head = lm_head if isinstance(lm_head, LMHead) and tensor_parallel.size() == 1 else None
+        if self._can_speculate(processor):
+            processor.model_runner = SpeculativeRunner(processor, int8_head, self._step_sampler, self._speculation)
+            processor.scheduler.speculation = self._speculation
+        elif int8_head:
+            processor.model_runner = GreedyRunner(processor, int8_head, self._step_sampler)
+
+    def _can_speculate(self, processor: Any) -> bool:
+        if self._speculation_mode == "none":
+            return False
+        if reason := unavailable_reason(self._model, processor.cache):
+            level = logging.WARNING if self._speculation_mode == "prompt_lookup" else logging.INFO
+            logger.log(level, "speculation: none, because %s", reason)
+            return False
+        logger.info("speculation: prompt lookup")
+        return True
 
     def stop(self, timeout_seconds: float) -> None:
         self._manager.stop(block=True, timeout=timeout_seconds, hard_stop=True)
@@ -273,7 +304,9 @@ class BatchingManager:
         processor.scheduler.scheduled = []
         try:
             run = self._pipeline.run if self._pipeline else self._run_iteration
-            return bool(run(processor, bootstrapping))
+            goes_on = bool(run(processor, bootstrapping))
+            processor.scheduler.record_step()
+            return goes_on
         except BaseException as error:
             # The other ranks may be in the middle of the step, where no operation of this one would match theirs.
             if tensor_parallel.size() > 1:

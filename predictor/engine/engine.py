@@ -17,6 +17,7 @@ from predictor.engine import admission, kv_cache, warm_up
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import Executor
+from predictor.engine.speculation import Speculation
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped
 from predictor.kernels import attention, past_key_values
@@ -126,6 +127,11 @@ class Engine:
     def failed_steps(self) -> int:
         """Steps that failed since the start, with their sequences, or the newest one for lack of memory."""
         return self._executor.failed_step_count
+
+    @property
+    def speculation(self) -> Speculation:
+        """Counts of guessed tokens."""
+        return self._executor.speculation
 
     @property
     def is_alive(self) -> bool:

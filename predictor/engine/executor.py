@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.speculation import Speculation
 from predictor.types import Caller
 
 
@@ -48,6 +49,10 @@ class Executor(Protocol):
     @property
     def failed_step_count(self) -> int:
         """Steps that failed since the start, with their sequences, or the newest one for lack of memory."""
+
+    @property
+    def speculation(self) -> Speculation:
+        """Counts of guessed tokens."""
 
     @property
     def is_running(self) -> bool:

@@ -1,6 +1,7 @@
 """Fence around the scheduler of transformers' continuous batching, which shares the batch between callers."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 
 from predictor.engine.fair_queue import FairQueue
 from predictor.engine.prompt_scorer import PromptScorer
+from predictor.engine.speculation import Speculation
+from predictor.engine.step_budget import StepBudget
 from predictor.engine.submission import Submission
 
 NAME = "kserve_llm"
@@ -30,8 +33,13 @@ class FairScheduler(FIFOScheduler):
     """Sequences of the step; none before they are all scheduled."""
     scorer: PromptScorer | None = None
     """Its sequences need every row of their prompt, so that no cached prefix replaces any."""
+    speculation: Speculation | None = None
+    """Guesses tokens of the sequences of steps that only decode."""
     pending_ids: Collection[str] = ()
     """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
+
+    step_budget: StepBudget | None = None
+    """Limits tokens of prompts while sequences decode; None: only the manager's budget does."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.fair_queue = FairQueue()
@@ -41,6 +49,8 @@ class FairScheduler(FIFOScheduler):
         """Number of next steps that have at most `_token_limit` tokens."""
         self._token_limit = 0
         self._step_tokens = 0
+        self._decode_tokens = 0
+        self._step_start = 0.0
         super().__init__(*arguments, **options)
 
     def add_waiting_request(self, state: Any) -> None:
@@ -59,12 +69,53 @@ class FairScheduler(FIFOScheduler):
             token_budget = min(token_budget, self._token_limit)
         if self.waiting_requests:
             self._make_room(token_budget)
+        if self.speculation:
+            self._add_guesses(self.speculation, token_budget)
+        decodes = {
+            request_id: len(state.tokens_to_process)
+            for request_id, state in self.active_requests.items()
+            if state.status == RequestStatus.DECODING
+        }
+        prompt_tokens = self._max_prompt_tokens() if decodes else None
+        if prompt_tokens is not None:
+            token_budget = min(token_budget, sum(decodes.values()) + prompt_tokens)
+        self._step_start = time.perf_counter()
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
         self.scheduled = [request.state for request in batch[0] or ()]
         self._step_tokens = sum(request.query_length for request in batch[0] or ())
+        self._decode_tokens = sum(
+            request.query_length for request in batch[0] or () if request.state.request_id in decodes
+        )
         for request in batch[0] or ():
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
+
+    def _max_prompt_tokens(self) -> int | None:
+        return self.step_budget.prompt_tokens() if self.step_budget else None
+
+    def record_step(self) -> None:
+        """Note how long the step took that was scheduled last, if one was."""
+        if self.step_budget and self.scheduled:
+            prompt_tokens = self._step_tokens - self._decode_tokens
+            self.step_budget.record(self._decode_tokens, prompt_tokens, time.perf_counter() - self._step_start)
+
+    def _add_guesses(self, speculation: Speculation, token_budget: int) -> None:
+        """Add guesses to the tokens of the sequences, if the step only decodes, and all of them have room."""
+        states = self.active_requests
+        # The last step may have been scheduled, but not computed.
+        for request_id in states.keys() & speculation.guesses.keys():
+            states[request_id].tokens_to_process = states[request_id].tokens_to_process[:1]
+        speculation.guesses = {}
+        # The chunks of a prompt are not made smaller by guesses.
+        if self.waiting_requests or any(state.status != RequestStatus.DECODING for state in states.values()):
+            return
+        speculation.guess(list(states.values()))
+        growth = [(state, 1 + len(speculation.guesses.get(request_id, ()))) for request_id, state in states.items()]
+        fits = sum(tokens for _, tokens in growth) <= token_budget and self._try_to_meet_safety_margin()
+        if not (fits and self._has_cache(growth)):
+            speculation.guesses = {}
+        for request_id, guesses in speculation.guesses.items():
+            states[request_id].tokens_to_process = states[request_id].tokens_to_process + guesses
 
     def _process_candidates(self, candidates: list[Any], *arguments: Any) -> Any:
         """Schedule the candidates: decoding sequences first, then prompts in fair order."""
@@ -111,19 +162,20 @@ class FairScheduler(FIFOScheduler):
             return False
         if not self._try_to_meet_safety_margin():
             return False
-        if self._has_cache(request_ids, token_budget):
-            return True
-        if not self.cache.evict_cached_blocks():
-            return False
-        self.cache.pool.try_to_free_sectors()
-        return self._has_cache(request_ids, token_budget)
-
-    def _has_cache(self, request_ids: Sequence[str], token_budget: int) -> bool:
-        """Return whether a step's tokens fit into the cache: those of waiting sequences, after all decoding ones."""
+        # Those of waiting sequences, after all decoding ones.
         growth = [(state, 1) for state in self.active_requests.values() if state.status == RequestStatus.DECODING]
         for request_id in request_ids:
             state = self.waiting_requests[request_id]
             growth.append((state, min(len(state.remaining_prefill_tokens), token_budget)))
+        if self._has_cache(growth):
+            return True
+        if not self.cache.evict_cached_blocks():
+            return False
+        self.cache.pool.try_to_free_sectors()
+        return self._has_cache(growth)
+
+    def _has_cache(self, growth: Sequence[tuple[Any, int]]) -> bool:
+        """Return whether numbers of further tokens of sequences fit into the cache."""
         sectors = 0
         for allocator in self.cache.cache_allocators.values():
             blocks = sum(
@@ -202,6 +254,8 @@ class FairScheduler(FIFOScheduler):
         self.fair_queue.retain(self.active_requests, self.waiting_requests)
         if self.scorer:
             self.scorer.retain(self.active_requests, self.waiting_requests)
+        if self.speculation:
+            self.speculation.retain(self.active_requests, self.waiting_requests)
         return cancelled
 
 

@@ -88,6 +88,17 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
         del tensor_arg
         if self.scorer.samplers:
             self._score_prompts()
+        self.sample(scores, self._states)
+        self.step_count += 1
+        return scores
+
+    def sample(self, scores: torch.Tensor, states: Sequence[_SequenceState]) -> None:
+        """Sample from rows of logits (rows, LM head) in place, contiguous, at most one row of a sequence.
+
+        Args:
+            scores: float32, with at least as many rows as there are states; further ones are not used.
+            states: of the rows' sequences, whose `position_offset` is the number of tokens before the sampled one.
+        """
         # An LM head may have more rows than the embedding, which the next step would index with the token.
         scores[:, self.embedding_rows :] = -torch.inf
         # Other threads remove sequences at any time.
@@ -96,13 +107,11 @@ class StepSampler(ContinuousBatchingLogitsProcessor):
         # and cancelled ones have no sampler: greedy.
         rows = [
             Row(index, state.position_offset, state, sampler)
-            for index, state in enumerate(self._states)
+            for index, state in enumerate(states)
             if (sampler := samplers.get(state.request_id)) and sampler.is_used
         ]
         if rows:
             self._sample(scores, rows, min(self.embedding_rows, scores.shape[1]), samplers)
-        self.step_count += 1
-        return scores
 
     def _score_prompts(self) -> None:
         sequences = self._step_sequences()

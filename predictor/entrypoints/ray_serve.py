@@ -21,6 +21,7 @@ from ray.serve import Application
 from predictor import settings
 from predictor.entrypoints.ray_settings import RaySettings, check
 from predictor.errors import PortInUse
+from predictor.resources import openmp
 from predictor.settings import Settings
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class Replica:
     async def __init__(self, parsed: RaySettings) -> None:  # type: ignore[misc] # Serve awaits it
         # KServe parses sys.argv when it is imported and would take Ray's flags for abbreviations of its own.
         del sys.argv[1:]
+        openmp.limit_spinning()
         from predictor.entrypoints import ranks
         from predictor.entrypoints.api_keys import KeyFile
         from predictor.entrypoints.lifecycle import Lifecycle, create_tracing

@@ -211,6 +211,9 @@ class LLMService:
             self._metrics.register_callbacks(
                 kv_cache_usage_perc=lambda: engine.cache_usage,
                 kv_cache_capacity_tokens=lambda: engine.cache_tokens,
+                spec_decode_num_drafts=lambda: engine.speculation.num_drafts,
+                spec_decode_num_draft_tokens=lambda: engine.speculation.num_draft_tokens,
+                spec_decode_num_accepted_tokens=lambda: engine.speculation.num_accepted_tokens,
             )
 
     def terminate(self) -> None:

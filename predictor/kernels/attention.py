@@ -1,6 +1,7 @@
 """Choice of the attention over the paged KV cache."""
 
 import logging
+from contextlib import AbstractContextManager
 from typing import Any
 
 from predictor.kernels import sequence_attention, transformers_attention
@@ -18,7 +19,7 @@ def install(model: Any) -> bool:
 
     If not, the batching manager computes one dense attention for the whole batch.
     """
-    if not transformers_attention.is_replaceable(model):
+    if not transformers_attention.is_replaceable(model, any_scores=_uses_c(model)):
         logger.info("attention: one mask for the whole batch, as this architecture needs")
         return False
     unavailable = cuda_attention.unavailable_reason(model)
@@ -41,6 +42,11 @@ def reads_in_place(model: Any) -> bool:
     if uses_block_tables(model):
         return not getattr(model.config.get_text_config(), "sliding_window", None)
     return transformers_attention.is_selected(model, transformers_attention.SEQUENCE) and _uses_c(model)
+
+
+def plain(model: Any) -> AbstractContextManager[None]:
+    """Select the implementation that computes the same without a paged cache, temporarily."""
+    return transformers_attention.selected(model, transformers_attention.plain_implementation(model))
 
 
 def _uses_c(model: Any) -> bool:

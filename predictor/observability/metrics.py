@@ -74,6 +74,9 @@ class CallbackCollector(Collector):
         "kv_cache_capacity_tokens": "Capacity of the KV cache in tokens.",
         "engine_steps": "Steps of the engine since its start.",
         "engine_failed_steps": "Steps that failed, with their sequences or the newest one.",
+        "spec_decode_num_drafts": "Steps of a sequence with guessed tokens.",
+        "spec_decode_num_draft_tokens": "Guessed tokens that were verified.",
+        "spec_decode_num_accepted_tokens": "Guessed tokens that were right.",
         "self_check_age_seconds": "Time since the self-check last succeeded.",
         "self_check_success": "Whether the last self-check succeeded, 1 or 0.",
         "ready": "Whether the model is ready, 1 or 0.",
@@ -87,7 +90,8 @@ class CallbackCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield one metric family for each name."""
         for name, text in self.texts.items():
-            kind = CounterMetricFamily if name.endswith("_steps") else GaugeMetricFamily
+            is_count = name.endswith("_steps") or name.startswith("spec_decode_")
+            kind = CounterMetricFamily if is_count else GaugeMetricFamily
             family = kind(PREFIX + name, text, labels=["model_name"])
             for model_name, callback in list(self.callbacks[name].items()):
                 family.add_metric([model_name], float(callback()))

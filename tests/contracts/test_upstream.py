@@ -78,8 +78,8 @@ from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
-from predictor.kernels.cpu import layer_table, paged_attention, torch_private
-from predictor.kernels.cpu.linear import Int8Linear
+from predictor.kernels.cpu import experts, layer_table, paged_attention, torch_private
+from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
 from predictor.kernels.fp8 import Fp8Linear
@@ -87,6 +87,7 @@ from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int4_checkpoint import PackedLinear
+from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
@@ -219,6 +220,7 @@ def idle(executor: BatchingManager) -> bool:
         (continuous_api.ContinuousBatchProcessor.prepare_next_batch, ""),
         (continuous_api.ContinuousBatchProcessor.update_batch, ""),
         (cache.PagedAttentionCache.mark_complete_blocks, "state complete_blocks"),
+        (cache.PagedAttentionCache.count_new_complete_blocks, "state request_len"),
         (offloading_manager.OffloadingManager.offload_requests, ""),
         (
             input_outputs.ContinuousBatchingIOs.__init__,
@@ -459,6 +461,39 @@ def test_batching_new_tokens_are_in_the_order_of_their_positions(
         assert tokens >= len(ids)
 
 
+def test_batching_decode_of_several_tokens_has_room_and_can_end_before_them(executor: BatchingManager) -> None:
+    processor = executor._manager.batch_processor
+    state = continuous_api.RequestState("guessed", [5, 6, 7], max_new_tokens=9, eos_token_id=[2])
+    assert state._eos_token_ids == {2}
+    [allocator] = processor.cache.cache_allocators.values()
+    assert isinstance(allocator, cache_allocators.FullAttentionCacheAllocator)
+    state.status = continuous_api.RequestStatus.DECODING
+    state.generated_tokens, state.tokens_to_process, state.remaining_prefill_tokens = [8], [8, 9, 10, 11], []
+    state.position_offset = 3
+    try:
+        [request], _, _, num_q_tokens, _ = processor.scheduler._process_candidates([state], 16, 1024, set())
+        assert (num_q_tokens, request.query_length, request.has_new_token) == (4, 4, True)
+        processor.inputs_and_outputs.prepare_batch_tensors(
+            [request],
+            processor.logit_processor,
+            use_decode_fast_path=False,
+            num_q_tokens=4,
+            max_kv_read=3,
+            use_padding=False,
+        )
+        assert processor.inputs_and_outputs.req_id_to_new_token_position == {"guessed": 3}
+        assert state.position_offset == 7
+        # Two tokens of four are in the sequence. The blocks are those of the tokens before `position_offset`.
+        state.position_offset = PAGE_TOKENS - 2
+        assert processor.cache.count_new_complete_blocks(state, 2) == {allocator.layer_type: 1}
+        assert processor.cache.count_new_complete_blocks(state, 1) == {}
+        assert not state.update_and_check_completion(9, None)
+        assert state.tokens_to_process == [9]
+        assert state.generated_tokens == [8, 9]
+    finally:
+        processor.scheduler.finish_request("guessed")
+
+
 def test_batching_handler_is_kept_until_a_final_output(executor: BatchingManager) -> None:
     handlers = executor._manager.output_router.result_handlers
 
@@ -627,7 +662,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/{fp8,int4_checkpoint,int8}_quantizer.py
+# transformers' quantizers: predictor/models/{int4_checkpoint,linear}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -687,6 +722,17 @@ def test_quantizer_converts_each_weight_while_it_loads() -> None:
     weight = original.model.layers[0].mlp.down_proj.weight
     assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
     assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_quantizer_may_give_weights_another_shape() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.float32, quantization_config=Int4Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Int4Linear)
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.uint8, (layer.out_features, layer.in_features // 2))
+    assert layer.scale.shape == (layer.out_features, layer.in_features // 32)
+    assert layer.scale.abs().min() > 0
 
 
 def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
@@ -1025,11 +1071,12 @@ def test_manager_makes_block_tables_for_steps_of_decodes(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("llama", {"head_dim": 16, "num_key_value_groups": 2, "is_silu": True, "qk_norms": None}),
-        ("gemma2", {"is_silu": False, "norm_offset": 1.0, "eager_attention": modeling_gemma2.eager_attention_forward}),
+        ("llama", {"head_dim": 16, "num_key_value_groups": 2, "qk_norms": None}),
+        ("gemma2", {"norm_offset": 1.0, "eager_attention": modeling_gemma2.eager_attention_forward}),
         ("granite", {"residual_multiplier": 0.5}),
         ("smollm3", {"rotary": None}),
         ("olmo2", {"attention_norm": None, "mlp_norm": None}),
+        ("qwen3_moe", {"gate_up": [], "activation": None}),
     ],
 )
 def test_decoder_layers_have_the_expected_parts(name: str, expected: dict[str, Any]) -> None:
@@ -1060,6 +1107,42 @@ def test_decoder_layers_pass_the_arguments_of_attention(name: str, expected: dic
     assert parts.attention_arguments["dropout"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", True),
+        ("qwen3", True),
+        ("gemma2", False),
+    ],
+)
+def test_silu_is_recognized(name: str, expected: bool) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    assert layer_table.is_silu(model.model.layers[0].mlp.act_fn) is expected
+
+
+@pytest.mark.parametrize(
+    ("name", "is_silu", "is_transposed", "has_bias"),
+    [
+        ("mixtral", True, False, False),
+        ("qwen3_moe", True, False, False),
+        ("gpt_oss", False, True, True),
+    ],
+)
+def test_experts_have_the_expected_parts(name: str, is_silu: bool, is_transposed: bool, has_bias: bool) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(CASES[name].config())
+    mlp = model.model.layers[0].mlp
+    [module] = [child for child in mlp.children() if layer_table.are_experts(child)]
+    parts = layer_table.ExpertsParts.of(module)
+    assert (parts.is_silu, parts.is_transposed, parts.has_bias) == (is_silu, is_transposed, has_bias)
+    assert [parameter for parameter, _ in module.named_parameters() if "bias" not in parameter] == list(
+        experts.MATRICES
+    )
+    [router] = [child for child in mlp.children() if layer_table.is_router(child)]
+    assert router.weight.shape == (4, 64)
+
+
 def test_attention_implementation_can_be_selected_for_a_forward_pass(model: Any) -> None:
     before = model.config._attn_implementation
     with transformers_attention.selected(model, "eager"):
@@ -1081,11 +1164,11 @@ def test_layers_of_a_step_share_the_cu_seq_lens_q_tensor(monkeypatch: pytest.Mon
         supports(*args)
         return False
 
-    monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
-    monkeypatch.setattr(paged_attention, "supports", count_call)
     fresh = loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False).model
     assert attention.install(fresh)
     with started(fresh) as executor:
+        monkeypatch.setattr(sequence_attention, "_build_metadata", count_build)
+        monkeypatch.setattr(paged_attention, "supports", count_call)
         asyncio.run(finish(executor, [(5, 4), (9, 3)]))
     assert len(calls) == len(builds) * fresh.config.num_hidden_layers > 0
 
@@ -1209,9 +1292,11 @@ def test_weight_mapping_maps_linear_layers_of_a_meta_model(tmp_path: Path) -> No
     meta_model = transformers_mapping.build_meta_model(
         transformers_mapping.load_config(tiny_llama.make(tmp_path / "m"))
     )
-    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"])
+    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"], 1)
     assert len(layers) == tiny_llama.QUANTIZED - tiny_llama.LAYERS
     assert not any("down_proj" in layer or "lm_head" in layer for layer in layers)
+    # The down projections have 137 inputs.
+    assert transformers_mapping.linear_layers(meta_model, [], 32) == layers
     parameter_name = transformers_mapping.parameter_mapping(meta_model, {f"{layers[0]}.scale": True})
     for name in (f"{layers[0]}.weight", f"{layers[0]}.scale", "model.embed_tokens.weight"):
         assert parameter_name(name) == name

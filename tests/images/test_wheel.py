@@ -38,7 +38,7 @@ def sources(tmp_path: Path) -> Path:
     folder.mkdir()
     for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
-    for name in ("predictor", "preflight", "snapshot_format", "storage_initializer"):
+    for name in ("kserve_llm", "predictor", "preflight", "snapshot_format", "storage_initializer"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
     (folder / LIBRARY).write_bytes(STALE)
     return folder
@@ -64,6 +64,9 @@ def test_wheel_with_a_compiler_contains_the_library(
         assert archive.read(LIBRARY).startswith(b"\x7fELF")
         page = {str(file.relative_to(ROOT)) for file in (ROOT / "predictor/entrypoints/http/playground").iterdir()}
         assert page <= set(archive.namelist())
+        [entry_points] = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        assert b"kserve-llm = kserve_llm.cli:main" in archive.read(entry_points)
+        assert "kserve_llm/local_server.py" in archive.namelist()
         unwanted = (".c", ".h", ".o", "Dockerfile", "requirements.txt")
         assert not [name for name in archive.namelist() if name.endswith(unwanted)]
 
@@ -80,7 +83,7 @@ def test_wheel_without_a_compiler_is_pure_python(
 
 
 def test_wheel_of_the_initializer_builds_without_the_predictor(builder: Environment, sources: Path) -> None:
-    for name in ("predictor", "preflight"):
+    for name in ("kserve_llm", "predictor", "preflight"):
         shutil.rmtree(sources / name)
     wheel = _wheel(builder, sources)
     assert wheel.name.endswith("-py3-none-any.whl")

@@ -17,6 +17,7 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
 TEXTS = {path.name: path.read_text() for path in WORKFLOWS}
 FOLDERS = (
     "benchmarks",
+    "kserve_llm",
     "kustomize",
     "manifests",
     "predictor",

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from predictor.kernels import shards
-from predictor.kernels.cpu import gemm, linear
+from predictor.kernels import shards, tensor_parallel
+from predictor.kernels.cpu import gemm, linear, ops
 from predictor.kernels.cpu.gemm import GatheredLinear, LinearKernel, RMSNorm
-from predictor.kernels.cpu.layer_table import DecoderLayerParts, Rotary, find_decoder_layers
+from predictor.kernels.cpu.layer_table import DecoderLayerParts, Rotary, find_decoder_layers, is_silu
 from predictor.kernels.shards import Division, Divisions
 from predictor.kernels.transformers_attention import attention_function
 
@@ -48,12 +48,19 @@ def fuse(model: Any) -> int:
 
 def _fuse_layer(parent: nn.Module, name: str, divisions: Divisions, dtype: torch.dtype) -> bool:
     parts = DecoderLayerParts.of(parent.get_submodule(name))
-    attention, mlp = _fuse_pair(parts.qkv, parts.o, divisions), _fuse_pair(parts.gate_up, parts.down, divisions)
+    attention, mlp = _fuse_pair(parts.qkv, parts.o, divisions), _fuse_mlp(parts, divisions, dtype)
     if attention is None or mlp is None:
         return False
-    gated_mlp = GatedMLP(_rms_norm(parts.mlp_norm, parts), *mlp, None if parts.is_silu else parts.activation)
-    parent.register_module(name, DecoderLayer(parts, *attention, gated_mlp, dtype))
+    parent.register_module(name, DecoderLayer(parts, *attention, mlp, dtype))
     return True
+
+
+def _fuse_mlp(parts: DecoderLayerParts, divisions: Divisions, dtype: torch.dtype) -> "GatedMLP | ExpertsMLP | None":
+    norm = _rms_norm(parts.mlp_norm, parts)
+    if parts.activation is None:
+        return ExpertsMLP(norm, parts.mlp, dtype) if tensor_parallel.size() == 1 else None
+    pair = _fuse_pair(parts.gate_up, parts.mlp.down_proj, divisions)
+    return pair and GatedMLP(norm, *pair, None if is_silu(parts.activation) else parts.activation)
 
 
 def _fuse_pair(inputs: list[Any], output: nn.Module, divisions: Divisions) -> tuple[LinearKernel, LinearKernel] | None:
@@ -95,6 +102,29 @@ class GatedMLP:
         return self._down.forward(self._activation(gate).mul_(up), residual=residual)
 
 
+class ExpertsMLP(nn.Module):
+    """MLP with experts: transformers' module, of which other functions pack the linear layers and experts.
+
+    Args:
+        norm: of the inputs.
+        mlp: the module.
+        dtype: of its inputs.
+    """
+
+    def __init__(self, norm: RMSNorm | None, mlp: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._norm, self._dtype = norm, dtype
+        self.mlp = mlp
+
+    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """(tokens, features) to the same, float32; add `residual`."""
+        normalized = hidden_states if self._norm is None else self._norm(hidden_states)
+        outputs = self.mlp(normalized.to(self._dtype)[None])
+        # gpt-oss' returns the router's scores as well.
+        states = (outputs[0] if isinstance(outputs, tuple) else outputs)[0].float()
+        return states if residual is None else states.add_(residual)
+
+
 class OutputScaling:
     """What happens to the outputs of attention or MLP before they are added to the residual stream.
 
@@ -121,19 +151,25 @@ class DecoderLayer(nn.Module):
         parts: of the layer.
         qkv: fused q, k and v projections.
         o: output projection of attention.
-        mlp: the MLP with its norm, as `GatedMLP`.
+        mlp: with its norm.
         dtype: of keys and values, and of the outputs of the last layer.
     """
 
     def __init__(
-        self, parts: DecoderLayerParts, qkv: LinearKernel, o: LinearKernel, mlp: GatedMLP, dtype: torch.dtype
+        self,
+        parts: DecoderLayerParts,
+        qkv: LinearKernel,
+        o: LinearKernel,
+        mlp: GatedMLP | ExpertsMLP,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.config, self.layer_idx = parts.config, parts.layer_idx
         self.num_key_value_groups, self.is_causal = parts.num_key_value_groups, parts.is_causal
         if parts.sinks is not None:
             self.sinks = parts.sinks
-        self._qkv, self._o, self._mlp = qkv, o, mlp
+        self._qkv, self._o = qkv, o
+        self._mlp: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor] = mlp
         self._attention_norm = _rms_norm(parts.attention_norm, parts)
         self._attention_scaling = OutputScaling(
             _rms_norm(parts.attention_output_norm, parts), parts.residual_multiplier
@@ -183,9 +219,9 @@ class DecoderLayer(nn.Module):
         for normalized, norm in self._qk_norms:
             states = qkv[:, :, normalized]
             norm.apply_(states if norm.weight.dim() > 1 else states.flatten(2))
-        if self._rotary is not None:
-            _rotate(qkv[:, :, : sum(self._qkv_split_sizes[:2])], position_embeddings, self._rotary)
-        query, key, value = qkv.to(self._dtype).transpose(1, 2).split(self._qkv_split_sizes, 1)
+        num_rotated_heads = 0 if self._rotary is None else sum(self._qkv_split_sizes[:2])
+        converted = _rotate_and_convert(qkv, position_embeddings, self._rotary, num_rotated_heads, self._dtype)
+        query, key, value = converted.transpose(1, 2).split(self._qkv_split_sizes, 1)
         return query, key, value
 
 
@@ -221,6 +257,22 @@ def _qk_norms(parts: DecoderLayerParts, num_heads: int, num_kv_heads: int) -> li
         return [(slice(num_heads + num_kv_heads), RMSNorm(weight, epsilon))]
     keys = slice(num_heads, num_heads + num_kv_heads)
     return [(slice(num_heads), RMSNorm(q_weight, epsilon)), (keys, RMSNorm(k_weight, epsilon))]
+
+
+def _rotate_and_convert(
+    heads: torch.Tensor, position_embeddings: Any, rotary: Rotary | None, num_rotated_heads: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Rotate the first heads and convert all: (batch, tokens, heads, head_dim); `heads` is overwritten."""
+    if rotary is None:
+        return heads.to(dtype)
+    if ops.cpu_isa is None or dtype != torch.bfloat16 or rotary is Rotary.INTERLEAVED:
+        _rotate(heads[:, :, :num_rotated_heads], position_embeddings, rotary)
+        return heads.to(dtype)
+    batch_shape = heads.shape[:2]
+    cos, sin = (
+        states.expand(*batch_shape, 1, -1).flatten(0, 2) for states in _rotary_cos_sin(position_embeddings, rotary)
+    )
+    return ops.rotate_to_bf16(heads.flatten(0, 1), cos, sin, num_rotated_heads).unflatten(0, batch_shape)
 
 
 def _rotate(states: torch.Tensor, position_embeddings: Any, rotary: Rotary) -> None:

@@ -1,4 +1,7 @@
-"""What the decoder layers of transformers, as of 5.23, consist of. A new architecture is an entry of `LAYERS`."""
+"""Fence around transformers' decoder layers and experts, as of transformers 5.23: what they consist of.
+
+A new architecture is an entry of `LAYERS`. Its experts need none: their class says how it keeps their matrices.
+"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -9,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import SiLUActivation
+from transformers.integrations import moe
 
 
 class Rotary(Enum):
@@ -33,6 +37,7 @@ class LayerStructure:
     """Added to the weights of all norms."""
     qkv: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
     gate_up: tuple[str, ...] = ("gate_proj", "up_proj")
+    """Of an MLP without experts. One with experts is a module that is called as it is."""
     activation: str = "act_fn"
     """Of the MLP's gate."""
     rotary: Rotary = Rotary.HALVES
@@ -80,16 +85,20 @@ LAYERS: dict[str, LayerStructure] = {
     "Glm4DecoderLayer": LayerStructure(
         **_GLM_MLP, attention_output_norm="post_self_attn_layernorm", mlp_output_norm="post_mlp_layernorm"
     ),
+    "GptOssDecoderLayer": LayerStructure(rotary=Rotary.HALVES_SHARED, attention_arguments={"s_aux": "sinks"}),
     "GraniteDecoderLayer": _PRE_NORM,
     "LlamaDecoderLayer": _PRE_NORM,
     "MistralDecoderLayer": LayerStructure(window=_window_of_config),
+    "MixtralDecoderLayer": LayerStructure(window=_window_of_config),
     "Olmo2DecoderLayer": _OUTPUT_NORM,
     "Olmo3DecoderLayer": _OUTPUT_NORM,
     "Phi3DecoderLayer": LayerStructure(
         qkv=("qkv_proj",), gate_up=("gate_up_proj",), activation="activation_fn", window=_window_of_config
     ),
     "Qwen2DecoderLayer": _PRE_NORM,
+    "Qwen2MoeDecoderLayer": _PRE_NORM,
     "Qwen3DecoderLayer": _PRE_NORM,
+    "Qwen3MoeDecoderLayer": _PRE_NORM,
     "SmolLM3DecoderLayer": LayerStructure(has_rotary=lambda attention: bool(attention.use_rope)),
 }
 """By the names of the layers' classes."""
@@ -122,8 +131,9 @@ class DecoderLayerParts:
     """None: queries and keys are not rotated."""
     qkv: list[Any]
     o: nn.Module
+    mlp: Any
     gate_up: list[Any]
-    down: nn.Module
+    """Empty if the MLP has experts."""
     attention_norm: nn.Module | None
     attention_output_norm: nn.Module | None
     mlp_norm: nn.Module | None
@@ -133,15 +143,14 @@ class DecoderLayerParts:
     """Of each head, or of all queries and all keys of a token, as the sizes of their weights say."""
     residual_multiplier: float
     """Factor of what attention and MLP add to the residual stream."""
-    activation: Callable[[torch.Tensor], torch.Tensor]
-    is_silu: bool
+    activation: Callable[[torch.Tensor], torch.Tensor] | None
 
     @classmethod
     def of(cls, layer: nn.Module) -> "DecoderLayerParts":
         """Read the parts of a layer in `LAYERS`."""
         structure = LAYERS[type(layer).__name__]
         attention, mlp = layer.self_attn, layer.mlp
-        activation = getattr(mlp, structure.activation)
+        has_experts = any(are_experts(module) for module in mlp.children())
         arguments = {name: getattr(attention, attribute) for name, attribute in structure.attention_arguments.items()}
         scores = {"scaling": attention.scaling, "sliding_window": structure.window(attention), "dropout": 0.0}
         norms = {
@@ -160,12 +169,51 @@ class DecoderLayerParts:
             rotary=structure.rotary if structure.has_rotary(attention) else None,
             qkv=[getattr(attention, name) for name in structure.qkv],
             o=attention.o_proj,
-            gate_up=[getattr(mlp, name) for name in structure.gate_up],
-            down=mlp.down_proj,
+            mlp=mlp,
+            gate_up=[] if has_experts else [getattr(mlp, name) for name in structure.gate_up],
             **norms,
             norm_offset=structure.norm_offset,
             qk_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else None,
             residual_multiplier=getattr(layer, "residual_multiplier", 1.0),
-            activation=activation,
-            is_silu=isinstance(activation, (nn.SiLU, SiLUActivation)),
+            activation=None if has_experts else getattr(mlp, structure.activation),
         )
+
+
+def is_silu(activation: Any) -> bool:
+    """Whether an activation of transformers is SiLU."""
+    return isinstance(activation, (nn.SiLU, SiLUActivation))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsParts:
+    """How the experts of a layer keep and use their matrices, `gate_up_proj` and `down_proj`."""
+
+    is_transposed: bool
+    """Whether a matrix is (experts, in_features, out_features)."""
+    has_bias: bool
+    """Whether there are biases (experts, out_features), `gate_up_proj_bias` and `down_proj_bias`."""
+    apply_gate: Callable[[torch.Tensor], torch.Tensor]
+    """Gate and up to the inputs of the down projection."""
+    is_silu: bool
+    """Whether `apply_gate` is silu(gate) * up, of halves."""
+
+    @classmethod
+    def of(cls, experts: Any) -> "ExpertsParts":
+        """Read the parts of experts."""
+        has_default_gate = type(experts)._apply_gate is moe._default_apply_gate
+        return cls(
+            is_transposed=experts.is_transposed,
+            has_bias=experts.has_bias,
+            apply_gate=experts._apply_gate,
+            is_silu=has_default_gate and is_silu(experts.act_fn),
+        )
+
+
+def are_experts(module: Any) -> bool:
+    """Whether a module is transformers' experts, with a gate, in the form of `ExpertsParts`."""
+    return getattr(module, "has_gate", False) and not getattr(module, "has_post_expert_norm", True)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module chooses experts, and computes each token by itself."""
+    return type(module).__name__.endswith("TopKRouter")

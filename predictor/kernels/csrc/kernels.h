@@ -9,10 +9,13 @@
 #include <stdint.h>
 
 enum { ISA_NONE, ISA_AVX512_VNNI, ISA_AMX }; /* in the order of `CPU_ISAS` in ops.py */
+enum { BF16_ISA_NONE, BF16_ISA_AVX512, BF16_ISA_AVX512_BF16, BF16_ISA_AMX }; /* of `BF16_ISAS`, likewise */
 
 typedef uint16_t bfloat16;
 
 int cpu_isa(void);
+
+int bf16_isa(void);
 
 size_t int8_packed_bytes(size_t n, size_t k);
 
@@ -29,6 +32,16 @@ size_t int8_argmax_scratch_bytes(size_t m, size_t k, int num_threads);
 void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
     int64_t *output, int8_t *scratch, size_t m, size_t k, size_t n, int isa, int num_threads);
 
+size_t bf16_packed_bytes(size_t n, size_t k);
+
+size_t bf16_scratch_bytes(size_t m, size_t k, int isa);
+
+void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n, size_t k);
+
+void bf16_mm(const float *input, const bfloat16 *packed_weight, const float *bias, const float *norm_weight,
+    float epsilon, int silu_and_mul, const float *residual, float *output, uint8_t *scratch, size_t m, size_t k,
+    size_t n, int isa, int num_threads);
+
 size_t int4_packed_bytes(size_t n, size_t k, size_t group_size, int has_zero_points);
 
 size_t int4_scratch_bytes(size_t m, size_t k, size_t group_size);
@@ -39,6 +52,9 @@ void int4_pack_weight(const uint8_t *weight, const uint16_t *group_scales, const
 void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
     const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
     size_t m, size_t k, size_t n, size_t group_size, int has_zero_points, int isa, int num_threads);
+
+void rotate_to_bf16(const float *heads, const float *cos, const float *sin, bfloat16 *output, size_t num_tokens,
+    size_t num_heads, size_t num_rotated_heads, size_t head_dim, size_t rotary_dim, int num_threads);
 
 void paged_attention(const void *query, const void *key, const void *value, size_t query_stride, size_t key_stride,
     size_t value_stride, const void *key_cache, const void *value_cache, size_t slot_stride,

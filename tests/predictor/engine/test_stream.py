@@ -10,6 +10,7 @@ from predictor.engine import stream as stream_module
 from predictor.engine.engine import Engine
 from predictor.engine.executor import EngineOutput, Executor
 from predictor.engine.sampler import SequenceSampler
+from predictor.engine.speculation import Speculation
 from predictor.engine.stream import Stream
 from predictor.errors import EngineStopped, GenerationFailed, RequestError
 from predictor.types import Caller, FinishReason, SamplingParams, Step
@@ -24,6 +25,7 @@ class FakeExecutor:
         self.num_running = 0
         self.step_count = 0
         self.failed_step_count = 0
+        self.speculation = Speculation(max_rows=1)
         self.is_running = True
         self.is_accepting = True
         self.has_pending = False

@@ -303,3 +303,30 @@ def test_load_with_a_newer_source_fails(tmp_path: Path, monkeypatch: pytest.Monk
 def test_int8_backend_without_native_kernels_is_fbgemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "cpu_isa", None)
     assert gemm.int8_backend() == "fbgemm"
+
+
+@by("avx512_vnni")
+@pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 80), (128, 32), (50, 20)])
+@pytest.mark.parametrize("tokens", [1, 7, 40])
+def test_rotate_to_bf16_is_the_rotation_of_each_pair(head_dim: int, rotary_dim: int, tokens: int) -> None:
+    torch.manual_seed(tokens)
+    heads, angles = torch.randn(tokens, 5, head_dim), torch.randn(tokens, rotary_dim // 2)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([-angles.sin(), angles.sin()], -1)
+    actual = ops.rotate_to_bf16(heads, cos, sin, 3)
+    pairs = torch.complex(*heads[:, :3, :rotary_dim].double().chunk(2, -1))
+    turned = pairs * torch.polar(torch.ones_like(angles), angles).to(torch.complex128)[:, None]
+    expected = heads.double()
+    expected[:, :3, :rotary_dim] = torch.cat((turned.real, turned.imag), -1)
+    torch.testing.assert_close(actual, expected.to(torch.bfloat16), rtol=2**-8, atol=1e-6)
+    assert torch.equal(actual[:, 3:], heads[:, 3:].to(torch.bfloat16))
+    for token in range(tokens):
+        place = slice(token, token + 1)
+        assert torch.equal(ops.rotate_to_bf16(heads[place], cos[place], sin[place], 3)[0], actual[token])
+
+
+@by("avx512_vnni")
+def test_rotate_to_bf16_rounds_as_torch() -> None:
+    numbers = [torch.nan, torch.inf, -torch.inf, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40]
+    heads = torch.tensor(numbers)[None, None]
+    actual = ops.rotate_to_bf16(heads, torch.empty(1, 0), torch.empty(1, 0), 0)
+    torch.testing.assert_close(actual, heads.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)

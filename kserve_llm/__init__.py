@@ -1,0 +1,1 @@
+"""The command `kserve-llm`: the programs under one name, and a model served on this machine by one command."""

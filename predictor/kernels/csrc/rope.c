@@ -1,0 +1,49 @@
+/* Rotary position embedding of queries and keys, and their conversion, with that of the values, to bfloat16. */
+#include "kernels.h"
+#include "simd_avx512.h"
+
+enum { SERIAL_TOKENS = 8 }; /* below, waking threads takes longer than the work */
+
+static inline __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
+
+/* Round to nearest, ties to even. */
+static inline void store_bfloat16(bfloat16 *output, __mmask16 mask, __m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    const __m512i upper = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16);
+    _mm256_mask_storeu_epi16(output, mask, _mm512_cvtepi32_epi16(upper));
+}
+
+static void convert(const float *input, bfloat16 *output, size_t count) {
+    for (size_t i = 0; i < count; i += LANES) {
+        const __mmask16 mask = first_lanes(count - i);
+        store_bfloat16(output + i, mask, _mm512_maskz_loadu_ps(mask, input + i));
+    }
+}
+
+/* `sin` has the sign of each feature's partner: the first half is negated. */
+static void rotate_head(const float *head, const float *cos, const float *sin, bfloat16 *output, size_t half) {
+    for (size_t i = 0; i < half; i += LANES) {
+        const __mmask16 mask = first_lanes(half - i);
+        const __m512 left = _mm512_maskz_loadu_ps(mask, head + i), right = _mm512_maskz_loadu_ps(mask, head + half + i);
+        const __m512 cos_left = _mm512_maskz_loadu_ps(mask, cos + i), sin_left = _mm512_maskz_loadu_ps(mask, sin + i);
+        const __m512 cos_right = _mm512_maskz_loadu_ps(mask, cos + half + i);
+        const __m512 sin_right = _mm512_maskz_loadu_ps(mask, sin + half + i);
+        store_bfloat16(output + i, mask, _mm512_fmadd_ps(right, sin_left, _mm512_mul_ps(left, cos_left)));
+        store_bfloat16(output + half + i, mask, _mm512_fmadd_ps(left, sin_right, _mm512_mul_ps(right, cos_right)));
+    }
+}
+
+void rotate_to_bf16(const float *heads, const float *cos, const float *sin, bfloat16 *output, size_t num_tokens,
+    size_t num_heads, size_t num_rotated_heads, size_t head_dim, size_t rotary_dim, int num_threads) {
+#pragma omp parallel for num_threads(num_threads) if (num_tokens >= SERIAL_TOKENS)
+    for (size_t token = 0; token < num_tokens; token++)
+        for (size_t head = 0; head < num_heads; head++) {
+            const size_t offset = (token * num_heads + head) * head_dim, angles = token * rotary_dim;
+            const size_t rotated = head < num_rotated_heads ? rotary_dim : 0;
+            rotate_head(heads + offset, cos + angles, sin + angles, output + offset, rotated / 2);
+            convert(heads + offset + rotated, output + offset + rotated, head_dim - rotated);
+        }
+}
