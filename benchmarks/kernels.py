@@ -21,6 +21,8 @@ LINEARS = [
     (HIDDEN, VOCABULARY),
 ]
 """In and out features of the linear layers of a step, the LM head last."""
+BF16_PREFIX = "bf16_"
+"""Before the instruction set in the name of a backend with bfloat16 weights."""
 
 
 def milliseconds(function: Callable[[], object], repetitions: int) -> float:
@@ -35,14 +37,13 @@ def milliseconds(function: Callable[[], object], repetitions: int) -> float:
 
 def build_linears(backend: str) -> list[LinearKernel]:
     """Pack all linear layers of a step with random weights."""
-    kernels = []
+    kernels: list[LinearKernel] = []
     for in_features, out_features in LINEARS:
         weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
         if backend == "onednn":
-            kernel = gemm.make_bf16_linear(weight, None)
-            if kernel is None:
-                raise SystemExit("oneDNN has no bfloat16 kernels on this CPU.")
-            kernels.append(kernel)
+            kernels.append(gemm.OneDNNBf16Linear(weight, None))
+        elif backend.startswith(BF16_PREFIX):
+            kernels.append(gemm.NativeBf16Linear(weight, None))
         else:
             make = gemm.FbgemmInt8Linear if backend == "fbgemm" else gemm.NativeInt8Linear
             kernels.append(make(*gemm.quantize_per_channel_int8(weight), None))
@@ -56,6 +57,8 @@ def measure_linears(backends: list[str], token_counts: list[int], repetitions: i
     for backend in backends:
         if backend in ops.CPU_ISAS:
             ops.cpu_isa = backend
+        elif backend.startswith(BF16_PREFIX):
+            ops.bf16_isa = backend.removeprefix(BF16_PREFIX)
         linears = build_linears(backend)
         row = []
         for tokens in token_counts:
@@ -118,8 +121,9 @@ def measure_attention(sequences: int, past: int, queries: int, repetitions: int)
 
 if __name__ == "__main__":
     supported = list(ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1])
+    supported_bf16 = [BF16_PREFIX + isa for isa in ops.BF16_ISAS[1 : ops.BF16_ISAS.index(ops.bf16_isa) + 1] if isa]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backends", nargs="+", default=["fbgemm", "onednn", *supported])
+    parser.add_argument("--backends", nargs="+", default=["fbgemm", "onednn", *supported, *supported_bf16])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 256])
     parser.add_argument("--repetitions", type=int, default=20)
     arguments = parser.parse_args()

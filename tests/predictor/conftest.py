@@ -46,6 +46,25 @@ def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     return name
 
 
+@pytest.fixture(params=["onednn", "avx512", "avx512_bf16", "amx"])
+def bf16_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Select each bfloat16 kernel: those that this machine supports, and AMX on any with AVX-512."""
+    import torch
+
+    from predictor.kernels.cpu import ops, torch_private
+
+    name = str(request.param)
+    if name == "onednn":
+        if not torch_private.supports_onednn_bf16():
+            pytest.skip("oneDNN has no bfloat16 kernels on this CPU")
+    elif ops.bf16_isa is None or (name == "avx512_bf16" and not torch.cpu.get_capabilities()["avx512_bf16"]):
+        pytest.skip(f"{name}: not supported here" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
+    elif name == "amx" and ops.bf16_isa != "amx":
+        monkeypatch.setattr(ops, "_library", request.getfixturevalue("emulated_amx_library"))
+    monkeypatch.setattr(ops, "bf16_isa", None if name == "onednn" else name)
+    return name
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> "PreTrainedTokenizerBase":
     """The demo model's tokenizer; a test that changes one loads its own."""

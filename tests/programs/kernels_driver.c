@@ -46,6 +46,18 @@ static void test_int4_gemm(size_t m, size_t n, size_t k, size_t group_size, int 
     free(bias), free(norm), free(residual), free(output);
 }
 
+static void test_bf16_gemm(size_t m, size_t n, size_t k, int isa) {
+    bfloat16 *weight = malloc(n * k * sizeof *weight), *packed_weight = malloc(bf16_packed_bytes(n, k));
+    uint8_t *scratch = malloc(bf16_scratch_bytes(m, k, isa));
+    float *input = floats(2 * m * k), *bias = floats(n), *norm = floats(k), *residual = floats(m * n);
+    float *output = malloc(m * n * sizeof *output);
+    for (size_t i = 0; i < n * k; i++) weight[i] = (bfloat16)(0x3f00 + rand() % 256);
+    bf16_pack_weight(weight, packed_weight, n, k);
+    bf16_mm(input, packed_weight, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, isa, 2);
+    bf16_mm(input, packed_weight, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, isa, 2);
+    free(weight), free(packed_weight), free(scratch), free(input), free(bias), free(norm), free(residual), free(output);
+}
+
 static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_dim, size_t window, int is_float32) {
     enum { SEQS = 3, SLOTS = 104, TOKENS = 37 };
     /* First token, tokens before the step, position of the first key in the cache, its slot. */
@@ -82,6 +94,11 @@ static void test_rotation(size_t tokens, size_t head_dim, size_t rotary_dim) {
 int main(void) {
     const size_t sizes[] = {1, 13, 33, 70};
     const int best_isa = HAS_EMULATED_AMX ? ISA_AMX : cpu_isa();
+    const int has_bf16_isa[] = {
+        [BF16_ISA_AVX512] = 1,
+        [BF16_ISA_AVX512_BF16] = __builtin_cpu_supports("avx512bf16"),
+        [BF16_ISA_AMX] = HAS_EMULATED_AMX || bf16_isa() == BF16_ISA_AMX,
+    };
     for (int isa = ISA_AVX512_VNNI; isa <= best_isa; isa++)
         for (size_t m = 0; m < 4; m++)
             for (size_t n = 0; n < 4; n++)
@@ -90,6 +107,10 @@ int main(void) {
                     for (size_t group_size = 32; group_size <= 128; group_size *= 2)
                         test_int4_gemm(sizes[m], sizes[n], sizes[k], group_size, (m + n + k) % 2, isa);
                 }
+    for (int isa = BF16_ISA_AVX512; isa <= BF16_ISA_AMX; isa++)
+        for (size_t m = 0; m < 4 && has_bf16_isa[isa]; m++)
+            for (size_t n = 0; n < 4; n++)
+                for (size_t k = 0; k < 4; k++) test_bf16_gemm(sizes[m], sizes[n], sizes[k], isa);
     for (size_t head_dim = 16; head_dim <= 256; head_dim += 48)
         for (int is_float32 = 0; is_float32 < 2; is_float32++)
             test_attention(5, 1, head_dim, 34, is_float32), test_attention(6, 3, head_dim, 34, is_float32);

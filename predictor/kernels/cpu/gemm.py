@@ -1,6 +1,6 @@
 """Linear kernels for a CPU, with weights prepacked in the kernel's layout.
 
-    bfloat16  oneDNN's blocked layout
+    bfloat16  `gemm_bf16.c` where the CPU has AVX-512; else oneDNN's blocked layout
     int8      `gemm_int8.c` where the CPU has AMX or AVX-512 VNNI, with 8-bit activations;
               else fbgemm, with 8-bit activations where the CPU has VNNI and 7-bit ones elsewhere
     int4      `gemm_int4.c` where the CPU has AMX or AVX-512 VNNI, with 8-bit activations; else as int8
@@ -189,6 +189,30 @@ class Float32InputLinear(LinearKernel):
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 
+class NativeBf16Linear(Float32InputLinear):
+    """bfloat16 weights, multiplied by `gemm_bf16.c`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._weight, self._out_features = ops.bf16_pack_weight(weight), len(weight)
+        self._bias = None if bias is None else bias.float()
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm, layer and residual in one call."""
+        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
+        return ops.bf16_mm(
+            hidden_states, self._weight, self._out_features, bias=self._bias, norm=norm_arguments, residual=residual
+        )
+
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply activation, layer and residual in one call."""
+        return ops.bf16_mm(
+            gate_up, self._weight, self._out_features, bias=self._bias, silu_and_mul=True, residual=residual
+        )
+
+
 class NativeInt8Linear(Float32InputLinear):
     """int8 weights, multiplied by `gemm_int8.c`."""
 
@@ -355,6 +379,8 @@ class RowParallelLinear(Float32InputLinear):
 
 def make_bf16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
     """Pack bfloat16 weights (out_features, in_features); None if this CPU has no bfloat16 kernel."""
+    if ops.bf16_isa is not None:
+        return NativeBf16Linear(weight, bias)
     return OneDNNBf16Linear(weight, bias) if torch_private.supports_onednn_bf16() else None
 
 

@@ -83,20 +83,21 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
-def pack_linear_layers(model: nn.Module, quantize_lm_head: nn.Module | None = None) -> None:
+def pack_linear_layers(model: nn.Module, lm_head: nn.Module | None = None, *, quantize_lm_head: bool = False) -> None:
     """Replace the linear layers of `model` by packed ones in place, and free their weights.
 
     Args:
         model: on a CPU, with bfloat16 `nn.Linear` or `Int8Linear`; other layers are unchanged.
-        quantize_lm_head: its `nn.Linear` that computes the logits, to be quantized to int8.
+        lm_head: its layer that computes the logits.
+        quantize_lm_head: quantize the weights of `lm_head` to int8.
     """
     divisions = shards.divisions(model)
 
     def replace(parent: nn.Module, names: tuple[str, ...]) -> None:
         layers = [parent.get_submodule(name) for name in names]
-        is_lm_head = layers == [quantize_lm_head]
+        is_lm_head = layers == [lm_head]
         division = shards.common(divisions, layers)
-        kernel = fuse_linears(layers, division, quantize=is_lm_head)
+        kernel = fuse_linears(layers, division, quantize=is_lm_head and quantize_lm_head)
         if kernel is not None:
             sizes = [len(shards.local(layer.weight)) for layer in layers]
             for index, name in enumerate(names):
@@ -216,7 +217,7 @@ class GatheredOutputs(nn.Module):
 
 
 class LMHead(nn.Module):
-    """Output layer in int8. Logits stay float32 for the sampler.
+    """Output layer. Logits stay float32 for the sampler.
 
     Args:
         kernel: of the layer.

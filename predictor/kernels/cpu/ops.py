@@ -1,6 +1,6 @@
 """Python bindings of the C kernels in `predictor/kernels/csrc`, which `hatch_build.py` compiles into the wheel.
 
-Call the kernels only where `cpu_isa` is not None.
+Call `bf16_*` only where `bf16_isa` is not None, other kernels where `cpu_isa` is not.
 """
 
 import ctypes
@@ -15,10 +15,15 @@ SOURCES = LIBRARY.parents[1] / "csrc"
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_float
 PROTOTYPES = {
     "cpu_isa": (_INT, []),
+    "bf16_isa": (_INT, []),
     "int8_packed_bytes": (_SIZE, [_SIZE] * 2),
     "int8_scratch_bytes": (_SIZE, [_SIZE] * 2),
     "int8_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
     "int8_scaled_mm": (None, [_POINTER] * 5 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
+    "bf16_packed_bytes": (_SIZE, [_SIZE] * 2),
+    "bf16_scratch_bytes": (_SIZE, [_SIZE] * 2 + [_INT]),
+    "bf16_pack_weight": (None, [_POINTER] * 2 + [_SIZE] * 2),
+    "bf16_mm": (None, [_POINTER] * 4 + [_FLOAT, _INT] + [_POINTER] * 3 + [_SIZE] * 3 + [_INT] * 2),
     "int8_argmax_scratch_bytes": (_SIZE, [_SIZE] * 2 + [_INT]),
     "int8_argmax": (None, [_POINTER] * 6 + [_SIZE] * 3 + [_INT] * 2),
     "int4_packed_bytes": (_SIZE, [_SIZE] * 3 + [_INT]),
@@ -42,6 +47,8 @@ PROTOTYPES = {
 """Result and argument types of the functions in `kernels.h`."""
 CPU_ISAS = (None, "avx512_vnni", "amx")
 """Instruction sets, in the order of the `ISA_*` constants in `kernels.h`."""
+BF16_ISAS = (None, "avx512", "avx512_bf16", "amx")
+"""Instruction sets of `bf16_mm`, in the order of the `BF16_ISA_*` constants."""
 ATTENTION_ROWS = 96
 """Queries x heads of a KV head that `paged_attention` computes together, `MAX_ROWS` in `paged_attention.c`."""
 
@@ -69,6 +76,8 @@ _library: Any
 _library, _load_error = _load()
 cpu_isa: str | None = CPU_ISAS[_library.cpu_isa()] if _library else None
 """Instruction set that the kernels use; None if this CPU supports none of them or the library is unavailable."""
+bf16_isa: str | None = BF16_ISAS[_library.bf16_isa()] if _library else None
+"""Instruction set that `bf16_mm` uses; None likewise."""
 
 
 def unavailable_reason() -> str:
@@ -248,6 +257,64 @@ def int4_scaled_mm(
         weight.group_size,
         weight.has_zero_points,
         CPU_ISAS.index(cpu_isa),
+        torch.get_num_threads(),
+    )
+    return output
+
+
+def bf16_pack_weight(weight: torch.Tensor) -> torch.Tensor:
+    """Pack bfloat16 weights (out_features, in_features) into the layout of `bf16_mm`, in one thread."""
+    out_features, in_features = weight.shape
+    packed_weight = torch.empty(_library.bf16_packed_bytes(out_features, in_features), dtype=torch.uint8)
+    weight = weight.contiguous()
+    _library.bf16_pack_weight(weight.data_ptr(), packed_weight.data_ptr(), out_features, in_features)
+    return packed_weight
+
+
+def bf16_mm(
+    activations: torch.Tensor,
+    packed_weight: torch.Tensor,
+    out_features: int,
+    *,
+    bias: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    silu_and_mul: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply float32 activations by packed bfloat16 weights. Sums are float32.
+
+    Args:
+        activations: (tokens, in_features), float32. AMX and AVX512-BF16 round them to bfloat16.
+        packed_weight: from `bf16_pack_weight`.
+        out_features: of the weights.
+        bias: (out_features,), float32.
+        norm: weight (in_features,), float32, and epsilon of an RMSNorm applied first.
+        silu_and_mul: activations are (tokens, 2 x in_features), gate and up; silu(gate) * up is multiplied.
+        residual: added to the output, (tokens, out_features), float32.
+
+    Returns:
+        (tokens, out_features), float32.
+    """
+    isa = BF16_ISAS.index(bf16_isa)
+    activations = activations.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    tokens, in_features = len(activations), activations.shape[1] // (2 if silu_and_mul else 1)
+    output = torch.empty(tokens, out_features, dtype=torch.float32)
+    scratch = torch.empty(_library.bf16_scratch_bytes(tokens, in_features, isa), dtype=torch.uint8)
+    _library.bf16_mm(
+        activations.data_ptr(),
+        packed_weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        None if norm is None else norm[0].data_ptr(),
+        0.0 if norm is None else norm[1],
+        silu_and_mul,
+        None if residual is None else residual.data_ptr(),
+        output.data_ptr(),
+        scratch.data_ptr(),
+        tokens,
+        in_features,
+        out_features,
+        isa,
         torch.get_num_threads(),
     )
     return output

@@ -22,7 +22,7 @@ static const float MIN_SCALE = 1e-30f; /* avoids a division by zero for tokens o
 typedef struct {
     const float *act_scales;     /* (M) */
     const int32_t *act_row_sums; /* (M), of the quantized activations */
-    const float *weight_scales;  /* (N) */
+    const float *weight_scales;  /* (N), or NULL */
     const float *bias;           /* (N), or NULL */
     const float *residual;       /* (M, N), or NULL */
     float *output;               /* (M, N) */
@@ -35,9 +35,10 @@ static inline __mmask16 tail_mask(size_t remaining) {
     return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
 }
 
-/* Panels that a thread takes at a time: a thread that another process holds up takes fewer of them in all. */
+/* Panels that a thread takes at a time. A thread that another process holds up takes fewer of them in all, and each
+ * time it reads consecutive memory for long. */
 static inline int panels_at_a_time(size_t n, int num_threads) {
-    const size_t pieces = 32 * (size_t)num_threads, panels = n / BLOCK_N / pieces;
+    const size_t panels = n / BLOCK_N / (8 * (size_t)num_threads);
     return panels > 1 ? (int)panels : 1;
 }
 
@@ -88,12 +89,13 @@ static inline void store_sums(__m512 sums, const Epilogue *epilogue, size_t row,
     if (column >= epilogue->n) return;
     const __mmask16 mask = tail_mask(epilogue->n - column);
     const size_t offset = row * epilogue->n + column;
-    const __m512 scaled = _mm512_mul_ps(sums, _mm512_maskz_loadu_ps(mask, epilogue->weight_scales + column));
+    if (epilogue->weight_scales)
+        sums = _mm512_mul_ps(sums, _mm512_maskz_loadu_ps(mask, epilogue->weight_scales + column));
     __m512 base = _mm512_setzero_ps();
     if (epilogue->bias) base = _mm512_maskz_loadu_ps(mask, epilogue->bias + column);
     if (epilogue->residual) base = _mm512_add_ps(base, _mm512_maskz_loadu_ps(mask, epilogue->residual + offset));
     const __m512 act_scale = _mm512_set1_ps(epilogue->act_scales[row]);
-    _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(scaled, act_scale, base));
+    _mm512_mask_storeu_ps(epilogue->output + offset, mask, _mm512_fmadd_ps(sums, act_scale, base));
 }
 
 /* The same for integer accumulators of weights + 128. */

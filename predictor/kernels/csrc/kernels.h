@@ -9,10 +9,13 @@
 #include <stdint.h>
 
 enum { ISA_NONE, ISA_AVX512_VNNI, ISA_AMX }; /* in the order of `CPU_ISAS` in ops.py */
+enum { BF16_ISA_NONE, BF16_ISA_AVX512, BF16_ISA_AVX512_BF16, BF16_ISA_AMX }; /* of `BF16_ISAS`, likewise */
 
 typedef uint16_t bfloat16;
 
 int cpu_isa(void);
+
+int bf16_isa(void);
 
 size_t int8_packed_bytes(size_t n, size_t k);
 
@@ -28,6 +31,16 @@ size_t int8_argmax_scratch_bytes(size_t m, size_t k, int num_threads);
 
 void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
     int64_t *output, int8_t *scratch, size_t m, size_t k, size_t n, int isa, int num_threads);
+
+size_t bf16_packed_bytes(size_t n, size_t k);
+
+size_t bf16_scratch_bytes(size_t m, size_t k, int isa);
+
+void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n, size_t k);
+
+void bf16_mm(const float *input, const bfloat16 *packed_weight, const float *bias, const float *norm_weight,
+    float epsilon, int silu_and_mul, const float *residual, float *output, uint8_t *scratch, size_t m, size_t k,
+    size_t n, int isa, int num_threads);
 
 size_t int4_packed_bytes(size_t n, size_t k, size_t group_size, int has_zero_points);
 

@@ -32,10 +32,12 @@ def test_prototypes_match_the_header() -> None:
     assert parsed == ops.PROTOTYPES
 
 
-def test_cpu_isas_match_the_header() -> None:
-    names = re.search(r"enum \{ ([^}]*) \}", (CSRC / "kernels.h").read_text())
-    assert names is not None
-    assert [str(isa or "none") for isa in ops.CPU_ISAS] == names[1].lower().replace("isa_", "").split(", ")
+@pytest.mark.parametrize(("prefix", "names"), [("ISA_", ops.CPU_ISAS), ("BF16_ISA_", ops.BF16_ISAS)])
+def test_instruction_sets_match_the_header(prefix: str, names: tuple[str | None, ...]) -> None:
+    constants = re.search(rf"enum \{{ ({prefix}[^}}]*) \}}", (CSRC / "kernels.h").read_text())
+    assert constants is not None
+    expected = [prefix + str(isa or "none").upper() for isa in names]
+    assert constants[1].split(", ") == expected
 
 
 @needs_gcc

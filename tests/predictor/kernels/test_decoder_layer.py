@@ -117,6 +117,20 @@ def test_decoder_layer_applies_the_configured_activation(activation: str) -> Non
     assert relative_error(quantized(TOKENS).logits, exact) < 0.1
 
 
+@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
+@pytest.mark.usefixtures("bf16_kernel")
+def test_bf16_kernels_compute_decoder_layers_independently_of_the_batch() -> None:
+    model = make_model("qwen2")
+    exact = copy.deepcopy(model).float()(FEW_TOKENS).logits
+    plain_error = relative_error(model(FEW_TOKENS).logits, exact)
+    assert decoder_layer.fuse(model) == model.config.num_hidden_layers
+    linear.pack_linear_layers(model, model.lm_head)
+    together = model(FEW_TOKENS).logits
+    assert relative_error(together, exact) < plain_error * 1.05
+    for row in range(2):
+        assert torch.equal(model(FEW_TOKENS[row : row + 1]).logits[0], together[row])
+
+
 def quantize_decoder(model: Any) -> Any:
     """Quantize all linear layers but the LM head."""
     for parent in list(model.modules()):

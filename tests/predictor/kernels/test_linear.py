@@ -52,6 +52,7 @@ def _inference() -> None:
     torch.set_grad_enabled(False)
 
 
+@pytest.mark.usefixtures("bf16_kernel")
 @pytest.mark.parametrize("bias", [False, True])
 def test_bf16_linear_matches_plain_linear(bias: bool) -> None:
     activations = inputs(5, torch.bfloat16)
@@ -74,6 +75,18 @@ def test_int8_linear_is_close_to_plain_linear(bias: bool, dtype: torch.dtype) ->
     for plain, actual in zip(expected, packed(activations), strict=True):
         assert actual.dtype == dtype
         assert (actual - plain).float().norm() < 0.02 * plain.float().norm()
+
+
+@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
+@pytest.mark.usefixtures("bf16_kernel")
+def test_bf16_linear_is_bit_identical_in_any_batch() -> None:
+    packed = Block(torch.bfloat16, bias=True)
+    linear.pack_linear_layers(packed)
+    together = inputs(33, torch.bfloat16)
+    of_all = packed(together)
+    for row in range(33):
+        for alone, among in zip(packed(together[:, row : row + 1]), of_all, strict=True):
+            assert torch.equal(alone[0, 0], among[0, row])
 
 
 @pytest.mark.usefixtures("int8_kernel")
@@ -122,8 +135,8 @@ def test_pack_linear_layers_leaves_float32_unchanged() -> None:
 def test_pack_linear_layers_quantizes_the_lm_head() -> None:
     activations = inputs(5, torch.bfloat16)
     packed, plain = Block(torch.bfloat16, bias=True), Block(torch.bfloat16, bias=True)
-    linear.pack_linear_layers(packed, packed.out_proj)
-    linear.pack_linear_layers(plain)
+    linear.pack_linear_layers(packed, packed.out_proj, quantize_lm_head=True)
+    linear.pack_linear_layers(plain, plain.out_proj)
     *same, qweight = packed(activations)
     *expected, exact = plain(activations)
     assert all(torch.equal(actual, plain) for actual, plain in zip(same, expected, strict=True))
@@ -136,11 +149,21 @@ def test_quantized_lm_head_returns_float32_logits() -> None:
     activations = torch.randn(1, 5, 96, dtype=torch.bfloat16)
     block = Block(torch.bfloat16, bias=True)
     exact = copy.deepcopy(block.out_proj).float()(activations.float())
-    linear.pack_linear_layers(block, block.out_proj)
+    linear.pack_linear_layers(block, block.out_proj, quantize_lm_head=True)
     logits = block.out_proj(activations)
     assert logits.dtype == torch.float32
     assert not torch.equal(logits, logits.bfloat16().float())
     assert (logits - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
+@pytest.mark.usefixtures("bf16_kernel")
+def test_bf16_lm_head_returns_float32_logits() -> None:
+    activations = torch.randn(1, 5, 96, dtype=torch.bfloat16)
+    block = Block(torch.bfloat16, bias=True)
+    exact = copy.deepcopy(block.out_proj).float()(activations.float())
+    linear.pack_linear_layers(block, block.out_proj)
+    torch.testing.assert_close(block.out_proj(activations), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("int8_kernel")

@@ -1,0 +1,228 @@
+/* GEMM of float32 activations and bfloat16 weights on x86: AMX or AVX512-BF16 where available, else AVX-512.
+ *
+ * AMX and AVX512-BF16 round activations to bfloat16, AVX-512 multiplies them in float32. Sums are float32. Each is
+ * formed in the order of K whatever the number of tokens, so a token's result is bit-identical in any batch. It differs
+ * between instruction sets. All read the same packed weight layout:
+ *
+ *     panel    BLOCK_N output features, contiguous in memory
+ *     in it    for each pair of input features, the 2 weights of every output: [K / 2][BLOCK_N][2]
+ *
+ * K is padded to a multiple of TILE_K, N to a multiple of BLOCK_N.
+ */
+#include "gemm.h"
+#include "kernels.h"
+
+enum {
+    TILE_K = 32,             /* input features: the width of a tile */
+    PAIR_BYTES = 4,          /* two input features of a token or an output */
+    AVX512_BLOCK_M = 12,     /* tokens per block without AMX: two accumulators per token fit into the registers */
+    CACHED_TOKENS = 96,      /* tokens for which a panel is read from memory once: they fit into the L2 cache */
+    SERIAL_FEATURES = 32768, /* activations that one thread converts */
+    ROW_PADDING_BYTES = 64   /* A power of two would map all tokens to the same few cache lines. */
+};
+
+/* Multiplies a block of tokens by one panel. */
+typedef void GemmKernel(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column);
+
+static size_t row_bytes(size_t k, int isa) {
+    return round_up(k, TILE_K) * (isa == BF16_ISA_AVX512 ? sizeof(float) : sizeof(bfloat16)) + ROW_PADDING_BYTES;
+}
+
+size_t bf16_packed_bytes(size_t n, size_t k) { return round_up(n, BLOCK_N) * round_up(k, TILE_K) * sizeof(bfloat16); }
+
+size_t bf16_scratch_bytes(size_t m, size_t k, int isa) {
+    return round_up(m, AMX_BLOCK_M) * row_bytes(k, isa) + m * sizeof(float);
+}
+
+void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n, size_t k) {
+    for (size_t panel = 0; panel < n; panel += BLOCK_N)
+        for (size_t pair = 0; pair < round_up(k, TILE_K); pair += 2)
+            for (size_t row = panel; row < panel + BLOCK_N; row++, packed_weight += 2) {
+                uint32_t two = 0;
+                if (row < n && pair < k)
+                    memcpy(&two, weight + row * k + pair, (k - pair < 2 ? k - pair : 2) * sizeof(bfloat16));
+                memcpy(packed_weight, &two, sizeof two);
+            }
+}
+
+/* Round to nearest, halves to even. */
+static inline __m256i to_bfloat16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+/* Convert one token to the kernel's operand; return RMSNorm's factor, by which sums are multiplied.
+ * With `silu_and_mul` the row is (gate, up), and the operand is silu(gate) * up. */
+static inline float convert_row(const float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k,
+    int to_float32, uint8_t *converted) {
+    const size_t size = to_float32 ? sizeof(float) : sizeof(bfloat16);
+    __m512 square_sum = _mm512_setzero_ps();
+    for (size_t i = 0; i < k; i += LANES) {
+        const __mmask16 mask = tail_mask(k - i);
+        __m512 x = _mm512_maskz_loadu_ps(mask, row + i);
+        if (silu_and_mul) x = _mm512_mul_ps(silu(x), _mm512_maskz_loadu_ps(mask, row + k + i));
+        if (norm_weight) {
+            square_sum = _mm512_fmadd_ps(x, x, square_sum);
+            x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(mask, norm_weight + i));
+        }
+        if (to_float32) _mm512_storeu_ps(converted + i * size, x);
+        else _mm256_storeu_si256((__m256i *)(converted + i * size), to_bfloat16(x));
+    }
+    memset(converted + round_up(k, LANES) * size, 0, (round_up(k, TILE_K) - round_up(k, LANES)) * size);
+    return norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + epsilon) : 1;
+}
+
+static inline void prefetch_panel(const uint8_t *panel) {
+    _mm_prefetch(panel + PREFETCH_BYTES, _MM_HINT_T0);
+    _mm_prefetch(panel + PREFETCH_BYTES + 64, _MM_HINT_T0);
+}
+
+/* A block of tokens by one panel. `block_m` is constant where inlined, to keep accumulators in registers. */
+static inline __attribute__((always_inline, target("avx512bf16"))) void gemm_kernel_avx512_bf16(const size_t block_m,
+    const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue, size_t row,
+    size_t column) {
+    __m512 left[AVX512_BLOCK_M], right[AVX512_BLOCK_M];
+    for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_ps();
+    for (size_t j = 0; j < k * sizeof(bfloat16); j += PAIR_BYTES, panel += PAIR_BYTES * BLOCK_N) {
+        prefetch_panel(panel);
+        const __m512bh left_weights = (__m512bh)_mm512_loadu_si512(panel);
+        const __m512bh right_weights = (__m512bh)_mm512_loadu_si512(panel + PAIR_BYTES * LANES);
+#pragma GCC unroll 12
+        for (size_t i = 0; i < block_m; i++) {
+            int32_t pair;
+            memcpy(&pair, rows + i * stride + j, sizeof pair);
+            left[i] = _mm512_dpbf16_ps(left[i], left_weights, (__m512bh)_mm512_set1_epi32(pair));
+            right[i] = _mm512_dpbf16_ps(right[i], right_weights, (__m512bh)_mm512_set1_epi32(pair));
+        }
+    }
+#pragma GCC unroll 12
+    for (size_t i = 0; i < block_m; i++) {
+        store_sums(left[i], epilogue, row + i, column);
+        store_sums(right[i], epilogue, row + i, column + LANES);
+    }
+}
+
+/* The same with weights converted to float32, and float32 activations. */
+static inline __attribute__((always_inline)) void gemm_kernel_avx512(const size_t block_m, const uint8_t *rows,
+    size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue, size_t row, size_t column) {
+    const __m512i high_half = _mm512_set1_epi32((int32_t)0xffff0000);
+    __m512 left[AVX512_BLOCK_M], right[AVX512_BLOCK_M];
+    for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_ps();
+    for (size_t j = 0; j < k * sizeof(float); j += 2 * sizeof(float), panel += PAIR_BYTES * BLOCK_N) {
+        prefetch_panel(panel);
+        const __m512i left_pairs = _mm512_loadu_si512(panel);
+        const __m512i right_pairs = _mm512_loadu_si512(panel + PAIR_BYTES * LANES);
+        const __m512 left_even = _mm512_castsi512_ps(_mm512_slli_epi32(left_pairs, 16));
+        const __m512 left_odd = _mm512_castsi512_ps(_mm512_and_si512(left_pairs, high_half));
+        const __m512 right_even = _mm512_castsi512_ps(_mm512_slli_epi32(right_pairs, 16));
+        const __m512 right_odd = _mm512_castsi512_ps(_mm512_and_si512(right_pairs, high_half));
+#pragma GCC unroll 12
+        for (size_t i = 0; i < block_m; i++) {
+            float pair[2];
+            memcpy(pair, rows + i * stride + j, sizeof pair);
+            const __m512 even = _mm512_set1_ps(pair[0]), odd = _mm512_set1_ps(pair[1]);
+            left[i] = _mm512_fmadd_ps(odd, left_odd, _mm512_fmadd_ps(even, left_even, left[i]));
+            right[i] = _mm512_fmadd_ps(odd, right_odd, _mm512_fmadd_ps(even, right_even, right[i]));
+        }
+    }
+#pragma GCC unroll 12
+    for (size_t i = 0; i < block_m; i++) {
+        store_sums(left[i], epilogue, row + i, column);
+        store_sums(right[i], epilogue, row + i, column + LANES);
+    }
+}
+
+#define CASE_ROWS(kernel, rows_of_block)                                                                               \
+    case rows_of_block:                                                                                                \
+        kernel(rows_of_block, rows, stride, panel, k, epilogue, row, column);                                          \
+        break;
+#define DEFINE_DISPATCH(name, kernel, attributes)                                                                      \
+    attributes static void name(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,    \
+        const Epilogue *epilogue, size_t row, size_t column) {                                                    \
+        switch (block_m) {                                                                                             \
+            CASE_ROWS(kernel, 1)                                                                                       \
+            CASE_ROWS(kernel, 2)                                                                                       \
+            CASE_ROWS(kernel, 3)                                                                                       \
+            CASE_ROWS(kernel, 4)                                                                                       \
+            CASE_ROWS(kernel, 5)                                                                                       \
+            CASE_ROWS(kernel, 6)                                                                                       \
+            CASE_ROWS(kernel, 7)                                                                                       \
+            CASE_ROWS(kernel, 8)                                                                                       \
+            CASE_ROWS(kernel, 9)                                                                                       \
+            CASE_ROWS(kernel, 10)                                                                                      \
+            CASE_ROWS(kernel, 11)                                                                                      \
+            CASE_ROWS(kernel, 12)                                                                                      \
+        }                                                                                                              \
+    }
+DEFINE_DISPATCH(dispatch_avx512_bf16, gemm_kernel_avx512_bf16, __attribute__((target("avx512bf16"))))
+DEFINE_DISPATCH(dispatch_avx512, gemm_kernel_avx512, )
+
+/* Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
+static void gemm_kernel_amx(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column) {
+    float accumulators[2][2][LANES][LANES] __attribute__((aligned(64)));
+    const int two_tiles = block_m > LANES;
+    const size_t tile_bytes = TILE_K * sizeof(bfloat16), panel_step = TILE_K * BLOCK_N * sizeof(bfloat16);
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (size_t j = 0; j < k * sizeof(bfloat16); j += tile_bytes, panel += panel_step) {
+        if (row % CACHED_TOKENS == 0) /* Later blocks of tokens find the panel in the cache. */
+            for (size_t line = 0; line < panel_step; line += 64)
+                _mm_prefetch(panel + PREFETCH_BYTES + line, _MM_HINT_T0);
+        _tile_loadd(6, panel, PAIR_BYTES * BLOCK_N);
+        _tile_loadd(7, panel + PAIR_BYTES * LANES, PAIR_BYTES * BLOCK_N);
+        _tile_loadd(4, rows + j, stride);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (two_tiles) {
+            _tile_loadd(5, rows + LANES * stride + j, stride);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    _tile_stored(0, accumulators[0][0], sizeof accumulators[0][0][0]);
+    _tile_stored(1, accumulators[0][1], sizeof accumulators[0][0][0]);
+    _tile_stored(2, accumulators[1][0], sizeof accumulators[0][0][0]);
+    _tile_stored(3, accumulators[1][1], sizeof accumulators[0][0][0]);
+    for (size_t i = 0; i < block_m; i++)
+        for (size_t half = 0; half < 2; half++) {
+            const __m512 sums = _mm512_load_ps(accumulators[i / LANES][half][i % LANES]);
+            store_sums(sums, epilogue, row + i, column + half * LANES);
+        }
+}
+
+void bf16_mm(const float *input, const bfloat16 *packed_weight, const float *bias, const float *norm_weight,
+    float epsilon, int silu_and_mul, const float *residual, float *output, uint8_t *scratch, size_t m, size_t k,
+    size_t n, int isa, int num_threads) {
+    const size_t padded_k = round_up(k, TILE_K), input_stride = silu_and_mul ? 2 * k : k, stride = row_bytes(k, isa);
+    const size_t max_block_m = isa == BF16_ISA_AMX ? AMX_BLOCK_M : AVX512_BLOCK_M;
+    GemmKernel *const kernel = isa == BF16_ISA_AMX           ? gemm_kernel_amx
+                               : isa == BF16_ISA_AVX512_BF16 ? dispatch_avx512_bf16
+                                                             : dispatch_avx512;
+    float *inverse_rms = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
+    const Epilogue epilogue = {.act_scales = inverse_rms, .bias = bias, .residual = residual, .output = output, .n = n};
+    /* For a few tokens, waiting for other threads takes longer than their work. */
+#pragma omp parallel for num_threads(num_threads) if (m * k > SERIAL_FEATURES)
+    for (size_t row = 0; row < m; row++)
+        inverse_rms[row] = convert_row(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k,
+            isa == BF16_ISA_AVX512, scratch + row * stride);
+#pragma omp parallel num_threads(num_threads)
+    {
+        if (isa == BF16_ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
+        for (size_t first = 0; first < m; first += CACHED_TOKENS) {
+            const size_t last = m - first < CACHED_TOKENS ? m : first + CACHED_TOKENS;
+#pragma omp for nowait
+            for (size_t column = 0; column < n; column += BLOCK_N)
+                for (size_t row = first; row < last; row += max_block_m)
+                    kernel(last - row < max_block_m ? last - row : max_block_m, scratch + row * stride, stride,
+                        (const uint8_t *)(packed_weight + column * padded_k), padded_k, &epilogue, row, column);
+        }
+        if (isa == BF16_ISA_AMX) _tile_release();
+    }
+}
