@@ -39,7 +39,7 @@ _FIRST_ID = 10
 def texts() -> dict[str, tuple[str, str]]:
     """Return prompts and answers, by task."""
     code = inspect.getsource(textwrap.TextWrapper._wrap_chunks)  # noqa: SLF001
-    document = heapq.__about__  # type: ignore[attr-defined]
+    document = heapq.__about__
     sentences = [paragraph.split(". ")[0].strip() for paragraph in document.split("\n\n")]
     options = inspect.getdoc(textwrap.TextWrapper) or ""
     quotes = re.findall(r"^  (\w+) \(default: (\w+)\)\n((?:    .*\n)+)", options, re.MULTILINE)
