@@ -131,7 +131,7 @@ def is_replaceable(model: Any, *, any_scores: bool) -> bool:
 
     Args:
         model: with its attention implementation.
-        any_scores: also replace eager attention, of architectures whose scores SDPA does not compute: soft-capped, or with sinks.
+        any_scores: also replace eager attention, of architectures with soft-capped scores or attention sinks.
     """
     selected = model.config._attn_implementation
     if selected == "eager":
