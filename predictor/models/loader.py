@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ from predictor.models import (
 from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
+from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.linear_quantizer import is_skipped
 from predictor.models.placement import Placement
@@ -40,7 +41,7 @@ from predictor.models.quantization import make_config, resolve_mode, should_quan
 from predictor.resources import memory
 from predictor.types import Pooling, SamplingParams, Task
 from snapshot_format import model_files
-from snapshot_format.recipe import INT4_METHOD, INT8_METHOD
+from snapshot_format.recipe import INT4_CPU, INT4_METHOD, INT8_CPU, INT8_METHOD, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ T = TypeVar("T")
 
 WEIGHTS_BAR = "Loading weights"
 """Description of transformers' progress bar over the weights' tensors."""
+_VARIANTS: Mapping[type, Variant] = {Int8Config: INT8_CPU, Int4Config: INT4_CPU}
+"""What the storage initializer prepares for each config that quantizes on a CPU."""
 _INT8_LM_HEAD = ("8bit", "4bit", *int4_checkpoint.METHODS)
 """Quantizations on a CPU whose output layer is quantized to int8 at load."""
 _NAMED_TOKENS = 5
@@ -197,10 +200,11 @@ def make_plan(
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
     lora = None if adapter_dir is None else _read_adapter(adapter_dir, config, chosen_task)
     prequantized_dir = None
-    if isinstance(quantization_config, Int8Config) and lora is not None:
+    variant = _VARIANTS.get(type(quantization_config))
+    if variant is not None and lora is not None:
         logger.info("quantizing while loading: prequantized weights would not have the adapter")
-    elif isinstance(quantization_config, Int8Config):
-        prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
+    elif variant is not None:
+        prequantized_dir = snapshot.prequantized(directory, variant, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
         config, *_ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code, task=task)
         quantization_config = None

@@ -1292,9 +1292,11 @@ def test_weight_mapping_maps_linear_layers_of_a_meta_model(tmp_path: Path) -> No
     meta_model = transformers_mapping.build_meta_model(
         transformers_mapping.load_config(tiny_llama.make(tmp_path / "m"))
     )
-    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"])
+    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"], 1)
     assert len(layers) == tiny_llama.QUANTIZED - tiny_llama.LAYERS
     assert not any("down_proj" in layer or "lm_head" in layer for layer in layers)
+    # The down projections have 137 inputs.
+    assert transformers_mapping.linear_layers(meta_model, [], 32) == layers
     parameter_name = transformers_mapping.parameter_mapping(meta_model, {f"{layers[0]}.scale": True})
     for name in (f"{layers[0]}.weight", f"{layers[0]}.scale", "model.embed_tokens.weight"):
         assert parameter_name(name) == name
