@@ -1,4 +1,4 @@
-/* GEMM of float32 activations and bfloat16 weights on x86: AMX or AVX512-BF16 where available, else AVX-512.
+/* GEMM of float32 activations and bfloat16 weights on x86: AMX, else AVX512-BF16 where it is fast, else AVX-512.
  *
  * AMX and AVX512-BF16 round activations to bfloat16, AVX-512 multiplies them in float32. Sums are float32. Each is
  * formed in the order of K whatever the number of tokens, so a token's result is bit-identical in any batch. It differs
