@@ -1,4 +1,4 @@
-/* GEMM of float32 activations and bfloat16 weights on x86: AMX or AVX512-BF16 where available, else AVX-512.
+/* GEMM of float32 activations and bfloat16 weights on x86: AMX, else AVX512-BF16 where it is fast, else AVX-512.
  *
  * AMX and AVX512-BF16 round activations to bfloat16, AVX-512 multiplies them in float32. Sums are float32. Each is
  * formed in the order of K whatever the number of tokens, so a token's result is bit-identical in any batch. It differs
@@ -44,15 +44,6 @@ void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n,
                     memcpy(&two, weight + row * k + pair, (k - pair < 2 ? k - pair : 2) * sizeof(bfloat16));
                 memcpy(packed_weight, &two, sizeof two);
             }
-}
-
-/* Round to nearest, halves to even. */
-static inline __m256i to_bfloat16(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, _mm512_set1_epi32(0x7fc0)));
 }
 
 /* Convert one token to the kernel's operand; return RMSNorm's factor, by which sums are multiplied.
