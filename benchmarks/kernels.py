@@ -4,14 +4,17 @@ Shapes are those of Qwen2.5-0.5B. Prints medians in milliseconds as Markdown tab
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-from predictor.kernels.cpu import gemm, ops
+from predictor.kernels.cpu import gemm, linear, ops
 from predictor.kernels.cpu.gemm import LinearKernel
+from snapshot_format import int4
+from snapshot_format.recipe import INT4_GROUP_SIZE
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 896, 4864, 24, 151936
 HEADS, KV_HEADS, HEAD_DIM, KEYS = 14, 2, 64, 100
@@ -23,6 +26,8 @@ LINEARS = [
 """In and out features of the linear layers of a step, the LM head last."""
 BF16_PREFIX = "bf16_"
 """Before the instruction set in the name of a backend with bfloat16 weights."""
+INT4_PREFIX = "int4_"
+"""Before the instruction set in the name of a backend with int4 weights; int8 backends have none."""
 
 
 def milliseconds(function: Callable[[], object], repetitions: int) -> float:
@@ -35,8 +40,16 @@ def milliseconds(function: Callable[[], object], repetitions: int) -> float:
     return statistics.median(durations[1:])
 
 
+def select(backend: str) -> None:
+    """Use the instruction set of a backend's name."""
+    if backend.startswith(BF16_PREFIX):
+        ops.bf16_isa = backend.removeprefix(BF16_PREFIX)
+    elif (isa := backend.removeprefix(INT4_PREFIX)) in ops.CPU_ISAS:
+        ops.cpu_isa = isa
+
+
 def build_linears(backend: str) -> list[LinearKernel]:
-    """Pack all linear layers of a step with random weights."""
+    """Pack all linear layers of a step with random weights; with int4 weights, the LM head has int8 ones."""
     kernels: list[LinearKernel] = []
     for in_features, out_features in LINEARS:
         weight = torch.randn(out_features, in_features, dtype=torch.bfloat16)
@@ -44,6 +57,9 @@ def build_linears(backend: str) -> list[LinearKernel]:
             kernels.append(gemm.OneDNNBf16Linear(weight, None))
         elif backend.startswith(BF16_PREFIX):
             kernels.append(gemm.NativeBf16Linear(weight, None))
+        elif backend.startswith(INT4_PREFIX) and out_features != VOCABULARY:
+            packed, scale = int4.quantize(weight)
+            kernels.append(gemm.make_int4_linear(linear.unpack_int4(packed), scale, None, INT4_GROUP_SIZE, None))
         else:
             make = gemm.FbgemmInt8Linear if backend == "fbgemm" else gemm.NativeInt8Linear
             kernels.append(make(*gemm.quantize_per_channel_int8(weight), None))
@@ -51,27 +67,32 @@ def build_linears(backend: str) -> list[LinearKernel]:
 
 
 def measure_linears(backends: list[str], token_counts: list[int], repetitions: int) -> None:
-    """Print a row per backend; above 32 tokens without the LM head, as in prefill."""
+    """Print a row per backend: its median, and the median of its speed relative to the first backend's next to it.
+
+    Backends run in turns. Above 32 tokens the LM head is left out, as in prefill.
+    """
+    linears = {backend: build_linears(backend) for backend in backends}
     print("| backend |", *(f"{tokens} tokens |" for tokens in token_counts))
     print("|---|" + "---|" * len(token_counts))
-    for backend in backends:
-        if backend in ops.CPU_ISAS:
-            ops.cpu_isa = backend
-        elif backend.startswith(BF16_PREFIX):
-            ops.bf16_isa = backend.removeprefix(BF16_PREFIX)
-        linears = build_linears(backend)
-        row = []
-        for tokens in token_counts:
-            inputs = {size: torch.randn(tokens, size) for size in (HIDDEN, INTERMEDIATE)}
-            steps = list(zip(linears, LINEARS, strict=True))[: None if tokens <= 32 else -1]
-            calls = [(kernel, inputs[in_features]) for kernel, (in_features, _) in steps]
+    cells: dict[str, list[str]] = {backend: [] for backend in backends}
+    for tokens in token_counts:
+        inputs = {size: torch.randn(tokens, size) for size in (HIDDEN, INTERMEDIATE)}
+        durations: dict[str, list[float]] = {backend: [] for backend in backends}
+        for _ in range(repetitions):
+            for backend in backends:
+                steps = list(zip(linears[backend], LINEARS, strict=True))[: None if tokens <= 32 else -1]
+                select(backend)
+                durations[backend].append(milliseconds(functools.partial(_step, steps, inputs), 1))
+        for backend, own in durations.items():
+            ratios = [first / value for first, value in zip(durations[backends[0]], own, strict=True)]
+            cells[backend].append(f"{statistics.median(own):.1f} ({statistics.median(ratios):.2f} x) |")
+    for backend, row in cells.items():
+        print(f"| {backend} |", *row)
 
-            def step(calls: list[tuple[LinearKernel, torch.Tensor]] = calls) -> None:
-                for kernel, activations in calls:
-                    kernel.forward(activations)
 
-            row.append(milliseconds(step, repetitions))
-        print(f"| {backend} |", *(f"{value:.1f} |" for value in row))
+def _step(steps: list[tuple[LinearKernel, tuple[int, int]]], inputs: dict[int, torch.Tensor]) -> None:
+    for kernel, (in_features, _) in steps:
+        kernel.forward(inputs[in_features])
 
 
 def measure_attention(sequences: int, past: int, queries: int, repetitions: int) -> None:
@@ -120,10 +141,13 @@ def measure_attention(sequences: int, past: int, queries: int, repetitions: int)
 
 
 if __name__ == "__main__":
-    supported = list(ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1])
+    supported = [isa for isa in ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1] if isa]
+    supported_int4 = [INT4_PREFIX + isa for isa in supported]
     supported_bf16 = [BF16_PREFIX + isa for isa in ops.BF16_ISAS[1 : ops.BF16_ISAS.index(ops.bf16_isa) + 1] if isa]
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--backends", nargs="+", default=["fbgemm", "onednn", *supported, *supported_bf16])
+    parser.add_argument(
+        "--backends", nargs="+", default=[*supported, *supported_int4, *supported_bf16, "onednn", "fbgemm"]
+    )
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 32, 256])
     parser.add_argument("--repetitions", type=int, default=20)
     arguments = parser.parse_args()

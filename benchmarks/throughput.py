@@ -44,8 +44,6 @@ WORDS = 2000
 WARM_UP_TOKENS = 4
 READ_TIMEOUT_SECONDS = 600
 """Longest wait for the next event; a sequential server finishes all earlier requests first."""
-KEEP_ALIVE_SECONDS = 2
-"""Shorter than the servers' keep-alive, so that no request meets a closing connection."""
 Prompt = str | Sequence[int]
 HEADER = f"{'server':<24} concurrency requests tokens/s TTFT_p50 TTFT_p99  ITL_p50  ITL_p99 client_CPU_% spread_% ratio"
 
@@ -174,10 +172,13 @@ async def complete(client: httpx.AsyncClient, server: Server, prompt: Prompt, ou
 
 
 def make_client() -> httpx.AsyncClient:
-    """Return a client for any number of concurrent requests."""
+    """Return a client for any number of concurrent requests, each with a connection of its own.
+
+    llama.cpp closes a connection after a stream, and a server that was suspended may close one that is idle.
+    """
     return httpx.AsyncClient(
         timeout=httpx.Timeout(CONNECT_SECONDS, read=READ_TIMEOUT_SECONDS),
-        limits=httpx.Limits(max_connections=None, keepalive_expiry=KEEP_ALIVE_SECONDS),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         trust_env=False,
     )
 

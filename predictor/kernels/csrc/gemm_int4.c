@@ -17,7 +17,7 @@
 
 enum {
     INT4_BLOCK_M = 6,         /* tokens per block without AMX: two integer and two float accumulators per token */
-    INT4_SINGLE_BLOCK_M = 10, /* up to so many tokens are one block: reading the panel twice costs more than a spill */
+    INT4_SINGLE_BLOCK_M = 10, /* with at most these, one block: reading the panel twice costs more than a spill */
     MAX_GROUP_SIZE = 128,
     SYMMETRIC_ZERO_POINT = 8
 };
