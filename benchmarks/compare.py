@@ -15,18 +15,21 @@ same prompts of token ids and completions of an exact length. Servers that are n
 import argparse
 import asyncio
 import datetime
+import itertools
 import json
 import random
 import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import comparison_tables, machine, servers, throughput
 from benchmarks.comparison import Case, Comparison, Load
@@ -50,14 +53,14 @@ def main() -> int:
     arguments = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        facts = machine.facts() | {"peers": peer_facts(arguments.peers, arguments.peers_dir), "left_out": {}}
         for name in arguments.peers:
             catalog.prepared(name, arguments.model_dir, arguments.peers_dir)
         if arguments.prepare_only:
             return 0
+        facts = machine.facts() | {"peers": peer_facts(arguments.peers, arguments.peers_dir)}
         with ExitStack() as stack:
-            started, facts["left_out"] = start_all(stack, starters(arguments))
-            measure(started, facts, arguments)
+            started, left_out = start_all(stack, starters(arguments))
+            measure(started, facts, left_out, arguments)
     except (BenchmarkError, DemoError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -93,8 +96,16 @@ def start_all(stack: ExitStack, starters: Mapping[str, Starter]) -> tuple[list[S
     def enter(starter: Starter) -> Server:
         return stack.enter_context(starter())
 
+    before = psutil.Process().children()
     with ThreadPoolExecutor(len(starters)) as pool:
-        waiting = {name: pool.submit(enter, starter) for name, starter in starters.items()}
+        try:
+            waiting = {name: pool.submit(enter, starter) for name, starter in starters.items()}
+            wait(waiting.values())
+        except KeyboardInterrupt:
+            for child in psutil.Process().children():
+                if child not in before:
+                    child.terminate()  # or else the pool would wait until it is ready
+            raise
     for name, future in waiting.items():
         try:
             started.append(future.result())
@@ -106,35 +117,34 @@ def start_all(stack: ExitStack, starters: Mapping[str, Starter]) -> tuple[list[S
     return started, left_out
 
 
-def measure(started: Sequence[Server], facts: Mapping[str, Any], arguments: argparse.Namespace) -> None:
-    """Measure the servers and report after each kind of load, so that an interruption loses only the rest.
+def measure(
+    started: Sequence[Server], facts: Mapping[str, Any], left_out: dict[str, str], arguments: argparse.Namespace
+) -> None:
+    """Measure the servers, and report after each kind of load, so that an interruption loses only the rest.
 
-    Raises:
-        BenchmarkError: a completion failed.
+    Servers that fail are added to `left_out`.
     """
     vocabulary = json.loads((arguments.model_dir / "config.json").read_text())["vocab_size"]
-    comparison = Comparison(started, vocabulary, arguments.seed)
-    content: dict[str, Any] = {"date": str(datetime.date.today()), "machine": facts, "settings": settings(arguments)}
+    comparison = Comparison(started, vocabulary, arguments.seed, left_out)
+    machine_facts = {**facts, "left_out": left_out}
+    content: dict[str, Any] = {"date": str(datetime.date.today()), "machine": machine_facts}
+    content["settings"] = settings(arguments)
     print(throughput.HEADER, file=sys.stderr)
-    rates = asyncio.run(
-        comparison.measure(
-            [Load(level, TOKENS, TOKENS, arguments.requests, arguments.repetitions) for level in arguments.levels]
-        )
-    )
+    loads = [Load(level, TOKENS, TOKENS, arguments.requests, arguments.repetitions) for level in arguments.levels]
+    rates = asyncio.run(comparison.measure(loads))
     content["throughput"] = [asdict(case) for case in rates]
     report(content, rates, [], {}, arguments.results)
-    first = asyncio.run(
-        comparison.measure(
-            [
-                Load(callers, tokens, FIRST_TOKENS, callers, arguments.prompt_repetitions)
-                for tokens in arguments.prompts
-                for callers in arguments.prompt_callers
-            ]
-        )
-    )
+    prompts = [
+        Load(callers, tokens, FIRST_TOKENS, callers, arguments.prompt_repetitions)
+        for tokens in arguments.prompts
+        for callers in arguments.prompt_callers
+    ]
+    first = asyncio.run(comparison.measure(prompts))
     content["first_token"] = [asdict(case) for case in first]
     report(content, rates, first, {}, arguments.results)
-    found = asyncio.run(comparison.disturb(max(arguments.prompts), arguments.prompt_repetitions)) if first else {}
+    found: dict[str, list[Disturbance]] = {}
+    if arguments.long_prompt:
+        found = asyncio.run(comparison.disturb(arguments.long_prompt, arguments.prompt_repetitions))
     content["during_a_prompt"] = {name: [asdict(one) for one in measured] for name, measured in found.items()}
     print("\n".join(report(content, rates, first, found, arguments.results)))
 
@@ -147,20 +157,26 @@ def report(
     folder: Path | None,
 ) -> list[str]:
     """Return the lines of the report; write them to `folder` with all figures in JSON, named after CPU and date."""
-    names = list(dict.fromkeys(case.server for case in rates))
-    others = [(name, "peer") for name in names if name.startswith("ours-")] if "peer" in names else []
+    ours: list[str] = []
+    others: list[str] = []
+    for name in dict.fromkeys(case.server for case in rates):
+        if name not in catalog.PEERS:
+            (ours if name.startswith("ours-") else others).append(name)
     lines = [f"# {content['machine']['cpu']}, {content['date']}", "", *comparison_tables.machine(content["machine"])]
-    lines += _section(f"Output tokens/s and ms per step, {TOKENS} input and {TOKENS} output tokens")
-    lines += comparison_tables.rates(rates)
-    lines += _section("Ratios of tokens/s")
-    lines += comparison_tables.ratios(rates, others)
+    if rates:
+        lines += _section(f"Output tokens/s and ms per step, {TOKENS} input and {TOKENS} output tokens")
+        lines += comparison_tables.rates(rates)
+        lines += _section("Ratios of tokens/s")
+        lines += comparison_tables.ratios(rates, itertools.product(ours, others))
     if first:
         lines += _section("Milliseconds to the first token")
         lines += comparison_tables.first_tokens(first)
     if found:
-        lines += _section(f"Milliseconds between tokens of 8 streams, and a prompt of {first[-1].input_tokens} tokens")
+        long_prompt = content["settings"]["long_prompt"]
+        lines += _section(f"Milliseconds between tokens of 8 streams, and a prompt of {long_prompt} tokens")
         lines += comparison_tables.disturbances(found)
-    lines += ["", comparison_tables.neighbors([*rates, *first])]
+    if rates or first:
+        lines += ["", comparison_tables.neighbors([*rates, *first])]
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         name = re.sub(r"[^a-z0-9]+", "-", content["machine"]["cpu"].lower()).strip("-")
@@ -176,7 +192,8 @@ def _section(title: str) -> list[str]:
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments that decide the figures."""
-    names = ("flags", "levels", "requests", "repetitions", "prompts", "prompt_callers", "prompt_repetitions", "seed")
+    names = ["flags", "levels", "requests", "repetitions", "seed"]
+    names += ["prompts", "prompt_callers", "prompt_repetitions", "long_prompt"]
     return {name: getattr(arguments, name) for name in names}
 
 
@@ -215,6 +232,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--prompts", type=_numbers, default=[128, 512, 2048], help="tokens of prompts whose first token is measured")
     add("--prompt_callers", type=_numbers, default=[1, 8], help="numbers of callers of these prompts (default: 1,8)")
     add("--prompt_repetitions", type=int, default=3, help="runs of each server and prompt (default: %(default)s)")
+    add("--long_prompt", type=int, default=2048, help="tokens of the prompt that arrives at 8 streams; 0: none")
     add("--results", type=Path, metavar="FOLDER", help="write the report and all figures to FOLDER")
     add("--prepare_only", action="store_true", help="write the peers' models and stop")
     add("--seed", type=int, default=random.randrange(2**32), help="seed of the prompts (default: random)")

@@ -2,14 +2,15 @@
 
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
 
 from benchmarks import long_prompts, throughput
 from benchmarks.long_prompts import Disturbance
-from benchmarks.servers import Server
+from benchmarks.servers import BenchmarkError, Server
 from benchmarks.throughput import WARM_UP_TOKENS, Run
 from benchmarks.turns import OtherCPUTime, Turns
 
@@ -44,20 +45,20 @@ class Case:
 
 
 class Comparison:
-    """Measures servers in turns; prompts are random token ids below `vocabulary`."""
+    """Measures servers in turns; prompts are random token ids below `vocabulary`.
 
-    def __init__(self, servers: Sequence[Server], vocabulary: int, seed: int) -> None:
-        self._servers = servers
+    A server that fails is measured no further; its name and the reason are added to `left_out`.
+    """
+
+    def __init__(self, servers: Sequence[Server], vocabulary: int, seed: int, left_out: dict[str, str]) -> None:
+        self._servers = list(servers)
+        self._left_out = left_out
         self._turns = Turns(servers)
         self._vocabulary = vocabulary
         self._rng = random.Random(seed)
 
     async def measure(self, loads: Sequence[Load]) -> list[Case]:
-        """Measure every server under every load; the order of the servers alternates (A B B A …).
-
-        Raises:
-            BenchmarkError: a completion failed.
-        """
+        """Measure every server under every load; the order of the servers alternates (A B B A …)."""
         cases = []
         with self._turns.suspended():
             async with throughput.make_client() as client:
@@ -66,17 +67,13 @@ class Comparison:
         return cases
 
     async def disturb(self, long_prompt_tokens: int, repetitions: int) -> dict[str, list[Disturbance]]:
-        """Measure what a long prompt costs the other streams of each server.
-
-        Raises:
-            BenchmarkError: a completion failed.
-        """
+        """Measure what a long prompt costs the other streams of each server."""
         found: dict[str, list[Disturbance]] = {server.name: [] for server in self._servers}
         with self._turns.suspended():
             async with throughput.make_client() as client:
                 for repetition in range(repetitions):
                     for server in self._order(repetition):
-                        with self._turns.of(server):
+                        with self._turn(server):
                             await self._warm_up(client, server, 1, SHORT_PROMPT_TOKENS)
                             disturbance = await long_prompts.disturb(
                                 client,
@@ -85,8 +82,8 @@ class Comparison:
                                 long_prompt_tokens,
                                 short_prompt_tokens=SHORT_PROMPT_TOKENS,
                             )
-                        if disturbance:
-                            found[server.name].append(disturbance)
+                            if disturbance:
+                                found[server.name].append(disturbance)
         return found
 
     async def _compare(self, client: httpx.AsyncClient, load: Load) -> list[Case]:
@@ -96,7 +93,7 @@ class Comparison:
         }
         for repetition in range(load.repetitions):
             for server in self._order(repetition):
-                with self._turns.of(server):
+                with self._turn(server):
                     # The first run of a load may compile for its shapes.
                     await self._warm_up(
                         client,
@@ -107,10 +104,21 @@ class Comparison:
                     others = OtherCPUTime(server)
                     prompts = [self._prompt(load.input_tokens) for _ in range(max(load.requests, load.callers))]
                     run = await throughput.run(client, server, prompts, load.callers, load.output_tokens)
-                cases[server].runs.append(run)
-                cases[server].other_cpu_percent.append(100 * others.seconds() / run.wall_seconds)
-                print(throughput.row(server.name, load.callers, run), file=sys.stderr, flush=True)
-        return list(cases.values())
+                    cases[server].runs.append(run)
+                    cases[server].other_cpu_percent.append(100 * others.seconds() / run.wall_seconds)
+                    print(throughput.row(server.name, load.callers, run), file=sys.stderr, flush=True)
+        return [cases[server] for server in self._servers]
+
+    @contextmanager
+    def _turn(self, server: Server) -> Iterator[None]:
+        """Let a server run; leave it out from now on if it fails."""
+        with self._turns.of(server):
+            try:
+                yield
+            except BenchmarkError as error:
+                self._left_out[server.name] = str(error)
+                self._servers.remove(server)
+                print(f"left out: {server.name}: {error}", file=sys.stderr)
 
     async def _warm_up(self, client: httpx.AsyncClient, server: Server, callers: int, input_tokens: int) -> None:
         """Send each caller's short prompt, and one of `input_tokens` if that is longer."""

@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     """Reference of a PEFT adapter to publish on the same volumes, as for a model."""
 
     prepare: Variant | None = None
-    """Variant to derive from each snapshot: `int8-cpu`, linear layers quantized to int8. Needs torch."""
+    """Variant to derive from each snapshot: linear layers quantized to 8 (`int8-cpu`) or 4 bits. Needs torch."""
 
     prepare_skip_modules: Patterns = ()
     """Patterns of layers not to quantize. A predictor loads the variant only if it skips the same layers."""

@@ -1,6 +1,6 @@
 """Install the peers of `benchmarks.compare`, each in an environment of its own.
 
-`python -m benchmarks.peers install vllm llamacpp openvino` takes about half an hour on two cores and 6 GB on disk.
+`python -m benchmarks.peers install vllm llamacpp openvino` needs 5 GB on disk.
 llama.cpp needs cmake, ninja or make, and a C++ compiler.
 """
 

@@ -24,6 +24,7 @@ from predictor.engine.kv_cache import PAGE_TOKENS
 from predictor.engine.sampler import SequenceSampler
 from predictor.engine.speculation import MAX_GUESSES, Speculation
 from predictor.engine.speculative_step import SpeculativeRunner, unavailable_reason
+from predictor.engine.step_budget import StepBudget
 from predictor.engine.step_pipeline import StepPipeline
 from predictor.engine.step_sampler import StepSampler
 from predictor.engine.submission import Submission
@@ -188,6 +189,9 @@ class BatchingManager:
             ) from error
         processor = self._manager.batch_processor
         processor.scheduler.scorer = self._step_sampler.scorer
+        # Ranks have to schedule the same steps. Steps that overlap have no durations of their own.
+        if tensor_parallel.size() == 1 and not _overlaps(self._model):
+            processor.scheduler.step_budget = StepBudget()
         tensor_parallel.set_timeout(self._step_timeout_seconds, self._manager.distributed_helper.tp_group)
         if _overlaps(self._model) and processor.inputs_and_outputs.attention_mask is None:
             self._pipeline = StepPipeline(
@@ -300,7 +304,9 @@ class BatchingManager:
         processor.scheduler.scheduled = []
         try:
             run = self._pipeline.run if self._pipeline else self._run_iteration
-            return bool(run(processor, bootstrapping))
+            goes_on = bool(run(processor, bootstrapping))
+            processor.scheduler.record_step()
+            return goes_on
         except BaseException as error:
             # The other ranks may be in the middle of the step, where no operation of this one would match theirs.
             if tensor_parallel.size() > 1:

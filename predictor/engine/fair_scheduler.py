@@ -1,6 +1,7 @@
 """Fence around the scheduler of transformers' continuous batching, which shares the batch between callers."""
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPP
 from predictor.engine.fair_queue import FairQueue
 from predictor.engine.prompt_scorer import PromptScorer
 from predictor.engine.speculation import Speculation
+from predictor.engine.step_budget import StepBudget
 from predictor.engine.submission import Submission
 
 NAME = "kserve_llm"
@@ -36,6 +38,9 @@ class FairScheduler(FIFOScheduler):
     pending_ids: Collection[str] = ()
     """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
 
+    step_budget: StepBudget | None = None
+    """Limits tokens of prompts while sequences decode; None: only the manager's budget does."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self.fair_queue = FairQueue()
         self.settle: Callable[[], bool] = lambda: False
@@ -44,6 +49,8 @@ class FairScheduler(FIFOScheduler):
         """Number of next steps that have at most `_token_limit` tokens."""
         self._token_limit = 0
         self._step_tokens = 0
+        self._decode_tokens = 0
+        self._step_start = 0.0
         super().__init__(*arguments, **options)
 
     def add_waiting_request(self, state: Any) -> None:
@@ -64,12 +71,33 @@ class FairScheduler(FIFOScheduler):
             self._make_room(token_budget)
         if self.speculation:
             self._add_guesses(self.speculation, token_budget)
+        decodes = {
+            request_id: len(state.tokens_to_process)
+            for request_id, state in self.active_requests.items()
+            if state.status == RequestStatus.DECODING
+        }
+        prompt_tokens = self._max_prompt_tokens() if decodes else None
+        if prompt_tokens is not None:
+            token_budget = min(token_budget, sum(decodes.values()) + prompt_tokens)
+        self._step_start = time.perf_counter()
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
         self.scheduled = [request.state for request in batch[0] or ()]
         self._step_tokens = sum(request.query_length for request in batch[0] or ())
+        self._decode_tokens = sum(
+            request.query_length for request in batch[0] or () if request.state.request_id in decodes
+        )
         for request in batch[0] or ():
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
+
+    def _max_prompt_tokens(self) -> int | None:
+        return self.step_budget.prompt_tokens() if self.step_budget else None
+
+    def record_step(self) -> None:
+        """Note how long the step took that was scheduled last, if one was."""
+        if self.step_budget and self.scheduled:
+            prompt_tokens = self._step_tokens - self._decode_tokens
+            self.step_budget.record(self._decode_tokens, prompt_tokens, time.perf_counter() - self._step_start)
 
     def _add_guesses(self, speculation: Speculation, token_budget: int) -> None:
         """Add guesses to the tokens of the sequences, if the step only decodes, and all of them have room."""

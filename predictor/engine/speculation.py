@@ -57,11 +57,11 @@ class _History:
 
 
 def num_worthwhile(acceptance: float, num_sequences: int) -> int:
-    """Return how many guesses for a sequence save more time than their rows take, in a step of so many sequences.
+    """Return how many guesses for one sequence of a step save more time than their rows take.
 
     Args:
         acceptance: probability that a guess is right, if those before it are.
-        num_sequences: at least one.
+        num_sequences: of the step, at least one.
     """
     # A token of the step costs (fixed time + rows) / sequences, and a guess is a token with its probability.
     least = ROW_COST * num_sequences / (1 + ROW_COST * num_sequences)

@@ -19,7 +19,7 @@ def install(model: Any) -> bool:
 
     If not, the batching manager computes one dense attention for the whole batch.
     """
-    if not transformers_attention.is_replaceable(model):
+    if not transformers_attention.is_replaceable(model, any_scores=_uses_c(model)):
         logger.info("attention: one mask for the whole batch, as this architecture needs")
         return False
     unavailable = cuda_attention.unavailable_reason(model)

@@ -126,9 +126,17 @@ def check_scores(kwargs: dict[str, Any]) -> None:
         raise NotImplementedError("Soft-capped scores and attention sinks are not supported by this attention.")
 
 
-def is_replaceable(model: Any) -> bool:
-    """Return whether `SEQUENCE` and `VARLEN` compute the attention of `model`: it uses SDPA, or one of them already."""
-    return model.config._attn_implementation in ("sdpa", SEQUENCE, VARLEN)
+def is_replaceable(model: Any, *, any_scores: bool) -> bool:
+    """Return whether `SEQUENCE` or `VARLEN` computes the attention of `model`, which uses SDPA or one of them already.
+
+    Args:
+        model: with its attention implementation.
+        any_scores: also replace eager attention, of architectures whose scores SDPA lacks: soft-capped, or with sinks.
+    """
+    selected = model.config._attn_implementation
+    if selected == "eager":
+        return any_scores and bool(model._supports_flash_attn) and not model._supports_sdpa
+    return selected in ("sdpa", SEQUENCE, VARLEN)
 
 
 def select(model: Any, name: str) -> None:
@@ -145,7 +153,9 @@ def is_selected(model: Any, name: str) -> bool:
 def plain_implementation(model: Any) -> str:
     """Return the implementation that computes the same as the selected one, without a paged cache."""
     selected: str = model.config._attn_implementation
-    return {SEQUENCE: "sdpa", VARLEN: "sdpa", "paged|eager": "eager"}.get(selected, selected)
+    if selected in (SEQUENCE, VARLEN):
+        return "sdpa" if model._supports_sdpa else "eager"
+    return "eager" if selected == "paged|eager" else selected
 
 
 @contextmanager

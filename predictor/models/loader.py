@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +33,15 @@ from predictor.models import (
 from predictor.models.adapter import Adapter
 from predictor.models.checkpoint import Weights
 from predictor.models.generation_config import GenerationConfig
-from predictor.models.int8_quantizer import Int8Config, is_skipped
+from predictor.models.int4_quantizer import Int4Config
+from predictor.models.int8_quantizer import Int8Config
+from predictor.models.linear_quantizer import is_skipped
 from predictor.models.placement import Placement
 from predictor.models.quantization import make_config, resolve_mode, should_quantize
 from predictor.resources import memory
 from predictor.types import Pooling, SamplingParams, Task
 from snapshot_format import model_files
-from snapshot_format.recipe import INT8_METHOD
+from snapshot_format.recipe import INT4_CPU, INT4_METHOD, INT8_CPU, INT8_METHOD, Variant
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,9 @@ T = TypeVar("T")
 
 WEIGHTS_BAR = "Loading weights"
 """Description of transformers' progress bar over the weights' tensors."""
-_INT8_LM_HEAD = ("8bit", *int4_checkpoint.METHODS)
+_VARIANTS: Mapping[type, Variant] = {Int8Config: INT8_CPU, Int4Config: INT4_CPU}
+"""What the storage initializer prepares for each config that quantizes on a CPU."""
+_INT8_LM_HEAD = ("8bit", "4bit", *int4_checkpoint.METHODS)
 """Quantizations on a CPU whose output layer is quantized to int8 at load."""
 _NAMED_TOKENS = 5
 """Number of tokens without an embedding that the log names."""
@@ -108,7 +112,7 @@ class LoadedModel:
     quantization: str
     """`none`, `8bit`, `4bit` or `fp8`, or the method of a quantized checkpoint."""
     int8_kernels: str
-    """Backend of 8-bit layers on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
+    """Backend of layers with 8-bit activations on a CPU: `amx`, `avx512_vnni` or `fbgemm`; else empty."""
     defaults: SamplingParams
     """From the generation config; greedy unless that enables sampling."""
     device_map: dict[str, str]
@@ -196,10 +200,11 @@ def make_plan(
     quantization_config = make_config(mode, target, target_dtype, skip_modules)
     lora = None if adapter_dir is None else _read_adapter(adapter_dir, config, chosen_task)
     prequantized_dir = None
-    if isinstance(quantization_config, Int8Config) and lora is not None:
+    variant = _VARIANTS.get(type(quantization_config))
+    if variant is not None and lora is not None:
         logger.info("quantizing while loading: prequantized weights would not have the adapter")
-    elif isinstance(quantization_config, Int8Config):
-        prequantized_dir = snapshot.prequantized(directory, _name(target_dtype), skip_modules)
+    elif variant is not None:
+        prequantized_dir = snapshot.prequantized(directory, variant, _name(target_dtype), skip_modules)
     if prequantized_dir is not None:
         config, *_ = _read_checkpoint(prequantized_dir, trust_remote_code=trust_remote_code, task=task)
         quantization_config = None
@@ -452,7 +457,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
     quantized_experts = [
         module
         for name, module in model.named_modules()
-        if quantization == "8bit" and are_experts(module) and not is_skipped(name, skip_modules)
+        if quantization in ("8bit", "4bit") and are_experts(module) and not is_skipped(name, skip_modules)
     ]
     decoder_layer.fuse(model)
     linear.pack_linear_layers(model, lm_head, quantize_lm_head=quantizes_lm_head)
@@ -462,7 +467,7 @@ def _pack(model: Any, quantization: str, skip_modules: Sequence[str]) -> None:
 def _resolved_method(model: Any, mode: str) -> str:
     checkpoint_config = getattr(model.config, "quantization_config", None) if mode == "none" else None
     method = mode if checkpoint_config is None else str(getattr(checkpoint_config, "quant_method", "unknown"))
-    return "8bit" if method == INT8_METHOD else int4_checkpoint_quantizer.checkpoint_method(method)
+    return {INT8_METHOD: "8bit", INT4_METHOD: "4bit"}.get(method) or int4_checkpoint_quantizer.checkpoint_method(method)
 
 
 def _unembedded_tokens(tokenizer: Any, vocabulary_tokens: int) -> dict[int, str]:

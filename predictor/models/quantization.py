@@ -2,7 +2,7 @@
 
             8bit                   4bit                              fp8              auto
     cuda    bitsandbytes LLM.int8  bitsandbytes NF4                  `fp8_quantizer`  none if the weights fit, else 8bit
-    cpu     `int8_quantizer`       bitsandbytes NF4, small but slow  not supported    8bit
+    cpu     `int8_quantizer`       `int4_quantizer`                  not supported    8bit
     mps     not supported          not supported                     not supported    none
 
 Transformers quantizes the weights while they load. Quantized checkpoints load unchanged. bitsandbytes cannot quantize
@@ -21,8 +21,10 @@ from predictor.errors import StartupError
 from predictor.kernels import fp8, tensor_parallel
 from predictor.kernels.cpu.gemm import has_int8
 from predictor.models.fp8_quantizer import Fp8Config
-from predictor.models.int8_quantizer import Int8Config, is_skipped
-from snapshot_format.recipe import INT8_METHOD
+from predictor.models.int4_quantizer import Int4Config
+from predictor.models.int8_quantizer import Int8Config
+from predictor.models.linear_quantizer import LinearConfig, is_skipped
+from snapshot_format.recipe import INT4_METHOD, INT8_METHOD
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +57,10 @@ def resolve_mode(
         StartupError: the device does not support the mode, or the checkpoint is already quantized.
     """
     method = checkpoint_config.get("quant_method") if isinstance(checkpoint_config, dict) else None
-    if method == INT8_METHOD and (device.type != "cpu" or not has_int8()):
+    if method in (INT8_METHOD, INT4_METHOD) and (device.type != "cpu" or not has_int8()):
+        kernels = "int8" if method == INT8_METHOD else "int4"
         raise StartupError(
-            f"These weights are quantized for the int8 kernels of an x86 CPU, but the device is {device.type}. "
+            f"These weights are quantized for the {kernels} kernels of an x86 CPU, but the device is {device.type}. "
             "Use --device cpu on an x86 CPU, or the original weights."
         )
     if tensor_parallel.size() > 1 and method not in (None, *_DIVISIBLE_METHODS):
@@ -78,21 +81,17 @@ def resolve_mode(
 
 def make_config(
     mode: str, device: torch.device, dtype: torch.dtype, skip_modules: Sequence[str] = ()
-) -> BitsAndBytesConfig | Int8Config | Fp8Config | None:
+) -> BitsAndBytesConfig | LinearConfig | None:
     """Return the `quantization_config` of `from_pretrained` for a resolved mode; None without quantization.
 
-    `dtype` is the compute dtype of 4-bit weights.
+    `dtype` is the compute dtype of 4-bit weights on a GPU.
     """
     if mode == "none":
         return None
     if mode == "fp8":
         return Fp8Config(list(skip_modules) or None)
-    if mode == "8bit" and device.type == "cpu":
-        return Int8Config(list(skip_modules) or None)
     if device.type == "cpu":
-        logger.warning("4bit weights are the smallest on a CPU, but slower than 8bit ones")
-        # It warns at every layer of every step, and recommends a package that fetches code from the Hub.
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+        return (Int8Config if mode == "8bit" else Int4Config)(list(skip_modules) or None)
     # A list of modules replaces bitsandbytes' default exception, the output layer.
     skipped = ["lm_head", *skip_modules] if skip_modules else None
     # Modules that do not fit on a GPU stay in host memory, unquantized.
@@ -122,8 +121,8 @@ def _unsupported_reason(mode: str, device: torch.device, checkpoint_config: Any 
         return f"The weights are already quantized. Use --quantization none instead of {mode}."
     if device.type == "mps":
         return f"--quantization {mode} is not supported on mps. Use none, or --device cpu."
-    if mode == "8bit" and device.type == "cpu" and not has_int8():
-        return "--quantization 8bit needs an x86 CPU. Use none."
+    if mode in ("8bit", "4bit") and device.type == "cpu" and not has_int8():
+        return f"--quantization {mode} needs an x86 CPU. Use none."
     if mode == "fp8" and (missing := _missing_fp8(device)):
         return missing
     ranks = tensor_parallel.size()

@@ -14,7 +14,7 @@ from predictor.errors import InvalidSettings, SnapshotMissing
 from predictor.models.snapshot_wait import WaitLog
 from snapshot_format import layout, record
 from snapshot_format.model_files import CONFIG
-from snapshot_format.recipe import INT8_CPU, RECIPE_VERSION
+from snapshot_format.recipe import RECIPE_VERSIONS, Variant
 from snapshot_format.record import FORMAT_VERSION, RECORD, InvalidRecord, QuantizationRecipe, UnsupportedFormatVersion
 from snapshot_format.reference import MalformedReference, ModelReference, parse
 
@@ -111,36 +111,37 @@ def _parse(reference: str, setting: str) -> ModelReference:
         raise InvalidSettings(f"--{setting}: {error}") from error
 
 
-def prequantized(directory: Path, dtype: str, skip_modules: Sequence[str]) -> Path | None:
-    """Return the int8 variant of a snapshot, if its weights equal those that quantizing now would give.
+def prequantized(directory: Path, variant: Variant, dtype: str, skip_modules: Sequence[str]) -> Path | None:
+    """Return the directory of a snapshot's variant, if its weights equal those that quantizing now would give.
 
     `dtype` is that of the weights before quantization, such as "bfloat16".
     """
     directory = directory.resolve()
-    variant = directory.with_name(f"{directory.name}-{INT8_CPU}") if directory.name else directory
-    if variant == directory or not variant.is_dir():
+    derived = directory.with_name(f"{directory.name}-{variant}") if directory.name else directory
+    if derived == directory or not derived.is_dir():
         return None
     try:
-        _checked(Snapshot(variant, directory.name))
-        published = record.read(variant)
-        difference = _difference(published.recipe, dtype, skip_modules)
+        _checked(Snapshot(derived, directory.name))
+        published = record.read(derived)
+        difference = _difference(published.recipe, variant, dtype, skip_modules)
         if published.commit != directory.name:
             difference = f"it was derived from {published.commit}"
     except SnapshotMissing as error:
         difference = str(error)
     if difference:
-        logger.warning("not using prequantized weights in %s, quantizing while loading: %s", variant, difference)
+        logger.warning("not using prequantized weights in %s, quantizing while loading: %s", derived, difference)
         return None
-    return variant
+    return derived
 
 
-def _difference(recipe: QuantizationRecipe | None, dtype: str, skip_modules: Sequence[str]) -> str:
+def _difference(recipe: QuantizationRecipe | None, variant: Variant, dtype: str, skip_modules: Sequence[str]) -> str:
     """Return why a recipe gives other weights than this predictor; empty if they are equal."""
     if recipe is None:
         return "it has no recipe"
-    if (recipe.name, recipe.version) != (INT8_CPU, RECIPE_VERSION):
+    version = RECIPE_VERSIONS[variant]
+    if (recipe.name, recipe.version) != (variant, version):
         return (
-            f"it uses recipe {recipe.name} version {recipe.version} instead of {INT8_CPU} version {RECIPE_VERSION}; "
+            f"it uses recipe {recipe.name} version {recipe.version} instead of {variant} version {version}; "
             "use both programs of one release"
         )
     if recipe.dtype != dtype:

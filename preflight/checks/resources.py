@@ -13,7 +13,8 @@ from preflight.findings import CheckError, Finding, Problems
 
 NODE_CONDITIONS = "node.kubernetes.io/"
 """Prefix of the taints that Kubernetes sets on nodes that are not ready, and that it lets pods tolerate for minutes."""
-BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "fp8": 1.0, "4bit": 0.5}
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "8bit": 1.0, "fp8": 1.0, "4bit": 0.5625}
+"""Of a weight. In 4 bits with a scale of 16 bits for 32 weights, or of 32 bits for 64."""
 MAX_CORES = 500
 MIN_BYTES = 2**20
 """Limits of plausible quantities: beyond them, a unit is missing."""

@@ -10,10 +10,13 @@ from preflight.checks.security import HUB_TOKENS
 from preflight.deployment import MODELS, Deployment, Manifest, Pod
 from preflight.findings import Finding
 from preflight.programs import PREDICTOR, PREDICTOR_ON_RAY, STORAGE_INITIALIZER, Program
+from snapshot_format.recipe import INT4_CPU, INT8_CPU
 from snapshot_format.reference import HubReference, MalformedReference, ModelReference, parse
 
 _PATTERN = re.compile(r"[^\s,\[\]\"]+")
 """One entry of a comma-separated or JSON list."""
+_MODES = {INT8_CPU: ("8bit", "auto"), INT4_CPU: ("4bit",)}
+"""Values of PREDICTOR_QUANTIZATION that use a prepared variant."""
 _ENTRYPOINTS = ("predictor", "storage_initializer")
 """Last word of a `command` that starts one of the programs."""
 
@@ -114,8 +117,8 @@ def _adapter(deployment: Deployment) -> Iterator[Finding]:
         if any(environment.get("STORAGE_INITIALIZER_PREPARE") for environment in downloads):
             yield Finding(
                 deployment.where,
-                "the Job prepares 8-bit weights without the adapter, so they are not used",
-                "replace component prepared-8bit by quantization-8bit",
+                "the Job prepares quantized weights without the adapter, so they are not used",
+                "replace component prepared-8bit by quantization-8bit, or prepared-4bit by PREDICTOR_QUANTIZATION=4bit",
                 "kserve-llm",
                 "warning",
             )
@@ -240,12 +243,13 @@ def _download(settings: dict[str, str], environment: dict[str, str]) -> Iterator
     """Check what the Job publishes against what the predictor loads."""
     if any(_is_true(environment.get(name)) for name in ("STORAGE_INITIALIZER_OFFLINE", "HF_HUB_OFFLINE")):
         yield "the Job is offline, so it can publish nothing that is not on the volume yet", "set it to false"
-    if environment.get("STORAGE_INITIALIZER_PREPARE"):
+    if variant := environment.get("STORAGE_INITIALIZER_PREPARE"):
         quantization = settings.get("PREDICTOR_QUANTIZATION", "none")
-        if quantization not in ("8bit", "auto"):
+        modes = _MODES.get(variant, (quantization,))
+        if quantization not in modes:
             yield (
-                f"the Job prepares 8-bit weights, and PREDICTOR_QUANTIZATION is {quantization}, so they are not used",
-                "set PREDICTOR_QUANTIZATION=8bit, or remove STORAGE_INITIALIZER_PREPARE",
+                f"the Job prepares {variant}, and PREDICTOR_QUANTIZATION is {quantization}, which does not use it",
+                f"set PREDICTOR_QUANTIZATION={modes[0]}, or remove STORAGE_INITIALIZER_PREPARE",
             )
         job = sorted(_PATTERN.findall(environment.get("STORAGE_INITIALIZER_PREPARE_SKIP_MODULES", "")))
         own = sorted(_PATTERN.findall(settings.get("PREDICTOR_QUANTIZATION_SKIP_MODULES", "")))

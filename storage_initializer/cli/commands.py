@@ -57,7 +57,8 @@ def _publish_one(reference: ModelReference, root: Path, settings: Settings) -> N
         outcome = _reported(settings, "published", publish)
         if settings.prepare:
             progress = Progress(settings, "prepared")
-            _reported(settings, "prepared", functools.partial(pipeline.prepare, outcome, settings, progress))
+            prepare = functools.partial(pipeline.prepare, outcome, settings.prepare, settings, progress)
+            _reported(settings, "prepared", prepare)
 
 
 def _reported(settings: Settings, verb: str, work: Callable[[], Outcome]) -> Outcome:

@@ -1,6 +1,6 @@
 """Derivation of a variant from a published snapshot: plan, stage, write, verify, publish.
 
-`int8_weights` is imported only if there are weights to quantize, because it imports torch.
+`quantized_checkpoint` is imported only if there are weights to quantize, because it imports torch.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from snapshot_format import model_files
 from snapshot_format.layout import lease_path
-from snapshot_format.recipe import RECIPE_VERSION
+from snapshot_format.recipe import RECIPE_VERSIONS, Variant
 from snapshot_format.record import File, QuantizationRecipe, Record
 from storage_initializer.errors import DamagedSnapshot, InvalidUsage, NotFound
 from storage_initializer.publish import Outcome, Progress
@@ -41,13 +41,13 @@ def require(settings: Settings) -> None:
         )
 
 
-def prepare(source: Outcome, settings: Settings, progress: Progress) -> Outcome:
-    """Publish the variant of `--prepare` next to a published snapshot, unless it is there already.
+def prepare(source: Outcome, variant: Variant, settings: Settings, progress: Progress) -> Outcome:
+    """Publish a variant next to a published snapshot, unless it is there already.
 
     Raises:
         InitializerError: the snapshot itself stays published.
     """
-    preparation = _Preparation(source, settings, progress)
+    preparation = _Preparation(source, variant, settings, progress)
     with permissions.umask(settings.umask), layout.translate_os_errors(source.location.root):
         return preparation.run()
 
@@ -55,12 +55,13 @@ def prepare(source: Outcome, settings: Settings, progress: Progress) -> Outcome:
 class _Preparation:
     """The derivation of a variant from one published snapshot."""
 
-    def __init__(self, source: Outcome, settings: Settings, progress: Progress) -> None:
+    def __init__(self, source: Outcome, variant: Variant, settings: Settings, progress: Progress) -> None:
         self._started = time.monotonic()
         self._source = source
+        self._variant = variant
         self._settings = settings
         self._progress = progress
-        self._location = replace(source.location, variant=settings.prepare or "")
+        self._location = replace(source.location, variant=variant)
 
     def run(self) -> Outcome:
         published = self._find()
@@ -83,7 +84,7 @@ class _Preparation:
         return published if published and published.recipe and self._is_current(published.recipe) else None
 
     def _is_current(self, recipe: QuantizationRecipe) -> bool:
-        current = (self._settings.prepare, RECIPE_VERSION, sorted(self._settings.prepare_skip_modules))
+        current = (self._variant, RECIPE_VERSIONS[self._variant], sorted(self._settings.prepare_skip_modules))
         return (recipe.name, recipe.version, sorted(recipe.skip_modules)) == current
 
     def _require_source(self) -> None:
@@ -93,10 +94,12 @@ class _Preparation:
     def _publish(self, held: Lease) -> Record:
         """Stage, write, verify and publish, under the lease of the snapshot."""
         source, settings = self._source, self._settings
-        from storage_initializer.prepare import int8_weights
+        from storage_initializer.prepare import quantized_checkpoint
 
-        log.info("preparing %s as %s", source.location.directory, settings.prepare)
-        checkpoint = int8_weights.plan(source.location.directory, str(source.reference), settings.prepare_skip_modules)
+        log.info("preparing %s as %s", source.location.directory, self._variant)
+        checkpoint = quantized_checkpoint.plan(
+            self._variant, source.location.directory, str(source.reference), settings.prepare_skip_modules
+        )
         copied = [file for file in source.record.files if _is_copied(file)]
         written = [file.path for file in checkpoint.files]
         total_bytes = sum(file.size_bytes for file in copied) + sum(file.size_bytes for file in checkpoint.files)
@@ -124,9 +127,8 @@ class _Preparation:
         finally:
             self._progress.end()
         seconds = time.monotonic() - self._started
-        recipe = QuantizationRecipe(
-            self._location.variant, RECIPE_VERSION, checkpoint.dtype, tuple(sorted(settings.prepare_skip_modules))
-        )
+        version, skip_modules = RECIPE_VERSIONS[self._variant], tuple(sorted(settings.prepare_skip_modules))
+        recipe = QuantizationRecipe(self._variant, version, checkpoint.dtype, skip_modules)
         published = record.make(
             source.record.reference, self._location.commit, files, source.record.selection, seconds, recipe=recipe
         )

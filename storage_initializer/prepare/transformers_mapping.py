@@ -48,12 +48,13 @@ def build_meta_model(config: Any) -> Any:
         raise UnsupportedModel from error
 
 
-def linear_layers(model: Any, skip_modules: Sequence[str]) -> list[str]:
+def linear_layers(model: Any, skip_modules: Sequence[str], group_size: int) -> list[str]:
     """Return the names of the linear layers that transformers would quantize.
 
     Args:
         model: a model on the meta device.
         skip_modules: further patterns, as in transformers' `modules_to_not_convert`.
+        group_size: a divisor of the layers' inputs.
     """
     not_converted = HfQuantizer.get_modules_to_not_convert(
         model, list(skip_modules), model._keep_in_fp32_modules, add_default_skips=True
@@ -61,7 +62,9 @@ def linear_layers(model: Any, skip_modules: Sequence[str]) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if type(module) is torch.nn.Linear and should_convert_module(name, not_converted)
+        if type(module) is torch.nn.Linear
+        and module.in_features % group_size == 0
+        and should_convert_module(name, not_converted)
     ]
 
 

@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -16,6 +19,7 @@ from benchmarks.comparison import Case, Comparison, Load
 from benchmarks.long_prompts import Disturbance
 from benchmarks.servers import BenchmarkError, Server
 from benchmarks.throughput import Completion, Run
+from devtools import processes
 from devtools.paths import DEMO_MODEL
 
 
@@ -28,14 +32,14 @@ def predictor() -> Iterator[Server]:
 
 def test_comparison_measures_exact_token_counts_in_turns(predictor: Server) -> None:
     vocabulary = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
-    comparison = Comparison([predictor, predictor], vocabulary, seed=7)
+    comparison = Comparison([predictor], vocabulary, seed=7, left_out={})
     loads = [Load(1, 16, 8, requests=2, repetitions=2), Load(2, 80, 4, requests=1, repetitions=1)]
     cases = asyncio.run(comparison.measure(loads))
     assert [(case.server, case.callers, case.input_tokens) for case in cases] == [
         ("ours-none", 1, 16),
         ("ours-none", 2, 80),
     ]
-    assert [len(case.runs) for case in cases] == [4, 2], "each turn of both servers, which are the same one"
+    assert [len(case.runs) for case in cases] == [2, 1]
     for case in cases:
         assert len(case.other_cpu_percent) == len(case.runs)
         for run in case.runs:
@@ -47,6 +51,16 @@ def test_comparison_measures_exact_token_counts_in_turns(predictor: Server) -> N
     for one in disturbed:
         assert 0 < one.before_p50_ms <= one.before_p99_ms
         assert 0 < one.during_p50_ms <= one.during_p99_ms
+
+
+def test_comparison_leaves_out_a_server_that_fails_and_measures_the_others(predictor: Server) -> None:
+    gone = Server("gone", f"http://127.0.0.1:{processes.free_port()}/v1", "m")
+    left_out: dict[str, str] = {}
+    comparison = Comparison([gone, predictor], 100, seed=7, left_out=left_out)
+    cases = asyncio.run(comparison.measure([Load(1, 8, 4, requests=1, repetitions=2)]))
+    assert [(case.server, len(case.runs)) for case in cases] == [("ours-none", 2)]
+    assert list(left_out) == ["gone"]
+    assert "incomplete response" in left_out["gone"]
 
 
 def test_disturbance_separates_gaps_before_and_during_a_prompt() -> None:
@@ -71,6 +85,22 @@ def test_start_all_leaves_out_a_server_that_does_not_start() -> None:
     assert "did not start" in left_out["absent"]
     with pytest.raises(BenchmarkError, match="No server"), ExitStack() as stack:
         compare.start_all(stack, {"absent": missing})
+
+
+def test_start_all_interrupted_ends_the_servers_that_are_starting() -> None:
+    @contextmanager
+    def interrupt() -> Iterator[Server]:
+        while len(psutil.Process().children()) == number:
+            time.sleep(0.01)
+        signal.pthread_kill(main_thread, signal.SIGINT)
+        yield Server("one", "http://127.0.0.1/v1", "m")
+
+    main_thread = threading.get_ident()
+    number = len(psutil.Process().children())
+    starting = partial(servers.command_server, "slow", [sys.executable, "-c", "import time; time.sleep(600)"], 1)
+    with pytest.raises(KeyboardInterrupt), ExitStack() as stack:
+        compare.start_all(stack, {"slow": starting, "one": interrupt})
+    assert len(psutil.Process().children()) == number
 
 
 def run(tokens_per_second: float, ttft_ms: float = 1.0, last_ttft_ms: float = 1.0) -> Run:
@@ -124,12 +154,17 @@ def test_report_writes_tables_and_figures(tmp_path: Path) -> None:
         "peers": {"llamacpp": {"AMX": "not on this CPU"}},
         "left_out": {"vllm-int8": "It did not start."},
     }
-    content = {"date": "2026-11-28", "machine": facts}
-    rates = [case("ours-8bit", 10.0), case("vllm-bf16", 5.0)]
+    content = {"date": "2026-11-28", "machine": facts, "settings": {"long_prompt": 2048}}
+    rates = [case("ours-8bit", 10.0), case("vllm-bf16", 5.0), case("program", 40.0)]
     lines = compare.report(content, rates, rates, {"ours-8bit": [Disturbance(1.0, 2.0, 3.0, 4.0)]}, tmp_path)
     text = (tmp_path / "a-r-cpu-2-cores-2026-11-28.md").read_text()
     assert text == "\n".join(lines) + "\n"
-    for sentence in ("llamacpp: AMX not on this CPU.", "Left out: vllm-int8: It did not start.", "2.00 (2.00 to 2.00)"):
+    for sentence in (
+        "llamacpp: AMX not on this CPU.",
+        "Left out: vllm-int8: It did not start.",
+        "2.00 (2.00 to 2.00)",
+        "8bit / program",
+    ):
         assert sentence in text
     assert "Other processes used 3 % of one core" in text
     assert json.loads((tmp_path / "a-r-cpu-2-cores-2026-11-28.json").read_text())["machine"]["cpu"] == "A (R) CPU"

@@ -79,7 +79,7 @@ from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
 from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
 from predictor.kernels.cpu import experts, layer_table, paged_attention, torch_private
-from predictor.kernels.cpu.linear import Int8Linear
+from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
 from predictor.kernels.cuda import reference
 from predictor.kernels.fp8 import Fp8Linear
@@ -87,6 +87,7 @@ from predictor.models import loader
 from predictor.models.context_length import LENGTH_DEPENDENT
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int4_checkpoint import PackedLinear
+from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.protocols import open_inference_types
 from predictor.settings import Settings
@@ -661,7 +662,7 @@ def test_parallel_plan_of_the_config_says_which_heads_the_cache_has(
     assert distributed.DistributedHelper(None, None, plan).are_kv_heads_tp_ed() is in_cache
 
 
-# transformers' quantizers: predictor/models/{fp8,int4_checkpoint,int8}_quantizer.py
+# transformers' quantizers: predictor/models/{int4_checkpoint,linear}_quantizer.py
 
 
 @pytest.mark.parametrize(
@@ -721,6 +722,17 @@ def test_quantizer_converts_each_weight_while_it_loads() -> None:
     weight = original.model.layers[0].mlp.down_proj.weight
     assert (layer.weight * layer.scale[:, None] - weight).abs().max() <= layer.scale.max() / 2 + 1e-6
     assert type(quantized.lm_head) is torch.nn.Linear
+
+
+def test_quantizer_may_give_weights_another_shape() -> None:
+    quantized = transformers.AutoModelForCausalLM.from_pretrained(
+        DEMO_MODEL, dtype=torch.float32, quantization_config=Int4Config()
+    )
+    layer = quantized.model.layers[0].mlp.down_proj
+    assert isinstance(layer, Int4Linear)
+    assert (layer.weight.dtype, layer.weight.shape) == (torch.uint8, (layer.out_features, layer.in_features // 2))
+    assert layer.scale.shape == (layer.out_features, layer.in_features // 32)
+    assert layer.scale.abs().min() > 0
 
 
 def test_quantizer_keeps_weights_in_fp8_while_it_loads() -> None:
@@ -1280,9 +1292,11 @@ def test_weight_mapping_maps_linear_layers_of_a_meta_model(tmp_path: Path) -> No
     meta_model = transformers_mapping.build_meta_model(
         transformers_mapping.load_config(tiny_llama.make(tmp_path / "m"))
     )
-    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"])
+    layers = transformers_mapping.linear_layers(meta_model, ["down_proj"], 1)
     assert len(layers) == tiny_llama.QUANTIZED - tiny_llama.LAYERS
     assert not any("down_proj" in layer or "lm_head" in layer for layer in layers)
+    # The down projections have 137 inputs.
+    assert transformers_mapping.linear_layers(meta_model, [], 32) == layers
     parameter_name = transformers_mapping.parameter_mapping(meta_model, {f"{layers[0]}.scale": True})
     for name in (f"{layers[0]}.weight", f"{layers[0]}.scale", "model.embed_tokens.weight"):
         assert parameter_name(name) == name

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from devtools import processes, tiny_llama, tiny_poolers
 from devtools.paths import DEMO_MODEL, ROOT
 from predictor.errors import SnapshotMissing
-from predictor.models import int8_quantizer, loader, quantization, snapshot
+from predictor.models import int4_quantizer, int8_quantizer, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
-from snapshot_format.recipe import INT8_CPU
+from snapshot_format.recipe import INT4_CPU, INT8_CPU, Variant
 from snapshot_format.record import RECORD
 
+MODES = {INT8_CPU: "8bit", INT4_CPU: "4bit"}
 PROMPTS = ["60-91=", "3+4=", "7*8=", "100-1="]
 
 
@@ -85,8 +86,15 @@ class Prepared:
 
     published: Path
     made: Path
+    variant: Variant = INT8_CPU
 
-    def load(self, mode: str = "8bit", dtype: str = "auto", skip_modules: Sequence[str] = ()) -> LoadedModel:
+    @property
+    def mode(self) -> str:
+        """Of the predictor."""
+        return MODES[self.variant]
+
+    def load(self, mode: str = "", dtype: str = "auto", skip_modules: Sequence[str] = ()) -> LoadedModel:
+        mode = mode or self.mode
         return loader.load(self.published, device="cpu", dtype=dtype, quantization=mode, skip_modules=skip_modules)
 
     def say(self, **changes: object) -> None:
@@ -97,10 +105,10 @@ class Prepared:
         path.write_text(json.dumps(record))
 
 
-def prepare(source: Path, root: Path, *flags: str) -> Prepared:
-    processes.initialize(source.as_uri(), root, None, "--prepare", INT8_CPU, *flags)
+def prepare(source: Path, root: Path, *flags: str, variant: Variant = INT8_CPU) -> Prepared:
+    processes.initialize(source.as_uri(), root, None, "--prepare", variant, *flags)
     published = snapshot.find(root, source.as_uri()).directory
-    return Prepared(published, published.with_name(f"{published.name}-{INT8_CPU}"))
+    return Prepared(published, published.with_name(f"{published.name}-{variant}"), variant)
 
 
 @pytest.fixture(scope="module")
@@ -113,21 +121,31 @@ def demo_volume(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def prepared(demo_volume: Prepared, tmp_path: Path) -> Prepared:
     """A copy of that, to be changed."""
     root = shutil.copytree(demo_volume.published.parents[1], tmp_path / "volume")
-    places = (
+    published, made = (
         root / path.relative_to(demo_volume.published.parents[1]) for path in (demo_volume.published, demo_volume.made)
     )
-    return Prepared(*places)
+    return Prepared(published, made)
 
 
 @pytest.fixture(
     scope="module",
-    params=["sharded", *(pytest.param(name, marks=pytest.mark.slow) for name in ("demo", "tied", "float16"))],
+    params=[
+        ("sharded", INT8_CPU),
+        ("sharded", INT4_CPU),
+        *(
+            pytest.param((name, variant), marks=pytest.mark.slow)
+            for name in ("demo", "tied", "float16")
+            for variant in (INT8_CPU, INT4_CPU)
+        ),
+    ],
+    ids="-".join,
 )
 def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Prepared:
     """Prepared snapshots of models of several shapes; not to be changed."""
-    root = tmp_path_factory.mktemp(request.param)
+    name, variant = request.param
+    root = tmp_path_factory.mktemp(name)
     model = root / "model"
-    match request.param:
+    match name:
         case "demo":
             model = DEMO_MODEL
         case "sharded":
@@ -136,7 +154,7 @@ def each(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             tiny_llama.make(model, tied=True)
         case "float16":
             tiny_llama.make(model, dtype=torch.float16)
-    return prepare(model, root / "volume")
+    return prepare(model, root / "volume", variant=variant)
 
 
 def logits(loaded: LoadedModel) -> list[torch.Tensor]:
@@ -158,16 +176,18 @@ def greedy(loaded: LoadedModel) -> list[list[int]]:
 
 def test_prequantized_weights_equal_those_quantized_while_loading(each: Prepared, tmp_path: Path) -> None:
     dtype = json.loads((each.made / RECORD).read_text())["derived_from"]["dtype"]
+    config = {INT8_CPU: int8_quantizer.Int8Config, INT4_CPU: int4_quantizer.Int4Config}[each.variant]()
     rounded = transformers.AutoModelForCausalLM.from_pretrained(
-        each.published, dtype=getattr(torch, dtype), quantization_config=int8_quantizer.Int8Config()
+        each.published, dtype=getattr(torch, dtype), quantization_config=config
     )
     rounded.save_pretrained(tmp_path)
     expected = load_file(tmp_path / "model.safetensors")
     made = {name: tensor for path in each.made.glob("*.safetensors") for name, tensor in load_file(path).items()}
     assert made.keys() == expected.keys()
+    stored = {INT8_CPU: torch.int8, INT4_CPU: torch.uint8}[each.variant]
     for name, tensor in expected.items():
-        if name.endswith("proj.weight"):
-            assert (tensor.dtype, made[name].dtype) == (torch.int8, torch.int8)
+        if name.endswith("q_proj.weight"):
+            assert (tensor.dtype, made[name].dtype) == (stored, stored)
         assert torch.equal(made[name].to(tensor.dtype), tensor), name
 
 
@@ -177,7 +197,7 @@ def test_prequantized_variant_is_loaded_and_gives_the_same_tokens(
     with caplog.at_level(logging.INFO):
         loaded = each.load()
     assert loaded.prequantized
-    assert loaded.quantization == "8bit"
+    assert loaded.quantization == each.mode
     assert f"loading pre-quantized weights from {each.made}" in caplog.text
     away = each.made.rename(each.made.with_name("away"))
     try:
@@ -193,9 +213,10 @@ def test_quantization_mode_decides_use_of_variant(prepared: Prepared) -> None:
     assert prepared.load("auto").prequantized == (
         quantization.resolve_mode("auto", torch.device("cpu"), None, 1, 1) == "8bit"
     )
-    loaded = prepared.load("none")
-    assert not loaded.prequantized
-    assert loaded.quantization == "none"
+    for mode in ("none", "4bit"):
+        loaded = prepared.load(mode)
+        assert not loaded.prequantized
+        assert loaded.quantization == mode
 
 
 def test_variant_of_unknown_recipe_is_skipped_with_warning(

@@ -237,12 +237,17 @@ def test_quantization_8bit_sets_the_quantization(added: Added) -> None:
     assert added("quantization-8bit").settings["PREDICTOR_QUANTIZATION"] == "8bit"
 
 
-def test_prepared_8bit_makes_a_new_job_in_the_image_with_torch(added: Added, base: Rendered) -> None:
-    prepared = added("prepared-8bit")
-    assert prepared.settings["PREDICTOR_QUANTIZATION"] == "8bit"
+@pytest.mark.parametrize(
+    ("name", "quantization", "variant"), [("prepared-8bit", "8bit", "int8-cpu"), ("prepared-4bit", "4bit", "int4-cpu")]
+)
+def test_prepared_makes_a_new_job_in_the_image_with_torch(
+    added: Added, base: Rendered, name: str, quantization: str, variant: str
+) -> None:
+    prepared = added(name)
+    assert prepared.settings["PREDICTOR_QUANTIZATION"] == quantization
     assert prepared.one("Job")["metadata"]["name"] != base.one("Job")["metadata"]["name"]
     environment = prepared.environment(prepared.download)
-    assert environment["STORAGE_INITIALIZER_PREPARE"] == "int8-cpu"
+    assert environment["STORAGE_INITIALIZER_PREPARE"] == variant
     assert environment["OMP_NUM_THREADS"] == prepared.download["resources"]["limits"]["cpu"]
     assert prepared.download["image"] == environment["DOWNLOAD_IMAGE"] == f"{base.download['image']}-prepare"
 

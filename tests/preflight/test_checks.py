@@ -334,7 +334,16 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "offline_job": (lambda d: d.download.update(STORAGE_INITIALIZER_OFFLINE="true"), "the Job is offline"),
     "prepared_weights_of_other_layers": (prepare, "the Job skips layers lm_head and the predictor none"),
-    "prepared_weights_unused": (prepare_for_nobody, "PREDICTOR_QUANTIZATION is 4bit, so they are not used"),
+    "prepared_weights_unused": (
+        prepare_for_nobody,
+        "the Job prepares int8-cpu, and PREDICTOR_QUANTIZATION is 4bit, which does not use it; "
+        "set PREDICTOR_QUANTIZATION=8bit",
+    ),
+    "prepared_4bit_weights_unused": (
+        lambda d: d.download.update(STORAGE_INITIALIZER_PREPARE="int4-cpu"),
+        "the Job prepares int4-cpu, and PREDICTOR_QUANTIZATION is 8bit, which does not use it; "
+        "set PREDICTOR_QUANTIZATION=4bit",
+    ),
     "remote_code_not_published": (
         lambda d: d.settings.update(PREDICTOR_TRUST_REMOTE_CODE="true"),
         "and the Job does not publish code",
@@ -373,7 +382,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "setting_of_the_job": (
         lambda d: d.download.update(STORAGE_INITIALIZER_PREPARE="int8"),
-        "should be 'int8-cpu'; use int8-cpu",
+        "should be 'int8-cpu' or 'int4-cpu'; use int8-cpu",
     ),
     "setting_key_of_the_job": (
         lambda d: d.job["containers"][0]["env"].append({"name": "STORAGE_INITIALIZER_ATTEMPT", "value": "3"}),
@@ -459,7 +468,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "adapter_beside_prepared_weights": (
         adapter_beside_prepared_weights,
-        "prepares 8-bit weights without the adapter",
+        "prepares quantized weights without the adapter",
     ),
     "claim_sub_path": (lambda d: d.model.update(storageUri="pvc://models/7b"), "mounts a sub-path"),
     "storage_uri_hf": (

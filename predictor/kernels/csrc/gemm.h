@@ -35,9 +35,10 @@ static inline __mmask16 tail_mask(size_t remaining) {
     return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
 }
 
-/* Panels that a thread takes at a time: a thread that another process holds up takes fewer of them in all. */
+/* Panels that a thread takes at a time. A thread that another process holds up takes fewer of them in all, and each
+ * time it reads consecutive memory for long. */
 static inline int panels_at_a_time(size_t n, int num_threads) {
-    const size_t pieces = 32 * (size_t)num_threads, panels = n / BLOCK_N / pieces;
+    const size_t panels = n / BLOCK_N / (8 * (size_t)num_threads);
     return panels > 1 ? (int)panels : 1;
 }
 

@@ -46,15 +46,6 @@ void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n,
             }
 }
 
-/* Round to nearest, halves to even. */
-static inline __m256i to_bfloat16(__m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, _mm512_set1_epi32(0x7fc0)));
-}
-
 /* Convert one token to the kernel's operand; return RMSNorm's factor, by which sums are multiplied.
  * With `silu_and_mul` the row is (gate, up), and the operand is silu(gate) * up. */
 static inline float convert_row(const float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k,

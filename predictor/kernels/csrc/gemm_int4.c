@@ -16,7 +16,8 @@
 #include "kernels.h"
 
 enum {
-    INT4_BLOCK_M = 6, /* tokens per block without AMX: two integer and two float accumulators per token */
+    INT4_BLOCK_M = 6,         /* tokens per block without AMX: two integer and two float accumulators per token */
+    INT4_SINGLE_BLOCK_M = 10, /* up to so many tokens are one block: reading the panel twice costs more than a spill */
     MAX_GROUP_SIZE = 128,
     SYMMETRIC_ZERO_POINT = 8
 };
@@ -108,14 +109,14 @@ static inline __attribute__((always_inline)) void gemm_kernel_vnni(const size_t 
     const size_t stride = activations->stride, group_size = activations->group_size;
     const int8_t *quantized = activations->quantized + row * stride;
     const __m512i low = _mm512_set1_epi8(0x0f), high = _mm512_set1_epi8((char)0xf0);
-    __m512 left[INT4_BLOCK_M], right[INT4_BLOCK_M];
+    __m512 left[INT4_SINGLE_BLOCK_M], right[INT4_SINGLE_BLOCK_M];
     for (size_t i = 0; i < block_m; i++) left[i] = right[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < activations->num_groups; g++, quantized += group_size) {
         Group group = read_group(panel, has_zero_points);
         group.right_scales = _mm512_mul_ps(group.right_scales, _mm512_set1_ps(1.f / 16));
         group.right_zero_points = _mm512_slli_epi32(group.right_zero_points, 4);
-        __m512i left_sums[INT4_BLOCK_M], right_sums[INT4_BLOCK_M];
-#pragma GCC unroll 6
+        __m512i left_sums[INT4_SINGLE_BLOCK_M], right_sums[INT4_SINGLE_BLOCK_M];
+#pragma GCC unroll 10
         for (size_t i = 0; i < block_m; i++) {
             const __m512i sum = _mm512_set1_epi32(activations->group_sums[(row + i) * activations->num_groups + g]);
             left_sums[i] = _mm512_dpwssd_epi32(_mm512_setzero_si512(), group.left_zero_points, sum);
@@ -126,7 +127,7 @@ static inline __attribute__((always_inline)) void gemm_kernel_vnni(const size_t 
             const __m512i weights = _mm512_loadu_si512(group.weights);
             const __m512i left_weights = _mm512_and_si512(weights, low),
                           right_weights = _mm512_and_si512(weights, high);
-#pragma GCC unroll 6
+#pragma GCC unroll 10
             for (size_t i = 0; i < block_m; i++) {
                 int32_t four;
                 memcpy(&four, quantized + i * stride + j, 4);
@@ -134,14 +135,14 @@ static inline __attribute__((always_inline)) void gemm_kernel_vnni(const size_t 
                 right_sums[i] = _mm512_dpbusd_epi32(right_sums[i], right_weights, _mm512_set1_epi32(four));
             }
         }
-#pragma GCC unroll 6
+#pragma GCC unroll 10
         for (size_t i = 0; i < block_m; i++) {
             left[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(left_sums[i]), group.left_scales, left[i]);
             right[i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(right_sums[i]), group.right_scales, right[i]);
         }
         panel = group.weights;
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 10
     for (size_t i = 0; i < block_m; i++) {
         store_sums(left[i], epilogue, row + i, column);
         store_sums(right[i], epilogue, row + i, column + LANES);
@@ -161,6 +162,10 @@ static void dispatch_vnni(size_t block_m, const Activations *activations, const 
         CASE_ROWS(4)
         CASE_ROWS(5)
         CASE_ROWS(6)
+        CASE_ROWS(7)
+        CASE_ROWS(8)
+        CASE_ROWS(9)
+        CASE_ROWS(10)
     }
 #undef CASE_ROWS
 }
@@ -252,7 +257,8 @@ void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     int32_t *act_row_sums = (int32_t *)(act_scales + m), *group_sums = act_row_sums + m;
     const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, bias, residual, output, n};
     const Activations activations = {scratch, stride, group_sums, num_groups, group_size};
-    const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : INT4_BLOCK_M;
+    const size_t vnni_block_m = m <= INT4_SINGLE_BLOCK_M ? INT4_SINGLE_BLOCK_M : INT4_BLOCK_M;
+    const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : vnni_block_m;
     const size_t num_blocks = round_up(m, max_block_m) / max_block_m;
     TileConfig tile_config = TILE_CONFIG;
     tile_config.bytes_per_row[4] = tile_config.bytes_per_row[5] = (uint16_t)tile_depth(group_size);

@@ -114,15 +114,21 @@ static void gemm_kernel_amx(size_t block_m, const int8_t *quantized, size_t stri
         }
 }
 
-/* One panel for all tokens; with AMX the tiles are configured. */
+/* One panel for all tokens; with AMX the tiles are configured. Without, blocks are as equal as possible: a block of few
+ * tokens takes as long as one of more. */
 static void multiply_panel(const int8_t *quantized, size_t stride, const uint8_t *panel, size_t m, size_t k,
     const Epilogue *epilogue, size_t column, int isa) {
-    const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : VNNI_BLOCK_M;
-    for (size_t row = 0; row < m; row += max_block_m) {
-        const size_t block_m = m - row < max_block_m ? m - row : max_block_m;
-        if (isa == ISA_AMX) gemm_kernel_amx(block_m, quantized + row * stride, stride, panel, k, epilogue, row, column);
-        else dispatch_vnni(block_m, quantized + row * stride, stride, panel, k, epilogue, row, column);
-    }
+    const size_t num_blocks = round_up(m, VNNI_BLOCK_M) / VNNI_BLOCK_M;
+    if (isa == ISA_AMX)
+        for (size_t row = 0; row < m; row += AMX_BLOCK_M) {
+            const size_t block_m = m - row < AMX_BLOCK_M ? m - row : AMX_BLOCK_M;
+            gemm_kernel_amx(block_m, quantized + row * stride, stride, panel, k, epilogue, row, column);
+        }
+    else
+        for (size_t block = 0; block < num_blocks; block++) {
+            const size_t row = m * block / num_blocks, block_m = m * (block + 1) / num_blocks - row;
+            dispatch_vnni(block_m, quantized + row * stride, stride, panel, k, epilogue, row, column);
+        }
 }
 
 void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,

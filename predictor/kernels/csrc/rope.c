@@ -6,14 +6,8 @@ enum { SERIAL_TOKENS = 8 }; /* below, waking threads takes longer than the work 
 
 static inline __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
 
-/* Round to nearest, ties to even. */
 static inline void store_bfloat16(bfloat16 *output, __mmask16 mask, __m512 x) {
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
-    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-    const __m512i upper = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000)), 16);
-    _mm256_mask_storeu_epi16(output, mask, _mm512_cvtepi32_epi16(upper));
+    _mm256_mask_storeu_epi16(output, mask, to_bfloat16(x));
 }
 
 static void convert(const float *input, bfloat16 *output, size_t count) {

@@ -18,4 +18,13 @@ static inline __m512 exp_ps(__m512 x) {
     return _mm512_scalef_ps(sum, exponent);
 }
 
+/* Convert to bfloat16: round to nearest, halves to even. */
+static inline __m256i to_bfloat16(__m512 x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i is_odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(is_odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), is_nan, _mm512_set1_epi32(0x7fc0)));
+}
+
 #endif

@@ -12,6 +12,7 @@ import torch
 
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
+from predictor.engine.fair_scheduler import FairScheduler
 from predictor.engine.stream import Stream
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
@@ -36,6 +37,12 @@ class Generated:
 
 def load() -> LoadedModel:
     return loader.load(DEMO_MODEL, device="cpu", dtype="float32", trust_remote_code=False)
+
+
+@pytest.fixture(autouse=True)
+def chunks_independent_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are divided as `max_num_batched_tokens` says, whatever a step takes."""
+    monkeypatch.setattr(FairScheduler, "_max_prompt_tokens", lambda _: None)
 
 
 @contextmanager

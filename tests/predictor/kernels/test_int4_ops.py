@@ -55,7 +55,7 @@ def expected(rows: torch.Tensor, weight: torch.Tensor, norm: tuple[torch.Tensor,
 @each_isa
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
-    tokens=st.sampled_from([1, 2, 5, 6, 7, 13, 16, 17, 33, 70]),
+    tokens=st.sampled_from([1, 2, 7, 10, 11, 13, 16, 17, 33, 70]),
     inputs=st.sampled_from([1, 3, 31, 33, 64, 96, 130, 896]),
     outputs=st.sampled_from([1, 16, 17, 31, 32, 37, 100]),
     group_size=st.sampled_from(gemm.INT4_GROUP_SIZES),

@@ -43,7 +43,7 @@ def generate(
     loaded = load(dtype, quantization)
     if model is not None:
         loaded = replace(loaded, model=model)
-    loaded.model.set_attn_implementation("sdpa")
+    loaded.model.set_attn_implementation("sdpa" if loaded.model._supports_sdpa else "eager")
     with pytest.MonkeyPatch.context() as patch:
         if not custom_attention:
             patch.setattr(attention, "install", lambda _: False)
@@ -116,23 +116,32 @@ def test_attention_in_c_matches_sdpa_in_bfloat16(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_c
-@pytest.mark.parametrize("max_num_batched_tokens", [2048, 16], ids=["whole-prompts", "chunked-prompts"])
-def test_layers_with_a_window_in_c_match_transformers(
-    max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("model_type", "options", "max_num_batched_tokens"),
+    [
+        ("qwen2", {"use_sliding_window": True}, 2048),
+        ("qwen2", {"use_sliding_window": True}, 16),
+        ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 1.5}, 16),
+        ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, 16),
+    ],
+)
+def test_windows_caps_and_sinks_in_c_match_transformers(
+    model_type: str, options: dict[str, Any], max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows that end within prompts, at their ends, and while tokens are generated."""
     torch.manual_seed(0)
-    config = transformers.Qwen2Config(
+    config = transformers.AutoConfig.for_model(
+        model_type,
         vocab_size=load("float32", "none").model.config.vocab_size,
         hidden_size=64,
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        use_sliding_window=True,
         sliding_window=20,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
         initializer_range=0.5,
+        **options,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     expected = generate(PROMPTS, custom_attention=False, model=model)

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints on a CPU, beside float32 models with the same weights."""
+"""GPTQ and AWQ checkpoints on a CPU, next to float32 models with the same weights."""
 
 import json
 from collections.abc import Callable

@@ -12,8 +12,8 @@ from predictor.kernels.cpu.layer_table import are_experts
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.models import loader
 from predictor.models.int8_quantizer import Int8Config
-from snapshot_format.recipe import INT8_METHOD
-from storage_initializer.prepare import int8_weights
+from snapshot_format.recipe import INT8_CPU, INT8_METHOD
+from storage_initializer.prepare import quantized_checkpoint
 from tests.predictor.models.conftest import LoadDemo
 
 
@@ -65,7 +65,7 @@ def test_experts_of_a_prepared_snapshot_are_those_quantized_while_loading(tmp_pa
         directory.mkdir()
     save_model(CASES[name], source)
     transformers.AutoTokenizer.from_pretrained(source).save_pretrained(prepared)
-    for file in int8_weights.plan(source, name, ()).files:
+    for file in quantized_checkpoint.plan(INT8_CPU, source, name, ()).files:
         (prepared / file.path).write_bytes(b"".join(file.chunks()))
     ids = torch.tensor([make_prompts()[3]])
     logits = []

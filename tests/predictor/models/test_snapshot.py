@@ -8,6 +8,7 @@ import pytest
 
 from predictor.errors import InvalidSettings, SnapshotMissing
 from predictor.models import snapshot
+from snapshot_format.recipe import INT4_CPU, INT8_CPU
 from snapshot_format.record import RECORD as RECORD_NAME
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -147,17 +148,18 @@ def derive(directory: Path, **changes: object) -> Path:
 
 def test_prequantized_returns_matching_variant_also_through_a_link(tmp_path: Path) -> None:
     directory = publish(tmp_path)
-    assert snapshot.prequantized(directory, "bfloat16", ["b", "a"]) is None
+    assert snapshot.prequantized(directory, INT8_CPU, "bfloat16", ["b", "a"]) is None
     variant = derive(directory)
-    assert snapshot.prequantized(directory, "bfloat16", ["b", "a"]) == variant
+    assert snapshot.prequantized(directory, INT8_CPU, "bfloat16", ["b", "a"]) == variant
     (tmp_path / "link").symlink_to(directory)
-    assert snapshot.prequantized(tmp_path / "link", "bfloat16", ["b", "a"]) == variant
+    assert snapshot.prequantized(tmp_path / "link", INT8_CPU, "bfloat16", ["b", "a"]) == variant
     assert snapshot.find(tmp_path, "hf://owner/model").directory == directory
+    assert snapshot.prequantized(directory, INT4_CPU, "bfloat16", ["b", "a"]) is None
 
 
 @pytest.mark.parametrize("directory", [".", "/"])
 def test_prequantized_unpublished_directory_has_no_variant(directory: str) -> None:
-    assert snapshot.prequantized(Path(directory), "bfloat16", []) is None
+    assert snapshot.prequantized(Path(directory), INT8_CPU, "bfloat16", []) is None
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,7 @@ def test_prequantized_different_variant_is_skipped_with_reason(
 ) -> None:
     directory = publish(tmp_path)
     variant = derive(directory, **changes)
-    assert snapshot.prequantized(directory, "bfloat16", ["b", "a"]) is None
+    assert snapshot.prequantized(directory, INT8_CPU, "bfloat16", ["b", "a"]) is None
     [message] = caplog.messages
     assert message.startswith(f"not using prequantized weights in {variant}, quantizing while loading: ")
     assert re.search(reason, message)

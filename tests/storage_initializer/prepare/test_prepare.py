@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from devtools import tiny_llama
 from devtools.local_hub import LocalHub
 from devtools.paths import ROOT
-from storage_initializer.prepare import int8_weights
+from snapshot_format.recipe import INT4_CPU, INT8_CPU, Variant
+from storage_initializer.prepare import quantized_checkpoint, recipes
 from tests.storage_initializer.conftest import Result, Run, finish, problems
 
 FILES = 8
@@ -40,13 +42,22 @@ def commit(hub: LocalHub) -> str:
 
 
 @pytest.fixture
-def made(volume: Path, commit: str) -> Path:
+def variant() -> Variant:
+    """What is made, unless a test has `VARIANTS`."""
+    return INT8_CPU
+
+
+VARIANTS = pytest.mark.parametrize("variant", [INT8_CPU, INT4_CPU])
+
+
+@pytest.fixture
+def made(volume: Path, commit: str, variant: Variant) -> Path:
     """Where it is to be."""
-    return volume / "demo--arithmetic" / f"{commit}-int8-cpu"
+    return volume / "demo--arithmetic" / f"{commit}-{variant}"
 
 
-def prepare(run: Run, volume: Path, *flags: str) -> Result:
-    return run("--prepare", "int8-cpu", *flags, "hf://demo/arithmetic", volume)
+def prepare(run: Run, volume: Path, *flags: str, variant: Variant = INT8_CPU) -> Result:
+    return run("--prepare", variant, *flags, "hf://demo/arithmetic", volume)
 
 
 def tensors(snapshot: Path) -> dict[str, torch.Tensor]:
@@ -60,8 +71,11 @@ def weights_bytes(snapshot: Path) -> int:
     return sum(path.stat().st_size for path in snapshot.glob("*.safetensors"))
 
 
-def test_prepare_publishes_variant_with_recipe_in_record(run: Run, volume: Path, commit: str, made: Path) -> None:
-    result = prepare(run, volume)
+@VARIANTS
+def test_prepare_publishes_variant_with_recipe_in_record(
+    run: Run, volume: Path, commit: str, made: Path, variant: Variant
+) -> None:
+    result = prepare(run, volume, variant=variant)
     assert result.code == 0, result.stderr
     published, prepared = result.stdout.splitlines()
     assert published.startswith("published hf://demo/arithmetic@")
@@ -73,7 +87,7 @@ def test_prepare_publishes_variant_with_recipe_in_record(run: Run, volume: Path,
     assert record["derived_from"] == {
         "reference": "hf://demo/arithmetic:main",
         "commit": commit,
-        "recipe": "int8-cpu",
+        "recipe": variant,
         "version": 1,
         "dtype": "bfloat16",
         "skip_modules": [],
@@ -110,8 +124,38 @@ def test_prepare_quantizes_linear_layers_and_copies_other_tensors(
     assert config == json.loads((llama / "config.json").read_text())
 
 
-def test_prepare_index_maps_every_tensor_to_its_shard(run: Run, volume: Path, made: Path) -> None:
-    assert prepare(run, volume).code == 0
+def test_prepare_4bit_packs_layers_of_whole_groups_and_copies_other_tensors(
+    run: Run, volume: Path, commit: str, llama: Path
+) -> None:
+    assert prepare(run, volume, variant=INT4_CPU).code == 0
+    made = volume / "demo--arithmetic" / f"{commit}-{INT4_CPU}"
+    before, after = tensors(llama), tensors(made)
+    packed = {name for name, tensor in after.items() if tensor.dtype == torch.uint8}
+    # The down projections have 137 inputs.
+    assert len(packed) == tiny_llama.QUANTIZED - tiny_llama.LAYERS
+    for name in packed:
+        scale = after.pop(f"{name.removesuffix('weight')}scale").repeat_interleave(32, 1)
+        halves = after.pop(name)
+        weight = before.pop(name).float()
+        integers = torch.stack((halves & 15, halves >> 4), -1).flatten(1).float() - 8
+        assert (integers * scale - weight).norm() < 0.09 * weight.norm()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in after)
+    said = json.loads((made / "config.json").read_text())["quantization_config"]
+    assert said == {"quant_method": "kserve_llm_int4", "modules_to_not_convert": []}
+
+
+def test_prepare_variants_are_next_to_each_other(run: Run, volume: Path, commit: str) -> None:
+    for variant in (INT8_CPU, INT4_CPU):
+        assert prepare(run, volume, variant=variant).code == 0
+    assert there(volume) == {commit, f"{commit}-{INT8_CPU}", f"{commit}-{INT4_CPU}"}
+    again = prepare(run, volume)
+    assert again.stdout.splitlines()[1].startswith("already prepared")
+
+
+@VARIANTS
+def test_prepare_index_maps_every_tensor_to_its_shard(run: Run, volume: Path, made: Path, variant: Variant) -> None:
+    assert prepare(run, volume, variant=variant).code == 0
     index = json.loads((made / "model.safetensors.index.json").read_text())
     there: dict[str, str] = {}
     for path in made.glob("*.safetensors"):
@@ -212,14 +256,14 @@ def test_prepare_after_kill_starts_again(
 def test_prepare_sigterm_leaves_no_files(
     run: Run, volume: Path, commit: str, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quantize = int8_weights.quantize
+    recipe = recipes.RECIPES[INT8_CPU]
 
     def interrupted(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         signal.raise_signal(signal.SIGTERM)
-        return quantize(weight)
+        return recipe.quantize(weight)
 
     with monkeypatch.context() as patch:
-        patch.setattr(int8_weights, "quantize", interrupted)
+        patch.setattr(quantized_checkpoint, "RECIPES", {INT8_CPU: replace(recipe, quantize=interrupted)})
         result = prepare(run, volume)
     assert result.code == 1
     assert result.reason == "Stopped by SIGTERM. Run the same command again to resume."
@@ -373,7 +417,7 @@ def test_prepare_unknown_variant_is_rejected(run: Run, volume: Path, words: list
     assert run("hf://demo/arithmetic", volume, *words).code == 2
     said = run("hf://demo/arithmetic", volume, env={"STORAGE_INITIALIZER_PREPARE": "4bit"})
     assert said.code == 2
-    assert "STORAGE_INITIALIZER_PREPARE has an invalid value: Input should be 'int8-cpu'" in said.reason
+    assert "STORAGE_INITIALIZER_PREPARE has an invalid value: Input should be 'int8-cpu' or 'int4-cpu'" in said.reason
 
 
 def test_prepare_variant_is_listed_and_verified(run: Run, volume: Path, made: Path) -> None:
@@ -446,7 +490,7 @@ def test_gc_keeps_snapshot_that_is_being_prepared(run: Run, volume: Path, two: t
 # The files themselves
 
 
-def write(plan: int8_weights.QuantizedCheckpoint, directory: Path) -> None:
+def write(plan: quantized_checkpoint.QuantizedCheckpoint, directory: Path) -> None:
     directory.mkdir()
     for draft in plan.files:
         content = b"".join(draft.chunks())
@@ -454,9 +498,10 @@ def write(plan: int8_weights.QuantizedCheckpoint, directory: Path) -> None:
         (directory / draft.path).write_bytes(content)
 
 
-def test_plan_block_size_bounds_memory_and_keeps_bytes(llama: Path, tmp_path: Path) -> None:
-    write(int8_weights.plan(llama, "model", ()), tmp_path / "whole")
-    plan = int8_weights.plan(llama, "model", (), block_elements=200)
+@VARIANTS
+def test_plan_block_size_bounds_memory_and_keeps_bytes(llama: Path, tmp_path: Path, variant: Variant) -> None:
+    write(quantized_checkpoint.plan(variant, llama, "model", ()), tmp_path / "whole")
+    plan = quantized_checkpoint.plan(variant, llama, "model", (), block_elements=200)
     write(plan, tmp_path / "blocks")
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "blocks" / path.name).read_bytes()
@@ -465,19 +510,19 @@ def test_plan_block_size_bounds_memory_and_keeps_bytes(llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("dtype", "rounded_in"), [("float32", "float32"), ("float16", "bfloat16")])
-def test_plan_casts_to_the_predictors_dtype(tmp_path: Path, dtype: str, rounded_in: str) -> None:
+def test_plan_casts_to_the_predictors_dtype(tmp_path: Path, variant: Variant, dtype: str, rounded_in: str) -> None:
     model = tiny_llama.make(tmp_path / "model", dtype=getattr(torch, dtype), tied=True)
-    plan = int8_weights.plan(model, "it", ())
+    plan = quantized_checkpoint.plan(variant, model, "it", ())
     assert plan.dtype == rounded_in
     assert [draft.path for draft in plan.files] == ["model.safetensors", "config.json"]
 
 
-def test_plan_without_dtype_in_config_is_float32(llama: Path, tmp_path: Path) -> None:
+def test_plan_without_dtype_in_config_is_float32(llama: Path, tmp_path: Path, variant: Variant) -> None:
     model = copy(llama, tmp_path / "unsaid", dtype=None)
-    assert int8_weights.plan(model, "it", ()).dtype == "float32"
+    assert quantized_checkpoint.plan(variant, model, "it", ()).dtype == "float32"
 
 
-def test_plan_odd_sizes_scalars_and_empty_tensors_are_aligned(tmp_path: Path) -> None:
+def test_plan_odd_sizes_scalars_and_empty_tensors_are_aligned(tmp_path: Path, variant: Variant) -> None:
     model = tiny_llama.make(tmp_path / "model", hidden_size=20)
     weights = tensors(model)
     extra = {
@@ -488,7 +533,7 @@ def test_plan_odd_sizes_scalars_and_empty_tensors_are_aligned(tmp_path: Path) ->
         "odder": torch.arange(5, dtype=torch.bfloat16),
     }
     save_file(weights | extra, model / "model.safetensors", metadata={"format": "pt"})
-    write(int8_weights.plan(model, "it", ()), tmp_path / "made")
+    write(quantized_checkpoint.plan(variant, model, "it", ()), tmp_path / "made")
     path = tmp_path / "made" / "model.safetensors"
     header_bytes = int.from_bytes(path.read_bytes()[:8], "little")
     header = json.loads(path.read_bytes()[8 : 8 + header_bytes])
@@ -506,6 +551,6 @@ def test_plan_odd_sizes_scalars_and_empty_tensors_are_aligned(tmp_path: Path) ->
 
 def test_quantize_all_zero_row_has_positive_scale() -> None:
     zeros = torch.zeros(2, 8, dtype=torch.bfloat16)
-    weight, scale = int8_weights.quantize(zeros)
+    weight, scale = recipes.quantize_int8(zeros)
     assert torch.equal(weight, zeros.to(torch.int8))
     assert (scale > 0).all()

@@ -1,9 +1,7 @@
-"""Quantization of a checkpoint to int8 for the CPU kernels, tensor by tensor.
+"""Quantization of a checkpoint for the CPU kernels, tensor by tensor, by the recipe of a variant.
 
-Each row of a linear layer's weight gets one float32 scale: its absolute maximum, at least `MIN_SCALE`, divided by 127.
-Each weight becomes weight / scale, rounded half to even. The result is stored as `<layer>.weight` (int8) and
-`<layer>.scale`, and config.json contains a `quantization_config`. Embeddings, norms, biases, the last layer, tied
-weights and skipped modules are copied byte for byte.
+Each weight of a linear layer becomes the tensors of the recipe, and config.json contains a `quantization_config`.
+Embeddings, norms, biases, the last layer, tied weights and skipped modules are copied byte for byte.
 
 The result is bit-identical to the predictor's own quantization while loading. Weights are first cast to the dtype in
 which the predictor would compute: that of config.json, or bfloat16 instead of float16.
@@ -25,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 
 from snapshot_format import model_files
 from snapshot_format.model_files import CONFIG, INDEX
-from snapshot_format.recipe import INT8_METHOD, MIN_SCALE
+from snapshot_format.recipe import Variant
 from storage_initializer.errors import RefusedSnapshot
 from storage_initializer.prepare import transformers_mapping
+from storage_initializer.prepare.recipes import RECIPES, Recipe
 
 _ALIGNMENT_BYTES = 8
 
@@ -66,10 +65,13 @@ class _Tensor:
         return math.prod(self.shape) * self.item_bytes
 
 
-def plan(directory: Path, name: str, skip_modules: Sequence[str], block_elements: int = 1 << 22) -> QuantizedCheckpoint:
+def plan(
+    variant: Variant, directory: Path, name: str, skip_modules: Sequence[str], block_elements: int = 1 << 22
+) -> QuantizedCheckpoint:
     """Plan the quantization of a snapshot without reading its weights.
 
     Args:
+        variant: to be derived.
         directory: the snapshot.
         name: its reference, for error messages.
         skip_modules: patterns of layers not to quantize, as in transformers' `modules_to_not_convert`.
@@ -78,34 +80,25 @@ def plan(directory: Path, name: str, skip_modules: Sequence[str], block_elements
     Raises:
         RefusedSnapshot: its weights cannot be quantized without loading the model.
     """
+    recipe = RECIPES[variant]
     model, dtype = _meta_model(directory, name)
     entry = _find_entry(directory, name)
     shards = _shards(directory, entry, name)
     try:
         stored = {shard: _tensor_names(directory / shard) for shard in shards}
         names = [tensor for tensors in stored.values() for tensor in tensors]
-        quantized = _quantized_weights(model, skip_modules, names, name)
-        tensors = {shard: tuple(_tensors(directory / shard, quantized, dtype, block_elements)) for shard in shards}
+        layers = transformers_mapping.linear_layers(model, skip_modules, recipe.group_size)
+        quantized = _quantized_weights(model, layers, names, name)
+        tensors = {
+            shard: tuple(_tensors(directory / shard, recipe, quantized, dtype, block_elements)) for shard in shards
+        }
     except SafetensorError as error:
         raise RefusedSnapshot(f"{name} has unreadable weights ({error}). Download it again.") from error
     files = [_weights_file(directory, shard, tensors[shard]) for shard in shards]
     if entry == INDEX:
         files.append(_index_file(directory, tensors))
-    files.append(_config_file(directory, skip_modules))
+    files.append(_config_file(directory, recipe, skip_modules))
     return QuantizedCheckpoint(str(dtype).removeprefix("torch."), tuple(files))
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize rows of weights.
-
-    Args:
-        weight: (outputs, inputs), floating point.
-
-    Returns:
-        int8 weights (outputs, inputs), and scales (outputs,) in float32.
-    """
-    scale = torch.linalg.vector_norm(weight, torch.inf, dim=1).float().clamp(min=MIN_SCALE) / 127
-    return weight.float().div_(scale[:, None]).round_().to(torch.int8), scale
 
 
 def _meta_model(directory: Path, name: str) -> tuple[Any, Any]:
@@ -146,9 +139,8 @@ def _tensor_names(path: Path) -> list[str]:
         return list(opened.keys())
 
 
-def _quantized_weights(model: Any, skip_modules: Sequence[str], stored: Sequence[str], name: str) -> frozenset[str]:
-    """Return the stored names of all weights to quantize."""
-    layers = transformers_mapping.linear_layers(model, skip_modules)
+def _quantized_weights(model: Any, layers: Sequence[str], stored: Sequence[str], name: str) -> frozenset[str]:
+    """Return the stored names of the weights of layers."""
     parameter_name = transformers_mapping.parameter_mapping(model, {f"{layer}.scale": True for layer in layers})
     weights: dict[str, str] = {}
     for tensor in stored:
@@ -170,7 +162,9 @@ def _scale_name(weight: str) -> str:
     return f"{weight.removesuffix('weight')}scale"
 
 
-def _tensors(path: Path, quantized: frozenset[str], dtype: Any, block_elements: int) -> Iterator[_Tensor]:
+def _tensors(
+    path: Path, recipe: Recipe, quantized: frozenset[str], dtype: Any, block_elements: int
+) -> Iterator[_Tensor]:
     """Iterate over the output tensors of a file, in an order that aligns each to its element size."""
     tensors = []
     with safe_open(path, "pt") as opened:
@@ -180,9 +174,10 @@ def _tensors(path: Path, quantized: frozenset[str], dtype: Any, block_elements: 
             shape = tuple(stored.get_shape())
             read = partial(_read, name, block_elements)
             if name in quantized:
-                tensors.append(_Tensor(name, "I8", shape, 1, partial(_read_quantized, read, dtype, 0)))
-                scale = partial(_read_quantized, read, dtype, 1)
-                tensors.append(_Tensor(_scale_name(name), "F32", shape[:1], 4, scale))
+                parts = ((name, recipe.weight), (_scale_name(name), recipe.scale))
+                for index, (stored_name, part) in enumerate(parts):
+                    read_part = partial(_read_quantized, read, recipe, dtype, index)
+                    tensors.append(_Tensor(stored_name, part.dtype, part.shape(*shape), part.item_bytes, read_part))
             else:
                 item_bytes = (stored[:0] if shape else opened.get_tensor(name)).element_size()
                 tensors.append(_Tensor(name, stored.get_dtype(), shape, item_bytes, read))
@@ -205,10 +200,12 @@ def _read(name: str, block_elements: int, opened: Any) -> Iterator[Any]:
         yield stored[start : start + rows]
 
 
-def _read_quantized(read: Callable[[Any], Iterator[Any]], dtype: Any, index: int, opened: Any) -> Iterator[Any]:
+def _read_quantized(
+    read: Callable[[Any], Iterator[Any]], recipe: Recipe, dtype: Any, index: int, opened: Any
+) -> Iterator[Any]:
     """Iterate over blocks of quantized weights (index 0) or scales (index 1); rows are independent."""
     for block in read(opened):
-        yield quantize(block.to(dtype))[index]
+        yield recipe.quantize(block.to(dtype))[index]
 
 
 def _weights_file(directory: Path, shard: str, tensors: Sequence[_Tensor]) -> OutputFile:
@@ -242,9 +239,9 @@ def _index_file(directory: Path, tensors: Mapping[str, Sequence[_Tensor]]) -> Ou
     return _json_file(INDEX, {"metadata": metadata, "weight_map": dict(sorted(shard_of.items()))})
 
 
-def _config_file(directory: Path, skip_modules: Sequence[str]) -> OutputFile:
+def _config_file(directory: Path, recipe: Recipe, skip_modules: Sequence[str]) -> OutputFile:
     fields = json.loads((directory / CONFIG).read_bytes())
-    fields["quantization_config"] = {"quant_method": INT8_METHOD, "modules_to_not_convert": sorted(skip_modules)}
+    fields["quantization_config"] = {"quant_method": recipe.method, "modules_to_not_convert": sorted(skip_modules)}
     return _json_file(CONFIG, fields)
 
 
