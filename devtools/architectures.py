@@ -170,6 +170,7 @@ CASES: dict[str, Case] = {
     "phi": Case("phi", {"num_key_value_heads": 4}),
     "phi3": Case("phi3"),
     "phi3, sliding window": Case("phi3", {"sliding_window": 16}),
+    "phi3, partial rotary": Case("phi3", {"rope_parameters": _ROPE | {"partial_rotary_factor": 0.5}}),
     "phi3, longrope": Case(
         "phi3",
         {

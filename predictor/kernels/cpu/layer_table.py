@@ -5,7 +5,7 @@ A new architecture is an entry of `LAYERS`. Its experts need none: their class s
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -70,11 +70,8 @@ _GEMMA_NORMS: dict[str, Any] = {
 _GLM_MLP: dict[str, Any] = {"gate_up": ("gate_up_proj",), "activation": "activation_fn", "rotary": Rotary.INTERLEAVED}
 
 LAYERS: dict[str, LayerStructure] = {
-    "Exaone4DecoderLayer": LayerStructure(
-        attention_norm=None,
-        attention_output_norm="post_attention_layernorm",
-        mlp_norm=None,
-        mlp_output_norm="post_feedforward_layernorm",
+    "Exaone4DecoderLayer": replace(
+        _OUTPUT_NORM,
         has_rotary=lambda attention: attention.sliding_window is None or attention.is_sliding,
         window=lambda attention: attention.sliding_window if attention.is_sliding else None,
     ),
