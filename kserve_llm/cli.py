@@ -122,7 +122,7 @@ def parse_model(text: str) -> ModelReference:
     """Parse a reference, in which `hf://` may be left out.
 
     Raises:
-        MalformedReference: it is no reference, and no directory either.
+        MalformedReference: it is neither a reference nor a directory.
     """
     return references.parse(text if "://" in text else f"hf://{text}")
 
