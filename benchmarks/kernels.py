@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from predictor.kernels.cpu import gemm, linear, ops
+from predictor.kernels.cpu import gemm, ops
 from predictor.kernels.cpu.gemm import LinearKernel
 from snapshot_format import int4
 from snapshot_format.recipe import INT4_GROUP_SIZE
@@ -59,7 +59,7 @@ def build_linears(backend: str) -> list[LinearKernel]:
             kernels.append(gemm.NativeBf16Linear(weight, None))
         elif backend.startswith(INT4_PREFIX) and out_features != VOCABULARY:
             packed, scale = int4.quantize(weight)
-            kernels.append(gemm.make_int4_linear(linear.unpack_int4(packed), scale, None, INT4_GROUP_SIZE, None))
+            kernels.append(gemm.make_int4_linear(int4.unpack(packed), scale, None, INT4_GROUP_SIZE, None))
         else:
             make = gemm.FbgemmInt8Linear if backend == "fbgemm" else gemm.NativeInt8Linear
             kernels.append(make(*gemm.quantize_per_channel_int8(weight), None))

@@ -94,7 +94,9 @@ def _run(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
         try:
             import shtab
         except ImportError:
-            raise CommandError("kserve-llm completion needs shtab. Run: pip install shtab") from None
+            raise CommandError(
+                "kserve-llm completion needs more packages. Run: pip install 'kserve-llm[completion]'"
+            ) from None
         print(shtab.complete(make_parser(with_settings=True), arguments.shell))
         return 0
     program = COMMANDS[name][0]
@@ -120,7 +122,7 @@ def parse_model(text: str) -> ModelReference:
     """Parse a reference, in which `hf://` may be left out.
 
     Raises:
-        MalformedReference: it is no reference, and no directory either.
+        MalformedReference: it is neither a reference nor a directory.
     """
     return references.parse(text if "://" in text else f"hf://{text}")
 

@@ -1,4 +1,4 @@
-"""Quantization of weights to 4 bits, by the storage initializer or by the predictor; needs torch."""
+"""Quantization of weights to 4 bits, by the storage initializer or by the predictor, and their bytes; needs torch."""
 
 import torch
 
@@ -11,6 +11,16 @@ _EXTREMES = (8.0, 7.3, 8.7)
 """Candidates for the integer that a group's weight of largest magnitude becomes, negated, before it is rounded."""
 
 
+def pack(integers: torch.Tensor) -> torch.Tensor:
+    """Pack (..., inputs), uint8 of 0 to 15, to (..., inputs / 2), uint8: the even input in the low half of a byte."""
+    return integers[..., ::2] | integers[..., 1::2] << 4
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """Unpack (..., bytes), uint8, to (..., 2 x bytes), uint8 of 0 to 15: the reverse of `pack`."""
+    return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+
+
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize weights in groups of `INT4_GROUP_SIZE` inputs; each is worth (integer - 8) * scale.
 
@@ -18,8 +28,8 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         weight: (outputs, inputs), floating point; inputs are whole groups.
 
     Returns:
-        uint8 (outputs, inputs / 2), two inputs to a byte, the even one in the low half; and scales
-        (outputs, inputs / INT4_GROUP_SIZE), float32, which may be negative.
+        uint8 of `pack`, (outputs, inputs / 2); and scales (outputs, inputs / INT4_GROUP_SIZE), float32, which may be
+        negative.
     """
     outputs, inputs = weight.shape
     groups = weight.reshape(-1, INT4_GROUP_SIZE)
@@ -28,8 +38,7 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     for start in range(0, len(groups), _CHUNK_GROUPS):
         chunk = slice(start, start + _CHUNK_GROUPS)
         integers, scale[chunk] = _quantize_groups(groups[chunk].float())
-        halves = integers.add_(_ZERO_POINT).to(torch.uint8)
-        packed[chunk] = halves[:, ::2] | halves[:, 1::2] << 4
+        packed[chunk] = pack(integers.add_(_ZERO_POINT).to(torch.uint8))
     return packed.view(outputs, inputs // 2), scale.view(outputs, inputs // INT4_GROUP_SIZE)
 
 

@@ -209,12 +209,12 @@ class BatchingManager:
 
     def _choose_runner(self, processor: Any) -> None:
         lm_head = self._model.get_output_embeddings()
-        int8_head = lm_head if isinstance(lm_head, LMHead) and tensor_parallel.size() == 1 else None
+        packed_head = lm_head if isinstance(lm_head, LMHead) and tensor_parallel.size() == 1 else None
         if self._can_speculate(processor):
-            processor.model_runner = SpeculativeRunner(processor, int8_head, self._step_sampler, self._speculation)
+            processor.model_runner = SpeculativeRunner(processor, packed_head, self._step_sampler, self._speculation)
             processor.scheduler.speculation = self._speculation
-        elif int8_head:
-            processor.model_runner = GreedyRunner(processor, int8_head, self._step_sampler)
+        elif packed_head:
+            processor.model_runner = GreedyRunner(processor, packed_head, self._step_sampler)
 
     def _can_speculate(self, processor: Any) -> bool:
         if self._speculation_mode == "none":

@@ -37,7 +37,6 @@ class FairScheduler(FIFOScheduler):
     """Guesses tokens of the sequences of steps that only decode."""
     pending_ids: Collection[str] = ()
     """Request ids of the sequences of a step that runs, of which the host does not know the newest token."""
-
     step_budget: StepBudget | None = None
     """Limits tokens of prompts while sequences decode; None: only the manager's budget does."""
 
@@ -81,12 +80,11 @@ class FairScheduler(FIFOScheduler):
             token_budget = min(token_budget, sum(decodes.values()) + prompt_tokens)
         self._step_start = time.perf_counter()
         batch: tuple[list[Any] | None, bool, int, int] = super().schedule_batch(token_budget, cache_budget)
-        self.scheduled = [request.state for request in batch[0] or ()]
-        self._step_tokens = sum(request.query_length for request in batch[0] or ())
-        self._decode_tokens = sum(
-            request.query_length for request in batch[0] or () if request.state.request_id in decodes
-        )
-        for request in batch[0] or ():
+        requests = batch[0] or ()
+        self.scheduled = [request.state for request in requests]
+        self._step_tokens = sum(request.query_length for request in requests)
+        self._decode_tokens = sum(request.query_length for request in requests if request.state.request_id in decodes)
+        for request in requests:
             self.fair_queue.charge(request.state.request_id, request.query_length)
         return batch
 

@@ -19,7 +19,8 @@ from torch import nn
 
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu.gemm import INT4_GROUP_SIZES
-from predictor.kernels.cpu.linear import Int4Linear, pack_int4
+from predictor.kernels.cpu.linear import Int4Linear
+from snapshot_format import int4
 
 METHODS = ("gptq", "awq")
 """`quant_method` of the checkpoints."""
@@ -137,7 +138,7 @@ class PackedLinear(nn.Module):
                 group_size=self._group_size // repeats,
                 has_zero_points=bool((zero_point != 8).any()),
             )
-        layer.weight = nn.Parameter(pack_int4(qweight), requires_grad=False)
+        layer.weight = nn.Parameter(int4.pack(qweight), requires_grad=False)
         layer.scale = nn.Parameter(self.scales.T.repeat_interleave(repeats, 1).contiguous(), requires_grad=False)
         if layer.zero_point is not None:
             layer.zero_point = nn.Parameter(zero_point.repeat_interleave(repeats, 1), requires_grad=False)
@@ -158,8 +159,7 @@ def _parameter(size: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """Split integers of 32 bits (rows, columns) into (rows, columns, 8), uint8, lowest nibble first."""
-    octets = packed.contiguous().view(torch.uint8).view(*packed.shape, 4)
-    return torch.stack((octets & 15, octets >> 4), -1).flatten(-2)
+    return int4.unpack(packed.contiguous().view(torch.uint8).view(*packed.shape, 4))
 
 
 def unpack_gptq(packed: torch.Tensor) -> torch.Tensor:

@@ -33,7 +33,8 @@ def predictor() -> Iterator[Server]:
 def test_comparison_measures_exact_token_counts_in_turns(predictor: Server) -> None:
     vocabulary = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
     comparison = Comparison([predictor], vocabulary, seed=7, left_out={})
-    loads = [Load(1, 16, 8, requests=2, repetitions=2), Load(2, 80, 4, requests=1, repetitions=1)]
+    # Enough output that it arrives in several events, however late the server's own loop runs.
+    loads = [Load(1, 16, 32, requests=2, repetitions=2), Load(2, 80, 32, requests=1, repetitions=1)]
     cases = asyncio.run(comparison.measure(loads))
     assert [(case.server, case.callers, case.input_tokens) for case in cases] == [
         ("ours-none", 1, 16),
@@ -49,15 +50,16 @@ def test_comparison_measures_exact_token_counts_in_turns(predictor: Server) -> N
     assert psutil.Process(predictor.process_id).status() != psutil.STATUS_STOPPED
     disturbed = asyncio.run(comparison.disturb(128, repetitions=1))["ours-none"]
     for one in disturbed:
-        assert 0 < one.before_p50_ms <= one.before_p99_ms
-        assert 0 < one.during_p50_ms <= one.during_p99_ms
+        # Zero between tokens that arrive in one block.
+        assert 0 <= one.before_p50_ms <= one.before_p99_ms
+        assert 0 <= one.during_p50_ms <= one.during_p99_ms
 
 
 def test_comparison_leaves_out_a_server_that_fails_and_measures_the_others(predictor: Server) -> None:
     gone = Server("gone", f"http://127.0.0.1:{processes.free_port()}/v1", "m")
     left_out: dict[str, str] = {}
     comparison = Comparison([gone, predictor], 100, seed=7, left_out=left_out)
-    cases = asyncio.run(comparison.measure([Load(1, 8, 4, requests=1, repetitions=2)]))
+    cases = asyncio.run(comparison.measure([Load(1, 8, 32, requests=1, repetitions=2)]))
     assert [(case.server, len(case.runs)) for case in cases] == [("ours-none", 2)]
     assert list(left_out) == ["gone"]
     assert "incomplete response" in left_out["gone"]

@@ -52,27 +52,31 @@ def test_serve_fetches_and_serves_until_a_signal(environment: dict[str, str]) ->
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "Ctrl-C" in line:
-            break
-    url = f"http://127.0.0.1:{port}"
-    output = "".join(lines)
-    assert f"{url}/ " in output
-    assert f"{url}/v1  base URL of OpenAI clients; model arithmetic" in output
-    [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    variables = Path(f"/proc/{child}/environ").read_bytes()
-    assert b"HF_ENDPOINT" in variables
-    assert b"HF_TOKEN" not in variables
-    body = {"model": "arithmetic", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
-    answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=HANG_SECONDS, trust_env=False).json()
-    assert answer["choices"][0]["message"]["content"].endswith("42")
-    process.send_signal(signal.SIGINT)
-    _, log = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0, log
-    assert "loading weights" in log
+    try:
+        assert process.stdout is not None
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if "Ctrl-C" in line:
+                break
+        url = f"http://127.0.0.1:{port}"
+        output = "".join(lines)
+        assert f"{url}/ " in output
+        assert f"{url}/v1  base URL of OpenAI clients; model arithmetic" in output
+        [child] = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        variables = Path(f"/proc/{child}/environ").read_bytes()
+        assert b"HF_ENDPOINT" in variables
+        assert b"HF_TOKEN" not in variables
+        body = {"model": "arithmetic", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=HANG_SECONDS, trust_env=False).json()
+        assert answer["choices"][0]["message"]["content"].endswith("42")
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=HANG_SECONDS)
+        assert process.returncode == 0, log
+        assert "ready" in log.splitlines()
+    finally:
+        # The predictor ends with it.
+        process.terminate()
 
 
 def test_serve_of_a_missing_model_ends_with_the_reason_of_the_initializer(environment: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm
 from predictor.kernels.cpu.gemm import LinearKernel, RowParallelLinear
 from predictor.kernels.shards import Division
+from snapshot_format import int4
 
 FUSED_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Sibling layers that read the same input, by their names in most architectures."""
@@ -38,7 +39,7 @@ class Int8Linear(nn.Module):
 
 
 class Int4Linear(nn.Module):
-    """Linear layer with 4-bit weights, two inputs to a byte; `pack_linear_layers` makes it computable.
+    """Linear layer with 4-bit weights, packed by `int4.pack`; `pack_linear_layers` makes it computable.
 
     Args:
         in_features: size of an input; a multiple of `group_size`.
@@ -71,16 +72,6 @@ class Int4Linear(nn.Module):
 
 
 _QUANTIZED = (Int8Linear, Int4Linear)
-
-
-def pack_int4(qweight: torch.Tensor) -> torch.Tensor:
-    """Pack (out_features, in_features), uint8 of 0 to 15, to (out_features, in_features / 2), even inputs lowest."""
-    return qweight[:, ::2] | qweight[:, 1::2] << 4
-
-
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Reverse `pack_int4`."""
-    return torch.stack((packed & 15, packed >> 4), -1).flatten(1)
 
 
 def pack_linear_layers(model: nn.Module, lm_head: nn.Module | None = None, *, quantize_lm_head: bool = False) -> None:
@@ -177,7 +168,7 @@ def _pack(layers: Sequence[nn.Module], bias: torch.Tensor | None, *, quantize: b
 def _pack_int4(layers: Sequence[Any], bias: torch.Tensor | None) -> LinearKernel:
     first = layers[0]
     kernel = gemm.make_int4_linear(
-        unpack_int4(torch.cat([layer.weight for layer in layers])),
+        int4.unpack(torch.cat([layer.weight for layer in layers])),
         torch.cat([layer.scale for layer in layers]),
         None if first.zero_point is None else torch.cat([layer.zero_point for layer in layers]),
         first.group_size,
@@ -237,7 +228,9 @@ class LMHead(nn.Module):
         return inputs
 
     def largest(self, compute: Callable[[], Any], num_candidates: int) -> torch.Tensor:
-        """Return the token of the largest logit of each input, (inputs,), as `argmax` of the logits.
+        """Return the token of the largest logit of each input, (inputs,), int64, as `argmax` of the logits.
+
+        No other thread may call the layer meanwhile.
 
         Args:
             compute: calls the layer once. The results of this call are not logits.

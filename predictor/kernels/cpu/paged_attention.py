@@ -23,7 +23,7 @@ class StepIndices:
 
 
 def supports(layer: PagedLayer, query: torch.Tensor, key: torch.Tensor, position_ids: torch.Tensor | None) -> bool:
-    """Return whether `attend` computes a layer with these states."""
+    """Return whether `attend` computes a layer with these states, whose shapes are those of its arguments."""
     is_located = layer.window is None or position_ids is not None
     _, num_heads, _, head_dim = query.shape
     return (

@@ -25,8 +25,7 @@ FOR_ANY_CPU int cpu_isa(void) {
 
 /* Since Sapphire Rapids, which has AVX512-FP16, Intel's CPUs multiply bfloat16 at half the speed of float32. */
 FOR_ANY_CPU static int has_fast_avx512_bf16(void) {
-    return __builtin_cpu_supports("avx512bf16") &&
-           !(__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512fp16"));
+    return __builtin_cpu_supports("avx512bf16") && !(__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512fp16"));
 }
 
 FOR_ANY_CPU int bf16_isa(void) {

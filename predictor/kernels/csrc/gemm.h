@@ -12,7 +12,6 @@
 enum {
     BLOCK_N = 32,         /* output features: two registers, or two tiles, of LANES each */
     BLOCK_K = 64,         /* input features: the width of a tile */
-    VNNI_BLOCK_M = 12,    /* tokens per block without AMX: two accumulators per token fit into the registers */
     AMX_BLOCK_M = 32,     /* tokens per block with AMX: two tiles */
     PREFETCH_BYTES = 2048 /* prefetch distance: hides memory latency at batch size 1 */
 };
@@ -30,10 +29,6 @@ typedef struct {
 } Epilogue;
 
 static inline size_t round_up(size_t number, size_t multiple) { return (number + multiple - 1) / multiple * multiple; }
-
-static inline __mmask16 tail_mask(size_t remaining) {
-    return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
-}
 
 /* Panels that a thread takes at a time. A thread that another process holds up takes fewer of them in all, and each
  * time it reads consecutive memory for long. */

@@ -133,7 +133,7 @@ static inline __attribute__((always_inline)) void gemm_kernel_avx512(const size_
         break;
 #define DEFINE_DISPATCH(name, kernel, attributes)                                                                      \
     attributes static void name(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,    \
-        const Epilogue *epilogue, size_t row, size_t column) {                                                    \
+        const Epilogue *epilogue, size_t row, size_t column) {                                                         \
         switch (block_m) {                                                                                             \
             CASE_ROWS(kernel, 1)                                                                                       \
             CASE_ROWS(kernel, 2)                                                                                       \

@@ -170,7 +170,8 @@ static void dispatch_vnni(size_t block_m, const Activations *activations, const 
 #undef CASE_ROWS
 }
 
-/* Write the weights of a group as tiles want them, [group_size / 4][BLOCK_N][4]; return where the next group starts. */
+/* Write the weights of a group in the layout of tiles, [group_size / 4][BLOCK_N][4]; return where the next group
+ * starts. */
 static const uint8_t *unpack_group(const uint8_t *weights, size_t group_size, uint8_t *unpacked) {
     const __m512i low = _mm512_set1_epi8(0x0f);
     for (size_t j = 0; j < group_size; j += 4, weights += 4 * LANES, unpacked += 4 * BLOCK_N) {

@@ -15,6 +15,8 @@
 
 #include <omp.h>
 
+enum { VNNI_BLOCK_M = 12 }; /* tokens per block without AMX: two accumulators per token fit into the registers */
+
 size_t int8_packed_bytes(size_t n, size_t k) { return round_up(n, BLOCK_N) * round_up(k, BLOCK_K); }
 
 size_t int8_scratch_bytes(size_t m, size_t k) {
@@ -173,9 +175,8 @@ static void update_largest(Largest *largest, const float *outputs, size_t count,
     for (size_t i = 0; i < count; i += LANES) {
         const __m512 x = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), tail_mask(count - i), outputs + i);
         const __mmask16 mask = is_larger(x, _mm512_loadu_ps(largest->values));
-        const __m512i columns =
-            _mm512_add_epi32(_mm512_set1_epi32((int32_t)(column + i)),
-                _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
+        const __m512i columns = _mm512_add_epi32(_mm512_set1_epi32((int32_t)(column + i)),
+            _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0));
         _mm512_mask_storeu_ps(largest->values, mask, x);
         _mm512_mask_storeu_epi32(largest->columns, mask, columns);
     }
@@ -225,8 +226,7 @@ void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight
             const Epilogue epilogue = {
                 act_scales, act_row_sums, weight_scales + column, bias ? bias + column : NULL, NULL, outputs, count};
             multiply_panel(scratch, stride, packed_weight + column * padded_k, m, padded_k, &epilogue, 0, isa);
-            for (size_t row = 0; row < m; row++)
-                update_largest(largest + row, outputs + row * count, count, column);
+            for (size_t row = 0; row < m; row++) update_largest(largest + row, outputs + row * count, count, column);
         }
         if (isa == ISA_AMX) _tile_release();
     }

@@ -8,8 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { ISA_NONE, ISA_AVX512_VNNI, ISA_AMX }; /* in the order of `CPU_ISAS` in ops.py */
-enum { BF16_ISA_NONE, BF16_ISA_AVX512, BF16_ISA_AVX512_BF16, BF16_ISA_AMX }; /* of `BF16_ISAS`, likewise */
+/* In the order of `CPU_ISAS` and `BF16_ISAS` in ops.py. */
+enum { ISA_NONE, ISA_AVX512_VNNI, ISA_AMX };
+enum { BF16_ISA_NONE, BF16_ISA_AVX512, BF16_ISA_AVX512_BF16, BF16_ISA_AMX };
 
 typedef uint16_t bfloat16;
 

@@ -12,9 +12,9 @@
 #include <string.h>
 
 enum {
-    BLOCK_KEYS = 64,  /* keys per block: 64 features of them and of their values fit into the L1 cache */
-    TILE_ROWS = 6,    /* rows of a product that are computed at once: 24 accumulators, and 4 registers of keys */
-    MAX_ROWS = 96,    /* queries x heads per job; `ATTENTION_ROWS` in ops.py */
+    BLOCK_KEYS = 64, /* keys per block: 64 features of them and of their values fit into the L1 cache */
+    TILE_ROWS = 6,   /* rows of a product that are computed at once: 24 accumulators, and 4 registers of keys */
+    MAX_ROWS = 96,   /* queries x heads per job; `ATTENTION_ROWS` in ops.py */
     MAX_HEAD_DIM = 256
 };
 
@@ -29,10 +29,10 @@ typedef struct {
 
 /* Where the keys of a sequence are: a row of `sequences`. */
 typedef struct {
-    int64_t first_token;  /* of the step's tokens, the sequence's first one */
-    int64_t past_length;  /* tokens before the step */
-    int64_t first_key;    /* position of the first key in the cache: later ones up to the step are there as well */
-    int64_t first_slot;   /* index of its slot in `slot_mapping` */
+    int64_t first_token; /* of the step's tokens, the sequence's first one */
+    int64_t past_length; /* tokens before the step */
+    int64_t first_key;   /* position of the first key in the cache: later ones up to the step are there as well */
+    int64_t first_slot;  /* index of its slot in `slot_mapping` */
 } Sequence;
 
 /* Queries of a job: a row of `tiles`. */
@@ -88,7 +88,7 @@ static inline void transpose_keys(const void *const *keys, size_t head_dim, int 
     const size_t step = is_float32 ? LANES : 2 * LANES; /* features in a register */
     for (size_t i = 0; i < head_dim; i += step) {
         const size_t remaining = (head_dim - i) * LANES / step;
-        const __mmask16 mask = remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
+        const __mmask16 mask = tail_mask(remaining);
         __m512i rows[LANES];
 #pragma GCC unroll 16
         for (size_t k = 0; k < LANES; k++) {
@@ -145,8 +145,7 @@ static void add_product(const float *a, size_t a_stride, const float *b, size_t 
     case count:                                                                                                        \
         if (columns - column >= 4 * LANES)                                                                             \
             add_tile(a, a_stride, b_columns, b_stride, depth, c_columns, c_stride, count, 4);                          \
-        else                                                                                                           \
-            add_tile(a, a_stride, b_columns, b_stride, depth, c_columns, c_stride, count, 2);                          \
+        else add_tile(a, a_stride, b_columns, b_stride, depth, c_columns, c_stride, count, 2);                         \
         break;
         switch (rows) {
             CASE_ROWS(1)
@@ -221,9 +220,10 @@ static inline const void *element_at(const Source *source, int64_t position, int
     return base + offset * element_bytes(source->is_float32);
 }
 
-/* Convert keys [begin, end) of the block at position `block` to float32, and their values. Other keys become zeros. */
-static inline void load_block(const Source *source, int64_t block, size_t begin, size_t end, size_t width,
-    Workspace *workspace) {
+/* Convert keys [begin, end) of the block at position `block` to float32, and their values. Other keys in the same
+ * registers become zeros; further ones keep any numbers, and their scores are not visible. */
+static inline void load_block(
+    const Source *source, int64_t block, size_t begin, size_t end, size_t width, Workspace *workspace) {
     const size_t head_dim = source->arguments->head_dim;
     const void *keys[BLOCK_KEYS] = {NULL};
     for (size_t k = begin; k < end; k++) keys[k] = element_at(source, block + (int64_t)k, 0);
@@ -268,9 +268,8 @@ static void attend_rows(const Arguments *arguments, Workspace *workspace, int64_
         workspace->output + row * width, width, rows, width);
 }
 
-static inline __attribute__((always_inline)) void attend(
-    const Arguments *arguments, const Sequence *sequence, const Tile *tile, size_t kv_head, float *output,
-    size_t output_stride, int is_float32) {
+static inline __attribute__((always_inline)) void attend(const Arguments *arguments, const Sequence *sequence,
+    const Tile *tile, size_t kv_head, float *output, size_t output_stride, int is_float32) {
     Workspace workspace;
     const size_t heads = arguments->num_queries_per_kv, head_dim = arguments->head_dim;
     const size_t width = (head_dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
@@ -299,11 +298,12 @@ static inline __attribute__((always_inline)) void attend(
         const size_t end = n_keys - block < BLOCK_KEYS ? n_keys - block : BLOCK_KEYS;
         load_block(&source, (int64_t)block, begin, end, width, &workspace);
         for (size_t row = 0; row < rows; row += TILE_ROWS)
-            attend_rows(arguments, &workspace, position, block, row, rows - row < TILE_ROWS ? rows - row : TILE_ROWS,
-                width);
+            attend_rows(
+                arguments, &workspace, position, block, row, rows - row < TILE_ROWS ? rows - row : TILE_ROWS, width);
     }
     for (size_t row = 0; row < rows; row++) {
-        float *target = output + (first_token + row / heads) * output_stride + (kv_head * heads + row % heads) * head_dim;
+        float *target =
+            output + (first_token + row / heads) * output_stride + (kv_head * heads + row % heads) * head_dim;
         for (size_t i = 0; i < head_dim; i += LANES) {
             const __m512 sum = _mm512_loadu_ps(workspace.output + row * width + i);
             _mm512_storeu_ps(target + i, _mm512_div_ps(sum, _mm512_set1_ps(workspace.sum[row])));
@@ -322,9 +322,7 @@ void paged_attention(const void *query, const void *key, const void *value, size
     for (size_t job = 0; job < num_tiles * num_kv_heads; job++) {
         const Tile *tile = (const Tile *)tiles + job / num_kv_heads;
         const Sequence *sequence = (const Sequence *)sequences + tile->sequence;
-        if (is_float32)
-            attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 1);
-        else
-            attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 0);
+        if (is_float32) attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 1);
+        else attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 0);
     }
 }

@@ -4,15 +4,13 @@
 
 enum { SERIAL_TOKENS = 8 }; /* below, waking threads takes longer than the work */
 
-static inline __mmask16 first_lanes(size_t count) { return count >= LANES ? 0xffff : (__mmask16)((1u << count) - 1); }
-
 static inline void store_bfloat16(bfloat16 *output, __mmask16 mask, __m512 x) {
     _mm256_mask_storeu_epi16(output, mask, to_bfloat16(x));
 }
 
 static void convert(const float *input, bfloat16 *output, size_t count) {
     for (size_t i = 0; i < count; i += LANES) {
-        const __mmask16 mask = first_lanes(count - i);
+        const __mmask16 mask = tail_mask(count - i);
         store_bfloat16(output + i, mask, _mm512_maskz_loadu_ps(mask, input + i));
     }
 }
@@ -20,7 +18,7 @@ static void convert(const float *input, bfloat16 *output, size_t count) {
 /* `sin` has the sign of each feature's partner: the first half is negated. */
 static void rotate_head(const float *head, const float *cos, const float *sin, bfloat16 *output, size_t half) {
     for (size_t i = 0; i < half; i += LANES) {
-        const __mmask16 mask = first_lanes(half - i);
+        const __mmask16 mask = tail_mask(half - i);
         const __m512 left = _mm512_maskz_loadu_ps(mask, head + i), right = _mm512_maskz_loadu_ps(mask, head + half + i);
         const __m512 cos_left = _mm512_maskz_loadu_ps(mask, cos + i), sin_left = _mm512_maskz_loadu_ps(mask, sin + i);
         const __m512 cos_right = _mm512_maskz_loadu_ps(mask, cos + half + i);

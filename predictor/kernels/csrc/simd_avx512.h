@@ -3,8 +3,14 @@
 #define SIMD_AVX512_H
 
 #include <immintrin.h>
+#include <stddef.h>
 
 enum { LANES = 16 }; /* 32-bit numbers in a register */
+
+/* The lanes of numbers that remain, at most all. */
+static inline __mmask16 tail_mask(size_t remaining) {
+    return remaining >= LANES ? 0xffff : (__mmask16)((1u << remaining) - 1);
+}
 
 /* exp(x) = 2^exponent * exp(remainder) with |remainder| <= ln(2) / 2, where exp is its Taylor polynomial of degree 6.
  * The relative error is below 2e-7 + 1e-7 * |x|. exp(-inf) is 0: scalef by -inf also turns a NaN remainder into 0. */

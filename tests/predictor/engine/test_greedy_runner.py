@@ -13,6 +13,7 @@ from devtools.architectures import CASES, save_model
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
 from predictor.engine.step_sampler import StepSampler
+from predictor.kernels.cpu import ops
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
 from tests.predictor.engine.conftest import GREEDY, SAMPLED, generate, generate_all, random_ids, started
@@ -51,6 +52,7 @@ def logits_of_steps(loaded: LoadedModel) -> Iterator[list[bool]]:
     hook.remove()
 
 
+@pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
 def test_greedy_steps_choose_the_tokens_of_the_logits(
     engine: Engine, quantized: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

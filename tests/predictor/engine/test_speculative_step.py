@@ -198,6 +198,7 @@ def test_speculative_step_in_a_full_cache_completes_all_sequences(quantized: Loa
     with started(quantized, speculation="prompt_lookup", kv_cache_tokens=1024) as engine:
         answers = generate_all(engine, requests)
         assert [len(answer.token_ids) for answer in answers] == [60] * 6
+        asyncio.run(until_idle(engine))
         assert engine.cache_usage == 0.0
 
 

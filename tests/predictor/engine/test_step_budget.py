@@ -74,7 +74,7 @@ def test_prompt_is_computed_in_chunks_only_while_others_decode(
         [alone] = engine.submit([(long_prompt, sampling)])
         await read(alone)
         assert steps[0] == (0, 100)
-        [running] = engine.submit([(random_ids(loaded, 5, 2), replace(sampling, max_tokens=40))])
+        [running] = engine.submit([(random_ids(loaded, 5, 2), replace(sampling, max_tokens=900))])
         await anext(aiter(running))
         [other] = engine.submit([(long_prompt[::-1], sampling)])
         tokens = await read(other)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import gemm
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
-from predictor.kernels.cpu.linear import Int4Linear, unpack_int4
+from predictor.kernels.cpu.linear import Int4Linear
 from predictor.models import int4_checkpoint, loader
 from predictor.models.int4_checkpoint import PackedLinear
 from predictor.models.loader import LoadedModel
+from snapshot_format import int4
 from snapshot_format.model_files import CONFIG, SINGLE
 from tests.predictor import servers
 from tests.predictor.models import packed_checkpoints
@@ -137,7 +138,7 @@ def test_unpack_gives_exactly_the_weights_of_the_checkpoint(name: str) -> None:
 def dequantized(layer: Int4Linear) -> torch.Tensor:
     zero_point = torch.full_like(layer.scale, 8) if layer.zero_point is None else layer.zero_point.float()
     groups = torch.arange(layer.in_features) // layer.group_size
-    columns = (unpack_int4(layer.weight).float() - zero_point[:, groups]) * layer.scale[:, groups]
+    columns = (int4.unpack(layer.weight).float() - zero_point[:, groups]) * layer.scale[:, groups]
     weight = torch.empty_like(columns)
     weight[:, slice(None) if layer.input_order is None else layer.input_order] = columns
     return weight
