@@ -35,7 +35,8 @@ def unavailable_reason(model: CausalLM, cache: Any) -> str | None:
         return "steps on a GPU are queued before the tokens of the last one are known"
     if tensor_parallel.size() > 1:
         return "ranks share the model"
-    if any(not isinstance(each, FullAttentionCacheAllocator) for each in cache.cache_allocators.values()):
+    # The allocator of sliding windows is a subclass.
+    if any(type(each) is not FullAttentionCacheAllocator for each in cache.cache_allocators.values()):
         return "a sliding window overwrites keys that a wrong guess would need again"
     if not attention.reads_in_place(model):
         return "no C kernel computes the attention of these weights on this CPU"
