@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from devtools import architectures
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
 from predictor.engine.prompt_lookup import PromptLookup
@@ -266,6 +268,17 @@ def test_speculation_of_dependent_rows_is_off_and_logged(
     assert engine.speculation.num_drafts == 0
     [record] = [record for record in caplog.records if record.message.startswith("speculation: none, because")]
     assert record.levelname == level
+
+
+def test_speculation_with_a_sliding_window_is_off(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    case = architectures.CASES["mistral, sliding window"]
+    architectures.save_config(case, tmp_path)
+    architectures.save_model(case, tmp_path)
+    windowed = loader.load(tmp_path, device="cpu", dtype="bfloat16", quantization="8bit")
+    with caplog.at_level("INFO"), started(windowed, speculation="auto", kv_cache_tokens=4096) as engine:
+        generate(engine, [7, 8, 9] * 8, GREEDY_30)
+    assert engine.speculation.num_drafts == 0
+    assert "speculation: none, because a sliding window overwrites keys" in caplog.text
 
 
 def test_independent_rows_are_those_of_8_bits(quantized: LoadedModel) -> None:
