@@ -109,13 +109,6 @@ def test_attend_in_float32_matches_transformers(
 
 
 @needs_c
-def test_attention_in_c_matches_sdpa_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_c = generate(PROMPTS, dtype="bfloat16")
-    only_sdpa(monkeypatch)
-    assert in_c == generate(PROMPTS, dtype="bfloat16")
-
-
-@needs_c
 @pytest.mark.parametrize(
     ("model_type", "options", "max_num_batched_tokens"),
     [
