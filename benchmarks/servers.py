@@ -57,6 +57,9 @@ def predictor(name: str, model_dir: Path, flags: Sequence[str]) -> Iterator[Serv
             "WARNING",
             "--self_check_interval_seconds",
             "0",
+            # Random weights repeat themselves more than real ones, so that guesses would be right too often.
+            "--speculation",
+            "none",
             *flags,
         ],
         model_name="model",

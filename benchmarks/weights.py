@@ -97,7 +97,13 @@ def quantized_bytes(directory: Path) -> int:
 def _engine(loaded: LoadedModel) -> Engine:
     return Engine.from_model(
         loaded.model,
-        Settings(max_num_seqs=4, max_queued_requests=1, max_num_batched_tokens=512, kv_cache_tokens=4096),
+        Settings(
+            max_num_seqs=4,
+            max_queued_requests=1,
+            max_num_batched_tokens=512,
+            kv_cache_tokens=4096,
+            speculation="none",
+        ),
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
     )

@@ -263,8 +263,9 @@ def check_logits(ours: Sequence[Computed], other: Sequence[Computed], single: Se
     exact = single[0].logits
     for rank_0, rank_1, alone in zip(ours, other, single, strict=True):
         assert torch.equal(rank_0.logits, rank_1.logits)
-        # The sums of two ranks are rounded once more.
-        assert relative_error(rank_0.logits, exact) < 1.15 * relative_error(alone.logits, exact) + 1e-5
+        # The sums of two ranks are rounded once more, and layers that are not fused round activations as well.
+        limit = 1.15 if rank_0.fused_layers == alone.fused_layers else 1.7
+        assert relative_error(rank_0.logits, exact) < limit * relative_error(alone.logits, exact) + 1e-5
     assert relative_error(ours[0].logits, exact) < 1e-5
     assert relative_error(ours[1].logits, single[1].logits) < 0.03
     # Activations are quantized with a scale for each rank's inputs.
