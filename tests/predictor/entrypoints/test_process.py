@@ -69,11 +69,13 @@ def test_process_opens_its_port_before_the_model_is_loaded(tmp_path: Path) -> No
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=HANG_SECONDS, trust_env=False) as client:
             server = ServerProcess(str(client.base_url), "demo", client, lambda: "", process)
-            response = server.wait_for_status(503, "/v2/models/demo/ready")
-            assert re.match(
+            reason = (
                 r"Model demo is not ready: waiting for the snapshot, \d+ of 600 s; nothing in staging, "
-                r"no storage initializer holds a lease; the storage initializer failed at now: no such model\.$",
-                response.json()["error"],
+                r"no storage initializer holds a lease; the storage initializer failed at now: no such model\.$"
+            )
+            # Before it waits, it starts.
+            server.wait_for(
+                lambda: bool(re.match(reason, server.wait_for_status(503, "/v2/models/demo/ready").json()["error"]))
             )
             assert client.get("/v2/health/live").status_code == 200
             metrics = client.get("/metrics").text
