@@ -112,7 +112,7 @@ def _print_hint(url: str) -> None:
         properties = _get(f"{url}/v2/models/{name}")[1].get("properties", {})
         is_plain = (properties.get("device"), properties.get("quantization")) == ("cpu", "none")
         if is_plain and any(flag in _cpu_flags() for flag in INT8_FLAGS):
-            print("  Hint: --quantization 8bit takes half the memory, and is about 1.9 x as fast on such a CPU.\n")
+            print("  Hint: --quantization 8bit takes half the memory or less, and is faster on this CPU.\n")
 
 
 def _cpu_flags() -> list[str]:

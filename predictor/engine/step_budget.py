@@ -11,7 +11,10 @@ _LARGEST_STEP = 2.0
 
 
 class StepBudget:
-    """Averages of what steps took on this machine. Only how prompts are divided follows from them, never a result."""
+    """Averages of what steps took on this machine, from which only follows how prompts are divided.
+
+    Attention in C gives the same results however they are; that of torch may round otherwise.
+    """
 
     def __init__(self) -> None:
         self._decode_seconds: float | None = None
