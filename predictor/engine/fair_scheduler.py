@@ -89,7 +89,12 @@ class FairScheduler(FIFOScheduler):
         return batch
 
     def _max_prompt_tokens(self) -> int | None:
-        return self.step_budget.prompt_tokens() if self.step_budget else None
+        each = self.step_budget.prompt_tokens() if self.step_budget else None
+        if each is None:
+            return None
+        # Many prompts that arrive together share what a step costs, and their callers wait as well.
+        begun = sum(state.status != RequestStatus.DECODING for state in self.active_requests.values())
+        return each * (begun + len(self.waiting_requests))
 
     def record_step(self) -> None:
         """Note how long the step took that was scheduled last, if one was."""
