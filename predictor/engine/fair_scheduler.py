@@ -94,7 +94,7 @@ class FairScheduler(FIFOScheduler):
             return None
         # Many prompts that arrive together share what a step costs, and their callers wait as well.
         begun = sum(state.status != RequestStatus.DECODING for state in self.active_requests.values())
-        return each * (begun + len(self.waiting_requests))
+        return int(each * (begun + len(self.waiting_requests)))
 
     def record_step(self) -> None:
         """Note how long the step took that was scheduled last, if one was."""
