@@ -6,7 +6,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
-import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from prometheus_client import REGISTRY
@@ -36,7 +35,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def settings_page() -> str:
     """Return the flags and variables of the programs."""
-    own_to_ray = {name: field for name, field in RaySettings.model_fields.items() if name not in PredictorSettings.model_fields}
+    own_to_ray = {
+        name: field for name, field in RaySettings.model_fields.items() if name not in PredictorSettings.model_fields
+    }
     return "\n\n".join(
         [
             "# Settings",
@@ -131,13 +132,13 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
-def _settings_table(
-    model: type[BaseSettings], fields: Iterable[tuple[str, FieldInfo]], *, has_flags: bool
-) -> str:
+def _settings_table(model: type[BaseSettings], fields: Iterable[tuple[str, FieldInfo]], *, has_flags: bool) -> str:
     rows = []
     for name, field in fields:
         flag = (f"`--{name}`",) if has_flags else ()
-        rows.append((*flag, f"`{_variable(model, name, field)}`", _default(field), _type(field), field.description or ""))
+        rows.append(
+            (*flag, f"`{_variable(model, name, field)}`", _default(field), _type(field), field.description or "")
+        )
     return _table((*(("Flag",) if has_flags else ()), "Variable", "Default", "Values", "Meaning"), rows)
 
 
