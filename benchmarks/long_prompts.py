@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import httpx
+import httpx2
 
-from benchmarks import throughput
-from benchmarks.servers import Server
-from benchmarks.throughput import Completion, Prompt
+from kserve_llm import bench
+from kserve_llm.bench import Completion, Prompt, Server
 
 FEW_TOKENS = 16
 """Of completions whose other tokens do not count; enough to arrive in several events."""
@@ -28,7 +27,7 @@ class Disturbance:
 
 
 async def disturb(
-    client: httpx.AsyncClient,
+    client: httpx2.AsyncClient,
     server: Server,
     make_prompt: Callable[[int], Prompt],
     long_prompt_tokens: int,
@@ -45,7 +44,7 @@ async def disturb(
     """
 
     async def complete(input_tokens: int, tokens: int) -> Completion:
-        return await throughput.complete(client, server, make_prompt(input_tokens), tokens)
+        return await bench.complete(client, server, make_prompt(input_tokens), tokens)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -75,8 +74,8 @@ def disturbance(long: Completion, others: Sequence[Completion], *, quiet_from: f
         return None
     quiet, disturbed = sorted(before), sorted(during)
     return Disturbance(
-        throughput.percentile(quiet, 50),
-        throughput.percentile(quiet, 99),
-        throughput.percentile(disturbed, 50),
-        throughput.percentile(disturbed, 99),
+        bench.percentile(quiet, 50),
+        bench.percentile(quiet, 99),
+        bench.percentile(disturbed, 50),
+        bench.percentile(disturbed, 99),
     )
