@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import long_prompts, make_model, servers
 from benchmarks.gpu_check import report
-from benchmarks.long_prompts import FEW_TOKENS, OTHER_STREAMS
+from benchmarks.long_prompts import OTHER_STREAMS
 from kserve_llm import bench
 from kserve_llm.bench import Load, Measurement, Server
 from kserve_llm.errors import BenchmarkError
@@ -117,7 +117,7 @@ async def _long_prompts(server: Server, output_tokens: int) -> tuple[float, dict
 
     async with bench.make_client() as client:
         alone = [
-            await bench.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), FEW_TOKENS)
+            await bench.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), bench.FEW_TOKENS)
             for _ in range(FIRST_TOKEN_REPETITIONS)
         ]
         disturbance = await long_prompts.disturb(

@@ -32,12 +32,12 @@ def complete(*events: object, status: int = 200) -> Completion:
     return asyncio.run(request())
 
 
-def run(*events: object) -> Run:
-    """Send two prompts, one after the other, and request two tokens each."""
+def run(*events: object, tokens: int = 2) -> Run:
+    """Send two prompts, one after the other."""
 
     async def send() -> Run:
         async with client(*events) as connected:
-            return await bench.run(connected, SERVER, ["w1", "w2"], 1, 2)
+            return await bench.run(connected, SERVER, ["w1", "w2"], 1, tokens)
 
     return asyncio.run(send())
 
@@ -81,7 +81,13 @@ def test_run_counts_the_tokens_of_all_completions() -> None:
 
 def test_run_of_a_server_that_does_not_stream_is_an_error() -> None:
     with pytest.raises(BenchmarkError, match="it sent each text in one event; it must stream"):
-        run(delta("w1 w2"), usage(2), b"[DONE]")
+        run(delta("w1 w2"), usage(17), b"[DONE]", tokens=bench.FEW_TOKENS + 1)
+
+
+def test_run_of_few_tokens_in_one_event_has_no_gaps() -> None:
+    measured = run(delta("w1 w2"), usage(16), b"[DONE]", tokens=bench.FEW_TOKENS)
+    assert (measured.requests, measured.output_tokens) == (2, 2 * bench.FEW_TOKENS)
+    assert (measured.itl_p50_ms, measured.itl_p99_ms) == (0, 0)
 
 
 def test_requests_have_the_key_of_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
