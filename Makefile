@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check clients lint lock format docs images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -115,6 +115,10 @@ format: $(INSTALLED) ## format Python and C
 	@$(BIN)/ruff check --fix $(CODE)
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/clang-format -i predictor/kernels/csrc/*
+
+docs: $(INSTALLED) ## write the pages that are made from the code, and build the site into build/site, strictly and offline
+	@$(BIN)/python -m devtools.documentation
+	@$(BIN)/python -m mkdocs --quiet build
 
 images: ## build the images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
 	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is required"; exit 1; }
