@@ -59,11 +59,7 @@ def test_site_builds_strictly_and_requests_nothing_from_other_hosts(site: Path) 
 
 
 def test_navigation_has_every_page() -> None:
-    class Loader(yaml.SafeLoader):
-        """Accepts the tag of environment variables."""
-
-    Loader.add_constructor("!ENV", yaml.SafeLoader.construct_yaml_seq)
-    navigation = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)["nav"]  # noqa: S506, a safe loader
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text().replace("!ENV ", ""))["nav"]
     listed = re.findall(r"'([\w/-]+\.md)'", str(navigation))
     folder = ROOT / "docs"
     assert len(listed) == len(set(listed))
@@ -141,5 +137,5 @@ def test_findings_page_has_the_findings_of_every_check() -> None:
         written = len(re.findall(r"^ +yield \(?\n? *f?\"|^ +yield Finding\(", source, re.MULTILINE))
         assert len(found) >= written // 2, module
         assert all(finding.severity in ("error", "warning") for finding in found)
-        assert all(not finding.source or finding.source in get_args(Source) for finding in found)
+        assert {source for finding in found for source in finding.source.split(" or ")} <= {"", *get_args(Source)}
     assert "PREDICTOR_REQUEST_TIMEOUT_SECONDS is REQUEST and timeout TIMEOUT, so the gateway times out first" in page
