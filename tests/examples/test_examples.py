@@ -23,7 +23,7 @@ ENVIRONMENTS = {
     ".venv-clients": "`make clients` creates it",
     ".venv-guidellm": "examples/load-test/README.md has the commands that create it",
 }
-"""Environments beside .venv, without which the examples that use them are skipped."""
+"""Environments other than .venv, without which the examples that use them are skipped."""
 RUN_SECONDS = 600
 """Guard against an example that hangs."""
 SUM = "7+5=12 1+2+1=4 42"
