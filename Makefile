@@ -171,5 +171,5 @@ checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual e
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
 clean: ## remove everything generated, including the virtual environment and ./models
-	@rm -rf $(VENV) $(CLIENTS) .venv-checkov build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(CLIENTS) .venv-checkov .venv-guidellm build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
