@@ -118,7 +118,7 @@ format: $(INSTALLED) ## format Python and C
 
 docs: $(INSTALLED) ## write the pages that are made from the code, and build the site into build/site, strictly and offline
 	@$(BIN)/python -m devtools.documentation
-	@$(BIN)/python -m mkdocs --quiet build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 images: ## build the images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
 	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is required"; exit 1; }
