@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ def generate(
     max_num_batched_tokens: int = 2048,
     dtype: str = "float32",
     quantization: str = "none",
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
     sequential: bool = False,
     model: Any = None,
 ) -> list[list[int]]:
@@ -54,6 +55,7 @@ def generate(
                 max_queued_requests=32,
                 max_num_batched_tokens=max_num_batched_tokens,
                 kv_cache_tokens=16384,
+                kv_cache_dtype=kv_cache_dtype,
             ),
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
@@ -98,12 +100,16 @@ def only_c(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("max_num_batched_tokens", [2048, 16], ids=["whole-prompts", "chunked-prompts"])
 @pytest.mark.parametrize("only", [only_sdpa, pytest.param(only_c, marks=needs_c)])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_attend_in_float32_matches_transformers(
-    max_num_batched_tokens: int, only: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+    max_num_batched_tokens: int,
+    kv_cache_dtype: Literal["auto", "int8"],
+    only: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     only(monkeypatch)
-    actual = generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens)
-    expected = generate(PROMPTS, custom_attention=False)
+    actual = generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype)
+    expected = generate(PROMPTS, custom_attention=False, kv_cache_dtype=kv_cache_dtype)
     assert actual == expected
     assert any(len(tokens) > 1 for tokens in actual)
 
@@ -118,8 +124,13 @@ def test_attend_in_float32_matches_transformers(
         ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, 16),
     ],
 )
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_windows_caps_and_sinks_in_c_match_transformers(
-    model_type: str, options: dict[str, Any], max_num_batched_tokens: int, monkeypatch: pytest.MonkeyPatch
+    model_type: str,
+    options: dict[str, Any],
+    max_num_batched_tokens: int,
+    kv_cache_dtype: Literal["auto", "int8"],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Windows that end within prompts, at their ends, and while tokens are generated."""
     torch.manual_seed(0)
@@ -137,9 +148,10 @@ def test_windows_caps_and_sinks_in_c_match_transformers(
         **options,
     )
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    expected = generate(PROMPTS, custom_attention=False, model=model)
+    expected = generate(PROMPTS, custom_attention=False, model=model, kv_cache_dtype=kv_cache_dtype)
     only_c(monkeypatch)
-    assert generate(PROMPTS, model=model, max_num_batched_tokens=max_num_batched_tokens) == expected
+    changes: dict[str, Any] = {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype}
+    assert generate(PROMPTS, model=model, **changes) == expected
 
 
 @needs_c
