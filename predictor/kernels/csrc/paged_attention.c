@@ -34,7 +34,8 @@ typedef struct {
 } Tile;
 
 typedef struct {
-    float query[MAX_ROWS * MAX_HEAD_DIM], output[MAX_ROWS * MAX_HEAD_DIM];
+    _Alignas(64) float query[MAX_ROWS * MAX_HEAD_DIM]; /* cache lines, so that registers are in one line each */
+    float output[MAX_ROWS * MAX_HEAD_DIM];
     float keys[MAX_HEAD_DIM * BLOCK_KEYS];   /* transposed: (head_dim, BLOCK_KEYS) */
     float values[BLOCK_KEYS * MAX_HEAD_DIM]; /* (BLOCK_KEYS, width) */
     float max[MAX_ROWS], sum[MAX_ROWS];
@@ -43,7 +44,7 @@ typedef struct {
 } Workspace;
 
 /* Transpose LANES keys into a column of `output`, (head_dim, BLOCK_KEYS). NULL is a key of zeros. */
-static inline void transpose_keys(const void *const *keys, size_t head_dim, int is_float32, float *output) {
+static inline __attribute__((always_inline)) void transpose_keys(const void *const *keys, size_t head_dim, int is_float32, float *output) {
     const size_t step = is_float32 ? LANES : 2 * LANES; /* features in a register */
     for (size_t i = 0; i < head_dim; i += step) {
         const size_t remaining = (head_dim - i) * LANES / step;
@@ -162,7 +163,7 @@ typedef struct {
 } Source;
 
 /* The key or value at a position: of the step, or in the cache. */
-static inline const void *element_at(const Source *source, int64_t position, int of_value) {
+static inline __attribute__((always_inline)) const void *element_at(const Source *source, int64_t position, int of_value) {
     const Arguments *arguments = source->arguments;
     const Sequence *sequence = source->sequence;
     const char *base;
@@ -181,7 +182,7 @@ static inline const void *element_at(const Source *source, int64_t position, int
 
 /* Convert keys [begin, end) of the block at position `block`, and their values to float32. Other keys in the same
  * registers become zeros; further ones keep any numbers, and their scores are not visible. */
-static inline void load_block(
+static inline __attribute__((always_inline)) void load_block(
     const Source *source, int64_t block, size_t begin, size_t end, size_t width, Workspace *workspace) {
     const size_t head_dim = source->arguments->head_dim;
     const void *keys[BLOCK_KEYS] = {NULL};
@@ -216,7 +217,7 @@ static void attend_rows(const Arguments *arguments, Workspace *workspace, int64_
     const size_t first_key = first_visible(arguments, position + (int64_t)(row / heads));
     if (last_query < (int64_t)block || first_key >= block + BLOCK_KEYS) return;
     const size_t n_keys = (size_t)last_query + 1 - block < BLOCK_KEYS ? (size_t)last_query + 1 - block : BLOCK_KEYS;
-    float scores[TILE_ROWS * BLOCK_KEYS] = {0};
+    _Alignas(64) float scores[TILE_ROWS * BLOCK_KEYS] = {0};
     if (is_int8)
         score_int8(&workspace->int8_queries, &workspace->int8_keys, head_dim, row, rows, n_keys, scores);
     else

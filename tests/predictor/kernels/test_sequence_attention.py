@@ -19,6 +19,9 @@ from predictor.kernels.cuda import reference
 from predictor.models import loader
 from predictor.settings import Settings
 from predictor.types import SamplingParams
+from tests.predictor.engine.conftest import chunks_independent_of_time
+
+__all__ = ["chunks_independent_of_time"]
 
 needs_c = pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
 GREEDY = SamplingParams(max_tokens=40, temperature=0.0, top_p=1.0, top_k=0)
@@ -40,7 +43,7 @@ def generate(
     sequential: bool = False,
     model: Any = None,
 ) -> list[list[int]]:
-    """Greedy tokens of all prompts, sequentially or together, and again with cached prefixes."""
+    """Greedy tokens of all prompts, sequentially, or together and again with cached prefixes."""
     loaded = load(dtype, quantization)
     if model is not None:
         loaded = replace(loaded, model=model)
@@ -63,21 +66,20 @@ def generate(
     assert transformers_attention.is_selected(loaded.model, transformers_attention.SEQUENCE) is custom_attention
     engine.start()
 
-    async def read(number: int, prompt: str) -> list[int]:
+    async def read(prompt: str) -> list[int]:
         ids = loaded.tokenizer.encode(prompt)
         # Different lengths, so that steps mix decodes and prefills.
-        [stream] = engine.submit([(ids, replace(GREEDY, max_tokens=8 + 5 * (number % 7)))])
+        [stream] = engine.submit([(ids, replace(GREEDY, max_tokens=8 + 5 * (sum(ids) % 7)))])
         try:
             return [token_id async for step in stream for token_id in step.token_ids]
         finally:
             stream.close()
 
     async def generate_all() -> list[list[int]]:
-        tasks = [read(number, prompt) for number, prompt in [*enumerate(prompts)] * 2]
         if sequential:
-            return [await task for task in tasks]
-        half = len(prompts)
-        return [*await asyncio.gather(*tasks[:half]), *await asyncio.gather(*tasks[half:])]
+            return [await read(prompt) for prompt in prompts]
+        rounds = [await asyncio.gather(*map(read, prompts)) for _ in range(2)]
+        return [*rounds[0], *rounds[1]]
 
     try:
         return asyncio.run(generate_all())
@@ -87,7 +89,13 @@ def generate(
 
 pytestmark = pytest.mark.xdist_group("engine")
 
-PROMPTS = [f"{a}+{a * b}=" * (1 + 6 * (b % 4)) for a in range(2, 6) for b in range(1, 5)] + ["4"]
+# One has a complete page, which its sequence of the second round shares.
+PROMPTS = [f"{a}+{a * b}=" * (1 + 6 * (b % 4)) for a in (2, 3) for b in range(1, 5)] + ["4", "12+34=" * 50]
+
+
+@cache
+def by_transformers() -> list[list[int]]:
+    return generate(PROMPTS, custom_attention=False)
 
 
 def only_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,39 +108,36 @@ def only_c(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("max_num_batched_tokens", [2048, 16], ids=["whole-prompts", "chunked-prompts"])
 @pytest.mark.parametrize("only", [only_sdpa, pytest.param(only_c, marks=needs_c)])
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_attend_in_float32_matches_transformers(
-    max_num_batched_tokens: int,
-    kv_cache_dtype: Literal["auto", "int8"],
-    only: Callable[[pytest.MonkeyPatch], None],
-    monkeypatch: pytest.MonkeyPatch,
+    max_num_batched_tokens: int, only: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch)
-    actual = generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens, kv_cache_dtype=kv_cache_dtype)
-    expected = generate(PROMPTS, custom_attention=False, kv_cache_dtype=kv_cache_dtype)
-    assert actual == expected
+    actual = generate(PROMPTS, max_num_batched_tokens=max_num_batched_tokens)
+    assert actual == by_transformers()
     assert any(len(tokens) > 1 for tokens in actual)
 
 
 @needs_c
 @pytest.mark.parametrize(
-    ("model_type", "options", "max_num_batched_tokens"),
+    ("model_type", "options", "limits"),
     [
-        ("qwen2", {"use_sliding_window": True}, 2048),
-        ("qwen2", {"use_sliding_window": True}, 16),
-        ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 1.5}, 16),
-        ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, 16),
+        ("qwen2", {"use_sliding_window": True}, [2048, 16]),
+        ("gemma2", {"head_dim": 16, "attn_logit_softcapping": 1.5}, [16]),
+        ("gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, [16]),
     ],
 )
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
 def test_windows_caps_and_sinks_in_c_match_transformers(
-    model_type: str,
-    options: dict[str, Any],
-    max_num_batched_tokens: int,
-    kv_cache_dtype: Literal["auto", "int8"],
-    monkeypatch: pytest.MonkeyPatch,
+    model_type: str, options: dict[str, Any], limits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows that end within prompts, at their ends, and while tokens are generated."""
+    model = random_model(model_type, **options)
+    expected = generate(PROMPTS, custom_attention=False, model=model)
+    only_c(monkeypatch)
+    assert generate(PROMPTS, model=model, max_num_batched_tokens=max_num_batched_tokens) == expected
+
+
+def random_model(model_type: str, **options: Any) -> Any:
+    """A model with and without windows by turns, whose tokens depend on the smallest mistakes."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         model_type,
@@ -147,11 +152,32 @@ def test_windows_caps_and_sinks_in_c_match_transformers(
         initializer_range=0.5,
         **options,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    expected = generate(PROMPTS, custom_attention=False, model=model, kv_cache_dtype=kv_cache_dtype)
-    only_c(monkeypatch)
-    changes: dict[str, Any] = {"max_num_batched_tokens": max_num_batched_tokens, "kv_cache_dtype": kv_cache_dtype}
-    assert generate(PROMPTS, model=model, **changes) == expected
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "only"),
+    [
+        ("qwen2", {"use_sliding_window": True}, only_sdpa),
+        pytest.param("qwen2", {"use_sliding_window": True}, only_c, marks=needs_c),
+        pytest.param(
+            "gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, only_c, marks=needs_c
+        ),
+    ],
+)
+def test_int8_cache_with_windows_and_sinks_is_near_that_of_transformers(
+    model_type: str,
+    options: dict[str, Any],
+    only: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys are rounded in the same way everywhere, and tokens differ where the sums before them round differently."""
+    model, prompts = random_model(model_type, **options), PROMPTS[:10]
+    expected = generate(prompts, custom_attention=False, model=model, kv_cache_dtype="int8")
+    only(monkeypatch)
+    actual = generate(prompts, model=model, kv_cache_dtype="int8", max_num_batched_tokens=16)
+    equal = sum(tokens == others for tokens, others in zip(actual, expected, strict=True))
+    assert equal >= 0.7 * len(expected)
 
 
 @needs_c
@@ -166,7 +192,8 @@ def test_int8_tokens_are_independent_of_the_batch(dtype: str) -> None:
     prompts = [f"{a}+{b}=" for a in range(10, 18) for b in range(20, 24)]
     assert len(prompts) == 32
     together = generate(prompts, dtype=dtype, quantization="8bit")
-    assert together == generate(prompts, dtype=dtype, quantization="8bit", sequential=True)
+    alone = generate(prompts[::4], dtype=dtype, quantization="8bit", sequential=True)
+    assert together[::4] == [*alone, *alone]
 
 
 def test_window_hides_the_keys_that_the_reference_does_not_see() -> None:
