@@ -76,7 +76,8 @@ def disturbances(found: Mapping[str, Sequence[Disturbance]]) -> Iterator[str]:
             rows.append([server, *[ABSENT] * (len(columns) + 1)])
             continue
         medians = [statistics.median(getattr(one, column) for one in measured) for column in columns]
-        rows.append([server, *(f"{value:.0f}" for value in medians), f"{medians[-1] / medians[0]:.1f}"])
+        ratio = f"{medians[-1] / medians[0]:.1f}" if medians[0] else ABSENT
+        rows.append([server, *(f"{value:.0f}" for value in medians), ratio])
     header = ["server", "quiet, median", "quiet, p99", "during, median", "during, p99", "p99 during / quiet median"]
     yield from table(header, rows)
 

@@ -11,8 +11,6 @@ from benchmarks import throughput
 from benchmarks.servers import Server
 from benchmarks.throughput import Completion, Prompt
 
-FEW_TOKENS = 16
-"""Of completions whose other tokens do not count; enough to arrive in several events."""
 OTHER_STREAMS = 8
 """Streams that run while a long prompt is computed."""
 
@@ -51,8 +49,8 @@ async def disturb(
         async with asyncio.TaskGroup() as group:
             others = [group.create_task(complete(short_prompt_tokens, output_tokens)) for _ in range(OTHER_STREAMS)]
             # When this one is complete, the others have been in its batch; from its first token on, they are quiet.
-            short = await complete(short_prompt_tokens, FEW_TOKENS)
-            long = await complete(long_prompt_tokens, FEW_TOKENS)
+            short = await complete(short_prompt_tokens, throughput.FEW_TOKENS)
+            long = await complete(long_prompt_tokens, throughput.FEW_TOKENS)
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return disturbance(long, [other.result() for other in others], quiet_from=short.arrivals[0])

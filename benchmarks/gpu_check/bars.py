@@ -38,9 +38,12 @@ def compare(stages: Figures) -> list[dict[str, Any]]:
 
 
 def bandwidth_share(bench: Figures, device: Figures) -> float | None:
-    """Return the time to read all weights over that of one caller's step; None if it has not been measured."""
+    """Return the time to read all weights over that of one caller's step; None if it has not been measured.
+
+    So it is where most tokens arrived together, with no time between them.
+    """
     bandwidth, single = device.get("copy_bytes_per_second"), _level(bench.get("levels", []), 1)
-    if not bandwidth or not single or "weight_bytes" not in bench:
+    if not bandwidth or not single or not single["itl_p50_ms"] or "weight_bytes" not in bench:
         return None
     return float(1000 * bench["weight_bytes"] / bandwidth / single["itl_p50_ms"])
 
@@ -54,6 +57,7 @@ def ratio(level: Figures, sequential: list[Figures]) -> float | None:
 
 def _bench(bench: Figures, device: Figures) -> Iterator[Bar]:
     crowd = _level(bench.get("levels", []), CALLERS)
+    step_ms = crowd["itl_p50_ms"] if crowd else None
     disturbed = bench.get("disturbed") or {}
     yield _at_least(
         f"{SHAPE}, one caller: share of the memory bandwidth", LEAST_BANDWIDTH_SHARE, bandwidth_share(bench, device)
@@ -71,12 +75,12 @@ def _bench(bench: Figures, device: Figures) -> Iterator[Bar]:
     yield _at_most(
         f"{SHAPE}: inter-token p99 of other streams during such a prompt, over that before",
         MOST_DISTURBANCE,
-        disturbed["during_p99_ms"] / disturbed["before_p99_ms"] if disturbed else None,
+        disturbed["during_p99_ms"] / disturbed["before_p99_ms"] if disturbed.get("before_p99_ms") else None,
     )
     yield _at_most(f"{SHAPE}: ready, s", MOST_READY_SECONDS, bench.get("ready_seconds"))
     durations = device.get("sampling_ms", {})
     for kind in SAMPLING_KINDS:
-        share = durations[kind] / crowd["itl_p50_ms"] if crowd is not None and kind in durations else None
+        share = durations[kind] / step_ms if step_ms and kind in durations else None
         yield _at_most(f"{SHAPE}, {CALLERS} callers: sampling by {kind}, share of a step", MOST_SAMPLING, share)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks import long_prompts, make_model, servers, throughput
 from benchmarks.gpu_check import report
-from benchmarks.long_prompts import FEW_TOKENS, OTHER_STREAMS
+from benchmarks.long_prompts import OTHER_STREAMS
 from benchmarks.servers import BenchmarkError, Server
 from benchmarks.throughput import Load, Measurement
 from predictor.engine.kv_cache import PAGE_TOKENS
@@ -116,7 +116,7 @@ async def _long_prompts(server: Server, output_tokens: int) -> tuple[float, dict
 
     async with throughput.make_client() as client:
         alone = [
-            await throughput.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), FEW_TOKENS)
+            await throughput.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), throughput.FEW_TOKENS)
             for _ in range(FIRST_TOKEN_REPETITIONS)
         ]
         disturbance = await long_prompts.disturb(

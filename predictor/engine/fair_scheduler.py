@@ -84,8 +84,10 @@ class FairScheduler(FIFOScheduler):
         self.scheduled = [request.state for request in requests]
         self._step_tokens = sum(request.query_length for request in requests)
         self._decode_tokens = sum(request.query_length for request in requests if request.state.request_id in decodes)
+        guesses = self.speculation.guesses if self.speculation else {}
         for request in requests:
-            self.fair_queue.charge(request.state.request_id, request.query_length)
+            request_id = request.state.request_id
+            self.fair_queue.charge(request_id, request.query_length - len(guesses.get(request_id, ())))
         return batch
 
     def _max_prompt_tokens(self) -> int | None:
@@ -97,10 +99,14 @@ class FairScheduler(FIFOScheduler):
         return int(each * (begun + len(self.waiting_requests)))
 
     def record_step(self) -> None:
-        """Note how long the step took that was scheduled last, if one was."""
+        """Note how long the step took that was scheduled last, if one was, and charge its right guesses."""
         if self.step_budget and self.scheduled:
             prompt_tokens = self._step_tokens - self._decode_tokens
             self.step_budget.record(self._decode_tokens, prompt_tokens, time.perf_counter() - self._step_start)
+        if self.speculation:
+            for request_id, num_accepted in self.speculation.accepted.items():
+                self.fair_queue.charge(request_id, num_accepted)
+            self.speculation.accepted = {}
 
     def _add_guesses(self, speculation: Speculation, token_budget: int) -> None:
         """Add guesses to the tokens of the sequences, if the step only decodes, and all of them have room."""

@@ -83,6 +83,8 @@ class Speculation:
         self.num_accepted_tokens = 0
         self.guesses: dict[str, list[int]] = {}
         """By request id, those of the step."""
+        self.accepted: dict[str, int] = {}
+        """By request id, how many guesses of the step were right; none before it has ended."""
         self._max_rows = max_rows
         self._histories: dict[str, _History] = {}
 
@@ -122,6 +124,7 @@ class Speculation:
         self.num_drafts += 1
         self.num_draft_tokens += num_guesses
         self.num_accepted_tokens += num_accepted
+        self.accepted[request_id] = num_accepted
         if history := self._histories.get(request_id):
             history.record(num_accepted, int(num_accepted < num_guesses))
 

@@ -228,10 +228,7 @@ class _Sequence:
 
     def _process(self, step: Step) -> CompletionDelta:
         """Count the tokens of a step, and detokenize it up to the first stop string."""
-        if step.token_ids:
-            now = time.monotonic()
-            self.on_tokens(len(step.token_ids), None if self.last_step_at is None else now - self.last_step_at)
-            self.last_step_at = now
+        before = self.completion_tokens
         deltas: list[OutputDelta] = []
         tokens, finish_reason = [], step.finish_reason
         # The token that ends a completion is not part of its text.
@@ -246,12 +243,21 @@ class _Sequence:
             if self.detokenizer.found_stop is not None or (self.parser and self.parser.stopped):
                 finish_reason = FinishReason.STOP_SEQUENCE
                 break
+        self._count(self.completion_tokens - before)
         if finish_reason is not None and self.parser is not None:
             deltas += self.parser.finish()
             self.reasoning_tokens = self.parser.reasoning_tokens
             if self.parser.has_tool_calls and finish_reason is not FinishReason.LENGTH:
                 finish_reason = FinishReason.TOOL_CALLS
         return self._completion_delta(_joined(deltas), finish_reason, tokens)
+
+    def _count(self, tokens: int) -> None:
+        """Report the tokens of a step that belong to the completion: a step may have more, after a stop string."""
+        if not tokens:
+            return
+        now = time.monotonic()
+        self.on_tokens(tokens, None if self.last_step_at is None else now - self.last_step_at)
+        self.last_step_at = now
 
     def _parse(self, text: str, num_tokens: int) -> list[OutputDelta]:
         if self.parser is None:

@@ -49,7 +49,7 @@ _COUNTERS = {
     for name, text in {
         "request_rejected": "Requests rejected because the queue was full.",
         "prompt_tokens": "Prompt tokens of finished sequences.",
-        "generation_tokens": "Generated tokens.",
+        "generation_tokens": "Generated tokens of answers, up to their stop strings.",
     }.items()
 }
 _HISTOGRAMS = {

@@ -33,8 +33,8 @@ def predictor() -> Iterator[Server]:
 def test_comparison_measures_exact_token_counts_in_turns(predictor: Server) -> None:
     vocabulary = json.loads((DEMO_MODEL / "config.json").read_text())["vocab_size"]
     comparison = Comparison([predictor], vocabulary, seed=7, left_out={})
-    # Enough output that it arrives in several events, however late the server's own loop runs.
-    loads = [Load(1, 16, 32, requests=2, repetitions=2), Load(2, 80, 32, requests=1, repetitions=1)]
+    # Few tokens, which may arrive in one event, and many.
+    loads = [Load(1, 16, 4, requests=2, repetitions=2), Load(2, 80, 100, requests=1, repetitions=1)]
     cases = asyncio.run(comparison.measure(loads))
     assert [(case.server, case.callers, case.input_tokens) for case in cases] == [
         ("ours-none", 1, 16),
@@ -59,7 +59,7 @@ def test_comparison_leaves_out_a_server_that_fails_and_measures_the_others(predi
     gone = Server("gone", f"http://127.0.0.1:{processes.free_port()}/v1", "m")
     left_out: dict[str, str] = {}
     comparison = Comparison([gone, predictor], 100, seed=7, left_out=left_out)
-    cases = asyncio.run(comparison.measure([Load(1, 8, 32, requests=1, repetitions=2)]))
+    cases = asyncio.run(comparison.measure([Load(1, 8, 4, requests=1, repetitions=2)]))
     assert [(case.server, len(case.runs)) for case in cases] == [("ours-none", 2)]
     assert list(left_out) == ["gone"]
     assert "incomplete response" in left_out["gone"]
@@ -137,7 +137,8 @@ def test_tables_first_token_has_the_median_and_the_last_caller() -> None:
 
 
 def test_tables_disturbance_is_compared_with_the_quiet_median() -> None:
-    lines = list(comparison_tables.disturbances({"a": [Disturbance(40.0, 50.0, 60.0, 100.0)], "b": []}))
+    measured = {"a": [Disturbance(40.0, 50.0, 60.0, 100.0)], "b": [], "c": [Disturbance(0.0, 50.0, 60.0, 100.0)]}
+    lines = list(comparison_tables.disturbances(measured))
     assert lines[2].split("|")[1:-1] == [
         " a      ",
         " 40            ",
@@ -147,6 +148,7 @@ def test_tables_disturbance_is_compared_with_the_quiet_median() -> None:
         " 2.5                       ",
     ]
     assert lines[3].count(comparison_tables.ABSENT) == 5
+    assert lines[4].count(comparison_tables.ABSENT) == 1, "tokens that arrive together have no time between them"
 
 
 def test_report_writes_tables_and_figures(tmp_path: Path) -> None:

@@ -156,6 +156,11 @@ def test_gpu_check_bars_compare_the_figures_of_the_stages() -> None:
         ("0", False),
     ]
     assert set(bars({}).values()) == {(None, None)}, "nothing is measured"
+    together = {"itl_p50_ms": 0.0}
+    bench |= {"levels": [level | together, level | together | {"concurrency": 64}]}
+    bench["disturbed"] = {"before_p99_ms": 0.0, "during_p99_ms": 16.0}
+    results = list(bars(stages).values())
+    assert [results[0], results[3], results[5]] == [(None, None)] * 3, "tokens that arrive together have no step time"
 
 
 def test_gpu_check_writes_bars_and_modes(tmp_path: Path) -> None:

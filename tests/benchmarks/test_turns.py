@@ -47,7 +47,6 @@ def servers() -> Iterator[list[Server]]:
         stop(process)
 
 
-@pytest.mark.timeout(60)
 def test_turns_one_server_runs_and_the_others_are_suspended_with_their_children(servers: list[Server]) -> None:
     one, other = servers
     remote = Server("remote", "http://127.0.0.1/v1", "m")
@@ -64,7 +63,6 @@ def test_turns_one_server_runs_and_the_others_are_suspended_with_their_children(
     wait_until_suspended(other, is_suspended=False)
 
 
-@pytest.mark.timeout(60)
 def test_turns_servers_are_resumed_after_a_failure(servers: list[Server]) -> None:
     turns = Turns(servers)
     with pytest.raises(ValueError, match="failed"), turns.suspended(), turns.of(servers[0]):

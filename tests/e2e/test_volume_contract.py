@@ -22,6 +22,7 @@ from predictor.models import int4_quantizer, int8_quantizer, loader, quantizatio
 from predictor.models.loader import LoadedModel
 from snapshot_format.recipe import INT4_CPU, INT8_CPU, Variant
 from snapshot_format.record import RECORD
+from tests.predictor.servers import HANG_SECONDS
 
 MODES = {INT8_CPU: "8bit", INT4_CPU: "4bit"}
 PROMPTS = ["60-91=", "3+4=", "7*8=", "100-1="]
@@ -265,7 +266,7 @@ def test_predictor_serves_prequantized_variant(prepared: Prepared, tmp_path: Pat
     with (
         log.open("w") as stderr,
         processes.predictor(arguments, model_name="demo", port=processes.free_port(), stderr=stderr) as server,
-        httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client,
+        httpx.Client(base_url=server.url, timeout=HANG_SECONDS, trust_env=False) as client,
     ):
         properties = client.get("/v2/models/demo").json()["properties"]
         body = {"text_input": "60-91=", "parameters": {"temperature": 0, "max_tokens": 64}}

@@ -194,7 +194,7 @@ def test_pre_stop_drains_the_node_and_waits_until_the_replica_has_ended(rayservi
         for _ in range(2):
             server.accept()[0].close()
         assert running.poll() is None
-    output, _ = running.communicate(timeout=30)
+    output, _ = running.communicate()
     assert running.returncode == 0
     [deadline] = re.findall(r"^drain-node .*--deadline-remaining-seconds (\d+)$", output, re.MULTILINE)
     assert all(int(deadline) < pod.spec["terminationGracePeriodSeconds"] for pod in rayservice.ray_pods[1:])

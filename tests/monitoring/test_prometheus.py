@@ -59,7 +59,7 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]
 
 async def load(server: Server) -> None:
     prompts = [f"{number}+1=" for number in random.Random(0).sample(range(100), 20)]
-    async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=throughput.READ_TIMEOUT_SECONDS, trust_env=False) as client:
         # A series starts with the first request of its kind, and a rate needs an increase after that.
         for part in (prompts[:4], prompts[4:]):
             await throughput.run(client, server, part, 4, 40)

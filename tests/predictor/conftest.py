@@ -21,13 +21,13 @@ BASE_URL = os.environ.get("BASE_URL")
 
 
 @pytest.fixture(scope="session")
-def emulated_amx_library(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def emulated_amx_library(shared_folder: Path) -> Any:
     """The C kernels with AMX instructions emulated, as `ops` loads them."""
     from tests.predictor.kernels import native_library
 
     if not shutil.which("gcc"):
         pytest.skip("gcc is not installed")
-    return native_library.load_with_emulated_amx(tmp_path_factory.mktemp("emulated_amx"))
+    return native_library.load_with_emulated_amx(shared_folder)
 
 
 @pytest.fixture(params=["fbgemm", "avx512_vnni", "amx"])
@@ -91,7 +91,9 @@ def server_url(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def client(server_url: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server_url, timeout=60, trust_env=False) as http:
+    from tests.predictor.servers import HANG_SECONDS
+
+    with httpx.Client(base_url=server_url, timeout=HANG_SECONDS, trust_env=False) as http:
         yield http
 
 

@@ -12,7 +12,7 @@ import torch
 
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
-from predictor.engine.fair_scheduler import FairScheduler
+from predictor.engine.step_budget import StepBudget
 from predictor.engine.stream import Stream
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
@@ -42,7 +42,7 @@ def load() -> LoadedModel:
 @pytest.fixture(autouse=True)
 def chunks_independent_of_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are divided as `max_num_batched_tokens` says, whatever a step takes."""
-    monkeypatch.setattr(FairScheduler, "_max_prompt_tokens", lambda _: None)
+    monkeypatch.setattr(StepBudget, "prompt_tokens", lambda _: None)
 
 
 @contextmanager

@@ -15,12 +15,13 @@ import torch
 from devtools import architectures
 from devtools.paths import DEMO_MODEL
 from predictor.engine.engine import Engine
+from predictor.engine.fair_queue import FairQueue
 from predictor.engine.prompt_lookup import PromptLookup
 from predictor.engine.speculative_step import has_independent_rows
 from predictor.kernels.cpu import ops
 from predictor.models import loader
 from predictor.models.loader import LoadedModel
-from predictor.types import FinishReason, SamplingParams
+from predictor.types import Caller, FinishReason, SamplingParams
 from tests.predictor.engine import sampling
 from tests.predictor.engine.conftest import (
     GREEDY,
@@ -191,6 +192,33 @@ def test_speculative_step_shares_pages_that_accepted_tokens_complete(
 def internals(engine: Engine) -> Any:
     """The manager's batch processor."""
     return engine._executor._manager.batch_processor  # type: ignore[attr-defined]
+
+
+def test_speculative_step_charges_a_caller_for_right_guesses_only(
+    speculative: Engine,
+    quantized: LoadedModel,
+    plain: Engine,
+    oracle: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ids = random_ids(quantized, 20, seed=3)
+    oracle([(ids, GREEDY_30)], [generate(plain, ids, GREEDY_30)])
+
+    async def charge(engine: Engine) -> float:
+        queue = FairQueue()
+        monkeypatch.setattr(internals(engine).scheduler, "fair_queue", queue)
+        [stream] = engine.submit([(ids, GREEDY_30)], caller=Caller("alice"))
+        await read(stream)
+        async with asyncio.timeout(HANG_SECONDS):
+            while engine.speculation.accepted:  # noqa: ASYNC110, the last step is charged after its tokens are read
+                await asyncio.sleep(0.001)
+        return queue._used["alice"]
+
+    before = speculative.speculation.num_draft_tokens, accepted(speculative)
+    charges = [asyncio.run(charge(engine)) for engine in (plain, speculative)]
+    rejected = speculative.speculation.num_draft_tokens - before[0] - (accepted(speculative) - before[1])
+    assert rejected > 0
+    assert charges == [20 + 29, 20 + 29], "the last token is not computed"
 
 
 def test_speculative_step_in_a_full_cache_completes_all_sequences(quantized: LoadedModel) -> None:

@@ -184,7 +184,7 @@ def test_process_with_a_dead_step_loop_is_not_live_and_returns_503(tmp_path: Pat
 
 @pytest.mark.slow
 def test_process_with_a_hanging_step_is_not_live_until_it_ends(tmp_path: Path) -> None:
-    with servers.own_process(tmp_path, "--step_timeout_seconds", "0.5") as (server, orders):
+    with servers.own_process(tmp_path, "--step_timeout_seconds", "2") as (server, orders):
         orders.give("block")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(Call(server, OPENAI, 400).post)

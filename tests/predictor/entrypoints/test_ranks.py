@@ -149,16 +149,14 @@ def streaming(server: ServerProcess, threads: ThreadPoolExecutor, count: int, to
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_ranks_end_with_an_error_when_one_fails(sent: signal.Signals, tmp_path: Path) -> None:
-    with servers.own_process(tmp_path, *FLAGS, "--step_timeout_seconds", str(STEP_SECONDS)) as (server, orders):
+    # The end of a process is noticed at once, not when a step takes too long.
+    step_seconds = 2 * HANG_SECONDS if sent is signal.SIGKILL else STEP_SECONDS
+    with servers.own_process(tmp_path, *FLAGS, "--step_timeout_seconds", str(step_seconds)) as (server, orders):
         orders.give("slow")
         rank = follower(server)
         with ThreadPoolExecutor(4) as threads:
             readers = streaming(server, threads, 4, 900)
             rank.send_signal(sent)
-            sent_at = time.monotonic()
-            threads.shutdown()
-            seconds = time.monotonic() - sent_at
-        assert seconds < 2 + (STEP_SECONDS if sent is signal.SIGSTOP else 0)
         assert server.process.wait(HANG_SECONDS) == 1
         assert not rank.is_running()
         for reader in readers:

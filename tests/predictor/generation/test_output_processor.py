@@ -136,6 +136,13 @@ def test_deltas_stop_string_ends_sequence_and_closes_its_stream(prompts: Prompts
     assert [finished.outcome for finished in submitted.finished] == ["stop_sequence"]
 
 
+def test_deltas_tokens_behind_a_stop_string_are_not_counted(prompts: Prompts, ids: dict[str, int]) -> None:
+    request = GenerationRequest("1", SamplingParams(stop=("3",)))
+    submitted = submit(prompts, request, [Step([ids["1"]]), Step([ids["2"], ids["3"], ids["4"]])])
+    assert submitted.deltas()[-1].completion_tokens == 3
+    assert [count for count, _ in submitted.tokens] == [1, 2]
+
+
 def test_deltas_echo_comes_first(prompts: Prompts, ids: dict[str, int]) -> None:
     request = GenerationRequest("5", echo=True)
     first, _ = submit(prompts, request, [Step([ids["1"]], FinishReason.LENGTH)]).deltas()

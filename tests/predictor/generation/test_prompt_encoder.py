@@ -16,6 +16,7 @@ from predictor.generation.prompt_encoder import (
 )
 from predictor.generation.prompts import EncodedRequest, Prompts
 from predictor.types import Chat, GenerationRequest, SamplingParams
+from tests.predictor.servers import HANG_SECONDS
 
 SHORT, LONG = GenerationRequest("a"), GenerationRequest("a" * (MAX_INLINE_CHARS + 1))
 CHAT = GenerationRequest(Chat(({"role": "user", "content": "a"},)))
@@ -39,7 +40,7 @@ class HeldPrompts:
 
     async def wait_until_started(self, requests: int = 1) -> None:
         for _ in range(requests):
-            assert await asyncio.to_thread(self._started.acquire, timeout=60)
+            assert await asyncio.to_thread(self._started.acquire, timeout=HANG_SECONDS)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Builds of the C sources for tests."""
 
 import ast
+import fcntl
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,15 @@ def flags() -> list[str]:
 
 
 def load_with_emulated_amx(directory: Path) -> Any:
-    """Compile the library with emulated AMX instructions into `directory`, and load it."""
+    """Load the library with emulated AMX instructions, compiled into `directory` by the first process that needs it."""
     target = directory / "libemulated_amx.so"
     sources = map(str, sorted(CSRC.glob("*.c")))
-    command = ["gcc", *flags(), "-Werror", *EMULATED_AMX, "-shared", *sources, "-o", str(target)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    with (directory / "libemulated_amx.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_file():
+            command = ["gcc", *flags(), "-Werror", *EMULATED_AMX, "-shared", *sources, "-o", str(target)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(ops, "LIBRARY", target)
         library, error = ops._load()

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from devtools.paths import ROOT
 from predictor.observability import metrics
-from tests.predictor.servers import Server
+from tests.predictor.servers import HANG_SECONDS, Server
 
 ROW = re.compile(r"^\| (`[a-z0-9_`, ]+`) \|([^|]*)\|([^|]*)\|", re.MULTILINE)
 SUFFIXES = ("_bucket", "_count", "_sum", "_created")
@@ -221,7 +221,7 @@ def hostile(number: int) -> dict[str, Any]:
 @pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_hostile_requests_add_no_series(server: Server, client: httpx.Client, count: int) -> None:
     def send(numbers: range) -> set[int]:
-        with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+        with httpx.Client(base_url=server.url, timeout=HANG_SECONDS, trust_env=False) as http:
             return {http.request(**hostile(number)).status_code for number in numbers}
 
     # One round of each kind creates the intended series.

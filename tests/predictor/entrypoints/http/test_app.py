@@ -17,7 +17,7 @@ from predictor.entrypoints.http.app import create_app
 from predictor.generation.service import LLMService
 from predictor.protocols.open_inference_binary import HEADER_LENGTH
 from tests.predictor import servers
-from tests.predictor.servers import OPENAI, PROTOCOLS, Call, InProcessServer
+from tests.predictor.servers import HANG_SECONDS, OPENAI, PROTOCOLS, Call, InProcessServer
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -140,7 +140,7 @@ def test_request_with_a_body_beyond_the_limit_returns_413(limited: InProcessServ
 
 
 def test_request_without_an_api_key_returns_401_except_for_probes(limited: InProcessServer) -> None:
-    with httpx.Client(base_url=limited.url, timeout=60, trust_env=False) as anonymous:
+    with httpx.Client(base_url=limited.url, timeout=HANG_SECONDS, trust_env=False) as anonymous:
         predict = "/v1/models/limited:predict"
         for path in (predict, *(Call(limited, protocol, 1).path for protocol in PROTOCOLS)):
             response = anonymous.post(path, json=Call(limited, OPENAI, 1).body)
@@ -162,7 +162,7 @@ def documented_routes(server: InProcessServer) -> list[tuple[str, str]]:
 
 
 def test_every_documented_route_but_the_public_ones_needs_an_api_key(limited: InProcessServer) -> None:
-    with httpx.Client(base_url=limited.url, timeout=60, trust_env=False) as anonymous:
+    with httpx.Client(base_url=limited.url, timeout=HANG_SECONDS, trust_env=False) as anonymous:
         public = {
             path for method, path in documented_routes(limited) if anonymous.request(method, path).status_code != 401
         }
@@ -273,7 +273,7 @@ def test_path_with_extra_slashes_is_answered_without_a_redirect(server: InProces
 
 
 def test_path_with_extra_slashes_needs_a_key_too(limited: InProcessServer) -> None:
-    with httpx.Client(base_url=limited.url, timeout=60, trust_env=False) as anonymous:
+    with httpx.Client(base_url=limited.url, timeout=HANG_SECONDS, trust_env=False) as anonymous:
         assert anonymous.get("/v1/models/").status_code == 401
         assert anonymous.get("/v2/health/ready/").status_code == 200
 

@@ -75,7 +75,7 @@ def test_unknown_fields_refuse_returns_the_field(server: InProcessServer, monkey
     monkeypatch.setattr(server.service, "_settings", refuse)
     with (
         servers.serve_app(create_app(server.service, refuse)) as (url, _),
-        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+        httpx.Client(base_url=url, timeout=servers.HANG_SECONDS, trust_env=False) as client,
     ):
         for path, body in protocol_requests(max_tokens=2, max_token=8):
             response = client.post(path, json=body)

@@ -9,7 +9,7 @@ import kserve
 import pytest
 
 from demo import evaluate, exam
-from tests.predictor.servers import Server
+from tests.predictor.servers import HANG_SECONDS, Server
 
 pytestmark = pytest.mark.xdist_group("engine")
 
@@ -91,7 +91,7 @@ def test_infer_by_kserves_client_returns_the_completion(server: Server) -> None:
     async def run() -> kserve.InferResponse:
         tensor = kserve.InferInput("text_input", [1], "BYTES", ["17+25="])
         request = kserve.InferRequest("demo", [tensor], request_id="7", parameters={"max_tokens": 32})
-        client = kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2", timeout=60))
+        client = kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2", timeout=HANG_SECONDS))
         try:
             assert await client.is_server_ready(server.url)
             assert await client.is_model_ready(server.url, "demo")
