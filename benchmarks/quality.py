@@ -28,7 +28,7 @@ QUESTIONS = 500
 TEXTS, TOKENS = 8, 64
 
 
-class Int8Cache(DynamicCache):
+class Int8Cache(DynamicCache):  # type: ignore[misc, unused-ignore]
     """Keys and values as an int8 KV cache returns them."""
 
     def update(

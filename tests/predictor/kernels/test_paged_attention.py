@@ -67,8 +67,10 @@ class Sequences:
             "sequences": torch.tensor(sequences),
             "tiles": torch.tensor(tiles),
         }
+        key, value = self._stored(key), self._stored(value)
+        key_cache, value_cache = caches
         output = ops.paged_attention(
-            query, self._stored(key), self._stored(value), *caches, scale=self.scale, **indices, **self.options
+            query, key, value, key_cache, value_cache, scale=self.scale, **indices, **self.options
         )
         return list(output.split([end - start for _, start, end in parts]))
 
