@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check clients lint lock format images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check clients lint lock format docs images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -116,6 +116,10 @@ format: $(INSTALLED) ## format Python and C
 	@$(BIN)/ruff format $(CODE)
 	@$(BIN)/clang-format -i predictor/kernels/csrc/*
 
+docs: $(INSTALLED) ## write the pages that are made from the code, and build the site into build/site, strictly and offline
+	@$(BIN)/python -m devtools.documentation
+	@$(BIN)/python -m mkdocs --quiet build
+
 images: ## build the images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
 	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is required"; exit 1; }
 	@$(BUILDER) build $(BUILD_ARGS) --file images/storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
@@ -167,5 +171,5 @@ checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual e
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
 clean: ## remove everything generated, including the virtual environment and ./models
-	@rm -rf $(VENV) $(CLIENTS) .venv-checkov build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(CLIENTS) .venv-checkov .venv-guidellm build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -63,8 +63,6 @@ class Settings(BaseSettings):
     """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     task: Literal["auto", "generate", "embed", "classify"] = "auto"
     """What the model does: generate text, embed or classify texts. auto: what the snapshot's files show."""
-    http_port: int = Field(default=8080, ge=1, le=65535)
-    """TCP port of the HTTP server."""
     device: str = "auto"
     """Device of the model: auto, cuda, cuda:N, mps or cpu. auto: the first available of cuda, mps, cpu."""
     tensor_parallel_size: int | Literal["auto"] = 1
@@ -143,6 +141,8 @@ class Settings(BaseSettings):
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     playground: bool = True
     """Serve a page to talk to the model, to browsers that request /. It contains no secret, and sends API requests."""
+    http_port: int = Field(default=8080, ge=1, le=65535)
+    """TCP port of the HTTP server."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)

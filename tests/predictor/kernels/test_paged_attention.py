@@ -178,7 +178,7 @@ def test_results_are_bit_identical_with_any_thread_count(is_int8: bool) -> None:
 
 
 INT8_BOUNDS = {"rtol": 2e-4, "atol": 2e-4}
-"""Queries have 15 bits beside keys in int8."""
+"""Queries have 15 bits for products with keys in int8."""
 
 
 @each_dtype
