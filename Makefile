@@ -20,7 +20,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check clients lint lock format docs images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check kubectls clients lint lock format docs images images-check pin render preflight undeploy checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -75,6 +75,9 @@ gpu-wheels: $(INSTALLED) ## wheels for gpu-check, for Python GPU_PYTHON=3.12, in
 
 gpu-check: ## prove and measure the predictor on a GPU, offline, with a bare python3 that has torch; GPU_ARGS="--stages load,tests"
 	@$(PYTHON) -m benchmarks.gpu_check --wheels $(GPU_WHEELS) $(GPU_ARGS)
+
+kubectls: $(INSTALLED) ## install kubectls with other versions of kustomize in .kubectls, for `make test-all`; 300 MB
+	@$(BIN)/python -m devtools.kubectls .kubectls
 
 clients: $(CLIENTS)/.installed ## install the client libraries that `make test-all` tests, in an environment of their own; 1 GB
 
@@ -171,5 +174,5 @@ checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual e
 	@$(BIN)/python -m pytest tests/kustomize/test_checkov.py
 
 clean: ## remove everything generated, including the virtual environment and ./models
-	@rm -rf $(VENV) $(CLIENTS) .venv-checkov .venv-guidellm build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) $(CLIENTS) .kubectls .venv-checkov .venv-guidellm build dist models predictor/kernels/cpu/libnative.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,11 +17,14 @@ static void test_gemm(size_t m, size_t n, size_t k, int isa) {
     float *output = malloc(m * n * sizeof *output);
     for (size_t i = 0; i < n * k; i++) weight[i] = (int8_t)(rand() % 255 - 127);
     int8_pack_weight(weight, packed_weight, n, k);
-    int8_scaled_mm(input, packed_weight, scales, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, isa, 2);
-    int8_scaled_mm(input, packed_weight, scales, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, isa, 2);
+    const LinearArguments with_norm = {input, norm, 0.1f, 0, bias, residual, output, scratch, m, k, n, 2};
+    const LinearArguments gated = {input, NULL, 0, 1, NULL, NULL, output, scratch, m, k, n, 2};
+    int8_scaled_mm(&with_norm, packed_weight, scales, isa);
+    int8_scaled_mm(&gated, packed_weight, scales, isa);
     int8_t *argmax_scratch = malloc(int8_argmax_scratch_bytes(m, k, 2));
     int64_t *largest = malloc(m * sizeof *largest);
-    int8_argmax(input, packed_weight, scales, bias, largest, argmax_scratch, m, k, n, isa, 2);
+    const LinearArguments head = {input, NULL, 0, 0, bias, NULL, NULL, argmax_scratch, m, k, n, 2};
+    int8_argmax(&head, packed_weight, scales, largest, isa);
     free(argmax_scratch), free(largest);
     free(weight), free(scratch), free(packed_weight), free(input), free(scales), free(bias), free(norm), free(residual);
     free(output);
@@ -38,10 +41,10 @@ static void test_int4_gemm(size_t m, size_t n, size_t k, size_t group_size, int 
     float *output = malloc(m * n * sizeof *output);
     for (size_t i = 0; i < n * k; i++) weight[i] = (uint8_t)(rand() % 16);
     int4_pack_weight(weight, group_scales, zero_points, packed_weight, n, k, group_size);
-    int4_scaled_mm(input, packed_weight, scales, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, group_size,
-        has_zero_points, isa, 2);
-    int4_scaled_mm(input, packed_weight, scales, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, group_size,
-        has_zero_points, isa, 2);
+    const LinearArguments with_norm = {input, norm, 0.1f, 0, bias, residual, output, scratch, m, k, n, 2};
+    const LinearArguments gated = {input, NULL, 0, 1, NULL, NULL, output, scratch, m, k, n, 2};
+    int4_scaled_mm(&with_norm, packed_weight, scales, group_size, has_zero_points, isa);
+    int4_scaled_mm(&gated, packed_weight, scales, group_size, has_zero_points, isa);
     free(weight), free(zero_points), free(group_scales), free(packed_weight), free(scratch), free(input), free(scales);
     free(bias), free(norm), free(residual), free(output);
 }
@@ -53,8 +56,10 @@ static void test_bf16_gemm(size_t m, size_t n, size_t k, int isa) {
     float *output = malloc(m * n * sizeof *output);
     for (size_t i = 0; i < n * k; i++) weight[i] = (bfloat16)(0x3f00 + rand() % 256);
     bf16_pack_weight(weight, packed_weight, n, k);
-    bf16_mm(input, packed_weight, bias, norm, 0.1f, 0, residual, output, scratch, m, k, n, isa, 2);
-    bf16_mm(input, packed_weight, NULL, NULL, 0, 1, NULL, output, scratch, m, k, n, isa, 2);
+    const LinearArguments with_norm = {input, norm, 0.1f, 0, bias, residual, output, scratch, m, k, n, 2};
+    const LinearArguments gated = {input, NULL, 0, 1, NULL, NULL, output, scratch, m, k, n, 2};
+    bf16_mm(&with_norm, packed_weight, isa);
+    bf16_mm(&gated, packed_weight, isa);
     free(weight), free(packed_weight), free(scratch), free(input), free(bias), free(norm), free(residual), free(output);
 }
 
