@@ -117,8 +117,7 @@ def check_dtype(kv_cache_dtype: str, device: torch.device) -> None:
     """
     if kv_cache_dtype == "auto" or device.type == "cpu":
         return
-    smaller = "; --quantization fp8, 8bit or 4bit leaves more memory to the cache" if device.type == "cuda" else ""
     raise InvalidSettings(
-        f"--kv_cache_dtype {kv_cache_dtype} needs a CPU, but the device is {device}. Set --kv_cache_dtype auto"
-        f"{smaller}, or --device cpu."
+        f"--kv_cache_dtype {kv_cache_dtype} needs a CPU, but the device is {device}. Set --kv_cache_dtype auto, or "
+        "--device cpu. On a GPU --quantization leaves more memory to the cache."
     )

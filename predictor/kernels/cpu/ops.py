@@ -133,7 +133,7 @@ def quantize_kv(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     tokens, num_kv_heads, head_dim = key.shape
     key, value = (states if states.stride()[1:] == (head_dim, 1) else states.contiguous() for states in (key, value))
     output = torch.empty(2, tokens, num_kv_heads, int8_heads.head_bytes(head_dim), dtype=torch.int8)
-    _library.quantize_kv(
+    library.quantize_kv(
         key.data_ptr(),
         value.data_ptr(),
         key.stride(0),
