@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
 from devtools.paths import ROOT
-from kserve_llm import cli
+from kserve_llm import bench_command, cli
 from predictor import settings as predictor_settings
 from predictor.entrypoints import ray_settings
 from predictor.errors import InvalidSettings
@@ -189,6 +189,10 @@ def _kserve_llm(call: Call, words: Sequence[str]) -> None:
         case "serve":
             if not (call.folder / arguments.model).is_dir():
                 cli.parse_model(arguments.model)
+            _predictor(call, flags)
+        case "bench" if not bench_command.is_url(arguments.target):
+            if not (call.folder / arguments.target).is_dir():
+                cli.parse_model(arguments.target)
             _predictor(call, flags)
         case "fetch":
             _storage_initializer(call, [*flags, str(cli.parse_model(arguments.model)), "/cache"])
