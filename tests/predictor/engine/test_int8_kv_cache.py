@@ -170,7 +170,7 @@ def test_int8_cache_on_a_gpu_is_refused_before_weights_are_read(
     monkeypatch.setattr(placement, "choose_device", lambda _: device)
     monkeypatch.setattr(loader, "load", None)
     load: Any = model_load.load_weights
-    with pytest.raises(InvalidSettings, match=f"--kv_cache_dtype int8 needs a CPU, but the device is {device}. Set --kv"):
+    with pytest.raises(InvalidSettings, match=f"--kv_cache_dtype int8 needs a CPU, but the device is {device}. Set"):
         load(Settings(**INT8), Snapshot(DEMO_MODEL, None), None, time_phase=None, report_weights=None)
 
 
