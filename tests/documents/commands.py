@@ -188,7 +188,8 @@ def _kserve_llm(call: Call, words: Sequence[str]) -> None:
     arguments, flags = cli.make_parser().parse_known_args(words)
     match arguments.command:
         case "serve":
-            if not (call.folder / arguments.model).is_dir():
+            # A folder may be the output of an earlier command.
+            if not arguments.model.startswith(("/", "./")) and not (call.folder / arguments.model).is_dir():
                 cli.parse_model(arguments.model)
             _predictor(call, flags)
         case "bench" if not bench_command.is_url(arguments.target):
