@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from predictor.kernels.cpu import ops
+from tests.predictor.kernels.products import assert_independent_of_threads
 
 pytestmark = pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
 
@@ -148,15 +149,8 @@ def test_a_token_is_bit_identical_in_any_step(options: dict[str, Any], dtype: to
 
 
 def test_results_are_bit_identical_with_any_thread_count() -> None:
-    sequences, before = Sequences([40, 130]), torch.get_num_threads()
-    outputs = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            outputs.append(torch.cat(sequences.step([(0, 0, 40), (1, 3, 130)])))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, outputs[0]) for other in outputs[1:])
+    sequences = Sequences([40, 130])
+    assert_independent_of_threads(lambda: torch.cat(sequences.step([(0, 0, 40), (1, 3, 130)])))
 
 
 def test_large_scores_are_finite() -> None:
