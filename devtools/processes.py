@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import httpx
 
@@ -82,8 +82,9 @@ def predictor(
     stderr: IO[str] | int | None = None,
     on_wait: Callable[[str], object] | None = None,
     timeout_seconds: float = 120,
+    until: Literal["ready", "live"] = "ready",
 ) -> Iterator[Predictor]:
-    """Run a predictor and yield it when it is ready; stop it with SIGTERM.
+    """Run a predictor and yield it when it is ready, or live while it loads; stop it with SIGTERM.
 
     Args:
         arguments: flags besides the name and the port.
@@ -91,7 +92,8 @@ def predictor(
         port: HTTP port on loopback.
         stderr: destination of its log. Default: this process's stderr.
         on_wait: called with every new reason why it is not ready.
-        timeout_seconds: how long to wait for readiness.
+        timeout_seconds: how long to wait for it.
+        until: the state in which it is yielded.
 
     Raises:
         DemoError: the port is taken, or the predictor exited or was not ready in time.
@@ -101,7 +103,8 @@ def predictor(
     process = start(["predictor", *flags], stderr=stderr)
     started = Predictor(process, f"http://127.0.0.1:{port}", model_name)
     try:
-        _wait_ready(started, on_wait, timeout_seconds)
+        path = f"/v2/models/{model_name}/ready" if until == "ready" else "/v2/health/live"
+        _wait(started, path, on_wait, timeout_seconds)
         yield started
     finally:
         stop(process)
@@ -151,7 +154,7 @@ def _check_free(port: int) -> None:
             raise DemoError(f"Port {port} cannot be opened ({reason}). Choose another: make serve PORT=8081.") from None
 
 
-def _wait_ready(server: Predictor, on_wait: Callable[[str], object] | None, timeout_seconds: float) -> None:
+def _wait(server: Predictor, path: str, on_wait: Callable[[str], object] | None, timeout_seconds: float) -> None:
     deadline = time.monotonic() + timeout_seconds
     last_reason = None
     with httpx.Client(base_url=server.url, timeout=5, trust_env=False) as client:
@@ -159,7 +162,7 @@ def _wait_ready(server: Predictor, on_wait: Callable[[str], object] | None, time
             if server.process.poll() is not None:
                 raise DemoError(f"The predictor exited with code {server.process.returncode}; see its log.")
             try:
-                response = client.get(f"/v2/models/{server.model_name}/ready")
+                response = client.get(path)
             except httpx.TransportError:
                 reason = "starting Python"
             else:

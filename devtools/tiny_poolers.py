@@ -1,6 +1,7 @@
 """Create tiny models with random weights that embed or classify, in the file layouts of the Hub."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,20 @@ CAUSAL: dict[str, Any] = {"num_key_value_heads": 1, "head_dim": 16}
 PROMPTS = {"query": "w7 w8 ", "document": ""}
 
 
-def save_tokenizer(directory: Path, *, pair_types: bool = False, end_only: bool = False) -> None:
-    """Save a tokenizer of WORDS.
+def save_tokenizer(
+    directory: Path, *, words: Sequence[str] = WORDS, pair_types: bool = False, end_only: bool = False
+) -> None:
+    """Save a tokenizer of whole words.
 
     Args:
         directory: of the model.
+        words: the vocabulary.
         pair_types: give the second text of a pair the type 1, as BERT's does.
         end_only: add only the end of a text, as decoders that embed do.
     """
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS])}
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *words])}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     second = ":1" if pair_types else ""
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>" if end_only else "<s> $A </s>",

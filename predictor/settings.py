@@ -63,8 +63,6 @@ class Settings(BaseSettings):
     """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     task: Literal["auto", "generate", "embed", "classify"] = "auto"
     """What the model does: generate text, embed or classify texts. auto: what the snapshot's files show."""
-    http_port: int = Field(default=8080, ge=1, le=65535)
-    """TCP port of the HTTP server."""
     device: str = "auto"
     """Device of the model: auto, cuda, cuda:N, mps or cpu. auto: the first available of cuda, mps, cpu."""
     tensor_parallel_size: int | Literal["auto"] = 1
@@ -91,6 +89,8 @@ class Settings(BaseSettings):
     """Maximum number of tokens per step; longer prompts are split into chunks, so that other sequences continue."""
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """Data type of the KV cache. auto: the model's. int8: half the memory, faster long contexts; on a CPU only."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
     """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
     enforce_eager: bool = False
@@ -141,6 +141,8 @@ class Settings(BaseSettings):
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     playground: bool = True
     """Serve a page to talk to the model, to browsers that request /. It contains no secret, and sends API requests."""
+    http_port: int = Field(default=8080, ge=1, le=65535)
+    """TCP port of the HTTP server."""
     enable_grpc: bool = False
     """Serve the Open Inference Protocol over gRPC too."""
     grpc_port: int = Field(default=8081, ge=1, le=65535)

@@ -9,7 +9,7 @@ from kserve import InferenceRESTClient, InferInput, InferRequest, RESTConfig
 async def main() -> None:
     """Send the request."""
     client = InferenceRESTClient(RESTConfig(protocol="v2"))
-    server = os.environ["SERVER"]
+    server = os.environ.get("SERVER", "http://127.0.0.1:8080")
     headers = {"Authorization": f"Bearer {os.environ.get('API_KEY', 'none')}"}
     questions = ['[{"role": "user", "content": "What is 17 + 25?"}]', '[{"role": "user", "content": "Who are you?"}]']
     messages = InferInput(name="messages", shape=[len(questions)], datatype="BYTES", data=questions)

@@ -4,7 +4,8 @@ import os
 
 from openai import OpenAI
 
-client = OpenAI(base_url=f"{os.environ['SERVER']}/v1", api_key=os.environ.get("API_KEY", "none"))
+server = os.environ.get("SERVER", "http://127.0.0.1:8080")
+client = OpenAI(base_url=f"{server}/v1", api_key=os.environ.get("API_KEY", "none"))
 model = client.models.list().data[0].id
 with client.chat.completions.create(
     model=model,

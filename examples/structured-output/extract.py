@@ -13,7 +13,8 @@ class Sum(BaseModel):
     result: int
 
 
-client = OpenAI(base_url=f"{os.environ['SERVER']}/v1", api_key=os.environ.get("API_KEY", "none"))
+server = os.environ.get("SERVER", "http://127.0.0.1:8080")
+client = OpenAI(base_url=f"{server}/v1", api_key=os.environ.get("API_KEY", "none"))
 model = client.models.list().data[0].id
 completion = client.chat.completions.parse(
     model=model,

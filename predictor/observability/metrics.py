@@ -1,7 +1,7 @@
 """Prometheus metrics that the predictor adds to KServe's.
 
-The names are vLLM's with our prefix, so that dashboards and autoscalers carry over; the README has the mapping. All
-metrics have the label `model_name`. Label values come from fixed sets, never from clients.
+The names are vLLM's with our prefix, so that dashboards and autoscalers carry over; docs/how-to/monitoring.md has the
+mapping. All metrics have the label `model_name`. Label values come from fixed sets, never from clients.
 """
 
 import time

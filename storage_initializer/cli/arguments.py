@@ -28,7 +28,7 @@ other commands, each with --help:
   gc DEST       remove old snapshots and stale files
 
 environment: HF_ENDPOINT, HF_TOKEN, LOG_LEVEL, ADAPTER_REFERENCE (a PEFT adapter to publish too) and
-STORAGE_INITIALIZER_*, see storage_initializer/README.md
+STORAGE_INITIALIZER_*, see docs/reference/storage-initializer.md
 exit codes: 0 done, 1 worth a retry, 2 pointless to retry; the last line on stderr is the reason
 """
 
@@ -173,7 +173,7 @@ def _collect(words: Sequence[str]) -> Collect:
     parser = _parser(
         " gc",
         "Remove old snapshots without refs, and stale files of dead initializers.",
-        epilog="Only safe while no reader serves these snapshots, see storage_initializer/README.md. "
+        epilog="Only safe while no reader serves these snapshots, see docs/reference/storage-initializer.md. "
         "Use --dry-run first.",
     )
     parser.add_argument("root", type=Path, metavar="DEST", help="root of a volume")

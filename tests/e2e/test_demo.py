@@ -19,6 +19,13 @@ from devtools import processes
 from devtools.paths import DEMO_MODEL, ROOT
 
 
+def _without_figures(text: str) -> set[str]:
+    """Its lines without the states that were polled, the folder, and the figures."""
+    lines = (re.sub(r"\S*\bmodels\b", "models", line) for line in text.splitlines())
+    shown = (line for line in lines if "not ready" not in line and "starting Python" not in line)
+    return {re.sub(r"[0-9a-f]{6,}|\d[\d.]*", "N", line) for line in shown}
+
+
 def test_demo_answers_sums_and_exits(tmp_path: Path) -> None:
     root = tmp_path / "models"
     process = subprocess.run(
@@ -37,6 +44,9 @@ def test_demo_answers_sums_and_exits(tmp_path: Path) -> None:
     assert re.search(r"\d+ tokens/s", process.stdout)
     assert "already published hf://demo/arithmetic" in process.stdout + process.stderr
     assert list(root.glob("demo--arithmetic/*/.snapshot.json"))
+    recording = re.search(r"```text\n(.*?)==> The overlay", (ROOT / "docs/start/laptop.md").read_text(), re.DOTALL)
+    assert recording
+    assert _without_figures(recording[1]) - _without_figures(process.stdout + process.stderr) == set()
 
 
 def test_demo_model_calls_the_calculator_and_answers_as_json() -> None:

@@ -1,4 +1,4 @@
-"""examples/deploy.py against an API server and a predictor on loopback that record requests."""
+"""examples/deploy/deploy.py against an API server and a predictor on loopback that record requests."""
 
 import importlib.util
 import json
@@ -102,7 +102,7 @@ def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopba
 
 @pytest.fixture(scope="module")
 def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("deploy", ROOT / "examples/deploy.py")
+    spec = importlib.util.spec_from_file_location("deploy", ROOT / "examples/deploy/deploy.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

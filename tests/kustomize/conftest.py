@@ -35,6 +35,8 @@ RAY = Path("kustomize/overlays/rayservice")
 DEPLOYMENTS = [folder for folder in FOLDERS if folder.parts[0] == "kustomize" and folder != RAY]
 """Kustomizations with an InferenceService: base, overlays and components."""
 KUSTOMIZE, MANIFESTS = ROOT / "kustomize", ROOT / "manifests"
+HOW_TO = ROOT / "docs/how-to"
+GOLDEN = ROOT / "tests/kustomize/golden"
 BASE = Path("kustomize/base")
 DEV = Path("kustomize/overlays/dev")
 PROD = Path("kustomize/overlays/prod")
@@ -84,8 +86,8 @@ class RenderWith(Protocol):
 
 
 def documented_service() -> tuple[str, Manifest]:
-    """Return the InferenceService without an overlay that the README shows, as text and parsed."""
-    [text] = re.findall(r"```yaml\n(.*?)```", (MANIFESTS / "cluster/README.md").read_text(), re.DOTALL)
+    """Return the InferenceService without an overlay that the documentation shows, as text and parsed."""
+    [text] = re.findall(r"```yaml\n(.*?)```", (HOW_TO / "platform-team.md").read_text(), re.DOTALL)
     return text, yaml.safe_load(text)
 
 

@@ -2,10 +2,7 @@
 
 import yaml
 
-from devtools.paths import ROOT
-from tests.kustomize.conftest import OVERLAYS, Rendered
-
-GOLDEN = ROOT / "tests/kustomize/golden"
+from tests.kustomize.conftest import GOLDEN, OVERLAYS, Rendered
 
 
 def test_overlay_renders_to_its_golden_file(overlay: Rendered) -> None:

@@ -2,8 +2,9 @@
 
 import re
 
+from devtools.paths import ROOT
 from preflight.checks import references, security
-from tests.kustomize.conftest import KUSTOMIZE, PROD, Render, Rendered, component_folder
+from tests.kustomize.conftest import PROD, Render, Rendered, component_folder
 
 VISIBLE = {"api-keys": {"predictor-api-keys"}}
 """Components that mount a Secret into the predictor."""
@@ -62,7 +63,7 @@ def test_hub_token_is_required_only_with_component_hf_token(deployment: Rendered
 
 
 def test_readme_has_the_command_that_creates_the_hub_secret() -> None:
-    readme = (KUSTOMIZE / "README.md").read_text()
+    readme = (ROOT / component_folder("hf-token") / "README.md").read_text()
     assert "secret generic hf-secret" in readme
     assert "--from-literal=HF_TOKEN=" in readme
 

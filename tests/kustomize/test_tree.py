@@ -12,6 +12,7 @@ from tests.kustomize.conftest import (
     BASE,
     CLUSTER_RUNTIME,
     COMPONENTS,
+    HOW_TO,
     IMAGES,
     KUSTOMIZE,
     MANIFESTS,
@@ -178,13 +179,13 @@ def test_relative_links_point_to_files() -> None:
 
 
 def test_every_helm_value_has_a_file_with_its_key() -> None:
-    readme = (KUSTOMIZE / "README.md").read_text()
-    rows = re.findall(r"^\| .+ \| \[`[^`]+`\]\(([^)]+)\): ([^;|]+)[;|]", readme, re.MULTILINE)
-    [table] = re.findall(r"^\| Helm value .*\n\|---\|---\|\n((?:\|.*\n)+)", readme, re.MULTILINE)
+    page = (HOW_TO / "from-helm.md").read_text()
+    rows = re.findall(r"^\| .+ \| \[`[^`]+`\]\(([^)]+)\): ([^;|]+)[;|]", page, re.MULTILINE)
+    [table] = re.findall(r"^\| Helm value .*\n\|---\|---\|\n((?:\|.*\n)+)", page, re.MULTILINE)
     assert len(rows) == table.count("\n")
     assert set(re.findall(r"`([\w.]+)`", re.sub(r"\| \[.*", "", table))) >= HELM_VALUES
     for target, keys in rows:
-        text = (KUSTOMIZE / target).read_text()
+        text = (HOW_TO / target).read_text()
         for key in re.findall(r"`([^`]+)`", keys):
             assert key in text, f"{target}: {key}"
 

@@ -127,10 +127,10 @@ def test_prometheus_rule_equals_the_rules_file() -> None:
 
 
 def test_rules_use_documented_metrics_and_existing_buckets() -> None:
-    readme = (ROOT / "predictor" / "README.md").read_text()
+    page = (ROOT / "docs/how-to/monitoring.md").read_text()
     for expr in (rule["expr"] for rule in (*every("alert"), *every("record"))):
         for name in re.findall(r"\bkserve_llm_([a-z0-9_]+)", expr):
-            assert f"`{re.sub('_(bucket|count|sum)$', '', name)}`" in readme, name
+            assert f"`{re.sub('_(bucket|count|sum)$', '', name)}`" in page, name
         for limit in re.findall(r'le="([^"]+)"', expr):
             buckets = metrics.GAP_SECONDS if "inter_token" in expr else metrics.SECONDS
             assert float(limit) in buckets
@@ -141,3 +141,24 @@ def test_alerts_use_recorded_rules() -> None:
     names = {name for rule in every("alert") for name in re.findall(r"kserve_llm:[\w:]+", rule["expr"])}
     assert names
     assert names <= recorded
+
+
+def documented_queries() -> list[str]:
+    blocks = [
+        block
+        for page in sorted((ROOT / "docs/how-to").glob("*.md"))
+        for block in re.findall(r"^```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    return [block for block in blocks if "kserve_llm_" in block]
+
+
+def test_documented_queries_are_valid_and_use_documented_metrics(tmp_path: Path) -> None:
+    queries = documented_queries()
+    assert len(queries) >= 3
+    pages = "".join((ROOT / "docs/how-to" / name).read_text() for name in ("monitoring.md", "api-keys.md"))
+    for name in re.findall(r"\bkserve_llm_([a-z0-9_]+)", "".join(queries)):
+        assert f"`{re.sub('_(bucket|count|sum)$', '', name)}`" in pages, name
+    recorded = [{"record": f"documented:{index}", "expr": query} for index, query in enumerate(queries)]
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump({"groups": [{"name": "documented", "rules": recorded}]}))
+    done = promtool("check", "rules", tmp_path / "rules.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -30,9 +30,9 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
 def documented_labels() -> dict[str, set[str]]:
-    """Labels by metric in the README's table; without `model_name`."""
-    readme = (ROOT / "predictor" / "README.md").read_text()
-    table = readme.partition("| Metric | vLLM's name |")[2].partition("\n\n")[0]
+    """Labels by metric in the page's table; without `model_name`."""
+    page = (ROOT / "docs/how-to/monitoring.md").read_text()
+    table = page.partition("| Metric | vLLM's name |")[2].partition("\n\n")[0]
     return {
         name: set(re.findall(r"`([a-z_]+)`", labels))
         for names, _, labels in ROW.findall(table)

@@ -118,8 +118,9 @@ function showError(error) {
   show("error", error.message).setAttribute("role", "alert");
 }
 
+// On a phone the page scrolls, on a desktop the messages do.
 function scrollDown() {
-  element("messages").scrollTop = element("messages").scrollHeight;
+  element("messages").lastElementChild?.scrollIntoView({ block: "end" });
 }
 
 // The answer that a stream brings, and its figures.
@@ -187,6 +188,7 @@ class Answer {
     paragraph.textContent = figures.filter(Boolean).join(" · ");
     paragraph.hidden = false;
     if (this.message.tool_calls) this.askForResults();
+    scrollDown();
   }
 
   askForResults() {
@@ -288,9 +290,12 @@ async function watch() {
   try {
     const response = await fetch("v2/health/ready");
     ready = response.ok;
-    if (ready) setStatus("ready", "ready");
-    else setStatus("loading", (await response.json()).error);
-    if (ready && !element("facts").childElementCount && element("key-form").hidden) await describe();
+    if (!ready) setStatus("loading", (await response.json()).error);
+    else {
+      // A request needs the model's name.
+      if (!element("facts").childElementCount && element("key-form").hidden) await describe();
+      setStatus("ready", "ready");
+    }
   } catch (error) {
     setStatus("error", error instanceof ServerError ? error.message : "The server does not answer.");
   }

@@ -221,6 +221,6 @@ def test_metrics_and_log_have_names_of_keys_only(server: InProcessServer) -> Non
     text = server.client.get("/metrics").text
     samples = re.findall(r"^kserve_llm_(key_\w+){", text, re.MULTILINE)
     names = {name.removesuffix("_count").removesuffix("_sum") for name in samples}
-    readme = (ROOT / "predictor" / "README.md").read_text().partition("| Metric by key |")[2].partition("\n\n")[0]
-    assert {name for name in names if not name.endswith("_created")} == set(re.findall("`(key_[a-z_]+)`", readme))
+    page = (ROOT / "docs/how-to/api-keys.md").read_text().partition("| Metric by key |")[2].partition("\n\n")[0]
+    assert {name for name in names if not name.endswith("_created")} == set(re.findall("`(key_[a-z_]+)`", page))
     assert not any(key(name) in text + server.log for name in LIMITS)

@@ -97,6 +97,20 @@ def test_page_answers_shows_figures_and_is_accessible(page: Page, scheme: str) -
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.parametrize("page", [DESKTOP, PHONE], indirect=True, ids=["desktop", "phone"])
+def test_page_newest_answer_is_visible_above_the_form(page: Page) -> None:
+    for number, text in enumerate(["What is 17 + 25?", "Who are you?", "What is 1 + 2?", "Who are you?"], start=1):
+        ask(page, text)
+        expect(page.locator(".assistant .figures")).to_have_count(number)
+        wait_for_end(page)
+    answer = page.locator("article").last.bounding_box()
+    form = page.locator("#composer").bounding_box()
+    assert answer
+    assert form
+    assert answer["y"] + answer["height"] <= form["y"]
+    assert answer["y"] >= 0
+
+
 def test_page_shows_a_models_text_as_text(page: Page) -> None:
     hostile = '<img src=x onerror="document.title=1"><script>document.title=2</script><b>bold</b>'
     call = {"index": 0, "id": "1", "function": {"name": hostile, "arguments": hostile}}

@@ -1,6 +1,6 @@
 """Deploy an overlay with KServe's Python client, wait until it is ready, and complete a prompt over v2.
 
-    python examples/deploy.py kustomize/overlays/dev "The capital of France is" --gateway http://localhost:8080
+    python examples/deploy/deploy.py kustomize/overlays/dev "The capital of France is" --gateway http://localhost:8080
 
 Does the same as `kubectl apply -k`, `kubectl wait` and curl. Needs kubectl, to render, and the extras `predictor` and
 `preflight`. A second run updates the objects of the first.

@@ -1,0 +1,140 @@
+"""The site: it builds strictly, needs no other host, and the pages made from the code are complete."""
+
+import inspect
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import get_args
+
+import mkdocs.config
+import pytest
+import yaml
+from mkdocs.commands.build import build
+
+from devtools.documentation import findings, pages
+from devtools.paths import ROOT
+from predictor import errors as predictor_errors
+from predictor.entrypoints.ray_settings import RaySettings
+from predictor.observability import metrics
+from predictor.settings import Settings as PredictorSettings
+from preflight.findings import Source
+from storage_initializer import errors as initializer_errors
+from storage_initializer.settings import Settings as InitializerSettings
+
+
+class Requests(HTMLParser):
+    """The URLs that a browser requests for a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        is_loaded = tag != "link" or values.get("rel") not in ("canonical", "next", "prev", "edit")
+        names = {"link": "href", "script": "src", "img": "src", "iframe": "src", "source": "src", "object": "data"}
+        if tag in names and is_loaded and (url := values.get(names[tag])):
+            self.urls.append(url)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    config = mkdocs.config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder), strict=True)
+    config.plugins.on_startup(command="build", dirty=False)
+    build(config)
+    return folder
+
+
+def test_site_builds_strictly_and_requests_nothing_from_other_hosts(site: Path) -> None:
+    html = list(site.rglob("*.html"))
+    assert len(html) > 60
+    for page in html:
+        requests = Requests()
+        requests.feed(page.read_text())
+        assert [url for url in requests.urls if re.match(r"(https?:)?//", url)] == [], page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", style.read_text()), style
+
+
+def test_navigation_has_every_page() -> None:
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text().replace("!ENV ", ""))["nav"]
+    listed = re.findall(r"'([\w/-]+\.md)'", str(navigation))
+    folder = ROOT / "docs"
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {
+        str(page.relative_to(folder)) for page in folder.rglob("*.md") if not re.match(r"\d{4}-", page.name)
+    }
+
+
+@pytest.mark.parametrize("name", pages.PAGES)
+def test_page_made_from_the_code_is_up_to_date(name: str) -> None:
+    assert (ROOT / "docs" / name).read_text() == pages.text_of(name), "run: make docs"
+
+
+def test_settings_page_has_every_flag_and_variable() -> None:
+    page = pages.text_of("reference/settings.md")
+    for name in PredictorSettings.model_fields:
+        assert f"| `--{name}`<br>" in page
+        assert f"`PREDICTOR_{name.upper()}`" in page
+    for name in RaySettings.model_fields:
+        assert f"`PREDICTOR_{name.upper()}`" in page
+    for name, field in InitializerSettings.model_fields.items():
+        variable = (
+            field.validation_alias if isinstance(field.validation_alias, str) else f"STORAGE_INITIALIZER_{name.upper()}"
+        )
+        assert f"`{variable}`" in page
+    # Every row has a meaning.
+    assert not re.search(r"^\| `.*\|  \|$", page, re.MULTILINE)
+
+
+def test_metrics_page_has_every_metric() -> None:
+    page = pages.text_of("reference/metrics.md")
+    names = re.findall(r'PREFIX \+ "(\w+)"|^ {8}"(\w+)": "|^ {8}\("(\w+)", "', inspect.getsource(metrics), re.MULTILINE)
+    assert len(names) > 20
+    for name in map("".join, names):
+        assert re.search(rf"`kserve_llm_{name}(_total)?`", page), name
+
+
+def test_errors_page_has_every_error_with_what_to_do() -> None:
+    page = pages.text_of("reference/errors.md")
+    for module, bases in (
+        (predictor_errors, (predictor_errors.StartupError, predictor_errors.RequestError)),
+        (initializer_errors, (initializer_errors.InitializerError,)),
+    ):
+        for name, error in inspect.getmembers(module, inspect.isclass):
+            if issubclass(error, bases):
+                assert f"`{name}`" in page
+    assert "Set --hold_while_loading too." in page
+
+
+def test_routes_page_has_every_protocol_with_its_body() -> None:
+    page = pages.text_of("reference/routes.md")
+    for route in (
+        "POST /v1/chat/completions",
+        "POST /v2/models/{model_name}/infer",
+        "POST /v1/messages",
+    ):
+        assert f"`{route}`" in page
+    assert len(re.findall(r"^\| `(POST|GET) ", page, re.MULTILINE)) > 30
+
+
+def test_components_page_has_every_component_with_what_it_needs() -> None:
+    page = pages.text_of("reference/components.md")
+    for folder in (ROOT / "kustomize/components").iterdir():
+        assert f"[`{folder.name}`]" in page
+    assert "Secret `hf-secret`" in page
+    assert "API `monitoring.coreos.com`" in page
+
+
+def test_findings_page_has_the_findings_of_every_check() -> None:
+    page = pages.text_of("reference/findings.md")
+    for module in findings.MODULES:
+        source = module.read_text()
+        found = list(findings.of_module(module))
+        # Those that only pass on the text of a parser are left out.
+        written = len(re.findall(r"^ +yield \(?\n? *f?\"|^ +yield Finding\(", source, re.MULTILINE))
+        assert len(found) >= written // 2, module
+        assert {severity for finding in found for severity in finding.severity.split(" or ")} <= {"error", "warning"}
+        assert {source for finding in found for source in finding.source.split(" or ")} <= {"", *get_args(Source)}
+    assert "PREDICTOR_REQUEST_TIMEOUT_SECONDS is REQUEST and timeout TIMEOUT, so the gateway times out first" in page
