@@ -1,6 +1,6 @@
 """Prompt tokens of a step in which sequences decode, so that a long prompt does not hold up running streams."""
 
-MIXED_STEP_RATIO = 2.5
+MIXED_STEP_RATIO = 2.0
 """Aim for the duration of a step with tokens of prompts, in durations of one without."""
 MIN_PROMPT_TOKENS = 16
 """Tokens of prompts that a step may have at least, so that prompts end."""

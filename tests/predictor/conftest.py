@@ -39,7 +39,7 @@ def int8_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     if name != "fbgemm" and ops.cpu_isa is None:
         pytest.skip(f"{name}: not supported here" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
     if name == "amx" and ops.cpu_isa != "amx":
-        monkeypatch.setattr(ops, "_library", request.getfixturevalue("emulated_amx_library"))
+        monkeypatch.setattr(ops, "library", request.getfixturevalue("emulated_amx_library"))
     monkeypatch.setattr(ops, "cpu_isa", None if name == "fbgemm" else name)
     if not gemm.has_int8():
         pytest.skip("fbgemm: not supported by torch on this CPU")
@@ -60,7 +60,7 @@ def bf16_kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     elif ops.bf16_isa is None or (name == "avx512_bf16" and not torch.cpu.get_capabilities()["avx512_bf16"]):
         pytest.skip(f"{name}: not supported here" if ops.LIBRARY.is_file() else f"{ops.LIBRARY} is not compiled")
     elif name == "amx" and ops.bf16_isa != "amx":
-        monkeypatch.setattr(ops, "_library", request.getfixturevalue("emulated_amx_library"))
+        monkeypatch.setattr(ops, "library", request.getfixturevalue("emulated_amx_library"))
     monkeypatch.setattr(ops, "bf16_isa", None if name == "onednn" else name)
     return name
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm, linear, ops
-from predictor.kernels.cpu.gemm import GatheredLinear, LinearKernel, RMSNorm
+from predictor.kernels.cpu.composed_linear import GatheredLinear
+from predictor.kernels.cpu.gemm import LinearKernel, RMSNorm
 from predictor.kernels.cpu.layer_table import DecoderLayerParts, Rotary, find_decoder_layers, is_silu
 from predictor.kernels.shards import Division, Divisions
 from predictor.kernels.transformers_attention import attention_function

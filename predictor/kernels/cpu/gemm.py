@@ -14,13 +14,14 @@ import ctypes
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
 
 from predictor.kernels import tensor_parallel
-from predictor.kernels.cpu import ops, torch_private
+from predictor.kernels.cpu import gemm_ops, ops, torch_private
+from predictor.kernels.cpu.gemm_ops import Fused, Int4Weight
 from snapshot_format.recipe import MIN_SCALE
 
 QUANTIZE_CHUNK_ROWS = 4096
@@ -189,76 +190,65 @@ class Float32InputLinear(LinearKernel):
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 
-class NativeBf16Linear(Float32InputLinear):
+class NativeLinear(Float32InputLinear):
+    """Linear kernel in C, with norm, activation and residual in the same call."""
+
+    def __init__(self, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self._bias = None if bias is None else bias.float()
+
+    def forward(
+        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Apply norm, layer and residual."""
+        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
+        return self._multiply(hidden_states, bias=self._bias, norm=norm_arguments, residual=residual)
+
+    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Apply activation, layer and residual; `gate_up` may be overwritten."""
+        return self._multiply(gate_up, bias=self._bias, silu_and_mul=True, residual=residual)
+
+    @abstractmethod
+    def _multiply(self, activations: torch.Tensor, **fused: Unpack[Fused]) -> torch.Tensor:
+        """Multiply by the packed weights."""
+
+
+class NativeBf16Linear(NativeLinear):
     """bfloat16 weights, multiplied by `gemm_bf16.c`."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self._weight, self._out_features = ops.bf16_pack_weight(weight), len(weight)
-        self._bias = None if bias is None else bias.float()
+        super().__init__(bias)
+        self._weight, self._out_features = gemm_ops.bf16_pack_weight(weight), len(weight)
 
-    def forward(
-        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply norm, layer and residual in one call."""
-        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
-        return ops.bf16_mm(
-            hidden_states, self._weight, self._out_features, bias=self._bias, norm=norm_arguments, residual=residual
-        )
-
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply activation, layer and residual in one call."""
-        return ops.bf16_mm(
-            gate_up, self._weight, self._out_features, bias=self._bias, silu_and_mul=True, residual=residual
-        )
+    def _multiply(self, activations: torch.Tensor, **fused: Unpack[Fused]) -> torch.Tensor:
+        return gemm_ops.bf16_mm(activations, self._weight, self._out_features, **fused)
 
 
-class NativeInt8Linear(Float32InputLinear):
+class NativeInt8Linear(NativeLinear):
     """int8 weights, multiplied by `gemm_int8.c`."""
 
     def __init__(self, qweight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self._weight, self._scale = ops.int8_pack_weight(qweight), scale.float().contiguous()
-        self._bias = None if bias is None else bias.float()
-
-    def forward(
-        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply norm, layer and residual in one call."""
-        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
-        return ops.int8_scaled_mm(
-            hidden_states, self._weight, self._scale, bias=self._bias, norm=norm_arguments, residual=residual
-        )
-
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply activation, layer and residual in one call; `gate_up` is overwritten."""
-        return ops.int8_scaled_mm(
-            gate_up, self._weight, self._scale, bias=self._bias, silu_and_mul=True, residual=residual
-        )
+        super().__init__(bias)
+        self._weight, self._scale = gemm_ops.int8_pack_weight(qweight), scale.float().contiguous()
 
     def argmax(self, hidden_states: torch.Tensor, num_outputs: int) -> torch.Tensor:
         """Find the largest outputs without writing all of them."""
         num_outputs = min(num_outputs, len(self._scale))
-        return ops.int8_argmax(hidden_states, self._weight, self._scale, num_outputs, self._bias)
+        return gemm_ops.int8_argmax(hidden_states, self._weight, self._scale, num_outputs, self._bias)
+
+    def _multiply(self, activations: torch.Tensor, **fused: Unpack[Fused]) -> torch.Tensor:
+        return gemm_ops.int8_scaled_mm(activations, self._weight, self._scale, **fused)
 
 
-class NativeInt4Linear(Float32InputLinear):
+class NativeInt4Linear(NativeLinear):
     """int4 weights, multiplied by `gemm_int4.c`."""
 
-    def __init__(self, weight: ops.Int4Weight, bias: torch.Tensor | None) -> None:
-        super().__init__()
-        self._weight, self._bias = weight, None if bias is None else bias.float()
+    def __init__(self, weight: Int4Weight, bias: torch.Tensor | None) -> None:
+        super().__init__(bias)
+        self._weight = weight
 
-    def forward(
-        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply norm, layer and residual in one call."""
-        norm_arguments = None if norm is None else (norm.weight, norm.epsilon)
-        return ops.int4_scaled_mm(hidden_states, self._weight, bias=self._bias, norm=norm_arguments, residual=residual)
-
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply activation, layer and residual in one call; `gate_up` is overwritten."""
-        return ops.int4_scaled_mm(gate_up, self._weight, bias=self._bias, silu_and_mul=True, residual=residual)
+    def _multiply(self, activations: torch.Tensor, **fused: Unpack[Fused]) -> torch.Tensor:
+        return gemm_ops.int4_scaled_mm(activations, self._weight, **fused)
 
 
 class FbgemmInt8Linear(Float32InputLinear):
@@ -292,89 +282,6 @@ class FbgemmInt8Linear(Float32InputLinear):
             for weight in self._weights
         ]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-
-class ReorderedInputLinear(Float32InputLinear):
-    """Layer whose weight has its columns in another order than the inputs.
-
-    Args:
-        kernel: of the weight.
-        order: (in_features,): the input of each column.
-    """
-
-    def __init__(self, kernel: LinearKernel, order: torch.Tensor) -> None:
-        super().__init__()
-        self._kernel, self._order = kernel, order
-        self._gate_up_order = torch.cat((order, order + len(order)))
-
-    def forward(
-        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply norm, layer and residual to the inputs in the order of the columns."""
-        if norm is not None:
-            norm = RMSNorm(norm.weight[self._order], norm.epsilon)
-        return self._kernel.forward(hidden_states[:, self._order], norm, residual)
-
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply activation, layer and residual; `gate_up` stays as it is."""
-        return self._kernel.silu_and_mul(gate_up[:, self._gate_up_order], residual)
-
-
-class GatheredLinear(Float32InputLinear):
-    """Layer of which each tensor-parallel rank computes some outputs and gets all.
-
-    Args:
-        kernel: of this rank's outputs.
-        out_features: of all ranks.
-    """
-
-    def __init__(self, kernel: LinearKernel, out_features: int) -> None:
-        super().__init__()
-        self._kernel, self._out_features = kernel, out_features
-
-    def forward(
-        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply norm and layer, gather the outputs, and add the residual."""
-        outputs = tensor_parallel.all_gather(self._kernel.forward(hidden_states, norm), self._out_features)
-        return outputs if residual is None else outputs.add_(residual)
-
-
-class RowParallelLinear(Float32InputLinear):
-    """Layer of which each tensor-parallel rank has some columns: its outputs are the sum of all ranks'.
-
-    Args:
-        kernel: of this rank's columns, without a bias.
-        bias: added once, after the sum.
-        splits_input: whether inputs have all features; else those of this rank's columns.
-    """
-
-    def __init__(self, kernel: LinearKernel, bias: torch.Tensor | None, *, splits_input: bool = False) -> None:
-        super().__init__()
-        self._kernel, self._splits_input = kernel, splits_input
-        self._bias = None if bias is None else bias.float()
-
-    def forward(
-        self, hidden_states: torch.Tensor, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Apply the layer; sum, residual and bias in float32. A norm over a part of the features is an error."""
-        if norm is not None:
-            raise ValueError("an RMSNorm needs all features, and a rank has some of them")
-        if self._splits_input:
-            hidden_states = hidden_states.chunk(tensor_parallel.size(), -1)[tensor_parallel.rank()]
-        return self._sum(self._kernel.forward(hidden_states), residual)
-
-    def silu_and_mul(self, gate_up: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Apply activation, layer, sum, residual and bias; `gate_up` is overwritten."""
-        if self._splits_input:
-            return super().silu_and_mul(gate_up, residual)
-        return self._sum(self._kernel.silu_and_mul(gate_up), residual)
-
-    def _sum(self, partial: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
-        outputs = tensor_parallel.all_reduce(partial)
-        if residual is not None:
-            outputs = outputs.add_(residual)
-        return outputs if self._bias is None else outputs.add_(self._bias)
 
 
 def make_bf16_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> LinearKernel | None:
@@ -419,7 +326,7 @@ def make_int4_linear(
             f"groups have {', '.join(map(str, INT4_GROUP_SIZES))} weights of an output, each group a scale"
         )
     if ops.cpu_isa is not None:
-        return NativeInt4Linear(ops.int4_pack_weight(qweight, scale, zero_point, group_size), bias)
+        return NativeInt4Linear(gemm_ops.int4_pack_weight(qweight, scale, zero_point, group_size), bias)
     return FbgemmInt8Linear(*quantize_per_channel_int8(dequantize_int4(qweight, scale, zero_point, group_size)), bias)
 
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from predictor.kernels import shards, tensor_parallel
 from predictor.kernels.cpu import gemm
-from predictor.kernels.cpu.gemm import LinearKernel, RowParallelLinear
+from predictor.kernels.cpu.composed_linear import ReorderedInputLinear, RowParallelLinear
+from predictor.kernels.cpu.gemm import LinearKernel
 from predictor.kernels.shards import Division
 from snapshot_format import int4
 
@@ -174,7 +175,7 @@ def _pack_int4(layers: Sequence[Any], bias: torch.Tensor | None) -> LinearKernel
         first.group_size,
         bias,
     )
-    return kernel if first.input_order is None else gemm.ReorderedInputLinear(kernel, first.input_order)
+    return kernel if first.input_order is None else ReorderedInputLinear(kernel, first.input_order)
 
 
 class FusedLinearSlice(nn.Module):

@@ -2,6 +2,7 @@
 #ifndef GEMM_H
 #define GEMM_H
 
+#include "kernels.h"
 #include "simd_avx512.h"
 
 #include <math.h>
@@ -42,10 +43,19 @@ static inline __m512 silu(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), exp_minus_x));
 }
 
+/* Floats between two tokens of the input. */
+static inline size_t input_stride(const LinearArguments *layer) {
+    return layer->silu_and_mul ? 2 * layer->k : layer->k;
+}
+
 /* Quantize one token to int8 by its largest magnitude. RMSNorm's per-token factor is folded into the scale.
- * With `silu_and_mul` the row is (gate, up), and silu(gate) * up replaces gate first. */
-static inline void quantize_row_int8(float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k,
-    int8_t *quantized, float *act_scale, int32_t *act_row_sum) {
+ * With `silu_and_mul` silu(gate) * up replaces gate first. */
+static inline void quantize_row_int8(
+    const LinearArguments *layer, size_t token, int8_t *quantized, float *act_scale, int32_t *act_row_sum) {
+    const size_t k = layer->k;
+    const int silu_and_mul = layer->silu_and_mul;
+    const float *norm_weight = layer->norm_weight;
+    float *row = layer->input + token * input_stride(layer);
     __m512 abs_max = _mm512_set1_ps(MIN_SCALE), square_sum = _mm512_setzero_ps();
     __mmask16 has_nan = 0;
     for (size_t i = 0; i < k; i += LANES) {
@@ -74,7 +84,7 @@ static inline void quantize_row_int8(float *row, int silu_and_mul, const float *
         _mm_storeu_si128((__m128i *)(quantized + i), _mm512_cvtepi32_epi8(integers));
     }
     memset(quantized + round_up(k, LANES), 0, round_up(k, BLOCK_K) - round_up(k, LANES));
-    const float inverse_rms = norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + epsilon) : 1;
+    const float inverse_rms = norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + layer->epsilon) : 1;
     *act_scale = row_max / 127 * inverse_rms;
     *act_row_sum = _mm512_reduce_add_epi32(row_sum);
 }
@@ -111,5 +121,45 @@ static const TileConfig TILE_CONFIG = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 6
 #ifndef LOAD_TILE_CONFIG /* Tests emulate AMX. */
 #define LOAD_TILE_CONFIG(config) __asm__ volatile("ldtilecfg %0" ::"m"(config))
 #endif
+
+/* Sums of a block of tokens, in the four bytes of an int32 or float. */
+enum { SUM_BYTES = 4, SUMS_ROW_BYTES = BLOCK_N * SUM_BYTES };
+
+/* Tiles 0 to 3 are accumulators, 4 and 5 activations of up to LANES tokens each, 6 and 7 weights. */
+static inline void zero_tiles(void) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+/* Multiply the activations from `rows` on by a panel's next weights. A macro, since products are instructions. */
+#define ACCUMULATE_TILES(product, rows, stride, panel, has_two_tiles)                                                  \
+    do {                                                                                                               \
+        _tile_loadd(6, panel, SUMS_ROW_BYTES);                                                                         \
+        _tile_loadd(7, (panel) + SUMS_ROW_BYTES / 2, SUMS_ROW_BYTES);                                                  \
+        _tile_loadd(4, rows, stride);                                                                                  \
+        product(0, 4, 6);                                                                                              \
+        product(1, 4, 7);                                                                                              \
+        if (has_two_tiles) {                                                                                           \
+            _tile_loadd(5, (rows) + LANES * (stride), stride);                                                         \
+            product(2, 5, 6);                                                                                          \
+            product(3, 5, 7);                                                                                          \
+        }                                                                                                              \
+    } while (0)
+
+/* Write the accumulators to sums[AMX_BLOCK_M][BLOCK_N], or their first LANES rows. */
+static inline void store_tiles(uint8_t *sums, int has_two_tiles) {
+    _tile_stored(0, sums, SUMS_ROW_BYTES);
+    _tile_stored(1, sums + SUMS_ROW_BYTES / 2, SUMS_ROW_BYTES);
+    if (has_two_tiles) {
+        _tile_stored(2, sums + LANES * SUMS_ROW_BYTES, SUMS_ROW_BYTES);
+        _tile_stored(3, sums + LANES * SUMS_ROW_BYTES + SUMS_ROW_BYTES / 2, SUMS_ROW_BYTES);
+    }
+}
+
+/* Cases of a switch over the tokens of a block, so that kernels are compiled for each number of them. */
+#define CASES_1_TO_10(CASE) CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10)
+#define CASES_1_TO_12(CASE) CASES_1_TO_10(CASE) CASE(11) CASE(12)
 
 #endif

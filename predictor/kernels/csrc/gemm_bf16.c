@@ -10,7 +10,6 @@
  * K is padded to a multiple of TILE_K, N to a multiple of BLOCK_N.
  */
 #include "gemm.h"
-#include "kernels.h"
 
 enum {
     TILE_K = 32,             /* input features: the width of a tile */
@@ -47,9 +46,11 @@ void bf16_pack_weight(const bfloat16 *weight, bfloat16 *packed_weight, size_t n,
 }
 
 /* Convert one token to the kernel's operand; return RMSNorm's factor, by which sums are multiplied.
- * With `silu_and_mul` the row is (gate, up), and the operand is silu(gate) * up. */
-static inline float convert_row(const float *row, int silu_and_mul, const float *norm_weight, float epsilon, size_t k,
-    int to_float32, uint8_t *converted) {
+ * With `silu_and_mul` the operand is silu(gate) * up. */
+static inline float convert_row(const LinearArguments *layer, size_t token, int to_float32, uint8_t *converted) {
+    const size_t k = layer->k;
+    const int silu_and_mul = layer->silu_and_mul;
+    const float *norm_weight = layer->norm_weight, *row = layer->input + token * input_stride(layer);
     const size_t size = to_float32 ? sizeof(float) : sizeof(bfloat16);
     __m512 square_sum = _mm512_setzero_ps();
     for (size_t i = 0; i < k; i += LANES) {
@@ -64,7 +65,7 @@ static inline float convert_row(const float *row, int silu_and_mul, const float 
         else _mm256_storeu_si256((__m256i *)(converted + i * size), to_bfloat16(x));
     }
     memset(converted + round_up(k, LANES) * size, 0, (round_up(k, TILE_K) - round_up(k, LANES)) * size);
-    return norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + epsilon) : 1;
+    return norm_weight ? 1 / sqrtf(_mm512_reduce_add_ps(square_sum) / (float)k + layer->epsilon) : 1;
 }
 
 static inline void prefetch_panel(const uint8_t *panel) {
@@ -127,82 +128,57 @@ static inline __attribute__((always_inline)) void gemm_kernel_avx512(const size_
     }
 }
 
-#define CASE_ROWS(kernel, rows_of_block)                                                                               \
+#define CASE_AVX512_BF16(rows_of_block)                                                                                \
     case rows_of_block:                                                                                                \
-        kernel(rows_of_block, rows, stride, panel, k, epilogue, row, column);                                          \
+        gemm_kernel_avx512_bf16(rows_of_block, rows, stride, panel, k, epilogue, row, column);                         \
         break;
-#define DEFINE_DISPATCH(name, kernel, attributes)                                                                      \
-    attributes static void name(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,    \
-        const Epilogue *epilogue, size_t row, size_t column) {                                                         \
-        switch (block_m) {                                                                                             \
-            CASE_ROWS(kernel, 1)                                                                                       \
-            CASE_ROWS(kernel, 2)                                                                                       \
-            CASE_ROWS(kernel, 3)                                                                                       \
-            CASE_ROWS(kernel, 4)                                                                                       \
-            CASE_ROWS(kernel, 5)                                                                                       \
-            CASE_ROWS(kernel, 6)                                                                                       \
-            CASE_ROWS(kernel, 7)                                                                                       \
-            CASE_ROWS(kernel, 8)                                                                                       \
-            CASE_ROWS(kernel, 9)                                                                                       \
-            CASE_ROWS(kernel, 10)                                                                                      \
-            CASE_ROWS(kernel, 11)                                                                                      \
-            CASE_ROWS(kernel, 12)                                                                                      \
-        }                                                                                                              \
-    }
-DEFINE_DISPATCH(dispatch_avx512_bf16, gemm_kernel_avx512_bf16, __attribute__((target("avx512bf16"))))
-DEFINE_DISPATCH(dispatch_avx512, gemm_kernel_avx512, )
+#define CASE_AVX512(rows_of_block)                                                                                     \
+    case rows_of_block:                                                                                                \
+        gemm_kernel_avx512(rows_of_block, rows, stride, panel, k, epilogue, row, column);                              \
+        break;
 
-/* Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
+__attribute__((target("avx512bf16"))) static void dispatch_avx512_bf16(size_t block_m, const uint8_t *rows,
+    size_t stride, const uint8_t *panel, size_t k, const Epilogue *epilogue, size_t row, size_t column) {
+    switch (block_m) { CASES_1_TO_12(CASE_AVX512_BF16) }
+}
+
+static void dispatch_avx512(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,
+    const Epilogue *epilogue, size_t row, size_t column) {
+    switch (block_m) { CASES_1_TO_12(CASE_AVX512) }
+}
+
 static void gemm_kernel_amx(size_t block_m, const uint8_t *rows, size_t stride, const uint8_t *panel, size_t k,
     const Epilogue *epilogue, size_t row, size_t column) {
-    float accumulators[2][2][LANES][LANES] __attribute__((aligned(64)));
-    const int two_tiles = block_m > LANES;
+    float sums[AMX_BLOCK_M][BLOCK_N] __attribute__((aligned(64)));
+    const int has_two_tiles = block_m > LANES;
     const size_t tile_bytes = TILE_K * sizeof(bfloat16), panel_step = TILE_K * BLOCK_N * sizeof(bfloat16);
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_tiles();
     for (size_t j = 0; j < k * sizeof(bfloat16); j += tile_bytes, panel += panel_step) {
         if (row % CACHED_TOKENS == 0) /* Later blocks of tokens find the panel in the cache. */
             for (size_t line = 0; line < panel_step; line += 64)
                 _mm_prefetch(panel + PREFETCH_BYTES + line, _MM_HINT_T0);
-        _tile_loadd(6, panel, PAIR_BYTES * BLOCK_N);
-        _tile_loadd(7, panel + PAIR_BYTES * LANES, PAIR_BYTES * BLOCK_N);
-        _tile_loadd(4, rows + j, stride);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (two_tiles) {
-            _tile_loadd(5, rows + LANES * stride + j, stride);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
+        ACCUMULATE_TILES(_tile_dpbf16ps, rows + j, stride, panel, has_two_tiles);
     }
-    _tile_stored(0, accumulators[0][0], sizeof accumulators[0][0][0]);
-    _tile_stored(1, accumulators[0][1], sizeof accumulators[0][0][0]);
-    _tile_stored(2, accumulators[1][0], sizeof accumulators[0][0][0]);
-    _tile_stored(3, accumulators[1][1], sizeof accumulators[0][0][0]);
+    store_tiles((uint8_t *)sums, has_two_tiles);
     for (size_t i = 0; i < block_m; i++)
-        for (size_t half = 0; half < 2; half++) {
-            const __m512 sums = _mm512_load_ps(accumulators[i / LANES][half][i % LANES]);
-            store_sums(sums, epilogue, row + i, column + half * LANES);
-        }
+        for (size_t lane = 0; lane < BLOCK_N; lane += LANES)
+            store_sums(_mm512_load_ps(sums[i] + lane), epilogue, row + i, column + lane);
 }
 
-void bf16_mm(const float *input, const bfloat16 *packed_weight, const float *bias, const float *norm_weight,
-    float epsilon, int silu_and_mul, const float *residual, float *output, uint8_t *scratch, size_t m, size_t k,
-    size_t n, int isa, int num_threads) {
-    const size_t padded_k = round_up(k, TILE_K), input_stride = silu_and_mul ? 2 * k : k, stride = row_bytes(k, isa);
+void bf16_mm(const LinearArguments *layer, const bfloat16 *packed_weight, int isa) {
+    const size_t m = layer->m, k = layer->k, n = layer->n, padded_k = round_up(k, TILE_K), stride = row_bytes(k, isa);
+    const int num_threads = layer->num_threads;
+    uint8_t *scratch = layer->scratch;
     const size_t max_block_m = isa == BF16_ISA_AMX ? AMX_BLOCK_M : AVX512_BLOCK_M;
     GemmKernel *const kernel = isa == BF16_ISA_AMX           ? gemm_kernel_amx
                                : isa == BF16_ISA_AVX512_BF16 ? dispatch_avx512_bf16
                                                              : dispatch_avx512;
     float *inverse_rms = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
-    const Epilogue epilogue = {.act_scales = inverse_rms, .bias = bias, .residual = residual, .output = output, .n = n};
+    const Epilogue epilogue = {inverse_rms, NULL, NULL, layer->bias, layer->residual, layer->output, n};
     /* For a few tokens, waiting for other threads takes longer than their work. */
 #pragma omp parallel for num_threads(num_threads) if (m * k > SERIAL_FEATURES)
     for (size_t row = 0; row < m; row++)
-        inverse_rms[row] = convert_row(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k,
-            isa == BF16_ISA_AVX512, scratch + row * stride);
+        inverse_rms[row] = convert_row(layer, row, isa == BF16_ISA_AVX512, scratch + row * stride);
 #pragma omp parallel num_threads(num_threads)
     {
         if (isa == BF16_ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);

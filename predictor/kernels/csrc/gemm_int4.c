@@ -13,7 +13,6 @@
  * K is padded to a multiple of the group size, N to a multiple of BLOCK_N.
  */
 #include "gemm.h"
-#include "kernels.h"
 
 enum {
     INT4_BLOCK_M = 6,         /* tokens per block without AMX: two integer and two float accumulators per token */
@@ -151,23 +150,12 @@ static inline __attribute__((always_inline)) void gemm_kernel_vnni(const size_t 
 
 static void dispatch_vnni(size_t block_m, const Activations *activations, const uint8_t *panel, int has_zero_points,
     const Epilogue *epilogue, size_t row, size_t column) {
-#define CASE_ROWS(rows)                                                                                                \
+#define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
         gemm_kernel_vnni(rows, activations, panel, has_zero_points, epilogue, row, column);                            \
         break;
-    switch (block_m) {
-        CASE_ROWS(1)
-        CASE_ROWS(2)
-        CASE_ROWS(3)
-        CASE_ROWS(4)
-        CASE_ROWS(5)
-        CASE_ROWS(6)
-        CASE_ROWS(7)
-        CASE_ROWS(8)
-        CASE_ROWS(9)
-        CASE_ROWS(10)
-    }
-#undef CASE_ROWS
+    switch (block_m) { CASES_1_TO_10(CASE) }
+#undef CASE
 }
 
 /* Write the weights of a group in the layout of tiles, [group_size / 4][BLOCK_N][4]; return where the next group
@@ -183,34 +171,14 @@ static const uint8_t *unpack_group(const uint8_t *weights, size_t group_size, ui
     return weights;
 }
 
-/* Integer sums of a block of up to AMX_BLOCK_M tokens within a group, whose tiles have `depth` input features.
- * Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
+/* Integer sums of a block of up to AMX_BLOCK_M tokens within a group, whose tiles have `depth` input features. */
 static void sum_group_amx(size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *unpacked,
     size_t group_size, size_t depth, int32_t sums[AMX_BLOCK_M][BLOCK_N]) {
-    const int two_tiles = block_m > LANES;
-    const size_t row_bytes = sizeof sums[0];
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (size_t j = 0; j < group_size; j += depth, unpacked += depth * BLOCK_N) {
-        _tile_loadd(6, unpacked, 4 * BLOCK_N);
-        _tile_loadd(7, unpacked + 4 * LANES, 4 * BLOCK_N);
-        _tile_loadd(4, quantized + j, stride);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-        if (two_tiles) {
-            _tile_loadd(5, quantized + LANES * stride + j, stride);
-            _tile_dpbsud(2, 5, 6);
-            _tile_dpbsud(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums[0], row_bytes);
-    _tile_stored(1, sums[0] + LANES, row_bytes);
-    if (two_tiles) {
-        _tile_stored(2, sums[LANES], row_bytes);
-        _tile_stored(3, sums[LANES] + LANES, row_bytes);
-    }
+    const int has_two_tiles = block_m > LANES;
+    zero_tiles();
+    for (size_t j = 0; j < group_size; j += depth, unpacked += depth * BLOCK_N)
+        ACCUMULATE_TILES(_tile_dpbsud, quantized + j, stride, unpacked, has_two_tiles);
+    store_tiles((uint8_t *)sums, has_two_tiles);
 }
 
 static void gemm_kernel_amx(size_t block_m, const Activations *activations, const uint8_t *panel, int has_zero_points,
@@ -248,15 +216,15 @@ static void sum_groups(int8_t *quantized, size_t group_size, size_t num_groups, 
     }
 }
 
-void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
-    const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
-    size_t m, size_t k, size_t n, size_t group_size, int has_zero_points, int isa, int num_threads) {
-    const size_t num_groups = round_up(k, group_size) / group_size, input_stride = silu_and_mul ? 2 * k : k;
+void int4_scaled_mm(const LinearArguments *layer, const uint8_t *packed_weight, const float *weight_scales,
+    size_t group_size, int has_zero_points, int isa) {
+    const size_t m = layer->m, k = layer->k, n = layer->n, num_groups = round_up(k, group_size) / group_size;
+    int8_t *scratch = layer->scratch;
     const size_t width = padded_k(k, group_size), panel_bytes = num_groups * group_bytes(group_size, has_zero_points);
     const size_t stride = width + BLOCK_K; /* A power of two would map all tokens to the same few cache lines. */
     float *act_scales = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
     int32_t *act_row_sums = (int32_t *)(act_scales + m), *group_sums = act_row_sums + m;
-    const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, bias, residual, output, n};
+    const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, layer->bias, layer->residual, layer->output, n};
     const Activations activations = {scratch, stride, group_sums, num_groups, group_size};
     const size_t vnni_block_m = m <= INT4_SINGLE_BLOCK_M ? INT4_SINGLE_BLOCK_M : INT4_BLOCK_M;
     const size_t max_block_m = isa == ISA_AMX ? AMX_BLOCK_M : vnni_block_m;
@@ -264,15 +232,14 @@ void int4_scaled_mm(float *input, const uint8_t *packed_weight, const float *wei
     TileConfig tile_config = TILE_CONFIG;
     tile_config.bytes_per_row[4] = tile_config.bytes_per_row[5] = (uint16_t)tile_depth(group_size);
     tile_config.rows[6] = tile_config.rows[7] = (uint8_t)(tile_depth(group_size) / 4);
-    const int chunk = panels_at_a_time(n, num_threads);
-#pragma omp parallel num_threads(num_threads)
+    const int chunk = panels_at_a_time(n, layer->num_threads);
+#pragma omp parallel num_threads(layer->num_threads)
     {
         if (isa == ISA_AMX) LOAD_TILE_CONFIG(tile_config);
 #pragma omp for
         for (size_t row = 0; row < m; row++) {
             int8_t *quantized = scratch + row * stride;
-            quantize_row_int8(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, quantized,
-                act_scales + row, act_row_sums + row);
+            quantize_row_int8(layer, row, quantized, act_scales + row, act_row_sums + row);
             memset(quantized + round_up(k, BLOCK_K), 0, width - round_up(k, BLOCK_K));
             sum_groups(quantized, group_size, num_groups, group_sums + row * num_groups);
         }

@@ -11,7 +11,6 @@
  * has loaded.
  */
 #include "gemm.h"
-#include "kernels.h"
 
 #include <omp.h>
 
@@ -60,60 +59,29 @@ static inline __attribute__((always_inline)) void gemm_kernel_vnni(const size_t 
 
 static void dispatch_vnni(size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k,
     const Epilogue *epilogue, size_t row, size_t column) {
-#define CASE_ROWS(rows)                                                                                                \
+#define CASE(rows)                                                                                                     \
     case rows:                                                                                                         \
         gemm_kernel_vnni(rows, quantized, stride, panel, k, epilogue, row, column);                                    \
         break;
-    switch (block_m) {
-        CASE_ROWS(1)
-        CASE_ROWS(2)
-        CASE_ROWS(3)
-        CASE_ROWS(4)
-        CASE_ROWS(5)
-        CASE_ROWS(6)
-        CASE_ROWS(7)
-        CASE_ROWS(8)
-        CASE_ROWS(9)
-        CASE_ROWS(10)
-        CASE_ROWS(11)
-        CASE_ROWS(12)
-    }
-#undef CASE_ROWS
+    switch (block_m) { CASES_1_TO_12(CASE) }
+#undef CASE
 }
 
-/* Tiles 0 to 3 are accumulators, 4 and 5 activations, 6 and 7 weights. */
 static void gemm_kernel_amx(size_t block_m, const int8_t *quantized, size_t stride, const uint8_t *panel, size_t k,
     const Epilogue *epilogue, size_t row, size_t column) {
-    int32_t accumulators[2][2][LANES][LANES] __attribute__((aligned(64)));
-    const int two_tiles = block_m > LANES;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    int32_t sums[AMX_BLOCK_M][BLOCK_N] __attribute__((aligned(64)));
+    const int has_two_tiles = block_m > LANES;
+    zero_tiles();
     for (size_t j = 0; j < k; j += BLOCK_K, panel += BLOCK_K * BLOCK_N) {
         if (row == 0) /* Later blocks of tokens find the panel in the cache. */
             for (size_t line = 0; line < BLOCK_K * BLOCK_N; line += 64)
                 _mm_prefetch(panel + PREFETCH_BYTES + line, _MM_HINT_T0);
-        _tile_loadd(6, panel, 4 * BLOCK_N);
-        _tile_loadd(7, panel + 64, 4 * BLOCK_N);
-        _tile_loadd(4, quantized + j, stride);
-        _tile_dpbsud(0, 4, 6);
-        _tile_dpbsud(1, 4, 7);
-        if (two_tiles) {
-            _tile_loadd(5, quantized + LANES * stride + j, stride);
-            _tile_dpbsud(2, 5, 6);
-            _tile_dpbsud(3, 5, 7);
-        }
+        ACCUMULATE_TILES(_tile_dpbsud, quantized + j, stride, panel, has_two_tiles);
     }
-    _tile_stored(0, accumulators[0][0], sizeof accumulators[0][0][0]);
-    _tile_stored(1, accumulators[0][1], sizeof accumulators[0][0][0]);
-    _tile_stored(2, accumulators[1][0], sizeof accumulators[0][0][0]);
-    _tile_stored(3, accumulators[1][1], sizeof accumulators[0][0][0]);
+    store_tiles((uint8_t *)sums, has_two_tiles);
     for (size_t i = 0; i < block_m; i++)
-        for (size_t half = 0; half < 2; half++) {
-            const __m512i sums = _mm512_load_si512(accumulators[i / LANES][half][i % LANES]);
-            store_epilogue(sums, epilogue, row + i, column + half * LANES);
-        }
+        for (size_t lane = 0; lane < BLOCK_N; lane += LANES)
+            store_epilogue(_mm512_load_si512(sums[i] + lane), epilogue, row + i, column + lane);
 }
 
 /* One panel for all tokens; with AMX the tiles are configured. Without, blocks are as equal as possible: a block of few
@@ -133,25 +101,38 @@ static void multiply_panel(const int8_t *quantized, size_t stride, const uint8_t
         }
 }
 
-void int8_scaled_mm(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
-    const float *norm_weight, float epsilon, int silu_and_mul, const float *residual, float *output, int8_t *scratch,
-    size_t m, size_t k, size_t n, int isa, int num_threads) {
-    const size_t padded_k = round_up(k, BLOCK_K), input_stride = silu_and_mul ? 2 * k : k;
+/* Where the quantized tokens are in the scratch memory. */
+typedef struct {
+    int8_t *tokens;
+    size_t stride, padded_k;
+    float *scales;
+    int32_t *row_sums;
+} Quantized;
+
+static Quantized quantized_in_scratch(const LinearArguments *layer) {
+    const size_t padded_k = round_up(layer->k, BLOCK_K);
     const size_t stride = padded_k + BLOCK_K; /* A power of two would map all tokens to the same few cache lines. */
-    float *act_scales = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
-    int32_t *act_row_sums = (int32_t *)(act_scales + m);
-    const Epilogue epilogue = {act_scales, act_row_sums, weight_scales, bias, residual, output, n};
-    const int chunk = panels_at_a_time(n, num_threads);
+    int8_t *tokens = layer->scratch;
+    float *scales = (float *)(tokens + round_up(layer->m, AMX_BLOCK_M) * stride);
+    return (Quantized){tokens, stride, padded_k, scales, (int32_t *)(scales + layer->m)};
+}
+
+void int8_scaled_mm(const LinearArguments *layer, const uint8_t *packed_weight, const float *weight_scales, int isa) {
+    const size_t m = layer->m, n = layer->n;
+    const int num_threads = layer->num_threads, chunk = panels_at_a_time(n, num_threads);
+    const Quantized rows = quantized_in_scratch(layer);
+    const Epilogue epilogue = {
+        rows.scales, rows.row_sums, weight_scales, layer->bias, layer->residual, layer->output, n};
 #pragma omp parallel num_threads(num_threads)
     {
         if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
 #pragma omp for
         for (size_t row = 0; row < m; row++)
-            quantize_row_int8(input + row * input_stride, silu_and_mul, norm_weight, epsilon, k, scratch + row * stride,
-                act_scales + row, act_row_sums + row);
+            quantize_row_int8(layer, row, rows.tokens + row * rows.stride, rows.scales + row, rows.row_sums + row);
 #pragma omp for schedule(dynamic, chunk)
         for (size_t column = 0; column < n; column += BLOCK_N)
-            multiply_panel(scratch, stride, packed_weight + column * padded_k, m, padded_k, &epilogue, column, isa);
+            multiply_panel(rows.tokens, rows.stride, packed_weight + column * rows.padded_k, m, rows.padded_k,
+                &epilogue, column, isa);
         if (isa == ISA_AMX) _tile_release();
     }
 }
@@ -201,14 +182,14 @@ static int64_t first_largest(const Largest *parts, size_t part_stride, int num_p
     return column;
 }
 
-void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight_scales, const float *bias,
-    int64_t *output, int8_t *scratch, size_t m, size_t k, size_t n, int isa, int num_threads) {
-    const size_t padded_k = round_up(k, BLOCK_K), stride = padded_k + BLOCK_K;
-    float *act_scales = (float *)(scratch + round_up(m, AMX_BLOCK_M) * stride);
-    int32_t *act_row_sums = (int32_t *)(act_scales + m);
-    Largest *all_largest = (Largest *)(scratch + int8_scratch_bytes(m, k));
+void int8_argmax(const LinearArguments *layer, const uint8_t *packed_weight, const float *weight_scales,
+    int64_t *largest_outputs, int isa) {
+    const size_t m = layer->m, n = layer->n;
+    const int num_threads = layer->num_threads, chunk = panels_at_a_time(n, num_threads);
+    const Quantized rows = quantized_in_scratch(layer);
+    const float *bias = layer->bias;
+    Largest *all_largest = (Largest *)(rows.tokens + int8_scratch_bytes(m, layer->k));
     float *all_outputs = (float *)(all_largest + (size_t)num_threads * m);
-    const int chunk = panels_at_a_time(n, num_threads);
     for (size_t i = 0; i < (size_t)num_threads * m; i++)
         for (size_t lane = 0; lane < LANES; lane++) all_largest[i].values[lane] = -INFINITY;
 #pragma omp parallel num_threads(num_threads)
@@ -218,17 +199,17 @@ void int8_argmax(float *input, const uint8_t *packed_weight, const float *weight
         if (isa == ISA_AMX) LOAD_TILE_CONFIG(TILE_CONFIG);
 #pragma omp for
         for (size_t row = 0; row < m; row++)
-            quantize_row_int8(
-                input + row * k, 0, NULL, 0, k, scratch + row * stride, act_scales + row, act_row_sums + row);
+            quantize_row_int8(layer, row, rows.tokens + row * rows.stride, rows.scales + row, rows.row_sums + row);
 #pragma omp for schedule(monotonic : dynamic, chunk) /* Of equal values, the first one is kept. */
         for (size_t column = 0; column < n; column += BLOCK_N) {
             const size_t count = n - column < BLOCK_N ? n - column : BLOCK_N;
             const Epilogue epilogue = {
-                act_scales, act_row_sums, weight_scales + column, bias ? bias + column : NULL, NULL, outputs, count};
-            multiply_panel(scratch, stride, packed_weight + column * padded_k, m, padded_k, &epilogue, 0, isa);
+                rows.scales, rows.row_sums, weight_scales + column, bias ? bias + column : NULL, NULL, outputs, count};
+            multiply_panel(
+                rows.tokens, rows.stride, packed_weight + column * rows.padded_k, m, rows.padded_k, &epilogue, 0, isa);
             for (size_t row = 0; row < m; row++) update_largest(largest + row, outputs + row * count, count, column);
         }
         if (isa == ISA_AMX) _tile_release();
     }
-    for (size_t row = 0; row < m; row++) output[row] = first_largest(all_largest + row, m, num_threads);
+    for (size_t row = 0; row < m; row++) largest_outputs[row] = first_largest(all_largest + row, m, num_threads);
 }

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from predictor.kernels.cpu import ops
+from predictor.kernels.cpu import gemm_ops, ops
 
 each_form = pytest.mark.parametrize("form", ["plain", "norm", "silu_and_mul"])
 
@@ -32,7 +32,7 @@ class Layer:
     def __init__(self, tokens: int, inputs: int, outputs: int, form: str = "plain") -> None:
         torch.manual_seed(tokens * 1000 + inputs * 10 + outputs)
         self.weight = (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
-        self.packed = ops.bf16_pack_weight(self.weight)
+        self.packed = gemm_ops.bf16_pack_weight(self.weight)
         self.rows = torch.randn(tokens, inputs * (2 if form == "silu_and_mul" else 1)) * (torch.rand(tokens, 1) * 10)
         forms: dict[str, dict[str, Any]] = {
             "plain": {},
@@ -44,7 +44,7 @@ class Layer:
         self.residual = torch.randn(tokens, outputs)
 
     def __call__(self, rows: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
-        return ops.bf16_mm(self.rows if rows is None else rows, self.packed, len(self.weight), **self.more | more)
+        return gemm_ops.bf16_mm(self.rows if rows is None else rows, self.packed, len(self.weight), **self.more | more)
 
     def operand(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Activations in the kernel's precision, and the factor per token that follows, in float64."""
@@ -119,15 +119,15 @@ def test_bf16_mm_is_bit_identical_with_any_thread_count() -> None:
 def test_bf16_mm_rounds_activations_as_torch_does() -> None:
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F80FFFF, 0x7F7FFFFF, -0x407F8000], dtype=torch.int32)
     rows = bits.view(torch.float32)[:, None]
-    outputs = ops.bf16_mm(rows, ops.bf16_pack_weight(torch.ones(1, 1, dtype=torch.bfloat16)), 1)
+    outputs = gemm_ops.bf16_mm(rows, gemm_ops.bf16_pack_weight(torch.ones(1, 1, dtype=torch.bfloat16)), 1)
     assert torch.equal(outputs, rows.bfloat16().float())
 
 
 @by("avx512")
 def test_bf16_mm_by_avx512_keeps_activations_in_float32() -> None:
     rows = torch.tensor([[1.0001, -3.3333]])
-    identity = ops.bf16_pack_weight(torch.eye(2, dtype=torch.bfloat16))
-    assert torch.equal(ops.bf16_mm(rows, identity, 2), rows)
+    identity = gemm_ops.bf16_pack_weight(torch.eye(2, dtype=torch.bfloat16))
+    assert torch.equal(gemm_ops.bf16_mm(rows, identity, 2), rows)
 
 
 @each_isa
@@ -161,7 +161,7 @@ def test_bf16_mm_accepts_strided_tensors(form: str) -> None:
     rows, residual = layer.rows.T.contiguous().T, layer.residual.T.contiguous().T
     assert not rows.is_contiguous()
     assert torch.equal(layer(rows, residual=residual), expected)
-    assert torch.equal(ops.bf16_pack_weight(layer.weight.T.contiguous().T), layer.packed)
+    assert torch.equal(gemm_ops.bf16_pack_weight(layer.weight.T.contiguous().T), layer.packed)
 
 
 @each_isa

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from devtools.paths import ROOT
-from predictor.kernels.cpu import ops
+from predictor.kernels.cpu import gemm_ops, ops
 from tests.predictor.kernels.native_library import CSRC, EMULATED_AMX, flags
 
 C_TYPES = {"void": None, "int": ctypes.c_int, "size_t": ctypes.c_size_t, "float": ctypes.c_float}
@@ -30,6 +30,18 @@ def test_prototypes_match_the_header() -> None:
         for result, name, arguments in declarations
     }
     assert parsed == ops.PROTOTYPES
+
+
+def test_struct_matches_the_header() -> None:
+    header = re.sub(r"/\*.*?\*/", "", (CSRC / "kernels.h").read_text(), flags=re.DOTALL)
+    struct = re.search(r"typedef struct \{([^}]*)\} LinearArguments;", header)
+    assert struct is not None
+    fields = []
+    for declaration in filter(None, map(str.strip, struct[1].split(";"))):
+        first, *others = (name.strip() for name in declaration.split(","))
+        *_, name = first.replace("*", " ").split()
+        fields += [(each, c_type(first)) for each in (name, *others)]
+    assert fields == gemm_ops.LinearArguments._fields_
 
 
 @pytest.mark.parametrize(("prefix", "names"), [("ISA_", ops.CPU_ISAS), ("BF16_ISA_", ops.BF16_ISAS)])

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from predictor.kernels.cpu import gemm, ops
+from predictor.kernels.cpu import gemm, gemm_ops, ops
 
 
 def each_isa(test: Any) -> Any:
@@ -29,7 +29,7 @@ class Layer:
         self.scale = ((torch.rand(outputs, groups) + 0.1) / inputs**0.5).half().float()
         self.zero_point = torch.randint(0, 16, (outputs, groups), dtype=torch.uint8) if zero_points else None
         self.group_size = group_size
-        self.packed = ops.int4_pack_weight(self.qweight, self.scale, self.zero_point, group_size)
+        self.packed = gemm_ops.int4_pack_weight(self.qweight, self.scale, self.zero_point, group_size)
         self.rows = torch.randn(tokens, inputs * (2 if gated else 1)) * (torch.rand(tokens, 1) * 10)
         self.bias = torch.randn(outputs)
         self.residual = torch.randn(tokens, outputs)
@@ -67,7 +67,7 @@ def test_int4_scaled_mm_matches_float64(
 ) -> None:
     layer = Layer(tokens, inputs, outputs, group_size, zero_points=zero_points)
     norm = (torch.rand(inputs) + 0.5, 0.5) if has_norm else None
-    result = ops.int4_scaled_mm(layer.rows, layer.packed, norm=norm, bias=layer.bias, residual=layer.residual)
+    result = gemm_ops.int4_scaled_mm(layer.rows, layer.packed, norm=norm, bias=layer.bias, residual=layer.residual)
     product = expected(layer.rows, layer.weight(), norm)
     error = result - (product + layer.bias + layer.residual)
     assert error.abs().max() < 3e-6 * (product.abs().max() + layer.bias.abs().max() + layer.residual.abs().max())
@@ -80,7 +80,7 @@ def test_int4_silu_and_mul_matches_float64(group_size: int, zero_points: bool) -
     layer = Layer(13, 130, 37, group_size, zero_points=zero_points, gated=True)
     gate, up = layer.rows.double().chunk(2, -1)
     rows = layer.rows.clone()
-    result = ops.int4_scaled_mm(rows, layer.packed, silu_and_mul=True, residual=layer.residual)
+    result = gemm_ops.int4_scaled_mm(rows, layer.packed, silu_and_mul=True, residual=layer.residual)
     torch.testing.assert_close(rows[:, :130], (nn.functional.silu(gate) * up).float(), rtol=2e-6, atol=1e-9)
     product = expected(rows[:, :130], layer.weight()) + layer.residual
     assert (result - product).abs().max() < 3e-6 * product.abs().max()
@@ -91,9 +91,9 @@ def test_int4_silu_and_mul_matches_float64(group_size: int, zero_points: bool) -
 @pytest.mark.parametrize("group_size", gemm.INT4_GROUP_SIZES)
 def test_int4_scaled_mm_is_bit_identical_in_any_batch(group_size: int, zero_points: bool) -> None:
     layer = Layer(40, 300, 70, group_size, zero_points=zero_points)
-    alone = [ops.int4_scaled_mm(row[None], layer.packed, bias=layer.bias)[0] for row in layer.rows]
+    alone = [gemm_ops.int4_scaled_mm(row[None], layer.packed, bias=layer.bias)[0] for row in layer.rows]
     for tokens in range(1, 41):
-        together = ops.int4_scaled_mm(layer.rows[:tokens], layer.packed, bias=layer.bias)
+        together = gemm_ops.int4_scaled_mm(layer.rows[:tokens], layer.packed, bias=layer.bias)
         assert torch.equal(together, torch.stack(alone[:tokens]))
 
 
@@ -102,9 +102,9 @@ def test_int4_scaled_mm_is_bit_identical_in_any_batch(group_size: int, zero_poin
 @pytest.mark.parametrize("group_size", gemm.INT4_GROUP_SIZES)
 def test_int4_scaled_mm_is_bit_identical_with_vnni_and_amx(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(33, 300, 70, group_size, zero_points=True)
-    by_amx = ops.int4_scaled_mm(layer.rows, layer.packed)
+    by_amx = gemm_ops.int4_scaled_mm(layer.rows, layer.packed)
     monkeypatch.setattr(ops, "cpu_isa", "avx512_vnni")
-    assert torch.equal(ops.int4_scaled_mm(layer.rows, layer.packed), by_amx)
+    assert torch.equal(gemm_ops.int4_scaled_mm(layer.rows, layer.packed), by_amx)
 
 
 @each_isa
@@ -114,17 +114,17 @@ def test_int4_scaled_mm_at_full_range_does_not_overflow(quantized: int, zero_poi
     width = 32768
     qweight = torch.full((33, width), quantized, dtype=torch.uint8)
     groups = torch.ones(33, width // 128)
-    packed = ops.int4_pack_weight(qweight, groups, groups.byte() * zero_point, 128)
-    outputs = ops.int4_scaled_mm(torch.full((7, width), 3.0 * sign), packed)
+    packed = gemm_ops.int4_pack_weight(qweight, groups, groups.byte() * zero_point, 128)
+    outputs = gemm_ops.int4_scaled_mm(torch.full((7, width), 3.0 * sign), packed)
     torch.testing.assert_close(outputs, torch.full((7, 33), (quantized - zero_point) * 3.0 * sign * width))
 
 
 @each_isa
 def test_int4_scaled_mm_propagates_nan_within_its_token_only() -> None:
     layer = Layer(13, 50, 37, 32, zero_points=True)
-    before = ops.int4_scaled_mm(layer.rows, layer.packed)
+    before = gemm_ops.int4_scaled_mm(layer.rows, layer.packed)
     layer.rows[4, 49] = torch.nan
-    outputs = ops.int4_scaled_mm(layer.rows, layer.packed)
+    outputs = gemm_ops.int4_scaled_mm(layer.rows, layer.packed)
     others = torch.arange(13) != 4
     assert outputs[4].isnan().all()
     assert torch.equal(outputs[others], before[others])
@@ -135,8 +135,8 @@ def test_int4_scaled_mm_propagates_nan_within_its_token_only() -> None:
 def test_int4_pack_weight_keeps_scales_of_any_magnitude(magnitude: float) -> None:
     """float16 alone would round them to zero or to infinity."""
     scale = torch.tensor([[0.75, 0.0, 0.5]]) * magnitude
-    packed = ops.int4_pack_weight(torch.full((1, 96), 9, dtype=torch.uint8), scale, None, 32)
-    outputs = ops.int4_scaled_mm(torch.eye(96)[[0, 40, 95]], packed)[:, 0]
+    packed = gemm_ops.int4_pack_weight(torch.full((1, 96), 9, dtype=torch.uint8), scale, None, 32)
+    outputs = gemm_ops.int4_scaled_mm(torch.eye(96)[[0, 40, 95]], packed)[:, 0]
     torch.testing.assert_close(outputs, scale[0], rtol=1e-3, atol=1e-35)
 
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from predictor.kernels.cpu import gemm, ops
+from predictor.kernels.cpu import gemm, gemm_ops, ops
 
 each_form = pytest.mark.parametrize("form", ["plain", "norm", "silu_and_mul"])
 
@@ -36,7 +36,7 @@ class Layer:
     def __init__(self, tokens: int, inputs: int, outputs: int, form: str = "plain") -> None:
         torch.manual_seed(tokens * 1000 + inputs * 10 + outputs)
         self.weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
-        self.packed = ops.int8_pack_weight(self.weight)
+        self.packed = gemm_ops.int8_pack_weight(self.weight)
         self.scales = (torch.rand(outputs) + 0.5) / 100 / inputs**0.5
         self.rows = torch.randn(tokens, inputs * (2 if form == "silu_and_mul" else 1)) * (torch.rand(tokens, 1) * 10)
         forms: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ class Layer:
 
     def __call__(self, rows: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
         rows = (self.rows if rows is None else rows).clone()  # silu_and_mul overwrites its input
-        return ops.int8_scaled_mm(rows, self.packed, self.scales, **self.more | more)
+        return gemm_ops.int8_scaled_mm(rows, self.packed, self.scales, **self.more | more)
 
 
 def expected(
@@ -91,7 +91,7 @@ def test_int8_scaled_mm_matches_exact_integer_sums(
     layer = Layer(tokens, inputs, outputs, form)
     more = ({"bias": layer.bias} if bias else {}) | ({"residual": layer.residual} if residual else {})
     rows = layer.rows.clone()
-    outputs = ops.int8_scaled_mm(rows, layer.packed, layer.scales, **layer.more, **more)
+    outputs = gemm_ops.int8_scaled_mm(rows, layer.packed, layer.scales, **layer.more, **more)
     if form == "silu_and_mul":
         gate, up = layer.rows.double().chunk(2, -1)
         torch.testing.assert_close(rows[:, :inputs], (nn.functional.silu(gate) * up).float(), rtol=2e-6, atol=1e-9)
@@ -108,7 +108,7 @@ def test_int8_scaled_mm_matches_exact_integer_sums(
 def test_int8_argmax_is_that_of_the_outputs(tokens: int, outputs: int) -> None:
     layer = Layer(tokens, 130, outputs)
     assert torch.equal(
-        ops.int8_argmax(layer.rows, layer.packed, layer.scales, outputs, layer.bias),
+        gemm_ops.int8_argmax(layer.rows, layer.packed, layer.scales, outputs, layer.bias),
         layer(bias=layer.bias).argmax(-1),
     )
 
@@ -120,7 +120,7 @@ def test_int8_argmax_is_the_first_of_equal_outputs(places: list[int], value: flo
     layer = Layer(3, 64, 5000)
     bias = torch.full((5000,), -torch.inf)
     bias[places] = value
-    largest = ops.int8_argmax(torch.zeros(3, 64), layer.packed, layer.scales, 5000, bias)
+    largest = gemm_ops.int8_argmax(torch.zeros(3, 64), layer.packed, layer.scales, 5000, bias)
     assert largest.tolist() == [0 if value == -torch.inf else min(places)] * 3
 
 
@@ -128,22 +128,22 @@ def test_int8_argmax_is_the_first_of_equal_outputs(places: list[int], value: flo
 def test_int8_argmax_ignores_further_outputs() -> None:
     layer = Layer(2, 64, 50)
     bias = torch.arange(50.0) * 100
-    assert ops.int8_argmax(layer.rows, layer.packed, layer.scales, 33, bias).tolist() == [32, 32]
+    assert gemm_ops.int8_argmax(layer.rows, layer.packed, layer.scales, 33, bias).tolist() == [32, 32]
 
 
 @each_isa
 def test_int8_argmax_of_a_nan_token_is_the_first_output() -> None:
     layer = Layer(2, 64, 50)
     layer.rows[1, 3] = torch.nan
-    largest = ops.int8_argmax(layer.rows, layer.packed, layer.scales, 50)
+    largest = gemm_ops.int8_argmax(layer.rows, layer.packed, layer.scales, 50)
     assert largest.tolist() == [int(layer()[0].argmax()), 0]
 
 
 @each_isa
 def test_int8_scaled_mm_rounds_halves_to_even() -> None:
     rows = torch.tensor([[127, 0.5, 1.5, 2.5, -0.5, -1.5, -127, 126.5]])
-    identity = ops.int8_pack_weight(torch.eye(8, dtype=torch.int8))
-    assert ops.int8_scaled_mm(rows, identity, torch.ones(8)).tolist() == [[127, 0, 2, 2, 0, -2, -127, 126]]
+    identity = gemm_ops.int8_pack_weight(torch.eye(8, dtype=torch.int8))
+    assert gemm_ops.int8_scaled_mm(rows, identity, torch.ones(8)).tolist() == [[127, 0, 2, 2, 0, -2, -127, 126]]
 
 
 @each_isa
@@ -151,8 +151,8 @@ def test_int8_scaled_mm_rounds_halves_to_even() -> None:
 @pytest.mark.parametrize("weight", [-127, 127])
 def test_int8_scaled_mm_at_full_range_does_not_overflow(weight: int, sign: int) -> None:
     width = 32768
-    packed = ops.int8_pack_weight(torch.full((33, width), weight, dtype=torch.int8))
-    outputs = ops.int8_scaled_mm(torch.full((2, width), 3.0 * sign), packed, torch.full((33,), 1 / 127))
+    packed = gemm_ops.int8_pack_weight(torch.full((33, width), weight, dtype=torch.int8))
+    outputs = gemm_ops.int8_scaled_mm(torch.full((2, width), 3.0 * sign), packed, torch.full((33,), 1 / 127))
     torch.testing.assert_close(outputs, torch.full((2, 33), weight / 127 * 3.0 * sign * width))
 
 
@@ -227,9 +227,9 @@ def test_silu_and_mul_is_accurate_at_any_magnitude() -> None:
         [0, -0.0, 1e-30, -1e-30, 0.34, -0.35, 1, -1, 20, -20, 80, -80, 100, -100, 1e4, -1e4, 1e30, -1e30]
     )
     rows = torch.stack((gate, torch.full_like(gate, 3.0)), 1)  # one value per token, so that each has its own scale
-    outputs = ops.int8_scaled_mm(
+    outputs = gemm_ops.int8_scaled_mm(
         rows,
-        ops.int8_pack_weight(torch.full((1, 1), 127, dtype=torch.int8)),
+        gemm_ops.int8_pack_weight(torch.full((1, 1), 127, dtype=torch.int8)),
         torch.tensor([1 / 127]),
         silu_and_mul=True,
     )
@@ -247,9 +247,11 @@ def test_int8_scaled_mm_accepts_strided_tensors(form: str) -> None:
     ):
         assert not rows.is_contiguous()
         assert not residual.is_contiguous()
-        outputs = ops.int8_scaled_mm(rows, layer.packed, layer.scales, bias=layer.bias, residual=residual, **layer.more)
+        outputs = gemm_ops.int8_scaled_mm(
+            rows, layer.packed, layer.scales, bias=layer.bias, residual=residual, **layer.more
+        )
         assert torch.equal(outputs, expected)
-    assert torch.equal(ops.int8_pack_weight(layer.weight.T.contiguous().T), layer.packed)
+    assert torch.equal(gemm_ops.int8_pack_weight(layer.weight.T.contiguous().T), layer.packed)
 
 
 @each_isa
@@ -257,7 +259,7 @@ def test_int8_scaled_mm_leaves_its_inputs_unchanged() -> None:
     layer = Layer(13, 50, 37)
     tensors = [layer.rows, layer.packed, layer.scales, layer.bias, layer.residual]
     before = [tensor.clone() for tensor in tensors]
-    ops.int8_scaled_mm(*tensors[:3], bias=layer.bias, residual=layer.residual)
+    gemm_ops.int8_scaled_mm(*tensors[:3], bias=layer.bias, residual=layer.residual)
     assert all(torch.equal(now, was) for now, was in zip(tensors, before, strict=True))
 
 
