@@ -18,6 +18,7 @@ PACKAGES = {
     "gcc": "gcc",
     "git": "git",
     "kubectl": "kubernetes-client",
+    "lua5.1": "lua5.1",
     "openssl": "openssl",
     "prometheus": "prometheus",
     "promtool": "prometheus",
