@@ -151,13 +151,13 @@ def errors_page() -> str:
             "## Requests",
             "Errors with status 503 and 429 have `Retry-After`. A body has the form of its protocol.",
             table(("Status", *head), [(str(error.status), *_error(error, predictor)) for error in requests]),
-            "## Start of the predictor",
+            "## Exit codes of the predictor",
             "0: stopped by SIGTERM or Ctrl-C, after the drain.",
             table(("Code", *head), _exit_codes(predictor_errors, predictor_errors.StartupError, predictor)),
-            "## Storage initializer",
+            "## Exit codes of the storage initializer",
             "0: done. 1: worth a retry. 2: pointless to retry. The last line on stderr is the reason.",
             table(("Code", *head), _exit_codes(initializer_errors, initializer_errors.InitializerError, initializer)),
-            "## Preflight",
+            "## Exit codes of preflight",
             "0: no errors. 1: errors, listed with their [findings](findings.md). 2: the checks could not run.",
         ]
     )
