@@ -25,8 +25,10 @@ def hints(model: str, properties: Mapping[str, str], flags: Sequence[str]) -> It
     if NVIDIA_DEVICE.exists() and not _sets(flags, "device"):
         yield "This machine has an NVIDIA GPU, which this build of torch does not use. Install torch's CUDA build."
     part = PARTS_IN_INT8.get(properties.get("dtype", ""))
+    # Models that embed or classify are served unquantized.
+    generates = properties.get("task") == "generate"
     is_plain = properties.get("quantization") == "none" and not _sets(flags, "quantization")
-    if part and is_plain and INT8_FLAGS & set(cpu_flags()):
+    if part and generates and is_plain and INT8_FLAGS & set(cpu_flags()):
         yield (
             f"This CPU has kernels for 8 bits: with --quantization 8bit a token reads {part} of the bytes of "
             f"weights. Compare: kserve-llm bench {model}, and kserve-llm bench {model} --quantization 8bit"

@@ -167,6 +167,7 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["serve", "a/b/c"], "'hf://a/b/c' is not a reference. Expected hf://owner/model"),
         (["fetch", "nowhere"], "'hf://nowhere' is not a reference"),
+        (["serve", "--quantization", "8bit", "a/b"], "Write the model before --quantization.\n"),
     ],
 )
 def test_malformed_model_is_named(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:

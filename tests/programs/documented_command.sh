@@ -23,5 +23,8 @@ case $program in
       *" -o "*) echo example ;;
     esac
     ;;
+  python | python3)
+    if [ "${1-} ${2-}" = "-m venv" ]; then mkdir -p "$3" && ln -sfn "$CHECKOUT/.venv/bin" "$3/bin"; fi
+    ;;
   nohup | sudo | watch) exec "$@" ;;
 esac
