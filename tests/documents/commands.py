@@ -39,7 +39,7 @@ EXTERNAL = {
     "flux": "needs Flux",
     "gh": "needs GitHub",
     "git": "needs a remote repository; a clone is this checkout",
-    "guidellm": "in .venv-clients",
+    "guidellm": "in .venv-guidellm; tests/examples runs it",
     "helm": "needs a cluster",
     "install": "needs root",
     "k3d": "makes a cluster",
@@ -187,7 +187,8 @@ def _kserve_llm(call: Call, words: Sequence[str]) -> None:
     arguments, flags = cli.make_parser().parse_known_args(words)
     match arguments.command:
         case "serve":
-            if not (call.folder / arguments.model).is_dir():
+            # An absolute path is a directory of the reader, which an earlier command may have made.
+            if not (call.folder / arguments.model).is_dir() and not Path(arguments.model).is_absolute():
                 cli.parse_model(arguments.model)
             _predictor(call, flags)
         case "fetch":
