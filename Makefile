@@ -9,10 +9,14 @@ CODE := kserve_llm predictor storage_initializer preflight snapshot_format devto
 MODEL ?=
 PORT ?= 8080
 PYTEST_ARGS ?=
+COVERAGE_REPORT ?= report
 BUILDER ?= $(firstword $(foreach tool,docker podman buildah,$(shell $(tool) info > /dev/null 2>&1 && echo $(tool))))
 BUILD_ARGS ?=
 IMAGE_PREFIX ?=
 IMAGE_TAG ?= dev
+# Of the tag; of another commit, below all releases. Images are built without the history.
+VERSION ?= $(or $(patsubst v%,%,$(shell git describe --tags --exact-match --match 'v[0-9]*' 2> /dev/null)),0.0.0$(addprefix +g,$(REVISION)))
+REVISION ?= $(shell git rev-parse --short=12 HEAD 2> /dev/null)
 TORCH_INDEX_URL ?=
 
 # One lock for all Python versions and CPU architectures, with the versions that the tests use.
@@ -20,7 +24,7 @@ LOCK = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --constra
   --no-emit-index-url --no-emit-package torch --no-annotate --custom-compile-command 'make lock'
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-ray serve test test-all test-packaging peers gpu-wheels gpu-check kubectls clients lint lock format docs images images-check pin render preflight undeploy checkov clean
+.PHONY: help install demo demo-ray serve test test-all test-packaging coverage peers gpu-wheels gpu-check kubectls clients lint lock format docs images images-check version pin render preflight undeploy changelog release-dry-run checkov clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +60,13 @@ test-all: test ## test, then the slow tests and those that need the machine for 
 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
 	@$(PYTEST) -m packaging
+
+# Of the tests above in the programs and in what they start. Tracing takes about twice the time.
+coverage: $(INSTALLED) ## the default tier with coverage of the packages; COVERAGE_REPORT="html --directory build/coverage"
+	@mkdir -p build && rm -f build/.coverage*
+	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --numprocesses 2 -m 'not slow and not serial and not packaging and not gpu' $(PYTEST_ARGS)
+	@$(BIN)/coverage combine --quiet
+	@$(BIN)/coverage $(COVERAGE_REPORT)
 
 PEERS ?= llamacpp openvino vllm
 PEERS_JOBS ?= 1
@@ -97,7 +108,7 @@ lint: $(INSTALLED) ## style, types, imports, dependencies, wording, YAML, C, Doc
 	@! git grep -niIE -f devtools/phrases.txt -- ':!devtools/phrases.txt' ':!CHANGELOG.md' ':!tests/kustomize/golden' ':!demo/model'
 	@$(BIN)/clang-format --dry-run --Werror predictor/kernels/csrc/*
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/hadolint images/*/Dockerfile
+	@$(BIN)/hadolint .devcontainer/Dockerfile images/*/Dockerfile
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yaml
 	@$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
 	@$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yaml
@@ -121,14 +132,19 @@ format: $(INSTALLED) ## format Python and C
 
 docs: $(INSTALLED) ## write the pages that are made from the code, and build the site into build/site, strictly and offline
 	@$(BIN)/python -m devtools.documentation
-	@$(BIN)/python -m mkdocs --quiet build
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+
+IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(addprefix --build-arg REVISION=,$(REVISION)) $(BUILD_ARGS)
+
+version: ## print the version that images of this commit have
+	@echo $(VERSION)
 
 images: ## build the images with docker, podman or buildah; TORCH_INDEX_URL=URL of torch's CPU builds, IMAGE_PREFIX, IMAGE_TAG
 	@test -n "$(BUILDER)" || { echo "docker, podman or buildah is required"; exit 1; }
-	@$(BUILDER) build $(BUILD_ARGS) --file images/storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
-	@$(BUILDER) build $(BUILD_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	@$(BUILDER) build $(IMAGE_ARGS) --file images/storage_initializer/Dockerfile --tag $(IMAGE_PREFIX)kserve-llm-storage-initializer:$(IMAGE_TAG) .
+	@$(BUILDER) build $(IMAGE_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --tag $(IMAGE_PREFIX)kserve-llm-predictor:$(IMAGE_TAG) .
-	@$(BUILDER) build $(BUILD_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
+	@$(BUILDER) build $(IMAGE_ARGS) --file images/predictor/Dockerfile --build-arg TORCH_INDEX_URL=$(TORCH_INDEX_URL) \
 	  --target ray --tag $(IMAGE_PREFIX)kserve-llm-predictor-ray:$(IMAGE_TAG) .
 
 images-check: $(INSTALLED) ## build, run and inspect every image; as root, with buildah and debootstrap
@@ -168,6 +184,12 @@ preflight: $(INSTALLED) ## check every overlay; CRD_DIR=folder validates custom 
 
 undeploy: ## stop and delete OVERLAY=folder with kubectl; CLAIM=delete removes its claim with the weights too
 	@kustomize/undeploy.sh "$(OVERLAY)" $(CLAIM)
+
+changelog: $(INSTALLED) ## give the unreleased changes the version VERSION=… in CHANGELOG.md
+	@$(BIN)/python -m devtools.release changelog $(VERSION)
+
+release-dry-run: $(INSTALLED) ## make the release VERSION=… of this commit in a temporary clone: changelog, sdist, wheel, digests
+	@$(BIN)/python -m devtools.release dry-run $(VERSION)
 
 checkov: $(INSTALLED) ## scan the rendered prod overlay, in a separate virtual environment
 	@test -x .venv-checkov/bin/checkov || { $(PYTHON) -m venv .venv-checkov && .venv-checkov/bin/python -m pip install --quiet checkov==3.3.30; }

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.comparison import Case
 from benchmarks.comparison_tables import tokens_per_second
 from benchmarks.long_prompts import Disturbance
-from benchmarks.throughput import Run
+from kserve_llm.bench import Run
 
 NAMES = {
     "ours-8bit": "kserve-llm, 8 bits",

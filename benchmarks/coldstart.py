@@ -18,8 +18,9 @@ from pathlib import Path
 import httpx
 
 from benchmarks import servers
-from benchmarks.servers import BenchmarkError, Server
 from devtools.processes import DemoError
+from kserve_llm.bench import Server
+from kserve_llm.errors import BenchmarkError
 
 IMPORTS = "import torch, transformers, kserve"
 _PHASE = re.compile(r'^kserve_llm_load_phase_seconds\{.*phase="(\w+)".*\} (\S+)$', re.MULTILINE)

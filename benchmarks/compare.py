@@ -31,13 +31,15 @@ from typing import Any
 
 import psutil
 
-from benchmarks import comparison_tables, machine, servers, throughput
+from benchmarks import comparison_tables, machine, servers
 from benchmarks.comparison import Case, Comparison, Load
 from benchmarks.long_prompts import Disturbance
 from benchmarks.peers import catalog, environments
 from benchmarks.peers.__main__ import PEERS_DIR
-from benchmarks.servers import BenchmarkError, Server
 from devtools.processes import DemoError
+from kserve_llm import bench
+from kserve_llm.bench import Server
+from kserve_llm.errors import BenchmarkError
 
 OURS = ("8bit", "none", "4bit")
 """Values of --quantization; one server for each."""
@@ -129,7 +131,7 @@ def measure(
     machine_facts = {**facts, "left_out": left_out}
     content: dict[str, Any] = {"date": str(datetime.date.today()), "machine": machine_facts}
     content["settings"] = settings(arguments)
-    print(throughput.HEADER, file=sys.stderr)
+    print(bench.HEADER, file=sys.stderr)
     loads = [Load(level, TOKENS, TOKENS, arguments.requests, arguments.repetitions) for level in arguments.levels]
     rates = asyncio.run(comparison.measure(loads))
     content["throughput"] = [asdict(case) for case in rates]

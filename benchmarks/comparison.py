@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import httpx
+import httpx2
 
-from benchmarks import long_prompts, throughput
+from benchmarks import long_prompts
 from benchmarks.long_prompts import Disturbance
-from benchmarks.servers import BenchmarkError, Server
-from benchmarks.throughput import WARM_UP_TOKENS, Run
 from benchmarks.turns import OtherCPUTime, Turns
+from kserve_llm import bench
+from kserve_llm.bench import WARM_UP_TOKENS, Run, Server
+from kserve_llm.errors import BenchmarkError
 
 SHORT_PROMPT_TOKENS = 64
 """Of warm-ups, and of the streams that run when a long prompt arrives."""
@@ -61,7 +62,7 @@ class Comparison:
         """Measure every server under every load; the order of the servers alternates (A B B A …)."""
         cases = []
         with self._turns.suspended():
-            async with throughput.make_client() as client:
+            async with bench.make_client() as client:
                 for load in loads:
                     cases += await self._compare(client, load)
         return cases
@@ -70,7 +71,7 @@ class Comparison:
         """Measure what a long prompt costs the other streams of each server."""
         found: dict[str, list[Disturbance]] = {server.name: [] for server in self._servers}
         with self._turns.suspended():
-            async with throughput.make_client() as client:
+            async with bench.make_client() as client:
                 for repetition in range(repetitions):
                     for server in self._order(repetition):
                         with self._turn(server):
@@ -86,7 +87,7 @@ class Comparison:
                                 found[server.name].append(disturbance)
         return found
 
-    async def _compare(self, client: httpx.AsyncClient, load: Load) -> list[Case]:
+    async def _compare(self, client: httpx2.AsyncClient, load: Load) -> list[Case]:
         cases = {
             server: Case(server.name, load.callers, load.input_tokens, load.output_tokens, [], [])
             for server in self._servers
@@ -103,10 +104,10 @@ class Comparison:
                     )
                     others = OtherCPUTime(server)
                     prompts = [self._prompt(load.input_tokens) for _ in range(max(load.requests, load.callers))]
-                    run = await throughput.run(client, server, prompts, load.callers, load.output_tokens)
+                    run = await bench.run(client, server, prompts, load.callers, load.output_tokens)
                     cases[server].runs.append(run)
                     cases[server].other_cpu_percent.append(100 * others.seconds() / run.wall_seconds)
-                    print(throughput.row(server.name, load.callers, run), file=sys.stderr, flush=True)
+                    print(bench.row(server.name, load.callers, run), file=sys.stderr, flush=True)
         return [cases[server] for server in self._servers]
 
     @contextmanager
@@ -120,16 +121,16 @@ class Comparison:
                 self._servers.remove(server)
                 print(f"left out: {server.name}: {error}", file=sys.stderr)
 
-    async def _warm_up(self, client: httpx.AsyncClient, server: Server, callers: int, input_tokens: int) -> None:
+    async def _warm_up(self, client: httpx2.AsyncClient, server: Server, callers: int, input_tokens: int) -> None:
         """Send each caller's short prompt, and one of `input_tokens` if that is longer."""
         prompts = [self._prompt(SHORT_PROMPT_TOKENS) for _ in range(callers)]
-        await throughput.run(client, server, prompts, callers, WARM_UP_TOKENS)
+        await bench.run(client, server, prompts, callers, WARM_UP_TOKENS)
         if input_tokens > SHORT_PROMPT_TOKENS:
-            await throughput.run(client, server, [self._prompt(input_tokens)], 1, WARM_UP_TOKENS)
+            await bench.run(client, server, [self._prompt(input_tokens)], 1, WARM_UP_TOKENS)
 
     def _order(self, repetition: int) -> list[Server]:
         return list(self._servers if repetition % 2 == 0 else reversed(self._servers))
 
     def _prompt(self, tokens: int) -> list[int]:
-        [prompt] = throughput.make_token_prompts(self._rng, 1, tokens, self._vocabulary)
+        [prompt] = bench.make_token_prompts(self._rng, 1, tokens, self._vocabulary)
         return prompt

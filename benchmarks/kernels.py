@@ -18,6 +18,7 @@ from snapshot_format.recipe import INT4_GROUP_SIZE
 
 HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY = 896, 4864, 24, 151936
 HEADS, KV_HEADS, HEAD_DIM, KEYS = 14, 2, 64, 100
+LONG_KEYS, CACHE_LAYERS, PAGE_TOKENS = 2048, 8, 256
 LINEARS = [
     *[(HIDDEN, (HEADS + 2 * KV_HEADS) * HEAD_DIM), (HIDDEN, HIDDEN), (HIDDEN, 2 * INTERMEDIATE), (INTERMEDIATE, HIDDEN)]
     * LAYERS,
@@ -140,6 +141,38 @@ def measure_attention(sequences: int, past: int, queries: int, repetitions: int)
     print(f"| {sequences} | {past} | {queries} |", *(f"{figure} |" for figure in figures.values()))
 
 
+def measure_cache_dtypes(sequences: int, past: int, repetitions: int) -> None:
+    """Print the duration of attention in C in a layer of decodes, with a KV cache of bfloat16 and of int8.
+
+    Layers have caches of their own, as in a model, so that keys come from memory and not from the processor's caches.
+    Quantizing the new keys and values is included. The ratio is the median of pairs measured one after another.
+    """
+    slots, scale = sequences * past, HEAD_DIM**-0.5
+    caches = [torch.randn(2, slots, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16) for _ in range(CACHE_LAYERS)]
+    int8_caches = [ops.quantize_kv(*cache) for cache in caches]
+    query = torch.randn(sequences, HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    new = torch.randn(2, sequences, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
+    indices = {
+        # Pages of the engine are contiguous, and in any order.
+        "slot_mapping": torch.arange(slots).view(-1, PAGE_TOKENS)[torch.randperm(slots // PAGE_TOKENS)].flatten(),
+        "sequences": torch.tensor([[seq, past, 0, seq * past] for seq in range(sequences)]),
+        "tiles": torch.tensor([[seq, 0, 1] for seq in range(sequences)]),
+    }
+
+    def in_bfloat16() -> None:
+        for cache in caches:
+            ops.paged_attention(query, *new, *cache, scale=scale, **indices)
+
+    def in_int8() -> None:
+        for cache in int8_caches:
+            ops.paged_attention(query, *ops.quantize_kv(*new), *cache, scale=scale, **indices)
+
+    pairs = [(milliseconds(in_bfloat16, 1), milliseconds(in_int8, 1)) for _ in range(repetitions)]
+    own, other = (statistics.median(durations) / CACHE_LAYERS for durations in zip(*pairs, strict=True))
+    ratio = statistics.median(first / second for first, second in pairs)
+    print(f"| {sequences} | {past} | {own:.3f} | {other:.3f} | {ratio:.2f} |")
+
+
 if __name__ == "__main__":
     supported = [isa for isa in ops.CPU_ISAS[1 : ops.CPU_ISAS.index(ops.cpu_isa) + 1] if isa]
     supported_int4 = [INT4_PREFIX + isa for isa in supported]
@@ -155,4 +188,8 @@ if __name__ == "__main__":
         print("| sequences | tokens before the step | tokens of the step | C, ms | torch, ms |\n|---|---|---|---|---|")
         for shape in ((8, KEYS, 1), (32, KEYS, 1), (8, 4 * KEYS, 8), (1, 0, 128), (1, 0, 512), (1, 0, 2048)):
             measure_attention(*shape, arguments.repetitions)
+        if ops.cpu_isa:
+            print("\n| sequences | tokens before the step | bfloat16, ms | int8, ms | ratio |\n|---|---|---|---|---|")
+            for sequences in (1, 8, 32):
+                measure_cache_dtypes(sequences, LONG_KEYS, arguments.repetitions)
         measure_linears(arguments.backends, arguments.tokens, arguments.repetitions)

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import httpx
+import httpx2
 
-from benchmarks import throughput
-from benchmarks.servers import Server
-from benchmarks.throughput import Completion, Prompt
+from kserve_llm import bench
+from kserve_llm.bench import Completion, Prompt, Server
 
 OTHER_STREAMS = 8
 """Streams that run while a long prompt is computed."""
@@ -26,7 +25,7 @@ class Disturbance:
 
 
 async def disturb(
-    client: httpx.AsyncClient,
+    client: httpx2.AsyncClient,
     server: Server,
     make_prompt: Callable[[int], Prompt],
     long_prompt_tokens: int,
@@ -43,14 +42,14 @@ async def disturb(
     """
 
     async def complete(input_tokens: int, tokens: int) -> Completion:
-        return await throughput.complete(client, server, make_prompt(input_tokens), tokens)
+        return await bench.complete(client, server, make_prompt(input_tokens), tokens)
 
     try:
         async with asyncio.TaskGroup() as group:
             others = [group.create_task(complete(short_prompt_tokens, output_tokens)) for _ in range(OTHER_STREAMS)]
             # When this one is complete, the others have been in its batch; from its first token on, they are quiet.
-            short = await complete(short_prompt_tokens, throughput.FEW_TOKENS)
-            long = await complete(long_prompt_tokens, throughput.FEW_TOKENS)
+            short = await complete(short_prompt_tokens, bench.FEW_TOKENS)
+            long = await complete(long_prompt_tokens, bench.FEW_TOKENS)
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return disturbance(long, [other.result() for other in others], quiet_from=short.arrivals[0])
@@ -73,8 +72,8 @@ def disturbance(long: Completion, others: Sequence[Completion], *, quiet_from: f
         return None
     quiet, disturbed = sorted(before), sorted(during)
     return Disturbance(
-        throughput.percentile(quiet, 50),
-        throughput.percentile(quiet, 99),
-        throughput.percentile(disturbed, 50),
-        throughput.percentile(disturbed, 99),
+        bench.percentile(quiet, 50),
+        bench.percentile(quiet, 99),
+        bench.percentile(disturbed, 50),
+        bench.percentile(disturbed, 99),
     )

@@ -17,7 +17,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.throughput import WORDS, word
+from kserve_llm.bench import WORDS, word
 
 BYTES = 256
 """Tokens after the words."""

@@ -16,10 +16,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import httpx
-
-from benchmarks import servers, throughput
-from benchmarks.servers import BenchmarkError, Server
+from kserve_llm import bench
+from kserve_llm.bench import Server
+from kserve_llm.errors import BenchmarkError
 
 BURST_SECONDS = 0.02
 """Several time slices of the scheduler, so that it has to interrupt the server."""
@@ -57,15 +56,15 @@ async def measure(server: Server, concurrency: int, arguments: argparse.Namespac
     ratios = []
 
     async def rate() -> float:
-        prompts = throughput.make_prompts(rng, concurrency, arguments.input_tokens)
-        run = await throughput.run(client, server, prompts, concurrency, arguments.output_tokens)
+        prompts = bench.make_prompts(rng, concurrency, arguments.input_tokens)
+        run = await bench.run(client, server, prompts, concurrency, arguments.output_tokens)
         return run.output_tokens_per_second
 
     async def disturbed_rate() -> float:
         with neighbour(arguments.share):
             return await rate()
 
-    async with httpx.AsyncClient(timeout=throughput.READ_TIMEOUT_SECONDS, trust_env=False) as client:
+    async with bench.make_client() as client:
         await rate()
         for repetition in range(arguments.repetitions):
             if repetition % 2 == 0:
@@ -90,7 +89,7 @@ def main() -> int:
     if not 0 < arguments.share <= 1 or arguments.repetitions < 2:
         parser.error("--share must be above 0 and at most 1, and --repetitions at least 2.")
     try:
-        server = servers.find("server", arguments.url.rstrip("/"))
+        server = bench.find("server", arguments.url.rstrip("/"))
         for concurrency in map(int, arguments.levels.split(",")):
             ratios = asyncio.run(measure(server, concurrency, arguments))
             low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")

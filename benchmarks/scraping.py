@@ -15,11 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 
-from benchmarks import servers, throughput
-from benchmarks.servers import Server
+from benchmarks import servers
 from devtools.paths import DEMO_MODEL
+from kserve_llm import bench
+from kserve_llm.bench import Server
 
 PERIOD_SECONDS = 1.0
 
@@ -40,7 +41,7 @@ async def measure(server: Server, metrics_url: str, arguments: argparse.Namespac
 
     async def rate() -> float:
         prompts = [f"{rng.randrange(1000)}+{rng.randrange(1000)}=" for _ in range(arguments.requests)]
-        run = await throughput.run(client, server, prompts, arguments.concurrency, arguments.output_tokens)
+        run = await bench.run(client, server, prompts, arguments.concurrency, arguments.output_tokens)
         return run.output_tokens_per_second
 
     async def scraped_rate() -> float:
@@ -52,7 +53,7 @@ async def measure(server: Server, metrics_url: str, arguments: argparse.Namespac
             with suppress(asyncio.CancelledError):
                 await scraper
 
-    async with httpx.AsyncClient(timeout=300, trust_env=False) as client:
+    async with bench.make_client() as client:
         await rate()
         for repetition in range(arguments.repetitions):
             for with_scrapes in (False, True) if repetition % 2 == 0 else (True, False):
@@ -64,7 +65,7 @@ async def measure(server: Server, metrics_url: str, arguments: argparse.Namespac
     return measurement
 
 
-async def scrape(client: httpx.AsyncClient, url: str, seconds: list[float]) -> None:
+async def scrape(client: httpx2.AsyncClient, url: str, seconds: list[float]) -> None:
     """Scrape once per period until cancelled; append the duration of each scrape."""
     while True:
         began = time.monotonic()

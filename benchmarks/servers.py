@@ -1,4 +1,4 @@
-"""Servers with an OpenAI API: found by URL, or started on a model directory."""
+"""Servers with an OpenAI API, started on a model directory."""
 
 import os
 import shlex
@@ -7,39 +7,20 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import httpx
 
 from devtools import processes
 from devtools.paths import ROOT
+from kserve_llm.bench import CONNECT_SECONDS, Server, find
+from kserve_llm.errors import BenchmarkError
 
-CONNECT_SECONDS = 30
 START_SECONDS = 600
 """Longest time to load a model."""
 _POLL_SECONDS = 0.05
-
-
-class BenchmarkError(Exception):
-    """A measurement is not possible; the message is one sentence for the user."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Server:
-    """A server: base URL including `/v1`, and the model's name in requests.
-
-    Equality is identity, so that a server can be compared with itself to measure noise.
-    """
-
-    name: str
-    url: str
-    model: str
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    """Further fields of every request; null removes one."""
-    process_id: int | None = None
-    """Of the process that was started for it."""
 
 
 @contextmanager
@@ -137,21 +118,6 @@ def command_server(
         yield replace(find(name, f"http://127.0.0.1:{port}/v1"), process_id=process.pid)
     finally:
         processes.stop(process)
-
-
-def find(name: str, url: str) -> Server:
-    """Return the server at `url` with the first model that it lists.
-
-    Raises:
-        BenchmarkError: it lists none.
-    """
-    try:
-        response = httpx.get(f"{url}/models", timeout=CONNECT_SECONDS, trust_env=False).raise_for_status()
-        return Server(name, url, response.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise BenchmarkError(
-            f"{url}/models lists no model; pass the base URL of an OpenAI server, with /v1: {error}"
-        ) from None
 
 
 def _wait(process: "subprocess.Popen[str]", port: int) -> None:

@@ -11,10 +11,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import servers, throughput
-from benchmarks.servers import BenchmarkError
-from benchmarks.throughput import HEADER, Load
+from benchmarks import servers
 from devtools.processes import DemoError
+from kserve_llm import bench
+from kserve_llm.bench import Load
+from kserve_llm.errors import BenchmarkError
 
 SCHEMA = {
     "type": "array",
@@ -49,14 +50,11 @@ def main() -> int:
             fields = {"ignore_eos": None, "structured_outputs": {"json": SCHEMA}}
             structured = replace(free, name="structured", fields=fields)
             levels = [arguments.concurrency]
-            measurements = asyncio.run(throughput.compare([free, structured], load, levels, levels))
+            measurements = asyncio.run(bench.compare([free, structured], load, levels, levels))
     except (BenchmarkError, DemoError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(HEADER)
-    for result in measurements:
-        columns = throughput.row(result.server, result.concurrency, result.median)
-        print(columns, f"{result.spread_percent:>8.0f} {result.ratio:>5.2f}")
+    print(bench.table(measurements))
     return 0
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from benchmarks.servers import Server
+from kserve_llm.bench import Server
 
 
 class Turns:

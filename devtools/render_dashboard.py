@@ -21,11 +21,11 @@ from typing import Any
 import httpx
 import yaml
 
-from benchmarks import throughput
-from benchmarks.servers import Server
 from devtools import processes
 from devtools.paths import DEMO_MODEL, ROOT
 from devtools.processes import Predictor
+from kserve_llm import bench
+from kserve_llm.bench import Server
 
 DASHBOARD = ROOT / "manifests" / "monitoring" / "dashboard.json"
 RULES = ROOT / "manifests" / "prometheus" / "rules.yaml"
@@ -123,12 +123,12 @@ def main() -> int:
 async def load(server: Server) -> None:
     """Send requests with increasing concurrency."""
     rng = random.Random(0)
-    async with httpx.AsyncClient(timeout=120, trust_env=False, limits=httpx.Limits(max_connections=None)) as client:
+    async with bench.make_client() as client:
         for concurrency in LEVELS:
             end = time.monotonic() + LEVEL_SECONDS
             while time.monotonic() < end:
                 prompts = [f"{rng.randrange(1000)}+{rng.randrange(1000)}=" for _ in range(concurrency)]
-                await throughput.run(client, server, prompts, concurrency, OUTPUT_TOKENS)
+                await bench.run(client, server, prompts, concurrency, OUTPUT_TOKENS)
 
 
 def draw(client: httpx.Client, began: float, ended: float, file: Path) -> None:

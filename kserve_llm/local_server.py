@@ -1,90 +1,114 @@
 """A model of the Hub, or of a directory, served on this machine by one command."""
 
 import os
-import signal
-import subprocess
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from kserve_llm.child import Child
+from kserve_llm.errors import CommandError
+from kserve_llm.hints import hints
+from kserve_llm.start_display import StartDisplay
 from snapshot_format.reference import HubReference, ModelReference
 
 POLL_SECONDS = 0.2
 REQUEST_SECONDS = 5
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables that the storage initializer may need, and a server never does."""
-INT8_FLAGS = ("avx512_vnni", "amx_int8")
-"""Flags of a CPU with the kernels for 8 bits, in /proc/cpuinfo."""
 
 
-def serve(source: Path | ModelReference, cache: Path, port: int, flags: Sequence[str]) -> int:
+@dataclass(frozen=True, slots=True)
+class LocalModel:
+    """A model to serve."""
+
+    source: Path | ModelReference
+    """Its directory, or a reference to fetch."""
+    cache: Path
+    """Volume of fetched models."""
+    flags: Sequence[str] = ()
+    """Of the predictor."""
+
+    @property
+    def name(self) -> str:
+        """Name in requests."""
+        if isinstance(self.source, HubReference):
+            return self.source.model
+        return self.source.name if isinstance(self.source, Path) else self.source.path.name
+
+
+def serve(model: LocalModel, port: int) -> int:
     """Fetch and verify a model, serve it until a signal, and return the exit code.
 
-    Args:
-        source: directory of a model, or a reference to fetch.
-        cache: volume of fetched models.
-        port: HTTP port.
-        flags: of the predictor.
+    Raises:
+        CommandError: the port is in use.
     """
-    name = source.name if isinstance(source, Path) else _short_name(source)
-    words = ["--served_model_name", name, "--http_port", str(port), "--log_level", "WARNING"]
-    if isinstance(source, Path):
-        words += ["--model_dir", str(source)]
-    else:
-        cache.mkdir(parents=True, exist_ok=True)
-        fetched = subprocess.run([sys.executable, "-m", "storage_initializer", str(source), str(cache)])
-        if fetched.returncode:
-            return fetched.returncode
-        words += ["--model_dir", str(cache), "--model_reference", str(source)]
-    environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
-    # In a session of its own, so that Ctrl-C reaches it once, from here.
-    command = [sys.executable, "-m", "predictor", *words, *flags]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-    with _forwarding_signals(process):
-        url = f"http://127.0.0.1:{port}"
-        if _wait_until_ready(process, url):
+    with running(model, port) as (child, is_ready):
+        if is_ready:
+            url = f"http://127.0.0.1:{port}"
             _print_addresses(url)
-            _print_hint(url)
-        return process.wait()
-
-
-def _short_name(reference: ModelReference) -> str:
-    return reference.model if isinstance(reference, HubReference) else reference.path.name
+            _print_hints(model, url)
+        return child.wait()
 
 
 @contextmanager
-def _forwarding_signals(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    def stop(*_: object) -> None:
-        process.terminate()
+def running(model: LocalModel, port: int) -> Iterator[tuple[Child, bool]]:
+    """Fetch, verify and start a model; yield the process, and whether it is ready to serve at `port` of loopback.
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    The process has ended otherwise: that of the storage initializer if the model could not be fetched.
+
+    Raises:
+        CommandError: the port is in use.
+    """
+    _require_free(port)
+    words = ["--served_model_name", model.name, "--http_port", str(port), "--log_level", "WARNING"]
+    with Child() as child:
+        if isinstance(model.source, Path):
+            words += ["--model_dir", str(model.source)]
+        else:
+            model.cache.mkdir(parents=True, exist_ok=True)
+            child.start([sys.executable, "-m", "storage_initializer", str(model.source), str(model.cache)])
+            if child.wait():
+                yield child, False
+                return
+            words += ["--model_dir", str(model.cache), "--model_reference", str(model.source)]
+        environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
+        child.start([sys.executable, "-m", "predictor", *words, *model.flags], environment)
+        yield child, _wait_until_ready(child, f"http://127.0.0.1:{port}")
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str) -> bool:
-    """Show the phase of the load until the server is ready; false if it has exited."""
-    is_live, shown = sys.stderr.isatty(), ""
-    while process.poll() is None:
-        status, body = _get(f"{url}/v2/health/ready")
-        error = str(body.get("error", "starting"))
-        phase = "ready" if status == 200 else error.rpartition(" is not ready: ")[2]
-        if phase != shown:
-            print(f"\r{phase}\x1b[K" if is_live else phase, end="" if is_live else "\n", file=sys.stderr, flush=True)
-            shown = phase
-        if status == 200:
-            if is_live:
-                print(file=sys.stderr)
-            return True
-        time.sleep(POLL_SECONDS)
+def free_port() -> int:
+    """Return a TCP port of loopback that is free at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _require_free(port: int) -> None:
+    """Raise if the port is in use: another server would answer in place of the one that is started."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) == 0:
+            raise CommandError(f"Port {port} is in use. Stop the server there, or choose another one with --port.")
+
+
+def _wait_until_ready(child: Child, url: str) -> bool:
+    """Show the phases of the start until the server is ready; false if it has ended."""
+    with closing(StartDisplay()) as display:
+        while child.is_running:
+            status, body = _get(f"{url}/v2/health/ready")
+            display.show(
+                "ready" if status == 200 else str(body.get("error", "starting")).rpartition(" is not ready: ")[2]
+            )
+            if status == 200:
+                return True
+            time.sleep(POLL_SECONDS)
     return False
 
 
@@ -105,18 +129,9 @@ def _print_addresses(url: str) -> None:
     print("  Stop with Ctrl-C.\n", flush=True)
 
 
-def _print_hint(url: str) -> None:
-    """Print which quantization would be faster, if none was chosen and this CPU has kernels for it."""
+def _print_hints(model: LocalModel, url: str) -> None:
     _, index = _get(f"{url}/v2/models")
     for name in index.get("models", ())[:1]:
         properties = _get(f"{url}/v2/models/{name}")[1].get("properties", {})
-        is_plain = (properties.get("device"), properties.get("quantization")) == ("cpu", "none")
-        if is_plain and any(flag in _cpu_flags() for flag in INT8_FLAGS):
-            print("  Hint: --quantization 8bit takes half the memory or less, and is faster on this CPU.\n")
-
-
-def _cpu_flags() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text().split()
-    except OSError:
-        return []
+        for hint in hints(str(model.source), properties, model.flags):
+            print(f"  Hint: {hint}\n", flush=True)

@@ -89,6 +89,8 @@ class Settings(BaseSettings):
     """Maximum number of tokens per step; longer prompts are split into chunks, so that other sequences continue."""
     kv_cache_tokens: int | None = Field(default=None, ge=256)
     """Capacity of the KV cache in tokens, over all sequences. Default: computed from free memory."""
+    kv_cache_dtype: Literal["auto", "int8"] = "auto"
+    """Data type of the KV cache. auto: the model's. int8: half the memory, faster long contexts; on a CPU only."""
     kv_cache_memory_fraction: float = Field(default=0.8, gt=0, le=1)
     """Fraction of the memory left after loading the weights, of the GPU or the container, for KV cache and steps."""
     enforce_eager: bool = False

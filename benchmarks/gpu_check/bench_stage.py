@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import long_prompts, make_model, servers, throughput
+from benchmarks import long_prompts, make_model, servers
 from benchmarks.gpu_check import report
 from benchmarks.long_prompts import OTHER_STREAMS
-from benchmarks.servers import BenchmarkError, Server
-from benchmarks.throughput import Load, Measurement
+from kserve_llm import bench
+from kserve_llm.bench import Load, Measurement, Server
+from kserve_llm.errors import BenchmarkError
 from predictor.engine.kv_cache import PAGE_TOKENS
 
 INPUT_TOKENS = 64
@@ -90,7 +91,7 @@ def make_weights(directory: Path, shape: str, device: str) -> dict[str, Any]:
 
 def _compare(server: Server, levels: Sequence[int], output_tokens: int) -> list[Measurement]:
     load = Load(INPUT_TOKENS, output_tokens, REQUESTS, REPETITIONS, random.randrange(2**32))
-    return asyncio.run(throughput.compare([server], load, levels, []))
+    return asyncio.run(bench.compare([server], load, levels, []))
 
 
 def _figures(measured: Measurement) -> dict[str, Any]:
@@ -111,12 +112,12 @@ async def _long_prompts(server: Server, output_tokens: int) -> tuple[float, dict
     rng = random.Random()
 
     def make_prompt(tokens: int) -> str:
-        [prompt] = throughput.make_prompts(rng, 1, tokens)
+        [prompt] = bench.make_prompts(rng, 1, tokens)
         return prompt
 
-    async with throughput.make_client() as client:
+    async with bench.make_client() as client:
         alone = [
-            await throughput.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), throughput.FEW_TOKENS)
+            await bench.complete(client, server, make_prompt(LONG_PROMPT_TOKENS), bench.FEW_TOKENS)
             for _ in range(FIRST_TOKEN_REPETITIONS)
         ]
         disturbance = await long_prompts.disturb(

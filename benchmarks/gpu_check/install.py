@@ -17,6 +17,9 @@ print(json.dumps({one.name.lower().replace("_", "-"): one.version for one in fou
 """
 """Reversed, since the first of two distributions of a name is the one that is imported."""
 
+SOURCES_VERSION = "0.0.0"
+"""Version of sources without a history."""
+
 
 class InstallError(Exception):
     """The wheels cannot be installed; the message is one sentence for the user."""
@@ -39,9 +42,11 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def declare_project(pyproject: Path, site: Path) -> None:
-    """Write the project's own package metadata into `site`: it runs from its sources, and reads its version there."""
-    project = tomllib.loads(pyproject.read_text())["project"]
-    name, version = project["name"], project["version"]
+    """Write the project's own package metadata into `site`: it runs from its sources, and reads its version there.
+
+    Tags, which have the version, do not come along with the sources.
+    """
+    name, version = tomllib.loads(pyproject.read_text())["project"]["name"], SOURCES_VERSION
     directory = site / f"{name.replace('-', '_')}-{version}.dist-info"
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.peers import environments
-from benchmarks.servers import BenchmarkError
+from kserve_llm.errors import BenchmarkError
 
 PEERS_DIR = Path(".peers")
 

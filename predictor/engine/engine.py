@@ -38,6 +38,7 @@ class Engine:
         context_tokens: maximum of prompt and completion of one sequence together; a smaller KV cache lowers it.
         capacity: maximum number of sequences that run or wait; callers share it as in `admission`.
         step_timeout_seconds: a step loop that has work and makes no step for this long counts as dead.
+        is_cache_rounded: whether the KV cache has fewer bits than the model computes with.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class Engine:
         context_tokens: int,
         capacity: int,
         step_timeout_seconds: float = 120.0,
+        is_cache_rounded: bool = False,
     ) -> None:
         self.capacity = capacity
         self.context_tokens = context_tokens
         self._executor = executor
         self._eos_token_ids = eos_token_ids
         self._step_timeout_seconds = step_timeout_seconds
+        self._is_cache_rounded = is_cache_rounded
         self._streams: set[Stream] = set()
         self._stopping = False
         self._last_progress = (0, time.monotonic())
@@ -96,6 +99,7 @@ class Engine:
             context_tokens=context_tokens,
             capacity=settings.max_num_seqs + settings.max_queued_requests,
             step_timeout_seconds=settings.step_timeout_seconds,
+            is_cache_rounded=settings.kv_cache_dtype != "auto",
         )
 
     @property
@@ -241,7 +245,8 @@ class Engine:
             for stream in streams:
                 stream.close()
         for prompt, completion in zip(prompts, completions, strict=True):
-            warm_up.check(self._executor.plain_logits([*prompt, *completion]), completion)
+            logits = self._executor.plain_logits([*prompt, *completion])
+            warm_up.check(logits, completion, is_cache_rounded=self._is_cache_rounded)
         self._executor.end_plain_passes()
 
     def follow(self) -> None:

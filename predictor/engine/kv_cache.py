@@ -2,10 +2,12 @@
 
 import math
 
+import torch
+
 from predictor.engine.causal_lm import CausalLM
 from predictor.engine.prompt_scorer import CHUNK_LOGITS
-from predictor.errors import StartupError
-from predictor.kernels import tensor_parallel, transformers_attention
+from predictor.errors import InvalidSettings, StartupError
+from predictor.kernels import int8_heads, tensor_parallel, transformers_attention
 from predictor.resources import memory
 from predictor.settings import Settings
 
@@ -65,7 +67,8 @@ def tokens_within(
     """Return the tokens of KV cache that fit into a budget together with its working space; may be negative.
 
     Per token of the cache: keys and values of all layers; an index entry; keys and values of one layer once more,
-    gathered and padded to twice their length, or repeated for every query head; and its column in the attention mask.
+    gathered and padded to twice their length, or repeated for every query head, of an int8 cache also as they were and
+    in float32; and its column in the attention mask.
     Once: float32 logits with their copies in the sampler and those of prompts, and the activations of the largest step.
 
     Args, in addition to those of `Engine.from_model`:
@@ -79,8 +82,12 @@ def tokens_within(
     element_bytes = model.dtype.itemsize
     heads, num_kv_heads, head_dim = transformers_attention.heads(model)
     intermediate_size = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_dim * element_bytes
+    is_int8 = settings.kv_cache_dtype == "int8"
+    head_bytes = int8_heads.head_bytes(head_dim) if is_int8 else head_dim * element_bytes
+    keys_and_values = 2 * config.num_hidden_layers * num_kv_heads * head_bytes
     gathered = 0 if in_place else 2 * max(heads, 2 * num_kv_heads) * head_dim * element_bytes
+    if is_int8 and not in_place:
+        gathered += num_kv_heads * (2 * head_bytes + 2 * head_dim * torch.float32.itemsize)
     index_entry = 8
     token_bytes = keys_and_values + index_entry + gathered
     prompt_logits = min(batched_tokens * config.vocab_size, max(CHUNK_LOGITS, config.vocab_size))
@@ -99,4 +106,18 @@ def tokens_within(
             min(cache_bytes // (token_bytes + mask_column), context_tokens),
             (cache_bytes - context_tokens * mask_column) // token_bytes,
         )
+    )
+
+
+def check_dtype(kv_cache_dtype: str, device: torch.device) -> None:
+    """Check that a device supports a setting `kv_cache_dtype`.
+
+    Raises:
+        InvalidSettings: it does not.
+    """
+    if kv_cache_dtype == "auto" or device.type == "cpu":
+        return
+    raise InvalidSettings(
+        f"--kv_cache_dtype {kv_cache_dtype} needs a CPU, but the device is {device}. Set --kv_cache_dtype auto, or "
+        "--device cpu. On a GPU --quantization leaves more memory to the cache."
     )

@@ -27,18 +27,20 @@ def make_prompts(vocabulary_tokens: int, context_tokens: int, count: int) -> tup
     return [ids, ids[prompt_tokens // 2 :]][:count], max_tokens
 
 
-def check(logits: torch.Tensor, completion: Sequence[int]) -> None:
+def check(logits: torch.Tensor, completion: Sequence[int], *, is_cache_rounded: bool = False) -> None:
     """Check that each token of a completion has the largest logit, up to rounding.
 
     Args:
         logits: of prompt and completion, (tokens, vocabulary).
         completion: the greedy tokens, the last ones of the sequence.
+        is_cache_rounded: whether the KV cache has fewer bits than `logits`.
 
     Raises:
         GenerationFailed: a token has not.
     """
     largest = shortfall(logits, completion)
-    if not largest <= _TOLERANCE.get(logits.dtype, _COARSEST_TOLERANCE):  # also if it is not a number
+    tolerance = _COARSEST_TOLERANCE if is_cache_rounded else _TOLERANCE.get(logits.dtype, _COARSEST_TOLERANCE)
+    if not largest <= tolerance:  # also if it is not a number
         raise GenerationFailed(
             "its tokens are not those of a forward pass without a KV cache, so every answer would be wrong "
             f"(a logit is {largest:.0%} of the row's range below the largest one)"

@@ -8,6 +8,7 @@ from functools import partial
 
 import psutil
 
+from predictor.engine import kv_cache
 from predictor.engine.engine import Engine
 from predictor.engine.pooling_engine import PoolingEngine
 from predictor.errors import RequestError, StartupError
@@ -78,8 +79,9 @@ def load_weights(
     """Load the weights, with the adapter merged into them, as the settings say; arguments as of `loader.load`.
 
     Raises:
-        StartupError: the weights or the device cannot be used.
+        StartupError: the weights, the device or a setting with this device cannot be used.
     """
+    kv_cache.check_dtype(settings.kv_cache_dtype, placement.choose_device(settings.device))
     return loader.load(
         model_snapshot.directory,
         device=settings.device,

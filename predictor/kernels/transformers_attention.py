@@ -76,9 +76,14 @@ class PagedLayer:
         return pages
 
     def slots(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values by slot, (slots, num_kv_heads, head_dim) each."""
+        """Return keys and values by slot, (slots, num_kv_heads, head_dim) each; of an int8 cache `int8_heads`."""
         slots: tuple[torch.Tensor, torch.Tensor] = self._allocator._kv_token_views[self._layer_idx]
         return slots
+
+    def write(self, key: torch.Tensor, value: torch.Tensor, write_index: torch.Tensor) -> None:
+        """Write keys and values to slots, (tokens, num_kv_heads, head_dim) each, as those of `slots` are."""
+        for cache, states in zip(self.slots(), (key, value), strict=True):
+            cache.index_copy_(0, write_index, states)
 
 
 def read_pages(cache: PagedKVCache) -> None:

@@ -22,6 +22,8 @@ PROCESS_BYTES = 1.0 * 2**30
 """Python, PyTorch and their buffers."""
 AUTOSCALER: Manifest = {"resources": {"limits": {"cpu": "500m", "memory": "512Mi"}}}
 """The container that KubeRay adds to the head for its autoscaler, by default."""
+SCALE_GROUP = 32
+"""Numbers of an int8 KV cache that share a scale of two bytes; the predictor has the same constant."""
 TOKENS_PER_SEQUENCE = 2048
 """KV cache tokens per sequence if its size is not set; the predictor sizes its cache by the same number."""
 
@@ -58,9 +60,10 @@ class Model:
         full = BYTES.get(self.dtype if dtype == "auto" else dtype, 2.0)
         return self.linear_parameters * BYTES.get(quantization, full) + self.other_parameters * full
 
-    def cache_bytes(self, tokens: int) -> float:
-        """Return the bytes of the KV cache: keys and values in two bytes each."""
-        return 2.0 * 2 * self.layers * self.key_value_heads * self.head * tokens
+    def cache_bytes(self, tokens: int, kv_cache_dtype: str = "auto") -> float:
+        """Return the bytes of the KV cache: keys and values in two bytes each, or in int8 with scales of groups."""
+        head = self.head + 2 * math.ceil(self.head / SCALE_GROUP) if kv_cache_dtype == "int8" else 2 * self.head
+        return 2.0 * self.layers * self.key_value_heads * head * tokens
 
 
 def read(path: Path) -> Model:
@@ -249,14 +252,15 @@ def _memory(deployment: Deployment, model: Model) -> Iterator[Finding]:
         yield from _host_memory(deployment, model.weight_bytes("none", "auto"), processes, memory)
         return
     useful = int(settings.get("PREDICTOR_MAX_NUM_SEQS", 1)) * min(TOKENS_PER_SEQUENCE, length)
-    cache = model.cache_bytes(int(settings.get("PREDICTOR_KV_CACHE_TOKENS", useful)))
+    tokens = int(settings.get("PREDICTOR_KV_CACHE_TOKENS", useful))
+    cache = model.cache_bytes(tokens, settings.get("PREDICTOR_KV_CACHE_DTYPE", "auto"))
     needed = weights + cache + processes
     if needed > memory:
         yield Finding(
             deployment.where,
             f"the model needs {quantities.gib(needed)} (weights {quantities.gib(weights)}, KV cache "
             f"{quantities.gib(cache)}), and the memory limit is {quantities.gib(memory)}",
-            "raise the limit, quantize, or lower PREDICTOR_MAX_NUM_SEQS",
+            "raise the limit, quantize (also by PREDICTOR_KV_CACHE_DTYPE=int8), or lower PREDICTOR_MAX_NUM_SEQS",
             "kserve-llm",
         )
 

@@ -45,6 +45,7 @@ def check(deployment: Deployment, model: Model | None = None) -> Iterator[Findin
     yield from _adapter(deployment)
     yield from _device(deployment)
     yield from _quantization(deployment)
+    yield from _kv_cache_dtype(deployment)
     yield from _hold(deployment)
     for problem, remedy in _tokens(deployment.settings, model):
         yield Finding(deployment.where, problem, remedy, "kserve-llm")
@@ -170,6 +171,18 @@ def _quantization(deployment: Deployment) -> Iterator[Finding]:
             deployment.where,
             "PREDICTOR_QUANTIZATION is fp8 and no GPU is requested, so the predictor does not start",
             "set PREDICTOR_QUANTIZATION=8bit, or add component gpu",
+            "kserve-llm",
+        )
+
+
+def _kv_cache_dtype(deployment: Deployment) -> Iterator[Finding]:
+    settings = deployment.settings
+    uses_gpu = gpus.counts(deployment) and settings.get("PREDICTOR_DEVICE") != "cpu"
+    if settings.get("PREDICTOR_KV_CACHE_DTYPE") == "int8" and uses_gpu:
+        yield Finding(
+            deployment.where,
+            "PREDICTOR_KV_CACHE_DTYPE is int8 and a GPU is requested, so the predictor does not start",
+            "set it to auto",
             "kserve-llm",
         )
 

@@ -1,4 +1,4 @@
-"""Output: log lines, JSON lines or a live bar on stderr, results on stdout; secrets are redacted."""
+"""Output: log lines, JSON lines or a bar on stderr, results on stdout; secrets are redacted."""
 
 import datetime
 import json
@@ -10,8 +10,6 @@ from typing import Any, TextIO
 
 from storage_initializer.formatting import format_bytes
 from storage_initializer.settings import Settings, redact
-
-_LIVE_SECONDS = 0.1
 
 log = logging.getLogger("storage_initializer")
 
@@ -62,13 +60,14 @@ def _json(level: str, message: str, fields: dict[str, Any]) -> str:
 
 
 class Progress:
-    """Progress display: a live bar on a terminal, a line every few seconds in a log."""
+    """Progress display: a bar on a terminal, a line every few seconds in a log."""
 
     def __init__(self, settings: Settings, verb: str = "fetched") -> None:
         self._verb = verb
         self._stderr: TextIO = sys.stderr
         self._live = self._stderr.isatty() and settings.log_format == "text"
-        self._interval_seconds = _LIVE_SECONDS if self._live else settings.progress_seconds
+        self._bar: Any = None
+        self._interval_seconds = settings.progress_seconds
         self._lock = threading.Lock()
         self._total_bytes = 0
         self._done_bytes = 0
@@ -80,24 +79,41 @@ class Progress:
         self._total_bytes = total_bytes
         self._done_bytes = 0
         self._started = self._displayed = time.monotonic()
+        if self._live:
+            # Imported for a terminal only, since imports dominate the time to check a published snapshot.
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total_bytes,
+                desc=self._verb,
+                unit="B",
+                unit_scale=True,
+                unit_divisor=1024,
+                dynamic_ncols=True,
+                file=self._stderr,
+            )
 
     def advance(self, size_bytes: int) -> None:
         """Add a number of bytes; thread-safe."""
         with self._lock:
+            if self._bar is not None:
+                self._bar.update(size_bytes)
+                return
             self._done_bytes += size_bytes
             now = time.monotonic()
             if now - self._displayed >= self._interval_seconds:
                 self._displayed = now
-                self._display(now)
+                self._log(now)
 
     def end(self) -> None:
         """Display the final state."""
         with self._lock:
-            self._display(time.monotonic())
-            if self._live:
-                self._stderr.write("\n")
+            if self._bar is not None:
+                self._bar.close()
+            else:
+                self._log(time.monotonic())
 
-    def _display(self, now: float) -> None:
+    def _log(self, now: float) -> None:
         remaining_bytes = max(0, self._total_bytes - self._done_bytes)
         percent = 100 * self._done_bytes / self._total_bytes if self._total_bytes else 100.0
         rate = self._done_bytes / max(now - self._started, 1e-3)
@@ -108,14 +124,10 @@ class Progress:
         )
         if remaining_bytes and eta_seconds is not None:
             line += f", {datetime.timedelta(seconds=round(eta_seconds))} left"
-        if self._live:
-            self._stderr.write(f"\r{line}\x1b[K")
-            self._stderr.flush()
-        else:
-            fields = {
-                "done_bytes": self._done_bytes,
-                "total_bytes": self._total_bytes,
-                "bytes_per_second": round(rate),
-                "eta_seconds": None if eta_seconds is None else round(eta_seconds),
-            }
-            log.info("%s", line, extra={"fields": fields})
+        fields = {
+            "done_bytes": self._done_bytes,
+            "total_bytes": self._total_bytes,
+            "bytes_per_second": round(rate),
+            "eta_seconds": None if eta_seconds is None else round(eta_seconds),
+        }
+        log.info("%s", line, extra={"fields": fields})

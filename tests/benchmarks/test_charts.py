@@ -12,8 +12,8 @@ import pytest
 from benchmarks import charts, comparison_tables
 from benchmarks.comparison import Case
 from benchmarks.long_prompts import Disturbance
-from benchmarks.throughput import Run
 from devtools.paths import ROOT
+from kserve_llm.bench import Run
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 SVG = {"svg": "http://www.w3.org/2000/svg"}

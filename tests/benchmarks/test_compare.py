@@ -17,10 +17,10 @@ import pytest
 from benchmarks import compare, comparison_tables, long_prompts, machine, servers
 from benchmarks.comparison import Case, Comparison, Load
 from benchmarks.long_prompts import Disturbance
-from benchmarks.servers import BenchmarkError, Server
-from benchmarks.throughput import Completion, Run
 from devtools import processes
 from devtools.paths import DEMO_MODEL
+from kserve_llm.bench import Completion, Run, Server
+from kserve_llm.errors import BenchmarkError
 
 
 @pytest.fixture(scope="module")

@@ -248,4 +248,4 @@ def test_gpu_check_installs_wheels_over_what_the_machine_has(tmp_path: Path) -> 
 def test_gpu_check_declares_the_project_whose_sources_run(tmp_path: Path) -> None:
     install.declare_project(ROOT / "pyproject.toml", tmp_path)
     [found] = importlib.metadata.distributions(name="kserve-llm", path=[str(tmp_path)])
-    assert found.version == importlib.metadata.version("kserve-llm")
+    assert found.version == install.SOURCES_VERSION

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.peers import catalog, compressed_tensors, environments
-from benchmarks.servers import BenchmarkError
+from kserve_llm.errors import BenchmarkError
 
 QUANTIZED = "model.layers.1.mlp.down_proj.weight"
 

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from benchmarks.servers import Server
 from benchmarks.turns import OtherCPUTime, Turns
+from kserve_llm.bench import Server
 
 PARENT = (
     "import subprocess, sys; child = subprocess.Popen(['sleep', '600']); print('started', flush=True); child.wait()"

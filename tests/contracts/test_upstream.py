@@ -64,7 +64,7 @@ from uvicorn.server import ServerState
 from devtools import tiny_llama
 from devtools.architectures import CASES
 from devtools.paths import DEMO_MODEL
-from predictor.engine import batching_manager, causal_lm
+from predictor.engine import batching_manager, causal_lm, int8_kv_cache
 from predictor.engine.batching_manager import BatchingManager
 from predictor.engine.executor import EngineOutput
 from predictor.engine.fair_scheduler import FairScheduler
@@ -77,7 +77,7 @@ from predictor.entrypoints import kserve_server
 from predictor.errors import EngineStopped
 from predictor.generation import output_notations
 from predictor.generation.output_parser import OutputParser
-from predictor.kernels import attention, past_key_values, sequence_attention, shards, transformers_attention
+from predictor.kernels import attention, int8_heads, past_key_values, sequence_attention, shards, transformers_attention
 from predictor.kernels.cpu import experts, layer_table, paged_attention, torch_private
 from predictor.kernels.cpu.linear import Int4Linear, Int8Linear
 from predictor.kernels.cuda import attention as cuda_attention
@@ -110,8 +110,8 @@ def model() -> Any:
 
 
 @contextmanager
-def started(model: Any, kv_cache_tokens: int = 4 * PAGE_TOKENS) -> Iterator[BatchingManager]:
-    executor = BatchingManager(model, Settings(max_num_seqs=4, max_num_batched_tokens=128), kv_cache_tokens)
+def started(model: Any, kv_cache_tokens: int = 4 * PAGE_TOKENS, **changes: Any) -> Iterator[BatchingManager]:
+    executor = BatchingManager(model, Settings(max_num_seqs=4, max_num_batched_tokens=128, **changes), kv_cache_tokens)
     executor.start()
     try:
         yield executor
@@ -1007,6 +1007,33 @@ def test_allocator_updates_one_layer_by_slots(allocator: str) -> None:
 def test_sliding_layers_have_no_block_table() -> None:
     assert cache_allocators.FullAttentionCacheAllocator.supports_block_table
     assert not cache_allocators.SlidingAttentionCacheAllocator.supports_block_table
+
+
+def test_manager_makes_an_int8_cache_of_heads_as_long_as_their_bytes(model: Any) -> None:
+    with started(model, kv_cache_dtype="int8") as int8:
+        paged = int8._manager.batch_processor.cache
+    assert continuous_api.PagedAttentionCache is cache.PagedAttentionCache
+    assert isinstance(paged, int8_kv_cache.Int8PagedCache)
+    assert paged.num_blocks == 4
+    [allocator] = paged.cache_allocators.values()
+    layer, head_dim = transformers_attention.PagedLayer(paged, 1), model.config.head_dim
+    slots = allocator.write_trash_index + torch.tensor([0, 3])
+    key, value = torch.randn(2, 1, allocator.num_key_value_heads, 2, head_dim).unbind()
+    # Both of the cache and of a layer, with slots to read and without.
+    indices = {"read_index": [slots], "write_index": [slots], "cu_seq_lens_k": {"full_attention": slots}}
+    results = [
+        paged.update(key, value, 1, indices | {"max_length_k": {"full_attention": 2}}),
+        *(
+            tuple(states.transpose(0, 1)[None] for states in layer.update(key, value, read_index, slots))
+            for read_index in (slots, slots[:0])
+        ),
+    ]
+    written = [int8_heads.quantize(states[0].transpose(0, 1)) for states in (key, value)]
+    assert all(torch.equal(by_slot[slots], heads) for by_slot, heads in zip(layer.slots(), written, strict=True))
+    for result in results:
+        for states, heads in zip(result, written, strict=True):
+            expected = int8_heads.dequantize(heads, head_dim, torch.float32)
+            assert torch.equal(states[0].transpose(0, 1), expected)
 
 
 def test_paged_layer_has_the_pages_that_the_slots_are_in(executor: BatchingManager) -> None:

@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 
 from devtools.paths import ROOT
-from kserve_llm import cli
+from kserve_llm import bench_command, cli
 from predictor import settings as predictor_settings
 from predictor.entrypoints import ray_settings
 from predictor.errors import InvalidSettings
@@ -57,6 +57,7 @@ EXTERNAL = {
     "rm": "removes files",
     "sleep": "takes time",
     "sudo": "runs another program, which is checked",
+    "tar": "packs what another program has written",
     "watch": "runs another program, which is checked",
 }
 """Programs that are not run, with the reason; the files of this repository that they are given must exist."""
@@ -187,9 +188,13 @@ def _kserve_llm(call: Call, words: Sequence[str]) -> None:
     arguments, flags = cli.make_parser().parse_known_args(words)
     match arguments.command:
         case "serve":
-            # An absolute path is a directory of the reader, which an earlier command may have made.
-            if not (call.folder / arguments.model).is_dir() and not Path(arguments.model).is_absolute():
+            # A folder may be the output of an earlier command.
+            if not arguments.model.startswith(("/", "./")) and not (call.folder / arguments.model).is_dir():
                 cli.parse_model(arguments.model)
+            _predictor(call, flags)
+        case "bench" if not bench_command.is_url(arguments.target):
+            if not (call.folder / arguments.target).is_dir():
+                cli.parse_model(arguments.target)
             _predictor(call, flags)
         case "fetch":
             _storage_initializer(call, [*flags, str(cli.parse_model(arguments.model)), "/cache"])
@@ -254,11 +259,11 @@ def _pip_words(call: Call, words: Sequence[str]) -> None:
     parser.add_argument("-e", "--editable", action="append", default=[])
     for option in ("-r", "--requirement", "-c", "--constraint"):
         parser.add_argument(option, action="append", default=[], dest="files")
-    for option in ("--index-url", "--extra-index-url", "--python", "--dest"):
+    for option in ("--index-url", "--extra-index-url", "--find-links", "--python", "--dest"):
         parser.add_argument(option)
-    for option in ("--upgrade", "--quiet", "--require-hashes", "--no-deps"):
+    for option in ("--upgrade", "--quiet", "--require-hashes", "--no-deps", "--no-index"):
         parser.add_argument(option, action="store_true")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     for file in arguments.files:
         assert (call.folder / file).is_file(), f"{file} does not exist"
     for requirement in [*arguments.requirements, *arguments.editable]:

@@ -2,16 +2,20 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
+import pytest
 from packaging.markers import Marker
 from packaging.utils import canonicalize_name
 
 from devtools.paths import ROOT
 
+PACKAGES = ("kserve_llm", "predictor", "preflight", "snapshot_format", "storage_initializer")
+"""Packages of the wheel."""
 PINNED = re.compile(
     r"^([A-Za-z0-9._-]+)==(\S+)(?: ; (.+?))? \\\n((?: +--hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
@@ -47,3 +51,30 @@ class Environment:
             canonicalize_name(package["name"]): package["version"]
             for package in json.loads(self.pip("list", "--format=json"))
         }
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy what the wheel is made from, without compiled files, into a new folder."""
+    folder.mkdir()
+    for name in ("pyproject.toml", "hatch_build.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return folder
+
+
+def build_wheel(builder: Environment, sources: Path) -> Path:
+    """Build a wheel as the images do."""
+    target = sources.parent / "wheels"
+    words: list[str | Path] = ["--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", target]
+    builder.pip("wheel", *words, sources)
+    (wheel,) = target.iterdir()
+    return wheel
+
+
+@pytest.fixture(scope="session")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Environment:
+    """The locked build backend."""
+    environment = Environment(tmp_path_factory.mktemp("builder"))
+    environment.install("--require-hashes", "--no-deps", "--requirement", ROOT / "images/requirements-build.txt")
+    return environment

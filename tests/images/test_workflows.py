@@ -17,6 +17,7 @@ WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yaml"))
 TEXTS = {path.name: path.read_text() for path in WORKFLOWS}
 FOLDERS = (
     "benchmarks",
+    "devtools",
     "kserve_llm",
     "kustomize",
     "manifests",
@@ -47,6 +48,14 @@ def test_workflow_actions_are_pinned_to_one_commit() -> None:
             pins.setdefault(action, set()).add(pin)
     assert pins
     assert {action: commits for action, commits in pins.items() if len(commits) > 1} == {}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_workflow_has_no_permissions_by_default(name: str) -> None:
+    workflow = yaml.safe_load(TEXTS[name])
+    assert workflow["permissions"] == {}
+    # A job that calls another workflow passes its own permissions on.
+    assert [job for job, content in workflow["jobs"].items() if "permissions" not in content] == []
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

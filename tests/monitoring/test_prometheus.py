@@ -10,11 +10,11 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks import throughput
-from benchmarks.servers import Server
 from devtools import processes
 from devtools import render_dashboard as dashboard
 from devtools.paths import ROOT
+from kserve_llm import bench
+from kserve_llm.bench import Server
 
 SECONDS_AT_MOST = 600.0
 
@@ -59,10 +59,10 @@ def observed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]
 
 async def load(server: Server) -> None:
     prompts = [f"{number}+1=" for number in random.Random(0).sample(range(100), 20)]
-    async with httpx.AsyncClient(timeout=throughput.READ_TIMEOUT_SECONDS, trust_env=False) as client:
+    async with bench.make_client() as client:
         # A series starts with the first request of its kind, and a rate needs an increase after that.
         for part in (prompts[:4], prompts[4:]):
-            await throughput.run(client, server, part, 4, 40)
+            await bench.run(client, server, part, 4, 40)
             await asyncio.sleep(2.5)
 
 

@@ -587,6 +587,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         "has amd.com/gpu 500m, and Kubernetes allocates whole devices only",
     ),
     "fp8_without_gpu": (fp8_without_gpu, "PREDICTOR_QUANTIZATION is fp8 and no GPU is requested"),
+    "int8_cache_on_a_gpu": (
+        lambda d: d.settings.update(PREDICTOR_KV_CACHE_DTYPE="int8"),
+        "PREDICTOR_KV_CACHE_DTYPE is int8 and a GPU is requested, so the predictor does not start; set it to auto",
+    ),
     "device_auto": (lambda d: d.settings.update(PREDICTOR_DEVICE="auto"), "serves from its CPU"),
     "no_memory_limit": (remove_memory_limit, "has no request or no limit of memory"),
     "storage_over_limit": (
@@ -987,7 +991,10 @@ def test_resources_model_larger_than_memory_is_a_finding(draft: Drafts) -> None:
     assert "needs 18.7 GiB (weights 14.2 GiB, KV cache 3.5 GiB), and the memory limit is 4.0 GiB" in str(finding)
     dev.settings["PREDICTOR_QUANTIZATION"] = "8bit"
     [finding] = dev.check(model=model)
-    assert "weights 8.1 GiB" in str(finding)
+    assert "weights 8.1 GiB, KV cache 3.5 GiB" in str(finding)
+    dev.settings["PREDICTOR_KV_CACHE_DTYPE"] = "int8"
+    [finding] = dev.check(model=model)
+    assert "weights 8.1 GiB, KV cache 1.9 GiB" in str(finding)
 
 
 def test_volumes_claim_smaller_than_the_checkpoint_is_a_finding(draft: Drafts) -> None:

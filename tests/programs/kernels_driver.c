@@ -1,5 +1,5 @@
 /* Calls the kernels with odd sizes on exactly sized buffers, for AddressSanitizer and UBSan. */
-#include "kernels.h"
+#include "int8_heads.h"
 
 #include <stdlib.h>
 
@@ -63,23 +63,35 @@ static void test_bf16_gemm(size_t m, size_t n, size_t k, int isa) {
     free(weight), free(packed_weight), free(scratch), free(input), free(bias), free(norm), free(residual), free(output);
 }
 
-static void test_attention(size_t num_heads, size_t num_kv_heads, size_t head_dim, size_t window, int is_float32) {
+static void test_attention(
+    size_t num_heads, size_t num_kv_heads, size_t head_dim, size_t window, int is_float32, int is_int8) {
     enum { SEQS = 3, SLOTS = 104, TOKENS = 37 };
     /* First token, tokens before the step, position of the first key in the cache, its slot. */
     const int64_t sequences[4 * SEQS] = {0, 1, 0, 0, 1, 130, 130 - 33, 1, 2, 70, 0, 34};
     const int64_t tiles[3 * 5] = {0, 0, 1, 1, 0, 1, 2, 0, 5, 2, 5, 16, 2, 21, 14};
-    const size_t key_stride = num_kv_heads * head_dim, query_stride = num_heads * head_dim;
-    const size_t bytes = is_float32 ? sizeof(float) : sizeof(bfloat16);
+    const size_t key_head = is_int8 ? int8_head_bytes(head_dim) : head_dim;
+    const size_t key_stride = num_kv_heads * key_head, query_stride = num_heads * head_dim;
+    const size_t bytes = is_float32 ? sizeof(float) : sizeof(bfloat16), key_bytes = is_int8 ? 1 : bytes;
     int64_t *slot_mapping = malloc(SLOTS * sizeof *slot_mapping);
-    void *cache = calloc(SLOTS * key_stride, bytes), *key = calloc(TOKENS * key_stride, bytes);
+    void *cache = calloc(SLOTS * key_stride, key_bytes), *key = calloc(TOKENS * key_stride, key_bytes);
     void *query = calloc(TOKENS * query_stride, bytes);
     float *output = malloc(TOKENS * query_stride * sizeof *output), *sinks = floats(num_heads);
     for (int64_t i = 0; i < SLOTS; i++) slot_mapping[i] = SLOTS - 1 - i;
     paged_attention(
         query, key, key, query_stride, key_stride, key_stride, cache, cache, key_stride, slot_mapping, sequences, tiles, 5,
-        num_heads, num_kv_heads, head_dim, window, 0.125f, 30, sinks, output, is_float32, 2
+        num_heads, num_kv_heads, head_dim, window, 0.125f, 30, sinks, output, is_float32, is_int8, 2
     );
     free(slot_mapping), free(cache), free(key), free(query), free(output), free(sinks);
+}
+
+static void test_quantize_kv(size_t tokens, size_t head_dim, int is_float32) {
+    enum { HEADS = 3 };
+    float *key = floats(tokens * HEADS * head_dim), *value = calloc(tokens * HEADS * head_dim, sizeof *value);
+    int8_t *output = malloc(2 * tokens * HEADS * int8_head_bytes(head_dim));
+    const size_t stride = HEADS * head_dim;
+    /* As bfloat16, floats are numbers of any size, and NaN. */
+    quantize_kv(key, value, stride, stride, output, tokens, HEADS, head_dim, is_float32, 2);
+    free(key), free(value), free(output);
 }
 
 #ifdef EMULATED_AMX_H
@@ -118,7 +130,12 @@ int main(void) {
                 for (size_t k = 0; k < 4; k++) test_bf16_gemm(sizes[m], sizes[n], sizes[k], isa);
     for (size_t head_dim = 16; head_dim <= 256; head_dim += 48)
         for (int is_float32 = 0; is_float32 < 2; is_float32++)
-            test_attention(5, 1, head_dim, 34, is_float32), test_attention(6, 3, head_dim, 34, is_float32);
+            for (int is_int8 = 0; is_int8 < 2; is_int8++)
+                test_attention(5, 1, head_dim, 34, is_float32, is_int8),
+                    test_attention(6, 3, head_dim, 34, is_float32, is_int8);
+    for (size_t head_dim = 16; head_dim <= 256; head_dim += 48)
+        for (int is_float32 = 0; is_float32 < 2; is_float32++)
+            test_quantize_kv(1, head_dim, is_float32), test_quantize_kv(70, head_dim, is_float32);
     test_rotation(1, 64, 64), test_rotation(13, 50, 20);
     return 0;
 }

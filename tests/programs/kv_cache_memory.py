@@ -1,10 +1,11 @@
-"""Print how much memory an engine takes whose KV cache is sized for a budget: DIRECTORY BUDGET_BYTES."""
+"""Print how much memory an engine takes whose KV cache is sized for a budget: DIRECTORY BUDGET_BYTES KV_CACHE_DTYPE."""
 
 import asyncio
 import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -31,7 +32,7 @@ async def fill(engine: Engine) -> None:
     await asyncio.gather(*map(read, engine.submit(prompts)))
 
 
-def run(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
+def run(directory: Path, budget_bytes: int, kv_cache_dtype: Any) -> tuple[Engine, int]:
     """Return an engine after its work, and the bytes of its cache and masks."""
     loaded = loader.load(directory, device="cpu", dtype="float32", trust_remote_code=False)
 
@@ -42,7 +43,13 @@ def run(directory: Path, budget_bytes: int) -> tuple[Engine, int]:
     memory.available_bytes = available_bytes
     engine = Engine.from_model(
         loaded.model,
-        Settings(max_num_seqs=64, max_queued_requests=64, max_num_batched_tokens=512, kv_cache_memory_fraction=1.0),
+        Settings(
+            max_num_seqs=64,
+            max_queued_requests=64,
+            max_num_batched_tokens=512,
+            kv_cache_memory_fraction=1.0,
+            kv_cache_dtype=kv_cache_dtype,
+        ),
         eos_token_ids=loaded.eos_token_ids,
         context_tokens=1024,
     )
@@ -62,8 +69,8 @@ def peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    directory, budget_bytes = Path(sys.argv[1]), int(sys.argv[2])
-    run(directory, 16 * 2**20)  # torch's own memory of the first steps does not belong to the cache
+    directory, budget_bytes, kv_cache_dtype = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    run(directory, 16 * 2**20, kv_cache_dtype)  # torch's own memory of the first steps does not belong to the cache
     before = psutil.Process().memory_info().rss
-    engine, allocated = run(directory, budget_bytes)
+    engine, allocated = run(directory, budget_bytes, kv_cache_dtype)
     sys.stdout.write(json.dumps({"allocated": allocated, "growth": peak_bytes() - before}))

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from predictor.kernels import int8_heads
+
 LIBRARY = Path(__file__).with_name("libnative.so")
 SOURCES = LIBRARY.parents[1] / "csrc"
 
@@ -32,6 +34,7 @@ PROTOTYPES = {
     "int4_pack_weight": (None, [_POINTER] * 4 + [_SIZE] * 3),
     "int4_scaled_mm": (None, [_POINTER] * 3 + [_SIZE] + [_INT] * 2),
     "rotate_to_bf16": (None, [_POINTER] * 4 + [_SIZE] * 5 + [_INT]),
+    "quantize_kv": (None, [_POINTER] * 2 + [_SIZE] * 2 + [_POINTER] + [_SIZE] * 3 + [_INT] * 2),
     "paged_attention": (
         None,
         [_POINTER] * 3
@@ -42,7 +45,7 @@ PROTOTYPES = {
         + [_SIZE] * 5
         + [_FLOAT] * 2
         + [_POINTER] * 2
-        + [_INT] * 2,
+        + [_INT] * 3,
     ),
 }
 """Result and argument types of the functions in `kernels.h`."""
@@ -117,6 +120,34 @@ def supports_paged_attention(dtype: torch.dtype, num_heads: int, num_kv_heads: i
     return cpu_isa is not None and dtype in (torch.bfloat16, torch.float32) and supports_shape
 
 
+def quantize_kv(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Quantize keys and values to int8 heads, each token by itself; `int8_heads.quantize` computes the same.
+
+    Args:
+        key: (tokens, num_kv_heads, head_dim), bfloat16 or float32.
+        value: as `key`.
+
+    Returns:
+        Both, (2, tokens, num_kv_heads, `int8_heads.head_bytes`), int8.
+    """
+    tokens, num_kv_heads, head_dim = key.shape
+    key, value = (states if states.stride()[1:] == (head_dim, 1) else states.contiguous() for states in (key, value))
+    output = torch.empty(2, tokens, num_kv_heads, int8_heads.head_bytes(head_dim), dtype=torch.int8)
+    library.quantize_kv(
+        key.data_ptr(),
+        value.data_ptr(),
+        key.stride(0),
+        value.stride(0),
+        output.data_ptr(),
+        tokens,
+        num_kv_heads,
+        head_dim,
+        key.dtype == torch.float32,
+        torch.get_num_threads(),
+    )
+    return output
+
+
 def paged_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -138,9 +169,9 @@ def paged_attention(
 
     Args:
         query: (tokens, num_heads, head_dim), bfloat16 or float32.
-        key: of the same tokens and dtype, (tokens, num_kv_heads, head_dim).
+        key: of the same tokens, (tokens, num_kv_heads, head_dim), of the same dtype; or int8 heads of `quantize_kv`.
         value: as `key`.
-        key_cache: (slots, num_kv_heads, head_dim), of the same dtype.
+        key_cache: of the form of `key`, (slots, num_kv_heads, head_dim).
         value_cache: as `key_cache`.
         slot_mapping: cache slots of the keys before the step of all sequences, int64.
         sequences: (sequences, 4), int64: the index of the sequence's first token in `query`; the number of its tokens
@@ -159,7 +190,7 @@ def paged_attention(
     """
     tokens, num_heads, head_dim = query.shape
     query, key, value = (
-        states if states.stride()[1:] == (head_dim, 1) else states.contiguous() for states in (query, key, value)
+        states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous() for states in (query, key, value)
     )
     output = torch.empty(tokens, num_heads, head_dim, dtype=torch.float32)
     library.paged_attention(
@@ -185,6 +216,7 @@ def paged_attention(
         None if sinks is None else sinks.data_ptr(),
         output.data_ptr(),
         query.dtype == torch.float32,
+        key.dtype == torch.int8,
         torch.get_num_threads(),
     )
     return output

@@ -74,10 +74,14 @@ def attend(
         indices = StepIndices(read_index[layer.index], torch.tensor(sequences), torch.tensor(tiles))
         by_type[layer.type, tile_queries] = indices
     key_cache, value_cache = layer.slots()
+    new_key, new_value = key[0].transpose(0, 1), value[0].transpose(0, 1)
+    if key_cache.dtype == torch.int8:
+        # Also what this step reads: a token has the same key in the step that computes it and in later ones.
+        new_key, new_value = ops.quantize_kv(new_key, new_value)
     output = ops.paged_attention(
         query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        new_key,
+        new_value,
         key_cache,
         value_cache,
         slot_mapping=indices.slot_mapping,
@@ -88,7 +92,7 @@ def attend(
         softcap=softcap,
         sinks=None if s_aux is None else s_aux.float(),
     )
-    layer.update(key, value, read_index[layer.index][:0], write_index[layer.index])
+    layer.write(new_key, new_value, write_index[layer.index])
     return output.to(query.dtype)[None]
 
 

@@ -69,10 +69,13 @@ void int4_scaled_mm(const LinearArguments *layer, const uint8_t *packed_weight, 
 void rotate_to_bf16(const float *heads, const float *cos, const float *sin, bfloat16 *output, size_t num_tokens,
     size_t num_heads, size_t num_rotated_heads, size_t head_dim, size_t rotary_dim, int num_threads);
 
+void quantize_kv(const void *key, const void *value, size_t key_stride, size_t value_stride, int8_t *output,
+    size_t num_tokens, size_t num_heads, size_t head_dim, int is_float32, int num_threads);
+
 void paged_attention(const void *query, const void *key, const void *value, size_t query_stride, size_t key_stride,
     size_t value_stride, const void *key_cache, const void *value_cache, size_t slot_stride,
     const int64_t *slot_mapping, const int64_t *sequences, const int64_t *tiles, size_t num_tiles, size_t num_heads,
     size_t num_kv_heads, size_t head_dim, size_t window, float scale, float softcap, const float *sinks, float *output,
-    int is_float32, int num_threads);
+    int is_float32, int is_int8, int num_threads);
 
 #endif

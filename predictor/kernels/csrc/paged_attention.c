@@ -5,18 +5,11 @@
  * query does not see adds an exact zero to its sums. The result of a query is therefore bit-identical in any batch,
  * chunk of its prompt, and number of threads.
  */
-#include "kernels.h"
-#include "simd_avx512.h"
+#include "int8_heads.h"
 
 #include <math.h>
-#include <string.h>
 
-enum {
-    BLOCK_KEYS = 64, /* keys per block: 64 features of them and of their values fit into the L1 cache */
-    TILE_ROWS = 6,   /* rows of a product that are computed at once: 24 accumulators, and 4 registers of keys */
-    MAX_ROWS = 96,   /* queries x heads per job; `ATTENTION_ROWS` in ops.py */
-    MAX_HEAD_DIM = 256
-};
+enum { TILE_ROWS = 6 }; /* rows of a product that are computed at once: 24 accumulators, and 4 registers of keys */
 
 /* One call's arguments, as in kernels.h. */
 typedef struct {
@@ -41,50 +34,17 @@ typedef struct {
 } Tile;
 
 typedef struct {
-    float query[MAX_ROWS * MAX_HEAD_DIM], output[MAX_ROWS * MAX_HEAD_DIM];
+    _Alignas(64) float query[MAX_ROWS * MAX_HEAD_DIM]; /* cache lines, so that registers are in one line each */
+    float output[MAX_ROWS * MAX_HEAD_DIM];
     float keys[MAX_HEAD_DIM * BLOCK_KEYS];   /* transposed: (head_dim, BLOCK_KEYS) */
     float values[BLOCK_KEYS * MAX_HEAD_DIM]; /* (BLOCK_KEYS, width) */
     float max[MAX_ROWS], sum[MAX_ROWS];
+    Int8Queries int8_queries; /* instead of `query` and `keys`, if keys are int8 */
+    Int8Keys int8_keys;
 } Workspace;
 
-static inline size_t element_bytes(int is_float32) { return is_float32 ? sizeof(float) : sizeof(bfloat16); }
-
-/* LANES numbers from element `index` of a row on. */
-static inline __m512 load(const void *row, size_t index, int is_float32) {
-    if (is_float32) return _mm512_loadu_ps((const float *)row + index);
-    const __m256i halves = _mm256_loadu_si256((const __m256i *)((const bfloat16 *)row + index));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-}
-
-static inline void transpose_16x16(__m512i *rows) {
-    __m512i pairs[LANES], quads[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2) {
-        pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < LANES; i += 4)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            quads[i + 2 * j] = _mm512_unpacklo_epi64(pairs[i + j], pairs[i + j + 2]);
-            quads[i + 2 * j + 1] = _mm512_unpackhi_epi64(pairs[i + j], pairs[i + j + 2]);
-        }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        const __m512i low = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0x88);
-        const __m512i high = _mm512_shuffle_i32x4(quads[i], quads[i + 4], 0xdd);
-        const __m512i low2 = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0x88);
-        const __m512i high2 = _mm512_shuffle_i32x4(quads[i + 8], quads[i + 12], 0xdd);
-        rows[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
-        rows[i + 4] = _mm512_shuffle_i32x4(high, high2, 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-        rows[i + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-    }
-}
-
 /* Transpose LANES keys into a column of `output`, (head_dim, BLOCK_KEYS). NULL is a key of zeros. */
-static inline void transpose_keys(const void *const *keys, size_t head_dim, int is_float32, float *output) {
+static inline __attribute__((always_inline)) void transpose_keys(const void *const *keys, size_t head_dim, int is_float32, float *output) {
     const size_t step = is_float32 ? LANES : 2 * LANES; /* features in a register */
     for (size_t i = 0; i < head_dim; i += step) {
         const size_t remaining = (head_dim - i) * LANES / step;
@@ -199,15 +159,15 @@ typedef struct {
     const Arguments *arguments;
     const Sequence *sequence;
     size_t kv_head;
-    int is_float32;
+    int is_float32, is_int8;
 } Source;
 
 /* The key or value at a position: of the step, or in the cache. */
-static inline const void *element_at(const Source *source, int64_t position, int of_value) {
+static inline __attribute__((always_inline)) const void *element_at(const Source *source, int64_t position, int of_value) {
     const Arguments *arguments = source->arguments;
     const Sequence *sequence = source->sequence;
     const char *base;
-    size_t offset = source->kv_head * arguments->head_dim;
+    size_t offset = source->kv_head * (source->is_int8 ? int8_head_bytes(arguments->head_dim) : arguments->head_dim);
     if (position >= sequence->past_length) {
         const size_t token = (size_t)(sequence->first_token + position - sequence->past_length);
         base = of_value ? arguments->value : arguments->key;
@@ -217,22 +177,30 @@ static inline const void *element_at(const Source *source, int64_t position, int
         base = of_value ? arguments->value_cache : arguments->key_cache;
         offset += (size_t)slot * arguments->slot_stride;
     }
-    return base + offset * element_bytes(source->is_float32);
+    return base + offset * (source->is_int8 ? 1 : element_bytes(source->is_float32));
 }
 
-/* Convert keys [begin, end) of the block at position `block` to float32, and their values. Other keys in the same
+/* Convert keys [begin, end) of the block at position `block`, and their values to float32. Other keys in the same
  * registers become zeros; further ones keep any numbers, and their scores are not visible. */
-static inline void load_block(
+static inline __attribute__((always_inline)) void load_block(
     const Source *source, int64_t block, size_t begin, size_t end, size_t width, Workspace *workspace) {
     const size_t head_dim = source->arguments->head_dim;
     const void *keys[BLOCK_KEYS] = {NULL};
     for (size_t k = begin; k < end; k++) keys[k] = element_at(source, block + (int64_t)k, 0);
-    for (size_t k = begin / LANES * LANES; k < end; k += LANES)
-        transpose_keys(keys + k, head_dim, source->is_float32, workspace->keys + k);
+    for (size_t k = begin / LANES * LANES; k < end; k += LANES) {
+        if (source->is_int8)
+            transpose_int8_keys((const int8_t *const *)keys + k, head_dim, k, &workspace->int8_keys);
+        else transpose_keys(keys + k, head_dim, source->is_float32, workspace->keys + k);
+    }
     for (size_t k = begin; k < end; k++) {
         const void *value = element_at(source, block + (int64_t)k, 1);
         float *row = workspace->values + k * width;
-        for (size_t i = 0; i < head_dim; i += LANES) _mm512_storeu_ps(row + i, load(value, i, source->is_float32));
+        if (source->is_int8) {
+            dequantize_head(value, head_dim, row);
+            for (size_t group = 0; group < num_groups(head_dim); group++)
+                workspace->int8_keys.scales[group * BLOCK_KEYS + k] = load_scale(keys[k], head_dim, group);
+        } else
+            for (size_t i = 0; i < head_dim; i += LANES) _mm512_storeu_ps(row + i, load(value, i, source->is_float32));
     }
 }
 
@@ -243,15 +211,18 @@ static inline size_t first_visible(const Arguments *arguments, int64_t position)
 
 /* Rows [row, row + rows) of a job: queries from `position` on, over the block of keys at `block`. */
 static void attend_rows(const Arguments *arguments, Workspace *workspace, int64_t position, size_t block, size_t row,
-    size_t rows, size_t width) {
+    size_t rows, size_t width, int is_int8) {
     const size_t heads = arguments->num_queries_per_kv, head_dim = arguments->head_dim;
     const int64_t last_query = position + (int64_t)((row + rows - 1) / heads);
     const size_t first_key = first_visible(arguments, position + (int64_t)(row / heads));
     if (last_query < (int64_t)block || first_key >= block + BLOCK_KEYS) return;
     const size_t n_keys = (size_t)last_query + 1 - block < BLOCK_KEYS ? (size_t)last_query + 1 - block : BLOCK_KEYS;
-    float scores[TILE_ROWS * BLOCK_KEYS] = {0};
-    add_product(workspace->query + row * head_dim, head_dim, workspace->keys, BLOCK_KEYS, head_dim, scores, BLOCK_KEYS,
-        rows, n_keys > BLOCK_KEYS / 2 ? BLOCK_KEYS : BLOCK_KEYS / 2);
+    _Alignas(64) float scores[TILE_ROWS * BLOCK_KEYS] = {0};
+    if (is_int8)
+        score_int8(&workspace->int8_queries, &workspace->int8_keys, head_dim, row, rows, n_keys, scores);
+    else
+        add_product(workspace->query + row * head_dim, head_dim, workspace->keys, BLOCK_KEYS, head_dim, scores,
+            BLOCK_KEYS, rows, n_keys > BLOCK_KEYS / 2 ? BLOCK_KEYS : BLOCK_KEYS / 2);
     for (size_t r = 0; r < rows; r++) {
         const int64_t query = position + (int64_t)((row + r) / heads);
         const size_t first = first_visible(arguments, query);
@@ -269,8 +240,8 @@ static void attend_rows(const Arguments *arguments, Workspace *workspace, int64_
 }
 
 static inline __attribute__((always_inline)) void attend(const Arguments *arguments, const Sequence *sequence,
-    const Tile *tile, size_t kv_head, float *output, size_t output_stride, int is_float32) {
-    Workspace workspace;
+    const Tile *tile, size_t kv_head, float *output, size_t output_stride, Workspace *workspace, int is_float32,
+    int is_int8) {
     const size_t heads = arguments->num_queries_per_kv, head_dim = arguments->head_dim;
     const size_t width = (head_dim + 2 * LANES - 1) / (2 * LANES) * (2 * LANES);
     const size_t rows = (size_t)tile->num_queries * heads;
@@ -282,31 +253,33 @@ static inline __attribute__((always_inline)) void attend(const Arguments *argume
         query += (token * arguments->query_stride + head * head_dim) * element_bytes(is_float32);
         for (size_t i = 0; i < head_dim; i += LANES) {
             const __m512 features = _mm512_mul_ps(load(query, i, is_float32), _mm512_set1_ps(arguments->scale));
-            _mm512_storeu_ps(workspace.query + row * head_dim + i, features);
+            _mm512_storeu_ps(workspace->query + row * head_dim + i, features);
         }
+        if (is_int8) quantize_query(workspace->query + row * head_dim, head_dim, row, &workspace->int8_queries);
         /* An attention sink is a score without a value. */
-        workspace.max[row] = arguments->sinks ? arguments->sinks[head] : -INFINITY;
-        workspace.sum[row] = arguments->sinks ? 1 : 0;
+        workspace->max[row] = arguments->sinks ? arguments->sinks[head] : -INFINITY;
+        workspace->sum[row] = arguments->sinks ? 1 : 0;
     }
-    memset(workspace.output, 0, rows * width * sizeof *workspace.output);
+    memset(workspace->output, 0, rows * width * sizeof *workspace->output);
     for (size_t k = 0; k < BLOCK_KEYS; k++) /* the columns beyond head_dim */
-        _mm512_storeu_ps(workspace.values + (k + 1) * width - LANES, _mm512_setzero_ps());
-    const Source source = {arguments, sequence, kv_head, is_float32};
+        _mm512_storeu_ps(workspace->values + (k + 1) * width - LANES, _mm512_setzero_ps());
+    const Source source = {arguments, sequence, kv_head, is_float32, is_int8};
+    const size_t tile_rows = is_int8 ? INT8_TILE_ROWS : TILE_ROWS;
     const size_t n_keys = (size_t)(position + tile->num_queries), first_key = first_visible(arguments, position);
     for (size_t block = first_key / BLOCK_KEYS * BLOCK_KEYS; block < n_keys; block += BLOCK_KEYS) {
         const size_t begin = first_key > block ? first_key - block : 0;
         const size_t end = n_keys - block < BLOCK_KEYS ? n_keys - block : BLOCK_KEYS;
-        load_block(&source, (int64_t)block, begin, end, width, &workspace);
-        for (size_t row = 0; row < rows; row += TILE_ROWS)
-            attend_rows(
-                arguments, &workspace, position, block, row, rows - row < TILE_ROWS ? rows - row : TILE_ROWS, width);
+        load_block(&source, (int64_t)block, begin, end, width, workspace);
+        for (size_t row = 0; row < rows; row += tile_rows)
+            attend_rows(arguments, workspace, position, block, row, rows - row < tile_rows ? rows - row : tile_rows,
+                width, is_int8);
     }
     for (size_t row = 0; row < rows; row++) {
         float *target =
             output + (first_token + row / heads) * output_stride + (kv_head * heads + row % heads) * head_dim;
         for (size_t i = 0; i < head_dim; i += LANES) {
-            const __m512 sum = _mm512_loadu_ps(workspace.output + row * width + i);
-            _mm512_storeu_ps(target + i, _mm512_div_ps(sum, _mm512_set1_ps(workspace.sum[row])));
+            const __m512 sum = _mm512_loadu_ps(workspace->output + row * width + i);
+            _mm512_storeu_ps(target + i, _mm512_div_ps(sum, _mm512_set1_ps(workspace->sum[row])));
         }
     }
 }
@@ -315,14 +288,20 @@ void paged_attention(const void *query, const void *key, const void *value, size
     size_t value_stride, const void *key_cache, const void *value_cache, size_t slot_stride,
     const int64_t *slot_mapping, const int64_t *sequences, const int64_t *tiles, size_t num_tiles, size_t num_heads,
     size_t num_kv_heads, size_t head_dim, size_t window, float scale, float softcap, const float *sinks, float *output,
-    int is_float32, int num_threads) {
+    int is_float32, int is_int8, int num_threads) {
     const Arguments arguments = {query, key, value, key_cache, value_cache, query_stride, key_stride, value_stride,
         slot_stride, num_heads / num_kv_heads, head_dim, window, slot_mapping, scale, softcap, sinks};
+    const size_t output_stride = num_heads * head_dim;
 #pragma omp parallel for num_threads(num_threads) schedule(dynamic) /* Jobs differ in length. */
     for (size_t job = 0; job < num_tiles * num_kv_heads; job++) {
         const Tile *tile = (const Tile *)tiles + job / num_kv_heads;
         const Sequence *sequence = (const Sequence *)sequences + tile->sequence;
-        if (is_float32) attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 1);
-        else attend(&arguments, sequence, tile, job % num_kv_heads, output, num_heads * head_dim, 0);
+        const size_t kv_head = job % num_kv_heads;
+        Workspace workspace;
+        if (is_float32 && is_int8)
+            attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 1, 1);
+        else if (is_float32) attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 1, 0);
+        else if (is_int8) attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 0, 1);
+        else attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 0, 0);
     }
 }

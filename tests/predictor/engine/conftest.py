@@ -142,15 +142,17 @@ def generate(engine: Engine, ids: Sequence[int], sampling: SamplingParams) -> Ge
     return generated
 
 
-def assert_logprobs(reference: LoadedModel, ids: Sequence[int], answer: Generated, top: int) -> None:
+def assert_logprobs(
+    reference: LoadedModel, ids: Sequence[int], answer: Generated, top: int, tolerance: float = 1e-3
+) -> None:
     """Compare with a single forward pass over prompt and completion."""
     with torch.no_grad():
         logits = reference.model(torch.tensor([[*ids, *answer.token_ids]])).logits[0]
     expected = logits[len(ids) - 1 : -1].float().log_softmax(dim=-1)
     assert [sampled.token_id for sampled in answer.logprobs] == answer.token_ids
     for row, sampled in zip(expected, answer.logprobs, strict=True):
-        best = pytest.approx(row.topk(top).values.tolist(), abs=1e-3)
-        assert sampled.logprob == pytest.approx(row[sampled.token_id].item(), abs=1e-3)
+        best = pytest.approx(row.topk(top).values.tolist(), abs=tolerance)
+        assert sampled.logprob == pytest.approx(row[sampled.token_id].item(), abs=tolerance)
         assert [value for _, value in sampled.top] == best
         assert [row[token_id].item() for token_id, _ in sampled.top] == best
 

@@ -155,9 +155,11 @@ def test_token_budget_on_cuda_without_room_names_what_to_do(monkeypatch: pytest.
 
 
 @pytest.mark.slow
-def test_token_budget_is_kept_by_a_full_engine() -> None:
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8"])
+def test_token_budget_is_kept_by_a_full_engine(kv_cache_dtype: str) -> None:
     budget_bytes = 48 * MIB
-    command = [sys.executable, "-m", "tests.programs.kv_cache_memory", str(DEMO_MODEL), str(budget_bytes)]
+    program = [sys.executable, "-m", "tests.programs.kv_cache_memory"]
+    command = [*program, str(DEMO_MODEL), str(budget_bytes), kv_cache_dtype]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 0, ended.stderr
     used = json.loads(ended.stdout)

@@ -83,6 +83,13 @@ def test_ranks_answers_are_those_of_one(name: str, server: InProcessServer, pair
         assert rounded(completion(pair, **REQUESTS[name])) == rounded(completion(server, **REQUESTS[name]))
 
 
+def test_ranks_with_an_int8_cache_answer_as_one(server: InProcessServer, tmp_path: Path) -> None:
+    with servers.own_process(tmp_path, *FLAGS, *SMALL, "--kv_cache_dtype", "int8") as (pair, _):
+        assert "KV cache of 1024 tokens in int8" in pair.read_log()
+        for name in ("greedy", "a shared prefix"):
+            assert completion(pair, **REQUESTS[name]) == completion(server, **REQUESTS[name])
+
+
 def rounded(value: Any) -> Any:
     """A response with log probabilities of the precision in which the order of a sum does not show."""
     if isinstance(value, float):

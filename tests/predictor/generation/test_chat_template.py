@@ -83,6 +83,15 @@ def test_template_that_loops_for_some_chats_is_cut_off(monkeypatch: pytest.Monke
     assert template.render(Chat((USER,))) == "[user]Hi"
 
 
+@pytest.mark.parametrize(
+    "template",
+    ["{{ ''.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}", "{{ messages.append(messages[0]) }}"],
+)
+def test_template_reaches_no_objects_of_python(template: str) -> None:
+    with pytest.raises(ChatTemplateFailed, match="is unsafe"):
+        render(template, USER)
+
+
 def test_template_without_fault_is_ok_and_none_is_missing() -> None:
     assert make(DEMO).status == OK
     assert make({"default": DEMO, "tool_use": "{{ tools }}"}).status == OK

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -39,6 +39,7 @@ def generate(
     max_num_batched_tokens: int = 2048,
     dtype: str = "float32",
     quantization: str = "none",
+    kv_cache_dtype: Literal["auto", "int8"] = "auto",
     sequential: bool = False,
     model: Any = None,
 ) -> list[list[int]]:
@@ -57,6 +58,7 @@ def generate(
                 max_queued_requests=32,
                 max_num_batched_tokens=max_num_batched_tokens,
                 kv_cache_tokens=16384,
+                kv_cache_dtype=kv_cache_dtype,
             ),
             eos_token_ids=loaded.eos_token_ids,
             context_tokens=loaded.context_tokens,
@@ -128,6 +130,15 @@ def test_windows_caps_and_sinks_in_c_match_transformers(
     model_type: str, options: dict[str, Any], limits: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Windows that end within prompts, at their ends, and while tokens are generated."""
+    model = random_model(model_type, **options)
+    expected = generate(PROMPTS, custom_attention=False, model=model)
+    only_c(monkeypatch)
+    for limit in limits:
+        assert generate(PROMPTS, model=model, max_num_batched_tokens=limit) == expected
+
+
+def random_model(model_type: str, **options: Any) -> Any:
+    """A model with and without windows by turns, whose tokens depend on the smallest mistakes."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
         model_type,
@@ -142,11 +153,32 @@ def test_windows_caps_and_sinks_in_c_match_transformers(
         initializer_range=0.5,
         **options,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    expected = generate(PROMPTS, custom_attention=False, model=model)
-    only_c(monkeypatch)
-    for limit in limits:
-        assert generate(PROMPTS, model=model, max_num_batched_tokens=limit) == expected
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "only"),
+    [
+        ("qwen2", {"use_sliding_window": True}, only_sdpa),
+        pytest.param("qwen2", {"use_sliding_window": True}, only_c, marks=needs_c),
+        pytest.param(
+            "gpt_oss", {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}, only_c, marks=needs_c
+        ),
+    ],
+)
+def test_int8_cache_with_windows_and_sinks_is_near_that_of_transformers(
+    model_type: str,
+    options: dict[str, Any],
+    only: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Keys are rounded in the same way everywhere, and tokens differ where the sums before them round differently."""
+    model, prompts = random_model(model_type, **options), PROMPTS[:10]
+    expected = generate(prompts, custom_attention=False, model=model, kv_cache_dtype="int8")
+    only(monkeypatch)
+    actual = generate(prompts, model=model, kv_cache_dtype="int8", max_num_batched_tokens=16)
+    equal = sum(tokens == others for tokens, others in zip(actual, expected, strict=True))
+    assert equal >= 0.7 * len(expected)
 
 
 @needs_c
