@@ -179,6 +179,15 @@ def test_malformed_model_is_named(words: list[str], error: str, capsys: pytest.C
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["list", "gc"])
+def test_cache_that_does_not_exist_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--cache", str(tmp_path / "cache")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'cache'} does not exist. Run `kserve-llm fetch OWNER/MODEL` first.\n"
+    )
+    assert not (tmp_path / "cache").exists()
+
+
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(cli.REQUIREMENTS, "preflight", "a_package_that_is_missing")
     assert cli.main(["check", "kustomize/overlays/dev"]) == 2

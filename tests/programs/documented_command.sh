@@ -18,6 +18,7 @@ case $program in
         done
         exec "$KUBECTL" "$@"
         ;;
+      " create "*--dry-run=client*) exec "$KUBECTL" "$@" ;;
       *jsonpath*url*) echo http://llm.example.com ;;
       *jsonpath*.data*) echo ZXhhbXBsZQ== ;;
       *" -o "*) echo example ;;
