@@ -34,7 +34,7 @@ install: $(INSTALLED) ## create the virtual environment
 # The C sources are compiled on installation.
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/kernels/csrc/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Choose one: make PYTHON=python3.12 ...")'
-	@echo "==> installing into $(VENV)"
+	@echo "==> installing into $(VENV), which takes some minutes and 3 GB"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,ray,preflight,completion,dev]'
 	@touch $@

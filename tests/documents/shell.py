@@ -81,7 +81,8 @@ class Checkout:
         (recorders / "activate").touch()
         for program in programs:
             (recorders / program).symlink_to(PROGRAMS / "documented_command.sh")
-        (folder / ".venv-clients").symlink_to(".venv")
+        for name in (".venv-clients", ".venv-guidellm"):
+            (folder / name).symlink_to(".venv")
         self._real = folder / ".real"
         self._real.mkdir()
         for program in REAL:
