@@ -48,9 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, flags = make_parser().parse_known_args(argv)
     try:
         return _run(arguments, flags)
-    except (CommandError, MalformedReference) as error:
+    except MalformedReference as error:
+        # argparse takes the value of a flag that it does not know for the model, if that comes later.
+        fix = f" Write the model before {flags[0]}." if flags else ""
+        print(f"error: {error}{fix}", file=sys.stderr)
+        return 2
+    except CommandError as error:
         print(f"error: {error}", file=sys.stderr)
-        return error.exit_code if isinstance(error, CommandError) else 2
+        return error.exit_code
 
 
 def make_parser(*, with_settings: bool = False) -> argparse.ArgumentParser:
@@ -70,6 +75,7 @@ def make_parser(*, with_settings: bool = False) -> argparse.ArgumentParser:
         if argument := ARGUMENTS.get(name):
             metavar, meaning = argument
             command.add_argument(metavar.lower(), metavar=metavar, help=meaning)
+            command.usage = f"%(prog)s {metavar} [FLAG ...]"
         if name != "check":
             command.add_argument(
                 "--cache",
@@ -106,7 +112,10 @@ def _run(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
             _require("check", "preflight")
             _replace_process("preflight", arguments.overlay, *flags)
         case "list" | "gc" as name:
-            _replace_process("storage_initializer", name, str(arguments.cache.absolute()), *flags)
+            cache: Path = arguments.cache.absolute()
+            if not cache.is_dir():
+                raise CommandError(f"{cache} does not exist. Run `kserve-llm fetch OWNER/MODEL` first.")
+            _replace_process("storage_initializer", name, str(cache), *flags)
         case "verify":
             _verify(arguments, flags)
         case "fetch":

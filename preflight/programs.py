@@ -6,6 +6,7 @@ Nothing else is imported from them. This code needs pydantic only; torch and kse
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -64,7 +65,7 @@ class Program:
         if variable.startswith(self.prefix) and variable not in fields:
             [*close] = difflib.get_close_matches(variable, fields, n=1)
             return f"{name} is not a setting of the {self.name}", f"use {close[0]}" if close else "remove it"
-        if error := self._error({variable: value}):
+        if error := self._error(variable, value):
             shown = "invalid" if "@" in value else repr(value)  # A URL may contain a password.
             return f"{name} is {shown}, so the {self.name} does not start: {error[0]}", error[1]
         return None
@@ -73,7 +74,7 @@ class Program:
         """Yield why the program does not start with its arguments; a malformed reference is reported elsewhere."""
         found = False
         for flag, name, value in flags(arguments):
-            if name in self._model.model_fields and (error := self._error({f"{self.prefix}{name.upper()}": value})):
+            if name in self._model.model_fields and (error := self._error(f"{self.prefix}{name.upper()}", value)):
                 found = True
                 yield f"{flag} is {value!r}, so the {self.name} does not start: {error[0]}", error[1], "kserve-llm"
         if found:
@@ -110,10 +111,11 @@ class Program:
         source.env_vars = {name.lower(): value for name, value in variables.items()}
         return source()
 
-    def _error(self, variables: Mapping[str, str]) -> tuple[str, str] | None:
-        """Return the error of one variable and its remedy."""
+    @cache  # noqa: B019, the programs live as long as the process
+    def _error(self, variable: str, value: str) -> tuple[str, str] | None:
+        """Return the error of one variable and its remedy; containers and overlays have most variables in common."""
         try:
-            return self._value_error(self._values(variables))
+            return self._value_error(self._values({variable: value}))
         except SettingsError as error:
             return str(error), "write it as JSON"
 

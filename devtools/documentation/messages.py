@@ -8,7 +8,7 @@ def text_of(node: ast.expr) -> str | None:
     """Return the text of an expression as Markdown; None if it is neither a string nor made of strings."""
     match node:
         case ast.Constant(value=str() as value):
-            return html.escape(value, quote=False)
+            return _escape(value)
         case ast.JoinedStr(values=values):
             return "".join(map(_part, values))
         case ast.BinOp(left=left, op=ast.Add(), right=right):
@@ -20,6 +20,12 @@ def text_of(node: ast.expr) -> str | None:
     return None
 
 
+def _escape(text: str) -> str:
+    """Escape HTML outside of code."""
+    parts = text.split("`")
+    return "`".join(part if number % 2 else html.escape(part, quote=False) for number, part in enumerate(parts))
+
+
 def _part(node: ast.expr) -> str:
     return _value(node.value) if isinstance(node, ast.FormattedValue) else text_of(node) or ""
 
@@ -28,7 +34,7 @@ def _value(node: ast.expr) -> str:
     """Return the word for a value: a name in upper case, or the alternatives of a condition."""
     match node:
         case ast.Constant(value=str() as text):
-            return html.escape(text, quote=False)
+            return _escape(text)
         case ast.Name(id=name) | ast.Attribute(attr=name) | ast.Subscript(slice=ast.Constant(value=str() as name)):
             return name.strip("_").upper()
         case ast.IfExp(body=ast.Constant(value=str() as one), orelse=ast.Constant(value=str() as other)):

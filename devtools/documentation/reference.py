@@ -141,8 +141,8 @@ def errors_page() -> str:
         _subclasses(predictor_errors, predictor_errors.RequestError), key=lambda error: (error.status, error.__name__)
     )
     predictor, initializer = _messages("predictor"), _messages("storage_initializer")
-    # Each is the fault of one field, which the message names.
-    predictor.pop("InvalidRequest", None)
+    # Too many to list.
+    predictor["InvalidRequest"] = ["Names the field, and what it accepts."]
     head = ("Error", "Meaning", "Messages, with what to do")
     return "\n\n".join(
         [

@@ -18,7 +18,7 @@ _LINK = re.compile(r"(?<=\]\()(?P<path>\.\./[^)#\s]*)(?P<anchor>#[^)\s]*)?(?=\))
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:  # noqa: ARG001 - MkDocs' names
     """Rewrite the links of a page before it is converted."""
-    return rewrite(markdown, page.file.src_uri, config.repo_url or "")
+    return rewrite(markdown, page.file.src_uri, config.extra["repository"])
 
 
 def rewrite(markdown: str, source: str, repository: str) -> str:

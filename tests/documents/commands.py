@@ -39,7 +39,7 @@ EXTERNAL = {
     "flux": "needs Flux",
     "gh": "needs GitHub",
     "git": "needs a remote repository; a clone is this checkout",
-    "guidellm": "in .venv-clients",
+    "guidellm": "in .venv-guidellm; tests/examples runs it",
     "helm": "needs a cluster",
     "install": "needs root",
     "k3d": "makes a cluster",
@@ -57,6 +57,7 @@ EXTERNAL = {
     "rm": "removes files",
     "sleep": "takes time",
     "sudo": "runs another program, which is checked",
+    "tar": "packs what another program has written",
     "watch": "runs another program, which is checked",
 }
 """Programs that are not run, with the reason; the files of this repository that they are given must exist."""
@@ -187,7 +188,8 @@ def _kserve_llm(call: Call, words: Sequence[str]) -> None:
     arguments, flags = cli.make_parser().parse_known_args(words)
     match arguments.command:
         case "serve":
-            if not (call.folder / arguments.model).is_dir():
+            # A folder may be the output of an earlier command.
+            if not arguments.model.startswith(("/", "./")) and not (call.folder / arguments.model).is_dir():
                 cli.parse_model(arguments.model)
             _predictor(call, flags)
         case "bench" if not bench_command.is_url(arguments.target):
@@ -257,11 +259,11 @@ def _pip_words(call: Call, words: Sequence[str]) -> None:
     parser.add_argument("-e", "--editable", action="append", default=[])
     for option in ("-r", "--requirement", "-c", "--constraint"):
         parser.add_argument(option, action="append", default=[], dest="files")
-    for option in ("--index-url", "--extra-index-url", "--python", "--dest"):
+    for option in ("--index-url", "--extra-index-url", "--find-links", "--python", "--dest"):
         parser.add_argument(option)
-    for option in ("--upgrade", "--quiet", "--require-hashes", "--no-deps"):
+    for option in ("--upgrade", "--quiet", "--require-hashes", "--no-deps", "--no-index"):
         parser.add_argument(option, action="store_true")
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_intermixed_args(words)
     for file in arguments.files:
         assert (call.folder / file).is_file(), f"{file} does not exist"
     for requirement in [*arguments.requirements, *arguments.editable]:

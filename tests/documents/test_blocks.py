@@ -14,8 +14,8 @@ What a writer must know:
 - ```` ```yaml ````: a kustomization or some of its fields (rendered on base, next to the files of overlay `dev`), an
   object (validated), or fields of an InferenceService below `spec.predictor` (validated). An excerpt with `…`, and
   anything else, is parsed. A fence with title="FILE" writes FILE next to the kustomization of a later block.
-- ```` ```json ````, one or several documents, and ```` ```python ```` are parsed. `text`, `console`, `diff` and
-  `mermaid` are not checked.
+- ```` ```json ```` (one or several documents, or a member of one) and ```` ```python ```` are parsed. `text`,
+  `console`, `diff` and `mermaid` are not checked.
 """
 
 import ast
@@ -125,8 +125,10 @@ def test_yaml_of_a_document_is_valid(checkout: Callable[[], Checkout], document:
 
 
 def parse_json(text: str) -> None:
-    """Parse one or several documents."""
+    """Parse one or several documents, or a member of one."""
     rest = text.strip()
+    if re.match(r'"\w+": ', rest):
+        rest = f"{{{rest}}}"
     while rest:
         _, end = json.JSONDecoder().raw_decode(rest)
         rest = rest[end:].strip()

@@ -46,7 +46,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_site_builds_strictly_and_requests_nothing_from_other_hosts(site: Path) -> None:
     html = list(site.rglob("*.html"))
     assert len(html) > 60
@@ -136,6 +135,6 @@ def test_findings_page_has_the_findings_of_every_check() -> None:
         # Those that only pass on the text of a parser are left out.
         written = len(re.findall(r"^ +yield \(?\n? *f?\"|^ +yield Finding\(", source, re.MULTILINE))
         assert len(found) >= written // 2, module
-        assert all(finding.severity in ("error", "warning") for finding in found)
+        assert {severity for finding in found for severity in finding.severity.split(" or ")} <= {"error", "warning"}
         assert {source for finding in found for source in finding.source.split(" or ")} <= {"", *get_args(Source)}
     assert "PREDICTOR_REQUEST_TIMEOUT_SECONDS is REQUEST and timeout TIMEOUT, so the gateway times out first" in page

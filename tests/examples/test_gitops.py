@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from devtools.kubectls import PACKAGES
 from devtools.paths import ROOT
 from preflight.deployment import Manifest
-from tests.kustomize.conftest import GOLDEN
+from tests.kustomize.conftest import GOLDEN, kubectl_with
 
 EXAMPLE = ROOT / "examples/gitops"
 PAGE = ROOT / "docs/how-to/gitops.md"
@@ -73,12 +74,15 @@ def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     run("git", "add", "--force", ".", cwd=repository)
     run("git", *IDENTITY, "commit", "--quiet", "--message", "release", cwd=repository)
     run("git", "tag", "v0.1.0", cwd=repository)
-    instead = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": f"url.file://{repository}.insteadOf"}
-    return Release(directory, {**instead, "GIT_CONFIG_VALUE_0": RELEASE})
+    environment = {"GIT_CONFIG_COUNT": "2"}
+    for index, address in enumerate((RELEASE, f"{RELEASE}.git")):  # The second is kustomize 4's.
+        environment[f"GIT_CONFIG_KEY_{index}"] = f"url.file://{repository}.insteadOf"
+        environment[f"GIT_CONFIG_VALUE_{index}"] = address
+    return Release(directory, environment)
 
 
-def render(target: Path | str, environment: Mapping[str, str] | None = None) -> str:
-    return run("kubectl", "kustomize", str(target), cwd=ROOT, environment=environment)
+def render(target: Path | str, environment: Mapping[str, str] | None = None, kubectl: Path = Path("kubectl")) -> str:
+    return run(str(kubectl), "kustomize", str(target), cwd=ROOT, environment=environment)
 
 
 def deployed(rendered: str) -> dict[str, Any]:
@@ -166,6 +170,14 @@ def test_example_overlay_serves_its_model_and_keeps_job_and_claim(release: Relea
     text = (EXAMPLE / "overlay/kustomization.yaml").read_text()
     assert text.count(f"{RELEASE}//") == text.count("?ref=v0.1.0") == 2
     assert_serves_another_model(render(EXAMPLE / "overlay", release.environment), text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", PACKAGES)
+def test_example_overlay_is_the_same_with_every_kustomize(release: Release, version: str) -> None:
+    overlay = EXAMPLE / "overlay"
+    rendered = render(overlay, release.environment, kubectl_with(version))
+    assert rendered == render(overlay, release.environment)
 
 
 def test_application_from_the_release_serves_its_model(release: Release) -> None:

@@ -7,7 +7,7 @@ import pytest
 from kserve_llm import hints as module
 from kserve_llm.hints import hints
 
-PLAIN = {"device": "cpu", "dtype": "bfloat16", "quantization": "none"}
+PLAIN = {"task": "generate", "device": "cpu", "dtype": "bfloat16", "quantization": "none"}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def test_hint_of_8_bits_is_left_out_if_quantization_was_chosen(flags: list[str])
     assert not list(hints("hf://a/b", PLAIN, flags))
 
 
-@pytest.mark.parametrize("properties", [{"quantization": "8bit"}, {"device": "cuda:0"}])
+@pytest.mark.parametrize("properties", [{"quantization": "8bit"}, {"device": "cuda:0"}, {"task": "embed"}])
 def test_hint_of_8_bits_is_left_out_where_it_does_not_apply(properties: dict[str, str]) -> None:
     assert not list(hints("hf://a/b", PLAIN | properties, []))
 

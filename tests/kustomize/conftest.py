@@ -99,6 +99,14 @@ def with_cluster_runtime(service: Manifest, runtime: Manifest) -> Deployment:
     return Deployment(({**service, "spec": {"predictor": {**predictor, "model": model}}}, named))
 
 
+def kubectl_with(version: str) -> Path:
+    """Return the kubectl that contains this version of kustomize."""
+    kubectl = ROOT / ".kubectls" / version / "kubectl"
+    if not kubectl.exists():
+        pytest.skip("not installed; `make kubectls` installs it")
+    return kubectl
+
+
 def kustomize(folder: Path) -> tuple[Manifest, ...]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:

@@ -11,16 +11,13 @@ import yaml
 
 from devtools.kubectls import PACKAGES
 from devtools.paths import ROOT
-from tests.kustomize.conftest import BASE, COMPONENTS, GOLDEN, HOW_TO, IMAGES, OVERLAYS, PINNED, Render
+from tests.kustomize.conftest import BASE, COMPONENTS, GOLDEN, HOW_TO, IMAGES, OVERLAYS, PINNED, Render, kubectl_with
 
 OLDEST, *_, NEWEST = PACKAGES
 
 
 def run(version: str, *arguments: str) -> str:
-    kubectl = ROOT / ".kubectls" / version / "kubectl"
-    if not kubectl.exists():
-        pytest.skip("not installed; `make kubectls` installs it")
-    done = subprocess.run([kubectl, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([kubectl_with(version), *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout

@@ -18,10 +18,14 @@ case $program in
         done
         exec "$KUBECTL" "$@"
         ;;
+      " create "*--dry-run=client*) exec "$KUBECTL" "$@" ;;
       *jsonpath*url*) echo http://llm.example.com ;;
       *jsonpath*.data*) echo ZXhhbXBsZQ== ;;
       *" -o "*) echo example ;;
     esac
+    ;;
+  python | python3)
+    if [ "${1-} ${2-}" = "-m venv" ]; then mkdir -p "$3" && ln -sfn "$CHECKOUT/.venv/bin" "$3/bin"; fi
     ;;
   nohup | sudo | watch) exec "$@" ;;
 esac

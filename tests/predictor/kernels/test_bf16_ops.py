@@ -1,7 +1,6 @@
 """The bfloat16 GEMM in C, against float64."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -10,38 +9,19 @@ from hypothesis import strategies as st
 from torch import nn
 
 from predictor.kernels.cpu import gemm_ops, ops
+from tests.predictor.kernels.products import Operands, assert_independent_of_threads, by, each_form
 
-each_form = pytest.mark.parametrize("form", ["plain", "norm", "silu_and_mul"])
-
-
-Test = TypeVar("Test", bound=Callable[..., None])
+each_isa = by("bf16_kernel", "avx512", "avx512_bf16", "amx")
 
 
-def by(*names: str) -> Callable[[Test], Test]:
-    """Run the test with each of these instruction sets that the machine has, AMX emulated if need be."""
-    selected = pytest.mark.parametrize("bf16_kernel", names, indirect=True)
-    return lambda test: pytest.mark.usefixtures("bf16_kernel")(selected(test))
-
-
-each_isa = by("avx512", "avx512_bf16", "amx")
-
-
-class Layer:
+class Layer(Operands):
     """Random weights and activations."""
 
     def __init__(self, tokens: int, inputs: int, outputs: int, form: str = "plain") -> None:
         torch.manual_seed(tokens * 1000 + inputs * 10 + outputs)
         self.weight = (torch.randn(outputs, inputs) / inputs**0.5).bfloat16()
         self.packed = gemm_ops.bf16_pack_weight(self.weight)
-        self.rows = torch.randn(tokens, inputs * (2 if form == "silu_and_mul" else 1)) * (torch.rand(tokens, 1) * 10)
-        forms: dict[str, dict[str, Any]] = {
-            "plain": {},
-            "norm": {"norm": (torch.rand(inputs) + 0.5, 0.5)},
-            "silu_and_mul": {"silu_and_mul": True},
-        }
-        self.more = forms[form]
-        self.bias = torch.randn(outputs)
-        self.residual = torch.randn(tokens, outputs)
+        super().__init__(tokens, inputs, outputs, form)
 
     def __call__(self, rows: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
         return gemm_ops.bf16_mm(self.rows if rows is None else rows, self.packed, len(self.weight), **self.more | more)
@@ -104,18 +84,11 @@ def test_bf16_mm_of_a_long_prompt_is_bit_identical_to_its_parts() -> None:
 
 @each_isa
 def test_bf16_mm_is_bit_identical_with_any_thread_count() -> None:
-    layer, before = Layer(120, 130, 100), torch.get_num_threads()
-    outputs = []
-    try:
-        for threads in (1, 2, 3, 7):  # 100 outputs are four panels: some threads compute none
-            torch.set_num_threads(threads)
-            outputs.append(layer(bias=layer.bias))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, outputs[0]) for other in outputs[1:])
+    layer = Layer(120, 130, 100)  # 100 outputs are four panels
+    assert_independent_of_threads(lambda: layer(bias=layer.bias))
 
 
-@by("avx512_bf16", "amx")
+@by("bf16_kernel", "avx512_bf16", "amx")
 def test_bf16_mm_rounds_activations_as_torch_does() -> None:
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x3F80FFFF, 0x7F7FFFFF, -0x407F8000], dtype=torch.int32)
     rows = bits.view(torch.float32)[:, None]
@@ -123,7 +96,7 @@ def test_bf16_mm_rounds_activations_as_torch_does() -> None:
     assert torch.equal(outputs, rows.bfloat16().float())
 
 
-@by("avx512")
+@by("bf16_kernel", "avx512")
 def test_bf16_mm_by_avx512_keeps_activations_in_float32() -> None:
     rows = torch.tensor([[1.0001, -3.3333]])
     identity = gemm_ops.bf16_pack_weight(torch.eye(2, dtype=torch.bfloat16))

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from devtools import architectures
 from devtools.architectures import CASES
-from predictor.kernels.cpu import decoder_layer, experts, gemm, linear
+from predictor.kernels.cpu import decoder_layer, experts, linear
 from predictor.kernels.cpu.layer_table import LAYERS, are_experts
+from tests.predictor.kernels.products import by, quantize_linear
 
 FUSED_CASES = tuple(name for name, case in CASES.items() if architectures.has_fused_layers(case))
 TOKENS = torch.randint(0, 500, (2, 300), generator=torch.Generator().manual_seed(1))
@@ -117,8 +118,7 @@ def test_decoder_layer_applies_the_configured_activation(activation: str) -> Non
     assert relative_error(quantized(TOKENS).logits, exact) < 0.1
 
 
-@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
-@pytest.mark.usefixtures("bf16_kernel")
+@by("bf16_kernel", "avx512", "avx512_bf16", "amx")
 def test_bf16_kernels_compute_decoder_layers_independently_of_the_batch() -> None:
     model = make_model("qwen2")
     exact = copy.deepcopy(model).float()(FEW_TOKENS).logits
@@ -138,14 +138,6 @@ def quantize_decoder(model: Any) -> Any:
             if isinstance(layer, nn.Linear) and name != "lm_head":
                 parent.register_module(name, quantize_linear(layer))
     return model
-
-
-def quantize_linear(layer: nn.Linear) -> linear.Int8Linear:
-    weight, scale = gemm.quantize_per_channel_int8(layer.weight)
-    bias = {} if layer.bias is None else {"bias": layer.bias}
-    quantized = linear.Int8Linear(layer.in_features, layer.out_features, bias["bias"].dtype if bias else None)
-    quantized.load_state_dict({"weight": weight, "scale": scale} | bias)
-    return quantized
 
 
 def test_fuse_leaves_float32_models_unchanged() -> None:

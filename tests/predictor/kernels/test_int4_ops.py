@@ -1,7 +1,5 @@
 """The int4 GEMM in C, against exact sums in float64."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,15 +7,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from predictor.kernels.cpu import gemm, gemm_ops, ops
+from tests.predictor.kernels.products import Operands, by, quantized_product
+
+each_isa = by("int8_kernel", "avx512_vnni", "amx")
 
 
-def each_isa(test: Any) -> Any:
-    """Run the test with each of these instruction sets that the machine has."""
-    selected = pytest.mark.parametrize("int8_kernel", ["avx512_vnni", "amx"], indirect=True)
-    return pytest.mark.usefixtures("int8_kernel")(selected(test))
-
-
-class Layer:
+class Layer(Operands):
     """Random weights and activations; scales are exact in float16."""
 
     def __init__(
@@ -30,26 +25,13 @@ class Layer:
         self.zero_point = torch.randint(0, 16, (outputs, groups), dtype=torch.uint8) if zero_points else None
         self.group_size = group_size
         self.packed = gemm_ops.int4_pack_weight(self.qweight, self.scale, self.zero_point, group_size)
-        self.rows = torch.randn(tokens, inputs * (2 if gated else 1)) * (torch.rand(tokens, 1) * 10)
-        self.bias = torch.randn(outputs)
-        self.residual = torch.randn(tokens, outputs)
+        super().__init__(tokens, inputs, outputs, "silu_and_mul" if gated else "plain")
 
     def weight(self) -> torch.Tensor:
         """(outputs, inputs), float64."""
         group_of = torch.arange(self.qweight.shape[1]) // self.group_size
         zero_point = 8 if self.zero_point is None else self.zero_point.double()[:, group_of]
         return (self.qweight.double() - zero_point) * self.scale.double()[:, group_of]
-
-
-def expected(rows: torch.Tensor, weight: torch.Tensor, norm: tuple[torch.Tensor, float] | None = None) -> torch.Tensor:
-    """Compute in float64; activations are quantized in float32."""
-    gain = torch.ones(len(rows), 1, dtype=torch.float64)
-    if norm is not None:
-        gain = (rows.double().square().mean(-1, keepdim=True) + norm[1]).rsqrt()
-        rows = rows * norm[0]
-    largest = rows.abs().amax(-1, keepdim=True)
-    rounded = (rows * (torch.tensor(127.0) / largest)).round().double()
-    return (rounded @ weight.T) * (largest.double() / 127) * gain
 
 
 @each_isa
@@ -68,7 +50,7 @@ def test_int4_scaled_mm_matches_float64(
     layer = Layer(tokens, inputs, outputs, group_size, zero_points=zero_points)
     norm = (torch.rand(inputs) + 0.5, 0.5) if has_norm else None
     result = gemm_ops.int4_scaled_mm(layer.rows, layer.packed, norm=norm, bias=layer.bias, residual=layer.residual)
-    product = expected(layer.rows, layer.weight(), norm)
+    product = quantized_product(layer.rows, layer.weight(), norm)
     error = result - (product + layer.bias + layer.residual)
     assert error.abs().max() < 3e-6 * (product.abs().max() + layer.bias.abs().max() + layer.residual.abs().max())
 
@@ -82,7 +64,7 @@ def test_int4_silu_and_mul_matches_float64(group_size: int, zero_points: bool) -
     rows = layer.rows.clone()
     result = gemm_ops.int4_scaled_mm(rows, layer.packed, silu_and_mul=True, residual=layer.residual)
     torch.testing.assert_close(rows[:, :130], (nn.functional.silu(gate) * up).float(), rtol=2e-6, atol=1e-9)
-    product = expected(rows[:, :130], layer.weight()) + layer.residual
+    product = quantized_product(rows[:, :130], layer.weight()) + layer.residual
     assert (result - product).abs().max() < 3e-6 * product.abs().max()
 
 
@@ -97,8 +79,7 @@ def test_int4_scaled_mm_is_bit_identical_in_any_batch(group_size: int, zero_poin
         assert torch.equal(together, torch.stack(alone[:tokens]))
 
 
-@pytest.mark.usefixtures("int8_kernel")
-@pytest.mark.parametrize("int8_kernel", ["amx"], indirect=True)
+@by("int8_kernel", "amx")
 @pytest.mark.parametrize("group_size", gemm.INT4_GROUP_SIZES)
 def test_int4_scaled_mm_is_bit_identical_with_vnni_and_amx(group_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = Layer(33, 300, 70, group_size, zero_points=True)

@@ -13,7 +13,7 @@ from torch import nn
 
 from devtools.paths import ROOT
 from predictor.kernels.cpu import gemm, linear
-from predictor.kernels.cpu.linear import Int8Linear
+from tests.predictor.kernels.products import by, quantize_linear
 
 
 class Block(nn.Module):  # type: ignore[misc]
@@ -34,11 +34,7 @@ class Block(nn.Module):  # type: ignore[misc]
     def quantize(self) -> "Block":
         """Replace the layers by `Int8Linear`, in place."""
         for name, layer in list(self.named_children()):
-            bias = None if layer.bias is None else layer.bias.dtype
-            int8 = Int8Linear(layer.in_features, layer.out_features, bias)
-            weight, scale = gemm.quantize_per_channel_int8(layer.weight.detach())
-            int8.load_state_dict({"weight": weight, "scale": scale} | ({"bias": layer.bias} if bias else {}))
-            self.register_module(name, int8)
+            self.register_module(name, quantize_linear(layer))
         return self
 
 
@@ -77,8 +73,7 @@ def test_int8_linear_is_close_to_plain_linear(bias: bool, dtype: torch.dtype) ->
         assert (actual - plain).float().norm() < 0.02 * plain.float().norm()
 
 
-@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
-@pytest.mark.usefixtures("bf16_kernel")
+@by("bf16_kernel", "avx512", "avx512_bf16", "amx")
 def test_bf16_linear_is_bit_identical_in_any_batch() -> None:
     packed = Block(torch.bfloat16, bias=True)
     linear.pack_linear_layers(packed)
@@ -156,8 +151,7 @@ def test_quantized_lm_head_returns_float32_logits() -> None:
     assert (logits - exact).norm() < 0.02 * exact.norm()
 
 
-@pytest.mark.parametrize("bf16_kernel", ["avx512", "avx512_bf16", "amx"], indirect=True)
-@pytest.mark.usefixtures("bf16_kernel")
+@by("bf16_kernel", "avx512", "avx512_bf16", "amx")
 def test_bf16_lm_head_returns_float32_logits() -> None:
     activations = torch.randn(1, 5, 96, dtype=torch.bfloat16)
     block = Block(torch.bfloat16, bias=True)

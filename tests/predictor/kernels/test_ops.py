@@ -3,9 +3,8 @@
 import os
 import platform
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -14,23 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from predictor.kernels.cpu import gemm, gemm_ops, ops
+from tests.predictor.kernels.products import Operands, assert_independent_of_threads, by, each_form, quantized_product
 
-each_form = pytest.mark.parametrize("form", ["plain", "norm", "silu_and_mul"])
-
-Test = TypeVar("Test", bound=Callable[..., None])
-
-
-def by(*names: str) -> Callable[[Test], Test]:
-    """Run the test with each of these instruction sets that the machine has."""
-    return lambda test: pytest.mark.usefixtures("int8_kernel")(
-        pytest.mark.parametrize("int8_kernel", names, indirect=True)(test)
-    )
+each_isa = by("int8_kernel", "avx512_vnni", "amx")
 
 
-each_isa = by("avx512_vnni", "amx")
-
-
-class Layer:
+class Layer(Operands):
     """Random weights and activations."""
 
     def __init__(self, tokens: int, inputs: int, outputs: int, form: str = "plain") -> None:
@@ -38,15 +26,7 @@ class Layer:
         self.weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
         self.packed = gemm_ops.int8_pack_weight(self.weight)
         self.scales = (torch.rand(outputs) + 0.5) / 100 / inputs**0.5
-        self.rows = torch.randn(tokens, inputs * (2 if form == "silu_and_mul" else 1)) * (torch.rand(tokens, 1) * 10)
-        forms: dict[str, dict[str, Any]] = {
-            "plain": {},
-            "norm": {"norm": (torch.rand(inputs) + 0.5, 0.5)},
-            "silu_and_mul": {"silu_and_mul": True},
-        }
-        self.more = forms[form]
-        self.bias = torch.randn(outputs)
-        self.residual = torch.randn(tokens, outputs)
+        super().__init__(tokens, inputs, outputs, form)
 
     def __call__(self, rows: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
         rows = (self.rows if rows is None else rows).clone()  # silu_and_mul overwrites its input
@@ -63,13 +43,7 @@ def expected(
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute in float64, where integer sums are exact; activations are quantized in float32."""
-    gain = torch.ones(len(rows), 1, dtype=torch.float64)
-    if norm is not None:
-        gain = (rows.double().square().mean(-1, keepdim=True) + norm[1]).rsqrt()
-        rows = rows * norm[0]
-    largest = rows.abs().amax(-1, keepdim=True)
-    rounded = (rows * (torch.tensor(127.0) / largest)).round().double()  # `127 / tensor` would round twice
-    outputs = (rounded @ weight.double().T) * (largest.double() / 127) * gain * scales.double()
+    outputs = quantized_product(rows, weight.double(), norm) * scales.double()
     for more in (bias, residual):
         outputs = outputs if more is None else outputs + more.double()
     return outputs.float()
@@ -166,7 +140,7 @@ def test_int8_scaled_mm_is_bit_identical_in_any_batch(form: str) -> None:
         assert torch.equal(alone[0], of_all[token])
 
 
-@by("amx")
+@by("int8_kernel", "amx")
 @each_form
 @pytest.mark.parametrize("tokens", [1, 33])
 def test_int8_scaled_mm_is_bit_identical_with_vnni_and_amx(
@@ -181,15 +155,8 @@ def test_int8_scaled_mm_is_bit_identical_with_vnni_and_amx(
 @each_isa
 @each_form
 def test_int8_scaled_mm_is_bit_identical_with_any_thread_count(form: str) -> None:
-    layer, before = Layer(33, 130, 100, form), torch.get_num_threads()
-    outputs = []
-    try:
-        for threads in (1, 2, 3, 7):  # 100 outputs are four panels: some threads compute none
-            torch.set_num_threads(threads)
-            outputs.append(layer(bias=layer.bias))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, outputs[0]) for other in outputs[1:])
+    layer = Layer(33, 130, 100, form)  # 100 outputs are four panels
+    assert_independent_of_threads(lambda: layer(bias=layer.bias))
 
 
 @each_isa
@@ -307,7 +274,7 @@ def test_int8_backend_without_native_kernels_is_fbgemm(monkeypatch: pytest.Monke
     assert gemm.int8_backend() == "fbgemm"
 
 
-@by("avx512_vnni")
+@by("int8_kernel", "avx512_vnni")
 @pytest.mark.parametrize(("head_dim", "rotary_dim"), [(64, 64), (80, 80), (128, 32), (50, 20)])
 @pytest.mark.parametrize("tokens", [1, 7, 40])
 def test_rotate_to_bf16_is_the_rotation_of_each_pair(head_dim: int, rotary_dim: int, tokens: int) -> None:
@@ -326,7 +293,7 @@ def test_rotate_to_bf16_is_the_rotation_of_each_pair(head_dim: int, rotary_dim: 
         assert torch.equal(ops.rotate_to_bf16(heads[place], cos[place], sin[place], 3)[0], actual[token])
 
 
-@by("avx512_vnni")
+@by("int8_kernel", "avx512_vnni")
 def test_rotate_to_bf16_rounds_as_torch() -> None:
     numbers = [torch.nan, torch.inf, -torch.inf, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8, -0.0, 1e-40]
     heads = torch.tensor(numbers)[None, None]

@@ -8,6 +8,7 @@ import torch
 
 from predictor.kernels import int8_heads
 from predictor.kernels.cpu import ops
+from tests.predictor.kernels.products import assert_independent_of_threads
 
 pytestmark = pytest.mark.skipif(ops.cpu_isa is None, reason="C kernels are unavailable")
 
@@ -166,15 +167,8 @@ def test_a_token_is_bit_identical_in_any_step(options: dict[str, Any], dtype: to
 
 @pytest.mark.parametrize("is_int8", [False, True], ids=["same-dtype", "int8"])
 def test_results_are_bit_identical_with_any_thread_count(is_int8: bool) -> None:
-    sequences, before = Sequences([40, 130], is_int8=is_int8), torch.get_num_threads()
-    outputs = []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            outputs.append(torch.cat(sequences.step([(0, 0, 40), (1, 3, 130)])))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(other, outputs[0]) for other in outputs[1:])
+    sequences = Sequences([40, 130], is_int8=is_int8)
+    assert_independent_of_threads(lambda: torch.cat(sequences.step([(0, 0, 40), (1, 3, 130)])))
 
 
 INT8_BOUNDS = {"rtol": 2e-4, "atol": 2e-4}
