@@ -1,9 +1,11 @@
 """The command `kserve-llm` as its users run it, against a Hub on loopback."""
 
+import errno
 import importlib.metadata
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -76,6 +78,8 @@ def test_serve_fetches_and_serves_until_a_signal(environment: dict[str, str]) ->
         body = {"model": "arithmetic", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=HANG_SECONDS, trust_env=False).json()
         assert answer["choices"][0]["message"]["content"].endswith("42")
+        with socket.socket() as other:
+            assert other.connect_ex(("127.0.0.2", port)) == errno.ECONNREFUSED
         taken = run(environment, "serve", MODEL, "--port", str(port))
         assert (taken.returncode, taken.stderr.splitlines()) == (2, [f"error: Port {port} is in use. {PORT_FIX}"])
         measured = run(environment, "bench", url, *SMALL_LOAD)
