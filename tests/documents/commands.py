@@ -259,7 +259,7 @@ def _pip_words(call: Call, words: Sequence[str]) -> None:
     parser.add_argument("-e", "--editable", action="append", default=[])
     for option in ("-r", "--requirement", "-c", "--constraint"):
         parser.add_argument(option, action="append", default=[], dest="files")
-    for option in ("--index-url", "--extra-index-url", "--find-links", "--python", "--dest"):
+    for option in ("--index-url", "--extra-index-url", "--find-links", "--python", "--dest", "--wheel-dir"):
         parser.add_argument(option)
     for option in ("--upgrade", "--quiet", "--require-hashes", "--no-deps", "--no-index"):
         parser.add_argument(option, action="store_true")
