@@ -114,9 +114,7 @@ def _wait_until_ready(child: Child, url: str) -> bool:
     with closing(StartDisplay()) as display:
         while child.is_running:
             status, body = _get(f"{url}/v2/health/ready")
-            display.show(
-                "ready" if status == 200 else str(body.get("error", "starting")).rpartition(" is not ready: ")[2]
-            )
+            display.show("ready" if status == 200 else phase(body))
             if status == 200:
                 return True
             time.sleep(POLL_SECONDS)
