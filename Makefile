@@ -132,7 +132,7 @@ format: $(INSTALLED) ## format Python and C
 
 docs: $(INSTALLED) ## write the pages that are made from the code, and build the site into build/site, strictly and offline
 	@$(BIN)/python -m devtools.documentation
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(addprefix --build-arg REVISION=,$(REVISION)) $(BUILD_ARGS)
 

@@ -122,7 +122,7 @@ class Checkout:
         }
         script = SCRIPT + "".join(f"export BLOCK={block.line}\n{block.text}\n" for block in blocks) + "wait\n"
         done = subprocess.run(
-            [shutil.which("bash") or "bash", "-c", script],
+            ["bash", "-c", script],
             cwd=self.folder,
             env=environment | VARIABLES,
             stdin=subprocess.DEVNULL,
