@@ -43,7 +43,7 @@ CANARY = f"hf_{secrets.token_hex(20)}"
 TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{34,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,})\b")
 BUILD_SECONDS = 900
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("images"), pytest.mark.timeout(BUILD_SECONDS + 300)]
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(BUILD_SECONDS + 300)]
 
 
 @dataclass(frozen=True, slots=True)
