@@ -34,7 +34,7 @@ install: $(INSTALLED) ## create the virtual environment
 # The C sources are compiled on installation.
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(wildcard predictor/kernels/csrc/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is required. Choose one: make PYTHON=python3.12 ...")'
-	@echo "==> installing into $(VENV)"
+	@echo "==> installing into $(VENV), which takes some minutes and 3 GB"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[predictor,tracing,ray,preflight,completion,dev]'
 	@touch $@
@@ -62,7 +62,7 @@ test-all: test ## test, then the slow tests and those that need the machine for 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
 	@$(PYTEST) -m packaging
 
-# Of the tests above in the programs and in what they start. Tracing takes about twice the time.
+# Also of the processes that the tests start.
 coverage: $(INSTALLED) ## the default tier with coverage of the packages; COVERAGE_REPORT="html --directory build/coverage"
 	@mkdir -p build && rm -f build/.coverage*
 	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --numprocesses 2 -m 'not slow and not serial and not packaging and not gpu' $(PYTEST_ARGS)
@@ -133,7 +133,7 @@ format: $(INSTALLED) ## format Python and C
 
 docs: $(INSTALLED) ## write the pages that are made from the code, and build the site into build/site, strictly and offline
 	@$(BIN)/python -m devtools.documentation
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 
 IMAGE_ARGS = --build-arg VERSION=$(VERSION) $(addprefix --build-arg REVISION=,$(REVISION)) $(BUILD_ARGS)
 

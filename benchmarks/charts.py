@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import Case
-from benchmarks.comparison_tables import tokens_per_second
+from benchmarks.comparison_tables import callers_text, tokens_per_second
 from benchmarks.long_prompts import Disturbance
 from kserve_llm.bench import Run
 
@@ -115,7 +115,8 @@ def rate_panels(measured: Sequence[Case]) -> list[Panel]:
     """Return tokens/s, a panel for each number of callers."""
     return [
         Panel(
-            _callers(level), [_bar(case.server, tokens_per_second(case)) for case in measured if case.callers == level]
+            callers_text(level),
+            [_bar(case.server, tokens_per_second(case)) for case in measured if case.callers == level],
         )
         for level in sorted({case.callers for case in measured})
     ]
@@ -126,7 +127,7 @@ def first_token_panels(measured: Sequence[Case]) -> list[Panel]:
     loads = sorted({(case.callers, case.input_tokens) for case in measured})
     return [
         Panel(
-            f"prompt of {tokens} tokens, {_callers(callers)}",
+            f"prompt of {tokens} tokens, {callers_text(callers)}",
             [
                 _bar(case.server, [run.ttft_p50_ms for run in case.runs])
                 for case in measured
@@ -187,10 +188,6 @@ def _bar(server: str, values: Sequence[float]) -> Bar:
 
 def _number(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def _callers(number: int) -> str:
-    return "1 caller" if number == 1 else f"{number} callers"
 
 
 if __name__ == "__main__":

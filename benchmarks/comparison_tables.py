@@ -40,7 +40,7 @@ def rates(cases: Sequence[Case]) -> Iterator[str]:
         step = statistics.median(run.itl_p50_ms for run in case.runs)
         return f"{median:.1f} ± {spread_percent(tokens_per_second(case)) / 2:.0f} %, {step:.1f} ms"
 
-    yield from _by_server(cases, lambda case: _callers(case.callers), cell)
+    yield from _by_server(cases, lambda case: callers_text(case.callers), cell)
 
 
 def ratios(cases: Sequence[Case], others: Iterable[tuple[str, str]] = ()) -> Iterator[str]:
@@ -53,7 +53,7 @@ def ratios(cases: Sequence[Case], others: Iterable[tuple[str, str]] = ()) -> Ite
             pairs = [[a / b for a, b in zip(found[one, level], found[other, level], strict=True)] for level in levels]
             cells = [f"{statistics.median(pair):.2f} ({min(pair):.2f} to {max(pair):.2f})" for pair in pairs]
             rows.append([f"{one} / {other}", *cells])
-    yield from table(["ratio", *map(_callers, levels)], rows)
+    yield from table(["ratio", *map(callers_text, levels)], rows)
 
 
 def first_tokens(cases: Sequence[Case]) -> Iterator[str]:
@@ -64,7 +64,7 @@ def first_tokens(cases: Sequence[Case]) -> Iterator[str]:
         last = statistics.median(run.ttft_p99_ms for run in case.runs)
         return f"{middle:.0f}" if case.callers == 1 else f"{middle:.0f}, last {last:.0f}"
 
-    yield from _by_server(cases, lambda case: f"{case.input_tokens} tokens, {_callers(case.callers)}", cell)
+    yield from _by_server(cases, lambda case: f"{case.input_tokens} tokens, {callers_text(case.callers)}", cell)
 
 
 def disturbances(found: Mapping[str, Sequence[Disturbance]]) -> Iterator[str]:
@@ -99,7 +99,8 @@ def spread_percent(values: Sequence[float]) -> float:
     return 100 * (max(values) - min(values)) / statistics.median(values)
 
 
-def _callers(number: int) -> str:
+def callers_text(number: int) -> str:
+    """Return the number of callers with its noun."""
     return "1 caller" if number == 1 else f"{number} callers"
 
 

@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 from transformers.generation.streamers import BaseStreamer
 
 from predictor.generation.detokenizer import Detokenizer
-from predictor.models import loader, placement
+from predictor.models import load_plan, placement
 
 MODEL_NAME = "model"
 
@@ -75,7 +75,7 @@ class SequentialModel:
         self.context_tokens = int(config.max_position_embeddings)
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             directory,
-            dtype=loader.choose_dtype(dtype, config.dtype, target),
+            dtype=load_plan.choose_dtype(dtype, config.dtype, target),
             device_map={"": target},
             local_files_only=True,
         ).eval()

@@ -143,7 +143,7 @@ def demonstrate(root: Path) -> None:
 def serve(reference: str | None, root: Path, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM."""
     with served(reference, root, port, "INFO") as (server, _, _):
-        step("Ready. Try these commands in another terminal; stop with Ctrl-C")
+        step(f"Ready: {server.url}/ is a page to talk to the model. Stop with Ctrl-C. In another terminal:")
         print_commands(server)
         sys.stdout.flush()
         if exit_code := server.process.wait():

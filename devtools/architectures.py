@@ -28,7 +28,7 @@ from predictor.engine.engine import Engine
 from predictor.engine.pooling_model import PoolingInput, PoolingModel
 from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu.layer_table import LAYERS
-from predictor.models import architectures, loader, sharding
+from predictor.models import architectures, load_plan, loader, sharding
 from predictor.models.loader import LoadedModel
 from predictor.settings import Settings
 from predictor.types import SamplingParams, Task
@@ -391,7 +391,7 @@ def compare_8bit(directory: Path) -> float:
     In bfloat16 the forward pass without a cache rounds attention otherwise than the engine, and tokens near the border
     between two experts get others.
     """
-    options: loader.LoadOptions = {"device": "cpu", "dtype": "float32", "quantization": "8bit"}
+    options: load_plan.LoadOptions = {"device": "cpu", "dtype": "float32", "quantization": "8bit"}
     completions = generate_with_engine(loader.load(directory, **options))
     model = loader.load(directory, **options).model
     shortfalls: list[float] = []
@@ -477,7 +477,7 @@ def rows_in_document() -> dict[str, str]:
 
 def _error_without_weights(directory: Path) -> str:
     try:
-        loader.make_plan(directory, device="cpu", task="generate")
+        load_plan.make_plan(directory, device="cpu", task="generate")
     except UnsupportedModel as error:
         return str(error)
     raise AssertionError("a plan was made without weights")

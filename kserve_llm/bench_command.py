@@ -48,7 +48,7 @@ def run_model(model: LocalModel, load: Load, levels: Sequence[int], json: Path |
         if not is_ready:
             return child.wait()
         try:
-            _measure(model.name, f"http://127.0.0.1:{port}/v1", load, levels, json)
+            _measure(model.name, f"{model.url(port)}/v1", load, levels, json)
         except BenchmarkError:
             if not child.is_stopped:
                 raise

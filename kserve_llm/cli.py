@@ -112,7 +112,10 @@ def _run(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
             _require("check", "preflight")
             _replace_process("preflight", arguments.overlay, *flags)
         case "list" | "gc" as name:
-            _replace_process("storage_initializer", name, str(arguments.cache.absolute()), *flags)
+            cache: Path = arguments.cache.absolute()
+            if not cache.is_dir():
+                raise CommandError(f"{cache} does not exist. Run `kserve-llm fetch OWNER/MODEL` first.")
+            _replace_process("storage_initializer", name, str(cache), *flags)
         case "verify":
             _verify(arguments, flags)
         case "fetch":

@@ -4,6 +4,8 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from kserve_llm.flags import value
+
 INT8_FLAGS = frozenset({"avx512_vnni", "amx_int8"})
 """Flags of a CPU with the kernels for 8 bits, in /proc/cpuinfo."""
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
@@ -22,12 +24,12 @@ def hints(model: str, properties: Mapping[str, str], flags: Sequence[str]) -> It
     """
     if properties.get("device") != "cpu":
         return
-    if NVIDIA_DEVICE.exists() and not _sets(flags, "device"):
+    if NVIDIA_DEVICE.exists() and value(flags, "device") is None:
         yield "This machine has an NVIDIA GPU, which this build of torch does not use. Install torch's CUDA build."
     part = PARTS_IN_INT8.get(properties.get("dtype", ""))
     # Models that embed or classify are served unquantized.
     generates = properties.get("task") == "generate"
-    is_plain = properties.get("quantization") == "none" and not _sets(flags, "quantization")
+    is_plain = properties.get("quantization") == "none" and value(flags, "quantization") is None
     if part and generates and is_plain and INT8_FLAGS & set(cpu_flags()):
         yield (
             f"This CPU has kernels for 8 bits: with --quantization 8bit a token reads {part} of the bytes of "
@@ -43,8 +45,3 @@ def cpu_flags() -> list[str]:
         return Path("/proc/cpuinfo").read_text().split()
     except OSError:
         return []
-
-
-def _sets(flags: Sequence[str], name: str) -> bool:
-    """Whether a flag of the predictor is among these, as `--name value` or `--name=value`."""
-    return any(flag.partition("=")[0] == f"--{name}" for flag in flags)

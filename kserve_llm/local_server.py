@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,14 @@ import httpx2
 
 from kserve_llm.child import Child
 from kserve_llm.errors import CommandError
+from kserve_llm.flags import value
 from kserve_llm.hints import hints
 from kserve_llm.start_display import StartDisplay
 from snapshot_format.reference import HubReference, ModelReference
 
+ALL_ADDRESSES = "0.0.0.0"  # noqa: S104
+LOOPBACK = "127.0.0.1"
+"""Programs of other machines do not reach it; a model on a laptop has no API keys."""
 POLL_SECONDS = 0.2
 REQUEST_SECONDS = 5
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
@@ -42,6 +46,11 @@ class LocalModel:
             return self.source.model
         return self.source.name if isinstance(self.source, Path) else self.source.path.name
 
+    def url(self, port: int) -> str:
+        """URL for programs of this machine."""
+        host = value(self.flags, "host")
+        return f"http://{LOOPBACK if host in (None, ALL_ADDRESSES) else host}:{port}"
+
 
 def serve(model: LocalModel, port: int) -> int:
     """Fetch and verify a model, serve it until a signal, and return the exit code.
@@ -51,7 +60,7 @@ def serve(model: LocalModel, port: int) -> int:
     """
     with running(model, port) as (child, is_ready):
         if is_ready:
-            url = f"http://127.0.0.1:{port}"
+            url = model.url(port)
             _print_addresses(url)
             _print_hints(model, url)
         return child.wait()
@@ -68,6 +77,8 @@ def running(model: LocalModel, port: int) -> Iterator[tuple[Child, bool]]:
     """
     _require_free(port)
     words = ["--served_model_name", model.name, "--http_port", str(port), "--log_level", "WARNING"]
+    if value(model.flags, "host") is None:
+        words += ["--host", LOOPBACK]
     with Child() as child:
         if isinstance(model.source, Path):
             words += ["--model_dir", str(model.source)]
@@ -80,13 +91,13 @@ def running(model: LocalModel, port: int) -> Iterator[tuple[Child, bool]]:
             words += ["--model_dir", str(model.cache), "--model_reference", str(model.source)]
         environment = {key: value for key, value in os.environ.items() if key not in SECRETS}
         child.start([sys.executable, "-m", "predictor", *words, *model.flags], environment)
-        yield child, _wait_until_ready(child, f"http://127.0.0.1:{port}")
+        yield child, _wait_until_ready(child, model.url(port))
 
 
 def free_port() -> int:
     """Return a TCP port of loopback that is free at the moment."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((LOOPBACK, 0))
         port: int = probe.getsockname()[1]
         return port
 
@@ -94,7 +105,7 @@ def free_port() -> int:
 def _require_free(port: int) -> None:
     """Raise if the port is in use: another server would answer in place of the one that is started."""
     with socket.socket() as probe:
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
+        if probe.connect_ex((LOOPBACK, port)) == 0:
             raise CommandError(f"Port {port} is in use. Stop the server there, or choose another one with --port.")
 
 
@@ -103,13 +114,17 @@ def _wait_until_ready(child: Child, url: str) -> bool:
     with closing(StartDisplay()) as display:
         while child.is_running:
             status, body = _get(f"{url}/v2/health/ready")
-            display.show(
-                "ready" if status == 200 else str(body.get("error", "starting")).rpartition(" is not ready: ")[2]
-            )
+            display.show("ready" if status == 200 else phase(body))
             if status == 200:
                 return True
             time.sleep(POLL_SECONDS)
     return False
+
+
+def phase(body: Mapping[str, Any]) -> str:
+    """Return the phase of a start in the body of a readiness route; without one, the server has not opened its port."""
+    message = str(body.get("error", "starting"))
+    return message.rpartition(" is not ready: ")[2].removesuffix(".")
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -141,6 +142,8 @@ class Settings(BaseSettings):
     """Origins of web pages that may send requests (CORS): comma-separated, as in https://ui.example.org, or *."""
     playground: bool = True
     """Serve a page to talk to the model, to browsers that request /. It contains no secret, and sends API requests."""
+    host: IPv4Address | None = None
+    """IPv4 address of the ports. 127.0.0.1: only programs of this machine reach them, not probes. Default: all."""
     http_port: int = Field(default=8080, ge=1, le=65535)
     """TCP port of the HTTP server."""
     enable_grpc: bool = False

@@ -1,6 +1,7 @@
 """The page of preflight's findings, from the source of its checks."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ def page() -> str:
     for module in MODULES:
         if found := sorted(set(of_module(module)), key=lambda finding: finding.problem.lower()):
             docstring = ast.get_docstring(ast.parse(module.read_text())) or ""
-            subject = docstring.partition("\n")[0].partition(":")[0].rstrip(".").removeprefix("Check ")
+            subject = re.sub(r"^(Check|Validate) |(:|\.|, (and|which)\b).*$", "", docstring.partition("\n")[0])
             rows = [(finding.severity, finding.problem, finding.remedy, finding.source) for finding in found]
             parts += [
                 f"## {subject[:1].upper()}{subject[1:]}",

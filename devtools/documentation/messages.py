@@ -39,6 +39,8 @@ def _value(node: ast.expr) -> str:
             return name.strip("_").upper()
         case ast.IfExp(body=ast.Constant(value=str() as one), orelse=ast.Constant(value=str() as other)):
             return f"{one}/{other}" if one and other else one or other
+        case ast.Call(func=ast.Attribute(attr="get"), args=[ast.Constant(value=str() as name), *_]):
+            return name.upper()
         case ast.Call(args=[first, *_]):
             return _value(first)
         case ast.GeneratorExp(elt=inner) | ast.Subscript(value=inner) | ast.Await(value=inner):

@@ -70,6 +70,7 @@ class GRPCServer:
 async def serve(
     service: LLMService,
     *,
+    host: str = kserve_server.ALL_ADDRESSES,
     port: int,
     max_message_bytes: int,
     api_keys: KeyFile | None = None,
@@ -79,7 +80,8 @@ async def serve(
 
     Args:
         service: generates; may still be loading.
-        port: TCP port on all IPv4 addresses; 0: any free one.
+        host: IPv4 address of the port.
+        port: TCP port; 0: any free one.
         max_message_bytes: largest request.
         api_keys: accepted bearer keys; None: calls need none.
         tracing: exports a span for each call; None: off.
@@ -91,7 +93,7 @@ async def serve(
     server = grpc.aio.server(options=options)
     protobuf_service.add_GRPCInferenceServiceServicer_to_server(_Servicer(service, api_keys, tracing), server)
     try:
-        bound = server.add_insecure_port(f"0.0.0.0:{port}")
+        bound = server.add_insecure_port(f"{host}:{port}")
     except RuntimeError:
         raise PortInUse(f"Port {port} cannot be opened. Choose another with --grpc_port.") from None
     await server.start()

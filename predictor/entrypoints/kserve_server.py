@@ -20,6 +20,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from predictor.errors import ModelNotReady, NotFound, PortInUse
 
+ALL_ADDRESSES = "0.0.0.0"  # noqa: S104
 BACKLOG = 2048
 KEEP_ALIVE_SECONDS = 620
 """Longer than proxies keep idle connections, so that none writes on a closing one: Knative's 90 s, Google's 600 s."""
@@ -122,16 +123,18 @@ class HTTPServer(uvicorn.Server):
             connection.shutdown()
 
 
-def bind(port: int, setting: str = "--http_port") -> socket.socket:
-    """Open an HTTP port on all IPv4 addresses.
+def bind(port: int, setting: str = "--http_port", *, host: str = ALL_ADDRESSES) -> socket.socket:
+    """Open an HTTP port on an IPv4 address.
 
     Raises:
         PortInUse: the port cannot be opened.
     """
     try:
-        server = socket.create_server(("0.0.0.0", port), backlog=BACKLOG)  # noqa: S104
+        server = socket.create_server((host, port), backlog=BACKLOG)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
+        if host != ALL_ADDRESSES:
+            setting = f"{setting}, or another address than {host} with --host"
         raise PortInUse(f"Port {port} cannot be opened: {reason}. Choose another with {setting}.") from None
     # Connections inherit it. asyncio sets it only on sockets that were made with the protocol's number.
     server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)

@@ -264,10 +264,12 @@ async def serve(
     http_server = kserve_server.HTTPServer(app, CONNECTION_CLOSE_SECONDS)
     lifecycle.on_drain.append(http_server.close_idle_connections)
     async with contextlib.AsyncExitStack() as stack:
-        http_socket = stack.enter_context(kserve_server.bind(settings.http_port))
+        host = str(settings.host or kserve_server.ALL_ADDRESSES)
+        http_socket = stack.enter_context(kserve_server.bind(settings.http_port, host=host))
         if settings.enable_grpc:
             context = grpc_server.serve(
                 service,
+                host=host,
                 port=settings.grpc_port,
                 max_message_bytes=settings.max_request_bytes,
                 api_keys=api_keys,

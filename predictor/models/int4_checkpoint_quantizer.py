@@ -85,25 +85,12 @@ class PackedInt4Quantizer(HfQuantizer):
         packing = self.quantization_config.packing(directory)
         stored = {name for path in checkpoint_files for name in _tensor_names(path)}
         for name in sorted(tensor.removesuffix(".qweight") for tensor in stored if tensor.endswith(".qweight")):
-            linear = _linear(model, name)
-            if linear is None:
-                raise UnsupportedModel(
-                    f"The weights in {directory} have a quantized {name}, which is no linear layer of "
-                    f"{type(model).__name__} in transformers. {_ADVICE}"
-                )
-            if linear.in_features % max(packing.group_size, 32) or linear.out_features % 8:
-                raise UnsupportedModel(
-                    f"{name} in {directory} has {linear.in_features} inputs and {linear.out_features} outputs, which "
-                    f"groups of {packing.group_size} inputs and integers of 8 outputs do not divide. {_ADVICE}"
-                )
+            linear = _linear(model, name, packing, directory)
             bias_dtype = None if linear.bias is None else linear.bias.dtype
+            has_group_indices = f"{name}.g_idx" in stored
             with torch.device("meta"):
                 layer = PackedLinear(
-                    linear.in_features,
-                    linear.out_features,
-                    bias_dtype,
-                    packing,
-                    has_group_indices=f"{name}.g_idx" in stored,
+                    linear.in_features, linear.out_features, bias_dtype, packing, has_group_indices=has_group_indices
                 )
             model.set_submodule(name, layer)
 
@@ -118,10 +105,24 @@ def _tensor_names(path: str) -> list[str]:
         return list(opened.keys())
 
 
-def _linear(model: nn.Module, name: str) -> nn.Linear | None:
-    """Return the linear layer of a name, or None."""
+def _linear(model: nn.Module, name: str, packing: Packing, directory: Path) -> nn.Linear:
+    """Return the linear layer of a name.
+
+    Raises:
+        UnsupportedModel: there is none, or its weights cannot be packed so.
+    """
     try:
-        module = model.get_submodule(name)
+        linear = model.get_submodule(name)
     except AttributeError:
-        return None
-    return module if isinstance(module, nn.Linear) else None
+        linear = None
+    if not isinstance(linear, nn.Linear):
+        raise UnsupportedModel(
+            f"The weights in {directory} have a quantized {name}, which is no linear layer of "
+            f"{type(model).__name__} in transformers. {_ADVICE}"
+        )
+    if linear.in_features % max(packing.group_size, 32) or linear.out_features % 8:
+        raise UnsupportedModel(
+            f"{name} in {directory} has {linear.in_features} inputs and {linear.out_features} outputs, which "
+            f"groups of {packing.group_size} inputs and integers of 8 outputs do not divide. {_ADVICE}"
+        )
+    return linear

@@ -73,6 +73,14 @@ def _probes(deployment: Deployment) -> Iterator[Finding]:
                         f"use {' or '.join(sorted(map(str, ports(container)))) or 'a containerPort'}",
                         "kubelet",
                     )
+    host = deployment.settings.get("PREDICTOR_HOST", "0.0.0.0")  # noqa: S104
+    if host != "0.0.0.0" and not deployment.is_ray:  # noqa: S104
+        yield Finding(
+            deployment.where,
+            f"PREDICTOR_HOST is {host}, an address that probes and clients do not use",
+            "remove it",
+            "kserve-llm",
+        )
     opened = ports(deployment.server)
     port = deployment.settings.get("PREDICTOR_HTTP_PORT")
     if port and opened and int(port) not in opened and not deployment.is_ray:

@@ -39,7 +39,7 @@ EXTERNAL = {
     "flux": "needs Flux",
     "gh": "needs GitHub",
     "git": "needs a remote repository; a clone is this checkout",
-    "guidellm": "in .venv-clients",
+    "guidellm": "in .venv-guidellm; tests/examples runs it",
     "helm": "needs a cluster",
     "install": "needs root",
     "k3d": "makes a cluster",

@@ -81,7 +81,8 @@ class Checkout:
         (recorders / "activate").touch()
         for program in programs:
             (recorders / program).symlink_to(PROGRAMS / "documented_command.sh")
-        (folder / ".venv-clients").symlink_to(".venv")
+        for name in (".venv-clients", ".venv-guidellm"):
+            (folder / name).symlink_to(".venv")
         self._real = folder / ".real"
         self._real.mkdir()
         for program in REAL:
@@ -121,7 +122,7 @@ class Checkout:
         }
         script = SCRIPT + "".join(f"export BLOCK={block.line}\n{block.text}\n" for block in blocks) + "wait\n"
         done = subprocess.run(
-            [shutil.which("bash") or "bash", "-c", script],
+            ["bash", "-c", script],
             cwd=self.folder,
             env=environment | VARIABLES,
             stdin=subprocess.DEVNULL,

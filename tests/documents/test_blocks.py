@@ -73,7 +73,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Checkout]]:
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Checkout]:
     """Return a copy of the checkout that no document has changed."""
     copies: list[Checkout] = []
 
@@ -82,9 +82,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
             copies.append(Checkout(tmp_path_factory.mktemp("documents") / "checkout", commands.PROGRAM_NAMES))
         return copies[-1]
 
-    yield get
-    for copy in copies:
-        shutil.rmtree(copy.folder)
+    return get
 
 
 @pytest.mark.parametrize("document", documents_with("sh"), ids=str)

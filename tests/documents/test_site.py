@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import get_args
@@ -20,6 +21,8 @@ from predictor.settings import Settings as PredictorSettings
 from preflight.findings import Source
 from storage_initializer import errors as initializer_errors
 from storage_initializer.settings import Settings as InitializerSettings
+
+text_of = cache(pages.text_of)
 
 
 class Requests(HTMLParser):
@@ -69,11 +72,11 @@ def test_navigation_has_every_page() -> None:
 
 @pytest.mark.parametrize("name", pages.PAGES)
 def test_page_made_from_the_code_is_up_to_date(name: str) -> None:
-    assert (ROOT / "docs" / name).read_text() == pages.text_of(name), "run: make docs"
+    assert (ROOT / "docs" / name).read_text() == text_of(name), "run: make docs"
 
 
 def test_settings_page_has_every_flag_and_variable() -> None:
-    page = pages.text_of("reference/settings.md")
+    page = text_of("reference/settings.md")
     for name in PredictorSettings.model_fields:
         assert f"| `--{name}`<br>" in page
         assert f"`PREDICTOR_{name.upper()}`" in page
@@ -89,7 +92,7 @@ def test_settings_page_has_every_flag_and_variable() -> None:
 
 
 def test_metrics_page_has_every_metric() -> None:
-    page = pages.text_of("reference/metrics.md")
+    page = text_of("reference/metrics.md")
     names = re.findall(r'PREFIX \+ "(\w+)"|^ {8}"(\w+)": "|^ {8}\("(\w+)", "', inspect.getsource(metrics), re.MULTILINE)
     assert len(names) > 20
     for name in map("".join, names):
@@ -97,7 +100,7 @@ def test_metrics_page_has_every_metric() -> None:
 
 
 def test_errors_page_has_every_error_with_what_to_do() -> None:
-    page = pages.text_of("reference/errors.md")
+    page = text_of("reference/errors.md")
     for module, bases in (
         (predictor_errors, (predictor_errors.StartupError, predictor_errors.RequestError)),
         (initializer_errors, (initializer_errors.InitializerError,)),
@@ -109,7 +112,7 @@ def test_errors_page_has_every_error_with_what_to_do() -> None:
 
 
 def test_routes_page_has_every_protocol_with_its_body() -> None:
-    page = pages.text_of("reference/routes.md")
+    page = text_of("reference/routes.md")
     for route in (
         "POST /v1/chat/completions",
         "POST /v2/models/{model_name}/infer",
@@ -120,7 +123,7 @@ def test_routes_page_has_every_protocol_with_its_body() -> None:
 
 
 def test_components_page_has_every_component_with_what_it_needs() -> None:
-    page = pages.text_of("reference/components.md")
+    page = text_of("reference/components.md")
     for folder in (ROOT / "kustomize/components").iterdir():
         assert f"[`{folder.name}`]" in page
     assert "Secret `hf-secret`" in page
@@ -128,7 +131,7 @@ def test_components_page_has_every_component_with_what_it_needs() -> None:
 
 
 def test_findings_page_has_the_findings_of_every_check() -> None:
-    page = pages.text_of("reference/findings.md")
+    page = text_of("reference/findings.md")
     for module in findings.MODULES:
         source = module.read_text()
         found = list(findings.of_module(module))

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from devtools import processes, tiny_llama, tiny_poolers
 from devtools.paths import DEMO_MODEL, ROOT
 from predictor.errors import SnapshotMissing
-from predictor.models import int4_quantizer, int8_quantizer, loader, quantization, snapshot
+from predictor.models import int4_quantizer, int8_quantizer, load_plan, loader, quantization, snapshot
 from predictor.models.loader import LoadedModel
 from snapshot_format.recipe import INT4_CPU, INT8_CPU, Variant
 from snapshot_format.record import RECORD
@@ -71,8 +71,8 @@ def test_predictor_finds_the_pooling_of_a_published_sentence_transformer(tmp_pat
     with processes.local_hub({"demo/embedder": source}) as hub_url:
         processes.initialize("hf://demo/embedder", tmp_path / "volume", hub_url)
     published = snapshot.find(tmp_path / "volume", "hf://demo/embedder").directory
-    pooling = loader.make_plan(published, device="cpu").pooling
-    assert pooling == loader.make_plan(source, device="cpu").pooling
+    pooling = load_plan.make_plan(published, device="cpu").pooling
+    assert pooling == load_plan.make_plan(source, device="cpu").pooling
     assert pooling is not None
     assert (pooling.modes, pooling.normalize, pooling.max_tokens) == (("mean",), True, 24)
     assert pooling.prompts == tiny_poolers.PROMPTS

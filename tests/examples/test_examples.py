@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from devtools.paths import ROOT
-from kserve_llm import cli
-from predictor import settings
+from tests.documents import fences
 from tests.predictor import servers
 from tests.predictor.servers import InProcessServer
 
@@ -49,32 +47,34 @@ def arithmetic() -> Iterator[InProcessServer]:
         yield running
 
 
-def blocks(folder: str, *, serving: bool = False) -> list[str]:
-    """The `sh` blocks of a README that start a server, or the others, without `make`, in their order."""
-    text = (EXAMPLES / folder / "README.md").read_text()
-    found = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    found = [re.sub(r"^make .*\n", "", block, flags=re.MULTILINE) for block in found]
-    return [block for block in found if bool(re.search(r"kserve-llm serve|-m predictor", block)) == serving]
+def scripts(folder: str) -> list[str]:
+    """The `sh` blocks of a README in their order, without `make` and those that start a server.
+
+    `tests/documents` checks that all of them can work.
+    """
+    found = [block.text for block in fences.blocks(Path("examples", folder, "README.md"), "sh")]
+    clients = [text for text in found if not re.search(r"kserve-llm serve|-m predictor", text)]
+    return [re.sub(r"^make .*\n", "", text, flags=re.MULTILINE) for text in clients]
 
 
-def run(block: str, tmp_path: Path, *, replaced: str = "", **variables: str) -> str:
-    """Run a block from the repository's root, with folders below `tmp_path`, and return its output.
+def run(script: str, tmp_path: Path, *, replaced: str = "", **variables: str) -> str:
+    """Run a script from the repository's root, with folders below `tmp_path`, and return its output.
 
     Args:
-        block: shell commands.
+        script: shell commands.
         tmp_path: replaces SCRATCH.
         variables: of the environment.
-        replaced: URL in the block that is replaced by $SERVER.
+        replaced: URL in the script that is replaced by $SERVER.
     """
     for name, remedy in ENVIRONMENTS.items():
-        if f"{name}/" in block and not (ROOT / name).exists():
+        if f"{name}/" in script and not (ROOT / name).exists():
             pytest.skip(f"{name} does not exist; {remedy}")
-    block = block.replace(SCRATCH, f"{tmp_path}/").replace(".venv/bin", str(Path(sys.executable).parent))
+    script = script.replace(SCRATCH, f"{tmp_path}/").replace(".venv/bin", str(Path(sys.executable).parent))
     if replaced:
-        assert replaced in block
-        block = block.replace(replaced, variables["SERVER"])
+        assert replaced in script
+        script = script.replace(replaced, variables["SERVER"])
     done = subprocess.run(
-        ["bash", "-ec", block],
+        ["bash", "-ec", script],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -93,39 +93,17 @@ def test_examples_every_folder_is_listed() -> None:
     assert sorted(re.findall(r"^\| \[[^]]+\]\(\.\./examples/([^)]+)/README.md\)", page, re.MULTILINE)) == FOLDERS
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_example_commands_name_files_and_targets_that_exist(folder: str) -> None:
-    text = (EXAMPLES / folder / "README.md").read_text()
-    for target in re.findall(r"^make (\w+)", text, re.MULTILINE):
-        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), target
-    for block in blocks(folder):
-        for path in re.findall(r"(?<=\s)(?:examples|demo|manifests|kustomize)/[\w./-]+", block):
-            assert (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if blocks(folder, serving=True)])
-def test_example_servers_have_known_flags(folder: str) -> None:
-    for block in blocks(folder, serving=True):
-        [program, *words] = shlex.split(block)
-        if program.endswith("kserve-llm"):
-            _, flags = cli.make_parser().parse_known_args(words)
-            flags = ["--model_dir", "/mnt/models", *flags]
-        else:
-            flags = words[words.index("predictor") + 1 :]
-        settings.read(flags)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", OUTPUTS)
 def test_example_prints_the_answer(arithmetic: InProcessServer, folder: str, tmp_path: Path) -> None:
-    [block] = blocks(folder)
+    [script] = scripts(folder)
     grpc = f"127.0.0.1:{arithmetic.grpc_port}"
-    assert run(block, tmp_path, SERVER=arithmetic.url, GRPC_SERVER=grpc) == OUTPUTS[folder]
+    assert run(script, tmp_path, SERVER=arithmetic.url, GRPC_SERVER=grpc) == OUTPUTS[folder]
 
 
 @pytest.mark.slow
 def test_rag_finds_the_passage_that_answers(arithmetic: InProcessServer, tmp_path: Path) -> None:
-    ask, make = blocks("rag")
+    ask, make = scripts("rag")
     run(make, tmp_path)
     with servers.in_process("--model_dir", str(tmp_path / "word-embedder"), model_name="word-embedder") as embedder:
         output = run(ask, tmp_path, SERVER=arithmetic.url, EMBEDDER=embedder.url)
@@ -138,7 +116,7 @@ def test_rag_finds_the_passage_that_answers(arithmetic: InProcessServer, tmp_pat
 
 @pytest.mark.slow
 def test_own_model_answers_what_it_was_trained_on(tmp_path: Path) -> None:
-    train, ask = blocks("own-model")
+    train, ask = scripts("own-model")
     assert run(train, tmp_path).splitlines()[-1].startswith("epoch 59: loss 0.0")
     with servers.in_process("--model_dir", str(tmp_path / "my-model"), model_name="my-model") as server:
         answer = json.loads(run(ask, tmp_path, replaced="http://127.0.0.1:8084", SERVER=server.url))
@@ -147,8 +125,8 @@ def test_own_model_answers_what_it_was_trained_on(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_lm_eval_scores_the_demo_model(arithmetic: InProcessServer, tmp_path: Path) -> None:
-    [block] = blocks("lm-eval")
-    output = run(block, tmp_path, replaced=DEFAULT_SERVER, SERVER=arithmetic.url, HF_HOME=str(tmp_path))
+    [script] = scripts("lm-eval")
+    output = run(script, tmp_path, replaced=DEFAULT_SERVER, SERVER=arithmetic.url, HF_HOME=str(tmp_path))
     scores = dict(re.findall(r"\|(demo_sums_\w+)\s*\|.*?\|\s*(\d\.\d+)\|", output))
     assert set(scores) == {"demo_sums_choice", "demo_sums_generate"}
     assert all(float(score) > 0.9 for score in scores.values()), output
@@ -156,8 +134,8 @@ def test_lm_eval_scores_the_demo_model(arithmetic: InProcessServer, tmp_path: Pa
 
 @pytest.mark.slow
 def test_load_test_completes_every_request(arithmetic: InProcessServer, tmp_path: Path) -> None:
-    _, block = blocks("load-test")
-    run(block, tmp_path, replaced=DEFAULT_SERVER, SERVER=arithmetic.url, HF_HOME=str(tmp_path))
+    _, script = scripts("load-test")
+    run(script, tmp_path, replaced=DEFAULT_SERVER, SERVER=arithmetic.url, HF_HOME=str(tmp_path))
     report = json.loads((tmp_path / "load-test.json").read_text())
     totals = [benchmark["metrics"]["request_totals"] for benchmark in report["benchmarks"]]
     assert [(total["successful"], total["errored"]) for total in totals] == [(16, 0)] * 2

@@ -1,9 +1,11 @@
 """The command `kserve-llm` as its users run it, against a Hub on loopback."""
 
+import errno
 import importlib.metadata
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -76,6 +78,8 @@ def test_serve_fetches_and_serves_until_a_signal(environment: dict[str, str]) ->
         body = {"model": "arithmetic", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
         answer = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=HANG_SECONDS, trust_env=False).json()
         assert answer["choices"][0]["message"]["content"].endswith("42")
+        with socket.socket() as other:
+            assert other.connect_ex(("127.0.0.2", port)) == errno.ECONNREFUSED
         taken = run(environment, "serve", MODEL, "--port", str(port))
         assert (taken.returncode, taken.stderr.splitlines()) == (2, [f"error: Port {port} is in use. {PORT_FIX}"])
         measured = run(environment, "bench", url, *SMALL_LOAD)
@@ -85,6 +89,7 @@ def test_serve_fetches_and_serves_until_a_signal(environment: dict[str, str]) ->
         _, log = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, log
         assert "ready" in log.splitlines()
+        assert not [line for line in log.splitlines() if line.startswith(("loading", "warming")) and line.endswith(".")]
     finally:
         # The predictor ends with it.
         process.terminate()
@@ -173,6 +178,15 @@ def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> N
 def test_malformed_model_is_named(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["list", "gc"])
+def test_cache_that_does_not_exist_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, "--cache", str(tmp_path / "cache")]) == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'cache'} does not exist. Run `kserve-llm fetch OWNER/MODEL` first.\n"
+    )
+    assert not (tmp_path / "cache").exists()
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -446,6 +446,10 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda d: d["PodMonitor"]["spec"]["podMetricsEndpoints"][0].update(portNumber=9000),
         "scrapes port 9000",
     ),
+    "host": (
+        lambda d: d.settings.update(PREDICTOR_HOST="127.0.0.1"),
+        "an address that probes and clients do not use",
+    ),
     "http_port": (
         lambda d: d.settings.update(PREDICTOR_HTTP_PORT="9000"),
         "is 9000, and the",

@@ -200,17 +200,20 @@ class DecoderLayer(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = attention_function(self.config, self._eager_attention)
         attn_output, _ = attention(self, query, key, value, attention_mask, **self._attention_arguments, **kwargs)
-        attn_output = attn_output.reshape(len(residual), -1).float()
+        attn_output = attn_output.reshape(residual.shape[0], -1).float()
         hidden_states = self._attention_scaling.add(
             lambda summand: self._o.forward(attn_output, residual=summand), residual
         )
-        chunks = [
-            self._mlp_scaling.add(partial(self._mlp, chunk), chunk) for chunk in hidden_states.split(MLP_CHUNK_TOKENS)
-        ]
-        hidden_states = torch.cat(chunks) if len(chunks) > 1 else chunks[0]
+        if hidden_states.shape[0] <= MLP_CHUNK_TOKENS:
+            hidden_states = self._add_mlp(hidden_states)
+        else:
+            hidden_states = torch.cat([self._add_mlp(chunk) for chunk in hidden_states.split(MLP_CHUNK_TOKENS)])
         if self.cast_output_to_weight_dtype:
             hidden_states = hidden_states.to(self._dtype)
         return hidden_states.view(*batch_shape, -1)
+
+    def _add_mlp(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self._mlp_scaling.add(partial(self._mlp, hidden_states), hidden_states)
 
     def _query_key_value(
         self, hidden_states: torch.Tensor, batch_shape: torch.Size, position_embeddings: Any
@@ -222,7 +225,7 @@ class DecoderLayer(nn.Module):
             norm.apply_(states if norm.weight.dim() > 1 else states.flatten(2))
         num_rotated_heads = 0 if self._rotary is None else sum(self._qkv_split_sizes[:2])
         converted = _rotate_and_convert(qkv, position_embeddings, self._rotary, num_rotated_heads, self._dtype)
-        query, key, value = converted.transpose(1, 2).split(self._qkv_split_sizes, 1)
+        query, key, value = converted.transpose(1, 2).split_with_sizes(self._qkv_split_sizes, 1)
         return query, key, value
 
 
@@ -269,11 +272,12 @@ def _rotate_and_convert(
     if ops.cpu_isa is None or dtype != torch.bfloat16 or rotary is Rotary.INTERLEAVED:
         _rotate(heads[:, :, :num_rotated_heads], position_embeddings, rotary)
         return heads.to(dtype)
-    batch_shape = heads.shape[:2]
+    batch, tokens = heads.shape[:2]
     cos, sin = (
-        states.expand(*batch_shape, 1, -1).flatten(0, 2) for states in _rotary_cos_sin(position_embeddings, rotary)
+        states.expand(batch, tokens, 1, states.shape[-1]).reshape(batch * tokens, -1)
+        for states in _rotary_cos_sin(position_embeddings, rotary)
     )
-    return ops.rotate_to_bf16(heads.flatten(0, 1), cos, sin, num_rotated_heads).unflatten(0, batch_shape)
+    return ops.rotate_to_bf16(heads.flatten(0, 1), cos, sin, num_rotated_heads).view(heads.shape)
 
 
 def _rotate(states: torch.Tensor, position_embeddings: Any, rotary: Rotary) -> None:

@@ -73,7 +73,8 @@ static inline void quantize_query(const float *query, size_t head_dim, size_t ro
         for (size_t i = begin; i < group_end(begin, head_dim); i += LANES) {
             const __m512 ratio = _mm512_div_ps(_mm512_loadu_ps(query + i), divisor);
             /* NaN becomes the limit: the scale is NaN as well, and so are the scores. */
-            const __m512 limited = _mm512_max_ps(_mm512_min_ps(ratio, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
+            const __m512 limited =
+                _mm512_max_ps(_mm512_min_ps(ratio, limit), _mm512_sub_ps(_mm512_setzero_ps(), limit));
             const __m512i numbers = _mm512_cvtps_epi32(limited);
             const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(numbers, _mm512_set1_epi32(64)), 7);
             const __m512i low = _mm512_sub_epi32(numbers, _mm512_slli_epi32(high, 7));
@@ -107,15 +108,20 @@ static inline void transpose_int8_keys(const int8_t *const *keys, size_t head_di
     }
 }
 
+static inline void dequantize(const int8_t *numbers, __m512 scale, float *output) {
+    const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)numbers));
+    _mm512_storeu_ps(output, _mm512_mul_ps(_mm512_cvtepi32_ps(wide), scale));
+}
+
 /* Convert a head to float32. */
 static inline void dequantize_head(const int8_t *head, size_t head_dim, float *output) {
-    for (size_t begin = 0; begin < head_dim; begin += SCALE_GROUP) {
-        const __m512 scale = _mm512_set1_ps(load_scale(head, head_dim, begin / SCALE_GROUP));
-        for (size_t i = begin; i < group_end(begin, head_dim); i += LANES) {
-            const __m512i numbers = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(head + i)));
-            _mm512_storeu_ps(output + i, _mm512_mul_ps(_mm512_cvtepi32_ps(numbers), scale));
-        }
+    size_t i = 0;
+    for (; i + SCALE_GROUP <= head_dim; i += SCALE_GROUP) {
+        const __m512 scale = _mm512_set1_ps(load_scale(head, head_dim, i / SCALE_GROUP));
+        dequantize(head + i, scale, output + i);
+        dequantize(head + i + LANES, scale, output + i + LANES);
     }
+    if (i < head_dim) dequantize(head + i, _mm512_set1_ps(load_scale(head, head_dim, i / SCALE_GROUP)), output + i);
 }
 
 static inline __m512i broadcast_four(const int8_t *numbers) {
@@ -173,10 +179,18 @@ static inline __attribute__((always_inline)) void score_int8_tile(const Int8Quer
 static inline void score_int8(const Int8Queries *queries, const Int8Keys *keys, size_t head_dim, size_t row,
     size_t rows, size_t num_keys, float *scores) {
     for (size_t column = 0; column < num_keys; column += INT8_TILE_KEYS) switch (rows) {
-        case 1: score_int8_tile(queries, keys, head_dim, row, column, scores, 1); break;
-        case 2: score_int8_tile(queries, keys, head_dim, row, column, scores, 2); break;
-        case 3: score_int8_tile(queries, keys, head_dim, row, column, scores, 3); break;
-        case 4: score_int8_tile(queries, keys, head_dim, row, column, scores, 4); break;
+        case 1:
+            score_int8_tile(queries, keys, head_dim, row, column, scores, 1);
+            break;
+        case 2:
+            score_int8_tile(queries, keys, head_dim, row, column, scores, 2);
+            break;
+        case 3:
+            score_int8_tile(queries, keys, head_dim, row, column, scores, 3);
+            break;
+        case 4:
+            score_int8_tile(queries, keys, head_dim, row, column, scores, 4);
+            break;
         }
 }
 

@@ -44,7 +44,8 @@ typedef struct {
 } Workspace;
 
 /* Transpose LANES keys into a column of `output`, (head_dim, BLOCK_KEYS). NULL is a key of zeros. */
-static inline __attribute__((always_inline)) void transpose_keys(const void *const *keys, size_t head_dim, int is_float32, float *output) {
+static inline __attribute__((always_inline)) void transpose_keys(
+    const void *const *keys, size_t head_dim, int is_float32, float *output) {
     const size_t step = is_float32 ? LANES : 2 * LANES; /* features in a register */
     for (size_t i = 0; i < head_dim; i += step) {
         const size_t remaining = (head_dim - i) * LANES / step;
@@ -162,22 +163,24 @@ typedef struct {
     int is_float32, is_int8;
 } Source;
 
-/* The key or value at a position: of the step, or in the cache. */
-static inline __attribute__((always_inline)) const void *element_at(const Source *source, int64_t position, int of_value) {
+/* Find the key and the value at a position: of the step, or in the cache. */
+static inline __attribute__((always_inline)) void locate(
+    const Source *source, int64_t position, const void **key, const void **value) {
     const Arguments *arguments = source->arguments;
     const Sequence *sequence = source->sequence;
-    const char *base;
-    size_t offset = source->kv_head * (source->is_int8 ? int8_head_bytes(arguments->head_dim) : arguments->head_dim);
+    const size_t size = source->is_int8 ? 1 : element_bytes(source->is_float32);
+    const size_t head =
+        source->kv_head * (source->is_int8 ? int8_head_bytes(arguments->head_dim) : arguments->head_dim);
     if (position >= sequence->past_length) {
         const size_t token = (size_t)(sequence->first_token + position - sequence->past_length);
-        base = of_value ? arguments->value : arguments->key;
-        offset += token * (of_value ? arguments->value_stride : arguments->key_stride);
+        *key = (const char *)arguments->key + (token * arguments->key_stride + head) * size;
+        *value = (const char *)arguments->value + (token * arguments->value_stride + head) * size;
     } else {
         const int64_t slot = arguments->slot_mapping[sequence->first_slot + position - sequence->first_key];
-        base = of_value ? arguments->value_cache : arguments->key_cache;
-        offset += (size_t)slot * arguments->slot_stride;
+        const size_t offset = ((size_t)slot * arguments->slot_stride + head) * size;
+        *key = (const char *)arguments->key_cache + offset;
+        *value = (const char *)arguments->value_cache + offset;
     }
-    return base + offset * (source->is_int8 ? 1 : element_bytes(source->is_float32));
 }
 
 /* Convert keys [begin, end) of the block at position `block`, and their values to float32. Other keys in the same
@@ -185,22 +188,36 @@ static inline __attribute__((always_inline)) const void *element_at(const Source
 static inline __attribute__((always_inline)) void load_block(
     const Source *source, int64_t block, size_t begin, size_t end, size_t width, Workspace *workspace) {
     const size_t head_dim = source->arguments->head_dim;
-    const void *keys[BLOCK_KEYS] = {NULL};
-    for (size_t k = begin; k < end; k++) keys[k] = element_at(source, block + (int64_t)k, 0);
+    const void *keys[BLOCK_KEYS] = {NULL}, *values[BLOCK_KEYS];
+    for (size_t k = begin; k < end; k++) locate(source, block + (int64_t)k, keys + k, values + k);
     for (size_t k = begin / LANES * LANES; k < end; k += LANES) {
-        if (source->is_int8)
-            transpose_int8_keys((const int8_t *const *)keys + k, head_dim, k, &workspace->int8_keys);
+        if (source->is_int8) transpose_int8_keys((const int8_t *const *)keys + k, head_dim, k, &workspace->int8_keys);
         else transpose_keys(keys + k, head_dim, source->is_float32, workspace->keys + k);
     }
     for (size_t k = begin; k < end; k++) {
-        const void *value = element_at(source, block + (int64_t)k, 1);
         float *row = workspace->values + k * width;
         if (source->is_int8) {
-            dequantize_head(value, head_dim, row);
+            dequantize_head(values[k], head_dim, row);
             for (size_t group = 0; group < num_groups(head_dim); group++)
                 workspace->int8_keys.scales[group * BLOCK_KEYS + k] = load_scale(keys[k], head_dim, group);
         } else
-            for (size_t i = 0; i < head_dim; i += LANES) _mm512_storeu_ps(row + i, load(value, i, source->is_float32));
+            for (size_t i = 0; i < head_dim; i += LANES)
+                _mm512_storeu_ps(row + i, load(values[k], i, source->is_float32));
+    }
+}
+
+/* Fetch the keys and values of a later block, at position `block`, into the cache; there are `num_keys` keys. */
+static inline __attribute__((always_inline)) void prefetch_block(const Source *source, size_t block, size_t num_keys) {
+    enum { CACHE_LINE = 64 };
+    const size_t head_dim = source->arguments->head_dim;
+    const size_t bytes = source->is_int8 ? int8_head_bytes(head_dim) : head_dim * element_bytes(source->is_float32);
+    for (size_t position = block; position < num_keys && position < block + BLOCK_KEYS; position++) {
+        const void *key, *value;
+        locate(source, (int64_t)position, &key, &value);
+        for (size_t offset = 0; offset < bytes; offset += CACHE_LINE) {
+            _mm_prefetch((const char *)key + offset, _MM_HINT_T0);
+            _mm_prefetch((const char *)value + offset, _MM_HINT_T0);
+        }
     }
 }
 
@@ -218,8 +235,7 @@ static void attend_rows(const Arguments *arguments, Workspace *workspace, int64_
     if (last_query < (int64_t)block || first_key >= block + BLOCK_KEYS) return;
     const size_t n_keys = (size_t)last_query + 1 - block < BLOCK_KEYS ? (size_t)last_query + 1 - block : BLOCK_KEYS;
     _Alignas(64) float scores[TILE_ROWS * BLOCK_KEYS] = {0};
-    if (is_int8)
-        score_int8(&workspace->int8_queries, &workspace->int8_keys, head_dim, row, rows, n_keys, scores);
+    if (is_int8) score_int8(&workspace->int8_queries, &workspace->int8_keys, head_dim, row, rows, n_keys, scores);
     else
         add_product(workspace->query + row * head_dim, head_dim, workspace->keys, BLOCK_KEYS, head_dim, scores,
             BLOCK_KEYS, rows, n_keys > BLOCK_KEYS / 2 ? BLOCK_KEYS : BLOCK_KEYS / 2);
@@ -270,6 +286,7 @@ static inline __attribute__((always_inline)) void attend(const Arguments *argume
         const size_t begin = first_key > block ? first_key - block : 0;
         const size_t end = n_keys - block < BLOCK_KEYS ? n_keys - block : BLOCK_KEYS;
         load_block(&source, (int64_t)block, begin, end, width, workspace);
+        prefetch_block(&source, block + BLOCK_KEYS, n_keys);
         for (size_t row = 0; row < rows; row += tile_rows)
             attend_rows(arguments, workspace, position, block, row, rows - row < tile_rows ? rows - row : tile_rows,
                 width, is_int8);
@@ -298,8 +315,7 @@ void paged_attention(const void *query, const void *key, const void *value, size
         const Sequence *sequence = (const Sequence *)sequences + tile->sequence;
         const size_t kv_head = job % num_kv_heads;
         Workspace workspace;
-        if (is_float32 && is_int8)
-            attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 1, 1);
+        if (is_float32 && is_int8) attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 1, 1);
         else if (is_float32) attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 1, 0);
         else if (is_int8) attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 0, 1);
         else attend(&arguments, sequence, tile, kv_head, output, output_stride, &workspace, 0, 0);

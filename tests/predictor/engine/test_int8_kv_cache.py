@@ -125,7 +125,6 @@ def test_int8_cache_log_probabilities_are_near_those_of_the_model(
             assert_logprobs(reference, ids, answer, 1, tolerance=0.1)
 
 
-@pytest.mark.slow
 def test_int8_cache_passes_the_exam(quantized: LoadedModel) -> None:
     sums = exam.held_out_questions(200)
     with started(quantized, max_num_seqs=32, max_queued_requests=200, **INT8) as engine:

@@ -1,5 +1,6 @@
 """The predictor as a process: start, failing start, signals, a dead step loop."""
 
+import errno
 import re
 import signal
 import socket
@@ -53,6 +54,16 @@ def test_bind_of_a_taken_port_names_the_setting(setting: str) -> None:
         with pytest.raises(PortInUse) as raised:
             kserve_server.bind(port, setting)
     assert str(raised.value) == f"Port {port} cannot be opened: Address already in use. Choose another with {setting}."
+
+
+def test_bind_address_of_loopback_is_not_reachable_at_another_one() -> None:
+    with kserve_server.bind(processes.free_port(), host="127.0.0.1") as server, socket.socket() as client:
+        assert client.connect_ex(("127.0.0.2", server.getsockname()[1])) == errno.ECONNREFUSED
+
+
+def test_bind_address_of_another_machine_is_an_error() -> None:
+    with pytest.raises(PortInUse, match=r"or another address than 192\.0\.2\.1 with --host"):
+        kserve_server.bind(processes.free_port(), host="192.0.2.1")
 
 
 def test_process_opens_its_port_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
-from predictor.models import adapter, loader, snapshot
+from predictor.models import adapter, load_plan, loader, snapshot
 from snapshot_format.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SINGLE
 from tests.predictor.models.conftest import Rewrite, Shard
 
@@ -129,7 +129,7 @@ def test_plan_ignores_prequantized_weights(
 ) -> None:
     monkeypatch.setattr(snapshot, "prequantized", lambda *_: weights)
     with caplog.at_level("INFO"):
-        plan = loader.make_plan(DEMO_MODEL, device="cpu", quantization="8bit", adapter_dir=make_adapter())
+        plan = load_plan.make_plan(DEMO_MODEL, device="cpu", quantization="8bit", adapter_dir=make_adapter())
     assert plan.prequantized_dir is None
     assert "prequantized weights would not have the adapter" in caplog.text
 
@@ -203,9 +203,9 @@ def test_load_adapter_of_another_model_is_refused(small_adapter: Path, change: A
 def test_plan_quantized_base_model_is_refused(small_adapter: Path, weights: Path, rewrite: Rewrite) -> None:
     rewrite("config.json", quantization_config={"quant_method": "kserve_llm_int8"})
     with pytest.raises(UnsupportedModel, match=r"cannot be merged into weights that are quantized"):
-        loader.make_plan(weights, device="cpu", adapter_dir=small_adapter)
+        load_plan.make_plan(weights, device="cpu", adapter_dir=small_adapter)
 
 
 def test_plan_adapter_of_an_embedding_model_is_refused(small_adapter: Path) -> None:
     with pytest.raises(UnsupportedModel, match=r"cannot be merged into a model whose task is embed\. Merge it"):
-        loader.make_plan(DEMO_MODEL, device="cpu", task="embed", adapter_dir=small_adapter)
+        load_plan.make_plan(DEMO_MODEL, device="cpu", task="embed", adapter_dir=small_adapter)

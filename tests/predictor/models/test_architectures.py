@@ -7,7 +7,7 @@ import transformers
 
 from devtools.architectures import CASES, save_config
 from predictor.errors import UnsupportedModel
-from predictor.models import architectures, loader
+from predictor.models import architectures, load_plan
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ from predictor.models import architectures, loader
 def test_plan_refuses_an_architecture_by_name_with_a_remedy(tmp_path: Path, name: str, expected: str) -> None:
     save_config(CASES[name], tmp_path)
     with pytest.raises(UnsupportedModel, match=expected):
-        loader.make_plan(tmp_path, device="cpu", task="generate")
+        load_plan.make_plan(tmp_path, device="cpu", task="generate")
 
 
 def test_plan_refuses_encoder_decoder_also_with_remote_code(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_plan_refuses_encoder_decoder_also_with_remote_code(tmp_path: Path) -> N
     config.save_pretrained(tmp_path)
     (tmp_path / "modeling.py").touch()
     with pytest.raises(UnsupportedModel, match="an encoder-decoder model"):
-        loader.make_plan(tmp_path, device="cpu", trust_remote_code=True)
+        load_plan.make_plan(tmp_path, device="cpu", trust_remote_code=True)
 
 
 def test_refusal_is_none_for_decoders_with_the_field_of_encoders() -> None:

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from predictor.errors import InvalidSettings, UnsupportedModel
-from predictor.models import context_length, loader
+from predictor.models import context_length, load_plan, loader
 from predictor.models.context_length import ContextLength
 from tests.predictor.models.conftest import Rewrite
 
@@ -82,23 +82,23 @@ def test_plan_counts_the_factor_of_yarn_in_both_spellings(
     weights: Path, rewrite: Rewrite, fields: dict[str, Any]
 ) -> None:
     rewrite("config.json", **fields)
-    assert loader.make_plan(weights, device="cpu").context_tokens == 4096
-    assert loader.make_plan(weights, device="cpu", max_model_len=4096).context_tokens == 4096
+    assert load_plan.make_plan(weights, device="cpu").context_tokens == 4096
+    assert load_plan.make_plan(weights, device="cpu", max_model_len=4096).context_tokens == 4096
 
 
 @pytest.mark.parametrize(("max_model_len", "expected"), [(None, 1024), (1024, 1024), (1000, 1000), (2, 2)])
 def test_plan_max_model_len_lowers_the_context(weights: Path, max_model_len: int | None, expected: int) -> None:
-    assert loader.make_plan(weights, device="cpu", max_model_len=max_model_len).context_tokens == expected
+    assert load_plan.make_plan(weights, device="cpu", max_model_len=max_model_len).context_tokens == expected
 
 
 def test_plan_max_model_len_above_the_positions_is_an_error_with_both_numbers(weights: Path, rewrite: Rewrite) -> None:
     expected = r"^--max_model_len is 1025, but .* positions for 1024 tokens\. Set at most 1024, or scale the rope"
     with pytest.raises(InvalidSettings, match=expected):
-        loader.make_plan(weights, device="cpu", max_model_len=1025)
+        load_plan.make_plan(weights, device="cpu", max_model_len=1025)
     rewrite("config.json", rope_parameters=DYNAMIC)
-    assert loader.make_plan(weights, device="cpu", max_model_len=4096).context_tokens == 4096
+    assert load_plan.make_plan(weights, device="cpu", max_model_len=4096).context_tokens == 4096
     with pytest.raises(InvalidSettings, match=r"positions for 4096 tokens"):
-        loader.make_plan(weights, device="cpu", max_model_len=4097)
+        load_plan.make_plan(weights, device="cpu", max_model_len=4097)
 
 
 def test_resolve_learned_positions_cannot_be_exceeded() -> None:
@@ -112,7 +112,7 @@ def test_plan_dynamic_rope_warns_that_its_context_can_be_longer(
     weights: Path, rewrite: Rewrite, caplog: pytest.LogCaptureFixture
 ) -> None:
     rewrite("config.json", rope_parameters=DYNAMIC)
-    assert loader.make_plan(weights, device="cpu").context_tokens == 1024
+    assert load_plan.make_plan(weights, device="cpu").context_tokens == 1024
     assert "the context is 1024 tokens" in caplog.text
     assert "--max_model_len up to 4096" in caplog.text
 

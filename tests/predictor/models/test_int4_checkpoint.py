@@ -14,7 +14,7 @@ from predictor.errors import UnsupportedModel
 from predictor.kernels.cpu import gemm
 from predictor.kernels.cpu.decoder_layer import DecoderLayer
 from predictor.kernels.cpu.linear import Int4Linear
-from predictor.models import int4_checkpoint, loader
+from predictor.models import int4_checkpoint, load_plan, loader
 from predictor.models.int4_checkpoint import PackedLinear
 from predictor.models.loader import LoadedModel
 from snapshot_format import int4
@@ -203,7 +203,7 @@ def test_plan_refuses_packing_before_weights_are_read(copied: Callable[[str], Pa
     directory = copied("gptq")
     change_config(directory, bits=3)
     with pytest.raises(UnsupportedModel, match="bits 3 instead of 4"):
-        loader.make_plan(directory, device="cpu")
+        load_plan.make_plan(directory, device="cpu")
 
 
 def change_config(directory: Path, **changes: Any) -> None:
@@ -215,12 +215,12 @@ def change_config(directory: Path, **changes: Any) -> None:
 def test_plan_of_another_device_leaves_the_method_to_transformers(
     written: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert loader.make_plan(written("awq"), device="cpu").config.quantization_config["quant_method"] == (
+    assert load_plan.make_plan(written("awq"), device="cpu").config.quantization_config["quant_method"] == (
         "kserve_llm_awq"
     )
     monkeypatch.setattr("predictor.models.placement.choose_device", lambda _: torch.device("mps"))
     monkeypatch.setattr("predictor.resources.memory.available_bytes", lambda _: 1 << 30)
-    assert loader.make_plan(written("awq")).config.quantization_config == AWQ
+    assert load_plan.make_plan(written("awq")).config.quantization_config == AWQ
 
 
 @pytest.mark.parametrize(
@@ -262,10 +262,10 @@ def test_load_refuses_layers_that_groups_do_not_divide(copied: Callable[[str], P
 def test_plan_refuses_a_cpu_without_kernels(written: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gemm, "has_int8", lambda: False)
     with pytest.raises(UnsupportedModel, match="quantized by awq, whose kernels need an x86 CPU"):
-        loader.make_plan(written("awq"), device="cpu")
+        load_plan.make_plan(written("awq"), device="cpu")
 
 
 def test_plan_refuses_to_embed_with_a_quantized_checkpoint(copied: Callable[[str], Path]) -> None:
     directory = copied("gptq")
     with pytest.raises(UnsupportedModel, match="quantized by gptq, but a model that embeds or classifies"):
-        loader.make_plan(directory, device="cpu", task="embed")
+        load_plan.make_plan(directory, device="cpu", task="embed")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from devtools.paths import DEMO_MODEL
 from predictor.errors import UnsupportedModel
-from predictor.models import loader, snapshot
+from predictor.models import load_plan, loader, snapshot
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.loader import LoadedModel
 from predictor.types import SamplingParams
@@ -25,7 +25,7 @@ DEMO_WEIGHTS = (DEMO_MODEL / SINGLE).read_bytes()
 
 
 def test_plan_auto_resolves_device_and_checkpoint_dtype() -> None:
-    plan = loader.make_plan(DEMO_MODEL, device="cpu")
+    plan = load_plan.make_plan(DEMO_MODEL, device="cpu")
     assert (plan.device, plan.dtype, plan.quantization) == (CPU, torch.float32, "none")
     assert (plan.directory, plan.weights_dir, plan.prequantized_dir) == (DEMO_MODEL, DEMO_MODEL, None)
     assert plan.quantization_config is None
@@ -33,7 +33,7 @@ def test_plan_auto_resolves_device_and_checkpoint_dtype() -> None:
 
 
 def test_plan_8bit_passes_skip_modules_to_transformers() -> None:
-    plan = loader.make_plan(DEMO_MODEL, device="cpu", dtype="bfloat16", quantization="8bit", skip_modules=["o_proj"])
+    plan = load_plan.make_plan(DEMO_MODEL, device="cpu", dtype="bfloat16", quantization="8bit", skip_modules=["o_proj"])
     assert (plan.dtype, plan.quantization, plan.skip_modules) == (torch.bfloat16, "8bit", ["o_proj"])
     assert isinstance(plan.quantization_config, Int8Config)
     assert plan.quantization_config.modules_to_not_convert == ["o_proj"]
@@ -43,10 +43,10 @@ def test_plan_prequantized_weights_are_read_without_quantization(
     weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(snapshot, "prequantized", lambda *_: weights)
-    plan = loader.make_plan(DEMO_MODEL, device="cpu", quantization="8bit")
+    plan = load_plan.make_plan(DEMO_MODEL, device="cpu", quantization="8bit")
     assert (plan.directory, plan.weights_dir, plan.prequantized_dir) == (DEMO_MODEL, weights, weights)
     assert (plan.quantization, plan.quantization_config) == ("8bit", None)
-    assert loader.make_plan(DEMO_MODEL, device="cpu").prequantized_dir is None
+    assert load_plan.make_plan(DEMO_MODEL, device="cpu").prequantized_dir is None
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_plan_damaged_weights_are_named(weights: Path, content: bytes, problem: 
     (weights / SINGLE).unlink()
     (weights / SINGLE).write_bytes(content)
     with pytest.raises(UnsupportedModel, match=rf"model\.safetensors {problem}.*\. Download the model again\.$"):
-        loader.make_plan(weights, device="cpu")
+        load_plan.make_plan(weights, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SINGLE])
@@ -71,7 +71,7 @@ def test_plan_git_lfs_pointer_names_the_remedy(weights: Path, name: str) -> None
     (weights / name).unlink()
     (weights / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n")
     with pytest.raises(UnsupportedModel, match=rf"{name} is a Git LFS pointer .*\. Run git lfs pull in its clone\.$"):
-        loader.make_plan(weights, device="cpu")
+        load_plan.make_plan(weights, device="cpu")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_plan_git_lfs_pointer_names_the_remedy(weights: Path, name: str) -> None
 def test_choose_dtype_on_cpu_replaces_float16_unless_set(
     dtype: str, checkpoint_dtype: torch.dtype | None, chosen: torch.dtype
 ) -> None:
-    assert loader.choose_dtype(dtype, checkpoint_dtype, CPU) == chosen
+    assert load_plan.choose_dtype(dtype, checkpoint_dtype, CPU) == chosen
 
 
 # The loaded model
@@ -156,14 +156,14 @@ def test_load_json_with_byte_order_mark_is_read(weights: Path, name: str, caplog
 def test_plan_generation_config_with_byte_order_mark_is_read(weights: Path) -> None:
     (weights / "generation_config.json").unlink()
     (weights / "generation_config.json").write_bytes(b'\xef\xbb\xbf{"max_new_tokens": 7}')
-    assert loader.make_plan(weights, device="cpu").generation_config.max_new_tokens == 7
+    assert load_plan.make_plan(weights, device="cpu").generation_config.max_new_tokens == 7
 
 
 def test_plan_damaged_generation_config_raises(weights: Path) -> None:
     (weights / "generation_config.json").unlink()
     (weights / "generation_config.json").write_text("{")
     with pytest.raises(UnsupportedModel, match=r"generation_config\.json cannot be read"):
-        loader.make_plan(weights, device="cpu")
+        load_plan.make_plan(weights, device="cpu")
 
 
 def test_load_generation_config_that_transformers_rejects_is_served(weights: Path, rewrite: Rewrite) -> None:
@@ -189,7 +189,7 @@ def test_load_weights_that_do_not_fit_config_raises(
 
 
 def test_load_unreadable_weights_raises(weights: Path) -> None:
-    plan = loader.make_plan(weights, device="cpu")
+    plan = load_plan.make_plan(weights, device="cpu")
     (weights / SINGLE).unlink()
     (weights / SINGLE).write_bytes(DEMO_WEIGHTS[:5000])
     with pytest.raises(UnsupportedModel, match=r"The weights in .* cannot be loaded \(.*\)\. Download the model"):

@@ -11,7 +11,7 @@ import transformers
 from devtools import tiny_poolers
 from predictor.engine.pooling_model import PoolingInput, PoolingModel
 from predictor.errors import InvalidSettings, UnsupportedModel
-from predictor.models import loader
+from predictor.models import load_plan, loader
 from predictor.models.pooling import MODES
 from predictor.types import Pooling, Task
 
@@ -25,7 +25,7 @@ def save_config(directory: Path, model_type: str, architectures: list[str] | Non
 
 
 def pooling_of(directory: Path, **options: Any) -> Pooling | None:
-    return loader.make_plan(directory, device="cpu", **options).pooling
+    return load_plan.make_plan(directory, device="cpu", **options).pooling
 
 
 @pytest.mark.parametrize(
@@ -140,15 +140,15 @@ def test_classifier_with_an_unknown_activation_is_an_error(tmp_path: Path) -> No
 def test_quantization_of_a_model_that_embeds_is_an_error_unless_it_may_fall_back(tmp_path: Path) -> None:
     save_config(tmp_path, "bert")
     with pytest.raises(InvalidSettings, match="--quantization is 8bit, but a model that embeds or classifies"):
-        loader.make_plan(tmp_path, device="cpu", quantization="8bit")
+        load_plan.make_plan(tmp_path, device="cpu", quantization="8bit")
     for options in ({"quantization": "auto"}, {"quantization": "8bit", "fallback": True}):
-        assert loader.make_plan(tmp_path, device="cpu", **options).quantization == "none"
+        assert load_plan.make_plan(tmp_path, device="cpu", **options).quantization == "none"
 
 
 def test_encoder_decoder_cannot_embed(tmp_path: Path) -> None:
     transformers.T5Config(d_model=64).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModel, match="holds a t5, an encoder-decoder model, which is not served"):
-        loader.make_plan(tmp_path, device="cpu", task="embed")
+        load_plan.make_plan(tmp_path, device="cpu", task="embed")
 
 
 def test_masked_language_model_without_pooler_weights_loads(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from devtools.paths import DEMO_MODEL
 from predictor.errors import StartupError
 from predictor.kernels.cpu.experts import PackedExperts
 from predictor.kernels.fp8 import Fp8Linear
-from predictor.models import loader, quantization
+from predictor.models import load_plan, loader, quantization
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int4_quantizer import Int4Config
 from predictor.models.int8_quantizer import Int8Config
@@ -144,13 +144,13 @@ def test_resolve_mode_fp8_on_older_gpus_of_several_ranks_does_not_name_8bit(monk
 def test_make_plan_fp8_on_a_cpu_fails_before_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("safetensors.safe_open", lambda *_, **__: pytest.fail("weights are read"))
     with pytest.raises(StartupError, match=r"--quantization fp8 needs a GPU .* the device is cpu\. Use 8bit"):
-        loader.make_plan(DEMO_MODEL, device="cpu", quantization="fp8")
-    assert loader.make_plan(DEMO_MODEL, device="cpu", quantization="fp8", fallback=True).quantization == "none"
+        load_plan.make_plan(DEMO_MODEL, device="cpu", quantization="fp8")
+    assert load_plan.make_plan(DEMO_MODEL, device="cpu", quantization="fp8", fallback=True).quantization == "none"
 
 
 def test_fp8_weights_are_quantized_while_they_load_and_answers_stay_correct(load_demo: LoadDemo) -> None:
     """On a CPU, where torch has the same multiplication."""
-    plan = loader.make_plan(DEMO_MODEL, device="cpu", dtype="bfloat16", skip_modules=["down_proj"])
+    plan = load_plan.make_plan(DEMO_MODEL, device="cpu", dtype="bfloat16", skip_modules=["down_proj"])
     loaded = loader.execute(replace(plan, quantization="fp8", quantization_config=Fp8Config(["down_proj"])))
     assert loaded.quantization == "fp8"
     mlp = loaded.model.model.layers[0].mlp

@@ -31,7 +31,7 @@ from predictor.kernels.cpu.decoder_layer import DecoderLayer
 from predictor.kernels.cpu.linear import Int8Linear
 from predictor.kernels.fp8 import Fp8Linear
 from predictor.models import adapter as adapters
-from predictor.models import loader, placement, quantization
+from predictor.models import load_plan, loader, placement, quantization
 from predictor.models.fp8_quantizer import Fp8Config
 from predictor.models.int8_quantizer import Int8Config
 from predictor.models.loader import LoadedModel
@@ -90,7 +90,7 @@ def _load_adapted(directory: Path, adapter: Path) -> LoadedModel:
 
 def _load_fp8(directory: Path) -> Any:
     """Load a model in fp8, which the kernels need no GPU for."""
-    plan = loader.make_plan(directory, device="cpu", dtype="bfloat16")
+    plan = load_plan.make_plan(directory, device="cpu", dtype="bfloat16")
     model = loader.execute(replace(plan, quantization="fp8", quantization_config=Fp8Config())).model
     assert sum(isinstance(module, Fp8Linear) for module in model.modules()) == 3 * 7
     return model
@@ -409,7 +409,7 @@ def test_plan_refuses_what_ranks_cannot_share(
     (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
     monkeypatch.setattr(tensor_parallel, "size", lambda: size)
     with pytest.raises(UnsupportedModel, match=expected):
-        loader.make_plan(tmp_path, device="cpu")
+        load_plan.make_plan(tmp_path, device="cpu")
 
 
 @pytest.mark.usefixtures("two_ranks")
@@ -418,7 +418,7 @@ def test_plan_refuses_experts_whose_parts_cannot_be_multiplied(tmp_path: Path, n
     save_config(Case(name, CASES[name].fields | {field: 72}), tmp_path)
     (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
     with pytest.raises(UnsupportedModel, match=r"with experts of 72 features .* 2 ranks cannot share .*_size 1\.$"):
-        loader.make_plan(tmp_path, device="cpu")
+        load_plan.make_plan(tmp_path, device="cpu")
 
 
 @pytest.mark.usefixtures("two_ranks")
@@ -426,14 +426,14 @@ def test_plan_refuses_embeddings_and_remote_code_on_ranks(tmp_path: Path) -> Non
     save_config(CASES["qwen2"], tmp_path)
     (tmp_path / SINGLE).write_bytes((8).to_bytes(8, "little") + b"{}      ")
     with pytest.raises(InvalidSettings, match="embeds or classifies is served by one rank") as refused:
-        loader.make_plan(tmp_path, device="cpu", task="embed")
+        load_plan.make_plan(tmp_path, device="cpu", task="embed")
     assert refused.value.exit_code == 2
     config = json.loads((tmp_path / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "modeling.Model"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "modeling.py").touch()
     with pytest.raises(UnsupportedModel, match="a model with its own code is not divided"):
-        loader.make_plan(tmp_path, device="cpu", trust_remote_code=True)
+        load_plan.make_plan(tmp_path, device="cpu", trust_remote_code=True)
 
 
 @pytest.mark.usefixtures("two_ranks")
