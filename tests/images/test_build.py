@@ -44,7 +44,7 @@ TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{34,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9
 BUILD_SECONDS = 900
 VERSION = "9.8.7"
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("images"), pytest.mark.timeout(BUILD_SECONDS + 300)]
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(BUILD_SECONDS + 300)]
 
 
 @dataclass(frozen=True, slots=True)
