@@ -359,6 +359,7 @@ def _check_file(call: Call, file: str) -> None:
     text = call.input if file == "-" else (call.folder / file).read_text()
     for manifest in yaml.safe_load_all(text):
         if manifest:
+            assert isinstance(manifest, dict), f"not an object: {manifest}"
             manifests.validate(manifest)
 
 

@@ -1,10 +1,15 @@
-"""Where a model of this machine is served."""
+"""Where a model of this machine is served, and the phases of its start."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from kserve_llm import local_server
 from kserve_llm.local_server import LocalModel
+from predictor.entrypoints.http.routes import health
+from predictor.errors import ModelNotReady
 
 
 @pytest.mark.parametrize(
@@ -19,3 +24,16 @@ from kserve_llm.local_server import LocalModel
 )
 def test_url_is_of_this_machine_unless_another_address_is_chosen(flags: list[str], url: str) -> None:
     assert LocalModel(Path("model"), Path("cache"), flags).url(8080) == url
+
+
+@pytest.mark.parametrize("reason", ["starting", "loading weights, 45 %", "waiting for the snapshot, 12 s"])
+def test_phase_is_the_reason_of_the_readiness_route(reason: str) -> None:
+    service: Any = SimpleNamespace(
+        accepts_requests=False,
+        models=SimpleNamespace(default="model"),
+        not_ready_reason=reason,
+        retry_after_seconds=None,
+    )
+    with pytest.raises(ModelNotReady) as raised:
+        health.require_ready(service)
+    assert local_server.phase({"error": str(raised.value)}) == reason
