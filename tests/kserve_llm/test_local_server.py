@@ -1,9 +1,12 @@
 """Where a model of this machine is served."""
 
+import socket
 from pathlib import Path
 
 import pytest
 
+from kserve_llm import local_server
+from kserve_llm.errors import CommandError
 from kserve_llm.local_server import LocalModel
 
 
@@ -19,3 +22,12 @@ from kserve_llm.local_server import LocalModel
 )
 def test_url_is_of_this_machine_unless_another_address_is_chosen(flags: list[str], url: str) -> None:
     assert LocalModel(Path("model"), Path("cache"), flags).url(8080) == url
+
+
+def test_port_is_in_use_at_the_address_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_server, "Child", None)
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        port = server.getsockname()[1]
+        model = LocalModel(Path("model"), Path("cache"), ["--host", "127.0.0.2"])
+        with pytest.raises(CommandError, match=f"Port {port} is in use"), local_server.running(model, port):
+            pass
