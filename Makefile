@@ -54,14 +54,15 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 
 test: $(INSTALLED) ## unit and component tests, and one process of each program; some minutes
 	@$(PYTEST) -m 'not slow and not serial and not packaging and not gpu'
 
+# Slow tests wait for processes more than they compute.
 test-all: test ## test, then the slow tests and those that need the machine for themselves
-	@$(PYTEST) -m 'slow and not serial and not packaging and not gpu'
+	@$(PYTEST) -m 'slow and not serial and not packaging and not gpu' --numprocesses 3
 	@$(PYTEST) -m 'serial and not packaging' --numprocesses 0
 
 test-packaging: $(INSTALLED) ## images, locks, wheels, other CPUs
 	@$(PYTEST) -m packaging
 
-# Of the tests above in the programs and in what they start. Tracing takes about twice the time.
+# Also of the processes that the tests start.
 coverage: $(INSTALLED) ## the default tier with coverage of the packages; COVERAGE_REPORT="html --directory build/coverage"
 	@mkdir -p build && rm -f build/.coverage*
 	@OMP_NUM_THREADS=1 $(BIN)/coverage run -m pytest --numprocesses 2 -m 'not slow and not serial and not packaging and not gpu' $(PYTEST_ARGS)

@@ -3,6 +3,7 @@
 A release comes after it. A name leaves the list by hand, after its deprecation.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def promised() -> dict[str, set[str]]:
 
 def main() -> int:
     """Add the names of this commit to the list."""
+    argparse.ArgumentParser(prog="python -m devtools.stable_interface", description=__doc__).parse_args()
     names, before = current(), promised()
     content = {kind: sorted(names[kind] | before.get(kind, set())) for kind in sorted(names)}
     FILE.write_text(json.dumps(content, indent=2) + "\n")

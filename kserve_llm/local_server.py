@@ -4,7 +4,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,13 +120,17 @@ def _wait_until_ready(child: Child, url: str) -> bool:
     with closing(StartDisplay()) as display:
         while child.is_running:
             status, body = _get(f"{url}/v2/health/ready")
-            display.show(
-                "ready" if status == 200 else str(body.get("error", "starting")).rpartition(" is not ready: ")[2]
-            )
+            display.show("ready" if status == 200 else phase(body))
             if status == 200:
                 return True
             time.sleep(POLL_SECONDS)
     return False
+
+
+def phase(body: Mapping[str, Any]) -> str:
+    """Return the phase of a start in the body of a readiness route; without one, the server has not opened its port."""
+    message = str(body.get("error", "starting"))
+    return message.rpartition(" is not ready: ")[2].removesuffix(".")
 
 
 def _get(url: str) -> tuple[int, dict[str, Any]]:

@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     hold_while_loading: float = Field(default=0, ge=0, allow_inf_nan=False)
     """Maximum time to hold a request while the model loads, in seconds, instead of responding 503. 0: off."""
     ready_while_loading: bool = False
-    """Be ready as soon as weights are loaded, not afterwards, so that requests arrive. Needs hold_while_loading."""
+    """Be ready while the model loads, so that requests arrive and are held. Needs hold_while_loading."""
     load_time_file: Path | None = None
     """File with the duration of the last load, for Retry-After. Default: none; the progress of the load is used."""
     task: Literal["auto", "generate", "embed", "classify"] = "auto"

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import yaml
-
 from preflight.deployment import Manifest
+from tests.loopback import write_kubeconfig
 
 KINDS = {
     "v1": [
@@ -61,13 +60,7 @@ class ApiServer(ThreadingHTTPServer):
 
     def write_kubeconfig(self, path: Path) -> None:
         """Write a kubeconfig whose current context is this server."""
-        config = {
-            "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{self.server_port}"}}],
-            "users": [{"name": "me", "user": {}}],
-            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-            "current-context": "here",
-        }
-        path.write_text(yaml.safe_dump(config))
+        write_kubeconfig(path, self.server_port)
 
     @property
     def version(self) -> int:

@@ -9,6 +9,30 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+LONGEST = [
+    f"tests/{module}.py"
+    for module in (
+        "predictor/entrypoints/test_ranks",
+        "predictor/entrypoints/test_ray_cluster",
+        "predictor/models/test_sharding",
+        "predictor/entrypoints/test_process",
+        "predictor/entrypoints/test_drain",
+        "benchmarks/test_gpu_check",
+        "clients/test_clients",
+        "storage_initializer/volume/test_crash_recovery",
+        "e2e/test_demo",
+        "predictor/engine/test_engine",
+        "predictor/engine/test_speculative_step",
+        "predictor/kernels/test_csrc",
+        "monitoring/test_prometheus",
+        "predictor/entrypoints/http/test_schema_properties",
+        "predictor/devices/test_devices",
+        "benchmarks/test_coldstart",
+        "e2e/test_cluster",
+    )
+]
+"""Modules that take longest. They are started first, so that no worker is left with one at the end."""
+
 # kserve parses argv when it is imported, and would take pytest's flags for abbreviations of its own.
 del sys.argv[1:]
 
@@ -22,12 +46,13 @@ settings.register_profile("nightly", parent=_COMMON, max_examples=1200)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the tests of a module in one worker, so that its models and servers are started once."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+    """Start the longest modules first."""
+    items.sort(key=lambda item: _rank(item.nodeid.partition("::")[0]))
+
+
+def _rank(module: str) -> int:
+    return LONGEST.index(module) if module in LONGEST else len(LONGEST)
 
 
 def pytest_collection_finish() -> None:

@@ -181,7 +181,7 @@ def _subclasses(module: ModuleType, base: type) -> Iterator[Any]:
 
 
 def _messages(package: str) -> dict[str, list[str]]:
-    """Return the messages with which a package creates its errors, by class; those of one text are left out."""
+    """Return the messages with which a package creates its errors, by class; those of one sentence are left out."""
     found: dict[str, dict[str, None]] = {}
     for file in sorted((ROOT / package).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):

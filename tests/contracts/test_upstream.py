@@ -98,7 +98,7 @@ from storage_initializer.sources import hub_client
 from tests.predictor.models import packed_checkpoints
 from tests.predictor.servers import HANG_SECONDS, Hold
 
-pytestmark = [pytest.mark.contract, pytest.mark.xdist_group("engine")]
+pytestmark = pytest.mark.contract
 
 
 # transformers' continuous batching: predictor/engine/{batching_manager,fair_scheduler,step_sampler,rank_steps}.py

@@ -22,7 +22,6 @@ def size(picture: Path) -> tuple[int, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("chromium")
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 def test_screenshots_are_the_pictures_of_the_documentation(tmp_path: Path) -> None:
     assert CHROMIUM

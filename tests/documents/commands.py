@@ -259,7 +259,7 @@ def _pip_words(call: Call, words: Sequence[str]) -> None:
     parser.add_argument("-e", "--editable", action="append", default=[])
     for option in ("-r", "--requirement", "-c", "--constraint"):
         parser.add_argument(option, action="append", default=[], dest="files")
-    for option in ("--index-url", "--extra-index-url", "--find-links", "--python", "--dest"):
+    for option in ("--index-url", "--extra-index-url", "--find-links", "--python", "--dest", "--wheel-dir"):
         parser.add_argument(option)
     for option in ("--upgrade", "--quiet", "--require-hashes", "--no-deps", "--no-index"):
         parser.add_argument(option, action="store_true")
@@ -359,6 +359,7 @@ def _check_file(call: Call, file: str) -> None:
     text = call.input if file == "-" else (call.folder / file).read_text()
     for manifest in yaml.safe_load_all(text):
         if manifest:
+            assert isinstance(manifest, dict), f"not an object: {manifest}"
             manifests.validate(manifest)
 
 

@@ -36,7 +36,6 @@ from tests.predictor import servers
 
 # One worker has the servers and the copy.
 pytestmark = [
-    pytest.mark.xdist_group("documents"),
     pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed"),
     pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed"),
 ]

@@ -2,15 +2,20 @@
 
 import inspect
 import re
-from functools import cache
+import shutil
+import threading
+from functools import cache, partial
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import mkdocs.config
 import pytest
 import yaml
+from axe_playwright_python.sync_playwright import Axe
 from mkdocs.commands.build import build
+from playwright.sync_api import sync_playwright
 
 from devtools.documentation import findings, pages
 from devtools.paths import ROOT
@@ -22,7 +27,15 @@ from preflight.findings import Source
 from storage_initializer import errors as initializer_errors
 from storage_initializer.settings import Settings as InitializerSettings
 
+CHROMIUM = shutil.which("chromium")
 text_of = cache(pages.text_of)
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """Serves files without a log."""
+
+    def log_message(self, *_: object) -> None:
+        pass
 
 
 class Requests(HTMLParser):
@@ -58,6 +71,32 @@ def test_site_builds_strictly_and_requests_nothing_from_other_hosts(site: Path) 
         assert [url for url in requests.urls if re.match(r"(https?:)?//", url)] == [], page
     for style in site.rglob("*.css"):
         assert not re.search(r"(url\(|@import )[\"']?(https?:)?//", style.read_text()), style
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+@pytest.mark.xdist_group("chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_site_in_a_browser_is_accessible_and_requests_nothing_else(
+    site: Path, scheme: Literal["light", "dark"], width: int
+) -> None:
+    requests: list[str] = []
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server, sync_playwright() as playwright:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("request", lambda request: requests.append(request.url))
+        for name in ("index", "how-to/own-model", "reference/components"):
+            page.goto(f"{url}/{name}.html", wait_until="load")
+            results = Axe().run(page)
+            assert results.violations_count == 0, results.generate_report()
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        server.shutdown()
+    assert len(requests) > 10
+    assert [request for request in requests if not request.startswith((url, "data:"))] == []
 
 
 def test_navigation_has_every_page() -> None:

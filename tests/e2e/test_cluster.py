@@ -30,6 +30,7 @@ from tests.e2e.cluster import __main__ as cluster
 from tests.e2e.cluster import client, kubectl, objects
 from tests.e2e.cluster.objects import HUB_PORT, NAMESPACE, REPOSITORIES, TOOLS, URL, Images
 from tests.e2e.cluster.report import Phase, Report
+from tests.loopback import serving
 from tests.predictor.servers import HANG_SECONDS, InProcessServer, in_process
 
 WORKFLOW = ROOT / ".github/workflows/e2e.yaml"
@@ -188,12 +189,8 @@ def simulated(tmp_path: Path, predictor: InProcessServer) -> Iterator[Cluster]:
 @pytest.fixture
 def server(simulated: Cluster) -> Iterator[ApiServer]:
     server = ApiServer([], simulated)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture
@@ -344,11 +341,8 @@ class LosingServer(ThreadingHTTPServer):
     ],
 )
 def test_client_counts_a_lost_stream(turn: str, error: str) -> None:
-    with LosingServer("right", turn, "right", "right") as losing:
-        thread = threading.Thread(target=losing.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    losing = LosingServer("right", turn, "right", "right")
+    with serving(losing):
         result = client.load(f"http://127.0.0.1:{losing.server_port}", "llm", requests=4, seconds=0.4)
-        losing.shutdown()
-        thread.join()
     assert (result["sent"], result["streams"], result["lost"]) == (4, 2, 1)
     assert re.match(error, result["errors"][0])

@@ -105,7 +105,6 @@ def test_serve_prints_working_commands_until_interrupted(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ray")
 def test_demo_on_ray_answers_by_every_protocol_and_follows_the_load() -> None:
     process = subprocess.run([sys.executable, "-m", "demo.ray_serve"], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stdout + process.stderr

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,6 +15,7 @@ import yaml
 
 from devtools.paths import ROOT
 from tests.api_server import discovery
+from tests.loopback import serving, write_kubeconfig
 
 DEV = ROOT / "kustomize/overlays/dev"
 SERVICES = "/apis/serving.kserve.io/v1beta1/namespaces/kserve-llm-dev/inferenceservices"
@@ -78,26 +78,13 @@ def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Loopba
     if shutil.which("kubectl") is None:
         pytest.skip("kubectl is not installed")
     server = Loopback()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
     kubeconfig = tmp_path / "kubeconfig"
-    kubeconfig.write_text(
-        yaml.safe_dump(
-            {
-                "clusters": [{"name": "here", "cluster": {"server": server.url}}],
-                "users": [{"name": "me", "user": {}}],
-                "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-                "current-context": "here",
-            }
-        )
-    )
+    write_kubeconfig(kubeconfig, server.server_port)
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(kubeconfig))
     # The dynamic client caches discovery there.
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -42,8 +42,9 @@ SELECTED = os.environ.get("BUILD_IMAGES", "").split(",")
 CANARY = f"hf_{secrets.token_hex(20)}"
 TOKEN = re.compile(rb"\b(hf_[A-Za-z0-9]{34,}|gh[pousr]_[A-Za-z0-9]{36,}|AKIA[0-9A-Z]{16}|glpat-[\w-]{20,})\b")
 BUILD_SECONDS = 900
+VERSION = "9.8.7"
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("images"), pytest.mark.timeout(BUILD_SECONDS + 300)]
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(BUILD_SECONDS + 300)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ def _build(name: str, request: pytest.FixtureRequest) -> Iterator[Image]:
     secret, volumes = request.getfixturevalue("pip_configuration")
     tag = f"localhost/{name}"
     arguments = ["--isolation", "chroot", "--layers=false", "--build-arg", f"BASE={base}"]
+    arguments += ["--build-arg", f"VERSION={VERSION}"]
     arguments += ["--secret", f"id=pip,src={secret}", *volumes, *IMAGES[name], "--tag", tag]
     # A token in the build environment must not reach an image.
     _run([*buildah, "build", *arguments, ROOT], cwd=ROOT, env=os.environ | {"HF_TOKEN": CANARY})
@@ -258,10 +260,13 @@ def test_image_holds_exactly_its_lock_torch_and_the_project(name: str, request: 
     assert locked - installed <= {"colorama", "httpx2-jsfetch"}
 
 
-def test_image_has_labels(image: Image) -> None:
+def test_image_has_labels_and_the_version(image: Image) -> None:
     labels = image.config["Labels"]
     words = ("title", "description", "licenses", "version", "revision")
     assert all(labels[f"org.opencontainers.image.{word}"] for word in words)
+    assert labels["org.opencontainers.image.version"] == VERSION
+    code = "import importlib.metadata; print(importlib.metadata.version('kserve-llm'))"
+    assert _run(image.command(["python", "-c", code], {}, {})).strip() == VERSION
     assert image.config["StopSignal"] == "SIGTERM"
 
 

@@ -13,7 +13,7 @@ from devtools.paths import ROOT
 from tests.images.conftest import Environment, locked
 
 # A CUDA build of torch downloads several GB.
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("installation"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.packaging, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from tests.predictor.servers import HANG_SECONDS
 MODEL = "demo/arithmetic"
 VERSION = "9.8.7"
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.packaging
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ VARIABLE = "SETUPTOOLS_SCM_PRETEND_VERSION"
 FILES = (".gitattributes", ".git_archival.txt", ".gitignore")
 """What a repository has besides the sources of the wheel."""
 
-pytestmark = [pytest.mark.packaging, pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.packaging
 
 
 @pytest.fixture(autouse=True)

@@ -89,6 +89,7 @@ def test_serve_fetches_and_serves_until_a_signal(environment: dict[str, str]) ->
         _, log = process.communicate(timeout=HANG_SECONDS)
         assert process.returncode == 0, log
         assert "ready" in log.splitlines()
+        assert not [line for line in log.splitlines() if line.startswith(("loading", "warming")) and line.endswith(".")]
     finally:
         # The predictor ends with it.
         process.terminate()

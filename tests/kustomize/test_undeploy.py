@@ -12,6 +12,7 @@ import pytest
 from devtools.paths import ROOT
 from tests.api_server import ApiServer
 from tests.kustomize.conftest import DEV, RAY, Render, Rendered
+from tests.loopback import serving
 
 NAMESPACE = "kserve-llm-dev"
 POD = f"/api/v1/namespaces/{NAMESPACE}/pods/llm-predictor-1"
@@ -61,12 +62,8 @@ def server(request: pytest.FixtureRequest, render: Render, controller: Controlle
     overlay: Path | None = getattr(request, "param", None)
     pods = [] if overlay else [POD_OF_THE_SERVICE]
     server = ApiServer([*copy.deepcopy(render(overlay or DEV).objects), *pods], controller)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield server
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from devtools.paths import ROOT
 from preflight import offline, rendering
@@ -22,6 +20,7 @@ from preflight.checks.resources import Model
 from preflight.checks.schema import Schemas
 from preflight.deployment import Deployment, Manifest
 from preflight.findings import Finding
+from tests.loopback import serving, write_kubeconfig
 
 OVERLAYS = ROOT / "kustomize/overlays"
 
@@ -175,19 +174,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeClu
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    kubeconfig = {
-        "apiVersion": "v1",
-        "kind": "Config",
-        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}],
-        "users": [{"name": "me", "user": {}}],
-        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-    }
-    fake.kubeconfig.write_text(yaml.safe_dump(kubeconfig))
+    write_kubeconfig(fake.kubeconfig, server.server_port)
     # The client reads KUBECONFIG once, when it is imported.
     monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(fake.kubeconfig))
-    yield fake
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(server):
+        yield fake

@@ -14,7 +14,7 @@ from predictor.kernels.cuda import reference
 from predictor.models import loader
 from tests.predictor.kernels.paged_layer import Allocator, attend_to
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("devices")]
+pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
 HEADS = [(8, 8, 64), (32, 8, 128), (28, 4, 128), (8, 1, 256), (4, 2, 32)]

@@ -40,8 +40,6 @@ from tests.predictor.engine.conftest import (
 )
 from tests.predictor.servers import HANG_SECONDS, OPENAI, Call, Hold, InProcessServer, StreamReader
 
-pytestmark = pytest.mark.xdist_group("devices")
-
 CROWD = 64
 FEW = replace(GREEDY, max_tokens=4, ignore_eos=True)
 CACHE = ("--kv_cache_tokens", "8192")

@@ -32,8 +32,6 @@ from tests.predictor.engine.conftest import (
     started,
 )
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 CHUNK = 128
 """Tokens per step."""
 

@@ -36,8 +36,6 @@ from tests.predictor.engine.conftest import (
 from tests.predictor.engine.test_step_pipeline import assert_idle, assert_same, mixed_requests
 from tests.predictor.servers import HANG_SECONDS
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)
 PAGE_TOKENS = 16
 

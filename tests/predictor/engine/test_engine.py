@@ -40,9 +40,6 @@ from tests.predictor.engine.conftest import (
 )
 from tests.predictor.servers import HANG_SECONDS, Hold
 
-pytestmark = pytest.mark.xdist_group("engine")
-
-
 # Generation
 
 

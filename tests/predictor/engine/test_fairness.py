@@ -18,8 +18,6 @@ from predictor.types import Caller, SamplingParams
 from tests.predictor.engine.conftest import GREEDY, LONG, generate_all, random_ids, read, started, until_idle
 from tests.predictor.servers import HANG_SECONDS, Hold
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 ALICE, BOB, CAROL = (Caller(name, share=1 / 3) for name in ("alice", "bob", "carol"))
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)
 PLACES = 8

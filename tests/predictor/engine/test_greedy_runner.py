@@ -18,8 +18,6 @@ from predictor.models import loader
 from predictor.models.loader import LoadedModel
 from tests.predictor.engine.conftest import GREEDY, SAMPLED, generate, generate_all, random_ids, started
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)
 
 

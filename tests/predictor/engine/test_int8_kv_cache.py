@@ -34,7 +34,6 @@ from tests.predictor.engine.conftest import (
     until_idle,
 )
 
-pytestmark = pytest.mark.xdist_group("engine")
 needs_c = pytest.mark.skipif(
     not ops.supports_paged_attention(torch.bfloat16, 4, 2, 32), reason="no C attention on this CPU"
 )

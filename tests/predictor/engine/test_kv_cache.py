@@ -18,8 +18,6 @@ from predictor.models.loader import LoadedModel
 from predictor.resources import memory
 from predictor.settings import Settings
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 MIB = 2**20
 
 

@@ -19,8 +19,6 @@ from predictor.settings import Settings
 from predictor.types import SamplingParams
 from tests.predictor.servers import HANG_SECONDS, Hold
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 LONG = SamplingParams(max_tokens=900, temperature=0.0, ignore_eos=True)
 PROMPT = [1, 5, 6]
 STEP_TIMEOUT_SECONDS = 1000.0

@@ -29,8 +29,6 @@ from tests.predictor.engine.conftest import (
 )
 from tests.predictor.servers import HANG_SECONDS
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 Requests = list[tuple[list[int], SamplingParams]]
 Measure = Callable[[Any], int]
 

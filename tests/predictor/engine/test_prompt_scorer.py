@@ -32,8 +32,6 @@ from tests.predictor.engine.conftest import (
 )
 from tests.predictor.servers import HANG_SECONDS
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 SCORED = replace(GREEDY, max_tokens=3, ignore_eos=True, prompt_logprobs=4)
 
 

@@ -14,8 +14,6 @@ from predictor.models.loader import LoadedModel
 from tests.predictor.engine.conftest import GREEDY, random_ids, read, started
 from tests.predictor.servers import HANG_SECONDS, Hold
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 FIVE = replace(GREEDY, max_tokens=5, ignore_eos=True)
 LONG = replace(GREEDY, max_tokens=900, ignore_eos=True)
 

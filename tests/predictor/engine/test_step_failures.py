@@ -18,8 +18,6 @@ from predictor.types import SamplingParams
 from tests.predictor.engine.conftest import GREEDY, Generated, generate_all, random_ids, read, started, until_idle
 from tests.predictor.servers import HANG_SECONDS
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)
 PANIC = type("PanicException", (BaseException,), {})("a Rust extension failed")
 Requests = list[tuple[list[int], SamplingParams]]

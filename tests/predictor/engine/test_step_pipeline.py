@@ -37,8 +37,6 @@ from tests.predictor.engine.conftest import (
 )
 from tests.predictor.servers import HANG_SECONDS, Hold
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 ALICE, BOB = (Caller(name, share=1 / 2) for name in ("alice", "bob"))
 ALL_TOKENS = np.full(1024, 255, dtype=np.uint8)
 TEN = replace(GREEDY, max_tokens=10, ignore_eos=True)

@@ -19,8 +19,6 @@ from predictor.settings import Settings
 from tests.predictor.engine.conftest import started
 from tests.predictor.servers import HANG_SECONDS
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 
 def served(directory: Path) -> LLMService:
     settings = Settings(model_dir=directory, device="cpu", task="generate", max_num_seqs=4, kv_cache_tokens=1024)

@@ -19,8 +19,6 @@ from tests.predictor.proxies import ConnectionProxy, PoolingProxy, Upstreams
 from tests.predictor.servers import HANG_SECONDS, ThreadServer
 from tests.sizes import IS_NIGHTLY
 
-pytestmark = pytest.mark.xdist_group("process")
-
 WORKERS = 4
 """Of each proxy."""
 LATE_REQUESTS = 40
@@ -162,7 +160,7 @@ def delete(pod: Pod, proxies: Sequence[Upstreams], load: Load) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "requests"),
-    [(pod_thread, 100), (pod_process, 1000 if IS_NIGHTLY else 400)],
+    [(pod_thread, 100), (pod_process, 1000 if IS_NIGHTLY else 200)],
     ids=["threads", "processes"],
 )
 def test_drain_during_a_deletion_and_a_rollout_loses_no_request(

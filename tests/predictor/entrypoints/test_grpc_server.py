@@ -15,8 +15,6 @@ from predictor.errors import PortInUse
 from tests.predictor import servers
 from tests.predictor.servers import InProcessServer
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 KEY = "a-key-of-enough-characters"
 WITH_KEY = (("authorization", f"Bearer {KEY}"),)
 H2_EMPTY_SETTINGS, H2_GOAWAY = b"\0\0\0\4\0\0\0\0\0", 7

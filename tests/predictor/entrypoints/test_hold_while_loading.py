@@ -21,8 +21,6 @@ from predictor.models import loader
 from tests.predictor.proxies import IdleTimeoutProxy
 from tests.predictor.servers import DEMO_FLAGS, HANG_SECONDS, Server, ThreadServer
 
-pytestmark = pytest.mark.xdist_group("process")
-
 BODY: dict[str, Any] = {"model": "held", "prompt": "1+1=", "max_tokens": 6, "temperature": 0.0, "ignore_eos": True}
 GENERATE_BODY: dict[str, Any] = {
     "text_input": "1+1=",

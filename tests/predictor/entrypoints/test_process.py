@@ -22,8 +22,6 @@ from predictor.errors import PortInUse
 from tests.predictor import servers
 from tests.predictor.servers import HANG_SECONDS, OPENAI, PROTOCOLS, Call, Orders, ServerProcess, StreamReader
 
-pytestmark = pytest.mark.xdist_group("process")
-
 STREAMS = [OPENAI, servers.GENERATE_STREAM] * 4
 
 

@@ -23,7 +23,7 @@ from tests.predictor.servers import GENERATE_STREAM, HANG_SECONDS, OPENAI, Call,
 from tests.predictor.servers import StreamReader as Reader
 from tests.sizes import IS_NIGHTLY
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
+pytestmark = pytest.mark.slow
 
 FLAGS = ["--tensor_parallel_size", "2"]
 SMALL = ["--kv_cache_tokens", "1024", "--max_num_seqs", "4", "--max_queued_requests", "4"]

@@ -23,7 +23,7 @@ from predictor.entrypoints import ray_serve
 from predictor.entrypoints.ray_settings import RaySettings
 from tests.predictor.servers import GENERATE_STREAM, HANG_SECONDS, OPENAI, Call, Orders, Server, StreamReader
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
+pytestmark = pytest.mark.slow
 
 QUESTION = "What is 17 + 25?"
 CHAT = [{"role": "user", "content": QUESTION}]

@@ -87,8 +87,6 @@ def generate(
         engine.stop()
 
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 # One has a complete page, which its sequence of the second round shares.
 PROMPTS = [f"{a}+{a * b}=" * (1 + 6 * (b % 4)) for a in (2, 3) for b in range(1, 5)] + ["4", "12+34=" * 50]
 

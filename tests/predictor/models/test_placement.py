@@ -56,7 +56,6 @@ def test_place_on_cpu_has_no_memory_limit() -> None:
     assert placement.place(torch.device("cpu"), "none", 100 * GIB, GIB, lambda: GIB).max_memory is None
 
 
-@pytest.mark.xdist_group("engine")
 def test_engine_with_offloaded_layers_generates_the_same_tokens(tmp_path: Path) -> None:
     layers = json.loads((DEMO_MODEL / "config.json").read_text())["num_hidden_layers"]
     devices: dict[str, str] = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(layers)}

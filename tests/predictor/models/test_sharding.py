@@ -272,7 +272,6 @@ def check_logits(ours: Sequence[Computed], other: Sequence[Computed], single: Se
     assert relative_error(ours[2].logits, single[2].logits) < 0.06
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_logits_of_two_ranks_are_those_of_one(directories: dict[str, Path], divided: list[dict[str, Any]]) -> None:
     single = compute_all([*directories.values()])
@@ -282,13 +281,11 @@ def test_logits_of_two_ranks_are_those_of_one(directories: dict[str, Path], divi
         assert divided[0]["computed"][index][2].fused_layers == (3 if name in FUSED else 0)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_tokens_of_two_ranks_are_those_of_one(directories: dict[str, Path], divided: list[dict[str, Any]]) -> None:
     assert divided[0]["tokens"] == generate([*directories.values()])
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("source", ["int8", "prepared"])
 @pytest.mark.slow
 def test_int8_parts_make_the_weights_of_one_rank(
@@ -306,13 +303,11 @@ def test_int8_parts_make_the_weights_of_one_rank(
             assert torch.equal(torch.cat(parts, 1 if has_some_inputs else 0), expected)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_prepared_int8_weights_have_the_logits_of_those_quantized_while_loading(divided: list[dict[str, Any]]) -> None:
     assert torch.equal(divided[0]["prepared logits"].logits, divided[0]["computed"][0][2].logits)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_fp8_logits_of_two_ranks_are_close_to_those_of_one(
     directories: dict[str, Path], divided: list[dict[str, Any]]
@@ -325,7 +320,6 @@ def test_fp8_logits_of_two_ranks_are_close_to_those_of_one(
     assert relative_error(logits, alone) < relative_error(alone, exact)
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_adapter_is_merged_into_the_parts_of_ranks(
     directories: dict[str, Path], divided: list[dict[str, Any]], adapter: Path
@@ -335,7 +329,6 @@ def test_adapter_is_merged_into_the_parts_of_ranks(
     assert relative_error(divided[0]["adapted"].logits, merged) < 1e-5
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], divided: list[dict[str, Any]]) -> None:
     directory = directories[FUSED[0]]
@@ -347,14 +340,12 @@ def test_each_rank_reads_its_part_of_the_weights(directories: dict[str, Path], d
         assert 0.49 * size < alone < 0.53 * size  # norms, and biases after sums, are on both
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_device_map_names_the_ranks(divided: list[dict[str, Any]]) -> None:
     assert divided[0]["device_map"] == {"rank 0": "cpu", "rank 1": "cpu"}
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.timeout(1800)
 def test_more_architectures_on_two_ranks_are_those_of_one(tmp_path: Path) -> None:
     models = [_save(name, tmp_path / str(index)) for index, name in enumerate(SLOW)]
@@ -365,7 +356,6 @@ def test_more_architectures_on_two_ranks_are_those_of_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize("mode", ["none", "fp8"])
 def test_logits_of_two_gpus_are_close_to_those_of_one(directories: dict[str, Path], mode: str) -> None:
     if torch.cuda.device_count() < 2:
@@ -379,13 +369,11 @@ def test_logits_of_two_gpus_are_close_to_those_of_one(directories: dict[str, Pat
 # Layers
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_rank_alone_does_not_wait_for_one_that_failed(divided: list[dict[str, Any]]) -> None:
     assert divided[0]["lost"] == "A rank failed while the weights were quantized. Its log says why."
 
 
-@pytest.mark.xdist_group("ranks")
 @pytest.mark.slow
 def test_all_gather_joins_parts_of_different_widths(divided: list[dict[str, Any]]) -> None:
     assert [rank["gathered"] for rank in divided] == [[0, 1, 2, 3, 4]] * 2

@@ -17,8 +17,6 @@ from devtools.paths import ROOT
 from tests.predictor import servers
 from tests.predictor.servers import GENERATE, INFER, OPENAI, Call, InProcessServer
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 PLACES, CAPACITY = 8, 72
 LIMITS = {
     "greedy": "",

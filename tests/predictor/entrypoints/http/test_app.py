@@ -19,8 +19,6 @@ from predictor.protocols.open_inference_binary import HEADER_LENGTH
 from tests.predictor import servers
 from tests.predictor.servers import HANG_SECONDS, OPENAI, PROTOCOLS, Call, InProcessServer
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 KEY, OTHER_KEY = "alices-key-0123456789", "bobs-key-9876543210"
 PROMPT = "xylophone"
 

@@ -19,7 +19,6 @@ PHONE: ViewportSize = {"width": 390, "height": 844}
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed"),
-    pytest.mark.xdist_group("chromium"),
 ]
 
 

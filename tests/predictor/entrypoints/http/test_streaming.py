@@ -8,8 +8,6 @@ import pytest
 from tests.predictor import servers
 from tests.predictor.servers import GENERATE_STREAM, OPENAI, PROTOCOLS, Call, InProcessServer, StreamReader
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 TOKENS = 900
 DEADLINE = {"x-request-timeout-seconds": "0.5"}
 

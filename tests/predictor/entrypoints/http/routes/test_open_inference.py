@@ -11,8 +11,6 @@ import pytest
 from demo import evaluate, exam
 from tests.predictor.servers import HANG_SECONDS, Server
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 INFER = "/v2/models/demo/infer"
 RAW = {"name": "text_input", "datatype": "BYTES", "shape": [1], "data": ["17+25="]}
 
