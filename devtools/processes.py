@@ -89,7 +89,7 @@ def predictor(
     Args:
         arguments: flags besides the name and the port.
         model_name: name in the URLs.
-        port: HTTP port on loopback.
+        port: HTTP port on loopback: programs of other machines do not reach it.
         stderr: destination of its log. Default: this process's stderr.
         on_wait: called with every new reason why it is not ready.
         timeout_seconds: how long to wait for it.
@@ -99,7 +99,7 @@ def predictor(
         DemoError: the port is taken, or the predictor exited or was not ready in time.
     """
     _check_free(port)
-    flags = ["--served_model_name", model_name, "--http_port", str(port), *arguments]
+    flags = ["--served_model_name", model_name, "--host", "127.0.0.1", "--http_port", str(port), *arguments]
     process = start(["predictor", *flags], stderr=stderr)
     started = Predictor(process, f"http://127.0.0.1:{port}", model_name)
     try:

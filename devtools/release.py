@@ -119,8 +119,10 @@ def build(root: Path, folder: Path) -> tuple[Path, Path]:
     """Build the sdist of a checkout and the wheel of this sdist, with the locked build backend; return both.
 
     Raises:
-        ReleaseError: a command failed.
+        ReleaseError: a command failed, or the folder has files of another build.
     """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ReleaseError(f"{folder} is not empty. Remove it, or choose another folder.")
     with tempfile.TemporaryDirectory() as scratch:
         python = make_environment(Path(scratch, "backend"), root / "images/requirements-build.txt")
         run([python, "-m", "hatchling", "build", "--target", "sdist", "--directory", folder], root)

@@ -393,7 +393,6 @@ def numbers(text: str) -> list[int]:
 
 
 def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+    return int(text)

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from kserve_llm import __version__, bench, bench_command, local_server
 from kserve_llm.errors import CommandError
+from kserve_llm.flags import value
 from kserve_llm.local_server import LocalModel
 from snapshot_format import layout
 from snapshot_format import reference as references
@@ -85,7 +86,7 @@ def make_parser(*, with_settings: bool = False) -> argparse.ArgumentParser:
                 help=f"volume of the fetched models (default: ${CACHE_VARIABLE}, or %(default)s)",
             )
     serve = commands.choices["serve"]
-    serve.add_argument("--port", type=int, default=8080, help="HTTP port (default: %(default)s)")
+    serve.add_argument("--port", type=_port, default=8080, help="HTTP port (default: %(default)s)")
     bench.add_load_flags(commands.choices["bench"], levels="1,8,32")
     if with_settings:
         from predictor.settings import Settings
@@ -163,7 +164,17 @@ def _bench(arguments: argparse.Namespace, flags: Sequence[str]) -> int:
 
 
 def _local_model(text: str, arguments: argparse.Namespace, flags: Sequence[str]) -> LocalModel:
+    if value(flags, "http_port") is not None:
+        # It would win over the port at which the start is watched.
+        fix = "Write --port instead." if arguments.command == "serve" else "Leave it out: any free port is used."
+        raise CommandError(f"kserve-llm {arguments.command} has no flag --http_port. {fix}")
     return LocalModel(_directory(text) or parse_model(text), arguments.cache.absolute(), flags)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"{text} is not a port, from 1 to 65535")
+    return int(text)
 
 
 def _directory(text: str) -> Path | None:

@@ -5,7 +5,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,15 @@ class LocalModel:
             return self.source.model
         return self.source.name if isinstance(self.source, Path) else self.source.path.name
 
+    @property
+    def host(self) -> str:
+        """Address for programs of this machine."""
+        host = value(self.flags, "host")
+        return LOOPBACK if host in (None, ALL_ADDRESSES) else host
+
     def url(self, port: int) -> str:
         """URL for programs of this machine."""
-        host = value(self.flags, "host")
-        return f"http://{LOOPBACK if host in (None, ALL_ADDRESSES) else host}:{port}"
+        return f"http://{self.host}:{port}"
 
 
 def serve(model: LocalModel, port: int) -> int:
@@ -75,7 +80,7 @@ def running(model: LocalModel, port: int) -> Iterator[tuple[Child, bool]]:
     Raises:
         CommandError: the port is in use.
     """
-    _require_free(port)
+    _require_free(model.host, port)
     words = ["--served_model_name", model.name, "--http_port", str(port), "--log_level", "WARNING"]
     if value(model.flags, "host") is None:
         words += ["--host", LOOPBACK]
@@ -102,10 +107,11 @@ def free_port() -> int:
         return port
 
 
-def _require_free(port: int) -> None:
+def _require_free(host: str, port: int) -> None:
     """Raise if the port is in use: another server would answer in place of the one that is started."""
-    with socket.socket() as probe:
-        if probe.connect_ex((LOOPBACK, port)) == 0:
+    with socket.socket() as probe, suppress(OSError):  # an address that cannot be used is the predictor's to report
+        probe.settimeout(REQUEST_SECONDS)
+        if probe.connect_ex((host, port)) == 0:
             raise CommandError(f"Port {port} is in use. Stop the server there, or choose another one with --port.")
 
 

@@ -3,6 +3,7 @@
 import datetime
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,6 +66,12 @@ def test_malformed_version_is_an_error(version: str) -> None:
 def test_changelog_of_this_commit_can_be_released() -> None:
     text = (ROOT / release.CHANGELOG).read_text()
     assert "### " in release.notes(release.cut(text, "9999.0.0", DATE), "9999.0.0")
+
+
+def test_build_into_a_folder_of_another_build_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "kserve_llm-0.9.0.tar.gz").touch()
+    assert release.main(["build", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: {tmp_path} is not empty. Remove it, or choose another folder.\n"
 
 
 @pytest.mark.packaging

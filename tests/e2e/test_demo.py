@@ -1,5 +1,6 @@
 """The README's commands `make demo` and `make serve`."""
 
+import errno
 import random
 import re
 import signal
@@ -91,6 +92,8 @@ def test_serve_prints_working_commands_until_interrupted(tmp_path: Path) -> None
             if "health/ready" in line:
                 break
         assert len(commands) == 6
+        with socket.socket() as other:
+            assert other.connect_ex(("127.0.0.2", port)) == errno.ECONNREFUSED
         for command in commands[:4]:
             completion = subprocess.run(command, shell=True, capture_output=True, text=True)  # noqa: S602
             assert "7+5=12 1+2+1=4 42" in completion.stdout, command

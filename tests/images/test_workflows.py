@@ -3,9 +3,11 @@
 check-jsonschema validates their schema and zizmor their security; see `make lint`.
 """
 
+import os
 import re
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +75,30 @@ def test_workflow_script_make_targets_exist(script: str) -> None:
 def test_workflow_paths_exist(name: str) -> None:
     paths = re.findall(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, FOLDERS))})/[\w./*-]+", TEXTS[name])
     assert {path for path in paths if not list(ROOT.glob(path.replace("**", "*")))} == set()
+
+
+@pytest.mark.parametrize(("tag", "is_candidate"), [("v1.2.0", False), ("v1.2.0rc1", True)])
+def test_workflow_releases_a_candidate_as_a_prerelease(tag: str, is_candidate: bool, tmp_path: Path) -> None:
+    for name, line in (("python", "exit 0"), ("gh", 'printf "%s\\n" "$@"')):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{line}\n")
+        program.chmod(0o755)
+    [script] = [
+        step["run"] for name, step in _steps() if name == "release.yaml" and "gh release" in step.get("run", "")
+    ]
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "GITHUB_REF_NAME": tag, "RUNNER_TEMP": str(tmp_path)}
+    done = subprocess.run(
+        ["bash", "-e", "-c", script], env=variables, cwd=tmp_path, check=True, capture_output=True, text=True
+    )
+    words = done.stdout.splitlines()
+    assert words[:3] == ["release", "create", tag]
+    assert ("--prerelease" in words) == is_candidate
+
+
+def test_workflow_tags_images_as_versions_are_written() -> None:
+    """1.2.0rc1 is a version of PEP 440 and none of Semantic Versioning, by which its image would have no tag."""
+    [step] = [step for _, step in _steps() if step.get("id") == "tags"]
+    assert "type=pep440,pattern={{version}}" in step["with"]["tags"].splitlines()
 
 
 def test_workflow_image_targets_exist() -> None:

@@ -180,6 +180,26 @@ def test_malformed_model_is_named(words: list[str], error: str, capsys: pytest.C
     assert error in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["serve", "--port", "99999"], "argument --port: 99999 is not a port, from 1 to 65535"),
+        (["serve", "--port", "http"], "argument --port: http is not a port"),
+        (["bench", "--requests", "many"], "argument --requests: many is not a positive number"),
+    ],
+)
+def test_malformed_number_is_named(words: list[str], error: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([words[0], str(DEMO_MODEL), *words[1:]])
+    assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("command", "fix"), [("serve", "Write --port instead."), ("bench", "Leave it out: any free")])
+def test_port_of_the_predictor_is_not_passed_on(command: str, fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([command, str(DEMO_MODEL), "--http-port=9000"]) == 2
+    assert f"kserve-llm {command} has no flag --http_port. {fix}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["list", "gc"])
 def test_cache_that_does_not_exist_is_named(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--cache", str(tmp_path / "cache")]) == 2

@@ -1,5 +1,6 @@
 """Where a model of this machine is served, and the phases of its start."""
 
+import socket
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from kserve_llm import local_server
+from kserve_llm.errors import CommandError
 from kserve_llm.local_server import LocalModel
 from predictor.entrypoints.http.routes import health
 from predictor.errors import ModelNotReady
@@ -24,6 +26,15 @@ from predictor.errors import ModelNotReady
 )
 def test_url_is_of_this_machine_unless_another_address_is_chosen(flags: list[str], url: str) -> None:
     assert LocalModel(Path("model"), Path("cache"), flags).url(8080) == url
+
+
+def test_port_is_in_use_at_the_address_that_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_server, "Child", None)
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        port = server.getsockname()[1]
+        model = LocalModel(Path("model"), Path("cache"), ["--host", "127.0.0.2"])
+        with pytest.raises(CommandError, match=f"Port {port} is in use"), local_server.running(model, port):
+            pass
 
 
 @pytest.mark.parametrize("reason", ["starting", "loading weights, 45 %", "waiting for the snapshot, 12 s"])
