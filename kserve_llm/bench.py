@@ -206,9 +206,9 @@ async def complete(client: httpx2.AsyncClient, server: Server, prompt: Prompt, o
                     if any(choice["text"] for choice in event.get("choices", ())):
                         arrivals.append(now)
                     usage = event.get("usage") or usage
-    except (httpx2.HTTPError, ValueError) as error:
+    except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise BenchmarkError(f"{server.name} sent an incomplete response: {error!r}") from error
-    if not usage:
+    if not usage.keys() >= {"prompt_tokens", "completion_tokens"}:
         raise BenchmarkError(f"{server.name} sent no usage; it must support stream_options.include_usage.")
     if usage["completion_tokens"] != output_tokens:
         raise BenchmarkError(
