@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import itertools
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from types import ModuleType
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
+from fastapi import FastAPI
 from prometheus_client import REGISTRY
 from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
+from starlette.routing import Route
 
 from devtools.documentation.messages import text_of
 from devtools.documentation.tables import table
@@ -41,6 +44,8 @@ GROUPS = {
     "tracing": "Traces and logs",
 }
 """First settings of groups of the predictor, in the order of its model."""
+_REFUSING_ROUTES = ("reject", "explain", "predict_by_get")
+"""Names of routes that exist to say what to use instead."""
 
 
 def settings_page() -> str:
@@ -194,29 +199,36 @@ def _messages(package: str) -> dict[str, list[str]]:
 
 
 def routes_page() -> str:
-    """Return the routes of the OpenAPI document."""
+    """Return the routes: those of the OpenAPI document, then those that it leaves out."""
     parsed = PredictorSettings(model_dir=Path("unused"))
-    document = create_app(LLMService(parsed), parsed).openapi()
+    app = create_app(LLMService(parsed), parsed)
     rows = [
-        (
-            f"`{method.upper()} {path}`",
-            str(operation.get("summary", "")),
-            _body(operation),
-            ", ".join(operation["responses"]),
-        )
-        for path, operations in sorted(document["paths"].items())
+        (f"`{method.upper()} {path}`", str(operation.get("summary", "")), ", ".join(operation["responses"]))
+        for path, operations in sorted(app.openapi()["paths"].items())
         for method, operation in operations.items()
         if method != "parameters"
     ]
-    text = "The HTTP interface. The server's own OpenAPI document, with all bodies, is at `/openapi.json`."
-    return f"# Routes\n\n{text}\n\n{table(('Route', 'Operation', 'Body', 'Statuses'), rows)}"
+    others = [(f"`GET {path}`", name.replace("_", " ").capitalize()) for path, name in _unlisted_routes(app)]
+    return "\n\n".join(
+        [
+            "# Routes",
+            "The HTTP interface. The server's own OpenAPI document, with all bodies, is at `/openapi.json`.",
+            table(("Route", "Operation", "Statuses"), rows),
+            "These are not in the document:",
+            table(("Route", "Operation"), others),
+        ]
+    )
 
 
-def _body(operation: dict[str, Any]) -> str:
-    """Return the name of a request body's schema."""
-    contents = operation.get("requestBody", {}).get("content", {})
-    names = [content.get("schema", {}).get("$ref", "").rpartition("/")[2] for content in contents.values()]
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(filter(None, names)))
+def _unlisted_routes(app: FastAPI) -> list[tuple[str, str]]:
+    """Return paths and names of the routes that are not in the OpenAPI document, but for those that only refuse."""
+    routers = [getattr(route, "original_router", None) for route in app.routes]
+    routes = itertools.chain(app.routes, *(router.routes for router in routers if router is not None))
+    return sorted(
+        (route.path, route.name)
+        for route in routes
+        if isinstance(route, Route) and not route.include_in_schema and route.name not in _REFUSING_ROUTES
+    )
 
 
 def components_page() -> str:

@@ -150,12 +150,15 @@ def test_errors_page_has_every_error_with_what_to_do() -> None:
     assert "Set --hold_while_loading too." in page
 
 
-def test_routes_page_has_every_protocol_with_its_body() -> None:
+def test_routes_page_has_every_protocol_and_the_routes_without_one() -> None:
     page = text_of("reference/routes.md")
     for route in (
         "POST /v1/chat/completions",
         "POST /v2/models/{model_name}/infer",
         "POST /v1/messages",
+        "GET /health",
+        "GET /metrics",
+        "GET /version",
     ):
         assert f"`{route}`" in page
     assert len(re.findall(r"^\| `(POST|GET) ", page, re.MULTILINE)) > 30
