@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 
 from devtools.local_hub import LocalHub, Request, Response
-from devtools.paths import ROOT
-from storage_initializer.settings import Settings, known_variables
 from tests.storage_initializer.conftest import Result, Run, Start, finish, make_model, problems, safetensors
 
 
@@ -161,27 +159,6 @@ def test_help_lists_exit_codes(run: Run, capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert "SOURCE DEST" in shown
     assert "0 done, 1 worth a retry, 2 pointless to retry" in shown
-
-
-def test_readme_documents_all_settings_with_defaults() -> None:
-    readme = (ROOT / "storage_initializer" / "README.md").read_text()
-    defaults = Settings.model_construct()
-    for variable in known_variables():
-        name = variable.removeprefix("STORAGE_INITIALIZER_").lower()
-        match getattr(defaults, name):
-            case bool(value):
-                promised = str(value).lower()
-            case str(value):
-                promised = value
-            case None | ():
-                assert f"`{variable}` | |" in readme
-                continue
-            case value:
-                promised = f"{value:04o}" if name == "umask" else f"{value:g}"
-        assert f"`{variable}` | `{promised}` |" in readme
-    assert f"`HF_ENDPOINT` | `{defaults.hf_endpoint}` |" in readme
-    assert defaults.allow_patterns == defaults.ignore_patterns == ()
-    assert "`STORAGE_ALLOW_PATTERNS`, `STORAGE_IGNORE_PATTERNS` | |" in readme
 
 
 def test_gated_repository_without_token_is_rejected(run: Run, hub: LocalHub, model: Path, volume: Path) -> None:

@@ -135,6 +135,7 @@ def test_each_prompt_that_waits_has_a_share_of_a_mixed_step(
 def test_unknown_budget_divides_a_prompt_by_the_limit_of_a_step(
     loaded: LoadedModel,
     steps: list[tuple[int, int]],
+    hold: Hold,
     monkeypatch: pytest.MonkeyPatch,
     limit: int,
     expected: list[int],
@@ -145,12 +146,15 @@ def test_unknown_budget_divides_a_prompt_by_the_limit_of_a_step(
         running = engine.submit([(random_ids(loaded, 5, seed), LONG) for seed in range(2)])
         for stream in running:
             await anext(aiter(stream))
+        hold.close()
+        assert await asyncio.to_thread(hold.blocked.wait, HANG_SECONDS)
+        steps.clear()
         [other] = engine.submit([(random_ids(loaded, 100, 3), FIVE)])
+        hold.open()
         await read(other)
         for stream in running:
             stream.close()
 
     with started(loaded, max_num_batched_tokens=limit) as engine:
-        steps.clear()
         asyncio.run(run(engine))
     assert mixed(steps) == expected
