@@ -57,11 +57,7 @@ class Int4Weight(NamedTuple):
 
 def int8_pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """Pack int8 weights (out_features, in_features) into the layout of `int8_scaled_mm`, in one thread."""
-    out_features, in_features = weight.shape
-    packed_weight = torch.empty(ops.library.int8_packed_bytes(out_features, in_features), dtype=torch.uint8)
-    weight = weight.contiguous()
-    ops.library.int8_pack_weight(weight.data_ptr(), packed_weight.data_ptr(), out_features, in_features)
-    return packed_weight
+    return _pack(weight, ops.library.int8_packed_bytes, ops.library.int8_pack_weight)
 
 
 def int8_scaled_mm(
@@ -166,11 +162,7 @@ def int4_scaled_mm(activations: torch.Tensor, weight: Int4Weight, **fused: Unpac
 
 def bf16_pack_weight(weight: torch.Tensor) -> torch.Tensor:
     """Pack bfloat16 weights (out_features, in_features) into the layout of `bf16_mm`, in one thread."""
-    out_features, in_features = weight.shape
-    packed_weight = torch.empty(ops.library.bf16_packed_bytes(out_features, in_features), dtype=torch.uint8)
-    weight = weight.contiguous()
-    ops.library.bf16_pack_weight(weight.data_ptr(), packed_weight.data_ptr(), out_features, in_features)
-    return packed_weight
+    return _pack(weight, ops.library.bf16_packed_bytes, ops.library.bf16_pack_weight)
 
 
 def bf16_mm(
@@ -238,6 +230,14 @@ class _Call:
         """Allocate the kernel's working memory, in bytes."""
         self._scratch = torch.empty(size, dtype=torch.uint8)
         self._struct.scratch = self._scratch.data_ptr()
+
+
+def _pack(weight: torch.Tensor, packed_bytes: Any, pack_weight: Any) -> torch.Tensor:
+    """Pack weights by functions of the library."""
+    packed_weight = torch.empty(packed_bytes(*weight.shape), dtype=torch.uint8)
+    weight = weight.contiguous()
+    pack_weight(weight.data_ptr(), packed_weight.data_ptr(), *weight.shape)
+    return packed_weight
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

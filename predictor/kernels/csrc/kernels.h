@@ -1,4 +1,5 @@
-/* Functions exported by libnative.so. `predictor/kernels/cpu/ops.py` calls them through ctypes and documents shapes.
+/* Functions exported by libnative.so. `ops.py` and `gemm_ops.py` in `predictor/kernels/cpu` call them through ctypes
+ * and document shapes.
  *
  * M is the number of tokens, N of output features, K of input features.
  */
